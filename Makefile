@@ -1,0 +1,35 @@
+# Halfmoon's verbs. Everything is installed into .venv, from constraints.txt's tested versions.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
+# spawned processes must not find kernels/ or proxy/ as top-level packages
+export PYTHONSAFEPATH := 1
+
+.PHONY: demo test lint proto clean
+
+$(VENV)/server.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt -e '.[server]'
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/server.stamp
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/server.stamp  ## a local cluster, a request through prefill -> store -> decode, its phase record
+	$(BIN)/python -m halfmoon.deploy.demo
+
+test: $(VENV)/dev.stamp  ## the whole suite, no GPU needed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp  ## ruff, pyright, and the stubs against the .proto files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+proto: $(VENV)/dev.stamp  ## generate protocol/v1/*_pb2*.py from the .proto files
+	$(BIN)/python -m halfmoon.protocol.generate
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

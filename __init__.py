@@ -1,0 +1,1 @@
+"""Halfmoon: prefill/decode disaggregated LLM serving."""

@@ -1,0 +1,76 @@
+"""A sequence as a worker holds it, and the part of it that one step computes. No tensor, so that schedulers run anywhere.
+
+token_ids   [ prompt ............ | output ........ ]
+              num_prompt_tokens     num_output_tokens
+KV in pages [ num_computed_tokens ........ | to do  ]
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ..protocol.sampling import SamplingParams
+from ..protocol.v1 import common_pb2
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    deadline: float = float("inf")  # of time.monotonic() in this process
+    priority: int = 0
+    num_computed_tokens: int = 0  # their KV stands in pages
+    pages: list[int] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def remaining_s(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def finish_reason(self, eos_token_ids: frozenset[int]) -> common_pb2.FinishReason | None:
+        """Whether the last token ends the sequence. Stop strings are the proxy's matter: text is not known here."""
+        params = self.sampling
+        if self.num_output_tokens == 0:
+            return None
+        last = self.token_ids[-1]
+        stops = last in params.stop_token_ids or (last in eos_token_ids and not params.ignore_eos)
+        if stops and self.num_output_tokens >= params.min_tokens:
+            return common_pb2.FINISH_REASON_STOP
+        if self.num_output_tokens >= params.max_tokens:
+            return common_pb2.FINISH_REASON_LENGTH
+        return None
+
+    @classmethod
+    def from_proto(cls, message: common_pb2.SequenceSpec) -> Sequence:
+        return cls(
+            request_id=message.request_id,
+            token_ids=list(message.token_ids),
+            num_prompt_tokens=message.num_prompt_tokens,
+            sampling=SamplingParams.from_proto(message.sampling),
+            deadline=time.monotonic() + message.deadline_s,
+            priority=message.priority,
+        )
+
+
+class StepChunk(NamedTuple):
+    """token_ids[start : start + num_tokens] of sequence are computed in this step; the KV before start stands in its pages."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+
+    @property
+    def is_last(self) -> bool:
+        """The step ends with the sequence's last token, so its logits give the next one."""
+        return self.start + self.num_tokens == self.sequence.num_tokens

@@ -1,0 +1,47 @@
+"""Block keys: a keyed blake2b chain over token ids, so that equal keys mean equal prefixes.
+
+    root = blake2b(schema fingerprint ‖ LoRA id)        key_i = blake2b(key_{i-1} ‖ tokens of block i as u32 LE)
+
+Both are keyed with the tenant's salt: a tenant can neither name nor time another's blocks. Only full blocks have keys.
+"""
+
+from __future__ import annotations
+
+import array
+import hashlib
+import sys
+from collections.abc import Sequence
+
+KEY_BYTES = 16
+BlockKey = bytes
+
+
+def root_key(schema_fingerprint: bytes, lora_id: str = "", salt: bytes = b"") -> BlockKey:
+    """salt: at most 64 bytes, secret to the tenant."""
+    return hashlib.blake2b(schema_fingerprint + lora_id.encode(), digest_size=KEY_BYTES, key=salt).digest()
+
+
+def block_keys(
+    root: BlockKey, token_ids: Sequence[int], block_size: int, salt: bytes = b"", *, parent: BlockKey | None = None
+) -> list[BlockKey]:
+    """The keys of the full blocks of token_ids, in order.
+
+    parent: the key before the first block where token_ids continue a chain (default: the root).
+    """
+    words = array.array("I", token_ids)
+    if sys.byteorder == "big":
+        words.byteswap()
+    data = memoryview(words.tobytes())
+    stride = block_size * words.itemsize
+    keys: list[BlockKey] = []
+    key = root if parent is None else parent
+    for start in range(0, len(token_ids) // block_size * stride, stride):
+        digest = hashlib.blake2b(key, digest_size=KEY_BYTES, key=salt)
+        digest.update(data[start : start + stride])
+        key = digest.digest()
+        keys.append(key)
+    return keys
+
+
+def div_ceil(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)

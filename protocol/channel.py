@@ -1,0 +1,39 @@
+"""How every gRPC channel and server of Halfmoon is opened: message size, keepalive, an ephemeral port."""
+
+from __future__ import annotations
+
+import grpc.aio
+
+# Message size is bounded by who sends (slices of a few MiB), not by gRPC's 4 MiB default.
+# Keepalive finds a peer whose host vanished without closing its sockets; a killed process is seen at once without it.
+OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 2_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    # a restarted peer listens on the same port: look again soon, not after gRPC's 20 s to 2 min
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """address: "host:port". Connects on first use."""
+    return grpc.aio.insecure_channel(address, options=[*OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
+
+
+def create_server(host: str, port: int) -> tuple[grpc.aio.Server, int]:
+    """A server bound to host:port and the port it got (port 0: any free one). Not started.
+
+    Raises OSError where the port is taken.
+    """
+    server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0)])
+    bound = server.add_insecure_port(f"{host}:{port}")
+    if bound == 0:
+        raise OSError(f"cannot listen on {host}:{port}: the port is taken; choose another")
+    return server, bound

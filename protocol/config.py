@@ -1,0 +1,167 @@
+"""Configuration: one frozen dataclass a process role, all from one YAML file and the command line.
+
+model:    what is served          store:   one process a node
+proxy:    the front door          prefill: the prefill workers        decode: the decode workers
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from .errors import ConfigError
+
+Policy = Literal["random", "round_robin", "least_loaded", "cache_aware"]
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    path: str = ""
+    """Folder in Hugging Face format; empty: the starter model, made on the spot."""
+    name: str = ""
+    """What clients call it; empty: the folder's name."""
+    dtype: Dtype = "auto"
+    """Of weights, activations and KV; auto: the checkpoint's on CUDA, float32 on CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    load_format: Literal["auto", "dummy"] = "auto"
+    """dummy: random weights of the config's shape, for measurement."""
+    block_size: int = 64
+    """Tokens in a KV block and in a page."""
+    max_model_len: int = 0
+    """Prompt and answer together, in tokens; 0: what the model was made for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreConfig:
+    arena_bytes: int = 256 * 2**20
+    """Shared memory for KV blocks, preallocated on every node."""
+    lease_ttl_s: float = 5.0
+    """A client that is silent for this long loses its leases."""
+    eviction: Literal["lru"] = "lru"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillConfig:
+    num_workers: int = 1
+    max_tokens_per_step: int = 2048
+    """Token budget of one forward pass over the chunks of several prompts."""
+    kv_capacity_tokens: int = 0
+    """Tokens that the worker's pages hold; 0: twice max_model_len on CPU, 90 % of the free memory on CUDA."""
+    num_threads: int = 1
+    """Torch threads on CPU."""
+    transport: Literal["auto", "grpc"] = "auto"
+    """auto: shared memory where worker and store are on one node, else gRPC."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeConfig:
+    num_workers: int = 1
+    max_running: int = 256
+    """Sequences in one step."""
+    max_prefill_tokens_per_step: int = 512
+    """Recomputed in one step for preempted sequences."""
+    kv_capacity_tokens: int = 0
+    """As in prefill; 0: eight times max_model_len on CPU."""
+    num_threads: int = 1
+    transport: Literal["auto", "grpc"] = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProxyConfig:
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 50051
+    policy: Policy = "cache_aware"
+    max_queued_requests: int = 512
+    """Admitted and without a first token; one more is answered 429."""
+    max_queued_tokens: int = 2_000_000
+    """Of their prompts together."""
+    default_timeout_s: float = 600.0
+    """Of a request that brings no timeout of its own."""
+    max_attempts: int = 3
+    """Worker pairs tried for one request before its error is the client's."""
+    drain_timeout_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    model: ModelOptions = field(default_factory=ModelOptions)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    prefill: PrefillConfig = field(default_factory=PrefillConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    proxy: ProxyConfig = field(default_factory=ProxyConfig)
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> ClusterConfig:
+        """The file's values under the overrides' ("proxy.policy" -> "random").
+
+        Raises ConfigError for a missing or malformed file, an unknown key (naming the nearest known one) and a
+        value of the wrong type.
+        """
+        tree: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
+        for dotted, value in (overrides or {}).items():
+            section, _, key = dotted.partition(".")
+            tree.setdefault(section, {})
+            if not isinstance(tree[section], dict):
+                raise ConfigError(f"{section} is {tree[section]!r}; it must be a section of key: value lines")
+            tree[section][key] = value
+        return from_mapping(cls, tree, "")
+
+
+Section = TypeVar("Section")
+
+
+def from_mapping(section_type: type[Section], values: Mapping[str, Any], where: str) -> Section:
+    """A dataclass from plain values, every key known and every value of its field's type."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where or 'the file'} is {values!r}; it must be a section of key: value lines")
+    hints = typing.get_type_hints(section_type)
+    built: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
+            raise ConfigError(f"unknown key {_dotted(where, key)!r}; did you mean {_dotted(where, near[0])!r}?", key=str(key))
+        if dataclasses.is_dataclass(hints[key]):
+            built[key] = from_mapping(hints[key], value if value is not None else {}, _dotted(where, key))
+        else:
+            built[key] = _checked(_dotted(where, key), value, hints[key])
+    return section_type(**built)
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, get_args(hint)))}", key=name)
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, types.UnionType) or not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{name} is {value!r}; it must be of type {getattr(hint, '__name__', hint)}", key=name)
+    if isinstance(value, (int, float)) and value < 0:
+        raise ConfigError(f"{name} is {value!r}; it must not be negative", key=name)
+    return value
+
+
+def _dotted(where: str, key: Any) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml  # here, for the SDK installs without it
+
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError as error:
+        raise ConfigError(f"no configuration file at {path}; check --config") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {type(tree).__name__}; it must hold sections such as 'proxy:'")
+    return tree

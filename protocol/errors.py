@@ -1,0 +1,195 @@
+"""Every error that Halfmoon raises on purpose, and the codes it carries across a boundary.
+
+HalfmoonError
+├── InvalidRequest              400  the request itself is wrong
+│   ├── PromptTooLong           400
+│   ├── UnknownModel            404
+│   └── Unauthenticated         401
+├── Overloaded                  429  come back after retry_after_s
+├── RequestCancelled            499  the client went away or asked for it
+├── DeadlineExceeded            504  the request's own time ran out
+├── Unavailable                 503  nothing wrong with the request; part of the cluster is gone
+│   ├── NoWorker                503  no live worker of a role
+│   ├── WorkerLost              503  a worker died under the request
+│   ├── StoreUnavailable        503  a KV store does not answer
+│   └── Draining                503  shutting down
+├── HandoffError                500  KV that must not be decoded
+│   ├── HandoffAborted          500  the other side gave it up; says why
+│   ├── HandoffIncomplete       500  blocks, layers or keys are missing
+│   ├── HandoffCorrupt          500  a checksum does not match
+│   └── StaleEpoch              500  a slice or seal of an attempt that was given up
+├── SchemaMismatch              500  two sides hold different KV formats
+├── StoreFull                   503  no block can be evicted
+├── LeaseExpired                500  the lease ended before the call
+├── ConfigError                 500  a configuration file or flag is wrong
+├── CheckpointError             500  a model folder cannot be served
+│   └── UnsupportedArchitecture 500
+└── InternalError               500  a bug; the log has the traceback
+
+`code` is the class name in snake case; it is what travels (a gRPC trailer, the `code` of OpenAI's error body).
+`retryable` says that another worker pair may succeed where this one failed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, ClassVar
+
+import grpc
+
+
+class HalfmoonError(Exception):
+    """`fields` are JSON values: what the message says in words, for programs."""
+
+    http_status: ClassVar[int] = 500
+    grpc_status: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, **fields: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.fields = fields
+
+    @property
+    def code(self) -> str:
+        return error_code(type(self))
+
+    @property
+    def fields_json(self) -> str:
+        return json.dumps(self.fields)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own form would lose the keyword fields on the way through Ray
+        return (build_error, (self.code, self.message, self.fields_json))
+
+
+class InvalidRequest(HalfmoonError):
+    """`param` names the wrong field where there is one."""
+
+    http_status = 400
+    grpc_status = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class PromptTooLong(InvalidRequest):
+    pass
+
+
+class UnknownModel(InvalidRequest):
+    http_status = 404
+    grpc_status = grpc.StatusCode.NOT_FOUND
+
+
+class Unauthenticated(InvalidRequest):
+    http_status = 401
+    grpc_status = grpc.StatusCode.UNAUTHENTICATED
+
+
+class Overloaded(HalfmoonError):
+    http_status = 429
+    grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, **fields: Any) -> None:
+        super().__init__(message, retry_after_s=retry_after_s, **fields)
+        self.retry_after_s = retry_after_s
+
+
+class RequestCancelled(HalfmoonError):
+    http_status = 499
+    grpc_status = grpc.StatusCode.CANCELLED
+
+
+class DeadlineExceeded(HalfmoonError):
+    http_status = 504
+    grpc_status = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class Unavailable(HalfmoonError):
+    http_status = 503
+    grpc_status = grpc.StatusCode.UNAVAILABLE
+    retryable = True
+
+
+class NoWorker(Unavailable):
+    retryable = False
+
+
+class WorkerLost(Unavailable):
+    pass
+
+
+class StoreUnavailable(Unavailable):
+    pass
+
+
+class Draining(Unavailable):
+    retryable = False
+
+
+class HandoffError(HalfmoonError):
+    grpc_status = grpc.StatusCode.ABORTED
+    retryable = True
+
+
+class HandoffAborted(HandoffError):
+    pass
+
+
+class HandoffIncomplete(HandoffError):
+    grpc_status = grpc.StatusCode.DATA_LOSS
+
+
+class HandoffCorrupt(HandoffError):
+    grpc_status = grpc.StatusCode.DATA_LOSS
+
+
+class StaleEpoch(HandoffError):
+    pass
+
+
+class SchemaMismatch(HalfmoonError):
+    grpc_status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class StoreFull(HalfmoonError):
+    http_status = 503
+    grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    retryable = True
+
+
+class LeaseExpired(HalfmoonError):
+    grpc_status = grpc.StatusCode.FAILED_PRECONDITION
+    retryable = True
+
+
+class ConfigError(HalfmoonError):
+    grpc_status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class CheckpointError(HalfmoonError):
+    grpc_status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class UnsupportedArchitecture(CheckpointError):
+    pass
+
+
+class InternalError(HalfmoonError):
+    pass
+
+
+def error_code(error_type: type[HalfmoonError]) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", error_type.__name__).lower()
+
+
+def _tree(root: type[HalfmoonError]) -> list[type[HalfmoonError]]:
+    return [root, *(found for child in root.__subclasses__() for found in _tree(child))]
+
+
+ERROR_TYPES: dict[str, type[HalfmoonError]] = {error_code(found): found for found in _tree(HalfmoonError)}
+
+
+def build_error(code: str, message: str, fields_json: str = "{}") -> HalfmoonError:
+    """The error that `code` names; a code of a newer version becomes an InternalError that keeps its message."""
+    fields = json.loads(fields_json or "{}")
+    return ERROR_TYPES.get(code, InternalError)(message, **fields)

@@ -1,0 +1,82 @@
+"""Every metric's name, help, labels and buckets, in one place. Labels never carry user input.
+
+Names and units after vLLM's convention with the prefix halfmoon_. Buckets resolve 1 ms: TTFT has vLLM's list, inter-token
+latency SGLang's from 1 ms, phases a 1-2-5 series. Built into prometheus_client objects by protocol/exporter.py.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+# fmt: off
+TTFT_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
+)
+ITL_BUCKETS = (
+    0.001, 0.002, 0.004, 0.006, 0.008, 0.010, 0.015, 0.020, 0.025, 0.030, 0.035, 0.040, 0.060, 0.080,
+    0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 2.0, 4.0, 6.0, 8.0,
+)
+PHASE_BUCKETS = (
+    0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0,
+)
+# fmt: on
+
+
+class MetricSpec(NamedTuple):
+    name: str  # without _total
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+# proxy
+TIME_TO_FIRST_TOKEN = MetricSpec(
+    "halfmoon_time_to_first_token_seconds", "histogram", "Arrival to first token leaving the proxy.", (), TTFT_BUCKETS
+)
+TIME_TO_PREFILL_DONE = MetricSpec(
+    "halfmoon_time_to_prefill_done_seconds", "histogram", "Arrival to the prefill worker's report.", (), TTFT_BUCKETS
+)
+TIME_PER_OUTPUT_TOKEN = MetricSpec(
+    "halfmoon_time_per_output_token_seconds", "histogram", "Mean over a request's tokens after the first.", (), ITL_BUCKETS
+)
+INTER_TOKEN_LATENCY = MetricSpec(
+    "halfmoon_inter_token_latency_seconds", "histogram", "Gap between two tokens leaving the proxy.", (), ITL_BUCKETS
+)
+E2E_REQUEST_LATENCY = MetricSpec("halfmoon_e2e_request_latency_seconds", "histogram", "Arrival to the last token.", (), PHASE_BUCKETS)
+REQUEST_PHASE = MetricSpec("halfmoon_request_phase_seconds", "histogram", "Time of one phase of a request.", ("phase",), PHASE_BUCKETS)
+REQUESTS = MetricSpec("halfmoon_requests", "counter", "Requests ended, by outcome and reason.", ("outcome", "reason"))
+REQUEST_STATE = MetricSpec("halfmoon_request_transitions", "counter", "Transitions of the request state machine.", ("state",))
+REQUEST_REPLAYS = MetricSpec("halfmoon_request_replays", "counter", "Requests run again on another pair, by reason.", ("reason",))
+PROMPT_TOKENS = MetricSpec("halfmoon_prompt_tokens", "counter", "Prompt tokens of admitted requests.")
+GENERATION_TOKENS = MetricSpec("halfmoon_generation_tokens", "counter", "Tokens sent to clients.")
+MEMBERS = MetricSpec("halfmoon_members", "gauge", "Live workers and stores.", ("role",))
+PLACEMENTS = MetricSpec("halfmoon_placements", "counter", "Placements by policy.", ("policy",))
+
+# every worker
+NUM_REQUESTS_RUNNING = MetricSpec(
+    "halfmoon_num_requests_running", "gauge", "Requests in the running batch (proxy: with a first token).", ("role",)
+)
+NUM_REQUESTS_WAITING = MetricSpec("halfmoon_num_requests_waiting", "gauge", "Requests waiting (proxy: without a first token).", ("role",))
+KV_CACHE_USAGE = MetricSpec("halfmoon_kv_cache_usage_ratio", "gauge", "Share of a worker's pages in use.", ("role",))
+STEP_SECONDS = MetricSpec("halfmoon_step_seconds", "histogram", "One engine step: decide, do, record.", ("role",), ITL_BUCKETS)
+STEP_TOKENS = MetricSpec("halfmoon_step_tokens", "counter", "Tokens computed in engine steps.", ("role",))
+PREEMPTIONS = MetricSpec("halfmoon_num_preemptions", "counter", "Sequences that gave up their pages.", ())
+KV_TRANSFER_BYTES = MetricSpec(
+    "halfmoon_kv_transfer_bytes", "counter", "KV bytes moved, by transport and direction.", ("transport", "direction")
+)
+KV_TRANSFER_SECONDS = MetricSpec(
+    "halfmoon_kv_transfer_seconds", "histogram", "One hand-off's transfer.", ("transport", "direction"), PHASE_BUCKETS
+)
+HANDOFFS_REFUSED = MetricSpec("halfmoon_handoffs_refused", "counter", "Hand-offs that decode refused, by error code.", ("reason",))
+PREFIX_CACHE_QUERIES = MetricSpec("halfmoon_prefix_cache_queries", "counter", "Prompt tokens looked up.", ("tier",))
+PREFIX_CACHE_HITS = MetricSpec("halfmoon_prefix_cache_hits", "counter", "Prompt tokens found.", ("tier",))
+
+# store; arena = leased + cached + free, always
+STORE_ARENA_BYTES = MetricSpec("halfmoon_store_arena_bytes", "gauge", "Bytes of the arena, by state.", ("state",))
+STORE_LEASES = MetricSpec("halfmoon_store_leases", "gauge", "Leases held.")
+STORE_HANDOFFS = MetricSpec("halfmoon_store_handoffs", "gauge", "Hand-offs not yet released.")
+STORE_SESSIONS = MetricSpec("halfmoon_store_sessions", "gauge", "Clients attached.")
+STORE_EVICTED_BLOCKS = MetricSpec("halfmoon_store_evicted_blocks", "counter", "Cached blocks evicted.")
+STORE_EXPIRED_LEASES = MetricSpec("halfmoon_store_expired_leases", "counter", "Leases ended for want of a heartbeat or a live client.")
+STORE_ABORTED_HANDOFFS = MetricSpec("halfmoon_store_aborted_handoffs", "counter", "Hand-offs aborted, by error code.", ("reason",))

@@ -1,0 +1,80 @@
+"""SamplingParams: how the next token is drawn. One validated value from the proxy to both workers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from .errors import InvalidRequest
+from .v1 import common_pb2
+
+MAX_LOGPROBS = 20
+MAX_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Raises InvalidRequest, naming the field and its limit, where a value is out of range or not a number."""
+
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    max_tokens: int = 16
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    num_logprobs: int | None = None  # None: none; k: the sampled token's and the k likeliest
+
+    def __post_init__(self) -> None:
+        self._require_range("temperature", 0.0, 100.0)
+        self._require_range("top_k", 0, 2**31 - 1)
+        self._require_range("top_p", 0.0, 1.0, exclude_low=True)
+        self._require_range("min_p", 0.0, 1.0)
+        self._require_range("repetition_penalty", 0.0, 100.0, exclude_low=True)
+        self._require_range("presence_penalty", -2.0, 2.0)
+        self._require_range("frequency_penalty", -2.0, 2.0)
+        self._require_range("seed", 0, MAX_SEED)
+        self._require_range("max_tokens", 1, 2**31 - 1)
+        self._require_range("min_tokens", 0, self.max_tokens)
+        if self.num_logprobs is not None:
+            self._require_range("num_logprobs", 0, MAX_LOGPROBS)
+        for token_id, bias in self.logit_bias.items():
+            if not -100.0 <= bias <= 100.0:
+                self._refuse("logit_bias", f"token {token_id} has {bias}", "between -100 and 100")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def needs_penalties(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    def to_proto(self) -> common_pb2.SamplingParams:
+        return common_pb2.SamplingParams(**dataclasses.asdict(self))
+
+    @classmethod
+    def from_proto(cls, message: common_pb2.SamplingParams) -> SamplingParams:
+        values = {item.name: getattr(message, item.name) for item in dataclasses.fields(cls)}
+        values["stop_token_ids"] = tuple(message.stop_token_ids)
+        values["logit_bias"] = dict(message.logit_bias)
+        values["num_logprobs"] = message.num_logprobs if message.HasField("num_logprobs") else None
+        return cls(**values)
+
+    def _require_range(self, name: str, low: float, high: float, exclude_low: bool = False) -> None:
+        value = getattr(self, name)
+        # written so that NaN, which compares false with everything, is refused
+        if not (low <= value <= high) or math.isnan(value) or (exclude_low and value == low):
+            self._refuse(name, f"{name} is {value}", f"{'above' if exclude_low else 'at least'} {low} and at most {high}")
+
+    def _refuse(self, param: str, found: str, limit: str) -> NoReturn:
+        raise InvalidRequest(f"{found}; it must be {limit}", param=param)

@@ -1,0 +1,82 @@
+from halfmoon.protocol.v1 import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class StopRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class StopReply(_message.Message):
+    __slots__ = ("found",)
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    found: bool
+    def __init__(self, found: bool = ...) -> None: ...
+
+class PrefixHint(_message.Message):
+    __slots__ = ("store_address", "num_blocks")
+    STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    store_address: str
+    num_blocks: int
+    def __init__(self, store_address: _Optional[str] = ..., num_blocks: _Optional[int] = ...) -> None: ...
+
+class PrefillRequest(_message.Message):
+    __slots__ = ("sequence", "handoff", "store_address", "prefix")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_FIELD_NUMBER: _ClassVar[int]
+    STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    sequence: _common_pb2.SequenceSpec
+    handoff: _common_pb2.HandoffId
+    store_address: str
+    prefix: PrefixHint
+    def __init__(self, sequence: _Optional[_Union[_common_pb2.SequenceSpec, _Mapping]] = ..., handoff: _Optional[_Union[_common_pb2.HandoffId, _Mapping]] = ..., store_address: _Optional[str] = ..., prefix: _Optional[_Union[PrefixHint, _Mapping]] = ...) -> None: ...
+
+class PrefillReply(_message.Message):
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: _common_pb2.HandoffState
+    def __init__(self, state: _Optional[_Union[_common_pb2.HandoffState, _Mapping]] = ...) -> None: ...
+
+class DecodeRequest(_message.Message):
+    __slots__ = ("sequence", "handoff")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_FIELD_NUMBER: _ClassVar[int]
+    sequence: _common_pb2.SequenceSpec
+    handoff: _common_pb2.HandoffId
+    def __init__(self, sequence: _Optional[_Union[_common_pb2.SequenceSpec, _Mapping]] = ..., handoff: _Optional[_Union[_common_pb2.HandoffId, _Mapping]] = ...) -> None: ...
+
+class DecodeReply(_message.Message):
+    __slots__ = ("admitted", "tokens", "finished")
+    class Admitted(_message.Message):
+        __slots__ = ("state", "handoff_wait_s")
+        STATE_FIELD_NUMBER: _ClassVar[int]
+        HANDOFF_WAIT_S_FIELD_NUMBER: _ClassVar[int]
+        state: _common_pb2.HandoffState
+        handoff_wait_s: float
+        def __init__(self, state: _Optional[_Union[_common_pb2.HandoffState, _Mapping]] = ..., handoff_wait_s: _Optional[float] = ...) -> None: ...
+    class Tokens(_message.Message):
+        __slots__ = ("tokens",)
+        TOKENS_FIELD_NUMBER: _ClassVar[int]
+        tokens: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenOutput]
+        def __init__(self, tokens: _Optional[_Iterable[_Union[_common_pb2.TokenOutput, _Mapping]]] = ...) -> None: ...
+    class Finished(_message.Message):
+        __slots__ = ("reason", "phases")
+        REASON_FIELD_NUMBER: _ClassVar[int]
+        PHASES_FIELD_NUMBER: _ClassVar[int]
+        reason: _common_pb2.FinishReason
+        phases: _common_pb2.DecodePhases
+        def __init__(self, reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., phases: _Optional[_Union[_common_pb2.DecodePhases, _Mapping]] = ...) -> None: ...
+    ADMITTED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    admitted: DecodeReply.Admitted
+    tokens: DecodeReply.Tokens
+    finished: DecodeReply.Finished
+    def __init__(self, admitted: _Optional[_Union[DecodeReply.Admitted, _Mapping]] = ..., tokens: _Optional[_Union[DecodeReply.Tokens, _Mapping]] = ..., finished: _Optional[_Union[DecodeReply.Finished, _Mapping]] = ...) -> None: ...

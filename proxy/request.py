@@ -1,0 +1,52 @@
+"""A request as the proxy owns it: what was asked, its state, and the events that a face turns into text.
+
+QUEUED ─► PREFILL ─► HANDOFF ─► DECODE ─► DONE
+   │         └─────────┴──────────┴──► QUEUED    a worker died: replayed with the tokens sent so far
+   └─► REJECTED        any ─► ABORTED (client gone, cancelled) | FAILED (error, deadline)
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ..protocol.sampling import SamplingParams
+from ..protocol.v1 import common_pb2
+
+
+class RequestState(enum.StrEnum):
+    QUEUED = "queued"
+    PREFILL = "prefill"
+    HANDOFF = "handoff"
+    DECODE = "decode"
+    DONE = "done"
+    REJECTED = "rejected"
+    ABORTED = "aborted"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyRequest:
+    """Validated: the token ids fit the model, the sampling parameters are in range, the seed is set."""
+
+    request_id: str
+    token_ids: list[int]
+    sampling: SamplingParams
+    timeout_s: float
+    priority: int = 0
+    arrival: float = field(default_factory=time.monotonic)  # when the face received it
+
+
+class Tokens(NamedTuple):
+    tokens: list[common_pb2.TokenOutput]
+
+
+class Finished(NamedTuple):
+    reason: common_pb2.FinishReason
+    phases: common_pb2.PhaseRecord
+    usage: common_pb2.Usage
+
+
+TokenEvent = Tokens | Finished

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import hashlib
+import struct
+
+from halfmoon.protocol.blocks import block_keys, div_ceil, root_key
+from hypothesis import given
+from hypothesis import strategies as st
+
+tokens = st.lists(st.integers(0, 2**32 - 1), max_size=40)
+salts = st.binary(max_size=64)
+ROOT = root_key(b"schema")
+
+
+@given(tokens, st.integers(1, 8), salts)
+def test_keys_are_the_keyed_blake2b_chain_of_the_design(token_ids: list[int], block_size: int, salt: bytes) -> None:
+    key = hashlib.blake2b(b"schema", digest_size=16, key=salt).digest()
+    expected = []
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        words = token_ids[start : start + block_size]
+        key = hashlib.blake2b(key + struct.pack(f"<{len(words)}I", *words), digest_size=16, key=salt).digest()
+        expected.append(key)
+    assert block_keys(root_key(b"schema", salt=salt), token_ids, block_size, salt) == expected
+
+
+@given(tokens, tokens, st.integers(1, 8))
+def test_two_sequences_share_exactly_the_keys_of_their_common_full_blocks(left: list[int], right: list[int], block_size: int) -> None:
+    common = 0
+    while common < min(len(left), len(right)) and left[common] == right[common]:
+        common += 1
+    pairs = zip(block_keys(ROOT, left, block_size), block_keys(ROOT, right, block_size), strict=False)
+    assert [a == b for a, b in pairs] == [(i + 1) * block_size <= common for i in range(min(len(left), len(right)) // block_size)]
+
+
+@given(tokens, st.integers(0, 40), st.integers(1, 8))
+def test_a_chain_continued_from_a_parent_equals_the_whole_chain(token_ids: list[int], cut: int, block_size: int) -> None:
+    whole = block_keys(ROOT, token_ids, block_size)
+    num_blocks = min(cut, len(whole))
+    parent = whole[num_blocks - 1] if num_blocks else ROOT
+    assert block_keys(ROOT, token_ids[num_blocks * block_size :], block_size, parent=parent) == whole[num_blocks:]
+
+
+@given(st.lists(st.integers(0, 100), min_size=4, max_size=4), salts, salts)
+def test_a_tenant_cannot_name_the_block_of_another(token_ids: list[int], salt: bytes, other: bytes) -> None:
+    mine = block_keys(root_key(b"schema", salt=salt), token_ids, 4, salt)
+    theirs = block_keys(root_key(b"schema", salt=other), token_ids, 4, other)
+    assert (mine == theirs) == ((salt.rstrip(b"\0") == other.rstrip(b"\0") and len(salt) == len(other)) or salt == other)
+
+
+def test_schema_and_lora_change_the_root() -> None:
+    assert len({root_key(b"a"), root_key(b"b"), root_key(b"a", "lora"), root_key(b"a", salt=b"s")}) == 4
+
+
+@given(st.integers(0, 1000), st.integers(1, 100))
+def test_div_ceil_is_the_number_of_blocks_that_hold_all_tokens(num_tokens: int, block_size: int) -> None:
+    num_blocks = div_ceil(num_tokens, block_size)
+    assert (num_blocks - 1) * block_size < num_tokens <= num_blocks * block_size or num_tokens == num_blocks == 0

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from halfmoon.protocol.config import ClusterConfig
+from halfmoon.protocol.errors import ConfigError
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "halfmoon.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_file_and_flags_together_make_one_configuration_and_flags_win(tmp_path: Path) -> None:
+    path = written(tmp_path, "proxy:\n  policy: random\n  http_port: 9000\nprefill:\n  num_workers: 3\n")
+    config = ClusterConfig.load(path, {"proxy.http_port": 9001})
+    assert (config.proxy.policy, config.proxy.http_port, config.prefill.num_workers) == ("random", 9001, 3)
+    assert config.decode == ClusterConfig().decode
+
+
+def test_without_a_file_the_defaults_hold() -> None:
+    assert ClusterConfig.load() == ClusterConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("proxy:\n  polcy: random\n", "'proxy.polcy'; did you mean 'proxy.policy'"),
+        ("prefil:\n  num_workers: 1\n", "'prefil'; did you mean 'prefill'"),
+        ("proxy:\n  policy: fastest\n", "'fastest'; it must be one of 'random'"),
+        ("proxy:\n  http_port: many\n", "proxy.http_port is 'many'; it must be of type int"),
+        ("prefill:\n  num_workers: true\n", "prefill.num_workers is True; it must be of type int"),
+        ("prefill:\n  num_workers: -1\n", "prefill.num_workers is -1; it must not be negative"),
+        ("proxy: 3\n", "proxy is 3; it must be a section"),
+        ("- 1\n", "holds list"),
+        ("proxy: [\n", "is not YAML"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_the_key_the_value_and_what_to_write(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ClusterConfig.load(written(tmp_path, text))
+    assert told in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        ClusterConfig.load(tmp_path / "nowhere.yaml")
+
+
+def test_an_integer_is_taken_for_seconds(tmp_path: Path) -> None:
+    config = ClusterConfig.load(written(tmp_path, "proxy:\n  drain_timeout_s: 5\n"))
+    assert config.proxy.drain_timeout_s == 5.0
+    assert isinstance(config.proxy.drain_timeout_s, float)

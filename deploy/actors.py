@@ -1,0 +1,96 @@
+"""The processes of a cluster as Ray actors: each has start() -> address, run() (ends when stopped), stop().
+
+run()'s object reference is how the supervisor hears of a death: Ray fails it the moment the process is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from ..kvstore.server import StoreServer
+from ..protocol.config import ModelOptions, ProxyConfig, StoreConfig
+from ..protocol.membership import stay_joined
+from ..protocol.schema import KVSchema
+from ..protocol.v1 import control_pb2
+from ..proxy.server import ProxyServer
+
+
+def configure_logging() -> None:
+    """Once a process, at its entry: to standard error, which Ray keeps in its session's logs folder."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+class ProxyActor:
+    def __init__(self, *, config: ProxyConfig, options: ModelOptions, model_folder: str, schema: KVSchema) -> None:
+        configure_logging()
+        self._server = ProxyServer(config=config, options=options, model_folder=Path(model_folder), schema=schema)
+        self._stopped = asyncio.Event()
+
+    async def start(self) -> tuple[str, str]:
+        """(HTTP, gRPC) addresses."""
+        endpoints = await self._server.start()
+        return endpoints.http, endpoints.grpc
+
+    async def run(self) -> None:
+        await self._stopped.wait()
+
+    async def stop(self, grace_s: float) -> None:
+        await self._server.stop(grace_s)
+        self._stopped.set()
+
+
+class StoreActor:
+    """The node's KV store, as a member of the cluster. start() returns once the proxy knows it."""
+
+    def __init__(
+        self, *, store_id: str, node_id: str, host: str, port: int, proxy_address: str, config: StoreConfig, schema: KVSchema
+    ) -> None:
+        configure_logging()
+        self._server = StoreServer(config, node_id=node_id, store_id=store_id, schema=schema)
+        self._host, self._port, self._proxy_address = host, port, proxy_address
+        self._info = control_pb2.MemberInfo(
+            id=store_id, incarnation=uuid.uuid4().hex, role=control_pb2.ROLE_STORE, node_id=node_id, store_id=store_id, pid=os.getpid()
+        )
+        self._stopped = asyncio.Event()
+        self._membership: asyncio.Task[None] | None = None
+
+    async def start(self) -> str:
+        address = await self._server.start(self._host, self._port)
+        self._info.address = self._info.store_address = address
+        self._info.metrics_address = self._server.serve_metrics(self._host)
+        joined = asyncio.Event()
+        self._membership = asyncio.create_task(stay_joined(self._proxy_address, self._info, self._load, joined.set))
+        await joined.wait()
+        return address
+
+    async def run(self) -> None:
+        await self._stopped.wait()
+
+    async def stop(self, grace_s: float) -> None:
+        if self._membership is not None:
+            self._membership.cancel()
+        await self._server.stop(grace_s)
+        self._stopped.set()
+
+    def _load(self) -> control_pb2.MemberLoad:
+        load = self._server.load()
+        return control_pb2.MemberLoad(num_running=load.num_leases, kv_usage_ratio=load.usage_ratio)
+
+
+def remote(actor_class: type, *, node_id: str, num_gpus: float = 0.0) -> Any:
+    """The actor class for ray: pinned to a node, restarted by the supervisor and not by Ray (a new process gets new arguments)."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return ray.remote(
+        num_cpus=0,
+        num_gpus=num_gpus,
+        max_restarts=0,
+        max_concurrency=16,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+    )(actor_class)

@@ -1,0 +1,95 @@
+"""`halfmoon serve`: a cluster in one command, until interrupted; then drained."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from pathlib import Path
+from typing import Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from ...protocol.config import ClusterConfig
+from ...protocol.errors import HalfmoonError
+from ..cluster import running_cluster
+from ..ray_session import RayNode, ray_session
+from ..supervisor import Supervisor
+from .progress import StartupProgress
+
+console = Console(stderr=True)
+
+
+def serve(config_file: Path | None, flags: dict[str, Any], settings: list[str], address: str | None, log_level: str) -> None:
+    """flags: dotted key -> value or None where not given; settings: "key=value" texts. Exits 1 with one line on an error."""
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        overrides = {key: value for key, value in flags.items() if value is not None}
+        config = ClusterConfig.load(config_file, overrides | dict(map(_setting, settings)))
+        console.print("starting Ray" if address is None else f"joining Ray at {address}", style="dim")
+        with ray_session(address) as nodes:
+            asyncio.run(_serve(config, nodes))
+    except HalfmoonError as error:
+        console.print(f"[red]{error.code}[/red]: {error.message}", highlight=False)
+        raise typer.Exit(1) from error
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"{text!r} is not key=value, as in proxy.policy=random")
+    return key, yaml.safe_load(value)
+
+
+async def _serve(config: ClusterConfig, nodes: list[RayNode]) -> None:
+    interrupted = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupted.set)
+    with StartupProgress(console) as progress:
+        cluster = running_cluster(config, nodes, progress.notify)
+        starting = asyncio.ensure_future(cluster.__aenter__())
+        waiting = asyncio.create_task(interrupted.wait())
+        await asyncio.wait([starting, waiting], return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return
+        supervisor = starting.result()
+        progress.done()
+    try:
+        _print_endpoints(supervisor, config)
+        watching = asyncio.create_task(supervisor.watch())
+        await asyncio.wait([watching, waiting], return_when=asyncio.FIRST_COMPLETED)
+        if watching.done():
+            watching.result()
+        await _drain(supervisor, config.proxy.drain_timeout_s, interrupted)
+        watching.cancel()
+    finally:
+        await cluster.__aexit__(None, None, None)
+
+
+async def _drain(supervisor: Supervisor, timeout_s: float, interrupted: asyncio.Event) -> None:
+    """A second signal ends the wait."""
+    console.print(f"draining: no new requests, up to {timeout_s:g} s for those running (interrupt again to stop now)")
+    interrupted.clear()
+    draining = asyncio.create_task(supervisor.drain(timeout_s))
+    again = asyncio.create_task(interrupted.wait())
+    await asyncio.wait([draining, again], return_when=asyncio.FIRST_COMPLETED)
+    if draining.done() and draining.result():
+        console.print(f"{draining.result()} requests were still running", style="yellow")
+    draining.cancel()
+    again.cancel()
+
+
+def _print_endpoints(supervisor: Supervisor, config: ClusterConfig) -> None:
+    console.print(
+        f"[bold green]serving[/bold green] with {config.prefill.num_workers} prefill and {config.decode.num_workers} decode workers\n"
+        f"  OpenAI HTTP  http://{supervisor.http_address}/v1\n"
+        f"  gRPC         {supervisor.grpc_address}\n"
+        f"  metrics      http://{supervisor.http_address}/metrics\n"
+        f"  try          halfmoon chat --address {supervisor.grpc_address}",
+        highlight=False,
+    )

@@ -1,0 +1,44 @@
+"""A whole cluster from one configuration: what `halfmoon serve`, the demo and the end-to-end tests start."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from ..engine.kv_schema import kv_schema
+from ..engine.model_config import ModelConfig
+from ..engine.resolve import resolve_folder
+from ..protocol.config import ClusterConfig
+from ..protocol.errors import CheckpointError
+from .plan import make_plan
+from .ray_session import RayNode
+from .supervisor import ClusterSpec, Notify, Supervisor
+
+
+def make_spec(config: ClusterConfig, nodes: Sequence[RayNode]) -> ClusterSpec:
+    """Everything that can be wrong before a process is started is found here.
+
+    Raises ConfigError (plan), CheckpointError and UnsupportedArchitecture (model folder).
+    """
+    plan = make_plan(config, nodes)
+    folder = resolve_folder(config.model).resolve()
+    if not folder.is_dir():
+        raise CheckpointError(f"no model folder at {folder}; --model takes a folder in Hugging Face format")
+    # an empty path stays empty: a worker on another machine makes the default model in a folder of its own
+    path = str(folder) if config.model.path else ""
+    options = dataclasses.replace(config.model, path=path, device=plan.device, name=config.model.name or folder.name)
+    return ClusterSpec(dataclasses.replace(config, model=options), plan, folder, kv_schema(ModelConfig.from_folder(folder), options))
+
+
+@asynccontextmanager
+async def running_cluster(
+    config: ClusterConfig, nodes: Sequence[RayNode], notify: Notify = lambda member_id, event: None
+) -> AsyncIterator[Supervisor]:
+    """Yields once every member serves; stops them all on the way out, whatever happened."""
+    supervisor = Supervisor(make_spec(config, nodes), notify)
+    try:
+        await supervisor.start()
+        yield supervisor
+    finally:
+        await supervisor.stop()

@@ -1,0 +1,71 @@
+"""Which process runs on which node.
+
+    node 0   proxy   store-0   prefill-0  prefill-2 …   decode-1 …
+    node 1           store-1   prefill-1            …   decode-0 …
+
+Prefill goes round the nodes from the first, decode from the last, so that with two nodes and 1P1D each has its own.
+Every node that holds a worker has a store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..protocol.config import ClusterConfig
+from ..protocol.errors import ConfigError
+from .ray_session import RayNode
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    member_id: str
+    node: RayNode
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterPlan:
+    proxy: RayNode
+    stores: tuple[Placed, ...]
+    prefill: tuple[Placed, ...]
+    decode: tuple[Placed, ...]
+    device: str  # "cpu" | "cuda", of every worker
+
+    def store_on(self, node: RayNode) -> Placed:
+        return next(store for store in self.stores if store.node == node)
+
+
+def make_plan(config: ClusterConfig, nodes: Sequence[RayNode]) -> ClusterPlan:
+    """Raises ConfigError for a cluster without a prefill or a decode worker, too few GPUs, or a proxy that nodes cannot reach."""
+    for name, count in (("prefill", config.prefill.num_workers), ("decode", config.decode.num_workers)):
+        if count < 1:
+            raise ConfigError(f"{name}.num_workers is {count}; a cluster needs at least one {name} worker")
+    num_workers = config.prefill.num_workers + config.decode.num_workers
+    num_gpus = sum(node.num_gpus for node in nodes)
+    device = config.model.device if config.model.device != "auto" else ("cuda" if num_gpus >= num_workers else "cpu")
+    if device == "cuda" and num_gpus < num_workers:
+        raise ConfigError(f"{num_workers} workers need a GPU each and Ray has {num_gpus:g}; ask for fewer, or --device cpu")
+
+    hosts = _spread(nodes, device)
+    prefill = tuple(Placed(f"prefill-{i}", hosts[i % len(hosts)]) for i in range(config.prefill.num_workers))
+    decode = tuple(Placed(f"decode-{i}", hosts[-1 - i % len(hosts)]) for i in range(config.decode.num_workers))
+    used = [node for node in nodes if any(worker.node == node for worker in (*prefill, *decode))]
+    _require_reachable(config.proxy.host, used)
+    stores = tuple(Placed(f"store-{i}", node) for i, node in enumerate(used))
+    return ClusterPlan(nodes[0], stores, prefill, decode, device)
+
+
+def _spread(nodes: Sequence[RayNode], device: str) -> list[RayNode]:
+    """Nodes in the order in which workers take them; on CUDA a node comes once for each of its GPUs."""
+    if device == "cpu":
+        return list(nodes)
+    return [node for node in nodes for _ in range(int(node.num_gpus))]
+
+
+def _require_reachable(proxy_host: str, nodes: Sequence[RayNode]) -> None:
+    away = [node.host for node in nodes if not node.host.startswith("127.")]
+    if away and (proxy_host.startswith("127.") or proxy_host == "localhost"):
+        raise ConfigError(
+            f"proxy.host is {proxy_host} and workers run on {away[0]}, from where that is another machine's loopback; "
+            "set proxy.host to an address of this machine that they reach"
+        )

@@ -1,0 +1,71 @@
+"""A Ray to run on: one that we start for ourselves, on loopback only, or one that is there already.
+
+Ray places, watches and restarts the processes. No token and no KV byte passes through it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ..protocol.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# Ray rewrites 127.0.0.1 to the machine's outward address; 127.0.0.2 it leaves alone
+LOOPBACK = "127.0.0.2"
+OBJECT_STORE_BYTES = 80 * 2**20  # nothing of ours goes through it
+
+
+@dataclass(frozen=True, slots=True)
+class RayNode:
+    node_id: str
+    host: str
+    num_gpus: float
+
+
+@contextmanager
+def ray_session(address: str | None = None) -> Iterator[list[RayNode]]:
+    """Joins the Ray at address ("auto", "host:port"), or starts one; yields its live nodes, this one first.
+
+    Raises ConfigError where no Ray answers at address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would turn token authentication on by itself and write a token into the home folder. Loopback needs none.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if address is None else "token")
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
+    import ray
+
+    if address is None:
+        ray.init(
+            address="local",
+            _node_ip_address=LOOPBACK,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    else:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"no Ray to join at {address!r}: {error}; start one with `ray start --head`, or leave --address out"
+            ) from error
+    try:
+        yield _live_nodes()
+    finally:
+        ray.shutdown()
+
+
+def _live_nodes() -> list[RayNode]:
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    nodes = [
+        RayNode(node["NodeID"], node["NodeManagerAddress"], node["Resources"].get("GPU", 0.0)) for node in ray.nodes() if node["Alive"]
+    ]
+    return sorted(nodes, key=lambda node: (node.node_id != here, node.node_id))

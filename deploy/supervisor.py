@@ -1,0 +1,213 @@
+"""Starts the members of a cluster, starts again what dies, and lets them go in order.
+
+start:  proxy ─► stores ─► workers        each on the node of the plan
+watch:  a member's run() fails ─► a new process with the same id, the same port for proxy and stores; it rejoins by itself
+stop:   drain the proxy ─► workers ─► stores ─► proxy
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from ..decode_worker.actor import DecodeActor
+from ..prefill_worker.actor import PrefillActor
+from ..protocol.channel import open_channel
+from ..protocol.config import ClusterConfig
+from ..protocol.errors import HalfmoonError, InternalError
+from ..protocol.schema import KVSchema
+from ..protocol.v1 import control_pb2, control_pb2_grpc
+from .actors import ProxyActor, StoreActor, remote
+from .plan import ClusterPlan, Placed
+
+logger = logging.getLogger(__name__)
+
+FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.2, 30.0
+STEADY_S = 10.0  # a member that lived this long starts its backoff anew
+STOP_GRACE_S = 5.0
+
+Notify = Callable[[str, str], None]  # (member id, what happened)
+
+
+@dataclass(slots=True)
+class Member:
+    id: str
+    actor_class: type
+    node_id: str
+    arguments: Callable[[], dict[str, Any]]
+    num_gpus: float = 0.0
+    started: asyncio.Event = field(default_factory=asyncio.Event)
+    address: Any = None  # what its start() returned last
+    actor: Any = None
+    num_starts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSpec:
+    """What every member of a cluster is started from."""
+
+    config: ClusterConfig
+    plan: ClusterPlan
+    model_folder: Path
+    schema: KVSchema
+
+
+class Supervisor:
+    def __init__(self, spec: ClusterSpec, notify: Notify = lambda member_id, event: None) -> None:
+        self._spec = spec
+        self._notify = notify
+        self._members: dict[str, Member] = {}
+        self._keepers: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def http_address(self) -> str:
+        return self._members["proxy"].address[0]
+
+    @property
+    def grpc_address(self) -> str:
+        return self._members["proxy"].address[1]
+
+    @property
+    def members(self) -> Sequence[Member]:
+        return list(self._members.values())
+
+    async def start(self) -> None:
+        """Returns when every member serves and has joined the proxy. Raises what kept the first one from starting."""
+        plan = self._spec.plan
+        await self._start_all([self._proxy()])
+        await self._start_all([self._store(placed) for placed in plan.stores])
+        prefill = [self._worker(placed, PrefillActor) for placed in plan.prefill]
+        decode = [self._worker(placed, DecodeActor) for placed in plan.decode]
+        await self._start_all([*prefill, *decode])
+
+    async def watch(self) -> None:
+        """Until cancelled. Raises what a keeper could not mend (a bug: deaths are mended)."""
+        await asyncio.gather(*self._keepers.values())
+
+    async def drain(self, timeout_s: float) -> int:
+        """Stops admission and waits; returns how many requests were still running after timeout_s."""
+        try:
+            async with open_channel(self.grpc_address) as channel:
+                reply = await control_pb2_grpc.ControlStub(channel).Drain(control_pb2.DrainRequest(timeout_s=timeout_s))
+                return reply.num_left
+        except grpc.aio.AioRpcError:
+            return 0  # no proxy, so nobody is waiting on it
+
+    async def stop(self) -> None:
+        """Workers, then stores, then the proxy; also half way through a start."""
+        for keeper in self._keepers.values():
+            keeper.cancel()
+        await asyncio.gather(*self._keepers.values(), return_exceptions=True)
+        classes = {member.actor_class for member in self._members.values()}
+        for going in (classes - {StoreActor, ProxyActor}, {StoreActor}, {ProxyActor}):
+            await asyncio.gather(*(self._stop(member) for member in self._members.values() if member.actor_class in going))
+
+    async def _start_all(self, members: Sequence[Member]) -> None:
+        for member in members:
+            self._members[member.id] = member
+            self._keepers[member.id] = asyncio.create_task(self._keep(member), name=member.id)
+        waiting = [asyncio.create_task(member.started.wait()) for member in members]
+        keepers = [self._keepers[member.id] for member in members]
+        all_started = asyncio.gather(*waiting)
+        try:
+            await asyncio.wait([all_started, *keepers], return_when=asyncio.FIRST_COMPLETED)
+            for keeper in keepers:
+                if keeper.done():
+                    keeper.result()  # raises what kept it from starting
+            await all_started
+        finally:
+            all_started.cancel()
+
+    async def _keep(self, member: Member) -> None:
+        """One member's life, over as many processes as it takes."""
+        from ray.exceptions import RayActorError, RayTaskError
+
+        backoff_s = FIRST_BACKOFF_S
+        while True:
+            born = time.monotonic()
+            self._notify(member.id, "starting" if member.num_starts == 0 else "starting again")
+            member.num_starts += 1
+            member.actor = remote(member.actor_class, node_id=member.node_id, num_gpus=member.num_gpus).remote(**member.arguments())
+            try:
+                member.address = await member.actor.start.remote()
+                self._notify(member.id, "up")
+                member.started.set()
+                await member.actor.run.remote()
+                return
+            except RayActorError as error:
+                logger.warning("%s died: %s", member.id, error)
+                self._notify(member.id, "died")
+            except RayTaskError as error:
+                cause = error.cause if isinstance(error.cause, HalfmoonError) else InternalError(f"{member.id}: {error.cause!r}")
+                if not member.started.is_set():
+                    raise cause from error  # it never worked: the configuration is wrong, starting again would not help
+                logger.warning("%s failed to start: %s", member.id, cause)
+                self._notify(member.id, f"failed: {cause}")
+            backoff_s = FIRST_BACKOFF_S if time.monotonic() - born > STEADY_S else min(backoff_s * 2, LONGEST_BACKOFF_S)
+            await asyncio.sleep(backoff_s)
+
+    async def _stop(self, member: Member) -> None:
+        import ray
+        from ray.exceptions import RayError
+
+        if member.actor is None:
+            return
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(member.actor.stop.remote(STOP_GRACE_S).future()), 2 * STOP_GRACE_S)
+        except (RayError, TimeoutError) as error:
+            logger.warning("%s did not stop by itself (%s); killed", member.id, type(error).__name__)
+        ray.kill(member.actor, no_restart=True)
+        self._notify(member.id, "stopped")
+
+    def _proxy(self) -> Member:
+        def arguments() -> dict[str, Any]:
+            config = self._spec.config.proxy
+            if member.address is not None:  # the same ports again, for clients and members look for it there
+                http_port, grpc_port = (int(address.rpartition(":")[2]) for address in member.address)
+                config = dataclasses.replace(config, http_port=http_port, grpc_port=grpc_port)
+            spec = self._spec
+            return {"config": config, "options": spec.config.model, "model_folder": str(spec.model_folder), "schema": spec.schema}
+
+        # declared after the closure that reads it: the addresses of its last process
+        member = Member("proxy", ProxyActor, self._spec.plan.proxy.node_id, arguments)
+        return member
+
+    def _store(self, placed: Placed) -> Member:
+        def arguments() -> dict[str, Any]:
+            return {
+                "store_id": placed.member_id,
+                "node_id": placed.node.node_id,
+                "host": placed.node.host,
+                "port": int(member.address.rpartition(":")[2]) if member.address else 0,
+                "proxy_address": self.grpc_address,
+                "config": self._spec.config.store,
+                "schema": self._spec.schema,
+            }
+
+        member = Member(placed.member_id, StoreActor, placed.node.node_id, arguments)
+        return member
+
+    def _worker(self, placed: Placed, actor_class: type) -> Member:
+        spec = self._spec
+        store = spec.plan.store_on(placed.node)
+
+        def arguments() -> dict[str, Any]:
+            return {
+                "worker_id": placed.member_id,
+                "node_id": placed.node.node_id,
+                "host": placed.node.host,
+                "store_address": self._members[store.member_id].address,
+                "proxy_address": self.grpc_address,
+                "options": spec.config.model,
+                "config": spec.config.prefill if actor_class is PrefillActor else spec.config.decode,
+            }
+
+        return Member(placed.member_id, actor_class, placed.node.node_id, arguments, num_gpus=1.0 if spec.plan.device == "cuda" else 0.0)

@@ -1,0 +1,153 @@
+"""A real cluster for a module's tests: real Ray actors, real gRPC, the starter model. And the independent reference."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from halfmoon.client import AsyncClient
+from halfmoon.deploy.ray_session import RayNode, ray_session
+from halfmoon.deploy.supervisor import Supervisor
+from halfmoon.engine.starter_model import default_model_folder
+from halfmoon.protocol.channel import open_channel
+from halfmoon.protocol.v1 import control_pb2, control_pb2_grpc, kvstore_pb2, kvstore_pb2_grpc
+from transformers import AutoModelForCausalLM
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return default_model_folder(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def ray_nodes() -> Iterator[list[RayNode]]:
+    with ray_session() as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="session")
+def reference(model_folder: Path) -> Reference:
+    return Reference(model_folder)
+
+
+class Reference:
+    """Greedy tokens by transformers' own generate, fp32 on CPU."""
+
+    def __init__(self, folder: Path) -> None:
+        torch.set_num_threads(1)
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.generate = functools.lru_cache(None)(self._generate)
+
+    def _generate(self, prompt: tuple[int, ...], num_tokens: int) -> list[int]:
+        with torch.inference_mode():
+            ids = torch.tensor([prompt])
+            out = self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                min_new_tokens=num_tokens,
+                max_new_tokens=num_tokens,
+                eos_token_id=None,
+            )
+        return out[0, len(prompt) :].tolist()
+
+
+@pytest.fixture(scope="session")
+def prompt_of() -> Callable[..., tuple[int, ...]]:
+    """(length, seed=0) -> token ids, the same every time."""
+    return _prompt_of
+
+
+@pytest.fixture(scope="session")
+def cluster_type() -> type[Cluster]:
+    return Cluster
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+def _prompt_of(length: int, seed: int = 0) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(1000 * seed + length)
+    return tuple(torch.randint(10, 1000, (length,), generator=generator).tolist())
+
+
+@dataclass
+class Cluster:
+    """A running cluster and what tests look at."""
+
+    supervisor: Supervisor
+    client: AsyncClient
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, supervisor: Supervisor) -> AsyncIterator[Cluster]:
+        async with AsyncClient(supervisor.grpc_address) as client:
+            yield cls(supervisor, client)
+
+    async def status(self) -> control_pb2.StatusReply:
+        async with open_channel(self.supervisor.grpc_address) as channel:
+            return await control_pb2_grpc.ControlStub(channel).Status(control_pb2.StatusRequest())
+
+    async def store_stats(self) -> list[kvstore_pb2.StatsReply]:
+        found = []
+        for member in (await self.status()).members:
+            if member.info.role == control_pb2.ROLE_STORE:
+                async with open_channel(member.info.address) as channel:
+                    found.append(await kvstore_pb2_grpc.KVStoreStub(channel).Stats(kvstore_pb2.StatsRequest()))
+        return found
+
+    async def greedy(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
+        result = await self.client.generate(token_ids=list(prompt), max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+        return list(result.token_ids)
+
+    async def members(self, role: int) -> list[control_pb2.MemberInfo]:
+        return [member.info for member in (await self.status()).members if member.info.role == role]
+
+    async def kill(self, member_id: str) -> None:
+        info = next(member.info for member in (await self.status()).members if member.info.id == member_id)
+        os.kill(info.pid, signal.SIGKILL)
+
+    async def all_joined(self, num_members: int, timeout_s: float = 30.0) -> None:
+        async with asyncio.timeout(timeout_s):
+            while len((await self.status()).members) < num_members:
+                await asyncio.sleep(0.05)
+
+    async def at_rest(self, within_s: float = 1.0) -> None:
+        """Nothing leased, no hand-off, no page in use, no request known: within the time given, and the books add up."""
+        start, left = time.monotonic(), "nothing looked at"
+        while time.monotonic() - start < within_s + 0.3:  # loads are reported every 0.2 s
+            left = await self._not_at_rest()
+            if not left:
+                return
+            await asyncio.sleep(0.02)
+        raise AssertionError(f"{within_s} s later: {left}")
+
+    async def _not_at_rest(self) -> str:
+        status, stats = await self.status(), await self.store_stats()
+        for found in stats:
+            total = found.num_bytes_leased + found.num_bytes_cached + found.num_bytes_free
+            assert total == found.num_bytes_arena, (
+                f"{found.store_id}: leased + cached + free = {total}, the arena has {found.num_bytes_arena}"
+            )
+            if found.num_bytes_leased or found.num_handoffs or found.num_leases:
+                return f"{found.store_id} holds {found.num_leases} leases, {found.num_handoffs} hand-offs"
+        if status.num_queued or status.num_running:
+            return f"the proxy counts {status.num_queued} queued and {status.num_running} running"
+        for member in status.members:
+            if member.info.role != control_pb2.ROLE_STORE and (
+                member.load.kv_usage_ratio or member.load.num_running or member.load.num_waiting
+            ):
+                return f"{member.info.id}: {member.load}"
+        return ""

@@ -1,0 +1,170 @@
+"""What dies, and what it costs: a replay, a clear error, never a hang and never a leak."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from halfmoon.deploy.cluster import running_cluster
+from halfmoon.deploy.ray_session import RayNode
+from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
+from halfmoon.protocol.errors import Unavailable
+from halfmoon.protocol.v1 import control_pb2
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300), pytest.mark.slow]
+
+NUM_MEMBERS = 5  # store, 2 prefill, 2 decode
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cluster(ray_nodes: list[RayNode], model_folder: Path, cluster_type: type) -> AsyncIterator[object]:
+    config = ClusterConfig(
+        model=ModelOptions(path=str(model_folder), name="starter"),
+        proxy=ProxyConfig(http_port=0, grpc_port=0, policy="round_robin"),
+        prefill=PrefillConfig(num_workers=2, max_tokens_per_step=128),
+        decode=DecodeConfig(num_workers=2),
+    )
+    async with running_cluster(config, ray_nodes) as supervisor, cluster_type.open(supervisor) as opened:
+        yield opened
+
+
+async def handoff_begun(cluster) -> None:
+    async with asyncio.timeout(10):
+        while not any(found.num_handoffs for found in await cluster.store_stats()):
+            await asyncio.sleep(0.002)
+
+
+async def holder(cluster, role: int) -> str:
+    """The worker of a role that a request is on."""
+    async with asyncio.timeout(10):
+        while True:
+            for member in (await cluster.status()).members:
+                if member.info.role == role and (member.load.num_running or member.load.num_waiting):
+                    return member.info.id
+            await asyncio.sleep(0.02)
+
+
+async def test_a_client_that_leaves_while_decoding_frees_everything_within_a_second(cluster, prompt_of) -> None:
+    stream = cluster.client.stream(token_ids=list(prompt_of(500)), max_tokens=2000, temperature=0.0, ignore_eos=True)
+    async for _ in stream:
+        break
+    await stream.aclose()
+    await cluster.at_rest(within_s=1.0)
+
+
+async def test_a_client_that_leaves_while_prefilling_frees_everything_within_a_second(cluster, prompt_of) -> None:
+    task = asyncio.create_task(cluster.greedy(prompt_of(3900), 4))
+    await handoff_begun(cluster)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await cluster.at_rest(within_s=1.0)
+
+
+async def test_a_prefill_worker_killed_while_it_pushes_costs_a_replay_and_no_error(cluster, reference, prompt_of) -> None:
+    prompt = prompt_of(3500, seed=1)
+    task = asyncio.create_task(cluster.client.generate(token_ids=list(prompt), max_tokens=16, temperature=0.0, ignore_eos=True))
+    await handoff_begun(cluster)
+    await cluster.kill(await holder(cluster, control_pb2.ROLE_PREFILL))
+    result = await task
+    assert list(result.token_ids) == reference.generate(prompt, 16)
+    assert result.phases.num_attempts == 2
+    await cluster.all_joined(NUM_MEMBERS)
+    await cluster.at_rest()
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1.0, "seed": 11}], ids=["greedy", "seeded"])
+async def test_a_decode_worker_killed_mid_stream_repeats_and_loses_no_token(cluster, prompt_of, sampling: dict[str, float]) -> None:
+    options = {"token_ids": list(prompt_of(200, seed=2)), "max_tokens": 300, "ignore_eos": True, **sampling}
+    undisturbed = await cluster.client.generate(**options)
+    token_ids: list[int] = []
+    stream = cluster.client.stream(**options)
+    async for delta in stream:
+        before, token_ids = len(token_ids), [*token_ids, *delta.token_ids]
+        if before < 50 <= len(token_ids):
+            await cluster.kill(stream_worker(await cluster.status()))
+    assert token_ids == list(undisturbed.token_ids)
+    assert stream.result().phases.num_attempts == 2
+    await cluster.all_joined(NUM_MEMBERS)
+    await cluster.at_rest()
+
+
+def stream_worker(status: control_pb2.StatusReply) -> str:
+    return next(m.info.id for m in status.members if m.info.role == control_pb2.ROLE_DECODE and m.load.num_running)
+
+
+async def test_without_another_worker_there_is_a_clear_error_within_a_second(cluster, prompt_of) -> None:
+    await cluster.kill("decode-0")
+    stream = cluster.client.stream(token_ids=list(prompt_of(200, seed=3)), max_tokens=2000, temperature=0.0, ignore_eos=True)
+    killed_at = 0.0
+    with pytest.raises(Unavailable) as caught:
+        async for delta in stream:
+            if not killed_at and delta.token_ids:
+                await cluster.kill("decode-1")
+                killed_at = time.monotonic()
+    assert time.monotonic() - killed_at < 1.0
+    assert "decode" in str(caught.value)
+    await cluster.all_joined(NUM_MEMBERS)
+    await cluster.at_rest()
+
+
+async def test_a_killed_store_gives_a_clear_error_or_a_late_answer_and_rejoins(cluster, reference, prompt_of) -> None:
+    prompt = prompt_of(3000, seed=4)
+    task = asyncio.create_task(cluster.greedy(prompt, 8))
+    await handoff_begun(cluster)
+    await cluster.kill("store-0")
+    start = time.monotonic()
+    with pytest.raises(Unavailable, match="store"):
+        await task
+    assert time.monotonic() - start < 1.0
+    await cluster.all_joined(NUM_MEMBERS)
+    async with asyncio.timeout(10):  # workers attach to it again by themselves
+        while True:
+            try:
+                assert await cluster.greedy(prompt, 8) == reference.generate(prompt, 8)
+                break
+            except Unavailable:
+                await asyncio.sleep(0.1)
+    await cluster.at_rest()
+
+
+async def test_sequences_that_already_decode_outlive_the_store(cluster, reference, prompt_of) -> None:
+    prompt = prompt_of(100, seed=5)
+    expected = reference.generate(prompt, 200)
+    token_ids: list[int] = []
+    async for delta in cluster.client.stream(token_ids=list(prompt), max_tokens=200, temperature=0.0, ignore_eos=True):
+        if not token_ids:
+            await cluster.kill("store-0")
+        token_ids += delta.token_ids
+    assert token_ids == expected
+    await cluster.all_joined(NUM_MEMBERS)
+
+
+async def test_a_killed_proxy_comes_back_on_its_ports_and_members_rejoin(cluster, reference, prompt_of) -> None:
+    import ray
+
+    prompt = prompt_of(80, seed=6)
+    address = cluster.supervisor.grpc_address
+    ray.kill(next(member.actor for member in cluster.supervisor.members if member.id == "proxy"), no_restart=True)
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                await cluster.all_joined(NUM_MEMBERS)
+                break
+            except OSError:
+                raise
+            except Exception as error:
+                if "UNAVAILABLE" not in str(error):
+                    raise
+                await asyncio.sleep(0.1)
+    assert cluster.supervisor.grpc_address == address
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                assert await cluster.greedy(prompt, 8) == reference.generate(prompt, 8)
+                break
+            except Unavailable:
+                await asyncio.sleep(0.1)

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+from halfmoon.deploy.plan import make_plan
+from halfmoon.deploy.ray_session import RayNode
+from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
+from halfmoon.protocol.errors import ConfigError
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def nodes(count: int, num_gpus: float = 0.0, host: str = "127.0.0.2") -> list[RayNode]:
+    return [RayNode(f"node-{i}", host, num_gpus) for i in range(count)]
+
+
+def config(num_prefill: int, num_decode: int, **model: str) -> ClusterConfig:
+    return ClusterConfig(
+        model=ModelOptions(**model),  # type: ignore[arg-type]
+        prefill=PrefillConfig(num_workers=num_prefill),
+        decode=DecodeConfig(num_workers=num_decode),
+    )
+
+
+def test_one_prefill_and_one_decode_on_two_nodes_each_have_their_own() -> None:
+    plan = make_plan(config(1, 1), nodes(2))
+    assert plan.prefill[0].node.node_id == "node-0"
+    assert plan.decode[0].node.node_id == "node-1"
+    assert [store.node.node_id for store in plan.stores] == ["node-0", "node-1"]
+
+
+@given(st.integers(1, 5), st.integers(1, 8), st.integers(1, 8))
+def test_workers_are_spread_evenly_and_every_node_with_a_worker_has_one_store(num_nodes: int, num_prefill: int, num_decode: int) -> None:
+    plan = make_plan(config(num_prefill, num_decode), nodes(num_nodes))
+    assert (len(plan.prefill), len(plan.decode)) == (num_prefill, num_decode)
+    for workers in (plan.prefill, plan.decode):
+        counts = [sum(worker.node == node for worker in workers) for node in nodes(num_nodes)]
+        assert max(counts) - min(counts) <= 1
+    used = {worker.node.node_id for worker in (*plan.prefill, *plan.decode)}
+    assert sorted(store.node.node_id for store in plan.stores) == sorted(used)
+    assert all(plan.store_on(worker.node).node == worker.node for worker in plan.decode)
+
+
+@given(st.integers(1, 4), st.integers(1, 4))
+def test_no_gpu_gets_two_workers(num_prefill: int, num_decode: int) -> None:
+    total = num_prefill + num_decode
+    plan = make_plan(config(num_prefill, num_decode), nodes((total + 1) // 2, num_gpus=2))
+    assert plan.device == "cuda"
+    on = [worker.node.node_id for worker in (*plan.prefill, *plan.decode)]
+    assert all(on.count(node_id) <= 2 for node_id in on)
+
+
+def test_too_few_gpus_are_named_when_asked_for_and_the_cpu_serves_when_not() -> None:
+    with pytest.raises(ConfigError, match="4 workers need a GPU each and Ray has 1"):
+        make_plan(config(2, 2, device="cuda"), nodes(1, num_gpus=1))
+    assert make_plan(config(2, 2), nodes(1, num_gpus=1)).device == "cpu"
+
+
+def test_a_cluster_without_a_decode_worker_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"decode\.num_workers is 0"):
+        make_plan(config(1, 0), nodes(1))
+
+
+def test_a_proxy_on_loopback_is_refused_when_workers_are_elsewhere() -> None:
+    with pytest.raises(ConfigError, match=r"proxy\.host"):
+        make_plan(config(1, 1), nodes(2, host="10.1.2.3"))
+    reachable = ClusterConfig(proxy=ProxyConfig(host="0.0.0.0"))
+    assert len(make_plan(reachable, nodes(2, host="10.1.2.3")).stores) == 2

@@ -1,0 +1,76 @@
+"""Two Ray nodes on one machine: prefill on the one, decode on the other, KV over gRPC between two stores."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from halfmoon.deploy.cluster import running_cluster
+from halfmoon.deploy.ray_session import RayNode, ray_session
+from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300), pytest.mark.slow]
+
+NUM_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def two_nodes(monkeypatch_module: pytest.MonkeyPatch) -> Iterator[list[RayNode]]:
+    monkeypatch_module.setenv("RAY_AUTH_MODE", "disabled")
+    from ray.cluster_utils import Cluster as RayCluster
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    options = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
+    rays = RayCluster(initialize_head=True, head_node_args={**options, "node_ip_address": "127.0.0.2", "include_dashboard": False})
+    rays.add_node(**options, node_ip_address="127.0.0.3")
+    try:
+        with ray_session(rays.address) as nodes:
+            yield nodes
+    finally:
+        rays.shutdown()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=[(1, 1), (2, 2)], ids=["1P1D", "2P2D"])
+async def cluster(
+    request: pytest.FixtureRequest, two_nodes: list[RayNode], model_folder: Path, cluster_type: type
+) -> AsyncIterator[object]:
+    num_prefill, num_decode = request.param
+    config = ClusterConfig(
+        model=ModelOptions(path=str(model_folder), name="starter"),
+        proxy=ProxyConfig(http_port=0, grpc_port=0),
+        prefill=PrefillConfig(num_workers=num_prefill, max_tokens_per_step=512),
+        decode=DecodeConfig(num_workers=num_decode),
+    )
+    async with running_cluster(config, two_nodes) as supervisor, cluster_type.open(supervisor) as opened:
+        yield opened
+
+
+async def test_tokens_over_grpc_equal_those_of_transformers(cluster, reference, prompt_of) -> None:
+    transports = set()
+    for prompt_len in (1, 64, 65, 700, 1500):
+        prompt = prompt_of(prompt_len)
+        result = await cluster.client.generate(token_ids=list(prompt), max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
+        assert list(result.token_ids) == reference.generate(prompt, NUM_TOKENS)
+        transports.add(result.phases.transport)
+    assert "grpc" in transports
+    await cluster.at_rest()
+
+
+async def test_32_concurrent_streams_over_grpc_give_the_same_tokens(cluster, reference, prompt_of) -> None:
+    prompts = [prompt_of(20 + 17 * i, seed=1) for i in range(32)]
+    answers = await asyncio.gather(*(cluster.greedy(prompt, NUM_TOKENS) for prompt in prompts))
+    assert answers == [reference.generate(prompt, NUM_TOKENS) for prompt in prompts]
+    await cluster.at_rest()
+
+
+async def test_the_second_turn_finds_its_prefix_across_nodes(cluster, reference, prompt_of) -> None:
+    first = prompt_of(200, seed=2)
+    answer = await cluster.greedy(first, NUM_TOKENS)
+    second = (*first, *answer, *prompt_of(30, seed=3))
+    result = await cluster.client.generate(token_ids=list(second), max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
+    assert list(result.token_ids) == reference.generate(second, NUM_TOKENS)
+    assert result.usage.num_cached_tokens >= 128

@@ -14,8 +14,8 @@ from rich.console import Console
 from ..client import AsyncClient
 from ..protocol.config import ClusterConfig, DecodeConfig, PrefillConfig, ProxyConfig
 from ..protocol.errors import HalfmoonError
-from .cli.phases import phase_table
 from .cli.progress import StartupProgress
+from .cli.terminal import phase_table
 from .cluster import running_cluster
 from .ray_session import ray_session
 
@@ -38,11 +38,11 @@ async def converse(address: str, console: Console) -> int:
             messages.append({"role": "user", "content": question})
             console.print(f"\n[bold]turn {turn}[/bold] > {question}", highlight=False)
             stream = client.stream(messages=messages, max_tokens=48, temperature=0.0)
-            async for delta in stream:
-                console.print(delta.text, end="", style="cyan", highlight=False, markup=False)
-            result = stream.result()
+            async for text in stream.text():
+                console.print(text, end="", style="cyan", highlight=False, markup=False)
+            result = await stream.completion()
             console.print()
-            console.print(phase_table(result))
+            console.print(phase_table(result.phases, result.usage))
             messages.append({"role": "assistant", "content": result.text})
             num_cached_tokens = result.usage.num_cached_tokens
     return num_cached_tokens

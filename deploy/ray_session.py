@@ -5,11 +5,14 @@ Ray places, watches and restarts the processes. No token and no KV byte passes t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from ..protocol.errors import ConfigError
 
@@ -37,28 +40,28 @@ def ray_session(address: str | None = None) -> Iterator[list[RayNode]]:
     # Ray would turn token authentication on by itself and write a token into the home folder. Loopback needs none.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled" if address is None else "token")
     os.environ.setdefault("PYTHONSAFEPATH", "1")
+    # Ray puts the driver's folder on its workers' path: in a checkout they would find kernels/ and proxy/ as top-level packages
+    with contextlib.chdir(tempfile.gettempdir()):
+        _init(address)
     import ray
 
-    if address is None:
-        ray.init(
-            address="local",
-            _node_ip_address=LOOPBACK,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    else:
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"no Ray to join at {address!r}: {error}; start one with `ray start --head`, or leave --address out"
-            ) from error
     try:
         yield _live_nodes()
     finally:
         ray.shutdown()
+
+
+def _init(address: str | None) -> None:
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        ray.init(address="local", _node_ip_address=LOOPBACK, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **options)
+        return
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"no Ray to join at {address!r}: {error}; start one with `ray start --head`, or leave --address out") from error
 
 
 def _live_nodes() -> list[RayNode]:

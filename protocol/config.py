@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from .errors import ConfigError
 
-Policy = Literal["random", "round_robin", "least_loaded", "cache_aware"]
+Policy = Literal["random", "round_robin", "least_loaded", "cache_aware", "kvcache_centric", "adaptive"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 

@@ -74,6 +74,9 @@ KV_TRANSFER_SECONDS = MetricSpec(
 HANDOFFS_REFUSED = MetricSpec("halfmoon_handoffs_refused", "counter", "Hand-offs that decode refused, by error code.", ("reason",))
 PREFIX_CACHE_QUERIES = MetricSpec("halfmoon_prefix_cache_queries", "counter", "Prompt tokens looked up.", ("tier",))
 PREFIX_CACHE_HITS = MetricSpec("halfmoon_prefix_cache_hits", "counter", "Prompt tokens found.", ("tier",))
+PREFIX_LOAD_FAILURES = MetricSpec(
+    "halfmoon_prefix_load_failures", "counter", "Cached prefixes computed instead of loaded, by error code.", ("reason",)
+)
 
 # store; arena = leased + cached + free, always
 STORE_ARENA_BYTES = MetricSpec("halfmoon_store_arena_bytes", "gauge", "Bytes of the arena, by state.", ("state",))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from halfmoon.protocol.generate import PROTO_FOLDER, generate
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
@@ -48,12 +49,12 @@ def test_the_sdk_installed_alone_imports_and_brings_neither_torch_nor_ray(tmp_pa
 
 def test_constraints_pin_every_dependency_within_its_range() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = {line.split("==")[0].lower(): line.split("==")[1] for line in lines if "==" in line}
+    pins = {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in lines if "==" in line}
     for text in requires("halfmoon") or []:
         wanted = Requirement(text)
         if wanted.name.lower() == "halfmoon":
             continue
-        name = wanted.name.lower()
+        name = canonicalize_name(wanted.name)
         assert name in pins, f"{name} is not in constraints.txt"
         assert wanted.specifier.contains(Version(pins[name]), prereleases=True), f"{name}=={pins[name]} is outside {wanted.specifier}"
 

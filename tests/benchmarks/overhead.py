@@ -22,7 +22,7 @@ import urllib.request
 from importlib.metadata import version
 from pathlib import Path
 
-from halfmoon.client import AsyncClient
+from halfmoon.client import AsyncClient, Delta
 from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.ray_session import ray_session
 from halfmoon.protocol.channel import open_channel
@@ -80,9 +80,9 @@ def process_cpu_s(pid: int) -> float:
 async def one(client: AsyncClient, prompt: list[int], num_tokens: int) -> Sample:
     start, arrivals = time.perf_counter(), []
     stream = client.stream(token_ids=prompt, max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
-    async for delta in stream:
-        arrivals += [time.perf_counter()] * len(delta.token_ids)
-    phases = stream.result().phases
+    async for event in stream:
+        arrivals += [time.perf_counter()] * len(event.token_ids) if isinstance(event, Delta) else []
+    phases = (await stream.completion()).phases
     tpot_s = (arrivals[-1] - arrivals[0]) / (len(arrivals) - 1)
     named = {name: value for name, value in dataclasses.asdict(phases).items() if name.endswith("_s")}
     return Sample(arrivals[0] - start, tpot_s, phases.prefill_s, named)

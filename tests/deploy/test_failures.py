@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from halfmoon.client import Delta
 from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.ray_session import RayNode
 from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
@@ -39,7 +40,7 @@ async def handoff_begun(cluster) -> None:
 
 
 async def holder(cluster, role: int) -> str:
-    """The worker of a role that a request is on."""
+    """The worker of a role that the one request is on, once it has reported so."""
     async with asyncio.timeout(10):
         while True:
             for member in (await cluster.status()).members:
@@ -50,9 +51,10 @@ async def holder(cluster, role: int) -> str:
 
 async def test_a_client_that_leaves_while_decoding_frees_everything_within_a_second(cluster, prompt_of) -> None:
     stream = cluster.client.stream(token_ids=list(prompt_of(500)), max_tokens=2000, temperature=0.0, ignore_eos=True)
-    async for _ in stream:
-        break
-    await stream.aclose()
+    async for event in stream:
+        if isinstance(event, Delta):
+            break
+    stream.close()
     await cluster.at_rest(within_s=1.0)
 
 
@@ -78,22 +80,19 @@ async def test_a_prefill_worker_killed_while_it_pushes_costs_a_replay_and_no_err
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1.0, "seed": 11}], ids=["greedy", "seeded"])
 async def test_a_decode_worker_killed_mid_stream_repeats_and_loses_no_token(cluster, prompt_of, sampling: dict[str, float]) -> None:
-    options = {"token_ids": list(prompt_of(200, seed=2)), "max_tokens": 300, "ignore_eos": True, **sampling}
+    options = {"token_ids": list(prompt_of(200, seed=2)), "max_tokens": 600, "ignore_eos": True, **sampling}
     undisturbed = await cluster.client.generate(**options)
+    await cluster.at_rest()
     token_ids: list[int] = []
     stream = cluster.client.stream(**options)
-    async for delta in stream:
-        before, token_ids = len(token_ids), [*token_ids, *delta.token_ids]
+    async for event in stream:
+        before, token_ids = len(token_ids), [*token_ids, *(event.token_ids if isinstance(event, Delta) else ())]
         if before < 50 <= len(token_ids):
-            await cluster.kill(stream_worker(await cluster.status()))
+            await cluster.kill(await holder(cluster, control_pb2.ROLE_DECODE))
     assert token_ids == list(undisturbed.token_ids)
-    assert stream.result().phases.num_attempts == 2
+    assert (await stream.completion()).phases.num_attempts == 2
     await cluster.all_joined(NUM_MEMBERS)
     await cluster.at_rest()
-
-
-def stream_worker(status: control_pb2.StatusReply) -> str:
-    return next(m.info.id for m in status.members if m.info.role == control_pb2.ROLE_DECODE and m.load.num_running)
 
 
 async def test_without_another_worker_there_is_a_clear_error_within_a_second(cluster, prompt_of) -> None:
@@ -101,8 +100,8 @@ async def test_without_another_worker_there_is_a_clear_error_within_a_second(clu
     stream = cluster.client.stream(token_ids=list(prompt_of(200, seed=3)), max_tokens=2000, temperature=0.0, ignore_eos=True)
     killed_at = 0.0
     with pytest.raises(Unavailable) as caught:
-        async for delta in stream:
-            if not killed_at and delta.token_ids:
+        async for event in stream:
+            if not killed_at and isinstance(event, Delta):
                 await cluster.kill("decode-1")
                 killed_at = time.monotonic()
     assert time.monotonic() - killed_at < 1.0
@@ -135,10 +134,11 @@ async def test_sequences_that_already_decode_outlive_the_store(cluster, referenc
     prompt = prompt_of(100, seed=5)
     expected = reference.generate(prompt, 200)
     token_ids: list[int] = []
-    async for delta in cluster.client.stream(token_ids=list(prompt), max_tokens=200, temperature=0.0, ignore_eos=True):
-        if not token_ids:
-            await cluster.kill("store-0")
-        token_ids += delta.token_ids
+    async for event in cluster.client.stream(token_ids=list(prompt), max_tokens=200, temperature=0.0, ignore_eos=True):
+        if isinstance(event, Delta):
+            if not token_ids:
+                await cluster.kill("store-0")
+            token_ids += event.token_ids
     assert token_ids == expected
     await cluster.all_joined(NUM_MEMBERS)
 

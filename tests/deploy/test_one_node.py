@@ -11,6 +11,7 @@ from pathlib import Path
 import openai
 import pytest
 import pytest_asyncio
+from halfmoon.client import Delta
 from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.ray_session import RayNode
 from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
@@ -114,13 +115,13 @@ async def test_histograms_agree_with_what_the_client_measured(cluster, prompt_of
         before = served_sums(cluster.supervisor.http_address)
         start, arrivals = time.monotonic(), []
         stream = cluster.client.stream(token_ids=list(prompt_of(150, seed=10 + i)), max_tokens=24, temperature=0.0, ignore_eos=True)
-        async for delta in stream:
-            arrivals += [time.monotonic()] * len(delta.token_ids)
+        async for event in stream:
+            arrivals += [time.monotonic()] * len(event.token_ids) if isinstance(event, Delta) else []
         after = served_sums(cluster.supervisor.http_address)
         ttft_gaps.append(abs(after["time_to_first_token"] - before["time_to_first_token"] - (arrivals[0] - start)))
         tpot = (arrivals[-1] - arrivals[0]) / (len(arrivals) - 1)
         tpot_gaps.append(abs(after["time_per_output_token"] - before["time_per_output_token"] - tpot))
-        phases = stream.result().phases
+        phases = (await stream.completion()).phases
         assert after["phase_prefill"] - before["phase_prefill"] == pytest.approx(phases.prefill_s, abs=1e-6)
         assert after["phase_decode"] - before["phase_decode"] == pytest.approx(phases.decode_s, abs=1e-6)
     assert sorted(ttft_gaps)[4] < 0.005, ttft_gaps

@@ -1,0 +1,59 @@
+"""The SDK: talks to a Halfmoon cluster over gRPC. Needs grpcio and protobuf, nothing else.
+
+>>> from halfmoon.client import Client
+>>> with Client("127.0.0.1:50051") as client:
+...     completion = client.generate(prompt="A halfmoon is", max_tokens=32)
+...     print(completion.text, completion.phases.ttft_s)
+"""
+
+from __future__ import annotations
+
+from ..protocol.errors import (
+    DeadlineExceeded,
+    HalfmoonError,
+    InvalidRequest,
+    Overloaded,
+    PromptTooLong,
+    RequestCancelled,
+    Unauthenticated,
+    Unavailable,
+    UnknownModel,
+)
+from .async_client import AsyncClient, AsyncStream
+from .client import Client, Stream
+from .cluster_status import ClusterStatus, Member, Model, Percentiles
+from .completion import Admitted, Choice, Completion, Delta, Event, Finished, PhaseRecord, TokenLogprob, TopLogprob, Usage
+from .conversation import Conversation
+from .options import Message
+
+__all__ = [
+    "Admitted",
+    "AsyncClient",
+    "AsyncStream",
+    "Choice",
+    "Client",
+    "ClusterStatus",
+    "Completion",
+    "Conversation",
+    "DeadlineExceeded",
+    "Delta",
+    "Event",
+    "Finished",
+    "HalfmoonError",
+    "InvalidRequest",
+    "Member",
+    "Message",
+    "Model",
+    "Overloaded",
+    "Percentiles",
+    "PhaseRecord",
+    "PromptTooLong",
+    "RequestCancelled",
+    "Stream",
+    "TokenLogprob",
+    "TopLogprob",
+    "Unauthenticated",
+    "Unavailable",
+    "UnknownModel",
+    "Usage",
+]

@@ -1,0 +1,57 @@
+"""When a call may be tried again: the connection failed before anything came back, and time is left.
+
+call ── UNAVAILABLE without a word of the proxy, before the first reply ─► wait 0.1, 0.2, 0.4 … s ─► call
+     └─ anything else ─► the error of protocol/errors.py
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import grpc
+
+from ..protocol.errors import HalfmoonError
+from ..protocol.grpc_errors import TRAILER, from_rpc_error
+
+MAX_ATTEMPTS = 6
+FIRST_DELAY_S = 0.1
+DEADLINE_SLACK_S = 2.0  # the proxy ends a request in time and says why; this side waits a little longer for that
+
+
+class Attempts:
+    """The attempts of one call. timeout_s: over all of them together; None: no limit."""
+
+    def __init__(self, peer: str, timeout_s: float | None) -> None:
+        self._peer = peer
+        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._failures = 0
+
+    @property
+    def remaining_s(self) -> float | None:
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    @property
+    def call_timeout_s(self) -> float | None:
+        remaining_s = self.remaining_s
+        return None if remaining_s is None else remaining_s + DEADLINE_SLACK_S
+
+    def delay_after(self, error: grpc.RpcError, *, replied: bool) -> float:
+        """Seconds to wait before the next attempt. Raises the error, typed, where there is to be none."""
+        typed = self.typed(error)
+        self._failures += 1
+        delay_s = FIRST_DELAY_S * 2 ** (self._failures - 1) * random.uniform(0.8, 1.2)
+        out_of_time = self.remaining_s is not None and self.remaining_s <= delay_s
+        if replied or self._failures >= MAX_ATTEMPTS or out_of_time or not _never_arrived(error):
+            raise typed from error
+        return delay_s
+
+    def typed(self, error: grpc.RpcError) -> HalfmoonError:
+        return from_rpc_error(error, f"the proxy at {self._peer}")
+
+
+def _never_arrived(error: Any) -> bool:
+    """The transport failed; an UNAVAILABLE of the proxy's own (no worker, draining) carries our trailer."""
+    ours = any(key == TRAILER for key, _ in error.trailing_metadata() or ())
+    return error.code() is grpc.StatusCode.UNAVAILABLE and not ours

@@ -1,0 +1,151 @@
+"""The SDK for threads: Client("host:port"). client/async_client.py is its mirror image for asyncio.
+
+Client ── generate() ─► Completion
+       ── stream()   ─► Stream ─► Admitted, Delta …, Finished     left early: cancelled in the whole cluster
+       ── models() · cancel() · status()
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, Unpack
+
+import grpc
+
+from ..protocol.channel import OPTIONS
+from ..protocol.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from .attempts import Attempts
+from .cluster_status import ClusterStatus, Model
+from .completion import Collector, Completion, Delta, Event, event_from_proto
+from .options import Ask, build_request
+
+CALL_TIMEOUT_S = 10.0
+Reply = TypeVar("Reply")
+
+
+class Stream(Iterator[Event]):
+    """The events of one request. Closing it, leaving its `with`, or dropping it cancels the request everywhere."""
+
+    def __init__(self, stub: Any, request: inference_pb2.GenerateRequest, peer: str) -> None:
+        self._stub = stub
+        self._request = request
+        self._attempts = Attempts(peer, request.timeout_s if request.HasField("timeout_s") else None)
+        self._collector = Collector()
+        self._closed = False
+        self._call = self._start()
+
+    @property
+    def request_id(self) -> str | None:
+        """None before the first event."""
+        return self._collector.admitted.request_id if self._collector.admitted else None
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Event:
+        """Raises an error of protocol/errors.py."""
+        while not self._closed:
+            try:
+                event = event_from_proto(next(self._call))
+            except StopIteration:
+                self._closed = True
+            except grpc.RpcError as error:
+                if self._closed:  # by another thread, while this one waited
+                    break
+                time.sleep(self._attempts.delay_after(error, replied=self._collector.admitted is not None))
+                self._call = self._start()
+            else:
+                self._collector.add(event)
+                return event
+        raise StopIteration
+
+    def text(self) -> Iterator[str]:
+        """The new text only, piece by piece. For requests of one choice."""
+        try:
+            for event in self:
+                if isinstance(event, Delta) and event.text:
+                    yield event.text
+        finally:
+            self.close()
+
+    def completion(self) -> Completion:
+        """Reads to the end what has not been read. Raises ValueError for a stream that was closed early."""
+        for _ in self:
+            pass
+        return self._collector.completion()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._call.cancel()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_call"):  # an __init__ that failed leaves none
+            self.close()
+
+    def _start(self) -> Any:
+        remaining_s = self._attempts.remaining_s
+        if remaining_s is not None:
+            self._request.timeout_s = remaining_s
+        return self._stub.Generate(self._request, timeout=self._attempts.call_timeout_s)
+
+
+class Client:
+    """Thread-safe. Connects on first use.
+
+    Args:
+        address: "host:port" of the proxy's gRPC face.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = grpc.insecure_channel(address, options=[*OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
+        self._inference: Any = inference_pb2_grpc.InferenceStub(self._channel)
+        self._control: Any = control_pb2_grpc.ControlStub(self._channel)
+
+    def generate(self, **ask: Unpack[Ask]) -> Completion:
+        """Raises an error of protocol/errors.py: InvalidRequest, Overloaded, DeadlineExceeded, Unavailable …"""
+        with self.stream(**ask) as stream:
+            return stream.completion()
+
+    def stream(self, **ask: Unpack[Ask]) -> Stream:
+        """Raises InvalidRequest at once for a wrong option; anything else comes while it is read."""
+        return Stream(self._inference, build_request(ask), self.address)
+
+    def models(self, *, timeout_s: float = CALL_TIMEOUT_S) -> list[Model]:
+        reply: inference_pb2.ModelsReply = self._unary(self._inference.Models, inference_pb2.ModelsRequest(), timeout_s)
+        return [Model.from_proto(model) for model in reply.models]
+
+    def cancel(self, request_id: str, *, timeout_s: float = CALL_TIMEOUT_S) -> bool:
+        """Whether there was such a request under way."""
+        reply: inference_pb2.CancelReply = self._unary(
+            self._inference.Cancel, inference_pb2.CancelRequest(request_id=request_id), timeout_s
+        )
+        return reply.found
+
+    def status(self, *, timeout_s: float = CALL_TIMEOUT_S) -> ClusterStatus:
+        return ClusterStatus.from_proto(self._unary(self._control.Status, control_pb2.StatusRequest(), timeout_s))
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _unary(self, method: Callable[..., Reply], request: Any, timeout_s: float) -> Reply:
+        attempts = Attempts(self.address, timeout_s)
+        while True:
+            try:
+                return method(request, timeout=attempts.call_timeout_s)
+            except grpc.RpcError as error:
+                time.sleep(attempts.delay_after(error, replied=False))

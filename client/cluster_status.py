@@ -1,0 +1,106 @@
+"""What an operator sees of the cluster: members and their load, queues, latencies."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..protocol.v1 import control_pb2, inference_pb2
+
+Role = Literal["prefill", "decode", "store", "unknown"]
+_ROLES: dict[int, Role] = {
+    control_pb2.ROLE_PREFILL: "prefill",
+    control_pb2.ROLE_DECODE: "decode",
+    control_pb2.ROLE_STORE: "store",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    id: str
+    max_model_len: int
+    vocab_size: int
+    dtype: str
+
+    @classmethod
+    def from_proto(cls, message: inference_pb2.ModelInfo) -> Model:
+        return cls(message.id, message.max_model_len, message.vocab_size, message.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    id: str
+    role: Role
+    address: str
+    node_id: str
+    device: str
+    pid: int
+    up_s: float
+    num_running: int
+    num_waiting: int
+    num_outstanding_tokens: int
+    """Prefill: still to compute; decode: of context held."""
+    kv_usage_ratio: float
+    """Of a worker's pages, or of a store's arena."""
+
+
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    """In seconds, over the latest `count` requests."""
+
+    p50: float
+    p90: float
+    p99: float
+    count: int
+
+    @classmethod
+    def from_proto(cls, message: control_pb2.StatusReply.Percentiles) -> Percentiles:
+        return cls(message.p50, message.p90, message.p99, message.count)
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    model: str
+    up_s: float
+    draining: bool
+    num_queued: int
+    num_running: int
+    members: tuple[Member, ...]
+    ttft_s: Percentiles
+    tpot_s: Percentiles
+    outcomes: dict[str, int]
+
+    @classmethod
+    def from_proto(cls, message: control_pb2.StatusReply) -> ClusterStatus:
+        return cls(
+            model=message.model,
+            up_s=message.up_s,
+            draining=message.draining,
+            num_queued=message.num_queued,
+            num_running=message.num_running,
+            members=tuple(map(_member, message.members)),
+            ttft_s=Percentiles.from_proto(message.ttft_s),
+            tpot_s=Percentiles.from_proto(message.tpot_s),
+            outcomes=dict(message.outcomes),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def _member(message: control_pb2.StatusReply.Member) -> Member:
+    info, load = message.info, message.load
+    return Member(
+        id=info.id,
+        role=_ROLES.get(info.role, "unknown"),
+        address=info.address,
+        node_id=info.node_id,
+        device=info.device,
+        pid=info.pid,
+        up_s=message.up_s,
+        num_running=load.num_running,
+        num_waiting=load.num_waiting,
+        num_outstanding_tokens=load.num_outstanding_tokens,
+        kv_usage_ratio=load.kv_usage_ratio,
+    )

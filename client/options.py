@@ -1,0 +1,93 @@
+"""What a request may say, and how it becomes a GenerateRequest: one list for the sync and the async client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict
+
+from ..protocol.errors import InvalidRequest
+from ..protocol.v1 import inference_pb2
+
+
+class Message(NamedTuple):
+    """One turn of a chat. A mapping with the same two keys does as well."""
+
+    role: str
+    content: str
+
+
+class Options(TypedDict, total=False):
+    """All optional; what is left out takes the server's default, which is that of OpenAI's API."""
+
+    model: str
+    request_id: str
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int
+    max_tokens: int
+    min_tokens: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    logit_bias: Mapping[int, float]
+    num_logprobs: int
+    n: int
+    timeout_s: float
+    priority: int
+
+
+class Input(TypedDict, total=False):
+    """Exactly one of the three."""
+
+    prompt: str
+    token_ids: Sequence[int]
+    messages: Iterable[Message | Mapping[str, str]]
+
+
+class Ask(Options, Input, total=False):
+    """Every keyword of generate() and stream()."""
+
+
+def build_request(ask: Mapping[str, Any]) -> inference_pb2.GenerateRequest:
+    """Raises InvalidRequest, naming the keyword, for one that is unknown or has a value of the wrong type or size."""
+    given = {name: value for name, value in ask.items() if value is not None}
+    unknown = sorted(given.keys() - Ask.__annotations__.keys())
+    if unknown:
+        raise InvalidRequest(f"{unknown[0]} is not an option; the options are {', '.join(Options.__annotations__)}", param=unknown[0])
+    inputs = [name for name in Input.__annotations__ if name in given]
+    if len(inputs) != 1:
+        raise InvalidRequest(f"a request has one of prompt, token_ids and messages; this one has {' and '.join(inputs) or 'none'}")
+    request = inference_pb2.GenerateRequest()
+    for name, value in given.items():
+        try:
+            _set(request, name, value)
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise InvalidRequest(f"{name} is {value!r:.80}: {error}", param=name) from error
+    return request
+
+
+def _set(request: inference_pb2.GenerateRequest, name: str, value: Any) -> None:
+    if name == "token_ids":
+        request.tokens.SetInParent()
+        request.tokens.token_ids.extend(value)
+    elif name == "messages":
+        request.chat.SetInParent()
+        request.chat.messages.extend(_message(turn) for turn in value)
+    elif name == "stop":
+        request.stop.extend([value] if isinstance(value, str) else value)
+    elif name == "stop_token_ids":
+        request.stop_token_ids.extend(value)
+    elif name == "logit_bias":
+        request.logit_bias.update(value)
+    else:
+        setattr(request, name, value)
+
+
+def _message(turn: Message | Mapping[str, str]) -> inference_pb2.ChatMessage:
+    role, content = (turn["role"], turn["content"]) if isinstance(turn, Mapping) else turn
+    return inference_pb2.ChatMessage(role=role, content=content)

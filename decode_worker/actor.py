@@ -1,0 +1,27 @@
+"""What Ray places: a decode worker in an actor's process. deploy wraps it with ray.remote, so nothing here needs Ray."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .worker import DecodeWorker
+
+
+class DecodeActor:
+    """kwargs: DecodeWorker's."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self._worker = DecodeWorker(**kwargs)
+
+    async def start(self) -> str:
+        """The gRPC address, once requests are taken and the proxy sends some."""
+        address = await self._worker.start()
+        await self._worker.joined.wait()
+        return address
+
+    async def run(self) -> None:
+        """Returns when stopped; raises what broke the worker."""
+        await self._worker.serve_until_stopped()
+
+    async def stop(self, grace_s: float) -> None:
+        await self._worker.stop(grace_s)

@@ -1,0 +1,108 @@
+"""One Decode call as the worker holds it: the sequence, its hand-off, what the client was not sent yet, and what happened when.
+
+arrived ─hand-off wait─► sealed ─queue, for pages─► granted ─intake─► admitted ─► second token ─► … ─► last token
+                                └── pages may be granted before the seal, and the intake overlap it ──┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from ..engine.sampler import TokenSample
+from ..engine.sequence import Sequence
+from ..kvstore.client import BlockReader
+from ..protocol.errors import DeadlineExceeded, HalfmoonError
+from ..protocol.v1 import common_pb2, worker_pb2
+
+
+@dataclass(slots=True, eq=False)
+class DecodeJob:
+    request: worker_pb2.DecodeRequest
+    sequence: Sequence
+    block_keys: list[bytes]  # of the full blocks that the hand-off brings
+    granted: asyncio.Future[None]  # the scheduler gave it pages
+    intake: asyncio.Task[None] | None = None  # takes in the hand-off
+    reader: BlockReader | None = None
+    timer: asyncio.TimerHandle | None = None  # of the deadline
+    state: common_pb2.HandoffState | None = None  # set on admission
+    unsent: list[common_pb2.TokenOutput] = field(default_factory=list)
+    finish_reason: common_pb2.FinishReason | None = None
+    error: HalfmoonError | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)  # there is something to send
+    num_preemptions: int = 0
+    arrived_at: float = field(default_factory=time.monotonic)
+    sealed_at: float = 0.0
+    granted_at: float = 0.0
+    admitted_at: float = 0.0
+    second_token_at: float = 0.0
+    last_token_at: float = 0.0
+
+    @property
+    def ended(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+    def admit(self, state: common_pb2.HandoffState) -> None:
+        """The first token counts as sent now."""
+        self.state = state
+        self.admitted_at = self.last_token_at = time.monotonic()
+        self.unsent.append(state.first_token)
+        self.changed.set()
+
+    def push(self, token: common_pb2.TokenOutput) -> None:
+        """A token after the first one."""
+        self.last_token_at = time.monotonic()
+        self.second_token_at = self.second_token_at or self.last_token_at
+        self.unsent.append(token)
+        self.changed.set()
+
+    async def replies(self) -> AsyncIterator[worker_pb2.DecodeReply]:
+        """Until it has ended; raises the error that ended it. Tokens that came meanwhile go in one message."""
+        told_admission = False
+        while True:
+            await self.changed.wait()
+            self.changed.clear()
+            if self.state is not None and not told_admission:
+                told_admission = True
+                admitted = worker_pb2.DecodeReply.Admitted(state=self.state, handoff_wait_s=self.sealed_at - self.arrived_at)
+                yield worker_pb2.DecodeReply(admitted=admitted)
+            if self.unsent:
+                tokens, self.unsent = self.unsent, []
+                yield worker_pb2.DecodeReply(tokens=worker_pb2.DecodeReply.Tokens(tokens=tokens))
+            if self.unsent:  # more came while that was written
+                self.changed.set()
+            elif self.error is not None:
+                raise self.error
+            elif self.finish_reason is not None:
+                yield worker_pb2.DecodeReply(finished=worker_pb2.DecodeReply.Finished(reason=self.finish_reason, phases=self.phases()))
+                return
+
+    def phases(self) -> common_pb2.DecodePhases:
+        if self.state is None:  # ended before its hand-off was there
+            return common_pb2.DecodePhases(handoff_wait_s=time.monotonic() - self.arrived_at)
+        loaded_from = max(self.sealed_at, self.granted_at)
+        return common_pb2.DecodePhases(
+            handoff_wait_s=self.sealed_at - self.arrived_at,
+            intake_s=self.admitted_at - loaded_from,
+            queue_s=loaded_from - self.sealed_at,
+            first_decode_s=max(self.second_token_at - self.admitted_at, 0.0),
+            decode_s=max(self.last_token_at - self.admitted_at, 0.0),
+            num_preemptions=self.num_preemptions,
+        )
+
+    def timeout_error(self) -> DeadlineExceeded:
+        if self.state is not None:
+            where = f"in decode, with {self.sequence.num_output_tokens} tokens of its answer"
+        elif self.sealed_at:
+            where = "waiting for the decode worker's pages"
+        else:
+            where = "waiting for its hand-off"
+        waited_s = time.monotonic() - self.arrived_at
+        return DeadlineExceeded(f"request {self.sequence.request_id} ran out of time {where}, {waited_s:.3f} s after it came")
+
+
+def token_output(sample: TokenSample) -> common_pb2.TokenOutput:
+    top = [common_pb2.TokenLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in sample.top]
+    return common_pb2.TokenOutput(token_id=sample.token_id, logprob=sample.logprob, top_logprobs=top)

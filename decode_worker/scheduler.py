@@ -1,0 +1,282 @@
+"""Which sequences make the next step of a decode worker. Pure: no tensor, no clock, no I/O; the caller brings the lock.
+
+add ─► waiting ─start─► loading ─admit─► running ─schedule─► step ─record─► finished ─release─► pages free
+          ▲      pages    its hand-off     │  a token each, pages grow        its blocks are
+          └────────── preempt ◄────────────┘  on demand                       kept from the pages
+
+A preempted sequence gave up its pages: once it has pages again its KV is computed here, in chunks beside the others' tokens.
+abort at any point takes a sequence out; its pages are free once it is out of the running step and released.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import insort
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..engine.page_allocator import PageAllocator
+from ..engine.sequence import Sequence, StepChunk
+from ..protocol.blocks import div_ceil
+from ..protocol.errors import ConfigError, PromptTooLong
+from ..protocol.v1 import common_pb2
+
+
+class Step(NamedTuple):
+    chunks: list[StepChunk]
+    preempted: list[Sequence]  # to make room for this step
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def sampled(self) -> list[Sequence]:
+        """Whose next token the step's logits give, in the logits' order. To be read before record()."""
+        return [chunk.sequence for chunk in self.chunks if chunk.is_last]
+
+
+class Generated(NamedTuple):
+    """A token that a step gave, and why it was the last one if it was."""
+
+    sequence: Sequence
+    row: int  # in Step.sampled and the step's logits
+    finish_reason: common_pb2.FinishReason | None
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    sequence: Sequence
+    order: tuple[int, int]  # priority, arrival
+    held: bool = False  # the caller may read and write the pages: from start() to admit(), from the last token to release()
+    admitted: bool = False  # its hand-off was taken in: whatever it lacks is computed here
+    in_step: bool = False
+    left: bool = False  # finished or aborted
+    num_preemptions: int = 0
+
+
+class DecodeScheduler:
+    """Sequences start, run and resume in order of priority, then arrival; the last in that order is the first preempted.
+
+    The first in order is never preempted for another's sake, so every sequence ends.
+
+    Args:
+        eos_token_ids: of the model.
+        max_running: sequences in one step.
+        max_prefill_tokens_per_step: computed in one step for sequences that were preempted.
+    """
+
+    def __init__(
+        self,
+        allocator: PageAllocator,
+        block_size: int,
+        *,
+        eos_token_ids: frozenset[int],
+        max_running: int,
+        max_prefill_tokens_per_step: int,
+    ) -> None:
+        for name, value in (("max_running", max_running), ("max_prefill_tokens_per_step", max_prefill_tokens_per_step)):
+            if value < 1:
+                raise ConfigError(f"decode.{name} is {value}; it must be at least 1", key=f"decode.{name}")
+        self.allocator = allocator
+        self.block_size = block_size
+        self.eos_token_ids = eos_token_ids
+        self.max_running = max_running
+        self.max_prefill_tokens_per_step = max_prefill_tokens_per_step
+        self._arrivals = itertools.count()
+        self._entries: dict[Sequence, _Entry] = {}  # until the pages are free
+        self._waiting: list[_Entry] = []  # for pages; sorted by order, as the other two
+        self._loading: list[_Entry] = []
+        self._running: list[_Entry] = []
+
+    @property
+    def num_waiting(self) -> int:
+        """Without a place in the batch: no pages yet, no pages any more, or the hand-off still on its way."""
+        return len(self._waiting) + len(self._loading)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_outstanding_tokens(self) -> int:
+        """Tokens of context, of sequences waiting and running."""
+        return sum(entry.sequence.num_tokens for entry in itertools.chain(self._waiting, self._loading, self._running))
+
+    @property
+    def at_rest(self) -> bool:
+        """Nothing is known of any sequence, and so every page is free."""
+        return not self._entries
+
+    def check(self, sequence: Sequence) -> None:
+        """Raises PromptTooLong where the sequence at its longest would not fit into the pages, even alone."""
+        longest = sequence.num_prompt_tokens + sequence.sampling.max_tokens
+        limit = self.allocator.num_pages * self.block_size
+        if max(longest, sequence.num_tokens + 1) > limit:
+            raise PromptTooLong(
+                f"prompt and max_tokens are {sequence.num_prompt_tokens} + {sequence.sampling.max_tokens} tokens; this decode worker's "
+                f"pages hold {limit} (raise decode.kv_capacity_tokens or lower max_tokens)",
+                num_tokens=longest,
+                limit=limit,
+            )
+
+    def add(self, sequence: Sequence) -> None:
+        """A sequence whose hand-off has begun. Raises PromptTooLong."""
+        self.check(sequence)
+        entry = _Entry(sequence, (sequence.priority, next(self._arrivals)))
+        self._entries[sequence] = entry
+        insort(self._waiting, entry, key=_order)
+
+    def start(self) -> list[Sequence]:
+        """Gives pages to the waiting, in order, for as long as they are there. Returns those whose hand-off is to be loaded now.
+
+        Those that were preempted run again. A page for each running sequence stays free, lest a start preempts at once.
+        """
+        to_load: list[Sequence] = []
+        while self._waiting:
+            entry = self._waiting[0]
+            num_pages = div_ceil(entry.sequence.num_tokens, self.block_size)
+            if not self.allocator.can_allocate(num_pages + len(self._running)):
+                break
+            del self._waiting[0]
+            entry.sequence.pages = self.allocator.allocate(num_pages)
+            insort(self._running if entry.admitted else self._loading, entry, key=_order)
+            if not entry.admitted:
+                entry.held = True
+                to_load.append(entry.sequence)
+        return to_load
+
+    def admit(self, sequence: Sequence, first_token_id: int) -> common_pb2.FinishReason | None:
+        """The hand-off stands in the pages, whole and verified. Returns why the sequence ends with its first token, if it does.
+
+        Raises ValueError for a sequence that is not loading.
+        """
+        entry = self._entries.get(sequence)
+        if entry is None or entry not in self._loading:
+            raise ValueError(f"sequence {sequence.request_id} is not loading")
+        self._loading.remove(entry)
+        entry.admitted = True
+        sequence.num_computed_tokens = sequence.num_tokens
+        sequence.token_ids.append(first_token_id)
+        reason = sequence.finish_reason(self.eos_token_ids)
+        if reason is None:
+            entry.held = False
+            insort(self._running, entry, key=_order)
+        else:
+            entry.left = True
+        return reason
+
+    def schedule(self) -> Step:
+        """The next step, without chunks if nothing runs. record() has to follow before the next schedule()."""
+        chunks: list[StepChunk] = []
+        preempted: list[Sequence] = []
+        budget = self.max_prefill_tokens_per_step
+        for entry in self._running[: self.max_running]:
+            sequence = entry.sequence
+            if not sequence.pages:  # preempted by one before it
+                continue
+            missing = sequence.num_tokens - sequence.num_computed_tokens
+            size = 1 if missing == 1 else min(missing, budget)
+            if size == 0 or not self._grow(entry, preempted):
+                continue
+            if missing > 1:
+                budget -= size
+            entry.in_step = True
+            chunks.append(StepChunk(sequence, sequence.num_computed_tokens, size))
+        return Step(chunks, preempted)
+
+    def record(self, step: Step, token_ids: Items[int]) -> list[Generated]:
+        """Keeps what the step gave; nothing of sequences that ended while it ran.
+
+        Pages of a finished sequence stand until release().
+
+        Args:
+            token_ids: one for each of step.sampled.
+        """
+        generated: list[Generated] = []
+        row = 0
+        for chunk in step.chunks:
+            entry, sequence = self._entries[chunk.sequence], chunk.sequence
+            entry.in_step = False
+            sampled = chunk.is_last
+            if entry.left:
+                self._free_if_done(entry)
+            else:
+                sequence.num_computed_tokens += chunk.num_tokens
+                if sampled:
+                    sequence.token_ids.append(token_ids[row])
+                    reason = sequence.finish_reason(self.eos_token_ids)
+                    generated.append(Generated(sequence, row, reason))
+                    if reason is not None:
+                        self._finish(entry)
+            row += sampled
+        return generated
+
+    def finish(self, sequence: Sequence) -> bool:
+        """Ends a sequence early, as if its last token had been its end. False where it has ended already or is unknown."""
+        entry = self._entries.get(sequence)
+        if entry is None or entry.left:
+            return False
+        self._finish(entry)
+        return True
+
+    def abort(self, sequence: Sequence) -> None:
+        """Takes a sequence out, wherever it is. Nothing happens to one that has ended or is unknown."""
+        entry = self._entries.get(sequence)
+        if entry is not None and not entry.left:
+            self._leave(entry)
+            self._free_if_done(entry)
+
+    def release(self, sequence: Sequence) -> None:
+        """The caller does not touch the pages of a sequence that has ended any more. Idempotent."""
+        entry = self._entries.get(sequence)
+        if entry is not None and entry.left:
+            entry.held = False
+            self._free_if_done(entry)
+
+    def num_preemptions(self, sequence: Sequence) -> int:
+        entry = self._entries.get(sequence)
+        return 0 if entry is None else entry.num_preemptions
+
+    def _grow(self, entry: _Entry, preempted: list[Sequence]) -> bool:
+        """A page for the next token where the last one is full. False where that took the sequence's own pages."""
+        sequence = entry.sequence
+        while len(sequence.pages) < div_ceil(sequence.num_tokens, self.block_size):
+            if self.allocator.can_allocate(1):
+                sequence.pages += self.allocator.allocate(1)
+                continue
+            victim = self._running[-1]
+            self._preempt(victim)
+            preempted.append(victim.sequence)
+            if victim is entry:
+                return False
+        return True
+
+    def _preempt(self, entry: _Entry) -> None:
+        self._running.remove(entry)
+        self.allocator.free(entry.sequence.pages)
+        entry.sequence.pages = []
+        entry.sequence.num_computed_tokens = 0
+        entry.num_preemptions += 1
+        insort(self._waiting, entry, key=_order)
+
+    def _finish(self, entry: _Entry) -> None:
+        self._leave(entry)
+        entry.held = True
+
+    def _leave(self, entry: _Entry) -> None:
+        entry.left = True
+        for entries in (self._waiting, self._loading, self._running):
+            if entry in entries:
+                entries.remove(entry)
+
+    def _free_if_done(self, entry: _Entry) -> None:
+        if entry.left and not entry.held and not entry.in_step:
+            self.allocator.free(entry.sequence.pages)
+            entry.sequence.pages = []
+            del self._entries[entry.sequence]
+
+
+def _order(entry: _Entry) -> tuple[int, int]:
+    return entry.order

@@ -1,0 +1,44 @@
+"""The decode worker's gRPC face."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+import grpc.aio
+
+from ..protocol.channel import create_server
+from ..protocol.grpc_errors import stream_boundary, unary_boundary
+from ..protocol.v1 import worker_pb2, worker_pb2_grpc
+
+if TYPE_CHECKING:
+    from .worker import DecodeWorker
+
+
+class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
+    def __init__(self, worker: DecodeWorker) -> None:
+        self._worker = worker
+
+    @stream_boundary
+    async def Decode(self, request: worker_pb2.DecodeRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[worker_pb2.DecodeReply]:
+        job = self._worker.open(request)
+        call: Any = context  # the stubs want an instance of a class that grpc does not have
+        # a generator that waits in `yield` is not told of the call's end; this is
+        call.add_done_callback(lambda _: self._worker.close(job))
+        try:
+            async for reply in job.replies():
+                yield reply
+        finally:
+            self._worker.close(job)
+
+    @unary_boundary
+    async def Stop(self, request: worker_pb2.StopRequest, context: grpc.aio.ServicerContext) -> worker_pb2.StopReply:
+        return worker_pb2.StopReply(found=self._worker.stop_sequence(request.request_id))
+
+
+async def start_server(worker: DecodeWorker, host: str) -> tuple[grpc.aio.Server, str]:
+    """A running server on a free port of host, and its "host:port"."""
+    server, port = create_server(host, 0)
+    worker_pb2_grpc.add_DecodeWorkerServicer_to_server(DecodeService(worker), server)
+    await server.start()
+    return server, f"{host}:{port}"

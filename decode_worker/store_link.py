@@ -1,0 +1,87 @@
+"""A worker's session at its node's store, attached again whenever the store comes back.
+
+attach ─► attached ──lost──► attaching, with backoff ──► attached ─► …
+             client: the live one            client: StoreUnavailable, at once
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Literal
+
+from ..kvstore.client import StoreClient
+from ..protocol.errors import StoreUnavailable
+from ..protocol.schema import KVSchema
+
+logger = logging.getLogger(__name__)
+
+FIRST_BACKOFF_S = 0.1
+LAST_BACKOFF_S = 2.0
+
+
+class StoreLink:
+    """Owned by the event loop.
+
+    Args:
+        on_lost: told that a session is over, before anything else happens.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        client_id: str,
+        node_id: str,
+        schema: KVSchema,
+        transport: Literal["auto", "grpc"],
+        on_lost: Callable[[StoreClient], None],
+    ) -> None:
+        self.address = address
+        self._client_id = client_id
+        self._node_id = node_id
+        self._schema = schema
+        self._transport: Literal["auto", "grpc"] = transport
+        self._on_lost = on_lost
+        self._client: StoreClient | None = None
+
+    @property
+    def client(self) -> StoreClient:
+        """Raises StoreUnavailable where there is no session now."""
+        if self._client is None or self._client.lost.is_set():
+            raise StoreUnavailable(f"the KV store at {self.address} is gone; attaching again as soon as it is back", address=self.address)
+        return self._client
+
+    async def attach(self) -> StoreClient:
+        """Raises StoreUnavailable, SchemaMismatch."""
+        self._client = await StoreClient.attach(
+            self.address, client_id=self._client_id, node_id=self._node_id, schema=self._schema, transport=self._transport
+        )
+        logger.info("%s attached to the KV store at %s over %s", self._client_id, self.address, self._client.transport)
+        return self._client
+
+    async def stay_attached(self) -> None:
+        """Until cancelled. Raises SchemaMismatch where a store of another format took the place."""
+        while True:
+            client = self._client or await self._attach_again()
+            await client.lost.wait()
+            logger.warning("%s lost the KV store at %s", self._client_id, self.address)
+            self._client = None
+            self._on_lost(client)
+            await client.close()
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+
+    async def _attach_again(self) -> StoreClient:
+        backoff_s = FIRST_BACKOFF_S
+        while True:
+            try:
+                return await self.attach()
+            except StoreUnavailable as error:
+                logger.debug("%s: %s; trying again in %.1f s", self._client_id, error, backoff_s)
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, LAST_BACKOFF_S)

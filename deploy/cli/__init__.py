@@ -1,0 +1,74 @@
+"""The `halfmoon` command. A subcommand's module is imported when it is called: --help needs neither torch nor ray.
+
+halfmoon ─► LazyGroup ─► COMMANDS[name] ─► a module of this folder ─► def <name>(…)
+A HalfmoonError is one line and exit code 1.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+import typer
+import typer.core
+import typer.main
+
+from ...protocol.errors import HalfmoonError
+
+
+class Command(NamedTuple):
+    help: str  # its line in --help
+    module: str  # holds a function of the command's name
+    settings: dict[str, Any] = {}  # noqa: RUF012 - click's context settings; never changed
+
+
+COMMANDS = {
+    "serve": Command("Start or join a cluster and serve a model until interrupted.", ".serve_flags"),
+    "generate": Command("Continue a prompt; ends with the request's phase record.", ".generate"),
+    "chat": Command("Talk with the model, turn by turn.", ".chat"),
+    "status": Command("Watch the cluster: members, queues, KV use, latencies.", ".status"),
+    "simulate": Command("Replay a trace against a simulated cluster, on a virtual clock.", ".simulate"),
+    "bench": Command(
+        "Run one of the benchmarks of a checkout.", ".bench_flags", {"allow_extra_args": True, "ignore_unknown_options": True}
+    ),
+}
+
+
+class LazyCommand(typer.core.TyperCommand):
+    """Stands for a subcommand until it is called."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        assert self.name is not None
+        command = COMMANDS[self.name]
+        alone = typer.Typer(add_completion=False)
+        module = importlib.import_module(command.module, __package__)
+        alone.command(self.name, context_settings=command.settings)(getattr(module, self.name))
+        return typer.main.get_command(alone).make_context(info_name, args, parent=parent, **extra)
+
+
+class LazyGroup(typer.core.TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return LazyCommand(cmd_name, help=COMMANDS[cmd_name].help) if cmd_name in COMMANDS else None
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except HalfmoonError as error:
+            problem = " ".join(error.message.split())
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("halfmoon"):
+                raise
+            problem = f"this command needs {error.name}: pip install 'halfmoon[server]'"
+        typer.echo(f"halfmoon: {problem}", err=True)
+        raise typer.Exit(1)
+
+
+app = typer.Typer(cls=LazyGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def halfmoon() -> None:
+    """Prefill/decode disaggregated LLM serving."""

@@ -1,0 +1,89 @@
+"""`halfmoon status`: the cluster at a glance, live; --once for a look, --json for a program."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Annotated
+
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from ...client import Client, ClusterStatus, Percentiles
+from .terminal import DEFAULT_ADDRESS, Address, seconds
+
+
+def status(
+    address: Address = DEFAULT_ADDRESS,
+    once: Annotated[bool, typer.Option("--once", help="Print it once and exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it once, as JSON.")] = False,
+    interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1)] = 1.0,
+) -> None:
+    """Watch the cluster: members, queues, KV use, latencies."""
+    with Client(address) as client:
+        found = client.status()
+        if as_json:
+            typer.echo(json.dumps(found.as_dict()))
+        elif once:
+            Console().print(picture(found))
+        else:
+            _watch(client, found, interval)
+
+
+def _watch(client: Client, found: ClusterStatus, interval_s: float) -> None:
+    pause = threading.Event()  # never set: its wait is a sleep that ctrl-c ends
+    try:
+        with Live(picture(found), auto_refresh=False) as live:
+            while not pause.wait(interval_s):
+                live.update(picture(client.status()), refresh=True)
+    except KeyboardInterrupt:
+        return
+
+
+def picture(found: ClusterStatus) -> RenderableType:
+    return Group(_headline(found), _members(found), _latencies(found))
+
+
+def _headline(found: ClusterStatus) -> Text:
+    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(found.outcomes.items())) or "none yet"
+    text = Text(f"{found.model or 'no model yet'}, up {_span(found.up_s)}")
+    text.append(f"   waiting {found.num_queued}   running {found.num_running}   ended: {outcomes}")
+    if found.draining:
+        text.append("   draining", style="yellow")
+    return text
+
+
+def _members(found: ClusterStatus) -> Table:
+    table = Table("member", "role", "address", "node", "device", box=None, header_style="dim", pad_edge=False)
+    for name in ("running", "waiting", "tokens", "KV use", "up"):
+        table.add_column(name, justify="right")
+    for member in found.members:
+        load = (str(member.num_running), str(member.num_waiting), str(member.num_outstanding_tokens), f"{member.kv_usage_ratio:.0%}")
+        table.add_row(member.id, member.role, member.address, member.node_id, member.device or "-", *load, _span(member.up_s))
+    if not found.members:
+        table.add_row("none has joined", *[""] * 9, style="yellow")
+    return table
+
+
+def _latencies(found: ClusterStatus) -> Table:
+    table = Table("latency", box=None, header_style="dim", pad_edge=False)
+    for name in ("p50", "p90", "p99", "requests"):
+        table.add_column(name, justify="right")
+    table.add_row("time to first token", *_row(found.ttft_s))
+    table.add_row("time per output token", *_row(found.tpot_s))
+    return table
+
+
+def _row(percentiles: Percentiles) -> tuple[str, ...]:
+    if percentiles.count == 0:
+        return ("-", "-", "-", "0")
+    return (seconds(percentiles.p50), seconds(percentiles.p90), seconds(percentiles.p99), str(percentiles.count))
+
+
+def _span(value_s: float) -> str:
+    minutes, rest = divmod(int(value_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"

@@ -1,0 +1,79 @@
+"""StepBatch: the chunks of one step as the tensors that the decoder and the kernels read.
+
+chunks      [seq A: 3 tokens] [seq B: 1 token]
+token_ids   a5 a6 a7 b9        positions 5 6 7 9       cu_seqlens_q 0 3 4      kv_lens 8 10
+slot_mapping                   page * page_size + offset of each token
+block_table [[pages of A, 0 …], [pages of B, 0 …]]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .sequence import StepChunk
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    token_ids: torch.Tensor  # int64 [num_tokens]
+    positions: torch.Tensor  # int64 [num_tokens]
+    slot_mapping: torch.Tensor  # int64 [num_tokens]
+    block_table: torch.Tensor  # int32 [num_seqs, max_pages]
+    cu_seqlens_q: torch.Tensor  # int32 [num_seqs + 1]
+    kv_lens: torch.Tensor  # int32 [num_seqs]
+    last_rows: torch.Tensor  # int64 [num_last]: where the last token of each chunk with is_last stands
+    max_seqlen_q: int
+    max_kv_len: int
+
+    @property
+    def is_decode(self) -> bool:
+        return self.max_seqlen_q == 1
+
+
+def prepare_batch(chunks: Sequence[StepChunk], page_size: int, device: torch.device) -> StepBatch:
+    """Raises ValueError for a chunk that is empty, reaches beyond its sequence's tokens, or has no page to write to."""
+    ends = [chunk.start + chunk.num_tokens for chunk in chunks]
+    for chunk, end in zip(chunks, ends, strict=True):
+        _check(chunk, end, page_size)
+    lens = [chunk.num_tokens for chunk in chunks]
+    cu_seqlens = np.zeros(len(chunks) + 1, dtype=np.int32)
+    np.cumsum(lens, out=cu_seqlens[1:])
+    token_ids: list[int] = []
+    for chunk, end in zip(chunks, ends, strict=True):
+        token_ids += chunk.sequence.token_ids[chunk.start : end]
+    owner = np.repeat(np.arange(len(chunks)), lens)
+    starts = np.fromiter((chunk.start for chunk in chunks), dtype=np.int64, count=len(chunks))
+    positions = np.arange(len(token_ids)) + (starts - cu_seqlens[:-1])[owner]
+    block_table = np.zeros((len(chunks), max(-(-end // page_size) for end in ends)), dtype=np.int32)
+    for row, chunk, end in zip(block_table, chunks, ends, strict=True):
+        num_pages = -(-end // page_size)
+        row[:num_pages] = chunk.sequence.pages[:num_pages]
+    slot_mapping = block_table[owner, positions // page_size].astype(np.int64) * page_size + positions % page_size
+    last_rows = [int(end) - 1 for end, chunk in zip(cu_seqlens[1:], chunks, strict=True) if chunk.is_last]
+
+    def tensor(values: np.ndarray | list[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.as_tensor(values, dtype=dtype).to(device)
+
+    return StepBatch(
+        token_ids=tensor(token_ids, torch.int64),
+        positions=tensor(positions, torch.int64),
+        slot_mapping=tensor(slot_mapping, torch.int64),
+        block_table=tensor(block_table, torch.int32),
+        cu_seqlens_q=tensor(cu_seqlens, torch.int32),
+        kv_lens=tensor(ends, torch.int32),
+        last_rows=tensor(last_rows, torch.int64),
+        max_seqlen_q=max(lens),
+        max_kv_len=max(ends),
+    )
+
+
+def _check(chunk: StepChunk, end: int, page_size: int) -> None:
+    sequence = chunk.sequence
+    if chunk.num_tokens < 1 or chunk.start < 0 or end > sequence.num_tokens:
+        raise ValueError(f"{sequence.request_id}: chunk {chunk.start} to {end} is not within its {sequence.num_tokens} tokens")
+    if end > len(sequence.pages) * page_size:
+        raise ValueError(f"{sequence.request_id}: {end} tokens need more than its {len(sequence.pages)} pages of {page_size}")

@@ -1,0 +1,103 @@
+"""The decoder: every supported architecture is this one, with what differs read from ModelConfig.
+
+token_ids ─► embed ─► layers ─► norm ─► lm_head (rows asked for) ─► fp32 logits
+layer:  x ─► norm ─► qkv ─► [qk-norm] RoPE, K and V into pages ─► attention over pages ─► o ─► + ─► norm ─► gated MLP ─► +
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+
+from ..kernels.flash_prefill import flash_prefill
+from ..kernels.kv_write import kv_write
+from ..kernels.paged_decode import paged_decode
+from ..kernels.rms_norm import rms_norm
+from ..kernels.silu_mul import silu_mul
+from .batch import StepBatch
+from .kv_cache import PagedKVCache
+from .model_config import ModelConfig
+from .weights import DecoderWeights, LayerWeights
+
+LayerHook = Callable[[int], None]
+
+
+class Decoder:
+    def __init__(self, config: ModelConfig, weights: DecoderWeights, cos_sin: torch.Tensor) -> None:
+        self.config = config
+        self.weights = weights
+        self.cos_sin = cos_sin  # fp32 [max_model_len, head_dim]
+        self._scale = config.head_dim**-0.5
+
+    def forward(
+        self, batch: StepBatch, cache: PagedKVCache, before_layer: LayerHook | None = None, after_layer: LayerHook | None = None
+    ) -> torch.Tensor:
+        """fp32 logits [len(batch.last_rows), vocab_size]; the batch's K and V stand in the cache."""
+        eps = self.config.rms_norm_eps
+        residual = F.embedding(batch.token_ids, self.weights.embed)
+        hidden = cast(torch.Tensor, rms_norm(residual, self.weights.layers[0].input_norm, eps))
+        for index, layer in enumerate(self.weights.layers):
+            attended = self._attention(index, layer, hidden, batch, cache.layer(index), before_layer)
+            if after_layer is not None:
+                after_layer(index)
+            hidden, residual = rms_norm(F.linear(attended, layer.o, layer.o_bias), layer.post_norm, eps, residual)
+            hidden = F.linear(silu_mul(F.linear(hidden, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
+            if index + 1 < len(self.weights.layers):
+                hidden, residual = rms_norm(hidden, self.weights.layers[index + 1].input_norm, eps, residual)
+        last, _ = rms_norm(hidden[batch.last_rows], self.weights.norm, eps, residual[batch.last_rows])
+        return F.linear(last, self.weights.lm_head).float()
+
+    def _attention(
+        self,
+        index: int,
+        layer: LayerWeights,
+        hidden: torch.Tensor,
+        batch: StepBatch,
+        kv_pages: torch.Tensor,
+        before_layer: LayerHook | None,
+    ) -> torch.Tensor:
+        """[num_tokens, num_heads * head_dim], before the output projection."""
+        config = self.config
+        qkv = F.linear(hidden, layer.qkv, layer.qkv_bias).view(len(hidden), -1, config.head_dim)
+        q, k, v = qkv.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
+        q = kv_write(
+            q,
+            k,
+            v,
+            batch.positions,
+            self.cos_sin,
+            batch.slot_mapping,
+            kv_pages,
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
+            eps=config.rms_norm_eps,
+        )
+        # as late as can be: a prefix on its way has had the projections' time to arrive
+        if before_layer is not None:
+            before_layer(index)
+        if batch.is_decode:
+            out = paged_decode(
+                q,
+                kv_pages,
+                batch.block_table,
+                batch.kv_lens,
+                max_kv_len=batch.max_kv_len,
+                scale=self._scale,
+                sliding_window=config.layer_windows[index],
+            )
+        else:
+            out = flash_prefill(
+                q,
+                kv_pages,
+                batch.block_table,
+                batch.cu_seqlens_q,
+                batch.kv_lens,
+                max_seqlen_q=batch.max_seqlen_q,
+                max_kv_len=batch.max_kv_len,
+                scale=self._scale,
+                sliding_window=config.layer_windows[index],
+            )
+        return out.view(len(hidden), -1)

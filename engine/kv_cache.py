@@ -1,0 +1,82 @@
+"""The paged KV cache: one allocation, and the way of a block out of it and back.
+
+data          [layer][k|v][page][kv_head][token][head_dim]      what kernels read: one layer is kv_pages
+block slice   [block][k|v][kv_head][token][head_dim]            one layer of a run of blocks, on the wire and in stores
+A page is a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..protocol.schema import KVSchema
+
+
+class PagedKVCache:
+    """Not locked: callers see to it that nobody reads a page while another writes it. Any thread may call.
+
+    Invariant: every number in it is finite (it starts as zeros), so that masked keys weigh 0 and never NaN.
+    """
+
+    def __init__(self, schema: KVSchema, num_pages: int, device: torch.device) -> None:
+        self.schema = schema
+        self.num_pages = num_pages
+        self.page_size = schema.block_size
+        shape = (schema.num_layers, 2, num_pages, schema.num_kv_heads, schema.block_size, schema.head_dim)
+        self.data = torch.zeros(shape, dtype=getattr(torch, schema.dtype), device=device)
+        self._layers = list(self.data.unbind(0))
+        # bytes, for numpy knows no bfloat16: [layer, k|v, page, bytes of K or V of a page]
+        self._bytes = self.data.view(torch.uint8).view(schema.num_layers, 2, num_pages, -1)
+        self._on_cpu = device.type == "cpu"
+
+    def layer(self, layer: int) -> torch.Tensor:
+        """kv_pages of one layer, a view: [2, num_pages, num_kv_heads, page_size, head_dim]."""
+        return self._layers[layer]
+
+    def read_blocks(self, layer: int, pages: Sequence[int]) -> torch.Tensor:
+        """A copy of one layer of pages: [n, 2, num_kv_heads, page_size, head_dim], contiguous, on the cache's device."""
+        return self._layers[layer].transpose(0, 1).index_select(0, self._index(pages)).contiguous()
+
+    def write_blocks(self, layer: int, pages: Sequence[int], blocks: torch.Tensor) -> None:
+        """blocks as read_blocks gives them, of the cache's dtype; a page may stand once in pages."""
+        self._layers[layer].transpose(0, 1).index_copy_(0, self._index(pages), blocks.to(self.data.device))
+
+    def read_bytes(self, layer: int, pages: Sequence[int]) -> np.ndarray:
+        """As read_blocks, as uint8 [n, layer_bytes] in the host's memory."""
+        return block_bytes(self.read_blocks(layer, pages))
+
+    def write_bytes(self, layer: int, pages: Sequence[int], blocks: Sequence[np.ndarray] | np.ndarray) -> None:
+        """As write_blocks, from uint8 [layer_bytes] per page; read-only arrays are fine.
+
+        Raises ValueError where a block is of another size.
+        """
+        for block in blocks:
+            if block.nbytes != self.schema.layer_bytes:
+                raise ValueError(f"a block slice has {block.nbytes} bytes; this cache takes {self.schema.layer_bytes}")
+        if self._on_cpu:
+            into = self._bytes[layer].numpy()
+            for page, block in zip(pages, blocks, strict=True):
+                into[:, page] = block.reshape(2, -1)
+        else:
+            self.write_blocks(layer, pages, blocks_from_bytes(np.stack(list(blocks)), self.schema))
+
+    def zero_tail(self, page: int, num_tokens: int) -> None:
+        """Clears tokens >= num_tokens of page in every layer, so that a partial block's bytes are those of its tokens alone."""
+        self.data[:, :, page, :, num_tokens:] = 0
+
+    def _index(self, pages: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(pages, dtype=torch.int64, device=self.data.device)
+
+
+def block_bytes(blocks: torch.Tensor) -> np.ndarray:
+    """[n, 2, num_kv_heads, page_size, head_dim] as uint8 [n, layer_bytes]; shares memory with a contiguous CPU tensor."""
+    return blocks.contiguous().cpu().view(torch.uint8).reshape(len(blocks), -1).numpy()
+
+
+def blocks_from_bytes(data: np.ndarray, schema: KVSchema) -> torch.Tensor:
+    """The inverse: writable uint8 [n, layer_bytes] as a CPU tensor that shares its memory."""
+    shape = (len(data), 2, schema.num_kv_heads, schema.block_size, schema.head_dim)
+    return torch.from_numpy(data).view(getattr(torch, schema.dtype)).reshape(shape)

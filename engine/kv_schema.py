@@ -1,0 +1,21 @@
+"""The KVSchema of a model under its options: what deploy, proxy, stores and workers compare. No torch."""
+
+from __future__ import annotations
+
+from ..protocol.config import ModelOptions
+from ..protocol.schema import KVSchema
+from .fingerprint import model_fingerprint
+from .model_config import ModelConfig
+from .resolve import resolve_dtype, resolve_folder
+
+
+def kv_schema(config: ModelConfig, options: ModelOptions) -> KVSchema:
+    """config is that of the options' folder. Raises CheckpointError where the folder's tensors can't be read."""
+    return KVSchema(
+        model_fingerprint=model_fingerprint(resolve_folder(options), options.load_format),
+        dtype=resolve_dtype(config, options),
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        block_size=options.block_size,
+    )

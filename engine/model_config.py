@@ -1,0 +1,219 @@
+"""ModelConfig: a checkpoint's config.json as the engine needs it, whatever version of transformers wrote it. No torch.
+
+config.json, generation_config.json ─► defaults of the architecture ─► checks ─► ModelConfig
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from ..protocol.errors import CheckpointError, UnsupportedArchitecture
+from .checkpoint import read_json
+
+
+class Family(NamedTuple):
+    """What transformers' configuration class of an architecture assumes where config.json is silent."""
+
+    defaults: Mapping[str, Any]
+    qkv_bias: bool | None = None  # None: attention_bias says
+    qk_norm: bool = False
+
+
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family({"max_position_embeddings": 2048}),
+    "MistralForCausalLM": Family(
+        {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096, "use_sliding_window": True}, qkv_bias=False
+    ),
+    "Qwen2ForCausalLM": Family({"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}, qkv_bias=True),
+    "Qwen3ForCausalLM": Family(
+        {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128}, qk_norm=True
+    ),
+}
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """kind "linear": positions divided by factor; "llama3": low frequencies divided by factor, the middle blended."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    sliding_window: int
+    """0: none; else a query at position i sees keys j with i - window < j <= i."""
+    layer_windows: tuple[int, ...]
+    """sliding_window of each layer: some models mix full and sliding layers."""
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    eos_token_ids: frozenset[int]
+    bos_token_id: int | None
+    torch_dtype: str
+    """Of the checkpoint: float32, float16 or bfloat16."""
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ModelConfig:
+        """Raises CheckpointError for a missing or wrong config.json, UnsupportedArchitecture for what the engine can't run."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointError(f"no model folder at {folder}; name a folder with config.json and *.safetensors")
+        return _Reader(folder, read_json(folder / "config.json")).read()
+
+
+class _Reader:
+    """config.json's values under the family's defaults, each checked as it is taken."""
+
+    def __init__(self, folder: Path, values: dict[str, Any]) -> None:
+        self.path = folder / "config.json"
+        self.folder = folder
+        self.architecture = self._architecture(values)
+        self.family = FAMILIES[self.architecture]
+        self.values = {**self.family.defaults, **values}
+
+    def read(self) -> ModelConfig:
+        self._refuse_unsupported()
+        num_heads = self._count("num_attention_heads")
+        hidden_size = self._count("hidden_size")
+        num_layers = self._count("num_hidden_layers")
+        max_position_embeddings = self._count("max_position_embeddings")
+        attention_bias = bool(self.values.get("attention_bias", False))
+        rope_theta, rope_scaling = self._rope(max_position_embeddings)
+        windows = self._layer_windows(num_layers)
+        config = ModelConfig(
+            architecture=self.architecture,
+            vocab_size=self._count("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=self._count("intermediate_size"),
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=self._count("num_key_value_heads", num_heads),
+            head_dim=self._count("head_dim", hidden_size // num_heads),
+            rms_norm_eps=self._number("rms_norm_eps", 1e-6),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            qkv_bias=attention_bias if self.family.qkv_bias is None else self.family.qkv_bias,
+            o_bias=attention_bias if self.family.qkv_bias is None else False,
+            mlp_bias=bool(self.values.get("mlp_bias", False)) and self.architecture == "LlamaForCausalLM",
+            qk_norm=self.family.qk_norm,
+            sliding_window=max(windows),
+            layer_windows=windows,
+            tie_word_embeddings=bool(self.values.get("tie_word_embeddings", False)),
+            max_position_embeddings=max_position_embeddings,
+            eos_token_ids=self._eos_token_ids(),
+            bos_token_id=self.values.get("bos_token_id"),
+            torch_dtype=self._dtype(),
+        )
+        if config.num_heads % config.num_kv_heads:
+            self._fail(f"num_attention_heads {config.num_heads} is no multiple of num_key_value_heads {config.num_kv_heads}")
+        if config.head_dim % 2:
+            self._fail(f"head_dim {config.head_dim} is odd; RoPE needs an even one")
+        return config
+
+    def _architecture(self, values: dict[str, Any]) -> str:
+        names = values.get("architectures") or []
+        found = next((name for name in names if name in FAMILIES), None)
+        if found is None:
+            described = ", ".join(map(str, names)) or f"model_type {values.get('model_type')!r} and no architectures"
+            raise UnsupportedArchitecture(f"{self.path} is of {described}; supported are {', '.join(FAMILIES)}", architectures=list(names))
+        return found
+
+    def _refuse_unsupported(self) -> None:
+        activation = self.values.get("hidden_act", "silu")
+        if activation != "silu":
+            raise UnsupportedArchitecture(f"{self.path}: hidden_act is {activation!r}; supported is 'silu'")
+        if self.values.get("quantization_config"):
+            method = self.values["quantization_config"].get("quant_method")
+            raise UnsupportedArchitecture(f"{self.path}: the checkpoint is quantized ({method}); supported are {', '.join(DTYPES)}")
+
+    def _rope(self, max_position_embeddings: int) -> tuple[float, RopeScaling | None]:
+        # transformers 5 writes one dictionary, earlier ones rope_theta beside rope_scaling (whose key was "type" first)
+        rope = self.values.get("rope_parameters") or {**(self.values.get("rope_scaling") or {})}
+        theta = float(rope.get("rope_theta") or self.values.get("rope_theta") or 10000.0)
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        if float(rope.get("partial_rotary_factor") or self.values.get("partial_rotary_factor") or 1.0) != 1.0:
+            raise UnsupportedArchitecture(f"{self.path}: RoPE over a part of the head is not supported")
+        if kind == "default":
+            return theta, None
+        if kind not in ("linear", "llama3"):
+            raise UnsupportedArchitecture(f"{self.path}: rope_type is {kind!r}; supported are 'default', 'linear', 'llama3'")
+        needed = ("factor",) if kind == "linear" else ("factor", "low_freq_factor", "high_freq_factor")
+        missing = [key for key in needed if not isinstance(rope.get(key), (int, float))]
+        if missing:
+            self._fail(f"{kind} RoPE scaling lacks {', '.join(missing)}")
+        if kind == "linear":
+            return theta, RopeScaling(kind, float(rope["factor"]))
+        original = rope.get("original_max_position_embeddings") or max_position_embeddings
+        factors = (float(rope[key]) for key in needed)
+        return theta, RopeScaling(kind, *factors, original_max_position_embeddings=int(original))
+
+    def _layer_windows(self, num_layers: int) -> tuple[int, ...]:
+        window = int(self.values.get("sliding_window") or 0) if self.values.get("use_sliding_window", False) else 0
+        if not window or self.architecture == "LlamaForCausalLM":
+            return (0,) * num_layers
+        if self.architecture == "MistralForCausalLM":
+            return (window,) * num_layers
+        layer_types = self.values.get("layer_types")
+        if layer_types is None:
+            first_sliding = int(self.values["max_window_layers"])
+            layer_types = ["sliding_attention" if layer >= first_sliding else "full_attention" for layer in range(num_layers)]
+        unknown = set(layer_types) - {"sliding_attention", "full_attention"}
+        if unknown or len(layer_types) != num_layers:
+            self._fail(
+                f"layer_types has {len(layer_types)} entries {sorted(unknown)}; needed are {num_layers} of full_ or sliding_attention"
+            )
+        return tuple(window if kind == "sliding_attention" else 0 for kind in layer_types)
+
+    def _eos_token_ids(self) -> frozenset[int]:
+        generation = self.folder / "generation_config.json"
+        found = read_json(generation).get("eos_token_id") if generation.exists() else None
+        if found is None:
+            found = self.values.get("eos_token_id")
+        if found is None:
+            return frozenset()
+        return frozenset(found if isinstance(found, list) else [found])
+
+    def _dtype(self) -> str:
+        # "dtype" since transformers 5, "torch_dtype" before; silence means float32, as in transformers
+        found = self.values.get("dtype") or self.values.get("torch_dtype") or "float32"
+        if found not in DTYPES:
+            raise UnsupportedArchitecture(f"{self.path}: the checkpoint's dtype is {found!r}; supported are {', '.join(DTYPES)}")
+        return found
+
+    def _count(self, key: str, default: int | None = None) -> int:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            self._fail(f"{key} is {value!r}; it must be a positive integer")
+        return value
+
+    def _number(self, key: str, default: float) -> float:
+        value = self.values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+            self._fail(f"{key} is {value!r}; it must be a number of at least 0")
+        return float(value)
+
+    def _fail(self, problem: str) -> NoReturn:
+        raise CheckpointError(f"{self.path}: {problem}")

@@ -1,0 +1,70 @@
+"""From ModelOptions to what they mean on this machine: folder, device, dtype, context length. No torch.
+
+Deploy resolves once and hands concrete values on: a process without a GPU would otherwise read "auto" differently.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+from pathlib import Path
+from typing import Literal
+
+from ..protocol.config import ModelOptions
+from ..protocol.errors import ConfigError
+from .model_config import ModelConfig
+from .starter_model import default_model_folder
+
+
+def resolve_folder(options: ModelOptions) -> Path:
+    """The model folder; where options name none, the model that comes with Halfmoon."""
+    return Path(options.path).expanduser() if options.path else default_model_folder()
+
+
+def resolve_device(options: ModelOptions) -> Literal["cpu", "cuda"]:
+    """ "auto" is CUDA where a GPU is visible and torch can use one."""
+    if options.device != "auto":
+        return options.device
+    return "cuda" if _torch_has_cuda() and _num_visible_gpus() > 0 else "cpu"
+
+
+def resolve_dtype(config: ModelConfig, options: ModelOptions) -> str:
+    """Of weights, activations and KV: a key of protocol.schema.DTYPE_BYTES."""
+    if options.dtype != "auto":
+        return options.dtype
+    return config.torch_dtype if resolve_device(options) == "cuda" else "float32"
+
+
+def resolve_max_model_len(config: ModelConfig, options: ModelOptions) -> int:
+    """Raises ConfigError where more is asked for than the model was made for."""
+    if options.max_model_len > config.max_position_embeddings:
+        raise ConfigError(
+            f"model.max_model_len is {options.max_model_len}; the model was made for at most {config.max_position_embeddings} tokens",
+            key="model.max_model_len",
+        )
+    return options.max_model_len or config.max_position_embeddings
+
+
+def _torch_has_cuda() -> bool:
+    try:
+        return not importlib.metadata.version("torch").endswith("+cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def _num_visible_gpus() -> int:
+    """By NVML: unlike CUDA's own call it leaves no context behind, so that a fork after it still works."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.split(",")[0].strip() in ("", "-1"):
+        return 0
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return 0
+    if nvml.nvmlInit_v2() != 0:
+        return 0
+    count = ctypes.c_uint(0)
+    failed = nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0
+    nvml.nvmlShutdown()
+    return 0 if failed else count.value

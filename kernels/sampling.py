@@ -1,0 +1,40 @@
+"""Draws one token a row of logits."""
+
+from __future__ import annotations
+
+import torch
+
+from .dispatch import implementation
+from .reference import sampling as reference
+
+
+def sampling(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    top_ks: torch.Tensor,
+    top_ps: torch.Tensor,
+    min_ps: torch.Tensor,
+    seeds: torch.Tensor,
+    indices: torch.Tensor,
+) -> torch.Tensor:
+    """A row's token depends on that row and its parameters alone, and on no other row.
+
+    The distribution softmax(logits / temperature) is cut by top_k, then top_p of what is left, then min_p; tokens as
+    likely as the last one kept are kept too. The token is the inverse of the cumulated distribution, in the vocabulary's
+    order, at the uniform number that Philox4x32-10 gives for (seed, index); see kernels/reference/philox.py.
+
+    Args:
+        logits: fp32 [n, vocab_size]; -inf: never drawn; one finite number a row at least.
+        temperatures: fp32 [n]; 0: the likeliest token, the first of equals.
+        top_ks: int64 [n]; 0: all.
+        top_ps: fp32 [n] in (0, 1]; 1: all.
+        min_ps: fp32 [n] in [0, 1]: tokens below min_p times the likeliest's probability are cut; 0: none.
+        seeds: int64 [n], the bits of an unsigned seed.
+        indices: int64 [n], which draw of the seed this is: the output index.
+
+    Returns:
+        int64 [n], on the logits' device.
+    """
+    if logits.is_cuda:
+        return implementation("sampling", logits.device)(logits, temperatures, top_ks, top_ps, min_ps, seeds, indices)
+    return reference.sampling(logits, temperatures, top_ks, top_ps, min_ps, seeds, indices)

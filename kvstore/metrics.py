@@ -1,0 +1,44 @@
+"""The store's Prometheus metrics: gauges that read the books when scraped, counters fed by the ledger's events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry
+
+from ..protocol import exporter
+from ..protocol.metrics import (
+    STORE_ABORTED_HANDOFFS,
+    STORE_ARENA_BYTES,
+    STORE_EVICTED_BLOCKS,
+    STORE_EXPIRED_LEASES,
+    STORE_HANDOFFS,
+    STORE_LEASES,
+    STORE_SESSIONS,
+)
+from ..protocol.v1 import kvstore_pb2
+
+
+class StoreMetrics:
+    def __init__(self, stats: Callable[[], kvstore_pb2.StatsReply]) -> None:
+        """stats is called from the scraping thread; it only reads counts."""
+        self.registry = CollectorRegistry()
+        arena = exporter.gauge(STORE_ARENA_BYTES, self.registry)
+        arena.labels("leased").set_function(lambda: stats().num_bytes_leased)
+        arena.labels("cached").set_function(lambda: stats().num_bytes_cached)
+        arena.labels("free").set_function(lambda: stats().num_bytes_free)
+        exporter.gauge(STORE_LEASES, self.registry).set_function(lambda: stats().num_leases)
+        exporter.gauge(STORE_HANDOFFS, self.registry).set_function(lambda: stats().num_handoffs)
+        exporter.gauge(STORE_SESSIONS, self.registry).set_function(lambda: stats().num_sessions)
+        self._evicted_blocks = exporter.counter(STORE_EVICTED_BLOCKS, self.registry)
+        self._expired_leases = exporter.counter(STORE_EXPIRED_LEASES, self.registry)
+        self._aborted_handoffs = exporter.counter(STORE_ABORTED_HANDOFFS, self.registry)
+
+    def evicted(self, num_blocks: int) -> None:
+        self._evicted_blocks.inc(num_blocks)
+
+    def expired(self, num_leases: int) -> None:
+        self._expired_leases.inc(num_leases)
+
+    def aborted(self, reason_code: str) -> None:
+        self._aborted_handoffs.labels(reason_code).inc()

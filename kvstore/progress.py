@@ -1,0 +1,104 @@
+"""How much of a lease's blocks has been written, layer by layer, and what a fetcher has not been told yet.
+
+             layer 0  1  2  3
+block 0            ■  ■  ■  ■     done
+block 1            ■  ■  □  □     num_layers_done = 2: the layers of a block come in ascending order
+block 2            □  □  □  □
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ..protocol.errors import HandoffIncomplete, InvalidRequest
+
+MAX_NAMED = 8  # blocks named in a message; all of them would not fit a line
+
+
+class SliceRange(NamedTuple):
+    """One layer of a run of blocks."""
+
+    layer: int
+    first_block: int
+    num_blocks: int
+
+
+class Progress:
+    def __init__(self, num_blocks: int, num_layers: int, present: Sequence[bool] = ()) -> None:
+        """present: blocks that are complete from the start."""
+        self.num_layers = num_layers
+        self.num_layers_done = np.zeros(num_blocks, dtype=np.int32)
+        if present:
+            self.num_layers_done[np.asarray(present, dtype=bool)] = num_layers
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.num_layers_done)
+
+    @property
+    def is_complete(self) -> bool:
+        return bool((self.num_layers_done == self.num_layers).all())
+
+    def check(self, layer: int, first_block: int, num_blocks: int) -> None:
+        """Raises InvalidRequest where the slice lies outside, or is not the next layer of each of its blocks."""
+        if not (0 <= layer < self.num_layers and 0 <= first_block and 1 <= num_blocks <= self.num_blocks - first_block):
+            raise InvalidRequest(
+                f"slice of layer {layer}, blocks {first_block}..{first_block + num_blocks - 1}: the lease has "
+                f"{self.num_layers} layers and {self.num_blocks} blocks"
+            )
+        done = self.num_layers_done[first_block : first_block + num_blocks]
+        wrong = np.flatnonzero(done != layer)
+        if len(wrong):
+            block = first_block + int(wrong[0])
+            raise InvalidRequest(
+                f"slice of layer {layer} for block {block}, which has {int(done[wrong[0]])} of {self.num_layers} layers; "
+                "push the layers of a block once each, in ascending order"
+            )
+
+    def record(self, layer: int, first_block: int, num_blocks: int) -> None:
+        """The slice is written. Raises as check does."""
+        self.check(layer, first_block, num_blocks)
+        self.num_layers_done[first_block : first_block + num_blocks] += 1
+
+    def require_complete(self, what: str) -> None:
+        """Raises HandoffIncomplete naming the blocks and layers that are missing; what: the subject of the message."""
+        missing = np.flatnonzero(self.num_layers_done != self.num_layers)
+        if not len(missing):
+            return
+        first_missing = {int(block): int(self.num_layers_done[block]) for block in missing[:MAX_NAMED]}
+        named = ", ".join(f"block {block} from layer {layer}" for block, layer in first_missing.items())
+        more = f" and {len(missing) - MAX_NAMED} more blocks" if len(missing) > MAX_NAMED else ""
+        raise HandoffIncomplete(
+            f"{what} is incomplete: of {self.num_blocks} blocks with {self.num_layers} layers, missing are {named}{more}",
+            num_missing_blocks=len(missing),
+            first_missing_layer=first_missing,
+        )
+
+
+class SliceCursor:
+    """What of a growing Progress has been handed on. Lower layers first, so that a reader can start early."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._num_layers_sent = np.zeros(progress.num_blocks, dtype=np.int32)
+
+    @property
+    def is_complete(self) -> bool:
+        return bool((self._num_layers_sent == self._progress.num_layers).all())
+
+    def take(self, max_blocks: int) -> SliceRange | None:
+        """The next slice of at most max_blocks blocks; None where all that is written has been taken."""
+        sent = self._num_layers_sent
+        pending = sent < self._progress.num_layers_done
+        if not pending.any():
+            return None
+        layer = int(sent[pending].min())
+        ready = pending & (sent == layer)
+        first = int(ready.argmax())
+        run = ready[first : first + max_blocks]
+        num_blocks = len(run) if run.all() else int(run.argmin())
+        sent[first : first + num_blocks] += 1
+        return SliceRange(layer, first, num_blocks)

@@ -1,0 +1,109 @@
+"""BlockReader: one lease to read. Nothing counts as read before every layer of every block came and every checksum matched.
+
+Fetch stream ─► layout ─► slice … slice ─► sealed (checksums, state) ─► stays open until release
+                             └─► hashed block by block, layer by layer
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from ..protocol.errors import HandoffCorrupt, HandoffIncomplete, InvalidRequest, StoreUnavailable
+from ..protocol.schema import KVSchema
+from ..protocol.v1 import common_pb2, kvstore_pb2
+from .connection import Connection
+from .progress import Progress
+from .transport import Transport
+
+logger = logging.getLogger(__name__)
+
+
+class BlockSlice(NamedTuple):
+    """One layer of a run of blocks."""
+
+    layer: int
+    first_block: int
+    blocks: list[np.ndarray]  # uint8 [layer_bytes] each, read-only, valid until release
+
+
+class BlockReader:
+    """Belongs to the event loop."""
+
+    def __init__(
+        self, connection: Connection, transport: Transport, schema: KVSchema, call: Any, layout: kvstore_pb2.FetchReply.Layout, name: str
+    ) -> None:
+        """name: of what is read, for messages."""
+        self.num_blocks = layout.num_blocks
+        self.block_keys = list(layout.block_keys)
+        self.state: common_pb2.HandoffState | None = None
+        self.num_bytes = 0
+        self._connection = connection
+        self._transport = transport
+        self._layer_bytes = schema.layer_bytes
+        self._call = call
+        self._lease_id = layout.lease_id
+        self._slots = list(layout.slots)
+        self._name = name
+        self._progress = Progress(self.num_blocks, schema.num_layers)
+        self._hashes = [xxhash.xxh3_64() for _ in self._slots]
+        self._corrupt_blocks: list[int] = []
+        self._released = False
+
+    async def slices(self) -> AsyncIterator[BlockSlice]:
+        """Every layer of every block once, as they come; lower layers of a block first. Ends when all is there and right.
+
+        Raises HandoffAborted (with the reason), HandoffIncomplete (naming what is missing), HandoffCorrupt (naming the
+        blocks), DeadlineExceeded, StoreUnavailable. What was read before an error must not be used.
+        """
+        while True:
+            event = await self._connection.read(self._call)
+            if event is None:
+                self._progress.require_complete(self._name)
+                raise HandoffIncomplete(f"{self._name}: the stream ended before the seal")
+            if event.WhichOneof("event") == "sealed":
+                self._verify(event.sealed)
+                await self._connection.confirm()
+                self.state = event.sealed.state if event.sealed.HasField("state") else None
+                return
+            part = event.slice
+            try:
+                self._progress.record(part.layer, part.first_block, part.num_blocks)
+            except InvalidRequest as error:
+                raise HandoffIncomplete(f"{self._name} came in the wrong order: {error.message}") from error
+            blocks = self._transport.fetch(self._slots[part.first_block : part.first_block + part.num_blocks], part)
+            for index, block in enumerate(blocks):
+                self._hashes[part.first_block + index].update(block.data)
+            self.num_bytes += len(blocks) * self._layer_bytes
+            yield BlockSlice(part.layer, part.first_block, blocks)
+
+    async def release(self) -> None:
+        """Lets go of the blocks: no slice may be touched any more. A hand-off is over with it. Idempotent."""
+        if self._released:
+            return
+        self._released = True
+        request = kvstore_pb2.ReleaseRequest(lease_id=self._lease_id, corrupt_blocks=self._corrupt_blocks)
+        try:
+            await self._connection.call(self._connection.stub.Release, request)
+        except StoreUnavailable:
+            logger.debug("the store of %s is gone, and its leases with it", self._name)
+        finally:
+            self._call.cancel()
+
+    def _verify(self, sealed: kvstore_pb2.FetchReply.Sealed) -> None:
+        self._progress.require_complete(self._name)
+        if len(sealed.checksums) != self.num_blocks:
+            raise HandoffIncomplete(f"{self._name} has {self.num_blocks} blocks and {len(sealed.checksums)} checksums")
+        pairs = zip(self._hashes, sealed.checksums, strict=True)
+        self._corrupt_blocks = [block for block, (found, expected) in enumerate(pairs) if found.intdigest() != expected]
+        if self._corrupt_blocks:
+            first = self._corrupt_blocks[0]
+            raise HandoffCorrupt(
+                f"{self._name} is corrupt: the checksum of block {first} is {self._hashes[first].intdigest():016x}, it must be "
+                f"{sealed.checksums[first]:016x} ({len(self._corrupt_blocks)} of {self.num_blocks} blocks differ)",
+                blocks=self._corrupt_blocks,
+            )

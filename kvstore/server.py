@@ -1,0 +1,102 @@
+"""One store process's server: arena, Store, gRPC, metrics; start and stop.
+
+StoreServer.start ─► arena in /dev/shm ─► Store ─► gRPC on host:port
+           .stop  ─► drain ─► sessions end ─► gRPC stops ─► arena removed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from typing import NamedTuple
+
+import grpc.aio
+
+from ..protocol.channel import create_server
+from ..protocol.config import StoreConfig
+from ..protocol.exporter import serve_metrics
+from ..protocol.schema import KVSchema
+from ..protocol.v1 import kvstore_pb2, kvstore_pb2_grpc
+from .arena import Arena
+from .ledger import Accounting
+from .service import KVStoreService
+from .store import Store
+
+
+class StoreLoad(NamedTuple):
+    num_leases: int
+    num_handoffs: int
+    num_sessions: int
+    usage_ratio: float  # of the arena: what is not free
+    leased_ratio: float  # of the arena: what can't be evicted
+
+
+class StoreServer:
+    def __init__(self, config: StoreConfig, *, node_id: str, store_id: str = "", schema: KVSchema | None = None) -> None:
+        """node_id: clients that name the same node share the arena. store_id: empty for a random one. schema: None for the
+        first client's."""
+        self.store_id = store_id or f"store-{secrets.token_hex(6)}"
+        self.address = ""
+        self._config = config
+        self._node_id = node_id
+        self._schema = schema
+        self._arena: Arena | None = None
+        self._store: Store | None = None
+        self._server: grpc.aio.Server | None = None
+        self._stop_metrics: Callable[[], None] | None = None
+
+    async def start(self, host: str, port: int = 0) -> str:
+        """Returns "host:port". Raises ConfigError (no room for the arena, no block fits it), OSError (the port is taken)."""
+        server, bound = create_server(host, port)
+        arena: Arena | None = None
+        try:
+            # touching every page of a large arena takes a while
+            arena = await asyncio.to_thread(Arena, self._config.arena_bytes)
+            store = Store(self._config, arena, store_id=self.store_id, node_id=self._node_id, schema=self._schema)
+            kvstore_pb2_grpc.add_KVStoreServicer_to_server(KVStoreService(store), server)
+            await server.start()
+        except BaseException:
+            await server.stop(0)
+            if arena is not None:
+                arena.close()
+            raise
+        self._server, self._arena, self._store = server, arena, store
+        self.address = f"{host}:{bound}"
+        return self.address
+
+    def serve_metrics(self, host: str) -> str:
+        """Serves /metrics on a free port of host; returns "host:port"."""
+        address, self._stop_metrics = serve_metrics(self._running().metrics.registry, host)
+        return address
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no new leases, gives open ones grace_s to end, ends the rest, removes the arena. Idempotent."""
+        store, server, arena = self._store, self._server, self._arena
+        if store is None or server is None or arena is None:
+            return
+        self._store = None
+        await store.drain(grace_s)
+        await server.stop(0.5)
+        if self._stop_metrics is not None:
+            await asyncio.to_thread(self._stop_metrics)
+        arena.close()
+
+    def accounting(self) -> Accounting:
+        """Slots of the arena: num_slots = num_leased + num_cached + num_free."""
+        return self._running().accounting()
+
+    def stats(self) -> kvstore_pb2.StatsReply:
+        return self._running().stats()
+
+    def load(self) -> StoreLoad:
+        """What a member report of this store says."""
+        stats = self._running().stats()
+        total = max(1, stats.num_bytes_arena)
+        used = stats.num_bytes_leased + stats.num_bytes_cached
+        return StoreLoad(stats.num_leases, stats.num_handoffs, stats.num_sessions, used / total, stats.num_bytes_leased / total)
+
+    def _running(self) -> Store:
+        if self._store is None:
+            raise RuntimeError("the store server is not running; start it first")
+        return self._store

@@ -1,0 +1,376 @@
+"""The store in one event loop: the ledger, the arena's bytes, who waits, what expires. Knows protobuf values, not gRPC.
+
+service.py ─► Store ─► Ledger        what may happen
+                │  ◄── Observer      what happened: wakes Waiters, ends leases, feeds watchers and metrics
+                └─► ArenaMap         the bytes
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Literal
+
+from ..protocol.config import StoreConfig
+from ..protocol.errors import DeadlineExceeded, HalfmoonError, InvalidRequest, StoreFull, StoreUnavailable
+from ..protocol.schema import DTYPE_BYTES, KVSchema
+from ..protocol.v1 import common_pb2, kvstore_pb2
+from .arena import Arena, ArenaMap
+from .eviction import create_eviction_policy
+from .handoff import Handoff, HandoffId, Lease, aborted
+from .ledger import Accounting, Ledger
+from .metrics import StoreMetrics
+from .progress import SliceCursor
+from .sessions import Session, Sessions
+from .transport import MESSAGE_BYTES
+from .waiters import Waiters
+from .watch import WatchFeed
+
+logger = logging.getLogger(__name__)
+
+_ROOM = "room"
+_IDLE = "idle"
+
+
+class Store:
+    """Every method but stats() belongs to the event loop's thread."""
+
+    def __init__(self, config: StoreConfig, arena: Arena, *, store_id: str, node_id: str, schema: KVSchema | None = None) -> None:
+        self.store_id = store_id
+        self.node_id = node_id
+        self.schema: KVSchema | None = None
+        self.sessions = Sessions(config.lease_ttl_s, self._session_ended)
+        self.feed = WatchFeed(lambda: self._ledger.content.keys() if self._ledger else [])
+        self.metrics = StoreMetrics(self.stats)
+        self._config = config
+        self._arena = arena
+        self._ledger: Ledger | None = None
+        self._map: ArenaMap | None = None
+        self._waiters = Waiters()
+        self._reserving: list[object] = []  # who waits for room, first come first served
+        self._endings: dict[str, asyncio.Future[HalfmoonError | None]] = {}
+        self._deadlines: dict[str, asyncio.TimerHandle] = {}
+        self._phase: Literal["running", "draining", "stopped"] = "running"
+        self._num_bytes_pushed = 0
+        self._num_bytes_fetched = 0
+        create_eviction_policy(config.eviction)  # a wrong name is told at start, not at the first Attach
+        if schema is not None:
+            self._format(schema)
+
+    # sessions
+
+    def attach(self, hello: kvstore_pb2.AttachRequest.Hello) -> tuple[Session, kvstore_pb2.AttachReply.Welcome]:
+        """Raises SchemaMismatch, InvalidRequest (no schema), ConfigError (no block of it fits the arena), StoreUnavailable (stopping)."""
+        self._require_running()
+        theirs = KVSchema.from_proto(hello.schema)
+        if theirs.dtype not in DTYPE_BYTES or theirs.block_bytes == 0:
+            raise InvalidRequest(
+                f"{hello.client_id} has {theirs}, whose blocks have no size; its dtype must be one of {', '.join(DTYPE_BYTES)}"
+            )
+        if self.schema is None:
+            self._format(theirs)
+        assert self.schema is not None and self._map is not None
+        self.schema.require_equal(theirs, f"store {self.store_id}", hello.client_id)
+        session = self.sessions.open(hello.client_id)
+        shares_arena = bool(hello.node_id) and hello.node_id == self.node_id
+        self._books().open_session(session.session_id, hello.client_id, shares_arena)
+        welcome = kvstore_pb2.AttachReply.Welcome(
+            session_id=session.session_id,
+            store_id=self.store_id,
+            lease_ttl_s=self._config.lease_ttl_s,
+            heartbeat_interval_s=self._config.lease_ttl_s / 4,
+        )
+        if shares_arena:
+            welcome.arena.path = str(self._arena.path)
+            welcome.arena.num_bytes = self._arena.num_bytes
+            welcome.arena.token = self._arena.token
+            welcome.arena.data_offset = self._arena.data_offset
+            welcome.arena.slot_bytes = self.schema.block_bytes
+            welcome.arena.num_slots = self._map.num_slots
+        return session, welcome
+
+    # writing
+
+    async def reserve(self, request: kvstore_pb2.ReserveRequest) -> Lease:
+        """Waits for room until the deadline, first come first served.
+
+        Raises StoreFull, StaleEpoch, HandoffAborted (while it waited), LeaseExpired, InvalidRequest, StoreUnavailable.
+        """
+        handoff_id = _handoff_id(request.handoff) if request.purpose == kvstore_pb2.ReserveRequest.PURPOSE_HANDOFF else None
+        if handoff_id is None and request.purpose != kvstore_pb2.ReserveRequest.PURPOSE_KEEP:
+            raise InvalidRequest("Reserve without a purpose; set PURPOSE_HANDOFF or PURPOSE_KEEP")
+        deadline = _deadline(request.deadline_s)
+        ticket = object()
+        self._reserving.append(ticket)
+        try:
+            while True:
+                self._require_running()
+                if self._reserving[0] is ticket:
+                    lease = self._books().try_reserve(request.session_id, handoff_id, request.block_keys, request.num_blocks, deadline)
+                    if lease is not None:
+                        return self._reserved(lease, deadline)
+                else:
+                    self._books().client(request.session_id)  # it may have ended while others went first
+                if not await self._waiters.wait(_ROOM, deadline):
+                    raise self._full(request, handoff_id)
+                self._raise_if_ended(handoff_id)
+        finally:
+            self._reserving.remove(ticket)
+            self._waiters.notify(_ROOM)
+
+    def push(self, lease_id: str, message: kvstore_pb2.PushRequest) -> int:
+        """Writes a slice, or notes that a client of the arena wrote it. Returns its bytes.
+
+        Raises LeaseExpired, StaleEpoch, InvalidRequest.
+        """
+        books, layout = self._books(), self._layout()
+        lease = books.writer(lease_id)
+        num_bytes = message.num_blocks * layout.memory.shape[1]
+        in_arena = lease.client.shares_arena and not message.data
+        if not in_arena and len(message.data) != num_bytes:
+            raise InvalidRequest(f"a slice of {message.num_blocks} blocks with {len(message.data)} bytes; it must have {num_bytes}")
+        slots = books.push(lease_id, message.layer, message.first_block, message.num_blocks)
+        if not in_arena:
+            width = layout.memory.shape[1]
+            data = memoryview(message.data)
+            for index, slot in enumerate(slots):
+                layout.row(slot, message.layer).data[:] = data[index * width : (index + 1) * width]
+        self._num_bytes_pushed += num_bytes
+        return num_bytes
+
+    def seal(self, request: kvstore_pb2.SealRequest) -> None:
+        """Raises HandoffIncomplete, LeaseExpired, StaleEpoch, InvalidRequest."""
+        self._books().seal(request.lease_id, request.state, request.checksums)
+
+    # reading
+
+    async def open_fetch(self, request: kvstore_pb2.FetchRequest, deadline: float) -> Lease:
+        """Waits for the hand-off to be reserved; a prefix never waits.
+
+        Raises StaleEpoch, HandoffAborted (while it waited), DeadlineExceeded, LeaseExpired, InvalidRequest, StoreUnavailable.
+        """
+        self._require_running(or_draining=True)
+        if request.WhichOneof("what") == "prefix":
+            return self._opened(self._books().fetch_prefix(request.session_id, request.prefix.keys))
+        handoff_id = _handoff_id(request.handoff)
+        while True:
+            lease = self._books().open_fetch(request.session_id, handoff_id)
+            if lease is not None:
+                return self._opened(lease)
+            if not await self._waiters.wait(handoff_id.id, deadline):
+                raise DeadlineExceeded(f"{handoff_id} was not reserved within the fetch's deadline")
+            self._require_running(or_draining=True)
+            self._raise_if_ended(handoff_id)
+
+    async def slices(self, lease: Lease, deadline: float) -> AsyncIterator[kvstore_pb2.FetchReply.Slice]:
+        """What is written, then what will be, until the seal. Raises DeadlineExceeded. Ended from outside by ending()."""
+        layout = self._layout()
+        layer_bytes = layout.memory.shape[1]
+        in_arena = lease.client.shares_arena
+        max_blocks = max(1, len(lease.slots) if in_arena else MESSAGE_BYTES // layer_bytes)
+        cursor = SliceCursor(lease.progress)
+        while True:
+            if lease.revoked is not None:
+                raise lease.revoked
+            while (found := cursor.take(max_blocks)) is not None:
+                data = b""
+                if not in_arena:
+                    slots = lease.slots[found.first_block : found.first_block + found.num_blocks]
+                    data = b"".join(layout.row(slot, found.layer).data for slot in slots)
+                self._num_bytes_fetched += found.num_blocks * layer_bytes
+                yield kvstore_pb2.FetchReply.Slice(layer=found.layer, first_block=found.first_block, num_blocks=found.num_blocks, data=data)
+            if cursor.is_complete and (lease.handoff is None or lease.handoff.is_sealed):
+                return
+            assert lease.handoff is not None
+            handoff_id = lease.handoff.handoff_id
+            if not await self._waiters.wait(handoff_id.id, deadline):
+                raise DeadlineExceeded(f"{handoff_id} was not sealed within the fetch's deadline; {_how_far(lease.handoff)}")
+
+    def sealed(self, lease: Lease) -> kvstore_pb2.FetchReply.Sealed:
+        if lease.handoff is None:
+            return kvstore_pb2.FetchReply.Sealed(checksums=lease.checksums)
+        return kvstore_pb2.FetchReply.Sealed(state=lease.handoff.state, checksums=lease.handoff.checksums)
+
+    def ending(self, lease_id: str) -> asyncio.Future[HalfmoonError | None]:
+        """Set when the lease ends: None where it was released or sealed, else why it was taken away.
+
+        Raises LeaseExpired, StaleEpoch for a lease that has ended already.
+        """
+        found = self._endings.get(lease_id)
+        if found is None:
+            self._books().writer(lease_id)
+            raise AssertionError(f"lease {lease_id} is open and has no ending")
+        return found
+
+    def lookup(self, block_keys: Sequence[bytes]) -> int:
+        return len(self._ledger.content.find_run(block_keys)) if self._ledger else 0
+
+    # ending
+
+    def abort(self, handoff_id: HandoffId, reason: HalfmoonError) -> bool:
+        """True where a hand-off was under way, or somebody waited for it."""
+        waited_for = self._waiters.num_waiting(handoff_id.id) > 0
+        found = self._books().abort(handoff_id, reason)
+        self._waiters.notify(_ROOM)  # its Reserve may be among those who wait for room
+        return found or waited_for
+
+    def release(self, lease_id: str, corrupt_blocks: Sequence[int] = ()) -> None:
+        if corrupt_blocks:
+            logger.error("blocks %s of lease %s do not match their checksums; they are dropped", list(corrupt_blocks), lease_id)
+        self._books().release(lease_id, corrupt_blocks)
+
+    def give_up(self, lease_id: str, error: HalfmoonError) -> None:
+        self._books().give_up(lease_id, error)
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuses new work, waits until every lease and hand-off has ended or grace_s has passed, then ends every session."""
+        self._phase = "draining"
+        self._waiters.notify_all()
+        deadline = asyncio.get_running_loop().time() + grace_s
+        while not self._is_idle() and await self._waiters.wait(_IDLE, deadline):
+            pass
+        self._phase = "stopped"
+        self._waiters.notify_all()
+        self.sessions.end_all("lost its store, which stopped,", StoreUnavailable(f"store {self.store_id} stopped"))
+        for timer in self._deadlines.values():
+            timer.cancel()
+
+    # what is here
+
+    def accounting(self) -> Accounting:
+        """In slots; all zero before the first client attached."""
+        return self._ledger.accounting() if self._ledger else Accounting(0, 0, 0, 0)
+
+    def stats(self) -> kvstore_pb2.StatsReply:
+        """Reads counts only, so that a scraping thread may call it."""
+        reply = kvstore_pb2.StatsReply(
+            store_id=self.store_id,
+            num_sessions=len(self.sessions),
+            num_bytes_pushed=self._num_bytes_pushed,
+            num_bytes_fetched=self._num_bytes_fetched,
+        )
+        ledger, schema = self._ledger, self.schema
+        if ledger is None or schema is None:
+            return reply
+        slots = ledger.accounting()
+        reply.num_bytes_arena = slots.num_slots * schema.block_bytes
+        reply.num_bytes_leased = slots.num_leased * schema.block_bytes
+        reply.num_bytes_cached = slots.num_cached * schema.block_bytes
+        reply.num_bytes_free = slots.num_free * schema.block_bytes
+        reply.num_leases = ledger.num_leases
+        reply.num_handoffs = ledger.num_handoffs
+        reply.num_evicted_blocks = ledger.content.num_evicted
+        reply.num_expired_leases = ledger.num_expired_leases
+        reply.num_query_blocks = ledger.num_query_blocks
+        reply.num_hit_blocks = ledger.num_hit_blocks
+        reply.schema.CopyFrom(schema.to_proto())
+        return reply
+
+    # Observer: what the ledger tells
+
+    def lease_ended(self, lease_id: str, error: HalfmoonError | None) -> None:
+        ending = self._endings.pop(lease_id, None)
+        if ending is not None and not ending.done():
+            ending.set_result(error)
+        self._waiters.notify(_IDLE)
+
+    def handoff_changed(self, handoff_id: str) -> None:
+        self._waiters.notify(handoff_id)
+
+    def handoff_ended(self, handoff_id: HandoffId, error: HalfmoonError | None) -> None:
+        timer = self._deadlines.pop(handoff_id.id, None)
+        if timer is not None:
+            timer.cancel()
+        if error is not None:
+            self.metrics.aborted(str(error.fields.get("reason", error.code)))
+            logger.info("%s", error.message)
+        self._waiters.notify(_IDLE)
+
+    def room_freed(self) -> None:
+        self._waiters.notify(_ROOM)
+
+    def content_changed(self, stored: list[bytes], evicted: list[bytes]) -> None:
+        self.metrics.evicted(len(evicted))
+        self.feed.publish(stored, evicted)
+
+    # inside
+
+    def _format(self, schema: KVSchema) -> None:
+        self._map = self._arena.format(schema.num_layers, schema.layer_bytes)
+        policy = create_eviction_policy(self._config.eviction)
+        self._ledger = Ledger(self._map.num_slots, schema.num_layers, policy, time.monotonic, self)
+        self.schema = schema
+        logger.info("store %s: %d slots of %d bytes for %s", self.store_id, self._map.num_slots, schema.block_bytes, schema)
+
+    def _books(self) -> Ledger:
+        if self._ledger is None:
+            raise InvalidRequest(f"store {self.store_id} holds nothing yet: attach first")
+        return self._ledger
+
+    def _layout(self) -> ArenaMap:
+        assert self._map is not None
+        return self._map
+
+    def _require_running(self, *, or_draining: bool = False) -> None:
+        if self._phase == "stopped" or (self._phase == "draining" and not or_draining):
+            raise StoreUnavailable(f"store {self.store_id} is stopping")
+
+    def _is_idle(self) -> bool:
+        return not self._endings and (self._ledger is None or self._ledger.num_handoffs == 0)
+
+    def _session_ended(self, session_id: str, what_happened: str) -> None:
+        books = self._books()
+        before = books.num_expired_leases
+        books.end_session(session_id, what_happened)
+        self.metrics.expired(books.num_expired_leases - before)
+        self._waiters.notify(_ROOM)
+
+    def _reserved(self, lease: Lease, deadline: float) -> Lease:
+        if lease.handoff is not None and deadline != float("inf"):
+            handoff_id = lease.handoff.handoff_id
+            loop = asyncio.get_running_loop()
+            self._deadlines[handoff_id.id] = loop.call_at(deadline, self._handoff_due, handoff_id)
+        return self._opened(lease)
+
+    def _opened(self, lease: Lease) -> Lease:
+        self._endings[lease.lease_id] = asyncio.get_running_loop().create_future()
+        return lease
+
+    def _handoff_due(self, handoff_id: HandoffId) -> None:
+        books = self._books()
+        before = books.num_expired_leases
+        books.expire_handoff(handoff_id)
+        self.metrics.expired(books.num_expired_leases - before)
+
+    def _raise_if_ended(self, handoff_id: HandoffId | None) -> None:
+        reason = None if handoff_id is None else self._books().end_reason(handoff_id)
+        if handoff_id is not None and reason is not None:
+            raise aborted(handoff_id, reason)
+
+    def _full(self, request: kvstore_pb2.ReserveRequest, handoff_id: HandoffId | None) -> StoreFull:
+        slots = self.accounting()
+        return StoreFull(
+            f"no room for {request.num_blocks} blocks of {handoff_id or 'a cache entry'} within {request.deadline_s:.3g} s: of "
+            f"{slots.num_slots} slots {slots.num_leased} are leased, {slots.num_cached} cached, {slots.num_free} free; "
+            "send less at a time, or raise store.arena_bytes",
+            **slots._asdict(),
+        )
+
+
+def _handoff_id(message: common_pb2.HandoffId) -> HandoffId:
+    if not message.id:
+        raise InvalidRequest("the hand-off has no id")
+    return HandoffId(message.id, message.epoch)
+
+
+def _deadline(deadline_s: float) -> float:
+    """On loop.time(), which is time.monotonic()."""
+    return asyncio.get_running_loop().time() + max(0.0, deadline_s)
+
+
+def _how_far(handoff: Handoff) -> str:
+    progress = handoff.writer.progress
+    num_done = int((progress.num_layers_done == progress.num_layers).sum())
+    return f"{num_done} of {progress.num_blocks} blocks are written"

@@ -1,0 +1,252 @@
+"""BlockWriter: one lease to write. Slices come from an engine's thread, notes and bytes leave through the event loop.
+
+engine thread: push ─► checksum ─► transport.push ─► queue (bounded in bytes) ─► loop: Push stream ─► seal: checksums, state
+                                                                                   └─► lease gone: failed, push raises
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import grpc.aio
+import numpy as np
+import xxhash
+
+from ..protocol.errors import HalfmoonError, RequestCancelled, StoreUnavailable
+from ..protocol.grpc_errors import error_to_proto
+from ..protocol.schema import KVSchema
+from ..protocol.v1 import common_pb2, kvstore_pb2
+from .connection import Connection
+from .progress import Progress
+from .transport import Transport
+
+logger = logging.getLogger(__name__)
+
+MAX_QUEUED_BYTES = 64 * 2**20
+
+
+class BlockWriter:
+    """push: any thread but the event loop's. The coroutines: the event loop."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        transport: Transport,
+        schema: KVSchema,
+        reply: kvstore_pb2.ReserveReply,
+        handoff_id: common_pb2.HandoffId | None,
+        max_queued_bytes: int = MAX_QUEUED_BYTES,
+    ) -> None:
+        self.num_blocks = len(reply.slots)
+        self.present = list(reply.present)
+        self.num_bytes = 0
+        self.failed: HalfmoonError | None = None
+        self._connection = connection
+        self._transport = transport
+        self._layer_bytes = schema.layer_bytes
+        self._lease_id = reply.lease_id
+        self._handoff_id = handoff_id
+        self._slots = list(reply.slots)
+        self._progress = Progress(self.num_blocks, schema.num_layers, self.present)
+        self._hashes = [xxhash.xxh3_64() for _ in self._slots]
+        self._max_queued_bytes = max_queued_bytes
+        self._pushing = threading.Lock()  # one slice at a time: the layers of a block stay in order
+        self._changed = threading.Condition()  # guards the five below
+        self._queue: deque[kvstore_pb2.PushRequest | None] = deque()  # None: no more
+        self._num_queued_bytes = 0
+        self._num_copying = 0
+        self._is_let_go = False
+        self._needs_ack = False  # let go of, but for a push that is still copying
+        self._filled = asyncio.Event()
+        self._loop_thread = threading.get_ident()
+        self._stream = connection.spawn(self._run())
+
+    def push(self, layer: int, first_block: int, blocks: np.ndarray) -> None:
+        """Takes one layer of blocks first_block.. over; the array is the caller's again on return.
+
+        blocks: uint8 [n, layer_bytes]; those of present blocks are ignored. The layers of a block come in ascending order.
+        Blocks while too many bytes wait for the wire. Raises `failed` once the lease is gone, ValueError for a wrong shape,
+        InvalidRequest for a slice outside or out of order.
+        """
+        if blocks.dtype != np.uint8 or blocks.ndim != 2 or blocks.shape[1] != self._layer_bytes:
+            raise ValueError(f"blocks are {blocks.dtype} {list(blocks.shape)}; they must be uint8 [n, {self._layer_bytes}]")
+        with self._pushing:
+            self._begin_copying()
+            try:
+                for start, stop in _runs(self.present[first_block : first_block + len(blocks)], len(blocks)):
+                    self._push_run(layer, first_block + start, np.ascontiguousarray(blocks[start:stop]))
+            finally:
+                self._end_copying()
+
+    async def seal(self, state: common_pb2.HandoffState) -> None:
+        """Sends what is queued, then makes the blocks readable.
+
+        Raises HandoffIncomplete naming what was not pushed (the lease stays open), `failed` where the lease is gone.
+        """
+        if self.failed is not None:
+            raise self.failed
+        self._progress.require_complete(self._name)
+        with self._changed:
+            self._queue.append(None)
+        self._filled.set()
+        try:
+            await self._seal(state)
+        except asyncio.CancelledError:
+            # nobody knows whether the seal arrived: the hand-off is not to be read then
+            self._connection.spawn(self.abort(RequestCancelled("the seal was cancelled")))
+            raise
+        except HalfmoonError as error:
+            self._fail(error)
+            raise
+
+    async def _seal(self, state: common_pb2.HandoffState) -> None:
+        await asyncio.wait({self._stream})
+        if self.failed is not None:
+            raise self.failed
+        checksums = [0 if present else found.intdigest() for found, present in zip(self._hashes, self.present, strict=True)]
+        request = kvstore_pb2.SealRequest(lease_id=self._lease_id, state=state, checksums=checksums)
+        await self._connection.call(self._connection.stub.Seal, request)
+
+    async def abort(self, reason: HalfmoonError) -> None:
+        """Gives the lease up; who waits for the hand-off is told the reason. Idempotent; a lost store has done it already."""
+        self._stop(reason)
+        if self._handoff_id is not None:
+            request = kvstore_pb2.AbortRequest(handoff=self._handoff_id, reason=error_to_proto(reason))
+            try:
+                await self._connection.call(self._connection.stub.Abort, request)
+            except StoreUnavailable:
+                logger.debug("the store of %s is gone, and its leases with it", self._name)
+        self._let_go()  # after the Abort: a Release before it would abort the hand-off without the reason
+        await asyncio.wait({self._stream})
+
+    @property
+    def _name(self) -> str:
+        return "the lease" if self._handoff_id is None else f"hand-off {self._handoff_id.id} epoch {self._handoff_id.epoch}"
+
+    def _push_run(self, layer: int, first_block: int, blocks: np.ndarray) -> None:
+        self._progress.check(layer, first_block, len(blocks))
+        slots = self._slots[first_block : first_block + len(blocks)]
+        for message in self._transport.push(slots, layer, first_block, blocks):
+            self._enqueue(message)
+        # only now: a slice that was not handed over completely must not count as pushed
+        for index, block in enumerate(blocks):
+            self._hashes[first_block + index].update(block.data)
+        self._progress.record(layer, first_block, len(blocks))
+        self.num_bytes += blocks.nbytes
+
+    def _enqueue(self, message: kvstore_pb2.PushRequest) -> None:
+        with self._changed:
+            while self._num_queued_bytes and self._num_queued_bytes + len(message.data) > self._max_queued_bytes:
+                if threading.get_ident() == self._loop_thread:
+                    raise RuntimeError("push has to wait, and would block the event loop it is called on; call it from the engine's thread")
+                if self.failed is not None:
+                    raise self.failed
+                self._changed.wait()
+            if self.failed is not None:
+                raise self.failed
+            self._queue.append(message)
+            self._num_queued_bytes += len(message.data)
+        self._to_loop(self._filled.set)
+
+    def _begin_copying(self) -> None:
+        with self._changed:
+            if self.failed is not None:
+                raise self.failed
+            self._num_copying += 1
+
+    def _end_copying(self) -> None:
+        with self._changed:
+            self._num_copying -= 1
+            if self._num_copying or not self._needs_ack:
+                return
+            self._needs_ack = False
+        self._to_loop(lambda: self._connection.spawn(self._release()))
+
+    def _to_loop(self, callback: Any) -> None:
+        try:
+            self._connection.loop.call_soon_threadsafe(callback)
+        except RuntimeError as error:  # the loop is closed
+            raise StoreUnavailable(f"the event loop of {self._connection.peer}'s client is closed") from error
+
+    async def _run(self) -> None:
+        """The Push stream: open from the start, so that the store can say through it that the lease is gone."""
+        sender: asyncio.Task[None] | None = None
+        try:
+            call = self._connection.track(self._connection.stub.Push())
+            sender = asyncio.ensure_future(self._send(call))
+            await call
+        except grpc.aio.AioRpcError as error:
+            self._fail(self._connection.error(error))
+        except asyncio.CancelledError:
+            # the call was cancelled with its session, or this task with its connection
+            self._fail(StoreUnavailable(f"the connection to {self._connection.peer} is gone"))
+        except HalfmoonError as error:
+            self._fail(error)
+        finally:
+            if sender is not None:
+                sender.cancel()
+                await asyncio.wait({sender})
+
+    async def _send(self, call: Any) -> None:
+        try:
+            await call.write(kvstore_pb2.PushRequest(lease_id=self._lease_id))
+            while True:
+                await self._filled.wait()
+                self._filled.clear()
+                while self._queue:
+                    message = self._queue.popleft()
+                    if message is None:
+                        await call.done_writing()
+                        return
+                    await call.write(message)
+                    with self._changed:
+                        self._num_queued_bytes -= len(message.data)
+                        self._changed.notify_all()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return  # the stream has ended; who awaits the call knows why
+
+    def _fail(self, error: HalfmoonError) -> None:
+        self._stop(error)
+        self._let_go()
+
+    def _stop(self, error: HalfmoonError) -> None:
+        """No push begins any more, and those that wait give up."""
+        with self._changed:
+            if self.failed is None:
+                self.failed = error
+            self._queue.clear()
+            self._changed.notify_all()
+
+    def _let_go(self) -> None:
+        """Tells the store once that no copy into the arena is under way, or will be: the slots may be another's."""
+        with self._changed:
+            if self._is_let_go:
+                return
+            self._is_let_go = True
+            self._needs_ack = self._num_copying > 0
+        if not self._needs_ack:
+            self._connection.spawn(self._release())
+
+    async def _release(self) -> None:
+        try:
+            await self._connection.call(self._connection.stub.Release, kvstore_pb2.ReleaseRequest(lease_id=self._lease_id))
+        except StoreUnavailable:
+            logger.debug("the store of %s is gone, and its leases with it", self._name)
+
+
+def _runs(present: Sequence[bool], num_blocks: int) -> list[tuple[int, int]]:
+    """[start, stop) of the runs of blocks that are not present."""
+    flags = [*present, *([False] * (num_blocks - len(present)))]
+    runs: list[tuple[int, int]] = []
+    start = 0
+    for index, skipped in enumerate([*flags, True]):
+        if skipped:
+            if index > start:
+                runs.append((start, index))
+            start = index + 1
+    return runs

@@ -1,0 +1,212 @@
+"""Which prompts make the next step of a prefill worker. Pure: no tensor, no clock, no I/O; the caller brings the lock.
+
+add ─► waiting ─start─► started ─ready─► runnable ─schedule─► step ─record─► finished ─release─► pages free
+                 pages    its prefix      shares the token              its blocks are
+                          is loaded       budget of every step          pushed from the pages
+
+abort at any point takes a sequence out; its pages are free once it is out of the running step and released.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import insort
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..engine.page_allocator import PageAllocator
+from ..engine.sequence import Sequence, StepChunk
+from ..protocol.blocks import div_ceil
+from ..protocol.errors import ConfigError, PromptTooLong
+
+
+class Step(NamedTuple):
+    chunks: list[StepChunk]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def sampled(self) -> list[Sequence]:
+        """Whose next token the step's logits give, in the logits' order. To be read before record()."""
+        return [chunk.sequence for chunk in self.chunks if chunk.is_last]
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    sequence: Sequence
+    order: tuple[int, int]  # priority, arrival
+    held: bool = False  # the caller may read and write the pages: from start() to release()
+    runnable: bool = False
+    in_step: bool = False
+    left: bool = False  # finished or aborted
+
+
+class PrefillScheduler:
+    """Prompts start in order of priority, then arrival, each with pages for the whole of it; none overtakes, so a long one is not starved.
+
+    Within the most urgent priority that is runnable a step's budget is shared evenly (what one does not need goes to the
+    others, earliest first), so a long prompt does not starve short ones. Less urgent ones get what is left.
+
+    Args:
+        max_tokens_per_step: at least block_size (ConfigError), for chunks end at block boundaries except a prompt's last.
+    """
+
+    def __init__(self, allocator: PageAllocator, block_size: int, max_tokens_per_step: int) -> None:
+        if max_tokens_per_step < block_size:
+            raise ConfigError(
+                f"prefill.max_tokens_per_step is {max_tokens_per_step}; it must be at least the block size, {block_size}",
+                key="prefill.max_tokens_per_step",
+            )
+        self.allocator = allocator
+        self.block_size = block_size
+        self.max_tokens_per_step = max_tokens_per_step
+        self._arrivals = itertools.count()
+        self._entries: dict[Sequence, _Entry] = {}  # until the pages are free
+        self._waiting: list[_Entry] = []  # both sorted by order
+        self._started: list[_Entry] = []
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Started and not finished."""
+        return len(self._started)
+
+    @property
+    def num_outstanding_tokens(self) -> int:
+        """Still to compute, of prompts waiting and started."""
+        entries = itertools.chain(self._waiting, self._started)
+        return sum(entry.sequence.num_tokens - entry.sequence.num_computed_tokens for entry in entries)
+
+    @property
+    def at_rest(self) -> bool:
+        """Nothing is known of any sequence, and so every page is free."""
+        return not self._entries
+
+    def check(self, sequence: Sequence) -> None:
+        """Raises PromptTooLong where the sequence could never start."""
+        limit = self.allocator.num_pages * self.block_size
+        if sequence.num_tokens > limit:
+            raise PromptTooLong(
+                f"the prompt has {sequence.num_tokens} tokens; this prefill worker's pages hold {limit} (raise prefill.kv_capacity_tokens)",
+                num_tokens=sequence.num_tokens,
+                limit=limit,
+            )
+
+    def add(self, sequence: Sequence) -> None:
+        """Raises PromptTooLong."""
+        self.check(sequence)
+        entry = _Entry(sequence, (sequence.priority, next(self._arrivals)))
+        self._entries[sequence] = entry
+        insort(self._waiting, entry, key=_order)
+
+    def start(self) -> list[Sequence]:
+        """Gives pages to the waiting, in order, for as long as they are there. The caller loads prefixes, then calls ready()."""
+        started: list[Sequence] = []
+        while self._waiting:
+            entry = self._waiting[0]
+            num_pages = div_ceil(entry.sequence.num_tokens, self.block_size)
+            if not self.allocator.can_allocate(num_pages):
+                break
+            del self._waiting[0]
+            entry.sequence.pages = self.allocator.allocate(num_pages)
+            entry.held = True
+            insort(self._started, entry, key=_order)
+            started.append(entry.sequence)
+        return started
+
+    def ready(self, sequence: Sequence, num_cached_tokens: int) -> None:
+        """num_cached_tokens: how many leading tokens' KV was loaded into the pages; fewer than all, for one has to be computed."""
+        if not 0 <= num_cached_tokens < sequence.num_tokens:
+            raise ValueError(f"{num_cached_tokens} tokens cached of {sequence.num_tokens}: at least the last one is computed")
+        entry = self._entries.get(sequence)
+        if entry is None or entry.left:
+            return
+        sequence.num_computed_tokens = num_cached_tokens
+        entry.runnable = True
+
+    def schedule(self) -> Step:
+        """The chunks of the next step, none if nothing is runnable. record() has to follow before the next schedule()."""
+        runnable = [entry for entry in self._started if entry.runnable]
+        budget = self.max_tokens_per_step
+        sizes: dict[_Entry, int] = {}
+        for _, urgency in itertools.groupby(runnable, key=lambda entry: entry.order[0]):
+            budget = self._share(list(urgency), budget, sizes)
+        chunks: list[StepChunk] = []
+        for entry, size in sizes.items():
+            entry.in_step = True
+            chunks.append(StepChunk(entry.sequence, entry.sequence.num_computed_tokens, size))
+        return Step(chunks)
+
+    def record(self, step: Step) -> list[Sequence]:
+        """The prompts that the step completed, in the order of step.sampled less the aborted; their pages stand until release()."""
+        finished: list[Sequence] = []
+        for chunk in step.chunks:
+            entry = self._entries[chunk.sequence]
+            entry.in_step = False
+            if entry.left:
+                self._free_if_done(entry)
+                continue
+            chunk.sequence.num_computed_tokens += chunk.num_tokens
+            if chunk.is_last:
+                self._leave(entry)
+                finished.append(chunk.sequence)
+        return finished
+
+    def abort(self, sequence: Sequence) -> None:
+        """Takes a sequence out, wherever it is. Nothing happens to one that is finished or unknown."""
+        entry = self._entries.get(sequence)
+        if entry is not None and not entry.left:
+            self._leave(entry)
+            self._free_if_done(entry)
+
+    def release(self, sequence: Sequence) -> None:
+        """The caller does not touch the pages of a finished or aborted sequence any more. Idempotent."""
+        entry = self._entries.get(sequence)
+        if entry is not None:
+            entry.held = False
+            self._free_if_done(entry)
+
+    def _share(self, entries: list[_Entry], budget: int, sizes: dict[_Entry, int]) -> int:
+        """Divides budget, adds the chunks' sizes to sizes and returns what is left."""
+        fair = max(budget // len(entries), self.block_size) if entries else 0
+        # the second round hands what short prompts left over to the first that can use it
+        for limit in (fair, budget):
+            for entry in entries:
+                granted = sizes.get(entry, 0)
+                size = self._chunk_size(entry.sequence, granted + min(budget, limit))
+                if size > granted:
+                    sizes[entry] = size
+                    budget -= size - granted
+        return budget
+
+    def _chunk_size(self, sequence: Sequence, limit: int) -> int:
+        """At most limit tokens, ending at a block boundary or at the prompt's end."""
+        start = sequence.num_computed_tokens
+        if sequence.num_tokens - start <= limit:
+            return sequence.num_tokens - start
+        return max((start + limit) // self.block_size * self.block_size - start, 0)
+
+    def _leave(self, entry: _Entry) -> None:
+        entry.left = True
+        _discard(self._waiting, entry)
+        _discard(self._started, entry)
+
+    def _free_if_done(self, entry: _Entry) -> None:
+        if entry.left and not entry.held and not entry.in_step:
+            self.allocator.free(entry.sequence.pages)
+            entry.sequence.pages = []
+            del self._entries[entry.sequence]
+
+
+def _order(entry: _Entry) -> tuple[int, int]:
+    return entry.order
+
+
+def _discard(entries: list[_Entry], entry: _Entry) -> None:
+    if entry in entries:
+        entries.remove(entry)

@@ -1,0 +1,86 @@
+"""The stores that a prefill worker talks to: its node's own, for good, and others from their first use on.
+
+own        ─ StoreLink, attached again when lost
+the others ─ a hand-off's store or a prefix's, attached on demand and kept until lost
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+from ..kvstore.client import StoreClient
+from ..protocol.schema import KVSchema
+from .store_link import StoreLink
+
+logger = logging.getLogger(__name__)
+
+
+class Stores:
+    """Owned by the event loop. Arguments as StoreLink's; address is the own store's."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        client_id: str,
+        node_id: str,
+        schema: KVSchema,
+        transport: Literal["auto", "grpc"],
+        on_lost: Callable[[StoreClient], None],
+    ) -> None:
+        self.own = StoreLink(address, client_id=client_id, node_id=node_id, schema=schema, transport=transport, on_lost=on_lost)
+        self._client_id = client_id
+        self._node_id = node_id
+        self._schema = schema
+        self._transport: Literal["auto", "grpc"] = transport
+        self._on_lost = on_lost
+        self._sessions: dict[str, asyncio.Task[StoreClient]] = {}
+        self._watches: set[asyncio.Task[None]] = set()
+
+    def is_own(self, address: str) -> bool:
+        return address in ("", self.own.address)
+
+    async def client(self, address: str) -> StoreClient:
+        """A live session at the store. Raises StoreUnavailable, SchemaMismatch."""
+        if self.is_own(address):
+            return self.own.client
+        session = self._sessions.get(address)
+        if session is None:
+            session = self._sessions[address] = asyncio.create_task(self._attach(address))
+            session.add_done_callback(partial(self._attached, address))
+        return await asyncio.shield(session)
+
+    async def close(self) -> None:
+        for task in (*self._watches, *self._sessions.values()):
+            task.cancel()
+        results = await asyncio.gather(*self._sessions.values(), return_exceptions=True)
+        await asyncio.gather(*self._watches, return_exceptions=True)
+        for client in results:
+            if isinstance(client, StoreClient):
+                await client.close()
+        self._sessions.clear()
+        await self.own.close()
+
+    async def _attach(self, address: str) -> StoreClient:
+        client = await StoreClient.attach(
+            address, client_id=self._client_id, node_id=self._node_id, schema=self._schema, transport=self._transport
+        )
+        watch = asyncio.create_task(self._watch(address, client))
+        self._watches.add(watch)
+        watch.add_done_callback(self._watches.discard)
+        return client
+
+    def _attached(self, address: str, session: asyncio.Task[StoreClient]) -> None:
+        if session.cancelled() or session.exception() is not None:
+            self._sessions.pop(address, None)  # the next call tries again
+
+    async def _watch(self, address: str, client: StoreClient) -> None:
+        await client.lost.wait()
+        logger.warning("%s lost the KV store at %s", self._client_id, address)
+        self._sessions.pop(address, None)
+        self._on_lost(client)
+        await client.close()

@@ -1,0 +1,161 @@
+"""What a user asked for, the same for every face, and its way to validated requests.
+
+Ask ─► prompts to token ids ─► limits ─► SamplingParams ─► ProxyRequest per choice
+ (prompt text, token ids or messages; n)                    choice p*n+i: prompt p, seed+i
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import secrets
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..protocol.errors import InvalidRequest, PromptTooLong, UnknownModel
+from ..protocol.sampling import MAX_SEED, SamplingParams
+from .chat_template import ChatMessage
+from .model_card import ModelCard
+from .request import ProxyRequest
+from .tokenizer import Tokenizer
+
+MAX_CHOICES = 128
+MAX_STOPS = 16
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default for a prompt; a chat may use what is left
+REQUEST_ID_LEN = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """Types are right, values are as they came. Exactly one of prompts and messages is set."""
+
+    prompts: Sequence[str | Sequence[int]] = ()
+    messages: Sequence[ChatMessage] | None = None
+    model: str = ""  # empty: the served one
+    request_id: str = ""  # empty: made here
+    n: int = 1
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: Sequence[str] = ()
+    timeout_s: float | None = None
+    priority: int = 0
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # SamplingParams' other fields
+    arrival: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """An Ask that can be run: a request for each choice."""
+
+    request_id: str
+    stop: tuple[str, ...]
+    num_prompt_tokens: int  # of all prompts together
+    requests: list[ProxyRequest]
+
+
+class Planner:
+    def __init__(self, tokenizer: Tokenizer, card: ModelCard, default_timeout_s: float) -> None:
+        self._tokenizer = tokenizer
+        self._card = card
+        self._default_timeout_s = default_timeout_s
+
+    async def plan(self, ask: Ask, max_model_len: int) -> Plan:
+        """Raises InvalidRequest (PromptTooLong, UnknownModel), naming the field, the value and the limit."""
+        _require(
+            ask.model in ("", self._card.name), f"the model {ask.model!r} is not served; {self._card.name!r} is", "model", UnknownModel
+        )
+        _require(1 <= ask.n <= MAX_CHOICES, f"n is {ask.n}; it must be at least 1 and at most {MAX_CHOICES}", "n")
+        _require(len(ask.request_id) <= REQUEST_ID_LEN and ask.request_id.isprintable(), _BAD_ID, "request_id")
+        _require(len(ask.stop) <= MAX_STOPS, f"stop has {len(ask.stop)} strings; it may have {MAX_STOPS}", "stop")
+        _require(all(ask.stop), "stop has an empty string, which would end every answer at once; leave it out", "stop")
+        _require(-(2**31) <= ask.priority < 2**31, f"priority is {ask.priority}; it must fit 32 bits", "priority")
+        timeout_s = self._default_timeout_s if ask.timeout_s is None else ask.timeout_s
+        _require(math.isfinite(timeout_s) and timeout_s > 0, f"timeout is {timeout_s}; it must be a number of seconds above 0", "timeout_s")
+        prompts = await self._token_ids(ask)
+        param = "prompt" if ask.messages is None else "messages"
+        for token_ids in prompts:
+            self._require_fits(token_ids, param, max_model_len)
+        seed = secrets.randbits(63) if ask.seed is None else ask.seed
+        _require(0 <= seed <= MAX_SEED, f"seed is {seed}; it must be at least 0 and at most {MAX_SEED}", "seed")
+        request_id = ask.request_id or uuid.uuid4().hex
+        params = [self._params(ask, len(token_ids), max_model_len, seed) for token_ids in prompts]
+        requests = [
+            ProxyRequest(
+                request_id=request_id if len(prompts) * ask.n == 1 else f"{request_id}-{prompt * ask.n + choice}",
+                token_ids=token_ids,
+                sampling=dataclasses.replace(params[prompt], seed=(seed + choice) & MAX_SEED),
+                timeout_s=timeout_s,
+                priority=ask.priority,
+                arrival=ask.arrival,
+            )
+            for prompt, token_ids in enumerate(prompts)
+            for choice in range(ask.n)
+        ]
+        return Plan(request_id, tuple(ask.stop), sum(map(len, prompts)), requests)
+
+    async def _token_ids(self, ask: Ask) -> list[list[int]]:
+        if ask.messages is not None:
+            _require(bool(ask.messages), "messages is empty; send at least one", "messages")
+            text = _clean(self._tokenizer.render_chat(ask.messages), "messages")
+            return [await self._tokenizer.encode_aside(text, add_special_tokens=False)]
+        _require(bool(ask.prompts), "there is no prompt; send one", "prompt")
+        return [
+            await self._tokenizer.encode_aside(_clean(prompt, "prompt")) if isinstance(prompt, str) else list(prompt)
+            for prompt in ask.prompts
+        ]
+
+    def _require_fits(self, token_ids: list[int], param: str, max_model_len: int) -> None:
+        _require(bool(token_ids), "the prompt is empty; it must have at least one token", param)
+        if len(token_ids) >= max_model_len:
+            raise PromptTooLong(
+                f"the prompt has {len(token_ids)} tokens; this model takes {max_model_len} for prompt and answer together, "
+                f"so a prompt may have {max_model_len - 1}",
+                param=param,
+                num_prompt_tokens=len(token_ids),
+                max_model_len=max_model_len,
+            )
+        self._require_known(token_ids, param)
+
+    def _require_known(self, token_ids: Iterable[int], param: str) -> None:
+        size = self._card.vocab_size
+        wrong = next((token_id for token_id in token_ids if not 0 <= token_id < size), None)
+        _require(wrong is None, f"{param} has token id {wrong}; this model's are at least 0 and at most {size - 1}", param)
+
+    def _params(self, ask: Ask, num_prompt_tokens: int, max_model_len: int, seed: int) -> SamplingParams:
+        left = max_model_len - num_prompt_tokens
+        max_tokens = ask.max_tokens
+        if max_tokens is None:
+            max_tokens = left if ask.messages is not None else min(left, COMPLETION_MAX_TOKENS)
+        elif max_tokens > left:
+            raise InvalidRequest(
+                f"the prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}; this model takes {max_model_len} "
+                f"together, so max_tokens may be {left}",
+                param="max_tokens",
+                num_prompt_tokens=num_prompt_tokens,
+                max_model_len=max_model_len,
+            )
+        self._require_known(ask.sampling.get("logit_bias", {}), "logit_bias")
+        self._require_known(ask.sampling.get("stop_token_ids", ()), "stop_token_ids")
+        return SamplingParams(**ask.sampling, seed=seed, max_tokens=max_tokens)
+
+
+_BAD_ID = f"the request id must be printable and at most {REQUEST_ID_LEN} characters long"
+
+
+def _require(holds: bool, message: str, param: str, error: type[InvalidRequest] = InvalidRequest) -> None:
+    if not holds:
+        raise error(message, param=param)
+
+
+def _clean(text: str, param: str) -> str:
+    """JSON can spell half of a surrogate pair, which no encoding of Unicode has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{param} has half a surrogate pair at character {error.start}, which is no Unicode text", param=param
+        ) from error
+    return text

@@ -1,0 +1,60 @@
+"""halfmoon.v1.Control: members join and stay, operators look in and drain."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+
+import grpc.aio
+
+from ..protocol.errors import InvalidRequest
+from ..protocol.grpc_errors import unary_boundary
+from ..protocol.v1 import control_pb2, control_pb2_grpc
+from .router import Router
+
+
+class ControlService(control_pb2_grpc.ControlServicer):
+    def __init__(self, router: Router, model_name: str) -> None:
+        self._router = router
+        self._cluster = router.cluster
+        self._model_name = model_name
+        self._started = time.monotonic()
+
+    # a coroutine that writes, not a generator: its finally runs at the stream's end and not at the collector's leisure
+    @unary_boundary
+    async def Join(self, reports: AsyncIterator[control_pb2.MemberReport], context: grpc.aio.ServicerContext) -> None:
+        first = await anext(aiter(reports), None)
+        if first is None or not first.HasField("info"):
+            raise InvalidRequest("the first report of a Join stream says who the member is; send MemberReport.info")
+        member = self._cluster.join(first.info, first.load)
+        stream = member.stream
+        try:
+            await context.write(control_pb2.MemberOrder(accepted=True))
+            async for report in reports:
+                if member.gone or member.stream != stream:
+                    return  # a newer process, or a newer stream of this one, has taken its place
+                member.report(report.load)
+        finally:
+            self._cluster.leave(member, stream)
+
+    @unary_boundary
+    async def Status(self, request: control_pb2.StatusRequest, context: grpc.aio.ServicerContext) -> control_pb2.StatusReply:
+        router, metrics = self._router, self._router.metrics
+        return control_pb2.StatusReply(
+            members=[
+                control_pb2.StatusReply.Member(info=member.info, load=member.load, up_s=member.up_s)
+                for member in sorted(self._cluster.members.values(), key=lambda member: (member.info.role, member.id))
+            ],
+            model=self._model_name,
+            num_queued=router.num_queued,
+            num_running=router.num_running,
+            draining=router.draining,
+            ttft_s=metrics.ttft_window.percentiles(),
+            tpot_s=metrics.tpot_window.percentiles(),
+            outcomes=metrics.outcomes,
+            up_s=time.monotonic() - self._started,
+        )
+
+    @unary_boundary
+    async def Drain(self, request: control_pb2.DrainRequest, context: grpc.aio.ServicerContext) -> control_pb2.DrainReply:
+        return control_pb2.DrainReply(num_left=await self._router.drain(request.timeout_s))

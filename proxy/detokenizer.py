@@ -1,0 +1,104 @@
+"""Token ids to text, as they come: whole characters only, stop strings held back and cut.
+
+tokens ─► window decode ─► whole characters ─► StopStrings ─► text that can no longer change
+            │ holds a character's first bytes      │ holds what may be the beginning of a stop string
+
+`tokenizers.decoders.DecodeStream` is not used: it has no flush for the tail, and it raises on bytes that never
+become UTF-8. The window is that of text-generation-inference and vLLM: decode from a safe boundary twice, with and
+without the new tokens, and the difference is the new text whatever the decoder does at the start of a text.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from .tokenizer import Tokenizer
+
+_CONTEXT_TOKENS = 6  # of the prompt, for decoders that treat a text's first token differently
+_UNFINISHED = "\ufffd"  # what the bytes of an unfinished character decode to
+
+
+class Detokenizer:
+    """Invariant: all text returned so far + finish() == decode(all tokens), for tokenizers that decode byte by byte.
+
+    Args:
+        context: the prompt's token ids; a word that continues it keeps its leading space.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._token_ids = list(context[-_CONTEXT_TOKENS:])
+        if tokenizer.decode(self._token_ids).endswith(_UNFINISHED):
+            self._token_ids = []  # the prompt breaks off inside a character: what follows stands by itself
+        self._read = len(self._token_ids)  # tokens before it are returned; the window starts at 0
+        self._known = tokenizer.decode(self._token_ids)
+        # a character has 4 bytes at most: longer than that, a run of lone byte tokens is no character at all
+        self._patience = 4 if tokenizer.byte_fallback else sys.maxsize
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The characters that token_ids complete; "" while one is under way."""
+        self._token_ids.extend(token_ids)
+        text = self._tokenizer.decode(self._token_ids)
+        whole = not text.endswith(_UNFINISHED) or len(self._token_ids) - self._read > self._patience
+        stable = text if whole else self._stable_part(text)
+        if len(stable) <= len(self._known):
+            return ""
+        new = stable[len(self._known) :]
+        if whole:
+            self._token_ids = self._token_ids[self._read :]
+            self._read = len(self._token_ids)
+            self._known = self._tokenizer.decode(self._token_ids)
+        else:
+            self._known = stable
+        return new
+
+    def _stable_part(self, text: str) -> str:
+        """Of a text whose last character is unfinished: the rest of it, where nothing to come can change it."""
+        # a byte-fallback decoder shows one replacement character per byte, and all of them turn into one character
+        return self._known if self._tokenizer.byte_fallback else text.removesuffix(_UNFINISHED)
+
+    def finish(self) -> str:
+        """What is still held: the replacement character of bytes that nothing completed, or ""."""
+        text = self._tokenizer.decode(self._token_ids)
+        new, self._known = text[len(self._known) :], text
+        return new
+
+
+class StopStrings:
+    """Finds the stop string that is complete first (of two that end together, the longer), however the text is cut.
+
+    Text is returned as soon as no stop string can begin in it.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(dict.fromkeys(stop for stop in stops if stop))
+        self._longest = max(map(len, self._stops), default=0)
+        self._held = ""
+        self.matched: str | None = None
+
+    def push(self, text: str) -> str:
+        """The text that may go out: up to the stop string once one is `matched`, nothing after it."""
+        if self.matched is not None:
+            return ""
+        if not self._stops:
+            return text
+        self._held += text
+        ends = [(start + len(stop), start, stop) for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        if ends:
+            _, start, self.matched = min(ends)
+            out, self._held = self._held[:start], ""
+            return out
+        out, self._held = self._split(self._held)
+        return out
+
+    def finish(self) -> str:
+        """What was held back in case it would become a stop string."""
+        out, self._held = self._held, ""
+        return out
+
+    def _split(self, text: str) -> tuple[str, str]:
+        for start in range(max(0, len(text) - self._longest + 1), len(text)):
+            if any(stop.startswith(text[start:]) for stop in self._stops):
+                return text[:start], text[start:]
+        return text, ""

@@ -1,0 +1,131 @@
+"""adaptive: predicted milliseconds decide where a request is prefilled, where it decodes, and how many workers do which.
+
+prefill   the worker with the least predicted first token, as in kvcache_centric; a decode worker counts too, slowed by the batch that
+          shares its steps, while its step and its pages have slack. A prefill there is chunked so that no step passes the target.
+decode    the least predicted step among those in the decode role; chosen when the prefill begins, not when the request arrives.
+roles     rebalance(): as many decode workers as hold the load under the SLO and inside their pages, all others prefill. A worker that
+          changes takes no new work of the old kind and keeps what it has, its cache included.
+It is told the SLO and nothing of the best split.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, NamedTuple
+
+from ..placement import Choice, MemberState, PlacementRequest, PrefixHint, Slo, Snapshot
+from ..predictors.timing import Predictors
+from ..predictors.waiting import queue_s
+from .base import cached_blocks
+from .kvcache_centric import best_prefix
+
+DEFAULT_TBT_S = 0.1  # where the SLO bounds none
+
+
+class RoleChange(NamedTuple):
+    member_id: str
+    role: Literal["prefill", "decode"]
+    reason: str
+
+
+@dataclass(slots=True)
+class Adaptive:
+    """
+    Args:
+        step_share: of the TBT SLO that a step with a prefill chunk may take.
+        full_share: of the TBT SLO and of the pages that the decode pool is planned for.
+        spare: decode workers' worth of load by which a worker has to be superfluous before it goes back to prefill.
+        slack_share: a decode worker prefills while at least so much of a step is free.
+    """
+
+    predictors: Predictors
+    slo: Slo = Slo()
+    step_share: float = 0.92
+    full_share: float = 0.90
+    spare: float = 0.35
+    slack_share: float = 0.4
+    calm_s: float = 2.0  # between two changes back
+    last_change_s: float = -math.inf
+    peak: float = 0.0  # decode workers needed, recently
+    roles: dict[str, str] = field(default_factory=dict)
+    name: ClassVar[str] = "adaptive"
+
+    @property
+    def step_target_s(self) -> float:
+        return self.step_share * (self.slo.tbt_s if math.isfinite(self.slo.tbt_s) else DEFAULT_TBT_S)
+
+    def choose(self, request: PlacementRequest, candidates: Snapshot) -> Choice:
+        block_size, predictors = candidates.block_size, self.predictors
+        holder, best = best_prefix(request, block_size)
+        times: dict[int, float] = {}
+        chosen, chosen_s, chosen_key = candidates.prefill[0], math.inf, (math.inf, "")
+        for member in candidates.prefill:
+            slow = self._slowdown(member)
+            if slow == math.inf:
+                continue
+            own = min(request.held_blocks.get(member.store_address, 0), best)
+            compute_s = times.get(own)
+            if compute_s is None:
+                moved = (best - own) * block_size * predictors.model.kv_bytes_per_token
+                rest = request.num_tokens - best * block_size
+                compute_s = times[own] = predictors.transfer.predict(moved) + predictors.prefill.predict(rest, best * block_size)
+            ttft_s = queue_s(predictors, member, candidates.now_s) + compute_s * slow
+            if (ttft_s, member.id) < chosen_key:
+                chosen, chosen_s, chosen_key = member, ttft_s, (ttft_s, member.id)
+        local = chosen.role == "decode"
+        decode, tbt_s = (chosen, self._step_s(chosen, request)) if local else self.select_decode(request, candidates)
+        prefix = PrefixHint(holder, best) if best > cached_blocks(request, chosen, block_size) else None
+        where = "in its own decode batch" if local else f"for {decode.id}"
+        reason = f"{chosen.id} is predicted to give the first token in {chosen_s:.3f} s {where}, behind {best * block_size} cached tokens"
+        return Choice(chosen, decode, reason, prefix, chosen_s, tbt_s)
+
+    def select_decode(self, request: PlacementRequest, candidates: Snapshot) -> tuple[MemberState, float]:
+        """The least predicted step among the decode role (anyone where nobody has it), promises included; and its step as it runs now."""
+        step = self.predictors.step
+        pool = [member for member in candidates.decode if member.role == "decode"] or candidates.decode
+        chosen = min(pool, key=lambda member: (step.predict(member.num_requests, member.num_outstanding_tokens), member.id))
+        return chosen, self._step_s(chosen, request)
+
+    def rebalance(self, snapshot: Snapshot) -> tuple[RoleChange, ...]:
+        """At most one change. To be asked about once a second; snapshot.decode holds every worker."""
+        members = snapshot.decode
+        decoding = [member for member in members if member.role == "decode"]
+        prefilling = [member for member in members if member.role != "decode"]
+        needed = self.decode_workers_needed(members)
+        self.peak = max(needed, self.peak - 0.02 * max(self.peak - needed, 0.0))
+        now_s = snapshot.now_s
+        if needed > len(decoding) and len(prefilling) > 1:
+            member = min(prefilling, key=lambda one: (queue_s(self.predictors, one, now_s), one.id))
+            self.last_change_s = now_s
+            return (RoleChange(member.id, "decode", f"decode needs {needed:.1f} workers, {len(decoding)} do it"),)
+        if self.peak < len(decoding) - 1 - self.spare and len(decoding) > 1 and now_s - self.last_change_s > self.calm_s:
+            member = min(decoding, key=lambda one: (one.num_requests, one.id))
+            self.last_change_s = now_s
+            return (RoleChange(member.id, "prefill", f"decode needs {self.peak:.1f} workers at most, {len(decoding)} do it"),)
+        return ()
+
+    def decode_workers_needed(self, members: tuple[MemberState, ...]) -> float:
+        """So many that the sequences of all members, spread evenly, step under the SLO and fit into the pages."""
+        step = self.predictors.step
+        num_sequences = sum(member.num_running for member in members)
+        num_tokens = sum(member.num_running_tokens for member in members)
+        tbt_s = self.slo.tbt_s if math.isfinite(self.slo.tbt_s) else DEFAULT_TBT_S
+        room_s = max(self.full_share * tbt_s - step.base_s, 0.1 * step.base_s)
+        by_time = (num_sequences * step.per_sequence_s + num_tokens * step.per_kv_token_s) / room_s
+        capacity = members[0].kv_capacity_tokens
+        return max(by_time, num_tokens / (self.full_share * capacity) if capacity else 0.0)
+
+    def _step_s(self, member: MemberState, request: PlacementRequest) -> float:
+        return self.predictors.step.predict(member.num_running + 1, member.num_running_tokens + request.num_tokens)
+
+    def _slowdown(self, member: MemberState) -> float:
+        """Of a prefill on the member, by the batch in its steps; inf where it should not have one."""
+        if not member.num_running:
+            return 1.0
+        target_s = self.step_target_s
+        slack_s = target_s - self.predictors.step.predict(member.num_running, member.num_running_tokens)
+        full = member.kv_capacity_tokens and member.num_outstanding_tokens > self.full_share * member.kv_capacity_tokens
+        if member.role == "decode" and (slack_s < self.slack_share * target_s or full):
+            return math.inf
+        return target_s / max(slack_s, 0.1 * target_s)

@@ -1,0 +1,161 @@
+"""The proxy as one process: both faces and the core on one event loop.
+
+ProxyServer ── HTTP: OpenAI's routes, /health, /ready, /metrics          ┐
+            ── gRPC: Inference · Control · health · reflection            ├─► Generator ─► Router ─► Cluster
+stop: health says no ─► no new requests ─► the last one ends, or grace_s ─┘    ─► listeners close ─► members let go
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grpc.aio
+import uvicorn
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
+
+from ..protocol.channel import create_server
+from ..protocol.config import ModelOptions, ProxyConfig
+from ..protocol.errors import ConfigError
+from ..protocol.schema import KVSchema
+from ..protocol.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from .cluster import Cluster
+from .control_service import ControlService
+from .generation import Generator
+from .inference_service import InferenceService
+from .metrics import ProxyMetrics
+from .model_card import ModelCard
+from .openai_http import create_app
+from .router import Router
+from .tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+SERVICES = (
+    inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
+    control_pb2.DESCRIPTOR.services_by_name["Control"].full_name,
+)
+CLOSE_GRACE_S = 1.0  # for what is under way on a connection once every request has ended
+
+
+class Endpoints(NamedTuple):
+    """Both are "host:port"."""
+
+    http: str
+    grpc: str
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers: the process's entry point decides what a signal means."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.accepting = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.accepting.set()
+
+
+class ProxyServer:
+    """Started and stopped once.
+
+    Args:
+        model_folder: holds config.json and the tokenizer; no weights are read.
+        schema: what workers must bring.
+    """
+
+    def __init__(self, *, config: ProxyConfig, options: ModelOptions, model_folder: Path, schema: KVSchema) -> None:
+        self.registry = CollectorRegistry()
+        self._config = config
+        self._options = options
+        self._model_folder = model_folder
+        metrics = ProxyMetrics(self.registry)
+        self.card = ModelCard.from_folder(model_folder, options, schema.dtype)
+        self.cluster = Cluster(metrics, schema)
+        self.router = Router(config, self.cluster, metrics, eos_token_ids=self.card.eos_token_ids)
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] - made by its __init__
+        self._grpc: grpc.aio.Server | None = None
+        self._http: _HttpServer | None = None
+        self._http_task: asyncio.Task[None] | None = None
+
+    async def start(self) -> Endpoints:
+        """Both faces listen when it returns. Raises CheckpointError, or ConfigError where a port is taken."""
+        tokenizer = await asyncio.to_thread(Tokenizer.from_folder, self._model_folder)
+        generator = Generator(self.router, tokenizer, self.card, self._config.default_timeout_s)
+        http_socket = _listen(self._config.host, self._config.http_port)
+        try:
+            self._grpc, grpc_port = create_server(self._config.host, self._config.grpc_port)
+        except (OSError, RuntimeError) as error:
+            http_socket.close()
+            raise _port_taken(self._config.host, self._config.grpc_port, "grpc_port") from error
+        await self._start_grpc(self._grpc, generator)
+        await self._start_http(http_socket, generator)
+        host = self._config.host
+        endpoints = Endpoints(http=_joined(host, http_socket.getsockname()[1]), grpc=_joined(host, grpc_port))
+        logger.info("serving %s at http://%s (OpenAI) and %s (gRPC)", self.card.name, endpoints.http, endpoints.grpc)
+        return endpoints
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no more requests, waits up to grace_s for those under way, cancels the rest, closes. Idempotent."""
+        await self._health.enter_graceful_shutdown()
+        num_left = await self.router.drain(grace_s)
+        if num_left:
+            logger.warning("%d requests were still under way after %.1f s; cancelled", num_left, grace_s)
+        await self.router.close()
+        if self._http is not None and self._http_task is not None:
+            self._http.should_exit = True
+            await self._http_task
+        await self.cluster.close()
+        if self._grpc is not None:
+            await self._grpc.stop(CLOSE_GRACE_S)
+
+    async def _start_grpc(self, server: grpc.aio.Server, generator: Generator) -> None:
+        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(generator), server)
+        control_pb2_grpc.add_ControlServicer_to_server(ControlService(self.router, self.card.name), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        for service in ("", *SERVICES):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        await server.start()
+
+    async def _start_http(self, listener: socket.socket, generator: Generator) -> None:
+        app: Any = create_app(generator, self.registry)
+        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=int(CLOSE_GRACE_S))
+        self._http = _HttpServer(config)
+        self._http_task = asyncio.create_task(self._http.serve(sockets=[listener]))
+        accepting = asyncio.create_task(self._http.accepting.wait())
+        await asyncio.wait((self._http_task, accepting), return_when=asyncio.FIRST_COMPLETED)
+        accepting.cancel()
+        if self._http_task.done():
+            self._http_task.result()  # raises what kept it from starting
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
+    except OSError as error:
+        raise _port_taken(host, port, "http_port") from error
+
+
+def _port_taken(host: str, port: int, key: str) -> ConfigError:
+    return ConfigError(
+        f"cannot listen on {_joined(host, port)}: the port is taken, or the address is not this machine's; "
+        f"choose another proxy.{key}, or 0 for any free one",
+        key=f"proxy.{key}",
+    )
+
+
+def _joined(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,66 @@
+"""Fixtures that several rooms share. They bring the proxy, so their module is loaded where one of them is asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def faces() -> Any:
+    """tests/faces.py; importlib mode has no name to import it by."""
+    spec = importlib.util.spec_from_file_location("halfmoon_test_faces", Path(__file__).with_name("faces.py"))
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def chat_model_folder(faces: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Config, tokenizer and chat template of a small model, "chatty"; no weights."""
+    return faces.write_model_folder(tmp_path_factory.mktemp("models") / "chatty")
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(chat_model_folder: Path) -> Any:
+    from halfmoon.proxy.tokenizer import Tokenizer
+
+    return Tokenizer.from_folder(chat_model_folder)
+
+
+@pytest.fixture(scope="session")
+def make_face(faces: Any, chat_model_folder: Path, chat_tokenizer: Any) -> Iterator[Callable[..., Any]]:
+    """make_face(**proxy config) -> Face."""
+    made: list[Any] = []
+
+    def make(**config: Any) -> Any:
+        made.append(faces.Face(chat_model_folder, chat_tokenizer, **config))
+        return made[-1]
+
+    yield make
+    for face in made:
+        face.stop()
+
+
+@pytest.fixture(scope="session")
+def shared_face(make_face: Callable[..., Any]) -> Any:
+    return make_face()
+
+
+@pytest.fixture
+def face(shared_face: Any) -> Iterator[Any]:
+    """The session's proxy with fresh scripts; a request that a test leaves behind fails it."""
+    shared_face.reset()
+    yield shared_face
+    shared_face.open_gate()
+    deadline = time.monotonic() + 2
+    while shared_face.num_under_way and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert shared_face.num_under_way == 0

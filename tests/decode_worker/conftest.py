@@ -1,0 +1,241 @@
+"""A store, a prefill and a decode worker in this process on loopback, and transformers to compare with."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from halfmoon.decode_worker.worker import DecodeWorker
+from halfmoon.kvstore.server import StoreServer
+from halfmoon.prefill_worker.worker import PrefillWorker
+from halfmoon.protocol.channel import create_server, open_channel
+from halfmoon.protocol.config import DecodeConfig, ModelOptions, PrefillConfig, StoreConfig
+from halfmoon.protocol.sampling import SamplingParams
+from halfmoon.protocol.v1 import common_pb2, control_pb2, control_pb2_grpc, worker_pb2, worker_pb2_grpc
+from transformers import LlamaConfig, LlamaForCausalLM
+
+BLOCK_SIZE = 8
+VOCAB_SIZE = 160
+MAX_MODEL_LEN = 256
+EOS = 2
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForCausalLM]:
+    """A tiny random Llama in fp32, as a folder and as transformers' model."""
+    torch.set_num_threads(1)
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_MODEL_LEN,
+        initializer_range=0.25,
+        bos_token_id=1,
+        eos_token_id=EOS,
+        dtype="float32",
+    )
+    reference = LlamaForCausalLM(config).eval()
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    reference.save_pretrained(folder)
+    return folder, reference
+
+
+@pytest.fixture(scope="session")
+def greedy(model: tuple[Path, LlamaForCausalLM]) -> Callable[[list[int], int], list[int]]:
+    """transformers' greedy continuation, past any end-of-sequence token."""
+
+    def generate(token_ids: list[int], num_tokens: int) -> list[int]:
+        with torch.inference_mode():
+            prompt = torch.tensor([token_ids])
+            found: Any = model[1].generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=num_tokens,
+                do_sample=False,
+                eos_token_id=VOCAB_SIZE,  # never drawn
+                pad_token_id=0,
+            )
+        return found[0, len(token_ids) :].tolist()
+
+    return generate
+
+
+@dataclass
+class Answer:
+    """What one request gave."""
+
+    token_ids: list[int] = field(default_factory=list)
+    tokens: list[common_pb2.TokenOutput] = field(default_factory=list)
+    num_messages: int = 0
+    admitted: worker_pb2.DecodeReply.Admitted | None = None
+    finished: worker_pb2.DecodeReply.Finished | None = None
+    state: common_pb2.HandoffState | None = None  # as prefill replied it
+
+
+class Members(control_pb2_grpc.ControlServicer):
+    """The proxy's end of Join: knows who is joined and the last load of each."""
+
+    def __init__(self) -> None:
+        self.address = ""
+        self.infos: dict[str, control_pb2.MemberInfo] = {}
+        self.loads: dict[str, control_pb2.MemberLoad] = {}
+
+    async def Join(self, request_iterator: Any, context: Any) -> AsyncIterator[control_pb2.MemberOrder]:
+        name = ""
+        try:
+            async for report in request_iterator:
+                if report.HasField("info"):
+                    name = report.info.id
+                    self.infos[name] = report.info
+                    yield control_pb2.MemberOrder(accepted=True)
+                self.loads[name] = report.load
+        finally:
+            self.infos.pop(name, None)
+
+
+class Cluster:
+    """One store, one prefill and one decode worker. Plays the proxy: speaks to the workers by gRPC alone."""
+
+    def __init__(self, folder: Path, transport: str, members: Members) -> None:
+        self.options = ModelOptions(path=str(folder), device="cpu", block_size=BLOCK_SIZE, max_model_len=MAX_MODEL_LEN)
+        self.transport: Any = transport
+        self.members = members
+        self.num_requests = 0
+        self._exits = contextlib.AsyncExitStack()
+
+    async def start(
+        self,
+        *,
+        prefill: dict[str, Any] | None = None,
+        decode: dict[str, Any] | None = None,
+        arena_bytes: int = 4 * 2**20,
+        port: int = 0,
+        flip_pushed_bytes: bool = False,
+    ) -> Cluster:
+        self.store = StoreServer(StoreConfig(arena_bytes=arena_bytes), node_id="node-a")
+        await self.store.start("127.0.0.1", port)
+        common: dict[str, Any] = {
+            "node_id": "node-a",
+            "host": "127.0.0.1",
+            "store_address": self.store.address,
+            "proxy_address": self.members.address,
+            "options": self.options,
+        }
+        self.prefill = PrefillWorker(
+            worker_id="prefill-0",
+            config=PrefillConfig(transport=self.transport, **{"max_tokens_per_step": 64, **(prefill or {})}),
+            flip_pushed_bytes=flip_pushed_bytes,
+            **common,
+        )
+        self.decode = DecodeWorker(worker_id="decode-0", config=DecodeConfig(transport=self.transport, **(decode or {})), **common)
+        self.workers = [self.prefill, self.decode]
+        for worker in self.workers:
+            await worker.start()
+        self.prefill_stub: Any = worker_pb2_grpc.PrefillWorkerStub(await self._channel(self.prefill.address))
+        self.decode_stub: Any = worker_pb2_grpc.DecodeWorkerStub(await self._channel(self.decode.address))
+        return self
+
+    async def stop(self) -> None:
+        await self._exits.aclose()
+        await asyncio.gather(*(worker.stop(0.0) for worker in self.workers), self.store.stop(0.0))
+
+    async def _channel(self, address: str) -> Any:
+        return await self._exits.enter_async_context(open_channel(address))
+
+    def sequence(self, token_ids: list[int], *, num_prompt_tokens: int = 0, deadline_s: float = 30.0, **sampling: Any) -> Any:
+        self.num_requests += 1
+        params = SamplingParams(**{"temperature": 0.0, "ignore_eos": True, **sampling})
+        return common_pb2.SequenceSpec(
+            request_id=f"r{self.num_requests}",
+            token_ids=token_ids,
+            num_prompt_tokens=num_prompt_tokens or len(token_ids),
+            sampling=params.to_proto(),
+            deadline_s=deadline_s,
+        )
+
+    def start_prefill(self, sequence: Any, *, epoch: int = 1, store_address: str = "") -> Any:
+        request = worker_pb2.PrefillRequest(
+            sequence=sequence,
+            handoff=common_pb2.HandoffId(id=sequence.request_id, epoch=epoch),
+            store_address=store_address or self.store.address,
+        )
+        return self.prefill_stub.Prefill(request)
+
+    def start_decode(self, sequence: Any, *, epoch: int = 1) -> Any:
+        handoff = common_pb2.HandoffId(id=sequence.request_id, epoch=epoch)
+        return self.decode_stub.Decode(worker_pb2.DecodeRequest(sequence=sequence, handoff=handoff))
+
+    def answer(self) -> Answer:
+        return Answer()
+
+    async def read(self, call: Any, answer: Answer) -> Answer:
+        async for reply in call:
+            event = reply.WhichOneof("event")
+            if event == "admitted":
+                answer.admitted = reply.admitted
+            elif event == "tokens":
+                answer.num_messages += 1
+                answer.tokens += reply.tokens.tokens
+                answer.token_ids += [token.token_id for token in reply.tokens.tokens]
+            else:
+                answer.finished = reply.finished
+        return answer
+
+    async def run(self, token_ids: list[int], **sampling: Any) -> Answer:
+        """Both legs of a request, as the proxy would start them."""
+        sequence = self.sequence(token_ids, **sampling)
+        decode = self.start_decode(sequence)
+        prefill = self.start_prefill(sequence)
+        answer = Answer(state=(await prefill).state)
+        return await self.read(decode, answer)
+
+    async def at_rest(self) -> None:
+        """Until no worker holds a sequence and the store no lease; fails after 5 s, naming what is left."""
+        async with asyncio.timeout(5.0):
+            while self.held():
+                await asyncio.sleep(0.01)
+
+    def held(self) -> dict[str, Any]:
+        stats, found = self.store.stats(), {}
+        for name, worker in (("prefill", self.prefill), ("decode", self.decode)):
+            allocator = worker.scheduler.allocator
+            if not worker.scheduler.at_rest or allocator.num_free != allocator.num_pages:
+                found[name] = allocator.num_pages - allocator.num_free
+        if stats.num_leases or stats.num_handoffs or stats.num_bytes_leased:
+            found["store"] = (stats.num_leases, stats.num_handoffs, stats.num_bytes_leased)
+        assert stats.num_bytes_arena == stats.num_bytes_leased + stats.num_bytes_cached + stats.num_bytes_free
+        return found
+
+
+@pytest.fixture
+async def members() -> AsyncIterator[Members]:
+    found = Members()
+    server, port = create_server("127.0.0.1", 0)
+    control_pb2_grpc.add_ControlServicer_to_server(found, server)
+    await server.start()
+    found.address = f"127.0.0.1:{port}"
+    yield found
+    await server.stop(0.0)
+
+
+@pytest.fixture
+async def make_cluster(model: tuple[Path, LlamaForCausalLM], members: Members) -> AsyncIterator[Callable[..., Any]]:
+    """make_cluster(transport="auto", **Cluster.start's) -> a running Cluster, stopped after the test."""
+    async with contextlib.AsyncExitStack() as exits:
+
+        async def make(transport: str = "auto", **settings: Any) -> Cluster:
+            cluster = await Cluster(model[0], transport, members).start(**settings)
+            exits.push_async_callback(cluster.stop)
+            return cluster
+
+        yield make

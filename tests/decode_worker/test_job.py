@@ -1,0 +1,44 @@
+"""What a DecodeJob sends, and when."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from halfmoon.decode_worker.job import DecodeJob
+from halfmoon.engine.sequence import Sequence
+from halfmoon.protocol.errors import WorkerLost
+from halfmoon.protocol.sampling import SamplingParams
+from halfmoon.protocol.v1 import common_pb2, worker_pb2
+
+
+@pytest.fixture
+async def job() -> DecodeJob:
+    loop = asyncio.get_running_loop()
+    return DecodeJob(worker_pb2.DecodeRequest(), Sequence("r", [1], 1, SamplingParams()), [], loop.create_future())
+
+
+def admit(job: DecodeJob) -> None:
+    job.admit(common_pb2.HandoffState(num_tokens=1, first_token=common_pb2.TokenOutput(token_id=4)))
+
+
+async def test_tokens_that_wait_to_be_sent_go_in_one_message(job: DecodeJob) -> None:
+    admit(job)
+    for token_id in (5, 6):
+        job.push(common_pb2.TokenOutput(token_id=token_id))
+    job.finish_reason = common_pb2.FINISH_REASON_LENGTH
+    replies = [reply async for reply in job.replies()]
+    assert [reply.WhichOneof("event") for reply in replies] == ["admitted", "tokens", "finished"]
+    assert [token.token_id for token in replies[1].tokens.tokens] == [4, 5, 6]
+
+
+async def test_tokens_that_come_while_a_message_is_written_are_sent_before_the_end(job: DecodeJob) -> None:
+    admit(job)
+    seen: list[int] = []
+    with pytest.raises(WorkerLost):
+        async for reply in job.replies():
+            seen += [token.token_id for token in reply.tokens.tokens]
+            if seen == [4]:
+                job.push(common_pb2.TokenOutput(token_id=5))
+                job.error = WorkerLost("gone")
+    assert seen == [4, 5]

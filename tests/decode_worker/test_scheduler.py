@@ -1,0 +1,348 @@
+"""DecodeScheduler, alone: no engine, no store."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from halfmoon.decode_worker.scheduler import DecodeScheduler, Step
+from halfmoon.engine.page_allocator import PageAllocator
+from halfmoon.engine.sequence import Sequence
+from halfmoon.protocol.errors import ConfigError, PromptTooLong
+from halfmoon.protocol.sampling import SamplingParams
+from halfmoon.protocol.v1 import common_pb2
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+BLOCK_SIZE = 4
+EOS = 999
+
+
+def make_sequence(num_tokens: int, *, max_tokens: int = 8, priority: int = 0, name: str = "r") -> Sequence:
+    return Sequence(name, list(range(num_tokens)), num_tokens, SamplingParams(max_tokens=max_tokens), priority=priority)
+
+
+def make_scheduler(*, num_pages: int = 100, max_running: int = 8, recompute: int = 8) -> DecodeScheduler:
+    return DecodeScheduler(
+        PageAllocator(num_pages),
+        BLOCK_SIZE,
+        eos_token_ids=frozenset({EOS}),
+        max_running=max_running,
+        max_prefill_tokens_per_step=recompute,
+    )
+
+
+def admit_all(scheduler: DecodeScheduler) -> list[Sequence]:
+    loading = scheduler.start()
+    for sequence in loading:
+        scheduler.admit(sequence, next_token(sequence))
+    return loading
+
+
+def next_token(sequence: Sequence) -> int:
+    """A pure function of what precedes, so that a recomputed sequence has to give the same."""
+    return (sum(sequence.token_ids) * 31 + sequence.num_tokens) % EOS
+
+
+def run_step(scheduler: DecodeScheduler) -> tuple[Step, list[Sequence]]:
+    step = scheduler.schedule()
+    generated = scheduler.record(step, [next_token(sequence) for sequence in step.sampled])
+    return step, [item.sequence for item in generated if item.finish_reason is not None]
+
+
+def test_settings_that_could_never_make_a_step_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"decode\.max_running is 0"):
+        make_scheduler(max_running=0)
+    with pytest.raises(ConfigError, match=r"decode\.max_prefill_tokens_per_step is 0"):
+        make_scheduler(recompute=0)
+
+
+def test_a_sequence_that_could_outgrow_all_pages_is_refused_with_the_limit() -> None:
+    scheduler = make_scheduler(num_pages=4)
+    scheduler.add(make_sequence(10, max_tokens=6))
+    with pytest.raises(PromptTooLong, match=r"10 \+ 7 tokens.*hold 16"):
+        scheduler.add(make_sequence(10, max_tokens=7))
+
+
+def test_a_replay_counts_its_sent_tokens_once() -> None:
+    scheduler = make_scheduler(num_pages=4)
+    replay = make_sequence(10, max_tokens=6)
+    replay.token_ids += [1, 2, 3]
+    scheduler.check(replay)
+
+
+def test_every_running_sequence_gets_a_token_a_step_up_to_max_running() -> None:
+    scheduler = make_scheduler(max_running=2)
+    sequences = [make_sequence(3) for _ in range(3)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    admit_all(scheduler)
+    step = scheduler.schedule()
+    assert step.chunks == [(sequences[0], 3, 1), (sequences[1], 3, 1)]
+    assert step.sampled == sequences[:2]
+
+
+def test_the_first_token_can_end_a_sequence() -> None:
+    scheduler = make_scheduler()
+    for sequence, token_id, reason in (
+        (make_sequence(3, max_tokens=1), 5, common_pb2.FINISH_REASON_LENGTH),
+        (make_sequence(3), EOS, common_pb2.FINISH_REASON_STOP),
+    ):
+        scheduler.add(sequence)
+        assert scheduler.start() == [sequence]
+        assert scheduler.admit(sequence, token_id) == reason
+        assert scheduler.schedule().chunks == []
+        assert sequence.pages
+        scheduler.release(sequence)
+    assert scheduler.at_rest
+
+
+def test_only_a_loading_sequence_is_admitted() -> None:
+    scheduler = make_scheduler()
+    sequence = make_sequence(3)
+    scheduler.add(sequence)
+    with pytest.raises(ValueError, match="not loading"):
+        scheduler.admit(sequence, 1)
+
+
+def test_a_finished_sequence_keeps_its_pages_until_they_were_read() -> None:
+    scheduler = make_scheduler(num_pages=2)
+    sequence = make_sequence(4, max_tokens=3)
+    scheduler.add(sequence)
+    admit_all(scheduler)
+    assert run_step(scheduler)[1] == []
+    assert run_step(scheduler)[1] == [sequence]
+    assert sequence.num_computed_tokens == 6 and scheduler.allocator.num_free == 0
+    scheduler.release(sequence)
+    assert scheduler.allocator.num_free == 2 and scheduler.at_rest
+
+
+def test_the_latest_of_the_least_urgent_is_preempted_first() -> None:
+    scheduler = make_scheduler(num_pages=7, max_running=4)
+    first, urgent, last = make_sequence(4, name="first"), make_sequence(4, priority=-1, name="urgent"), make_sequence(4, name="last")
+    for sequence in (first, urgent, last):
+        scheduler.add(sequence)
+        admit_all(scheduler)
+    for _ in range(4):  # each has two pages of the seven
+        assert run_step(scheduler)[0].preempted == []
+    step = scheduler.schedule()  # the ninth token of each needs a third page
+    assert [chunk.sequence for chunk in step.chunks] == [urgent, first]
+    assert step.preempted == [last]
+    assert (last.pages, last.num_computed_tokens) == ([], 0)
+    assert (scheduler.num_running, scheduler.num_waiting) == (2, 1)
+    assert scheduler.num_preemptions(last) == 1
+
+
+def test_a_preempted_sequence_resumes_before_those_that_came_later_in_chunks_within_the_budget() -> None:
+    scheduler = make_scheduler(num_pages=7, recompute=5)
+    first, second = make_sequence(12, max_tokens=12), make_sequence(8, max_tokens=6)
+    for sequence in (first, second):
+        scheduler.add(sequence)
+        admit_all(scheduler)
+    assert run_step(scheduler)[0].preempted == []
+    later = make_sequence(4)
+    scheduler.add(later)
+    while not (step := run_step(scheduler)[0]).preempted:
+        assert scheduler.start() == []
+    assert step.preempted == [second]
+    assert scheduler.start() == []  # neither the preempted one nor, past it, the later
+    scheduler.abort(first)
+    assert scheduler.start() == [later]
+    tokens = list(second.token_ids)
+    assert len(tokens) == 13
+    chunks = []
+    while second.num_tokens == len(tokens):
+        chunks += [chunk for chunk in run_step(scheduler)[0].chunks if chunk.sequence is second]
+    assert [(start, size) for _, start, size in chunks] == [(0, 5), (5, 5), (10, len(tokens) - 10)]
+    assert second.token_ids[:-1] == tokens
+
+
+def test_a_sequence_ended_early_in_a_step_takes_no_token_from_it_and_keeps_its_pages_for_reading() -> None:
+    scheduler = make_scheduler()
+    sequence = make_sequence(5)
+    scheduler.add(sequence)
+    admit_all(scheduler)
+    step = scheduler.schedule()
+    assert scheduler.finish(sequence) and not scheduler.finish(sequence)
+    scheduler.release(sequence)
+    assert sequence.pages  # the step writes them still
+    assert scheduler.record(step, [1]) == []
+    assert sequence.num_tokens == 6 and scheduler.at_rest
+
+
+def test_an_aborted_sequence_frees_its_pages_after_the_step() -> None:
+    scheduler = make_scheduler(num_pages=2)
+    sequence = make_sequence(5, max_tokens=3)
+    scheduler.add(sequence)
+    admit_all(scheduler)
+    step = scheduler.schedule()
+    scheduler.abort(sequence)
+    assert scheduler.allocator.num_free == 0
+    scheduler.record(step, [1])
+    assert scheduler.at_rest and scheduler.allocator.num_free == 2
+
+
+def test_the_pages_of_a_sequence_aborted_while_loading_wait_for_the_loader() -> None:
+    scheduler = make_scheduler(num_pages=4)
+    sequence = make_sequence(5)
+    scheduler.add(sequence)
+    scheduler.start()
+    scheduler.abort(sequence)
+    assert scheduler.allocator.num_free == 2
+    scheduler.release(sequence)
+    assert scheduler.allocator.num_free == 4 and scheduler.at_rest
+
+
+def test_the_logits_of_an_aborted_sequence_do_not_shift_the_others() -> None:
+    scheduler = make_scheduler()
+    sequences = [make_sequence(3) for _ in range(3)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    admit_all(scheduler)
+    step = scheduler.schedule()
+    scheduler.abort(sequences[0])
+    generated = scheduler.record(step, [10, 11, 12])
+    assert [(item.sequence, item.row) for item in generated] == [(sequences[1], 1), (sequences[2], 2)]
+    assert [sequence.token_ids[-1] for sequence in sequences[1:]] == [11, 12]
+
+
+class Rig:
+    """Drives a scheduler through any order of events and checks, after each, what must always hold."""
+
+    def __init__(self, num_pages: int, max_running: int, recompute: int) -> None:
+        self.scheduler = make_scheduler(num_pages=num_pages, max_running=max_running, recompute=recompute)
+        self.num_pages, self.max_running, self.recompute = num_pages, max_running, recompute
+        self.loading: list[Sequence] = []
+        self.holding: list[Sequence] = []
+        self.live: list[Sequence] = []
+        self.finished: list[Sequence] = []
+        self.step: Step | None = None
+
+    def add(self, num_tokens: int, max_tokens: int, priority: int) -> None:
+        limit = self.num_pages * BLOCK_SIZE
+        num_tokens = min(num_tokens, limit - 1)
+        sequence = make_sequence(num_tokens, max_tokens=min(max_tokens, limit - num_tokens), priority=priority)
+        self.scheduler.add(sequence)
+        self.live.append(sequence)
+
+    def start(self) -> None:
+        self.loading += self.scheduler.start()
+
+    def admit(self, pick: int) -> None:
+        if self.loading:
+            sequence = self.loading.pop(pick % len(self.loading))
+            if self.scheduler.admit(sequence, next_token(sequence)) is not None:
+                self.end(sequence)
+
+    def schedule(self) -> None:
+        if self.step is None:
+            self.step = self.scheduler.schedule()
+            assert len(self.step.chunks) <= self.max_running
+            assert sum(size for _, _, size in self.step.chunks if size > 1) <= self.recompute
+            for sequence, start, num_tokens in self.step.chunks:
+                assert sequence in self.live and start == sequence.num_computed_tokens
+                assert start + num_tokens <= len(sequence.pages) * BLOCK_SIZE, "no page for the token"
+
+    def record(self) -> None:
+        if self.step is not None:
+            step, self.step = self.step, None
+            for item in self.scheduler.record(step, [next_token(sequence) for sequence in step.sampled]):
+                if item.finish_reason is not None:
+                    self.end(item.sequence)
+
+    def finish(self, pick: int) -> None:
+        if self.live:
+            sequence = self.live[pick % len(self.live)]
+            assert self.scheduler.finish(sequence)
+            self.end(sequence)
+
+    def abort(self, pick: int) -> None:
+        if self.live:
+            sequence = self.live.pop(pick % len(self.live))
+            self.scheduler.abort(sequence)
+            if sequence in self.loading:
+                self.loading.remove(sequence)
+            self.holding.append(sequence)
+
+    def end(self, sequence: Sequence) -> None:
+        self.live.remove(sequence)
+        if sequence in self.loading:
+            self.loading.remove(sequence)
+        self.finished.append(sequence)
+        self.holding.append(sequence)
+
+    def release(self, pick: int) -> None:
+        if self.holding:
+            self.scheduler.release(self.holding.pop(pick % len(self.holding)))
+
+    def check(self) -> None:
+        owners = {*self.live, *self.holding, *(chunk.sequence for chunk in (self.step.chunks if self.step else ()))}
+        pages = [page for sequence in owners for page in sequence.pages]
+        assert len(pages) == len(set(pages)), "a page has two owners"
+        assert len(pages) + self.scheduler.allocator.num_free == self.num_pages, "a page has none"
+        assert self.scheduler.num_running + self.scheduler.num_waiting == len(self.live)
+
+    def finish_all(self) -> None:
+        for _ in range(10_000):
+            self.record()
+            while self.holding or self.loading:
+                self.release(0)
+                self.admit(0)
+            self.start()
+            if self.loading:
+                continue
+            self.check()
+            if not self.live:
+                return
+            self.schedule()
+            assert self.step is not None and (self.step.chunks or self.step.preempted), "nothing runs though something waits"
+        pytest.fail("the sequences do not end")
+
+
+EVENTS = st.one_of(
+    st.tuples(st.just("add"), st.integers(1, 30), st.integers(1, 30), st.integers(-1, 1)),
+    st.tuples(st.sampled_from(["start", "schedule", "record", "schedule", "record"])),
+    st.tuples(st.sampled_from(["admit", "admit", "abort", "finish", "release"]), st.integers(0, 1000)),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    num_pages=st.integers(1, 12),
+    max_running=st.integers(1, 6),
+    recompute=st.integers(1, 12),
+    events=st.lists(EVENTS, max_size=80),
+)
+def test_no_page_leaks_and_every_sequence_ends(num_pages: int, max_running: int, recompute: int, events: list[tuple]) -> None:
+    rig = Rig(num_pages, max_running, recompute)
+    for name, *arguments in events:
+        getattr(rig, name)(*arguments)
+        rig.check()
+    rig.finish_all()
+    assert rig.scheduler.at_rest and rig.scheduler.allocator.num_free == num_pages
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 15), st.integers(1, 20)), min_size=1, max_size=8),
+    num_pages=st.integers(9, 14),
+    recompute=st.integers(1, 9),
+)
+def test_tokens_do_not_depend_on_preemption(lengths: list[tuple[int, int]], num_pages: int, recompute: int) -> None:
+    rig = Rig(num_pages, 8, recompute)
+    for num_tokens, max_tokens in lengths:
+        rig.add(num_tokens, max_tokens, 0)
+    rig.finish_all()
+    assert len(rig.finished) == len(lengths)
+    for sequence in rig.finished:
+        alone = make_sequence(sequence.num_prompt_tokens, max_tokens=sequence.sampling.max_tokens)
+        while alone.finish_reason(frozenset({EOS})) is None:
+            alone.token_ids.append(next_token(alone))
+        assert sequence.token_ids == alone.token_ids
+
+
+def test_the_scheduler_runs_where_there_is_no_torch_and_no_ray() -> None:
+    code = "import sys, halfmoon.decode_worker.scheduler; print(*sorted({'torch', 'ray', 'numpy'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []

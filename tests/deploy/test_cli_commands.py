@@ -1,0 +1,230 @@
+"""deploy/cli: the commands that talk to a cluster, against a real proxy."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from halfmoon.deploy.cli import COMMANDS, app
+from typer.testing import CliRunner
+
+ANSWER = "The quick brown fox, 日本語 and 😀 jumps over the lazy dog."
+HALFMOON = [sys.executable, "-P", "-m", "halfmoon"]
+
+
+def run(*arguments: str, text: str | None = None) -> Any:
+    return CliRunner().invoke(app, list(arguments), input=text, env={"COLUMNS": "160"})
+
+
+def test_help_names_every_command_without_importing_what_they_need() -> None:
+    code = (
+        "import sys; from halfmoon.deploy.cli import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "sys.exit(', '.join({'torch', 'ray', 'fastapi', 'yaml'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for name, command in COMMANDS.items():
+        assert name in done.stdout and command.help[:40] in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("serve", "--prefill"),
+        ("generate", "--max-tokens"),
+        ("chat", "--system"),
+        ("status", "--once"),
+        ("simulate", "--trace"),
+        ("bench", "name"),
+    ],
+)
+def test_every_command_explains_its_options(name: str, option: str) -> None:
+    result = run(name, "--help")
+    assert result.exit_code == 0 and option in result.stdout
+
+
+def test_a_command_whose_package_is_not_installed_says_what_to_install() -> None:
+    code = "import sys; sys.modules['yaml'] = None; from halfmoon.deploy.cli import app; app(['serve'])"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "halfmoon: this command needs yaml: pip install 'halfmoon[server]'\n"
+
+
+def test_serves_flags_are_keys_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    import halfmoon.deploy.cli.serve as module
+    from halfmoon.protocol.config import ClusterConfig
+
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(module, "serve", lambda *arguments: calls.append(arguments))
+    flags = ["--model", "/m", "--prefill", "2", "--decode", "3", "--http-port", "0", "--policy", "random", "--dtype", "float32"]
+    result = run("serve", *flags, "--set", "decode.max_running=8", "--address", "auto", "--max-model-len", "64")
+    assert result.exit_code == 0, result.output
+    ((config_file, given, settings, address, log_level),) = calls
+    assert (config_file, settings, address, log_level) == (None, ["decode.max_running=8"], "auto", "warning")
+    config = ClusterConfig.load(None, {key: value for key, value in given.items() if value is not None})
+    assert (config.model.path, config.prefill.num_workers, config.decode.num_workers, config.proxy.http_port) == ("/m", 2, 3, 0)
+    assert (config.proxy.policy, config.model.dtype, config.model.max_model_len) == ("random", "float32", 64)
+
+
+def test_generate_streams_the_answer_and_ends_with_the_phase_record(face: Any) -> None:
+    result = run("generate", "Hello", "--address", face.grpc, "--max-tokens", "100", "--seed", "5", "--temperature", "0", "--top-k", "3")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{ANSWER}\n"
+    for words in ("time to first token", "prefill-0 → decode-0 (shm)", "750.0 ms", f"6 (4) + {len(face.answer) + 1}"):
+        assert words in result.stderr
+    sampling = face.workers.requests[0].sampling
+    assert (sampling.seed, sampling.temperature, sampling.top_k, sampling.max_tokens) == (5, 0.0, 3, 100)
+
+
+def test_generate_ends_at_its_stop_texts(face: Any) -> None:
+    result = run("generate", "Hello", "--address", face.grpc, "--stop", "never", "--stop", " fox")
+    assert result.stdout == "The quick brown\n"
+
+
+def test_an_answer_with_markup_is_printed_as_it_is(face: Any) -> None:
+    text = "[bold]x[/] :smile: {1} [/nothing]"
+    face.workers.script = lambda sequence: [*face.tokenizer.encode(text, add_special_tokens=False), 1]
+    assert run("generate", "Hello", "--address", face.grpc).stdout == f"{text}\n"
+
+
+@pytest.mark.parametrize("command", [["generate", "x"], ["chat"], ["status", "--once"], ["status", "--json"], ["status"]])
+def test_no_cluster_is_one_line_and_exit_code_1(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halfmoon.client.attempts.FIRST_DELAY_S", 0.001)
+    result = run(*command, "--address", "127.0.0.1:1")
+    assert result.exit_code == 1 and result.stdout == ""
+    assert re.fullmatch(r"halfmoon: the proxy at 127\.0\.0\.1:1: unavailable: .*\n", result.stderr)
+
+
+def test_a_refused_request_is_one_line_and_exit_code_1(face: Any) -> None:
+    result = run("generate", "x" * 3000, "--address", face.grpc)
+    assert result.exit_code == 1 and result.stdout == ""
+    assert re.fullmatch(r"halfmoon: the prompt has \d+ tokens; this model takes 512 .*\n", result.stderr)
+
+
+def test_status_once_is_a_table_of_members_and_latencies(face: Any) -> None:
+    run("generate", "Hello", "--address", face.grpc)
+    result = run("status", "--address", face.grpc, "--once")
+    assert result.exit_code == 0, result.output
+    for words in ("chatty, up", "prefill-0", "decode-0", "store-0", "25%", "time to first token", "p99", "done"):
+        assert words in result.stdout
+    assert re.search(r"time to first token +[\d.]+ m?s +[\d.]+ m?s +[\d.]+ m?s +\d+", result.stdout)
+
+
+def test_status_json_is_one_object(face: Any) -> None:
+    result = run("status", "--address", face.grpc, "--json")
+    found = json.loads(result.stdout)
+    assert found["model"] == "chatty" and {member["role"] for member in found["members"]} == {"prefill", "decode", "store"}
+    assert found["ttft_s"].keys() == {"p50", "p90", "p99", "count"}
+
+
+def test_chat_remembers_the_turns_and_puts_a_document_before_the_next(face: Any, tmp_path: Path) -> None:
+    document = tmp_path / "notes.txt"
+    document.write_text("the moon is half full")
+    text = f"\n/nonsense\n/document {tmp_path}/none\n/document {document}\nwhat?\nand now?\n/quit\nnever sent\n"
+    result = run("chat", "--address", face.grpc, "--system", "Be brief.", "--max-tokens", "50", text=text)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count(ANSWER) == 2
+    for words in ("chatty, 512 tokens", "no command /nonsense", "cannot read", "notes.txt, 21 characters", "4 cached"):
+        assert words in result.stderr, words
+    first, second = (face.tokenizer.decode(list(sequence.token_ids), skip_special_tokens=False) for sequence in face.workers.requests)
+    assert first == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nDocument notes.txt:\nthe moon is half full\n\nwhat?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert second == f"{first}{ANSWER}<|im_end|>\n<|im_start|>user\nand now?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_turn_that_fails_is_taken_back_and_the_chat_goes_on(face: Any) -> None:
+    result = run("chat", "--address", face.grpc, text=f"{'x' * 3000}\nshort\n")
+    assert result.exit_code == 0 and "this model takes 512" in result.stderr and ANSWER in result.stdout
+    assert len(face.workers.requests) == 1
+
+
+class Terminal:
+    """A command on a terminal of its own, as a person has it."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.pid, self._fd = pty.fork()
+        if self.pid == 0:
+            os.environ.update(COLUMNS="120", LINES="40")
+            os.execv(sys.executable, [*HALFMOON, *arguments])
+        self.seen = ""
+
+    def read_until(self, words: str, start: int = 0) -> None:
+        deadline = time.monotonic() + 15
+        while words not in self.seen[start:]:
+            assert time.monotonic() < deadline, f"no {words!r} in {self.seen[start:]!r}"
+            if select.select([self._fd], [], [], 0.1)[0]:
+                with contextlib.suppress(OSError):  # the other end is closed
+                    self.seen += os.read(self._fd, 65536).decode(errors="replace")
+
+    def write(self, text: str) -> None:
+        os.write(self._fd, text.encode())
+
+    def exit_code(self) -> int:
+        with contextlib.suppress(OSError):
+            while os.read(self._fd, 65536):
+                pass
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@pytest.fixture
+def terminal() -> Iterator[Callable[..., Terminal]]:
+    opened: list[Terminal] = []
+
+    def make(*arguments: str) -> Terminal:
+        opened.append(Terminal(*arguments))
+        return opened[-1]
+
+    yield make
+    for one in opened:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one.pid, signal.SIGKILL)
+        os.close(one._fd)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(one.pid, 0)
+
+
+def test_ctrl_c_in_chat_cancels_the_turn_and_not_the_chat(face: Any, terminal: Callable[..., Terminal]) -> None:
+    face.workers.gate_at = 3
+    chat = terminal("chat", "--address", face.grpc)
+    chat.read_until("> ")
+    chat.write("first\n")
+    chat.read_until("quick brown")
+    chat.write("\x03")
+    assert face.workers.cancelled.wait(2)
+    chat.read_until("the turn is taken back")
+    face.open_gate()
+    chat.write("second\n")
+    chat.read_until("lazy dog.")
+    prompt = face.tokenizer.decode(list(face.workers.requests[-1].token_ids), skip_special_tokens=False)
+    assert "second" in prompt and "first" not in prompt
+    chat.write("/quit\n")
+    assert chat.exit_code() == 0
+
+
+def test_status_is_live_until_interrupted(face: Any, terminal: Callable[..., Terminal]) -> None:
+    status = terminal("status", "--address", face.grpc, "--interval", "0.1")
+    status.read_until("prefill-0")
+    face.workers.gate_at = 0
+    threading.Thread(target=run, args=("generate", "Hello", "--address", face.grpc)).start()
+    status.read_until("waiting 1")
+    face.open_gate()
+    status.read_until("waiting 0", start=len(status.seen))
+    status.write("\x03")
+    assert status.exit_code() == 0

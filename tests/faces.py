@@ -1,0 +1,246 @@
+"""A small tokenizer with a chat template, and a proxy with scripted workers behind it. Offered as fixtures by conftest.py."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+import uuid
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+from halfmoon.protocol.channel import create_server
+from halfmoon.protocol.config import ModelOptions, ProxyConfig
+from halfmoon.protocol.errors import HalfmoonError
+from halfmoon.protocol.grpc_errors import unary_boundary
+from halfmoon.protocol.membership import stay_joined
+from halfmoon.protocol.schema import KVSchema
+from halfmoon.protocol.v1 import common_pb2, control_pb2, kvstore_pb2, kvstore_pb2_grpc, worker_pb2, worker_pb2_grpc
+from halfmoon.proxy.server import ProxyServer
+from halfmoon.proxy.tokenizer import Tokenizer
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+VOCAB_SIZE = 400
+FACE_SCHEMA = KVSchema(model_fingerprint="faces", dtype="float32", num_layers=2, num_kv_heads=2, head_dim=8, block_size=16)
+CHATML = (
+    "{%- for message in messages %}\n"
+    "    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}\n"
+    "{%- endfor %}\n"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"
+)
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog. " * 3,
+    "Once upon a time there was a token that became a word, and a word that became an answer.",
+    "naïve café, 日本語 and 한국어, emoji 😀👍🏽 and numbers 0123456789",
+]
+
+
+def write_model_folder(folder: Path) -> Path:
+    """A model folder without weights: config, a byte-level BPE of some 400 tokens with BOS, a ChatML template."""
+    folder.mkdir()
+    backend = RustTokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": {"content": "</s>", "__type": "AddedToken", "special": True},
+        "chat_template": CHATML,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = {
+        "vocab_size": backend.get_vocab_size(),
+        "eos_token_id": 1,
+        "max_position_embeddings": 512,
+        "architectures": ["LlamaForCausalLM"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+ANSWER = "The quick brown fox, 日本語 and 😀 jumps over the lazy dog."
+Script = Callable[[common_pb2.SequenceSpec], list[int]]
+
+
+class ScriptedWorkers(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.DecodeWorkerServicer, kvstore_pb2_grpc.KVStoreServicer):
+    """A prefill worker, a decode worker and a store as gRPC peers in one server; what is decoded is the test's script."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+        self.requests: list[common_pb2.SequenceSpec] = []
+        self.arrived = threading.Event()
+        self.cancelled = threading.Event()  # a Decode call was cancelled under its handler
+        self.stopped: list[str] = []
+        self.gate_at: int | None = None  # output index before which decode waits for the gate
+        self.gate_for: Callable[[common_pb2.SequenceSpec], bool] = lambda sequence: True
+        self.gate = asyncio.Event()
+        self.fail_at: dict[int, HalfmoonError] = {}  # output index -> what decode raises there
+        self.logprob: Callable[[int], float] = lambda index: -0.5 * (index + 1)
+        self._stops: dict[str, asyncio.Event] = {}
+
+    async def start(self, proxy_address: str) -> None:
+        self._server, port = create_server("127.0.0.1", 0)
+        worker_pb2_grpc.add_PrefillWorkerServicer_to_server(self, self._server)
+        worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self, self._server)
+        kvstore_pb2_grpc.add_KVStoreServicer_to_server(self, self._server)
+        await self._server.start()
+        address = f"127.0.0.1:{port}"
+        joined: list[asyncio.Event] = []
+        self._members: list[asyncio.Task[None]] = []
+        for name, role in (("store", control_pb2.ROLE_STORE), ("prefill", control_pb2.ROLE_PREFILL), ("decode", control_pb2.ROLE_DECODE)):
+            info = control_pb2.MemberInfo(
+                id=f"{name}-0",
+                incarnation=uuid.uuid4().hex,
+                role=role,
+                address=address,
+                node_id="node-0",
+                store_id="store-0",
+                store_address=address,
+                max_model_len=512 if name != "store" else 0,
+                schema=FACE_SCHEMA.to_proto() if name != "store" else None,
+                device="cpu",
+                pid=os.getpid(),
+            )
+            joined.append(asyncio.Event())
+            load = control_pb2.MemberLoad(num_running=1, num_waiting=2, kv_usage_ratio=0.25)
+            self._members.append(asyncio.create_task(stay_joined(proxy_address, info, lambda load=load: load, joined[-1].set)))
+        await asyncio.wait_for(asyncio.gather(*(event.wait() for event in joined)), 10)
+
+    async def stop(self) -> None:
+        for member in self._members:
+            member.cancel()
+        await asyncio.gather(*self._members, return_exceptions=True)
+        await self._server.stop(None)
+
+    @unary_boundary
+    async def Prefill(self, request: worker_pb2.PrefillRequest, context: grpc.aio.ServicerContext) -> worker_pb2.PrefillReply:
+        return worker_pb2.PrefillReply(state=self._state(request.sequence))
+
+    @unary_boundary
+    async def Decode(self, request: worker_pb2.DecodeRequest, context: grpc.aio.ServicerContext) -> None:
+        sequence = request.sequence
+        self.requests.append(sequence)
+        self.arrived.set()
+        stop = self._stops[sequence.request_id] = asyncio.Event()
+        try:
+            await context.write(worker_pb2.DecodeReply(admitted=worker_pb2.DecodeReply.Admitted(state=self._state(sequence))))
+            reason = await self._decode(sequence, context, stop)
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        await context.write(worker_pb2.DecodeReply(finished=worker_pb2.DecodeReply.Finished(reason=reason)))
+
+    async def _decode(self, sequence: common_pb2.SequenceSpec, context: Any, stop: asyncio.Event) -> common_pb2.FinishReason:
+        answer = self.script(sequence)
+        for index, token_id in enumerate(answer[: sequence.sampling.max_tokens]):
+            if index == self.gate_at and self.gate_for(sequence):
+                await self.gate.wait()
+            if index in self.fail_at:
+                raise self.fail_at[index]
+            if stop.is_set():
+                return common_pb2.FINISH_REASON_STOP
+            token = common_pb2.TokenOutput(token_id=token_id)
+            if sequence.sampling.HasField("num_logprobs"):
+                token.logprob = self.logprob(index)
+                for rank in range(sequence.sampling.num_logprobs):
+                    token.top_logprobs.add(token_id=(token_id + rank) % VOCAB_SIZE, logprob=self.logprob(index + rank))
+            await context.write(worker_pb2.DecodeReply(tokens=worker_pb2.DecodeReply.Tokens(tokens=[token])))
+        return common_pb2.FINISH_REASON_STOP if len(answer) <= sequence.sampling.max_tokens else common_pb2.FINISH_REASON_LENGTH
+
+    @unary_boundary
+    async def Stop(self, request: worker_pb2.StopRequest, context: grpc.aio.ServicerContext) -> worker_pb2.StopReply:
+        self.stopped.append(request.request_id)
+        found = self._stops.get(request.request_id)
+        if found is not None:
+            found.set()
+        return worker_pb2.StopReply(found=found is not None)
+
+    @unary_boundary
+    async def Watch(self, request: kvstore_pb2.WatchRequest, context: grpc.aio.ServicerContext) -> None:
+        await context.write(kvstore_pb2.WatchReply(snapshot=True))
+        await asyncio.Event().wait()
+
+    @unary_boundary
+    async def Abort(self, request: kvstore_pb2.AbortRequest, context: grpc.aio.ServicerContext) -> kvstore_pb2.AbortReply:
+        return kvstore_pb2.AbortReply(found=True)
+
+    def _state(self, sequence: common_pb2.SequenceSpec) -> common_pb2.HandoffState:
+        phases = common_pb2.PrefillPhases(prefill_s=0.75, transport="shm", num_bytes_pushed=1000)
+        return common_pb2.HandoffState(num_tokens=len(sequence.token_ids), num_cached_tokens=4, phases=phases)
+
+
+class Face:
+    """A ProxyServer and its scripted workers on an event loop of their own thread, for blocking clients as for async ones."""
+
+    def __init__(self, model_folder: Path, tokenizer: Tokenizer, **config: Any) -> None:
+        self.tokenizer = tokenizer
+        self.answer = tokenizer.encode(ANSWER, add_special_tokens=False)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._config = ProxyConfig(**{"http_port": 0, "grpc_port": 0, "policy": "least_loaded", **config})
+        self._folder = model_folder
+        self.call(self._start())
+        self.reset()
+
+    def call(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(20)
+
+    def reset(self) -> None:
+        """The workers as they were: ANSWER for everyone, and an end-of-sequence token."""
+        self.call(self._reset())
+
+    def open_gate(self) -> None:
+        self._loop.call_soon_threadsafe(self.workers.gate.set)
+
+    @property
+    def num_under_way(self) -> int:
+        return self.server.router.num_queued + self.server.router.num_running
+
+    def stop(self) -> None:
+        self.call(self._stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _start(self) -> None:
+        self.server = ProxyServer(config=self._config, options=ModelOptions(), model_folder=self._folder, schema=FACE_SCHEMA)
+        endpoints = await self.server.start()
+        self.http, self.grpc = f"http://{endpoints.http}", endpoints.grpc
+        self.workers = ScriptedWorkers(lambda sequence: [])
+        await self.workers.start(self.grpc)
+
+    async def _reset(self) -> None:
+        workers = self.workers
+        workers.gate.set()
+        workers.gate = asyncio.Event()
+        workers.gate_at = None
+        workers.gate_for = lambda sequence: True
+        workers.fail_at = {}
+        workers.script = lambda sequence: [*self.answer, 1]
+        workers.requests.clear()
+        workers.stopped.clear()
+        workers.arrived.clear()
+        workers.cancelled.clear()
+
+    async def _stop(self) -> None:
+        self.workers.gate.set()
+        await self.server.stop(0.0)
+        await self.workers.stop()
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)

@@ -1,0 +1,165 @@
+"""Compiles every kernel for GPUs that are not here, through its public function, and prints what the assembler made of it as JSON.
+
+python compile_ahead.py [90 ...]        one line a kernel: {"case", "kernel", "capability", "shared", "registers", "stack", "matrix"}
+
+The public functions run as they do on a GPU, up to the launch: a driver that names the target but owns no device stands in for CUDA's,
+and the launch becomes a compilation. So the specialisations are the ones that serving meets.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import triton
+from halfmoon.kernels.portable import device, flash_prefill
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED = {80: 166912, 86: 101376, 90: 232448, 100: 232448}  # bytes a program may take
+MATRIX = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA|UTCMMA)\b")
+
+
+class Target:
+    """What Triton asks of a driver before it launches."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_capability(self, device: int = 0) -> tuple[int, int]:
+        return divmod(self.target.arch, 10)
+
+
+@contextmanager
+def compiling(capability: int) -> Iterator[list]:
+    """Inside, launches compile for the capability; the compiled kernels gather in the list."""
+    compiled: list = []
+    launch = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append(kernel)
+        return kernel
+
+    shared_bytes = device.shared_bytes
+    JITFunction.run = compile_only
+    flash_prefill.shared_bytes = lambda _: SHARED[capability]
+    driver.set_active(Target(capability))
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = launch
+        flash_prefill.shared_bytes = shared_bytes
+        driver._active = None
+
+
+def resources(cubin: bytes) -> dict[str, int | bool]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = str(BINARIES / "cuobjdump")
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    local = sorted(set(re.findall(r"\b(?:LDL|STL)\b", sass)))
+    return {
+        "registers": numbers["REG"],
+        "stack": max(numbers["STACK"], numbers["LOCAL"]) if local else numbers["LOCAL"],
+        "matrix": ",".join(sorted(set(MATRIX.findall(sass)))),
+    }
+
+
+def pages(head_dim: int, page_size: int, dtype: torch.dtype, num_kv_heads: int = 8) -> torch.Tensor:
+    return torch.zeros(2, 4, num_kv_heads, page_size, head_dim, dtype=dtype)
+
+
+def prefill_case(
+    module: str, head_dim: int, page_size: int = 64, dtype: torch.dtype = torch.bfloat16, num_queries: int = 512, **options
+) -> None:
+    prefill = importlib.import_module(f"halfmoon.kernels.{module}.flash_prefill").flash_prefill
+    q = torch.zeros(num_queries, 32, head_dim, dtype=dtype)
+    cu_seqlens_q, kv_lens = torch.tensor([0, num_queries], dtype=torch.int32), torch.tensor([num_queries], dtype=torch.int32)
+    table = torch.zeros(1, 64, dtype=torch.int32)
+    prefill(
+        q, pages(head_dim, page_size, dtype), table, cu_seqlens_q, kv_lens, max_seqlen_q=num_queries, max_kv_len=num_queries,
+        scale=head_dim**-0.5, **options,
+    )  # fmt: skip
+
+
+def decode_case(head_dim: int, page_size: int = 64, dtype: torch.dtype = torch.bfloat16, num_seqs: int = 32, **options) -> None:
+    from halfmoon.kernels.portable.paged_decode import paged_decode
+
+    q, lens = torch.zeros(num_seqs, 32, head_dim, dtype=dtype), torch.full((num_seqs,), 200, dtype=torch.int32)
+    table = torch.zeros(num_seqs, 64, dtype=torch.int32)
+    paged_decode(q, pages(head_dim, page_size, dtype), table, lens, max_kv_len=4096, scale=head_dim**-0.5, **options)
+
+
+def small_case(name: str) -> None:
+    bf16 = torch.bfloat16
+    if name == "rms_norm":
+        from halfmoon.kernels.portable.rms_norm import rms_norm
+
+        rms_norm(torch.zeros(8, 4096, dtype=bf16), torch.zeros(4096, dtype=bf16), 1e-5, torch.zeros(8, 4096, dtype=bf16))
+    elif name == "silu_mul":
+        from halfmoon.kernels.portable.silu_mul import silu_mul
+
+        silu_mul(torch.zeros(8, 28672, dtype=bf16))
+    else:
+        from halfmoon.kernels.portable.kv_write import kv_write
+
+        q, k = torch.zeros(8, 32, 128, dtype=bf16), torch.zeros(8, 8, 128, dtype=bf16)
+        positions, norm = torch.arange(8), torch.zeros(128, dtype=bf16)
+        kv_write(q, k, k, positions, torch.zeros(64, 128), positions, pages(128, 64, bf16), q_norm=norm, k_norm=norm)
+
+
+PORTABLE: dict[str, Callable[[], None]] = {
+    **{f"flash_prefill hd{d}": lambda d=d: prefill_case("portable", d) for d in (64, 80, 96, 128, 256)},
+    "flash_prefill hd128 fp16 page16": lambda: prefill_case("portable", 128, 16, torch.float16),
+    "flash_prefill hd128 window": lambda: prefill_case("portable", 128, sliding_window=256),
+    "flash_prefill hd128 soft cap, 16 queries": lambda: prefill_case("portable", 128, num_queries=16, logit_soft_cap=30.0),
+    **{f"paged_decode hd{d}": lambda d=d: decode_case(d) for d in (64, 80, 96, 128, 256)},
+    "paged_decode hd128 batch 256": lambda: decode_case(128, num_seqs=256),
+    "paged_decode hd128 fp16 page16": lambda: decode_case(128, 16, torch.float16, num_seqs=1),
+    "paged_decode hd128 window": lambda: decode_case(128, sliding_window=256),
+    **{name: lambda name=name: small_case(name) for name in ("rms_norm", "silu_mul", "kv_write")},
+}
+HOPPER: dict[str, Callable[[], None]] = {
+    **{f"hopper flash_prefill hd{d}": lambda d=d: prefill_case("hopper", d) for d in (64, 128, 256)},
+    "hopper flash_prefill hd128 full": lambda: prefill_case("hopper", 128, causal=False),
+}
+
+
+def main(capabilities: list[int], chosen: str = "") -> None:
+    for capability in capabilities:
+        for case, launch in {**PORTABLE, **(HOPPER if capability == 90 else {})}.items():
+            if chosen not in case:
+                continue
+            with compiling(capability) as compiled:
+                launch()
+            for kernel in compiled:
+                line = {"case": case, "kernel": kernel.name, "capability": capability, "shared": kernel.metadata.shared}
+                sys.stdout.write(json.dumps({**line, **resources(kernel.asm["cubin"])}) + "\n")
+                sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main([int(a) for a in sys.argv[1:] if a.isdigit()] or [80, 90, 100], next((a for a in sys.argv[1:] if not a.isdigit()), ""))

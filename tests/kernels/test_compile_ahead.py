@@ -1,0 +1,53 @@
+"""Every CUDA kernel is compiled, without a GPU, for the ones it is meant for: it builds, spills nothing and fits shared memory."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+SHARED_BYTES = {80: 166912, 86: 101376, 90: 232448, 100: 232448}  # what one program may take
+MATRIX = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # the widest matrix instruction of each
+
+
+@functools.cache
+def compiled(capability: int) -> list[dict[str, Any]]:
+    """In a process of its own: here the interpreter may be on, and a kernel is one or the other from its import on."""
+    script = Path(__file__).with_name("compile_ahead.py")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, str(script), str(capability)], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_every_kernel_fits_its_gpu_and_spills_nothing(capability: int) -> None:
+    lines = compiled(capability)
+    kernels = {line["kernel"] for line in lines}
+    assert kernels == {"_flash_prefill_kernel", "_paged_decode_kernel", "_kv_write_kernel", "_rms_norm_kernel", "_silu_mul_kernel"}
+    assert [line for line in lines if line["stack"] or line["shared"] > SHARED_BYTES[capability] or line["registers"] > 255] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_full_tiles_of_queries_reach_the_widest_matrix_instruction(capability: int) -> None:
+    wide = [line for line in compiled(capability) if line["kernel"] == "_flash_prefill_kernel" and "16 queries" not in line["case"]]
+    assert wide and all(MATRIX[capability] in line["matrix"].split(",") for line in wide)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_decode_programs_share_a_hopper_sm() -> None:
+    decode = [line for line in compiled(90) if line["kernel"] == "_paged_decode_kernel" and "hd256" not in line["case"]]
+    assert decode and all(2 * (line["shared"] + 1024) <= 233472 and 2 * 128 * line["registers"] <= 65536 for line in decode)

@@ -1,0 +1,113 @@
+"""The Triton prefill kernel: in the interpreter where there is no GPU (fp16 and fp32; bf16 arithmetic is wrong there), on the GPU else."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton's first import: its own functions are decorated there
+pytest.importorskip("triton", reason="triton is not installed")
+
+from halfmoon.kernels.portable.flash_prefill import flash_prefill, tiles  # noqa: E402
+
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * CUDA
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
+Q_LENS, KV_LENS = (70, 37, 1), (70, 200, 33)
+
+
+def build(head_dim: int, page_size: int, dtype: torch.dtype, num_heads: int = 4, num_kv_heads: int = 2):
+    """A batch over shuffled pages; what lies in the pages behind a sequence's last key is NaN."""
+    torch.manual_seed(head_dim + page_size)
+    each = -(-max(KV_LENS) // page_size)
+    pages = torch.randn(2, each * len(KV_LENS) + 1, num_kv_heads, page_size, head_dim).to(dtype)
+    table = torch.randperm(pages.shape[1] - 1, dtype=torch.int32).view(len(KV_LENS), each) + 1
+    for row, kv_len in zip(table.long(), KV_LENS, strict=True):
+        pages[:, row[kv_len // page_size :][:1], :, kv_len % page_size :] = math.nan
+        pages[:, row[kv_len // page_size + 1 :]] = math.nan
+    fused = torch.randn(sum(Q_LENS), num_heads + 3, head_dim).to(dtype)  # q as a view of a wider projection
+    return fused[:, :num_heads], pages, table
+
+
+def expected(q, pages, table, *, window: int = 0, cap: float = 0.0, causal: bool = True) -> torch.Tensor:
+    out, first, group = [], 0, q.shape[1] // pages.shape[2]
+    for row, q_len, kv_len in zip(table.long(), Q_LENS, KV_LENS, strict=True):
+        k, v = (
+            x[row].transpose(1, 2).reshape(-1, *x.shape[1::2])[:kv_len].double().repeat_interleave(group, 1)
+            for x in pages
+        )  # fmt: skip
+        scores = torch.einsum("qhd,khd->hqk", q[first : first + q_len].double(), k) * q.shape[2] ** -0.5
+        scores = cap * torch.tanh(scores / cap) if cap else scores
+        i, j = torch.arange(kv_len - q_len, kv_len)[:, None], torch.arange(kv_len)
+        hidden = ((j > i) & causal) | (window > 0) & (j <= i - window)
+        out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -math.inf).softmax(-1), v))
+        first += q_len
+    return torch.cat(out)
+
+
+def attend(q, pages, table, *, window: int = 0, cap: float = 0.0, causal: bool = True) -> torch.Tensor:
+    bounds = torch.tensor([0, *Q_LENS]).cumsum(0).int()
+    out = flash_prefill(
+        q.to(DEVICE), pages.to(DEVICE), table.to(DEVICE), bounds.to(DEVICE), torch.tensor(KV_LENS, dtype=torch.int32).to(DEVICE),
+        max_seqlen_q=max(Q_LENS), max_kv_len=max(KV_LENS), scale=q.shape[2] ** -0.5,
+        sliding_window=window, logit_soft_cap=cap, causal=causal,
+    )  # fmt: skip
+    assert out.shape == q.shape and out.dtype == q.dtype and out.is_contiguous()
+    return out.cpu()
+
+
+def error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    assert torch.isfinite(out).all()
+    return float((out.double() - reference).norm() / reference.norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head_dim", "page_size"), [(64, 16), (80, 32), (96, 64), (128, 64), (256, 64)])
+def test_every_head_dim_matches_fp64_over_a_cached_prefix(head_dim: int, page_size: int, dtype: torch.dtype) -> None:
+    batch = build(head_dim, page_size, dtype)
+    assert error(attend(*batch), expected(*batch)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("window", [1, 17, 64, 100])
+def test_a_sliding_window_hides_what_lies_behind_it(window: int) -> None:
+    batch = build(64, 16, torch.float32)
+    assert error(attend(*batch, window=window), expected(*batch, window=window)) < TOLERANCE[torch.float32]
+
+
+def test_a_soft_cap_bounds_the_scores() -> None:
+    q, pages, table = build(64, 16, torch.float32)
+    q = q * 20
+    capped = attend(q, pages, table, cap=5.0)
+    assert error(capped, expected(q, pages, table, cap=5.0)) < 1e-5
+    assert error(capped, expected(q, pages, table)) > 0.1
+
+
+@pytest.mark.parametrize("window", [0, 50])
+def test_without_a_causal_mask_a_query_sees_later_keys(window: int) -> None:
+    batch = build(64, 64, torch.float32)
+    assert error(attend(*batch, causal=False, window=window), expected(*batch, causal=False, window=window)) < TOLERANCE[torch.float32]
+
+
+def test_multi_query_attention_shares_one_kv_head() -> None:
+    batch = build(64, 16, torch.float32, num_heads=4, num_kv_heads=1)
+    assert error(attend(*batch), expected(*batch)) < TOLERANCE[torch.float32]
+
+
+def test_no_tokens_give_no_rows() -> None:
+    q, pages, table = build(64, 16, torch.float16)
+    none = torch.zeros(1, dtype=torch.int32)
+    out = flash_prefill(q[:0], pages, table[:0], none, none[:0], max_seqlen_q=0, max_kv_len=0, scale=1.0)
+    assert out.shape == (0, 4, 64)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("queries", [1, 16, 64])
+@pytest.mark.parametrize("shared", [101376, 232448])
+def test_a_tile_is_no_longer_than_a_short_run_of_queries_needs(head_dim: int, queries: int, shared: int) -> None:
+    tile = tiles(head_dim, queries, 2, shared)
+    assert 16 <= tile.block_m < 2 * max(queries, 16)

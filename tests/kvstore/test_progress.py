@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+from halfmoon.kvstore.progress import Progress, SliceCursor
+from halfmoon.protocol.errors import HandoffIncomplete, InvalidRequest
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@given(st.data(), st.integers(1, 6), st.integers(1, 4), st.integers(1, 3))
+def test_a_cursor_hands_every_layer_of_every_block_on_once_and_in_order(
+    data: st.DataObject, num_blocks: int, num_layers: int, max_blocks: int
+) -> None:
+    present = data.draw(st.lists(st.booleans(), min_size=num_blocks, max_size=num_blocks))
+    progress = Progress(num_blocks, num_layers, present)
+    cursor = SliceCursor(progress)
+    written = {(layer, block) for block in range(num_blocks) if present[block] for layer in range(num_layers)}
+    taken: list[tuple[int, int]] = []
+    while not cursor.is_complete:
+        while data.draw(st.booleans()) and (found := cursor.take(max_blocks)) is not None:
+            assert 1 <= found.num_blocks <= max_blocks
+            taken += [(found.layer, found.first_block + index) for index in range(found.num_blocks)]
+        assert set(taken) <= written
+        open_blocks = [block for block in range(num_blocks) if progress.num_layers_done[block] < num_layers]
+        if open_blocks:
+            block = data.draw(st.sampled_from(open_blocks))
+            layer = int(progress.num_layers_done[block])
+            progress.record(layer, block, 1)
+            written.add((layer, block))
+        else:
+            while (found := cursor.take(max_blocks)) is not None:
+                taken += [(found.layer, found.first_block + index) for index in range(found.num_blocks)]
+    assert sorted(taken) == sorted(written) and progress.is_complete
+    for block in range(num_blocks):
+        assert [layer for layer, found in taken if found == block] == list(range(num_layers))
+
+
+def test_what_is_written_already_is_taken_layer_by_layer() -> None:
+    cursor = SliceCursor(Progress(5, 2, [True] * 5))
+    assert [cursor.take(3) for _ in range(5)] == [(0, 0, 3), (0, 3, 2), (1, 0, 3), (1, 3, 2), None]
+
+
+@pytest.mark.parametrize(("layer", "first", "count"), [(2, 0, 1), (-1, 0, 1), (0, 0, 4), (0, 3, 1), (0, 0, 0), (0, -1, 1)])
+def test_a_slice_outside_is_refused(layer: int, first: int, count: int) -> None:
+    with pytest.raises(InvalidRequest, match="the lease has 2 layers and 3 blocks"):
+        Progress(3, 2).record(layer, first, count)
+
+
+def test_missing_blocks_and_layers_are_named_and_a_long_list_is_cut() -> None:
+    progress = Progress(12, 4)
+    progress.record(0, 0, 2)
+    progress.record(1, 1, 1)
+    with pytest.raises(HandoffIncomplete, match=r"hand-off h is incomplete.*block 0 from layer 1, block 1 from layer 2.*and 4 more blocks"):
+        progress.require_complete("hand-off h")
+
+
+def test_no_block_is_complete_from_the_start() -> None:
+    progress = Progress(0, 4)
+    assert progress.is_complete and SliceCursor(progress).take(1) is None
+    progress.require_complete("nothing")

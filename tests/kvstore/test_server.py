@@ -1,0 +1,88 @@
+"""StoreServer by itself: addresses, metrics, load, configuration that can't work."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import urllib.request
+
+import pytest
+from halfmoon.kvstore.server import StoreServer
+from halfmoon.protocol.config import StoreConfig
+from halfmoon.protocol.errors import ConfigError, InvalidRequest, SchemaMismatch, WorkerLost
+
+
+async def scrape(address: str) -> dict[str, float]:
+    def read() -> str:
+        with urllib.request.urlopen(f"http://{address}/metrics") as reply:
+            return reply.read().decode()
+
+    lines = [line for line in (await asyncio.to_thread(read)).splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+async def test_metrics_tell_what_the_books_say(kv, store, attach_to) -> None:
+    address = store.serve_metrics("127.0.0.1")
+    client = await attach_to(store.address, "prefill-0")
+    await kv.keep(client, "a", 8)
+    await kv.hand_off(client, "r1", 3)
+    await client.reserve("r2", 1, [], 1, 30)
+    await client.abort("r2", 1, WorkerLost("gone"))
+    found = await scrape(address)
+    size = kv.schema.block_bytes
+    by_state = [found[f'halfmoon_store_arena_bytes{{state="{state}"}}'] for state in ("leased", "cached", "free")]
+    assert sum(by_state) == 8 * size and by_state[0] >= 3 * size
+    assert found["halfmoon_store_evicted_blocks_total"] == 4
+    assert found['halfmoon_store_aborted_handoffs_total{reason="worker_lost"}'] == 1
+    assert found["halfmoon_store_handoffs"] == 1 and found["halfmoon_store_sessions"] == 1
+    assert found["halfmoon_store_expired_leases_total"] == 0
+
+
+async def test_load_is_the_share_of_the_arena_in_use(kv, store, attach_to) -> None:
+    assert store.load() == (0, 0, 0, 0.0, 0.0)
+    client = await attach_to(store.address, "prefill-0")
+    await kv.keep(client, "a", 2)
+    await client.reserve("r1", 1, kv.keys("r1", 2), 2, 30)
+    assert store.load() == (1, 1, 1, 0.5, 0.25)
+    assert store.accounting() == (8, 2, 2, 4)
+
+
+async def test_a_store_that_was_given_its_schema_refuses_others_from_the_first(kv, start_store, attach_to) -> None:
+    store = await start_store(schema=kv.schema)
+    assert store.accounting() == (8, 0, 0, 8)
+    with pytest.raises(SchemaMismatch, match="num_layers"):
+        await attach_to(store.address, "c", schema=dataclasses.replace(kv.schema, num_layers=9))
+
+
+async def test_an_arena_that_holds_no_block_is_told_to_the_first_client(kv, start_store, attach_to) -> None:
+    store = await start_store(num_slots=1)
+    with pytest.raises(ConfigError, match="raise it"):
+        await attach_to(store.address, "c", schema=dataclasses.replace(kv.schema, num_layers=9))
+    await attach_to(store.address, "c")
+
+
+async def test_an_arena_that_does_not_fit_the_machine_is_refused_at_start() -> None:
+    server = StoreServer(StoreConfig(arena_bytes=2**50), node_id="n")
+    with pytest.raises(ConfigError, match="no room for an arena"):
+        await server.start("127.0.0.1")
+
+
+async def test_a_taken_port_is_an_error_that_names_it(store) -> None:
+    port = int(store.address.rpartition(":")[2])
+    with pytest.raises((OSError, RuntimeError), match=str(port)):
+        await StoreServer(StoreConfig(arena_bytes=2**20), node_id="n").start("127.0.0.1", port)
+
+
+async def test_a_stopped_server_may_be_stopped_again_and_says_that_it_does_not_run(kv) -> None:
+    server = StoreServer(StoreConfig(arena_bytes=2**20), node_id="n", schema=kv.schema)
+    await server.start("127.0.0.1")
+    await server.stop(0)
+    await server.stop(0)
+    with pytest.raises(RuntimeError, match="start it first"):
+        server.accounting()
+
+
+async def test_a_schema_without_a_size_is_refused(kv, store, attach_to) -> None:
+    with pytest.raises(InvalidRequest, match="blocks have no size"):
+        await attach_to(store.address, "c", schema=dataclasses.replace(kv.schema, num_layers=0))
+    await attach_to(store.address, "c")

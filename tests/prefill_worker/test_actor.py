@@ -1,0 +1,30 @@
+"""PrefillActor, as Ray would drive it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from halfmoon.prefill_worker.actor import PrefillActor
+from halfmoon.protocol.config import PrefillConfig
+
+
+async def test_an_actor_runs_from_start_to_stop(make_site: Any, options: Any, proxy_address: str) -> None:
+    site = await make_site()
+    actor = PrefillActor(
+        worker_id="prefill-1",
+        node_id="node-t",
+        host="127.0.0.1",
+        store_address=site.store.address,
+        proxy_address=proxy_address,
+        options=options,
+        config=PrefillConfig(),
+    )
+    host, _, port = (await actor.start()).rpartition(":")
+    assert host == "127.0.0.1" and int(port) > 0
+    running = asyncio.create_task(actor.run())
+    await asyncio.sleep(0)
+    assert not running.done()
+    await actor.stop(0.0)
+    await running
+    await actor.stop(0.0)

@@ -1,0 +1,41 @@
+"""Which blocks a chunk finishes, and which of them travel."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from halfmoon.engine.sequence import Sequence, StepChunk
+from halfmoon.prefill_worker.pusher import finished_blocks, missing_runs
+from halfmoon.protocol.sampling import SamplingParams
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@given(present=st.lists(st.booleans(), max_size=20), data=st.data())
+def test_runs_cover_each_missing_block_once_and_are_maximal(present: list[bool], data: Any) -> None:
+    first = data.draw(st.integers(0, len(present)))
+    last = data.draw(st.integers(first, len(present)))
+    runs = missing_runs(present, first, last)
+    covered = [block for start, end in runs for block in range(start, end)]
+    assert covered == [block for block in range(first, last) if not present[block]]
+    assert all(earlier[1] < later[0] for earlier, later in itertools.pairwise(runs))
+
+
+@given(
+    num_tokens=st.integers(1, 60),
+    num_cached_blocks=st.integers(0, 10),
+    sizes=st.lists(st.integers(1, 4), min_size=60, max_size=60),
+)
+def test_prefix_and_chunks_finish_every_block_exactly_once(num_tokens: int, num_cached_blocks: int, sizes: list[int]) -> None:
+    block_size = 4
+    sequence = Sequence("r", [0] * num_tokens, num_tokens, SamplingParams())
+    start = min(num_cached_blocks * block_size, num_tokens - 1)
+    finished = list(range(start // block_size))
+    job: Any = None  # passed through
+    while start < num_tokens:
+        end = min(start // block_size * block_size + sizes.pop() * block_size, num_tokens)
+        run = finished_blocks(job, StepChunk(sequence, start, end - start), block_size)
+        finished += range(run.first, run.last)
+        start = end
+    assert finished == list(range(-(-num_tokens // block_size)))

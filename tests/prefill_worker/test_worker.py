@@ -1,0 +1,257 @@
+"""The prefill worker end to end on loopback: what stands in the store afterwards, and what it costs."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+import numpy as np
+import pytest
+from halfmoon.protocol.errors import (
+    DeadlineExceeded,
+    HalfmoonError,
+    HandoffAborted,
+    RequestCancelled,
+    StoreUnavailable,
+    WorkerLost,
+)
+from halfmoon.protocol.grpc_errors import from_rpc_error
+from halfmoon.protocol.v1 import worker_pb2
+
+
+def prompt(num_tokens: int, seed: int = 0) -> list[int]:
+    return random.Random(f"{num_tokens}/{seed}").choices(range(3, 160), k=num_tokens)
+
+
+def slow(engine: Any, seconds: float) -> None:
+    """Every step takes that much longer, so that something can happen meanwhile."""
+    forward = engine.forward
+
+    def slowed(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return forward(*args, **kwargs)
+
+    engine.forward = slowed
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5.0):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def error_of(call: Any) -> HalfmoonError:
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await call
+    return from_rpc_error(failure.value, "prefill worker")
+
+
+def at_rest(*sites: Any) -> bool:
+    leases = sum(site.store.stats().num_leases + site.store.stats().num_handoffs for site in sites)
+    return leases == 0 and all(site.worker.scheduler.at_rest for site in sites)
+
+
+@pytest.mark.parametrize("transport", ["auto", "grpc"])
+@pytest.mark.parametrize("num_tokens", [3, 64, 77])
+async def test_the_hand_off_holds_the_kv_of_one_forward_pass(make_site: Any, reference: Any, transport: str, num_tokens: int) -> None:
+    site = await make_site(transport=transport, max_tokens_per_step=16)
+    reply = await site.start(prompt(num_tokens), "h")
+    found, expected = await site.fetch("h"), reference(prompt(num_tokens))
+    np.testing.assert_allclose(found.kv, expected.kv, atol=2e-5)
+    assert found.state.first_token.token_id == reply.state.first_token.token_id == expected.token_id
+    assert (found.state.num_tokens, found.state.num_cached_tokens) == (num_tokens, 0)
+    phases = reply.state.phases
+    assert phases.transport == ("shm" if transport == "auto" else "grpc")
+    assert phases.num_bytes_pushed == found.kv.nbytes
+    assert site.metric("halfmoon_kv_transfer_bytes_total", transport=phases.transport, direction="push") == found.kv.nbytes
+    await until(lambda: at_rest(site))
+
+
+async def test_an_earlier_owners_kv_does_not_travel_in_a_partial_page(make_site: Any, reference: Any) -> None:
+    site = await make_site(kv_capacity_tokens=64)
+    await site.start(prompt(64, 1), "dirty")
+    await until(lambda: site.worker.scheduler.at_rest)
+    await site.start(prompt(60), "clean")
+    found = await site.fetch("clean")
+    np.testing.assert_allclose(found.kv, reference(prompt(60)).kv, atol=2e-5)
+    tail = found.kv.reshape(3, 8, 2, 2, 8, -1)[:, 7, :, :, 4:]
+    assert not tail.any()
+
+
+async def test_blocks_that_the_store_has_are_neither_computed_nor_pushed(make_site: Any, reference: Any) -> None:
+    site = await make_site()
+    block_bytes = site.worker.engine.schema.block_bytes
+    await site.start(prompt(60), "one")
+    reply = await site.start([*prompt(60)[:40], *prompt(30, 1)], "two")
+    phases = reply.state.phases
+    assert (reply.state.num_cached_tokens, phases.num_bytes_loaded, phases.num_bytes_pushed) == (40, 5 * block_bytes, 4 * block_bytes)
+    found = await site.fetch("two")
+    np.testing.assert_allclose(found.kv, reference([*prompt(60)[:40], *prompt(30, 1)]).kv, atol=2e-5)
+    assert site.metric("halfmoon_prefix_cache_hits_total", tier="local") == 40
+    assert site.metric("halfmoon_step_tokens_total", role="prefill") == 60 + 30
+
+
+async def test_a_prompt_cached_to_its_end_computes_one_token(make_site: Any, reference: Any) -> None:
+    site = await make_site()
+    await site.start(prompt(64), "one")
+    reply = await site.start(prompt(64), "two")
+    assert reply.state.num_cached_tokens == 63
+    assert reply.state.first_token.token_id == reference(prompt(64)).token_id
+    assert reply.state.phases.num_bytes_pushed == 0
+    assert site.metric("halfmoon_step_tokens_total", role="prefill") == 65
+
+
+async def test_a_hand_off_to_another_nodes_store_leaves_the_blocks_in_the_own_one_too(make_site: Any, reference: Any) -> None:
+    here, there = await make_site("node-t"), await make_site("node-u", name="prefill-1")
+    reply = await here.start(prompt(60), "h", into=there)
+    assert reply.state.phases.transport == "grpc"
+    np.testing.assert_allclose((await there.fetch("h")).kv, reference(prompt(60)).kv, atol=2e-5)
+    await until(lambda: at_rest(here, there))
+    client = await here.client()
+    assert await client.lookup(here.keys(prompt(60))) == 7
+    await client.close()
+    # found here now, and all of it has to be pushed: the other store forgets nothing, so take a new tail for a new block
+    again = await here.start([*prompt(60), *prompt(20, 2)], "next", into=there)
+    assert again.state.num_cached_tokens == 56
+    np.testing.assert_allclose((await there.fetch("next")).kv, reference([*prompt(60), *prompt(20, 2)]).kv, atol=2e-5)
+
+
+async def test_a_prefix_found_only_here_is_pushed_to_the_hand_offs_store(make_site: Any, reference: Any) -> None:
+    here, there = await make_site("node-t"), await make_site("node-u", name="prefill-1")
+    await here.start(prompt(64), "one")
+    for num_tokens in (64, 60):
+        reply = await here.start(prompt(64)[:num_tokens], f"h{num_tokens}", into=there)
+        assert reply.state.num_cached_tokens == min(63, num_tokens // 8 * 8)
+        found = await there.fetch(f"h{num_tokens}")
+        np.testing.assert_allclose(found.kv, reference(prompt(64)[:num_tokens]).kv, atol=2e-5)
+    await until(lambda: at_rest(there))
+
+
+async def test_a_longer_prefix_is_loaded_from_the_store_that_the_proxy_names(make_site: Any, reference: Any) -> None:
+    here, there = await make_site("node-t"), await make_site("node-u", name="prefill-1")
+    await here.start(prompt(60)[:20], "short")
+    await there.start(prompt(60), "long")
+    hint = worker_pb2.PrefixHint(store_address=there.store.address, num_blocks=7)
+    reply = await here.start(prompt(60), "h", prefix=hint)
+    assert reply.state.num_cached_tokens == 56
+    assert here.metric("halfmoon_prefix_cache_hits_total", tier="remote") == 56
+    np.testing.assert_allclose((await here.fetch("h")).kv, reference(prompt(60)).kv, atol=2e-5)
+    await until(lambda: there.store.stats().num_leases == 0)
+
+
+async def test_a_hint_that_is_no_longer_than_what_is_here_is_not_followed(make_site: Any) -> None:
+    here = await make_site()
+    await here.start(prompt(60), "one")
+    hint = worker_pb2.PrefixHint(store_address="127.0.0.1:9", num_blocks=7)
+    assert (await here.start(prompt(60), "two", prefix=hint)).state.num_cached_tokens == 56
+    assert here.metric("halfmoon_prefix_load_failures_total", reason="store_unavailable") is None
+
+
+async def test_a_prefix_in_a_store_that_is_gone_is_computed(make_site: Any, reference: Any) -> None:
+    here = await make_site()
+    hint = worker_pb2.PrefixHint(store_address="127.0.0.1:9", num_blocks=7)
+    reply = await here.start(prompt(60), "h", prefix=hint)
+    assert reply.state.num_cached_tokens == 0
+    assert reply.state.first_token.token_id == reference(prompt(60)).token_id
+    assert here.metric("halfmoon_prefix_load_failures_total", reason="store_unavailable") == 1
+
+
+async def test_a_corrupt_prefix_is_computed_and_does_not_reach_the_hand_off(make_site: Any, reference: Any) -> None:
+    site = await make_site(name="prefill-bad", flip_pushed_bytes=True)
+    await site.start(prompt(60), "bad")
+    honest = await make_site(store=site.store)
+    reply = await honest.start(prompt(60), "good")
+    assert reply.state.num_cached_tokens == 0
+    assert honest.metric("halfmoon_prefix_load_failures_total", reason="handoff_corrupt") == 1
+    np.testing.assert_allclose((await honest.fetch("good")).kv, reference(prompt(60)).kv, atol=2e-5)
+
+
+async def test_a_short_prompt_does_not_wait_for_a_long_one(make_site: Any) -> None:
+    site = await make_site(max_tokens_per_step=16)
+    slow(site.worker.engine, 0.01)
+    long = asyncio.ensure_future(site.start(prompt(250), "long"))
+    await until(lambda: site.worker.scheduler.num_running == 1)
+    await site.start(prompt(12), "short")
+    assert not long.done()
+    await long
+
+
+async def test_an_aborted_hand_off_ends_its_prefill_with_the_reason(make_site: Any) -> None:
+    site = await make_site(max_tokens_per_step=8)
+    slow(site.worker.engine, 0.02)
+    call = site.start(prompt(200), "h")
+    await until(lambda: site.store.stats().num_bytes_pushed > 0)
+    client = await site.client()
+    await client.abort("h", 1, RequestCancelled("the user closed the window"))
+    async with asyncio.timeout(1.0):
+        error = await error_of(call)
+        await until(lambda: at_rest(site))
+    assert isinstance(error, HandoffAborted) and "the user closed the window" in error.message
+    await client.close()
+
+
+async def test_cancelling_in_the_queue_in_the_load_and_in_a_step_leaves_nothing(make_site: Any) -> None:
+    site = await make_site(max_tokens_per_step=8, kv_capacity_tokens=128)
+    slow(site.worker.engine, 0.01)
+    await site.start(prompt(120, 1), "cached")
+    calls = [site.start(prompt(120, seed), f"c{seed}") for seed in (1, 2, 3)]
+    for delay_s, call in zip((0.003, 0.03, 0.05), calls, strict=True):
+        await asyncio.sleep(delay_s)
+        call.cancel()
+    await until(lambda: site.worker.scheduler.at_rest and site.store.stats().num_leases == 0)
+    assert site.worker.scheduler.allocator.num_free == 16
+
+
+async def test_a_deadline_that_passes_in_prefill_says_so(make_site: Any) -> None:
+    site = await make_site(max_tokens_per_step=8)
+    slow(site.worker.engine, 0.05)
+    error = await error_of(site.start(prompt(100), "h", deadline_s=0.15))
+    assert isinstance(error, DeadlineExceeded) and "in prefill" in error.message
+    await until(lambda: at_rest(site))
+
+
+async def test_the_death_of_a_hand_offs_store_fails_its_prefill_at_once(make_site: Any) -> None:
+    here, there = await make_site("node-t", max_tokens_per_step=8), await make_site("node-u", name="prefill-1")
+    slow(here.worker.engine, 0.02)
+    calls = here.start(prompt(200), "h", into=there), here.start(prompt(100, 1), "own")
+    await until(lambda: there.store.stats().num_bytes_pushed > 0)
+    await there.store.stop(0.0)
+    async with asyncio.timeout(1.0):
+        assert isinstance(await error_of(calls[0]), StoreUnavailable)
+        assert isinstance(await error_of(here.start(prompt(200), "h2", into=there)), StoreUnavailable)
+    assert (await calls[1]).state.num_tokens == 100
+
+
+async def test_calls_that_need_a_new_store_at_the_same_time_share_one_session(make_site: Any) -> None:
+    here, there = await make_site("node-t"), await make_site("node-u", name="prefill-1")
+    await asyncio.gather(*(here.start(prompt(20, seed), f"h{seed}", into=there) for seed in range(4)))
+    assert there.store.stats().num_sessions == 2
+
+
+async def test_load_is_what_is_left_to_compute(make_site: Any) -> None:
+    site = await make_site(max_tokens_per_step=8, kv_capacity_tokens=128)
+    slow(site.worker.engine, 0.02)
+    calls = [site.start(prompt(100, seed), f"h{seed}") for seed in range(2)]
+    await until(lambda: site.worker.load().num_waiting == 1)
+    load = site.worker.load()
+    assert load.num_running == 1 and 100 < load.num_outstanding_tokens <= 200 and load.kv_usage_ratio == 13 / 16
+    await asyncio.gather(*calls)
+    assert site.worker.load().num_outstanding_tokens == 0
+
+
+async def test_a_transfer_that_breaks_ends_every_call_and_the_worker(make_site: Any) -> None:
+    site = await make_site()
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("no memory for the slice")
+
+    site.worker.engine.cache.read_bytes = fail
+    error = await error_of(site.start(prompt(30), "h"))
+    assert isinstance(error, WorkerLost) and "no memory for the slice" in error.message
+    with pytest.raises(MemoryError):
+        await site.worker.serve_until_stopped()

@@ -1,0 +1,345 @@
+"""Test peers of the router: real gRPC servers on loopback that speak Control, PrefillWorker, DecodeWorker and KVStore.
+
+Their behaviour is a script of the test; the hand-off between them is a future on the shared board. Tokens are a function of
+the prompt and the output index alone, so that a replay which lost or repeated one shows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import types
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+
+import grpc.aio
+import pytest
+from halfmoon.protocol.channel import create_server
+from halfmoon.protocol.config import ProxyConfig
+from halfmoon.protocol.errors import HalfmoonError, HandoffAborted
+from halfmoon.protocol.grpc_errors import error_from_proto, stream_boundary, unary_boundary
+from halfmoon.protocol.membership import stay_joined
+from halfmoon.protocol.sampling import SamplingParams
+from halfmoon.protocol.schema import KVSchema
+from halfmoon.protocol.v1 import common_pb2, control_pb2, control_pb2_grpc, kvstore_pb2, kvstore_pb2_grpc, worker_pb2, worker_pb2_grpc
+from halfmoon.proxy.cluster import Cluster
+from halfmoon.proxy.control_service import ControlService
+from halfmoon.proxy.metrics import ProxyMetrics
+from halfmoon.proxy.request import Finished, ProxyRequest, Tokens
+from halfmoon.proxy.router import Router
+from halfmoon.proxy.token_stream import TokenStream
+from prometheus_client import CollectorRegistry
+
+EOS = 2
+SCHEMA = KVSchema(model_fingerprint="test", dtype="float32", num_layers=2, num_kv_heads=2, head_dim=8, block_size=4)
+ROLES = {"prefill": control_pb2.ROLE_PREFILL, "decode": control_pb2.ROLE_DECODE, "store": control_pb2.ROLE_STORE}
+incarnations = itertools.count(1)
+
+
+def token_at(prompt: list[int], index: int) -> int:
+    """Output token number `index` of a prompt; never an EOS."""
+    return (sum(prompt) * 31 + index * index * 7 + index) % 1000 + 10
+
+
+async def nothing(*_: Any) -> None:
+    return None
+
+
+async def forever(*_: Any) -> None:
+    await asyncio.Event().wait()
+
+
+class Board:
+    """Hand-offs by (id, epoch), as the stores of a real cluster hold them."""
+
+    def __init__(self) -> None:
+        self.handoffs: dict[tuple[str, int], asyncio.Future[common_pb2.HandoffState]] = defaultdict(
+            lambda: asyncio.get_running_loop().create_future()
+        )
+
+    def at(self, handoff: common_pb2.HandoffId) -> asyncio.Future[common_pb2.HandoffState]:
+        return self.handoffs[handoff.id, handoff.epoch]
+
+
+class Peer:
+    """One process of the cluster: a gRPC server and a Join stream, which die together or one by one."""
+
+    def __init__(self, role: str, number: int, board: Board, store: StorePeer | None = None) -> None:
+        self.role, self.id, self.board, self.store = role, f"{role}-{number}", board, store
+        self.schema = SCHEMA
+        self.load = control_pb2.MemberLoad()
+        self.requests: list[Any] = []
+        self.arrived = asyncio.Event()  # a request has come
+        self.cancelled = asyncio.Event()  # a call was cancelled under its handler
+        self.joined = asyncio.Event()
+        self.max_model_len = 512
+
+    async def start(self, proxy_address: str) -> None:
+        self.server, port = create_server("127.0.0.1", 0)
+        self.register(self.server)
+        await self.server.start()
+        self.address = f"127.0.0.1:{port}"
+        store = self.store or self
+        info = control_pb2.MemberInfo(
+            id=self.id,
+            incarnation=f"{self.id}.{next(incarnations)}",
+            role=ROLES[self.role],
+            address=self.address,
+            node_id="node",
+            store_id=store.id,
+            store_address=store.address,
+            max_model_len=self.max_model_len,
+            schema=self.schema.to_proto() if self.role != "store" else None,
+        )
+        self.info = info
+        self.member = asyncio.create_task(stay_joined(proxy_address, info, lambda: self.load, self.joined.set))
+
+    def register(self, server: grpc.aio.Server) -> None:
+        raise NotImplementedError
+
+    async def leave(self) -> None:
+        """The Join stream ends; the gRPC server lives on."""
+        self.member.cancel()
+        await asyncio.gather(self.member, return_exceptions=True)
+
+    async def kill(self) -> None:
+        await self.leave()
+        await self.server.stop(None)
+
+    @contextlib.contextmanager
+    def _noting_cancel(self) -> Iterator[None]:
+        try:
+            yield
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled.set()
+            raise
+
+    def _arrive(self, request: Any) -> None:
+        self.requests.append(request)
+        self.arrived.set()
+
+
+class PrefillPeer(Peer, worker_pb2_grpc.PrefillWorkerServicer):
+    before_seal: Callable[[worker_pb2.PrefillRequest], Awaitable[None]] = staticmethod(nothing)
+
+    def register(self, server: grpc.aio.Server) -> None:
+        worker_pb2_grpc.add_PrefillWorkerServicer_to_server(self, server)
+
+    @unary_boundary
+    async def Prefill(self, request: worker_pb2.PrefillRequest, context: grpc.aio.ServicerContext) -> worker_pb2.PrefillReply:
+        self._arrive(request)
+        with self._noting_cancel():
+            return await self._prefill(request)
+
+    async def _prefill(self, request: worker_pb2.PrefillRequest) -> worker_pb2.PrefillReply:
+        await self.before_seal(request)
+        phases = common_pb2.PrefillPhases(
+            queue_s=0.25, prefix_load_s=0.5, prefill_s=0.75, push_s=0.125, num_bytes_pushed=1000, transport="shm"
+        )
+        state = common_pb2.HandoffState(num_tokens=len(request.sequence.token_ids), num_cached_tokens=4, phases=phases)
+        handoff = self.board.at(request.handoff)
+        if not handoff.done():
+            handoff.set_result(state)
+        return worker_pb2.PrefillReply(state=state)
+
+
+class DecodePeer(Peer, worker_pb2_grpc.DecodeWorkerServicer):
+    before_token: Callable[[int], Awaitable[None]] = staticmethod(nothing)  # with the token's output index
+    before_finished: Callable[[], Awaitable[None]] = staticmethod(nothing)
+
+    def __init__(self, role: str, number: int, board: Board, store: StorePeer | None = None) -> None:
+        super().__init__(role, number, board, store)
+        self.stops: dict[str, asyncio.Event] = {}
+
+    def register(self, server: grpc.aio.Server) -> None:
+        worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self, server)
+
+    @stream_boundary
+    async def Decode(self, request: worker_pb2.DecodeRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[worker_pb2.DecodeReply]:
+        self._arrive(request)
+        with self._noting_cancel():
+            async for reply in self._decode(request):
+                yield reply
+
+    async def _decode(self, request: worker_pb2.DecodeRequest) -> AsyncIterator[worker_pb2.DecodeReply]:
+        sequence = request.sequence
+        stop = self.stops[sequence.request_id] = asyncio.Event()
+        # shielded: the board's future is shared, a cancelled call must not cancel it
+        state = await asyncio.shield(self.board.at(request.handoff))
+        yield worker_pb2.DecodeReply(admitted=worker_pb2.DecodeReply.Admitted(state=state))
+        prompt = list(sequence.token_ids[: sequence.num_prompt_tokens])
+        reason = common_pb2.FINISH_REASON_LENGTH
+        for index in range(len(sequence.token_ids) - len(prompt), sequence.sampling.max_tokens):
+            await self.before_token(index)
+            if stop.is_set():
+                reason = common_pb2.FINISH_REASON_STOP
+                break
+            token = common_pb2.TokenOutput(token_id=token_at(prompt, index))
+            yield worker_pb2.DecodeReply(tokens=worker_pb2.DecodeReply.Tokens(tokens=[token]))
+        await self.before_finished()
+        phases = common_pb2.DecodePhases(first_decode_s=0.0625, decode_s=0.03125, num_preemptions=1)
+        yield worker_pb2.DecodeReply(finished=worker_pb2.DecodeReply.Finished(reason=reason, phases=phases))
+
+    @unary_boundary
+    async def Stop(self, request: worker_pb2.StopRequest, context: grpc.aio.ServicerContext) -> worker_pb2.StopReply:
+        stop = self.stops.get(request.request_id)
+        if stop is not None:
+            stop.set()
+        return worker_pb2.StopReply(found=stop is not None)
+
+
+class StorePeer(Peer, kvstore_pb2_grpc.KVStoreServicer):
+    """An in-memory source of Watch, and the hand-offs' abort."""
+
+    def __init__(self, role: str, number: int, board: Board, store: StorePeer | None = None) -> None:
+        super().__init__(role, number, board, store)
+        self.aborts: list[tuple[common_pb2.HandoffId, HalfmoonError]] = []
+        self.aborted = asyncio.Event()
+        self.held: list[bytes] = []
+        self.sequence = 0
+        self.watchers: list[asyncio.Queue[kvstore_pb2.WatchReply | None]] = []
+        self.num_watches = 0
+
+    def register(self, server: grpc.aio.Server) -> None:
+        kvstore_pb2_grpc.add_KVStoreServicer_to_server(self, server)
+
+    def publish(self, stored: list[bytes] = (), evicted: list[bytes] = (), skip: int = 0) -> None:
+        """skip: changes that get lost before this one."""
+        self.held = [*(key for key in self.held if key not in evicted), *stored]
+        self.sequence += 1 + skip
+        for watcher in self.watchers:
+            watcher.put_nowait(kvstore_pb2.WatchReply(sequence=self.sequence, stored=stored, evicted=evicted))
+
+    @stream_boundary
+    async def Watch(self, request: kvstore_pb2.WatchRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[kvstore_pb2.WatchReply]:
+        self.num_watches += 1
+        changes: asyncio.Queue[kvstore_pb2.WatchReply | None] = asyncio.Queue()
+        self.watchers.append(changes)
+        yield kvstore_pb2.WatchReply(sequence=self.sequence, snapshot=True, stored=self.held)
+        while (change := await changes.get()) is not None:
+            yield change
+
+    @unary_boundary
+    async def Abort(self, request: kvstore_pb2.AbortRequest, context: grpc.aio.ServicerContext) -> kvstore_pb2.AbortReply:
+        reason = error_from_proto(request.reason)
+        self.aborts.append((request.handoff, reason))
+        self.aborted.set()
+        handoff = self.board.at(request.handoff)
+        if not handoff.done():
+            handoff.set_exception(HandoffAborted(f"aborted: {reason.message}"))
+            handoff.exception()  # nobody may be waiting
+        return kvstore_pb2.AbortReply(found=True)
+
+
+class Bench:
+    """A proxy core with its Control listener, and peers that joined it."""
+
+    def __init__(self, config: ProxyConfig, eos_token_ids: frozenset[int]) -> None:
+        self.registry = CollectorRegistry()
+        self.metrics = ProxyMetrics(self.registry)
+        self.cluster = Cluster(self.metrics)
+        self.router = Router(config, self.cluster, self.metrics, eos_token_ids=eos_token_ids)
+        self.board = Board()
+        self.peers: list[Peer] = []
+        self.stores: list[StorePeer] = []
+        self.prefills: list[PrefillPeer] = []
+        self.decodes: list[DecodePeer] = []
+        self._ids = itertools.count(1)
+
+    async def start(self) -> None:
+        self.server, port = create_server("127.0.0.1", 0)
+        control_pb2_grpc.add_ControlServicer_to_server(ControlService(self.router, "test-model"), self.server)
+        await self.server.start()
+        self.address = f"127.0.0.1:{port}"
+
+    async def add(self, role: str, store: StorePeer | None = None) -> Any:
+        kind, known = {
+            "prefill": (PrefillPeer, self.prefills),
+            "decode": (DecodePeer, self.decodes),
+            "store": (StorePeer, self.stores),
+        }[role]
+        peer = kind(role, len(known), self.board, store)
+        known.append(peer)
+        await self.join(peer)
+        return peer
+
+    async def join(self, peer: Peer) -> None:
+        self.peers.append(peer)
+        peer.joined.clear()
+        await peer.start(self.address)
+        await asyncio.wait_for(peer.joined.wait(), 5)
+
+    async def stop(self) -> None:
+        await self.router.close()
+        for peer in self.peers:
+            await peer.kill()
+        await self.cluster.close()
+        await self.server.stop(None)
+
+    def request(self, prompt: list[int] | None = None, *, max_tokens: int = 6, timeout_s: float = 20.0, **sampling: Any) -> ProxyRequest:
+        params = SamplingParams(max_tokens=max_tokens, seed=7, **sampling)
+        return ProxyRequest(f"request-{next(self._ids)}", prompt or list(range(20, 30)), params, timeout_s)
+
+    def sample(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(name, labels) or 0.0
+
+    def assert_at_rest(self) -> None:
+        """No request under way, no token in any member's books."""
+        assert (self.router.num_queued, self.router.num_running) == (0, 0)
+        assert {member.id: member.book.num_tokens for member in self.cluster.members.values() if member.book.num_tokens} == {}
+
+
+async def read(stream: TokenStream) -> tuple[list[int], Finished]:
+    """Every token id, and Finished."""
+    token_ids: list[int] = []
+    finished: list[Finished] = []
+    async for event in stream:
+        assert not finished, "something came behind Finished"
+        if isinstance(event, Tokens):
+            token_ids += [token.token_id for token in event.tokens]
+        else:
+            finished.append(event)
+    return token_ids, finished[0]
+
+
+def answer(request: ProxyRequest) -> list[int]:
+    """The tokens that a request must get, whatever happens to its workers."""
+    return [token_at(request.token_ids, index) for index in range(request.sampling.max_tokens)]
+
+
+MakeBench = Callable[..., Awaitable[Bench]]
+
+
+@pytest.fixture
+async def make_bench() -> AsyncIterator[MakeBench]:
+    """make_bench(num_prefill, num_decode, policy=..., **proxy config) -> Bench, with one store for all its workers."""
+    benches: list[Bench] = []
+
+    async def make(num_prefill: int = 1, num_decode: int = 1, eos_token_ids: frozenset[int] = frozenset({EOS}), **config: Any) -> Bench:
+        bench = Bench(ProxyConfig(**{"policy": "least_loaded", **config}), eos_token_ids)
+        benches.append(bench)
+        await bench.start()
+        store = await bench.add("store")
+        for _ in range(num_prefill):
+            await bench.add("prefill", store)
+        for _ in range(num_decode):
+            await bench.add("decode", store)
+        return bench
+
+    yield make
+    for bench in benches:
+        await bench.stop()
+
+
+@pytest.fixture
+async def bench(make_bench: MakeBench) -> Bench:
+    """One prefill worker, one decode worker, one store."""
+    return await make_bench()
+
+
+@pytest.fixture
+def peers() -> Any:
+    """The helpers above, for tests (importlib mode has no module to import them from)."""
+    return types.SimpleNamespace(read=read, answer=answer, forever=forever, token_at=token_at, EOS=EOS, SCHEMA=SCHEMA)

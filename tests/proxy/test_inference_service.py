@@ -1,0 +1,149 @@
+"""proxy/inference_service.py and the proxy's gRPC listener, through plain stubs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from halfmoon.protocol.errors import InvalidRequest, PromptTooLong, RequestCancelled, UnknownModel
+from halfmoon.protocol.grpc_errors import from_rpc_error
+from halfmoon.protocol.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+
+
+@pytest.fixture(scope="module")
+def channel(shared_face: Any) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(shared_face.grpc) as channel:
+        yield channel
+
+
+@pytest.fixture
+def stub(face: Any, channel: grpc.Channel) -> Any:
+    return inference_pb2_grpc.InferenceStub(channel)
+
+
+def generate(stub: Any, **fields: Any) -> list[inference_pb2.GenerateReply]:
+    return list(stub.Generate(inference_pb2.GenerateRequest(**fields), timeout=10))
+
+
+def test_a_stream_is_admitted_then_deltas_then_finished(face: Any, stub: Any) -> None:
+    first, *deltas, last = generate(stub, prompt="Hello", max_tokens=100, request_id="mine")
+    assert first.admitted == inference_pb2.GenerateReply.Admitted(
+        request_id="mine", model="chatty", num_prompt_tokens=len(face.tokenizer.encode("Hello"))
+    )
+    assert "".join(reply.delta.text for reply in deltas) == face.tokenizer.decode(face.answer)
+    assert [token.token_id for reply in deltas for token in reply.delta.tokens] == [*face.answer, 1]
+    assert last.finished.reason == common_pb2.FINISH_REASON_STOP and last.finished.phases.prefill_worker == "prefill-0"
+    assert last.finished.usage.num_completion_tokens == len(face.answer) + 1
+    assert face.workers.requests[0].request_id == "mine"
+
+
+def test_unset_fields_take_the_servers_defaults_and_zeros_are_meant(face: Any, stub: Any) -> None:
+    generate(stub, tokens=inference_pb2.TokenIds(token_ids=[5, 6]))
+    generate(stub, tokens=inference_pb2.TokenIds(token_ids=[5, 6]), temperature=0.0, top_k=0, seed=0, ignore_eos=False, num_logprobs=0)
+    plain, zeros = (sequence.sampling for sequence in face.workers.requests)
+    assert (plain.temperature, plain.top_p, plain.max_tokens) == (1.0, 1.0, 16) and not plain.HasField("num_logprobs")
+    assert (zeros.temperature, zeros.seed) == (0.0, 0) and zeros.HasField("num_logprobs")
+
+
+def test_logprobs_come_with_the_texts_of_their_tokens(face: Any, stub: Any) -> None:
+    _, *deltas, _ = generate(stub, prompt="Hello", max_tokens=3, num_logprobs=2)
+    assert [text for reply in deltas for text in reply.delta.token_texts] == ["The", " quick", " brown"]
+    assert [len(top.texts) for reply in deltas for top in reply.delta.top_texts] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "param"),
+    [
+        ({}, InvalidRequest, "prompt"),
+        ({"prompt": "x", "model": "other"}, UnknownModel, "model"),
+        ({"tokens": inference_pb2.TokenIds(token_ids=[7] * 600)}, PromptTooLong, "prompt"),
+        ({"chat": inference_pb2.ChatMessages()}, InvalidRequest, "messages"),
+        ({"prompt": "x", "top_p": float("nan")}, InvalidRequest, "top_p"),
+        ({"prompt": "x", "n": 0}, InvalidRequest, "n"),
+    ],
+)
+def test_a_wrong_request_is_a_typed_error(fields: dict[str, Any], error: type[InvalidRequest], param: str, stub: Any) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        generate(stub, **fields)
+    typed = from_rpc_error(caught.value, "the proxy")
+    assert type(typed) is error and typed.fields["param"] == param
+    assert caught.value.code() is error.grpc_status  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_cancel_ends_every_choice_of_a_request(n: int, face: Any, stub: Any) -> None:
+    face.workers.gate_at = 2
+    call = stub.Generate(inference_pb2.GenerateRequest(prompt="Hello", request_id="to-cancel", n=n), timeout=10)
+    while not next(call).delta.text:
+        pass
+    assert stub.Cancel(inference_pb2.CancelRequest(request_id="to-cancel")).found
+    with pytest.raises(grpc.RpcError) as caught:
+        list(call)
+    assert isinstance(from_rpc_error(caught.value, "the proxy"), RequestCancelled)
+    assert face.workers.cancelled.wait(1)
+    assert not stub.Cancel(inference_pb2.CancelRequest(request_id="to-cancel")).found
+
+
+def test_a_request_id_under_way_is_not_taken_twice(face: Any, stub: Any) -> None:
+    face.workers.gate_at = 2
+    call = stub.Generate(inference_pb2.GenerateRequest(prompt="Hello", request_id="twice", n=2), timeout=10)
+    next(call)
+    with pytest.raises(grpc.RpcError, match="under way already"):
+        generate(stub, prompt="Hello", request_id="twice")
+    face.open_gate()
+    assert sum(reply.HasField("finished") for reply in call) == 2
+    assert generate(stub, prompt="Hello", request_id="twice")[-1].HasField("finished")
+
+
+def test_a_client_that_leaves_ends_its_request_within_a_second(face: Any, stub: Any) -> None:
+    face.workers.gate_at = 3
+    call = stub.Generate(inference_pb2.GenerateRequest(prompt="Hello", n=2), timeout=10)
+    while not next(call).delta.text:
+        pass
+    call.cancel()
+    assert face.workers.cancelled.wait(1)
+
+
+def test_a_deadline_ends_the_request_with_its_own_error(face: Any, stub: Any) -> None:
+    face.workers.gate_at = 1
+    with pytest.raises(grpc.RpcError, match="ran out") as caught:
+        generate(stub, prompt="Hello", timeout_s=0.2)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
+
+
+def test_the_model_and_its_limits_are_told(stub: Any) -> None:
+    (model,) = stub.Models(inference_pb2.ModelsRequest()).models
+    assert (model.id, model.max_model_len, model.dtype) == ("chatty", 512, "float32") and model.vocab_size > 300
+
+
+def test_health_is_told_per_service(face: Any, channel: grpc.Channel) -> None:
+    health = health_pb2_grpc.HealthStub(channel)
+    for service in ("", "halfmoon.v1.Inference", "halfmoon.v1.Control"):
+        assert health.Check(health_pb2.HealthCheckRequest(service=service)).status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_reflection_lists_every_service(face: Any, channel: grpc.Channel) -> None:
+    names = ProtoReflectionDescriptorDatabase(channel).get_services()
+    assert {"halfmoon.v1.Inference", "halfmoon.v1.Control", "grpc.health.v1.Health"} <= set(names)
+
+
+def test_many_requests_at_once_get_their_own_answers(face: Any, stub: Any) -> None:
+    face.workers.script = lambda sequence: [*sequence.token_ids] * 3
+    answers: dict[int, list[int]] = {}
+
+    def ask(number: int) -> None:
+        prompt = [10 + number, 20 + number]
+        _, *deltas, _ = generate(stub, tokens=inference_pb2.TokenIds(token_ids=prompt), ignore_eos=True)
+        answers[number] = [token.token_id for reply in deltas for token in reply.delta.tokens]
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == {number: [10 + number, 20 + number] * 3 for number in range(8)}

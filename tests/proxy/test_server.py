@@ -1,0 +1,118 @@
+"""proxy/server.py: both faces up, ports, drain; and proxy/readiness.py."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+from halfmoon.client import Client
+from halfmoon.protocol.config import ModelOptions, ProxyConfig
+from halfmoon.protocol.errors import CheckpointError, ConfigError, Draining, NoWorker
+from halfmoon.protocol.schema import KVSchema
+from halfmoon.proxy.server import ProxyServer
+
+SCHEMA = KVSchema(model_fingerprint="faces", dtype="float32", num_layers=2, num_kv_heads=2, head_dim=8, block_size=16)
+
+
+def server(folder: Path, **config: Any) -> ProxyServer:
+    values = {"http_port": 0, "grpc_port": 0, **config}
+    return ProxyServer(config=ProxyConfig(**values), options=ModelOptions(), model_folder=folder, schema=SCHEMA)
+
+
+async def test_free_ports_are_told_and_signal_handlers_left_alone(chat_model_folder: Path) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    proxy = server(chat_model_folder)
+    endpoints = await proxy.start()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    async with httpx.AsyncClient() as http:
+        assert (await http.get(f"http://{endpoints.http}/health")).status_code == 200
+        ready = await http.get(f"http://{endpoints.http}/ready")
+        assert ready.status_code == 503
+        assert ready.json()["missing"] == ["no KV store has joined", "no prefill worker has joined", "no decode worker has joined"]
+        reply = await http.post(f"http://{endpoints.http}/v1/completions", json={"prompt": "x"})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "no_worker")
+    await proxy.stop(1.0)
+    await proxy.stop(1.0)  # again is nothing
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://{endpoints.http}/health")
+
+
+@pytest.mark.parametrize("key", ["http_port", "grpc_port"])
+async def test_a_taken_port_is_refused_in_one_line(key: str, chat_model_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"cannot listen on 127\.0\.0\.1:{port}: the port is taken.*proxy\.{key}") as caught:
+            await server(chat_model_folder, **{key: port}).start()
+    assert "\n" not in caught.value.message and caught.value.fields == {"key": f"proxy.{key}"}
+
+
+async def test_a_fixed_port_is_taken_again_after_a_restart(chat_model_folder: Path) -> None:
+    proxy = server(chat_model_folder)
+    http, grpc_address = await proxy.start()
+    await proxy.stop(0.0)
+    ports = {"http_port": int(http.rsplit(":", 1)[1]), "grpc_port": int(grpc_address.rsplit(":", 1)[1])}
+    again = server(chat_model_folder, **ports)
+    assert await again.start() == (http, grpc_address)
+    await again.stop(0.0)
+
+
+async def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        server(tmp_path)
+
+
+def test_stop_lets_the_last_request_end_and_takes_no_new_one(make_face: Callable[..., Any]) -> None:
+    face = make_face()
+    face.workers.gate_at = 3
+    texts: list[str] = []
+    with Client(face.grpc) as client:
+        reader = threading.Thread(target=lambda: texts.append(client.generate(prompt="Hello", max_tokens=5).text))
+        reader.start()
+        assert face.workers.arrived.wait(5)
+        stopping = asyncio.run_coroutine_threadsafe(face.server.stop(10.0), face._loop)
+        deadline = time.monotonic() + 5
+        while not (missing := httpx.get(f"{face.http}/ready").json()["missing"]):
+            assert time.monotonic() < deadline
+        assert missing == ["the proxy is draining and takes no new requests"]
+        with pytest.raises(Draining):
+            client.generate(prompt="x")
+        assert httpx.post(f"{face.http}/v1/completions", json={"prompt": "x"}).json()["error"]["code"] == "draining"
+        face.open_gate()
+        begun = time.monotonic()
+        stopping.result(5)
+        assert time.monotonic() - begun < 3
+        reader.join()
+    assert texts == ["The quick brown fox,"]
+
+
+def test_stop_cancels_what_outlasts_its_grace(make_face: Callable[..., Any]) -> None:
+    face = make_face()
+    face.workers.gate_at = 3
+    with Client(face.grpc) as client, client.stream(prompt="Hello") as stream:
+        while "brown" not in getattr(next(stream), "text", ""):
+            pass
+        begun = time.monotonic()
+        face.call(face.server.stop(0.1))
+        assert time.monotonic() - begun < 3
+        assert face.workers.cancelled.wait(1)
+
+
+def test_a_worker_that_leaves_makes_the_proxy_unready(make_face: Callable[..., Any]) -> None:
+    face = make_face()
+    face.call(face.workers.stop())
+    deadline = time.monotonic() + 5
+    while httpx.get(f"{face.http}/ready").status_code == 200:
+        assert time.monotonic() < deadline
+    with Client(face.grpc) as client, pytest.raises(NoWorker):
+        client.generate(prompt="x")
+    with grpc.insecure_channel(face.grpc) as channel:
+        grpc.channel_ready_future(channel).result(5)  # the process itself is well

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from ..engine.kv_schema import kv_schema
 from ..engine.model_config import ModelConfig
@@ -16,19 +17,28 @@ from .ray_session import RayNode
 from .supervisor import ClusterSpec, Notify, Supervisor
 
 
-def make_spec(config: ClusterConfig, nodes: Sequence[RayNode]) -> ClusterSpec:
-    """Everything that can be wrong before a process is started is found here.
+def find_model(config: ClusterConfig) -> tuple[Path, ModelConfig]:
+    """The model folder and what it holds; needs no Ray, so that a wrong path is told before anything is started.
 
-    Raises ConfigError (plan), CheckpointError and UnsupportedArchitecture (model folder).
+    Raises CheckpointError and UnsupportedArchitecture.
     """
-    plan = make_plan(config, nodes)
     folder = resolve_folder(config.model).resolve()
     if not folder.is_dir():
         raise CheckpointError(f"no model folder at {folder}; --model takes a folder in Hugging Face format")
+    return folder, ModelConfig.from_folder(folder)
+
+
+def make_spec(config: ClusterConfig, nodes: Sequence[RayNode]) -> ClusterSpec:
+    """Everything that can be wrong before a process is started is found here.
+
+    Raises ConfigError (plan), and what find_model raises.
+    """
+    plan = make_plan(config, nodes)
+    folder, model = find_model(config)
     # an empty path stays empty: a worker on another machine makes the default model in a folder of its own
     path = str(folder) if config.model.path else ""
     options = dataclasses.replace(config.model, path=path, device=plan.device, name=config.model.name or folder.name)
-    return ClusterSpec(dataclasses.replace(config, model=options), plan, folder, kv_schema(ModelConfig.from_folder(folder), options))
+    return ClusterSpec(dataclasses.replace(config, model=options), plan, folder, kv_schema(model, options))
 
 
 @asynccontextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 # Ray rewrites 127.0.0.1 to the machine's outward address; 127.0.0.2 it leaves alone
 LOOPBACK = "127.0.0.2"
+CONNECT_TIMEOUT_S = 5.0
 OBJECT_STORE_BYTES = 80 * 2**20  # nothing of ours goes through it
 
 
@@ -59,9 +61,17 @@ def _init(address: str | None) -> None:
         ray.init(address="local", _node_ip_address=LOOPBACK, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **options)
         return
     try:
+        if address != "auto":
+            _require_listener(address)
         ray.init(address=address, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"no Ray to join at {address!r}: {error}; start one with `ray start --head`, or leave --address out") from error
+
+
+def _require_listener(address: str) -> None:
+    """ray.init tries for more than a minute before it says that nobody is there."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
 
 
 def _live_nodes() -> list[RayNode]:

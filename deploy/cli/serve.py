@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ...protocol.config import ClusterConfig
 from ...protocol.errors import HalfmoonError
-from ..cluster import running_cluster
+from ..cluster import find_model, running_cluster
 from ..ray_session import RayNode, ray_session
 from ..supervisor import Supervisor
 from .progress import StartupProgress
@@ -28,6 +28,7 @@ def serve(config_file: Path | None, flags: dict[str, Any], settings: list[str], 
     try:
         overrides = {key: value for key, value in flags.items() if value is not None}
         config = ClusterConfig.load(config_file, overrides | dict(map(_setting, settings)))
+        find_model(config)
         console.print("starting Ray" if address is None else f"joining Ray at {address}", style="dim")
         with ray_session(address) as nodes:
             asyncio.run(_serve(config, nodes))

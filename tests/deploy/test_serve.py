@@ -1,0 +1,113 @@
+"""`halfmoon serve` as a user runs it: a process of its own, its endpoints, SIGTERM."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from halfmoon.client import Client
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+
+HALFMOON = Path(sys.executable).parent / "halfmoon"
+
+
+class Served:
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self._up = threading.Event()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+        assert self._up.wait(120), "".join(self.lines)
+        text = "".join(self.lines)
+        assert "serving" in text, text
+        self.http = re.search(r"http://([\d.:]+)/v1", text)[1]  # type: ignore[index]
+        self.grpc = re.search(r"gRPC +([\d.:]+)", text)[1]  # type: ignore[index]
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if "halfmoon chat" in line:
+                self._up.set()
+        self._up.set()
+
+    def ended(self) -> int:
+        code = self.process.wait(timeout=60)
+        self._reader.join()
+        return code
+
+
+@pytest.fixture
+def served(model_folder: Path, tmp_path: Path) -> Iterator[Served]:
+    flags = ["--model", str(model_folder), "--http-port", "0", "--grpc-port", "0", "--set", "proxy.drain_timeout_s=20"]
+    process = subprocess.Popen([HALFMOON, "serve", *flags], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    try:
+        yield Served(process)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def halfmoon(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([HALFMOON, *arguments], capture_output=True, text=True, timeout=60)
+
+
+def test_a_served_cluster_answers_is_looked_at_and_drains_on_sigterm(served: Served) -> None:
+    answered = halfmoon("generate", "Once upon a time", "--max-tokens", "8", "--address", served.grpc)
+    assert answered.returncode == 0, answered.stderr
+    assert answered.stdout.strip()
+    assert "time to first token" in answered.stderr
+
+    looked = halfmoon("status", "--json", "--address", served.grpc)
+    members = {member["id"] for member in json.loads(looked.stdout)["members"]}
+    assert members == {"store-0", "prefill-0", "decode-0"}
+
+    pids = [member["pid"] for member in json.loads(looked.stdout)["members"]]
+    with Client(served.grpc) as client, client.stream(prompt="Once", max_tokens=400, ignore_eos=True) as stream:
+        next(stream)
+        served.process.send_signal(signal.SIGTERM)
+        completion = stream.completion()  # the drain lets it end
+    assert completion.usage.num_completion_tokens == 400
+    assert served.ended() == 0, "".join(served.lines)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+def test_a_wrong_setting_is_one_line_and_no_process() -> None:
+    told = halfmoon("serve", "--set", "proxy.polcy=random")
+    assert told.returncode == 1
+    assert "proxy.policy" in told.stderr
+    assert "Traceback" not in told.stderr
+
+
+def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:
+    told = halfmoon("serve", "--model", str(tmp_path / "nothing"))
+    assert told.returncode == 1
+    assert str(tmp_path / "nothing") in told.stderr.replace("\n", "")
+    assert "Traceback" not in told.stderr
+
+
+def test_no_ray_at_the_address_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    told = halfmoon("serve", "--address", "127.0.0.1:1")
+    assert told.returncode == 1
+    assert "no Ray to join" in told.stderr
+    assert "Traceback" not in told.stderr
+
+
+def test_nobody_at_the_address_is_said_by_every_command_that_asks() -> None:
+    for command in (["generate", "hello"], ["status", "--once"]):
+        told = halfmoon(*command, "--address", "127.0.0.1:1")
+        assert told.returncode == 1
+        assert "127.0.0.1:1" in told.stderr
+        assert "Traceback" not in told.stderr

@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share. They bring the proxy, so their module is loaded where one of them is asked for."""
+"""Fixtures that several rooms share. What they bring is heavy, so it is loaded where one of them is asked for."""
 
 from __future__ import annotations
 
@@ -12,14 +12,24 @@ from typing import Any
 import pytest
 
 
-@pytest.fixture(scope="session")
-def faces() -> Any:
-    """tests/faces.py; importlib mode has no name to import it by."""
-    spec = importlib.util.spec_from_file_location("halfmoon_test_faces", Path(__file__).with_name("faces.py"))
+def _load(name: str) -> Any:
+    """tests/<name>.py; importlib mode has no name to import it by."""
+    spec = importlib.util.spec_from_file_location(f"halfmoon_test_{name}", Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """checkpoint(variant, max_shard_size="1GB") -> its folder and transformers' own model; tests/checkpoints.py."""
+    return _load("checkpoints").Checkpoints(tmp_path_factory.mktemp)
+
+
+@pytest.fixture(scope="session")
+def faces() -> Any:
+    return _load("faces")
 
 
 @pytest.fixture(scope="session")

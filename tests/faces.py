@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
 from halfmoon.protocol.channel import create_server
 from halfmoon.protocol.config import ModelOptions, ProxyConfig
 from halfmoon.protocol.errors import HalfmoonError
@@ -21,8 +24,6 @@ from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import common_pb2, control_pb2, kvstore_pb2, kvstore_pb2_grpc, worker_pb2, worker_pb2_grpc
 from halfmoon.proxy.server import ProxyServer
 from halfmoon.proxy.tokenizer import Tokenizer
-from tokenizers import Tokenizer as RustTokenizer
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 VOCAB_SIZE = 400
 FACE_SCHEMA = KVSchema(model_fingerprint="faces", dtype="float32", num_layers=2, num_kv_heads=2, head_dim=8, block_size=16)

@@ -11,10 +11,11 @@ from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
-from halfmoon.protocol.generate import PROTO_FOLDER, generate
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from halfmoon.protocol.generate import PROTO_FOLDER, generate
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from halfmoon.decode_worker.worker import DecodeWorker
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.prefill_worker.worker import PrefillWorker
@@ -18,7 +20,6 @@ from halfmoon.protocol.channel import create_server, open_channel
 from halfmoon.protocol.config import DecodeConfig, ModelOptions, PrefillConfig, StoreConfig
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.v1 import common_pb2, control_pb2, control_pb2_grpc, worker_pb2, worker_pb2_grpc
-from transformers import LlamaConfig, LlamaForCausalLM
 
 BLOCK_SIZE = 8
 VOCAB_SIZE = 160
@@ -230,11 +231,11 @@ async def members() -> AsyncIterator[Members]:
 
 @pytest.fixture
 async def make_cluster(model: tuple[Path, LlamaForCausalLM], members: Members) -> AsyncIterator[Callable[..., Any]]:
-    """make_cluster(transport="auto", **Cluster.start's) -> a running Cluster, stopped after the test."""
+    """make_cluster(transport="auto", folder=the model's, **Cluster.start's) -> a running Cluster, stopped after the test."""
     async with contextlib.AsyncExitStack() as exits:
 
-        async def make(transport: str = "auto", **settings: Any) -> Cluster:
-            cluster = await Cluster(model[0], transport, members).start(**settings)
+        async def make(transport: str = "auto", folder: Path | None = None, **settings: Any) -> Cluster:
+            cluster = await Cluster(folder or model[0], transport, members).start(**settings)
             exits.push_async_callback(cluster.stop)
             return cluster
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+
 from halfmoon.decode_worker.job import DecodeJob
 from halfmoon.engine.sequence import Sequence
 from halfmoon.protocol.errors import WorkerLost

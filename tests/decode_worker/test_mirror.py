@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 import halfmoon.decode_worker
 import halfmoon.prefill_worker
-import pytest
 
 
 @pytest.mark.parametrize("name", ["store_link.py", "transfer.py"])

@@ -6,14 +6,15 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from halfmoon.decode_worker.scheduler import DecodeScheduler, Step
 from halfmoon.engine.page_allocator import PageAllocator
 from halfmoon.engine.sequence import Sequence
 from halfmoon.protocol.errors import ConfigError, PromptTooLong
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.v1 import common_pb2
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 BLOCK_SIZE = 4
 EOS = 999

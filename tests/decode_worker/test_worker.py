@@ -15,6 +15,7 @@ import grpc
 import grpc.aio
 import numpy as np
 import pytest
+
 from halfmoon.decode_worker.worker import DecodeWorker
 from halfmoon.kvstore.client import BlockWriter, StoreClient
 from halfmoon.kvstore.server import StoreServer
@@ -211,6 +212,7 @@ async def test_cancelling_decode_frees_pages_and_leases_within_a_second(make_clu
     async for reply in decode:
         if reply.WhichOneof("event") == "tokens":
             break
+    await until(lambda: cluster.store.stats().num_leases == 0)  # its blocks are in the pages: nothing is held in the store
     assert cluster.held()
     decode.cancel()
     async with asyncio.timeout(1.0):
@@ -409,6 +411,7 @@ async def test_a_stores_death_fails_who_waits_at_once_and_leaves_who_decodes_alo
 
 async def test_an_engine_that_breaks_ends_every_call_and_the_worker(make_cluster: Any) -> None:
     cluster = await make_cluster()
+    await cluster.decode.joined.wait()
     sequence = cluster.sequence(prompt(20), max_tokens=200)
     waiting = cluster.start_decode(cluster.sequence(prompt(21)))
     decode = cluster.start_decode(sequence)
@@ -428,6 +431,7 @@ async def test_an_engine_that_breaks_ends_every_call_and_the_worker(make_cluster
 
 async def test_the_proxy_is_told_who_joins_and_how_loaded_it_is(make_cluster: Any, members: Any) -> None:
     cluster = await make_cluster()
+    await asyncio.gather(cluster.prefill.joined.wait(), cluster.decode.joined.wait())
     info = members.infos["decode-0"]
     assert (info.role, info.address, info.max_model_len) == (control_pb2.ROLE_DECODE, cluster.decode.address, 256)
     assert (info.store_address, info.store_id, info.node_id) == (cluster.store.address, cluster.store.store_id, "node-a")

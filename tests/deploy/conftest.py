@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from halfmoon.client import AsyncClient
 from halfmoon.deploy.ray_session import RayNode, ray_session
 from halfmoon.deploy.supervisor import Supervisor
 from halfmoon.engine.starter_model import default_model_folder
 from halfmoon.protocol.channel import open_channel
 from halfmoon.protocol.v1 import control_pb2, control_pb2_grpc, kvstore_pb2, kvstore_pb2_grpc
-from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from halfmoon.deploy.cli import COMMANDS, app
 from typer.testing import CliRunner
+
+from halfmoon.deploy.cli import COMMANDS, app
 
 ANSWER = "The quick brown fox, 日本語 and 😀 jumps over the lazy dog."
 HALFMOON = [sys.executable, "-P", "-m", "halfmoon"]

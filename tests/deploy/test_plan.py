@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from halfmoon.deploy.plan import make_plan
 from halfmoon.deploy.ray_session import RayNode
 from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
 from halfmoon.protocol.errors import ConfigError
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def nodes(count: int, num_gpus: float = 0.0, host: str = "127.0.0.2") -> list[RayNode]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from halfmoon.client import Client
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]

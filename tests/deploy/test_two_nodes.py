@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+
 from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.ray_session import RayNode, ray_session
 from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from halfmoon.engine.batch import prepare_batch
 from halfmoon.engine.sequence import Sequence, StepChunk
 from halfmoon.protocol.sampling import SamplingParams
-from hypothesis import given
-from hypothesis import strategies as st
 
 CPU = torch.device("cpu")
 

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from halfmoon.engine.demo_model.document import Document, write_document
 from halfmoon.engine.demo_model.llama import Llama, Shape, rms_norm
 from halfmoon.engine.demo_model.measure import answer, exact_answers, examples, generated_answers
@@ -19,8 +22,6 @@ from halfmoon.engine.demo_model.text import ABSENT, NOT_TOLD, Asker, Conversatio
 from halfmoon.engine.demo_model.tokenizer import SPECIALS
 from halfmoon.engine.demo_model.train import write_checkpoint
 from halfmoon.engine.demo_model.words import COMMON_NAMES, Split, Words, is_held_out
-from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FOLDER = Path(__file__).parents[2] / "engine" / "demo_model"
 NAMED_VALUES = ("person", "town", "name")

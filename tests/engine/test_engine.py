@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from halfmoon.engine.sequence import StepChunk
 from halfmoon.protocol.config import ModelOptions
 from halfmoon.protocol.errors import ConfigError

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import safetensors.torch
+
 from halfmoon.engine.fingerprint import model_fingerprint
 from halfmoon.engine.kv_schema import kv_schema
 from halfmoon.engine.model_config import ModelConfig

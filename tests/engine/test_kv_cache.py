@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from halfmoon.engine.kv_cache import PagedKVCache, block_bytes, blocks_from_bytes
 from halfmoon.protocol.schema import KVSchema
 

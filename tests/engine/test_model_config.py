@@ -5,6 +5,7 @@ import re
 
 import pytest
 import transformers
+
 from halfmoon.engine.model_config import FAMILIES, ModelConfig, RopeScaling
 from halfmoon.protocol.errors import CheckpointError, UnsupportedArchitecture
 

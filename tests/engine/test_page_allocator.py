@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import pytest
-from halfmoon.engine.page_allocator import PageAllocator
 from hypothesis import given
 from hypothesis import strategies as st
+
+from halfmoon.engine.page_allocator import PageAllocator
 
 NUM_PAGES = 13
 

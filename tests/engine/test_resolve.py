@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from halfmoon.engine import resolve
 from halfmoon.protocol.config import ModelOptions
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from halfmoon.engine.sampler import sample
 from halfmoon.engine.sequence import Sequence
 from halfmoon.kernels.reference.philox import uniform

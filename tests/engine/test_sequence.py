@@ -3,6 +3,7 @@ from __future__ import annotations
 import time
 
 import pytest
+
 from halfmoon.engine.sequence import Sequence, StepChunk
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.v1 import common_pb2

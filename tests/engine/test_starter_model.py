@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import transformers
+
 from halfmoon.engine import starter_model
 from halfmoon.engine.model_config import ModelConfig
 from halfmoon.engine.sequence import StepChunk

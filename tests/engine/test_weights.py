@@ -6,6 +6,7 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
+
 from halfmoon.engine.checkpoint import list_tensors
 from halfmoon.engine.model_config import ModelConfig
 from halfmoon.engine.sequence import StepChunk

@@ -1,0 +1,43 @@
+"""Every supported architecture and variant through prefill, store and decode: transformers' greedy tokens, 64 of them."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+NUM_TOKENS = 64
+VARIANTS = (
+    "llama2_mha", "llama3_gqa", "llama_linear_tied", "llama_biased", "mistral_window", "mistral_full", "qwen2", "qwen2_window",
+    "qwen25_tied", "qwen3", "qwen3_window",
+)  # fmt: skip
+
+
+def prompt(num_tokens: int) -> list[int]:
+    return random.Random(num_tokens).choices(range(3, 256), k=num_tokens)
+
+
+def greedy(model: Any, token_ids: list[int]) -> list[int]:
+    with torch.inference_mode():
+        ids = torch.tensor([token_ids])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NUM_TOKENS, eos_token_id=256, pad_token_id=0
+        )
+    return out[0, len(token_ids) :].tolist()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+async def test_disaggregated_tokens_are_those_of_transformers(make_cluster: Any, checkpoint: Any, variant: str) -> None:
+    """Prompts of one token to several chunks; the last one again with a prefix hit, over both transports."""
+    made = checkpoint(variant)
+    for transport in ("auto", "grpc"):
+        cluster = await make_cluster(transport, made.folder, prefill={"max_tokens_per_step": 24})
+        for num_tokens in (1, 8, 31, 100):
+            answer = await cluster.run(prompt(num_tokens), max_tokens=NUM_TOKENS)
+            assert answer.token_ids == greedy(made.model, prompt(num_tokens)), f"{variant}, {num_tokens} tokens over {transport}"
+        again = await cluster.run(prompt(100), max_tokens=NUM_TOKENS)
+        assert again.state.num_cached_tokens == 96
+        assert again.token_ids == answer.token_ids
+        await cluster.at_rest()

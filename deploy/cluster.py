@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..engine.kv_schema import kv_schema
 from ..engine.model_config import ModelConfig
-from ..engine.resolve import resolve_folder
+from ..engine.resolve import resolve_folder, resolve_name
 from ..protocol.config import ClusterConfig
 from ..protocol.errors import CheckpointError
 from .plan import make_plan
@@ -35,9 +35,9 @@ def make_spec(config: ClusterConfig, nodes: Sequence[RayNode]) -> ClusterSpec:
     """
     plan = make_plan(config, nodes)
     folder, model = find_model(config)
-    # an empty path stays empty: a worker on another machine makes the default model in a folder of its own
+    # an empty path stays empty: a worker on another machine has the demo model in a folder of its own
     path = str(folder) if config.model.path else ""
-    options = dataclasses.replace(config.model, path=path, device=plan.device, name=config.model.name or folder.name)
+    options = dataclasses.replace(config.model, path=path, device=plan.device, name=resolve_name(config.model))
     return ClusterSpec(dataclasses.replace(config, model=options), plan, folder, kv_schema(model, options))
 
 

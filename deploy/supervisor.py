@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,17 @@ class ClusterSpec:
 
 
 class Supervisor:
-    def __init__(self, spec: ClusterSpec, notify: Notify = lambda member_id, event: None) -> None:
+    """faults: member id -> further arguments of its process, for tests that break something on purpose."""
+
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        notify: Notify = lambda member_id, event: None,
+        faults: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         self._spec = spec
         self._notify = notify
+        self._faults = faults or {}
         self._members: dict[str, Member] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
 
@@ -208,6 +216,7 @@ class Supervisor:
                 "proxy_address": self.grpc_address,
                 "options": spec.config.model,
                 "config": spec.config.prefill if actor_class is PrefillActor else spec.config.decode,
+                **self._faults.get(placed.member_id, {}),
             }
 
         return Member(placed.member_id, actor_class, placed.node.node_id, arguments, num_gpus=1.0 if spec.plan.device == "cuda" else 0.0)

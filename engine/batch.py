@@ -15,6 +15,10 @@ import numpy as np
 import torch
 
 from .sequence import StepChunk
+from .staging import Staging
+
+# Triton compiles a kernel anew for a stride of 1, of a multiple of 16, and of neither: one of the three is enough
+TABLE_ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +38,19 @@ class StepBatch:
         return self.max_seqlen_q == 1
 
 
-def prepare_batch(chunks: Sequence[StepChunk], page_size: int, device: torch.device) -> StepBatch:
-    """Raises ValueError for a chunk that is empty, reaches beyond its sequence's tokens, or has no page to write to."""
+def prepare_batch(chunks: Sequence[StepChunk], page_size: int, device: torch.device, staging: Staging | None = None) -> StepBatch:
+    """With staging in one copy. Raises ValueError for a chunk that is empty, reaches beyond its sequence's tokens, or has no page."""
+    arrays = step_arrays(chunks, page_size, 1 if staging is None else TABLE_ALIGNMENT)
+    if staging is None:
+        tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    else:
+        tensors = staging.upload(arrays)
+    ends = [chunk.start + chunk.num_tokens for chunk in chunks]
+    return StepBatch(**tensors, max_seqlen_q=max(chunk.num_tokens for chunk in chunks), max_kv_len=max(ends))
+
+
+def step_arrays(chunks: Sequence[StepChunk], page_size: int, table_alignment: int = 1) -> dict[str, np.ndarray]:
+    """StepBatch's tensors by name. The block table's width is a multiple of table_alignment."""
     ends = [chunk.start + chunk.num_tokens for chunk in chunks]
     for chunk, end in zip(chunks, ends, strict=True):
         _check(chunk, end, page_size)
@@ -48,27 +63,22 @@ def prepare_batch(chunks: Sequence[StepChunk], page_size: int, device: torch.dev
     owner = np.repeat(np.arange(len(chunks)), lens)
     starts = np.fromiter((chunk.start for chunk in chunks), dtype=np.int64, count=len(chunks))
     positions = np.arange(len(token_ids)) + (starts - cu_seqlens[:-1])[owner]
-    block_table = np.zeros((len(chunks), max(-(-end // page_size) for end in ends)), dtype=np.int32)
+    width = max(-(-end // page_size) for end in ends)
+    block_table = np.zeros((len(chunks), -(-width // table_alignment) * table_alignment), dtype=np.int32)
     for row, chunk, end in zip(block_table, chunks, ends, strict=True):
         num_pages = -(-end // page_size)
         row[:num_pages] = chunk.sequence.pages[:num_pages]
     slot_mapping = block_table[owner, positions // page_size].astype(np.int64) * page_size + positions % page_size
     last_rows = [int(end) - 1 for end, chunk in zip(cu_seqlens[1:], chunks, strict=True) if chunk.is_last]
-
-    def tensor(values: np.ndarray | list[int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.as_tensor(values, dtype=dtype).to(device)
-
-    return StepBatch(
-        token_ids=tensor(token_ids, torch.int64),
-        positions=tensor(positions, torch.int64),
-        slot_mapping=tensor(slot_mapping, torch.int64),
-        block_table=tensor(block_table, torch.int32),
-        cu_seqlens_q=tensor(cu_seqlens, torch.int32),
-        kv_lens=tensor(ends, torch.int32),
-        last_rows=tensor(last_rows, torch.int64),
-        max_seqlen_q=max(lens),
-        max_kv_len=max(ends),
-    )
+    return {
+        "token_ids": np.array(token_ids, dtype=np.int64),
+        "positions": positions.astype(np.int64),
+        "slot_mapping": slot_mapping,
+        "block_table": block_table,
+        "cu_seqlens_q": cu_seqlens,
+        "kv_lens": np.array(ends, dtype=np.int32),
+        "last_rows": np.array(last_rows, dtype=np.int64),
+    }
 
 
 def _check(chunk: StepChunk, end: int, page_size: int) -> None:

@@ -47,8 +47,17 @@ class Decoder:
             hidden = F.linear(silu_mul(F.linear(hidden, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
             if index + 1 < len(self.weights.layers):
                 hidden, residual = rms_norm(hidden, self.weights.layers[index + 1].input_norm, eps, residual)
-        last, _ = rms_norm(hidden[batch.last_rows], self.weights.norm, eps, residual[batch.last_rows])
-        return F.linear(last, self.weights.lm_head).float()
+        if len(batch.last_rows) < len(hidden):
+            hidden, residual = hidden[batch.last_rows], residual[batch.last_rows]
+        last, _ = rms_norm(hidden, self.weights.norm, eps, residual)
+        return self._logits(last)
+
+    def _logits(self, last: torch.Tensor) -> torch.Tensor:
+        lm_head = self.weights.lm_head
+        if last.is_cuda and last.dtype != torch.float32:
+            # the product's own fp32 sums: neither rounded to the weights' dtype nor written twice
+            return torch.mm(last, lm_head.t(), out_dtype=torch.float32)
+        return F.linear(last, lm_head).float()
 
     def _attention(
         self,

@@ -1,6 +1,8 @@
 """Engine: a model on a device with its paged KV cache. Both workers hold one; schedulers decide what it runs.
 
 load ─► forward(chunks) ─► logits of the sequences whose last token was computed ─► sample ─► tokens
+
+On CUDA the load ends with every kernel compiled and the decode steps captured as graphs, which draw their tokens themselves.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from ..protocol.config import ModelOptions
 from ..protocol.errors import ConfigError
 from ..protocol.schema import KVSchema
 from .batch import prepare_batch
+from .decode_graph import DecodeGraphs, can_capture
 from .decoder import Decoder
 from .kv_cache import PagedKVCache
 from .kv_schema import kv_schema
@@ -22,6 +25,8 @@ from .resolve import resolve_device, resolve_folder, resolve_max_model_len
 from .rope import rope_table
 from .sampler import TokenSample, sample
 from .sequence import Sequence, StepChunk
+from .staging import Staging
+from .warm_up import warm_up
 from .weights import Progress, dummy_weights, load_weights
 
 CUDA_MEMORY_SHARE = 0.9
@@ -38,16 +43,27 @@ class Engine:
         self.device = cache.data.device
         self.max_model_len = max_model_len
         self._decoder = decoder
+        self._staging = Staging(self.device) if self.device.type == "cuda" else None
+        self._graphs: DecodeGraphs | None = None
 
     @classmethod
-    def load(cls, options: ModelOptions, *, kv_capacity_tokens: int, num_threads: int, progress: Progress | None = None) -> Engine:
+    def load(
+        cls,
+        options: ModelOptions,
+        *,
+        kv_capacity_tokens: int,
+        num_threads: int,
+        max_decode_batch: int = 0,
+        progress: Progress | None = None,
+    ) -> Engine:
         """A ready engine.
 
         Args:
             options: path empty: the model that comes with Halfmoon.
             kv_capacity_tokens: rounded up to pages; 0: 90 % of the memory left on CUDA, twice max_model_len on CPU.
             num_threads: of torch on CPU, for the whole process.
-            progress: called with (what is being done, bytes done, bytes in all).
+            max_decode_batch: decode steps of up to so many sequences run as CUDA graphs, as far as graphs go; 0: none do. No use on CPU.
+            progress: called with (what is being done, how much of it is done, how much there is): bytes, kernels, graphs.
 
         Raises CheckpointError, UnsupportedArchitecture, or ConfigError where the options don't fit model or machine.
         """
@@ -62,8 +78,20 @@ class Engine:
         else:
             weights = load_weights(folder, config, dtype, device, progress)
         num_tokens = kv_capacity_tokens or _default_capacity(schema, max_model_len, device)
-        cache = PagedKVCache(schema, -(-num_tokens // schema.block_size), device)
-        return cls(config, schema, Decoder(config, weights, rope_table(config, max_model_len, device)), cache, max_model_len)
+        decoder = Decoder(config, weights, rope_table(config, max_model_len, device))
+        num_pages = -(-num_tokens // schema.block_size)
+        cache = PagedKVCache(schema, num_pages, device, num_scratch_pages=1 if device.type == "cuda" else 0)
+        engine = cls(config, schema, decoder, cache, max_model_len)
+        if can_capture(device):
+            engine._get_ready(max_decode_batch, progress)
+        return engine
+
+    def _get_ready(self, max_decode_batch: int, progress: Progress | None) -> None:
+        assert self._staging is not None
+        scratch_page = self.cache.num_pages
+        warm_up(self._decoder, self.cache, scratch_page, self.max_model_len, self._staging, progress)
+        if max_decode_batch > 0:
+            self._graphs = DecodeGraphs(self._decoder, self.cache, scratch_page, self.max_model_len, max_decode_batch, progress)
 
     @torch.inference_mode()
     def forward(
@@ -80,11 +108,16 @@ class Engine:
             after_layer: called with l once layer l's K and V of the chunks stand in the pages.
 
         Returns:
-            fp32 logits [number of chunks with is_last, vocab_size], in the chunks' order.
+            fp32 logits [number of chunks with is_last, vocab_size], in the chunks' order. Those of a step that ran as a graph are
+            overwritten by the next step.
 
         Raises ValueError for a chunk without tokens or pages; what a hook raises passes through.
         """
-        batch = prepare_batch(chunks, self.page_size, self.device)
+        if self._graphs is not None and before_layer is None and after_layer is None:
+            logits = self._graphs.run(chunks)
+            if logits is not None:
+                return logits
+        batch = prepare_batch(chunks, self.page_size, self.device, self._staging)
         return self._decoder.forward(batch, self.cache, before_layer, after_layer)
 
     @torch.inference_mode()
@@ -94,6 +127,10 @@ class Engine:
         The token at output index i of a request is a function of (logits, sampling parameters, tokens so far, i) alone, so
         that a replay on another worker draws the same one. The sequences are not changed.
         """
+        if self._graphs is not None:
+            token_ids = self._graphs.tokens(logits, sequences)
+            if token_ids is not None:
+                return [TokenSample(token_id, None, []) for token_id in token_ids]
         return sample(logits, sequences, self.config.eos_token_ids)
 
 

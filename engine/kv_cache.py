@@ -21,15 +21,17 @@ class PagedKVCache:
     Invariant: every number in it is finite (it starts as zeros), so that masked keys weigh 0 and never NaN.
     """
 
-    def __init__(self, schema: KVSchema, num_pages: int, device: torch.device) -> None:
+    def __init__(self, schema: KVSchema, num_pages: int, device: torch.device, num_scratch_pages: int = 0) -> None:
+        """num_scratch_pages: behind the num_pages that may be handed out; padding writes there, and nobody reads."""
         self.schema = schema
         self.num_pages = num_pages
         self.page_size = schema.block_size
-        shape = (schema.num_layers, 2, num_pages, schema.num_kv_heads, schema.block_size, schema.head_dim)
+        num_all = num_pages + num_scratch_pages
+        shape = (schema.num_layers, 2, num_all, schema.num_kv_heads, schema.block_size, schema.head_dim)
         self.data = torch.zeros(shape, dtype=getattr(torch, schema.dtype), device=device)
         self._layers = list(self.data.unbind(0))
         # bytes, for numpy knows no bfloat16: [layer, k|v, page, bytes of K or V of a page]
-        self._bytes = self.data.view(torch.uint8).view(schema.num_layers, 2, num_pages, -1)
+        self._bytes = self.data.view(torch.uint8).view(schema.num_layers, 2, num_all, -1)
         self._on_cpu = device.type == "cpu"
 
     def layer(self, layer: int) -> torch.Tensor:

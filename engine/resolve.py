@@ -14,12 +14,19 @@ from typing import Literal
 from ..protocol.config import ModelOptions
 from ..protocol.errors import ConfigError
 from .model_config import ModelConfig
-from .starter_model import default_model_folder
+
+DEMO_FOLDER = Path(__file__).parent / "demo_model"
+DEMO_NAME = "halfmoon-demo"
 
 
 def resolve_folder(options: ModelOptions) -> Path:
     """The model folder; where options name none, the model that comes with Halfmoon."""
-    return Path(options.path).expanduser() if options.path else default_model_folder()
+    return Path(options.path).expanduser() if options.path else DEMO_FOLDER
+
+
+def resolve_name(options: ModelOptions) -> str:
+    """What clients call the model."""
+    return options.name or (resolve_folder(options).resolve().name if options.path else DEMO_NAME)
 
 
 def resolve_device(options: ModelOptions) -> Literal["cpu", "cuda"]:

@@ -24,7 +24,7 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions:
     path: str = ""
-    """Folder in Hugging Face format; empty: the starter model, made on the spot."""
+    """Folder in Hugging Face format; empty: the demo model that comes with the package."""
     name: str = ""
     """What clients call it; empty: the folder's name."""
     dtype: Dtype = "auto"

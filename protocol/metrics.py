@@ -59,10 +59,7 @@ NUM_REQUESTS_RUNNING = MetricSpec(
 )
 NUM_REQUESTS_WAITING = MetricSpec("halfmoon_num_requests_waiting", "gauge", "Requests waiting (proxy: without a first token).", ("role",))
 KV_CACHE_USAGE = MetricSpec("halfmoon_kv_cache_usage_ratio", "gauge", "Share of a worker's pages in use.", ("role",))
-STEP_SECONDS = MetricSpec("halfmoon_step_seconds", "histogram", "One engine step: decide, do, record.", ("role",), ITL_BUCKETS)
-FORWARD_SECONDS = MetricSpec(
-    "halfmoon_forward_seconds", "histogram", "Forward pass and sampling of one step: the engine's own compute.", ("role",), ITL_BUCKETS
-)
+STEP_SECONDS = MetricSpec("halfmoon_step_seconds", "histogram", "One engine step: forward pass, sampling, record.", ("role",), ITL_BUCKETS)
 STEP_TOKENS = MetricSpec("halfmoon_step_tokens", "counter", "Tokens computed in engine steps.", ("role",))
 PREEMPTIONS = MetricSpec("halfmoon_num_preemptions", "counter", "Sequences that gave up their pages.", ())
 KV_TRANSFER_BYTES = MetricSpec(

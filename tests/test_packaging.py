@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -37,8 +38,11 @@ def test_the_sdk_installed_alone_imports_and_brings_neither_torch_nor_ray(tmp_pa
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
     constraints = ROOT / "constraints.txt"
-    subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", constraints, ROOT], check=True, cwd=tmp_path)
-    listed = subprocess.run([python, "-m", "pip", "list", "--format=freeze"], check=True, capture_output=True, text=True).stdout
+    # built from a copy: pip builds in the source folder, and what it leaves there would come along in the next wheel
+    source = shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__"))
+    pip = [python, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "-q", "-c", constraints, source], check=True, cwd=tmp_path)
+    listed = subprocess.run([*pip, "list", "--format=freeze"], check=True, capture_output=True, text=True).stdout
     names = {line.split("==")[0].lower() for line in listed.splitlines()}
     assert {"halfmoon", "grpcio", "protobuf"} <= names
     assert not names & {"torch", "ray", "triton", "numpy", "fastapi"}

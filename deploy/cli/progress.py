@@ -17,7 +17,7 @@ class StartupProgress:
         self._since: dict[str, float] = {}
         self._live = Live(console=console, refresh_per_second=8, get_renderable=self._table, transient=True)
         self._console = console
-        self._starting = True
+        self._starting, self._quiet = True, False
 
     def __enter__(self) -> StartupProgress:
         self._live.start()
@@ -32,11 +32,12 @@ class StartupProgress:
         self._events[member_id] = event
         if event == "up" and self._starting:
             self._console.print(f"  {member_id} up after {time.monotonic() - self._since[member_id]:.1f} s", style="dim", highlight=False)
-        elif not self._starting:
+        elif not self._starting and not self._quiet:
             self._console.print(f"  {member_id}: {event}", style="yellow" if event != "up" else "green", highlight=False)
 
-    def done(self) -> None:
-        self._starting = False
+    def done(self, *, quiet: bool = False) -> None:
+        """The start is over. quiet: nothing more is printed."""
+        self._starting, self._quiet = False, quiet
 
     def _table(self) -> Table:
         table = Table.grid(padding=(0, 1))

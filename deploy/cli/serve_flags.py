@@ -11,7 +11,7 @@ Flag = typer.Option
 
 
 def serve(
-    model: Annotated[str | None, Flag(help="Folder in Hugging Face format. Without it: the starter model, made on the spot.")] = None,
+    model: Annotated[str | None, Flag(help="Folder in Hugging Face format. Without it: the demo model of the package.")] = None,
     prefill: Annotated[int | None, Flag(help="Prefill workers.", min=1)] = None,
     decode: Annotated[int | None, Flag(help="Decode workers.", min=1)] = None,
     address: Annotated[str | None, Flag(help="Of the Ray cluster to join, or auto. Without it: a Ray of its own.")] = None,

@@ -2,8 +2,8 @@
 
     halfmoon bench overhead --streams 1,64 --requests 128
 
-One run starts a 1P1D cluster of the starter model and, for each number of concurrent streams, sends the same requests in a closed
-loop. Engine compute is what the workers themselves measured (halfmoon_forward_seconds: forward pass and sampling);
+One run starts a 1P1D cluster of the demo model and, for each number of concurrent streams, sends the same requests in a closed
+loop. Engine compute is what the workers themselves measured (halfmoon_step_seconds: forward pass, sampling, bookkeeping);
 overhead is what is left of the client's TTFT and TPOT. CPU seconds of each process say what bounds it.
 """
 
@@ -22,16 +22,17 @@ import urllib.request
 from importlib.metadata import version
 from pathlib import Path
 
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
 from halfmoon.client import AsyncClient, Delta
 from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.ray_session import ray_session
 from halfmoon.protocol.channel import open_channel
 from halfmoon.protocol.config import ClusterConfig, ProxyConfig
 from halfmoon.protocol.v1 import control_pb2, control_pb2_grpc
-from prometheus_client.parser import text_string_to_metric_families
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -49,14 +50,14 @@ class Books:
     """What the processes have counted so far."""
 
     cpu_s: dict[str, float]  # member -> user + system
-    forward_s: dict[str, float]  # role -> sum
-    num_forwards: dict[str, float]
+    step_s: dict[str, float]  # role -> sum
+    num_steps: dict[str, float]
 
 
 async def books(address: str) -> Books:
     async with open_channel(address) as channel:
         status = await control_pb2_grpc.ControlStub(channel).Status(control_pb2.StatusRequest())
-    cpu_s, forward_s, num_forwards = {}, {}, {}
+    cpu_s, step_s, num_steps = {}, {}, {}
     for member in status.members:
         cpu_s[member.info.id] = process_cpu_s(member.info.pid)
         if member.info.role == control_pb2.ROLE_STORE:
@@ -65,11 +66,11 @@ async def books(address: str) -> Books:
         text = urllib.request.urlopen(f"http://{member.info.metrics_address}/metrics").read().decode()
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                if sample.name == "halfmoon_forward_seconds_sum":
-                    forward_s[role] = sample.value
-                if sample.name == "halfmoon_forward_seconds_count":
-                    num_forwards[role] = sample.value
-    return Books(cpu_s, forward_s, num_forwards)
+                if sample.name == "halfmoon_step_seconds_sum":
+                    step_s[role] = sample.value
+                if sample.name == "halfmoon_step_seconds_count":
+                    num_steps[role] = sample.value
+    return Books(cpu_s, step_s, num_steps)
 
 
 def process_cpu_s(pid: int) -> float:
@@ -110,9 +111,7 @@ def summary(samples: list[Sample], before: Books, after: Books, wall_s: float, n
     def median(values: list[float]) -> float:
         return statistics.median(values)
 
-    decode_step_s = (after.forward_s["decode"] - before.forward_s["decode"]) / (
-        after.num_forwards["decode"] - before.num_forwards["decode"]
-    )
+    decode_step_s = (after.step_s["decode"] - before.step_s["decode"]) / (after.num_steps["decode"] - before.num_steps["decode"])
     num_generated = len(samples) * num_tokens
     names = samples[0].phases
     return {
@@ -120,7 +119,7 @@ def summary(samples: list[Sample], before: Books, after: Books, wall_s: float, n
         "prefill_ms": 1e3 * median([found.prefill_s for found in samples]),
         "request_overhead_ms": 1e3 * median([found.ttft_s - found.prefill_s for found in samples]),
         "tpot_ms": 1e3 * median([found.tpot_s for found in samples]),
-        "decode_forward_ms": 1e3 * decode_step_s,
+        "decode_step_ms": 1e3 * decode_step_s,
         "token_overhead_ms": 1e3 * (median([found.tpot_s for found in samples]) - decode_step_s),
         "tokens_per_s": num_generated / wall_s,
         "phases_ms": {name: 1e3 * median([found.phases[name] for found in samples]) for name in names},
@@ -175,7 +174,7 @@ def main() -> None:
         "prefill_ms",
         "request_overhead_ms",
         "tpot_ms",
-        "decode_forward_ms",
+        "decode_step_ms",
         "token_overhead_ms",
         "tokens_per_s",
         "cores_busy",

@@ -1,4 +1,4 @@
-"""A real cluster for a module's tests: real Ray actors, real gRPC, the starter model. And the independent reference."""
+"""A real cluster for a module's tests: real Ray actors, real gRPC, the demo model. And the independent reference."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from transformers import AutoModelForCausalLM
 from halfmoon.client import AsyncClient
 from halfmoon.deploy.ray_session import RayNode, ray_session
 from halfmoon.deploy.supervisor import Supervisor
-from halfmoon.engine.starter_model import default_model_folder
+from halfmoon.engine.resolve import DEMO_FOLDER
 from halfmoon.protocol.channel import open_channel
 from halfmoon.protocol.v1 import control_pb2, control_pb2_grpc, kvstore_pb2, kvstore_pb2_grpc
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return default_model_folder(tmp_path_factory.mktemp("models"))
+def model_folder() -> Path:
+    return DEMO_FOLDER
 
 
 @pytest.fixture(scope="module")

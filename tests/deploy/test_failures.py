@@ -25,7 +25,7 @@ NUM_MEMBERS = 5  # store, 2 prefill, 2 decode
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster(ray_nodes: list[RayNode], model_folder: Path, cluster_type: type) -> AsyncIterator[object]:
     config = ClusterConfig(
-        model=ModelOptions(path=str(model_folder), name="starter"),
+        model=ModelOptions(path=str(model_folder), name="demo"),
         proxy=ProxyConfig(http_port=0, grpc_port=0, policy="round_robin"),
         prefill=PrefillConfig(num_workers=2, max_tokens_per_step=128),
         decode=DecodeConfig(num_workers=2),

@@ -27,7 +27,7 @@ NUM_TOKENS = 64
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster(ray_nodes: list[RayNode], model_folder: Path, cluster_type: type) -> AsyncIterator[object]:
     config = ClusterConfig(
-        model=ModelOptions(path=str(model_folder), name="starter"),
+        model=ModelOptions(path=str(model_folder), name="demo"),
         proxy=ProxyConfig(http_port=0, grpc_port=0),
         prefill=PrefillConfig(num_workers=2, max_tokens_per_step=512),
         decode=DecodeConfig(num_workers=2),
@@ -73,9 +73,7 @@ async def test_a_seed_gives_the_same_tokens_again_and_another_seed_others(cluste
 async def test_the_openai_client_works_unmodified(cluster) -> None:
     client = openai.AsyncOpenAI(base_url=f"http://{cluster.supervisor.http_address}/v1", api_key="unused", max_retries=0)
     messages = [{"role": "user", "content": "Say something, anything at all."}]
-    whole = await client.chat.completions.create(
-        model="starter", messages=messages, max_tokens=12, seed=5, logprobs=True, top_logprobs=2, n=2
-    )
+    whole = await client.chat.completions.create(model="demo", messages=messages, max_tokens=12, seed=5, logprobs=True, top_logprobs=2, n=2)
     assert len(whole.choices) == 2
     assert all(
         len(choice.logprobs.content) == whole.usage.completion_tokens / 2 or choice.finish_reason == "stop" for choice in whole.choices
@@ -83,16 +81,16 @@ async def test_the_openai_client_works_unmodified(cluster) -> None:
     text, usage = "", None
     options = {"include_usage": True}
     async for chunk in await client.chat.completions.create(
-        model="starter", messages=messages, max_tokens=12, seed=5, stream=True, stream_options=options
+        model="demo", messages=messages, max_tokens=12, seed=5, stream=True, stream_options=options
     ):
         text += "".join(choice.delta.content or "" for choice in chunk.choices)
         usage = chunk.usage or usage
     assert text == whole.choices[0].message.content
     assert usage.completion_tokens <= 12
-    completion = await client.completions.create(model="starter", prompt="Once upon a time", max_tokens=8, temperature=0)
+    completion = await client.completions.create(model="demo", prompt="Once upon a time", max_tokens=8, temperature=0)
     assert completion.usage.prompt_tokens > 0
     with pytest.raises(openai.BadRequestError, match="max"):
-        await client.chat.completions.create(model="starter", messages=messages, max_tokens=10**6)
+        await client.chat.completions.create(model="demo", messages=messages, max_tokens=10**6)
     with pytest.raises(openai.NotFoundError):
         await client.chat.completions.create(model="gpt-nothing", messages=messages)
     await client.close()

@@ -41,7 +41,7 @@ async def cluster(
 ) -> AsyncIterator[object]:
     num_prefill, num_decode = request.param
     config = ClusterConfig(
-        model=ModelOptions(path=str(model_folder), name="starter"),
+        model=ModelOptions(path=str(model_folder), name="demo"),
         proxy=ProxyConfig(http_port=0, grpc_port=0),
         prefill=PrefillConfig(num_workers=num_prefill, max_tokens_per_step=512),
         decode=DecodeConfig(num_workers=num_decode),

@@ -70,7 +70,13 @@ def test_a_named_device_is_taken_as_it_is(machine):
     assert resolve.resolve_device(ModelOptions(device="cuda")) == "cuda"
 
 
-def test_no_path_means_the_model_that_comes_along(monkeypatch, tmp_path):
-    monkeypatch.setenv("HALFMOON_CACHE", str(tmp_path))
-    assert tmp_path in resolve.resolve_folder(ModelOptions()).parents
+def test_no_path_means_the_model_that_comes_along():
+    folder = resolve.resolve_folder(ModelOptions())
+    assert (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
     assert resolve.resolve_folder(ModelOptions(path="/models/x")).as_posix() == "/models/x"
+
+
+def test_a_model_is_called_as_asked_else_as_its_folder():
+    assert resolve.resolve_name(ModelOptions()) == "halfmoon-demo"
+    assert resolve.resolve_name(ModelOptions(path="/models/x/")) == "x"
+    assert resolve.resolve_name(ModelOptions(path="/models/x", name="y")) == "y"

@@ -1,0 +1,114 @@
+"""What a decode step reads, laid out in one host buffer so that one copy brings it to the device.
+
+buffer  [ token_ids | positions | slot_mapping | … | min_ps ] [ block table, packed: num_seqs x width ]
+          a column of max_batch numbers each; rows beyond the sequences are padding: they write to a scratch slot and read nothing
+
+What stays from step to step (sampling parameters, pages) is kept, so that a step costs the host a few microseconds a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from .sequence import Sequence
+from .staging import layout
+
+COLUMNS = {
+    "token_ids": np.dtype(np.int64),
+    "positions": np.dtype(np.int64),
+    "slot_mapping": np.dtype(np.int64),
+    "kv_lens": np.dtype(np.int32),
+    "temperatures": np.dtype(np.float32),
+    "top_ks": np.dtype(np.int64),
+    "top_ps": np.dtype(np.float32),
+    "min_ps": np.dtype(np.float32),
+    "seeds": np.dtype(np.int64),
+    "indices": np.dtype(np.int64),
+}
+# what a padding row holds; its slot_mapping is the scratch slot
+PADDING = {name: 1 if name == "top_ps" else 0 for name in COLUMNS}
+
+
+def column_offsets(max_batch: int) -> tuple[dict[str, int], int]:
+    """Where each column begins in the buffer, and where the block table does."""
+    return layout({name: dtype.itemsize * max_batch for name, dtype in COLUMNS.items()})
+
+
+def buffer_bytes(max_batch: int, max_pages: int) -> int:
+    return column_offsets(max_batch)[1] + 4 * max_batch * max_pages
+
+
+class DecodeInputs:
+    """Fills buffer: uint8 [buffer_bytes(max_batch, max_pages)]."""
+
+    def __init__(self, buffer: np.ndarray, max_batch: int, max_pages: int, page_size: int, scratch_slot: int) -> None:
+        offsets, self.table_offset = column_offsets(max_batch)
+        self.columns = {
+            name: buffer[offsets[name] : offsets[name] + dtype.itemsize * max_batch].view(dtype) for name, dtype in COLUMNS.items()
+        }
+        self._packed = buffer[self.table_offset :].view(np.int32)
+        self._page_size = page_size
+        self._scratch_slot = scratch_slot
+        self._table = np.zeros((max_batch, max_pages), dtype=np.int32)
+        self._pages: list[list[int] | None] = [None] * max_batch  # whose numbers stand in a row of the table
+        self._num_pages = [0] * max_batch  # how many of them
+        self._sequences: list[Sequence] = []
+        self._num_prompt_tokens = np.zeros(0, dtype=np.int64)
+        self._min_tokens = np.zeros(0, dtype=np.int64)
+        self._unadjusted = True
+        self.draws = False
+        """Whether a sequence of the last fill is not greedy."""
+
+    @property
+    def plain(self) -> bool:
+        """The last fill's tokens follow from logits and columns alone: no penalty, bias, ban or logprob is asked for."""
+        return self._unadjusted and bool((self.columns["indices"][: len(self._sequences)] >= self._min_tokens).all())
+
+    def fill(self, sequences: list[Sequence], batch_size: int) -> int:
+        """The next token of each sequence, padded to batch_size rows. Returns the width of the packed block table.
+
+        Every sequence has the pages for its tokens.
+        """
+        count = len(sequences)
+        if sequences != self._sequences:  # by identity
+            self._take(sequences)
+        columns = self.columns
+        lens = np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.int64)
+        positions = lens - 1
+        columns["token_ids"][:count] = [sequence.token_ids[-1] for sequence in sequences]
+        columns["positions"][:count] = positions
+        columns["kv_lens"][:count] = lens
+        columns["indices"][:count] = lens - self._num_prompt_tokens
+        self._update_table(sequences)
+        pages = self._table[np.arange(count), positions // self._page_size].astype(np.int64)
+        columns["slot_mapping"][:count] = pages * self._page_size + positions % self._page_size
+        for name, column in columns.items():
+            column[count:batch_size] = self._scratch_slot if name == "slot_mapping" else PADDING[name]
+        width = int(-(-lens.max() // self._page_size))
+        self._packed[: count * width].reshape(count, width)[...] = self._table[:count, :width]
+        return width
+
+    def _take(self, sequences: list[Sequence]) -> None:
+        params = [sequence.sampling for sequence in sequences]
+        count = len(sequences)
+        self._sequences = list(sequences)
+        self._num_prompt_tokens = np.array([sequence.num_prompt_tokens for sequence in sequences], dtype=np.int64)
+        self._min_tokens = np.array([one.min_tokens for one in params], dtype=np.int64)
+        self._unadjusted = not any(one.needs_penalties or one.logit_bias or one.num_logprobs is not None for one in params)
+        self.draws = not all(one.greedy for one in params)
+        self.columns["temperatures"][:count] = [one.temperature for one in params]
+        self.columns["top_ks"][:count] = [one.top_k for one in params]
+        self.columns["top_ps"][:count] = [one.top_p for one in params]
+        self.columns["min_ps"][:count] = [one.min_p for one in params]
+        self.columns["seeds"][:count] = np.array([one.seed for one in params], dtype=np.uint64).view(np.int64)
+
+    def _update_table(self, sequences: Seq[Sequence]) -> None:
+        """A list of pages only ever grows; a preempted sequence gets a new list."""
+        for row, sequence in enumerate(sequences):
+            pages = sequence.pages
+            known = self._num_pages[row] if self._pages[row] is pages else 0
+            if known != len(pages):
+                self._table[row, known : len(pages)] = pages[known:]
+                self._pages[row], self._num_pages[row] = pages, len(pages)

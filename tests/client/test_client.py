@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
+
 from halfmoon.client import (
     Admitted,
     AsyncClient,

@@ -6,9 +6,10 @@ import inspect
 import subprocess
 import sys
 
+import pytest
+
 import halfmoon
 import halfmoon.client as sdk
-import pytest
 
 
 def test_all_names_what_is_public_and_nothing_else() -> None:

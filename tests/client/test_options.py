@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+
 from halfmoon.client import Conversation, InvalidRequest, Message, PhaseRecord
 from halfmoon.client.completion import Collector, event_from_proto
 from halfmoon.client.options import Ask, Options, build_request

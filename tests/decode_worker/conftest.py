@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,9 +203,10 @@ class Cluster:
 
     async def at_rest(self) -> None:
         """Until no worker holds a sequence and the store no lease; fails after 5 s, naming what is left."""
-        async with asyncio.timeout(5.0):
-            while self.held():
-                await asyncio.sleep(0.01)
+        deadline = time.monotonic() + 5.0
+        while held := self.held():
+            assert time.monotonic() < deadline, f"still held: {held}"
+            await asyncio.sleep(0.01)
 
     def held(self) -> dict[str, Any]:
         stats, found = self.store.stats(), {}

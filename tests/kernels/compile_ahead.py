@@ -20,10 +20,11 @@ from pathlib import Path
 
 import torch
 import triton
-from halfmoon.kernels.portable import device, flash_prefill
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from halfmoon.kernels.portable import device, flash_prefill
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 166912, 86: 101376, 90: 232448, 100: 232448}  # bytes a program may take

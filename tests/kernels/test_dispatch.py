@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+
 from halfmoon.kernels import dispatch
 
 

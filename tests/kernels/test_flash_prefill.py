@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from halfmoon.kernels.flash_prefill import flash_prefill
 
 SHAPES = [  # q_lens, kv_lens, (heads, kv heads), head_dim, page_size

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from halfmoon.kernels.kv_write import kv_write
 
 NUM_TOKENS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE, NUM_PAGES = 7, 5, 2, 24, 6, 4

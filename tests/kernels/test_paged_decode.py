@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from halfmoon.kernels.paged_decode import paged_decode
 
 SHAPES = [  # kv_lens, (heads, kv heads), head_dim, page_size

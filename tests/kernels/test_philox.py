@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from halfmoon.kernels.reference.philox import philox4x32, uniform
 
 # Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, result

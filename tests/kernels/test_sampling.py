@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from halfmoon.kernels.sampling import sampling
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from halfmoon.kernels.sampling import sampling
 
 VOCAB_SIZE = 50
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from halfmoon.kernels.silu_mul import silu_mul
 
 

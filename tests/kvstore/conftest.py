@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+
 from halfmoon.kvstore.client import StoreClient
 from halfmoon.kvstore.connection import Connection
 from halfmoon.kvstore.reader import BlockReader

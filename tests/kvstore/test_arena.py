@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from halfmoon.kvstore.arena import DATA_OFFSET, Arena, open_arena, remove_abandoned
 from halfmoon.protocol.errors import ConfigError
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+
 from halfmoon.kvstore.client import StoreClient
 from halfmoon.protocol.errors import (
     DeadlineExceeded,

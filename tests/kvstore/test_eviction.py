@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import pytest
-from halfmoon.kvstore.eviction import LRU, create_eviction_policy
-from halfmoon.protocol.errors import ConfigError
 from hypothesis import given
 from hypothesis import strategies as st
+
+from halfmoon.kvstore.eviction import LRU, create_eviction_policy
+from halfmoon.protocol.errors import ConfigError
 
 
 @given(st.lists(st.tuples(st.sampled_from(["add", "remove", "evict"]), st.integers(0, 5))))

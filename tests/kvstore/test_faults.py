@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from halfmoon.kvstore.arena import FOLDER, PREFIX, remove_abandoned
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.config import StoreConfig

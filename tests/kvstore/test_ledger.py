@@ -7,14 +7,15 @@ import hashlib
 from typing import Any
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from halfmoon.kvstore.eviction import LRU
 from halfmoon.kvstore.handoff import Access, HandoffId, Lease
 from halfmoon.kvstore.ledger import Ledger
 from halfmoon.protocol.errors import HalfmoonError, HandoffIncomplete, InvalidRequest, LeaseExpired, StaleEpoch, StoreFull, WorkerLost
 from halfmoon.protocol.v1 import common_pb2
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 NUM_SLOTS, NUM_LAYERS = 6, 2
 REASON = WorkerLost("the test said so")

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import pytest
-from halfmoon.kvstore.progress import Progress, SliceCursor
-from halfmoon.protocol.errors import HandoffIncomplete, InvalidRequest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from halfmoon.kvstore.progress import Progress, SliceCursor
+from halfmoon.protocol.errors import HandoffIncomplete, InvalidRequest
 
 
 @given(st.data(), st.integers(1, 6), st.integers(1, 4), st.integers(1, 3))

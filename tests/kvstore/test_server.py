@@ -7,6 +7,7 @@ import dataclasses
 import urllib.request
 
 import pytest
+
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.config import StoreConfig
 from halfmoon.protocol.errors import ConfigError, InvalidRequest, SchemaMismatch, WorkerLost

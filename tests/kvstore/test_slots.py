@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from halfmoon.kvstore.slots import SlotAllocator
 from hypothesis import given
 from hypothesis import strategies as st
+
+from halfmoon.kvstore.slots import SlotAllocator
 
 steps = st.lists(st.tuples(st.sampled_from(["allocate", "pin", "unpin", "retain", "forget"]), st.integers(0, 4)), max_size=60)
 

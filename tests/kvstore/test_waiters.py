@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+
 from halfmoon.kvstore.waiters import Waiters, until_ended
 from halfmoon.protocol.errors import HalfmoonError, HandoffAborted
 

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+
 from halfmoon.kvstore.writer import BlockWriter, _runs
 from halfmoon.protocol.errors import HandoffAborted, InvalidRequest, StaleEpoch, WorkerLost
 from halfmoon.protocol.schema import KVSchema

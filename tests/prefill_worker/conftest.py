@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from halfmoon.engine.engine import Engine
 from halfmoon.engine.sequence import Sequence, StepChunk
 from halfmoon.kvstore.client import StoreClient
@@ -20,7 +22,6 @@ from halfmoon.protocol.channel import create_server, open_channel
 from halfmoon.protocol.config import ModelOptions, PrefillConfig, StoreConfig
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.v1 import common_pb2, control_pb2, control_pb2_grpc, worker_pb2, worker_pb2_grpc
-from transformers import LlamaConfig, LlamaForCausalLM
 
 BLOCK_SIZE = 8
 

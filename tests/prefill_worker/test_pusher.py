@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from halfmoon.engine.sequence import Sequence, StepChunk
 from halfmoon.prefill_worker.pusher import finished_blocks, missing_runs
 from halfmoon.protocol.sampling import SamplingParams
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 @given(present=st.lists(st.booleans(), max_size=20), data=st.data())

@@ -6,13 +6,14 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from halfmoon.engine.page_allocator import PageAllocator
 from halfmoon.engine.sequence import Sequence
 from halfmoon.prefill_worker.scheduler import PrefillScheduler, Step
 from halfmoon.protocol.errors import ConfigError, PromptTooLong
 from halfmoon.protocol.sampling import SamplingParams
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 BLOCK_SIZE = 4
 

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+
 from halfmoon.prefill_worker.transfer import TransferThread
 
 

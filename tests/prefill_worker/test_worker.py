@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 import numpy as np
 import pytest
+
 from halfmoon.protocol.errors import (
     DeadlineExceeded,
     HalfmoonError,

@@ -3,9 +3,10 @@ from __future__ import annotations
 import hashlib
 import struct
 
-from halfmoon.protocol.blocks import block_keys, div_ceil, root_key
 from hypothesis import given
 from hypothesis import strategies as st
+
+from halfmoon.protocol.blocks import block_keys, div_ceil, root_key
 
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=40)
 salts = st.binary(max_size=64)

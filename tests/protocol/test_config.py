@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from halfmoon.protocol.config import ClusterConfig
 from halfmoon.protocol.errors import ConfigError
 

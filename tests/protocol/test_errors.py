@@ -5,6 +5,7 @@ import pickle
 
 import grpc
 import pytest
+
 from halfmoon.protocol import errors
 from halfmoon.protocol.errors import ERROR_TYPES, HalfmoonError, InternalError, Overloaded, PromptTooLong, build_error
 

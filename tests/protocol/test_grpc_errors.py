@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 import grpc
 import grpc.aio
 import pytest
+
 from halfmoon.protocol.channel import create_server, open_channel
 from halfmoon.protocol.errors import InternalError, Overloaded, Unavailable
 from halfmoon.protocol.grpc_errors import error_from_proto, error_to_proto, from_rpc_error, stream_boundary, unary_boundary

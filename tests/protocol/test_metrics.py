@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import urllib.request
 
-from halfmoon.protocol import exporter, metrics
-from halfmoon.protocol.metrics import MetricSpec
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
+
+from halfmoon.protocol import exporter, metrics
+from halfmoon.protocol.metrics import MetricSpec
 
 SPECS = [value for value in vars(metrics).values() if isinstance(value, MetricSpec)]
 

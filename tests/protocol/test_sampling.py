@@ -3,10 +3,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from halfmoon.protocol.errors import InvalidRequest
-from halfmoon.protocol.sampling import SamplingParams
 from hypothesis import given
 from hypothesis import strategies as st
+
+from halfmoon.protocol.errors import InvalidRequest
+from halfmoon.protocol.sampling import SamplingParams
 
 params = st.builds(
     SamplingParams,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from halfmoon.protocol.errors import SchemaMismatch
 from halfmoon.protocol.schema import KVSchema
 

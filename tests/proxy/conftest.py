@@ -16,6 +16,8 @@ from typing import Any
 
 import grpc.aio
 import pytest
+from prometheus_client import CollectorRegistry
+
 from halfmoon.protocol.channel import create_server
 from halfmoon.protocol.config import ProxyConfig
 from halfmoon.protocol.errors import HalfmoonError, HandoffAborted
@@ -30,7 +32,6 @@ from halfmoon.proxy.metrics import ProxyMetrics
 from halfmoon.proxy.request import Finished, ProxyRequest, Tokens
 from halfmoon.proxy.router import Router
 from halfmoon.proxy.token_stream import TokenStream
-from prometheus_client import CollectorRegistry
 
 EOS = 2
 SCHEMA = KVSchema(model_fingerprint="test", dtype="float32", num_layers=2, num_kv_heads=2, head_dim=8, block_size=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from halfmoon.protocol.errors import Overloaded
 from halfmoon.proxy.admission_queue import MAX_RETRY_AFTER_S, MIN_RETRY_AFTER_S, AdmissionQueue
 

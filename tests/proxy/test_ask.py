@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from halfmoon.protocol.config import ModelOptions
 from halfmoon.protocol.errors import CheckpointError, InvalidRequest, PromptTooLong, UnknownModel
 from halfmoon.protocol.sampling import MAX_SEED

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 
 import pytest
+from prometheus_client import CollectorRegistry
+
 from halfmoon.protocol.errors import InvalidRequest, SchemaMismatch
 from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import control_pb2
 from halfmoon.proxy.cluster import Cluster
 from halfmoon.proxy.member import Member
 from halfmoon.proxy.metrics import ProxyMetrics
-from prometheus_client import CollectorRegistry
 
 SCHEMA = KVSchema(model_fingerprint="m", dtype="float32", num_layers=2, num_kv_heads=2, head_dim=8, block_size=4)
 ROLES = {"prefill": control_pb2.ROLE_PREFILL, "decode": control_pb2.ROLE_DECODE, "store": control_pb2.ROLE_STORE}

@@ -8,12 +8,13 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from halfmoon.protocol.errors import ERROR_TYPES, NoWorker, PromptTooLong
 from halfmoon.proxy.conductor import Conductor
 from halfmoon.proxy.placement import MemberState, Placement, PlacementRequest, PrefixHint, Rejection, Snapshot
 from halfmoon.proxy.policies import POLICIES, create_policy
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 BLOCK_SIZE = 16
 

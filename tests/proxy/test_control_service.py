@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc.aio
 import pytest
+
 from halfmoon.protocol.channel import open_channel
 from halfmoon.protocol.errors import InvalidRequest, SchemaMismatch
 from halfmoon.protocol.grpc_errors import from_rpc_error

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from halfmoon.proxy.detokenizer import Detokenizer, StopStrings
-from halfmoon.proxy.tokenizer import Tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models
+
+from halfmoon.proxy.detokenizer import Detokenizer, StopStrings
+from halfmoon.proxy.tokenizer import Tokenizer
 
 EMOJI = "👩‍👩‍👧‍👦 mixed 🏳️‍🌈 text 日本 é"
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from halfmoon.protocol.errors import InvalidRequest, Overloaded, RequestCancelled
 from halfmoon.proxy.ask import Ask
 from halfmoon.proxy.generation import ChoiceEnd, Generator, TextDelta

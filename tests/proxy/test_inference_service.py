@@ -10,6 +10,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
 from halfmoon.protocol.errors import InvalidRequest, PromptTooLong, RequestCancelled, UnknownModel
 from halfmoon.protocol.grpc_errors import from_rpc_error
 from halfmoon.protocol.v1 import common_pb2, inference_pb2, inference_pb2_grpc

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from halfmoon.proxy.load_book import LoadBook
 from hypothesis import given
 from hypothesis import strategies as st
+
+from halfmoon.proxy.load_book import LoadBook
 
 
 def test_what_is_placed_counts_until_it_ends() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
 from halfmoon.protocol.errors import ERROR_TYPES
 from halfmoon.proxy.metrics import WINDOW_LEN, LatencyWindow, ProxyMetrics
 from halfmoon.proxy.request import RequestState
-from prometheus_client import CollectorRegistry, generate_latest
 
 
 def test_percentiles_are_values_that_were_seen_and_nearly_those_of_statistics() -> None:

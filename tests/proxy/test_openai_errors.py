@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+
 from halfmoon.protocol.errors import HandoffCorrupt, StoreFull
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]

@@ -7,11 +7,12 @@ from collections import Counter
 from typing import get_args
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from halfmoon.protocol.config import Policy as PolicyName
 from halfmoon.proxy.placement import MemberState, PlacementRequest, Snapshot
 from halfmoon.proxy.policies import POLICIES, CacheAware, LeastLoaded, RandomChoice, RoundRobin, create_policy
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 BLOCK_SIZE = 4
 

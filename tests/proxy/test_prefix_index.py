@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from halfmoon.proxy.prefix_index import PrefixIndex
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from halfmoon.proxy.prefix_index import PrefixIndex
 
 KEYS = [bytes([n]) * 16 for n in range(12)]
 STORES = ["a:1", "b:2", "c:3"]

@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import numpy as np
+
 from halfmoon.kvstore.client import StoreClient
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.blocks import block_keys, root_key

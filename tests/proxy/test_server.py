@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+
 from halfmoon.client import Client
 from halfmoon.protocol.config import ModelOptions, ProxyConfig
 from halfmoon.protocol.errors import CheckpointError, ConfigError, Draining, NoWorker

@@ -9,10 +9,11 @@ import threading
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
+
 from halfmoon.protocol.errors import CheckpointError, InvalidRequest
 from halfmoon.proxy.chat_template import ChatMessage, ChatTemplate
 from halfmoon.proxy.tokenizer import INLINE_CHARS, Tokenizer
-from transformers import AutoTokenizer
 
 TEXTS = [
     "",

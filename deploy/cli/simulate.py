@@ -55,7 +55,7 @@ def simulate(
     sweep_: Annotated[bool, typer.Option("--sweep", help="Policies x admissions x splits.")] = False,
     splits: Annotated[str, typer.Option(help="--sweep: prefill counts of the prefill + decode instances, with commas.")] = "",
     out: Annotated[Path | None, typer.Option(help="Folder for requests.csv, figures.json and run.png.")] = None,
-    png: Annotated[bool, typer.Option(help="With --out: the picture too (needs halfmoon[bench]).")] = True,
+    png: Annotated[bool, typer.Option(help="With --out: the picture too (needs the bench extra).")] = True,
 ) -> None:
     """Replays a trace against a simulated cluster that runs the real Conductor, schedulers and eviction."""
     try:
@@ -162,7 +162,7 @@ def _sweep(trace: Trace, chosen: list[Scenario], options: ReplayOptions, num_see
         seeds = range(options.seed, options.seed + num_seeds)
         rows.extend(sweep(chosen, lambda seed: replay(trace, dataclasses.replace(options, seed=seed)), seeds, ran))
     table = Table("", "admission", title=f"{trace.name} at {options.speed:g}x, {slo_text(chosen[0].slo)} (simulated)", title_justify="left")
-    for name in ("in SLO", "TTFT mean [s]", "TTFT p90", "TBT p90 [ms]", "hit", "rejected", "wasted prefill [s]"):
+    for name in ("in SLO", "TTFT mean, s", "TTFT p90", "TBT p90, ms", "hit", "rejected", "wasted prefill, s"):
         table.add_column(name, justify="right")
     for row in rows:
         seen, sds = row.figures, row.sds

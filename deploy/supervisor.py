@@ -151,7 +151,7 @@ class Supervisor:
                 await member.actor.run.remote()
                 return
             except RayActorError as error:
-                logger.warning("%s died: %s", member.id, error)
+                logger.info("%s died: %s", member.id, error)
                 self._notify(member.id, "died")
             except RayTaskError as error:
                 cause = error.cause if isinstance(error.cause, HalfmoonError) else InternalError(f"{member.id}: {error.cause!r}")

@@ -16,8 +16,9 @@ import dataclasses
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +95,14 @@ async def kill_workers(client: AsyncClient) -> None:
             os.kill(member.pid, signal.SIGKILL)
 
 
-async def ask_all(address: str, asked: Sequence[Example], mode: str, advance: Any) -> Tally:
+async def ask_all(address: str, asked: Sequence[Example], killing: bool, advance: Callable[[], None]) -> Tally:
     tally = Tally(replies=[[] for _ in asked])
     numbers = iter(range(len(asked)))
     async with AsyncClient(address) as client:
 
         async def stream() -> None:
             for number in numbers:
-                if mode == "killed" and number == len(asked) // 3:
+                if killing and number == len(asked) // 3:
                     await kill_workers(client)
                 tally.replies[number] = await converse(client, asked[number], tally)
                 advance()
@@ -110,7 +111,7 @@ async def ask_all(address: str, asked: Sequence[Example], mode: str, advance: An
     return tally
 
 
-def reference_replies(asked: Sequence[Example], advance: Any) -> list[list[str]]:
+def reference_replies(asked: Sequence[Example], advance: Callable[[], None]) -> list[list[str]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(DEMO_FOLDER)
@@ -137,12 +138,11 @@ async def measure(arguments: argparse.Namespace, asked: dict[int, list[Example]]
         for mode in arguments.modes:
             task = progress.add_task(mode, total=arguments.count * len(arguments.lengths))
             async with served(mode, nodes) as address:
-                tallies[mode] = {
-                    length: await ask_all(
-                        address, asked[length], mode if length == max(arguments.lengths) else "", lambda: progress.advance(task)
-                    )
-                    for length in arguments.lengths
-                }
+                tallies[mode] = {}
+                for length in arguments.lengths:
+                    # the workers die once, among the longest documents
+                    killing = mode == "killed" and length == max(arguments.lengths)
+                    tallies[mode][length] = await ask_all(address, asked[length], killing, partial(progress.advance, task))
     return tallies
 
 
@@ -167,7 +167,7 @@ def main() -> None:
         torch.set_num_threads(1)
         with Progress(transient=True) as progress:
             task = progress.add_task("transformers", total=arguments.count * len(arguments.lengths))
-            references = {length: reference_replies(asked[length], lambda: progress.advance(task)) for length in arguments.lengths}
+            references = {length: reference_replies(asked[length], partial(progress.advance, task)) for length in arguments.lengths}
     table = Table("mode", "document tokens", "right", "follow-ups with a prefix hit", "replayed", "equal to transformers")
     for mode, by_length in tallies.items():
         for length, tally in by_length.items():

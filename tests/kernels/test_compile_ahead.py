@@ -1,4 +1,7 @@
-"""Every CUDA kernel is compiled, without a GPU, for the ones it is meant for: it builds, spills no tile and fits shared memory. Takes minutes."""
+"""Every CUDA kernel is compiled, without a GPU, for the ones it is meant for: it builds, spills no tile and fits shared memory.
+
+Takes minutes: one process a GPU generation compiles all of them.
+"""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton's first import: its own functions are decorated there
 pytest.importorskip("triton", reason="triton is not installed")
 
+from halfmoon.kernels.portable import paged_decode as module  # noqa: E402
 from halfmoon.kernels.portable.paged_decode import paged_decode  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -98,6 +99,15 @@ def test_any_group_of_query_heads_shares_a_kv_head(num_heads: int, num_kv_heads:
     lens = (75, 10)
     batch = build(lens, 64, 16, torch.float32, num_heads, num_kv_heads)
     assert error(attend(*batch, lens), expected(*batch, lens)) < TOLERANCE[torch.float32]
+
+
+def test_the_counters_are_left_as_they_were_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    lens, counters = (150, 20, 64), torch.zeros(16, dtype=torch.int32, device=DEVICE)
+    monkeypatch.setattr(module, "zeroed_counters", lambda device, count: counters)
+    batch = build(lens, 64, 16, torch.float32)
+    for _ in range(2):
+        assert error(attend(*batch, lens), expected(*batch, lens)) < TOLERANCE[torch.float32]
+        assert counters.eq(0).all()
 
 
 def test_no_sequences_give_no_rows() -> None:

@@ -1,0 +1,250 @@
+"""Decode attention: one query token a sequence over paged keys and values, bound by the bytes of the KV cache.
+
+The tiles of all (sequence, kv head) pairs stand in one row, and every program takes an equal share of it, wherever sequences begin or end:
+
+tiles     | seq 0 head 0 | seq 0 head 1 | seq 1 head 0 ................. | seq 1 head 1 ................. |
+programs  |    0    |    1    |    2    |    3    |    4    |    5    |    6    |    7    |    8    |    9    |
+
+So one wave of programs fills the GPU for any batch and any lengths. The shares are computed on the device from kv_lens: nothing is read
+back to the host, and a CUDA graph captured for the longest lengths splits well for those it is replayed with. A pair that several programs
+share is merged by the one that arrives last. All query heads of a kv head make the rows of one matrix tile.
+
+Work split over a flattened row of tiles: Sanovar et al., Lean Attention (arXiv 2405.10480).
+"""
+
+# What stands in a kernel is Triton's language and not Python's; a type checker follows neither it nor launches.
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .counters import zeroed_counters
+from .device import early_launch, num_sms
+
+LOG2_E = 1.4426950408889634
+MERGE_CELLS = 4096  # of partial results that a merge has in flight
+
+
+@triton.jit
+def _owner(tile, share, extra):
+    """The program that takes a tile, where the first `extra` programs take share + 1 tiles and the others share."""
+    long_part = extra * (share + 1)
+    return tl.where(tile < long_part, tile // (share + 1), extra + (tile - long_part) // tl.maximum(share, 1))
+
+
+@triton.jit
+def _attend(
+    q, k_ptr, v_ptr, table_ptr, first_tile, last_tile, begin, kv_len, scale_log2, cap_log2, cap_inverse, stride_page,
+    PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFT_CAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The running softmax of the tiles [first_tile, last_tile): values [ROWS, BLOCK_D], maximum and sum [ROWS]."""
+    columns = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+    row_max = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([ROWS], dtype=tl.float32)
+    # The page of the next tile is read a tile ahead: read in its own tile, it would take half of the pipeline's stages.
+    next_page = tl.load(table_ptr + first_tile * BLOCK_N // PAGE)
+    for tile in range(first_tile, last_tile):
+        start = tile * BLOCK_N
+        keys = start + tl.arange(0, BLOCK_N)
+        if PAGE % BLOCK_N == 0:
+            page = next_page.to(tl.int64)
+            next_page = tl.load(table_ptr + (start + BLOCK_N) // PAGE, mask=tile + 1 < last_tile, other=0)
+            rows = page * stride_page + ((start % PAGE) + tl.arange(0, BLOCK_N)) * HEAD_DIM
+        else:
+            page = tl.load(table_ptr + keys // PAGE, mask=keys < kv_len, other=0).to(tl.int64)
+            rows = page * stride_page + (keys % PAGE) * HEAD_DIM
+        seen = (keys < kv_len) & (keys >= begin)
+        # K is transposed by its addresses: mma.sync's operand then comes from shared memory as it lies there
+        k = tl.load(k_ptr + rows[None, :] + columns[:, None], mask=seen[None, :] & (columns < HEAD_DIM)[:, None], other=0.0)
+        scores = tl.dot(q, k, input_precision=PRECISION)
+        if SOFT_CAP:  # cap · tanh(s·scale / cap), in units of log2
+            scores = cap_log2 * (1.0 - 2.0 / (tl.exp2(scores * cap_inverse) + 1.0))
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale_log2)  # every tile holds a seen key, so it is finite
+        weights = tl.exp2(scores * scale_log2 - new_max[:, None])
+        decay = tl.exp2(row_max - new_max)
+        row_sum = row_sum * decay + tl.sum(weights, axis=1)
+        row_max = new_max
+        v = tl.load(v_ptr + rows[:, None] + columns[None, :], mask=seen[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def _merge(
+    acc_ptr, stats_ptr, out_ptr, first_program, last_program,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The partial softmaxes of one pair: slot 1 of its first program (whose share ends in it), slot 0 of the others.
+
+    PARTS of them are unrolled, so that their loads are in flight together: one after another, each would take the L2 cache's latency.
+    """
+    heads = tl.arange(0, HEADS)
+    columns = tl.arange(0, BLOCK_D)
+    inside = (heads < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
+    cells = heads[:, None] * HEAD_DIM + columns[None, :]
+    acc = tl.zeros([HEADS, BLOCK_D], dtype=tl.float32)
+    row_max = tl.full([HEADS], -1.0e30, dtype=tl.float32)
+    row_sum = tl.zeros([HEADS], dtype=tl.float32)
+    for start in range(first_program, last_program + 1, PARTS):
+        for offset in tl.static_range(PARTS):
+            program = start + offset
+            there = program <= last_program
+            slot = program * 2 + (program == first_program).to(tl.int32)
+            stats = stats_ptr + slot * (2 * ROWS) + heads
+            part_max = tl.load(stats, mask=(heads < GROUP) & there, other=-1.0e30, cache_modifier=".cg")
+            part_sum = tl.load(stats + ROWS, mask=(heads < GROUP) & there, other=0.0, cache_modifier=".cg")
+            part = tl.load(acc_ptr + slot * (GROUP * HEAD_DIM) + cells, mask=inside & there, other=0.0, cache_modifier=".cg")
+            new_max = tl.maximum(row_max, part_max)
+            decay = tl.exp2(row_max - new_max)
+            part_decay = tl.exp2(part_max - new_max)
+            acc = acc * decay[:, None] + part * part_decay[:, None]
+            row_sum = row_sum * decay + part_sum * part_decay
+            row_max = new_max
+    tl.store(out_ptr + cells, (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _paged_decode_kernel(
+    q_ptr, kv_ptr, block_table_ptr, kv_lens_ptr, out_ptr, acc_ptr, stats_ptr, counters_ptr,
+    stride_q, stride_q_head, stride_kv, stride_page, stride_table, num_seqs, num_kv_heads,
+    scale_log2, cap_log2, cap_inverse, window,
+    GROUP: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SEQS_BLOCK: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
+    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    sequences = tl.arange(0, SEQS_BLOCK)
+    lens = tl.load(kv_lens_ptr + sequences, mask=sequences < num_seqs, other=0)
+    first_tiles = tl.maximum(lens - window, 0) // BLOCK_N if WINDOW else lens * 0
+    num_tiles = tl.cdiv(lens, BLOCK_N) - first_tiles
+    ends = tl.cumsum(num_tiles, axis=0)
+    total = tl.sum(num_tiles, axis=0) * num_kv_heads
+    program = tl.program_id(0)
+    share = total // tl.num_programs(0)
+    extra = total % tl.num_programs(0)
+    tile = program * share + tl.minimum(program, extra)
+    last = tile + share + (program < extra).to(tl.int32)
+
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_D)
+    inside = (rows < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
+    while tile < last:
+        sequence = tl.sum((ends * num_kv_heads <= tile).to(tl.int32), axis=0)
+        here = sequences == sequence
+        kv_len = tl.sum(tl.where(here, lens, 0), axis=0)
+        first_tile = tl.sum(tl.where(here, first_tiles, 0), axis=0)
+        pair_tiles = tl.sum(tl.where(here, num_tiles, 0), axis=0)
+        sequence_start = tl.sum(tl.where(here, ends - num_tiles, 0), axis=0) * num_kv_heads
+        kv_head = (tile - sequence_start) // pair_tiles
+        pair_start = sequence_start + kv_head * pair_tiles
+        begins = tile - pair_start
+        stops = tl.minimum(pair_tiles, last - pair_start)
+
+        head = kv_head * GROUP + rows
+        row = sequence.to(tl.int64)
+        q = tl.load(q_ptr + row * stride_q + head[:, None] * stride_q_head + columns[None, :], mask=inside, other=0.0)
+        k_ptr = kv_ptr + kv_head * (PAGE * HEAD_DIM)
+        begin = tl.maximum(kv_len - window, 0) if WINDOW else 0
+        acc, row_max, row_sum = _attend(
+            q, k_ptr, k_ptr + stride_kv, block_table_ptr + row * stride_table, first_tile + begins, first_tile + stops, begin, kv_len,
+            scale_log2, cap_log2, cap_inverse, stride_page, PAGE, HEAD_DIM, ROWS, BLOCK_N, BLOCK_D, SOFT_CAP, PRECISION,
+        )  # fmt: skip
+        to = out_ptr + (row * num_kv_heads * GROUP + head[:, None]) * HEAD_DIM + columns[None, :]
+        if stops - begins == pair_tiles:
+            tl.store(to, (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+        else:
+            slot = program * 2 + (begins == 0).to(tl.int32)
+            stats = stats_ptr + slot * (2 * ROWS) + rows
+            tl.store(stats, row_max)
+            tl.store(stats + ROWS, row_sum)
+            tl.store(acc_ptr + (slot * GROUP + rows[:, None]) * HEAD_DIM + columns[None, :], acc, mask=inside)
+            tl.debug_barrier()  # all threads have stored before one of them releases
+            first_program = _owner(pair_start, share, extra)
+            last_program = _owner(pair_start + pair_tiles - 1, share, extra)
+            counter = counters_ptr + sequence * num_kv_heads + kv_head
+            arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+            if arrived == last_program - first_program:
+                pair_out = out_ptr + (row * num_kv_heads + kv_head) * GROUP * HEAD_DIM
+                _merge(acc_ptr, stats_ptr, pair_out, first_program, last_program, GROUP, HEAD_DIM, ROWS, HEADS, PARTS, BLOCK_D)
+                tl.store(counter, 0)  # as the next launch expects it
+        tile = pair_start + stops
+
+    if tl.min(tl.where(sequences < num_seqs, lens, 1), axis=0) == 0:  # padding rows
+        cells = tl.arange(0, ROWS * BLOCK_D)
+        width = num_kv_heads * GROUP * HEAD_DIM
+        for padding in range(program, num_seqs, tl.num_programs(0)):
+            if tl.load(kv_lens_ptr + padding) == 0:
+                for first in range(0, width, ROWS * BLOCK_D):
+                    at = out_ptr + padding * width + first + cells
+                    tl.store(at, (cells * 0).to(out_ptr.dtype.element_ty), mask=first + cells < width)
+
+
+class Tiles(NamedTuple):
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+
+
+def tiles(head_dim: int, element_size: int = 2) -> Tiles:
+    """As many programs an SM as its shared memory holds, with a few tiles of K and V in flight each."""
+    if element_size > 2:
+        return Tiles(32, 4, 1, 1)
+    return Tiles(32, 4, 3, 2) if head_dim > 128 else Tiles(64, 4, 3, 2)
+
+
+def paged_decode(
+    q: torch.Tensor,
+    kv_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    kv_lens: torch.Tensor,
+    *,
+    max_kv_len: int,
+    scale: float,
+    sliding_window: int = 0,
+    logit_soft_cap: float = 0.0,
+) -> torch.Tensor:
+    """q [num_seqs, num_heads, head_dim] bf16/fp16 -> out of the same shape, contiguous. The row of a sequence of length 0 (padding) is 0.
+
+    kv_pages [2, num_pages, num_kv_heads, page_size, head_dim], pages contiguous; block_table int32 [num_seqs, max_pages];
+    kv_lens int32 [num_seqs], with the new token, at most max_kv_len. sliding_window 0: none, else the last `window` keys are seen.
+    logit_soft_cap 0: none, else scores become cap · tanh(score / cap). scale > 0.
+
+    Safe in a CUDA graph after one call outside of it. Graphs that hold it are to be replayed one at a time on a device.
+    """
+    num_seqs, num_heads, head_dim = q.shape
+    num_kv_heads, page_size = kv_pages.shape[2], kv_pages.shape[3]
+    out = torch.empty((num_seqs, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    if num_seqs == 0:
+        return out
+    tile = tiles(head_dim, q.element_size())
+    group = num_heads // num_kv_heads
+    rows = max(16, triton.next_power_of_2(group))
+    parts = max(1, min(16, MERGE_CELLS // (triton.next_power_of_2(group) * triton.next_power_of_2(head_dim))))
+    programs = min(num_seqs * num_kv_heads * triton.cdiv(max_kv_len, tile.block_n), num_sms(q.device) * tile.programs_per_sm)
+    acc = torch.empty((programs * 2, group, head_dim), dtype=torch.float32, device=q.device)
+    stats = torch.empty((programs * 2, 2, rows), dtype=torch.float32, device=q.device)
+    capped = logit_soft_cap > 0
+    _paged_decode_kernel[(programs,)](
+        q, kv_pages, block_table, kv_lens, out, acc, stats, zeroed_counters(q.device, num_seqs * num_kv_heads),
+        q.stride(0), q.stride(1), kv_pages.stride(0), kv_pages.stride(1), block_table.stride(0), num_seqs, num_kv_heads,
+        1.0 if capped else scale * LOG2_E, logit_soft_cap * LOG2_E, 2 * LOG2_E * scale / logit_soft_cap if capped else 0.0, sliding_window,
+        GROUP=group, PAGE=page_size, HEAD_DIM=head_dim, ROWS=rows, BLOCK_N=tile.block_n, BLOCK_D=triton.next_power_of_2(head_dim),
+        SEQS_BLOCK=max(16, triton.next_power_of_2(num_seqs)), HEADS=triton.next_power_of_2(group), PARTS=parts,
+        WINDOW=sliding_window > 0, SOFT_CAP=capped,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **early_launch(q.device),
+    )  # fmt: skip
+    return out

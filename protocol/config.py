@@ -66,7 +66,7 @@ class DecodeConfig:
     max_running: int = 256
     """Sequences in one step."""
     max_prefill_tokens_per_step: int = 512
-    """Recomputed in one step for preempted sequences."""
+    """Computed in one step beside the decode tokens, for local prefill and preempted sequences."""
     kv_capacity_tokens: int = 0
     """As in prefill; 0: eight times max_model_len on CPU."""
     num_threads: int = 1
@@ -87,6 +87,8 @@ class ProxyConfig:
     """Of a request that brings no timeout of its own."""
     max_attempts: int = 3
     """Worker pairs tried for one request before its error is the client's."""
+    local_prefill: Literal["never", "fallback", "always"] = "fallback"
+    """Whether decode workers compute prompts themselves; fallback: where no prefill worker is alive, as with none configured."""
     drain_timeout_s: float = 30.0
 
 

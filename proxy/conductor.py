@@ -2,38 +2,50 @@
 
 Snapshot ──► candidates: not excluded, large enough ──► policy.choose ──► forecast ──► admission.judge ──► Placement
                  └─ none ──► Rejection                                                     └─ over the SLO ──► Rejection
+Where decode workers prefill (no prefill worker lives, or always), the policy chooses among them for both legs at once.
 No I/O, no clock, and no import of grpc, torch or ray: the proxy and the simulator run this very object.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from .admission.base import Admission
 from .forecast import forecast
-from .placement import MemberState, Placement, PlacementRequest, Rejection, Snapshot
+from .placement import Choice, MemberState, Placement, PlacementRequest, Rejection, Snapshot
 from .policies import Policy, cached_blocks
 from .predictors.timing import Predictors
 
 
 class Conductor:
-    def __init__(self, policy: Policy, admission: Admission | None = None, predictors: Predictors | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        admission: Admission | None = None,
+        predictors: Predictors | None = None,
+        *,
+        local_prefill: Literal["never", "fallback", "always"] = "never",
+    ) -> None:
         """Without predictors nothing is predicted, and so nothing rejected for its SLO. Raises ValueError for an admission without."""
         if admission is not None and predictors is None:
             raise ValueError(f"admission {admission.name} judges predictions; give the conductor predictors")
         self.policy = policy
         self.admission = admission
         self.predictors = predictors
+        self.local_prefill = local_prefill
 
     def place(self, request: PlacementRequest, snapshot: Snapshot) -> Placement | Rejection:
-        found: list[tuple[MemberState, ...]] = []
-        for role, members in (("prefill", snapshot.prefill), ("decode", snapshot.decode)):
-            candidates = _candidates(role, members, request)
+        prefill, why_local = self._prefill_candidates(request, snapshot)
+        decode = _candidates("decode", snapshot.decode, request)
+        for candidates in (prefill, decode):
             if isinstance(candidates, Rejection):
                 return candidates
-            found.append(candidates)
-        snapshot = dataclasses.replace(snapshot, prefill=found[0], decode=found[1])
+        assert not isinstance(prefill, Rejection) and not isinstance(decode, Rejection)
+        snapshot = dataclasses.replace(snapshot, prefill=prefill, decode=decode)
         choice = self.policy.choose(request, snapshot)
+        if why_local:
+            choice = _local(choice, why_local)
         ttft_s = tbt_s = None
         if self.predictors is not None:
             ttft_s, tbt_s = predicted = forecast(self.predictors, request, choice, snapshot)
@@ -52,6 +64,21 @@ class Conductor:
             ttft_s=ttft_s,
             tbt_s=tbt_s,
         )
+
+    def _prefill_candidates(self, request: PlacementRequest, snapshot: Snapshot) -> tuple[tuple[MemberState, ...] | Rejection, str]:
+        """And why they are decode workers, where they are; else ""."""
+        if self.local_prefill == "always":
+            return _candidates("decode", snapshot.decode, request), "local prefill is set to always"
+        candidates = _candidates("prefill", snapshot.prefill, request)
+        if self.local_prefill == "fallback" and isinstance(candidates, Rejection) and candidates.code == "no_worker":
+            return _candidates("decode", snapshot.decode, request), "no prefill worker is alive"
+        return candidates, ""
+
+
+def _local(choice: Choice, why: str) -> Choice:
+    """The worker chosen for the prefill decodes, too; it loads from its own store alone. What was predicted is not predicted for that."""
+    member = choice.prefill
+    return Choice(member, member, f"{member.id} computes the prompt itself, for {why}")
 
 
 def _candidates(role: str, members: tuple[MemberState, ...], request: PlacementRequest) -> tuple[MemberState, ...] | Rejection:

@@ -18,6 +18,9 @@ class Slo(NamedTuple):
     tbt_s: float = math.inf  # between two tokens
 
 
+NO_SLO = Slo()
+
+
 @dataclass(frozen=True, slots=True)
 class MemberState:
     """A worker that may be chosen: alive, and its node's store too."""
@@ -90,6 +93,11 @@ class Placement:
     reason: str
     ttft_s: float | None = None  # predicted, where the policy or the admission predicts
     tbt_s: float | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """One worker computes the prompt and decodes: there is no prefill leg and no hand-off."""
+        return self.prefill.id == self.decode.id
 
 
 @dataclass(frozen=True, slots=True)

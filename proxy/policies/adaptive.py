@@ -11,16 +11,17 @@ It is told the SLO and nothing of the best split.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
-from ..placement import Choice, MemberState, PlacementRequest, PrefixHint, Slo, Snapshot
+from ..placement import NO_SLO, Choice, MemberState, PlacementRequest, PrefixHint, Slo, Snapshot
 from ..predictors.timing import Predictors
 from ..predictors.waiting import queue_s
 from .base import cached_blocks
 from .kvcache_centric import best_prefix
 
 DEFAULT_TBT_S = 0.1  # where the SLO bounds none
+PEAK_FADE = 0.02  # of the distance to the present need, with every rebalance
 
 
 class RoleChange(NamedTuple):
@@ -40,15 +41,14 @@ class Adaptive:
     """
 
     predictors: Predictors
-    slo: Slo = Slo()
+    slo: Slo = NO_SLO
     step_share: float = 0.92
     full_share: float = 0.90
     spare: float = 0.35
     slack_share: float = 0.4
-    calm_s: float = 2.0  # between two changes back
+    calm_s: float = 2.0  # from any change to one back to prefill
     last_change_s: float = -math.inf
     peak: float = 0.0  # decode workers needed, recently
-    roles: dict[str, str] = field(default_factory=dict)
     name: ClassVar[str] = "adaptive"
 
     @property
@@ -59,9 +59,10 @@ class Adaptive:
         block_size, predictors = candidates.block_size, self.predictors
         holder, best = best_prefix(request, block_size)
         times: dict[int, float] = {}
-        chosen, chosen_s, chosen_key = candidates.prefill[0], math.inf, (math.inf, "")
+        target_s, now_s = self.step_target_s, candidates.now_s
+        chosen, chosen_s = candidates.prefill[0], math.inf  # ties go to the first
         for member in candidates.prefill:
-            slow = self._slowdown(member)
+            slow = self._slowdown(member, target_s) if member.num_running else 1.0
             if slow == math.inf:
                 continue
             own = min(request.held_blocks.get(member.store_address, 0), best)
@@ -70,9 +71,9 @@ class Adaptive:
                 moved = (best - own) * block_size * predictors.model.kv_bytes_per_token
                 rest = request.num_tokens - best * block_size
                 compute_s = times[own] = predictors.transfer.predict(moved) + predictors.prefill.predict(rest, best * block_size)
-            ttft_s = queue_s(predictors, member, candidates.now_s) + compute_s * slow
-            if (ttft_s, member.id) < chosen_key:
-                chosen, chosen_s, chosen_key = member, ttft_s, (ttft_s, member.id)
+            ttft_s = queue_s(predictors, member, now_s) + compute_s * slow
+            if ttft_s < chosen_s:
+                chosen, chosen_s = member, ttft_s
         local = chosen.role == "decode"
         decode, tbt_s = (chosen, self._step_s(chosen, request)) if local else self.select_decode(request, candidates)
         prefix = PrefixHint(holder, best) if best > cached_blocks(request, chosen, block_size) else None
@@ -88,21 +89,24 @@ class Adaptive:
         return chosen, self._step_s(chosen, request)
 
     def rebalance(self, snapshot: Snapshot) -> tuple[RoleChange, ...]:
-        """At most one change. To be asked about once a second; snapshot.decode holds every worker."""
-        members = snapshot.decode
+        """Who changes its role now. To be asked about once a second; snapshot.decode holds every worker."""
+        now_s, members = snapshot.now_s, snapshot.decode
         decoding = [member for member in members if member.role == "decode"]
         prefilling = [member for member in members if member.role != "decode"]
         needed = self.decode_workers_needed(members)
-        self.peak = max(needed, self.peak - 0.02 * max(self.peak - needed, 0.0))
-        now_s = snapshot.now_s
-        if needed > len(decoding) and len(prefilling) > 1:
-            member = min(prefilling, key=lambda one: (queue_s(self.predictors, one, now_s), one.id))
+        self.peak = max(needed, self.peak - PEAK_FADE * max(self.peak - needed, 0.0))
+        num_more = min(math.ceil(needed) - len(decoding), len(prefilling) - 1)
+        if num_more > 0:
+            chosen = sorted(prefilling, key=lambda one: (queue_s(self.predictors, one, now_s), one.id))[:num_more]
             self.last_change_s = now_s
-            return (RoleChange(member.id, "decode", f"decode needs {needed:.1f} workers, {len(decoding)} do it"),)
-        if self.peak < len(decoding) - 1 - self.spare and len(decoding) > 1 and now_s - self.last_change_s > self.calm_s:
-            member = min(decoding, key=lambda one: (one.num_requests, one.id))
+            return tuple(RoleChange(one.id, "decode", f"decode needs {needed:.1f} workers, {len(decoding)} do it") for one in chosen)
+        num_less = min(math.floor(len(decoding) - self.peak - self.spare), len(decoding) - 1)
+        if num_less > 0 and now_s - self.last_change_s > self.calm_s:
+            chosen = sorted(decoding, key=lambda one: (one.num_requests, one.id))[:num_less]
             self.last_change_s = now_s
-            return (RoleChange(member.id, "prefill", f"decode needs {self.peak:.1f} workers at most, {len(decoding)} do it"),)
+            return tuple(
+                RoleChange(one.id, "prefill", f"decode needed {self.peak:.1f} workers of late, {len(decoding)} do it") for one in chosen
+            )
         return ()
 
     def decode_workers_needed(self, members: tuple[MemberState, ...]) -> float:
@@ -119,11 +123,8 @@ class Adaptive:
     def _step_s(self, member: MemberState, request: PlacementRequest) -> float:
         return self.predictors.step.predict(member.num_running + 1, member.num_running_tokens + request.num_tokens)
 
-    def _slowdown(self, member: MemberState) -> float:
+    def _slowdown(self, member: MemberState, target_s: float) -> float:
         """Of a prefill on the member, by the batch in its steps; inf where it should not have one."""
-        if not member.num_running:
-            return 1.0
-        target_s = self.step_target_s
         slack_s = target_s - self.predictors.step.predict(member.num_running, member.num_running_tokens)
         full = member.kv_capacity_tokens and member.num_outstanding_tokens > self.full_share * member.kv_capacity_tokens
         if member.role == "decode" and (slack_s < self.slack_share * target_s or full):

@@ -79,11 +79,18 @@ def test_predictive_counts_who_will_be_there_when_the_prefill_ends() -> None:
     assert admission.step_at(request, 11.5, snapshot) == pytest.approx(0.02 + 2e-3)
 
 
-def test_predictive_learns_the_mean_decode_time() -> None:
+def test_predictive_learns_how_long_requests_decode_and_who_is_old_may_stay() -> None:
     admission = Predictive(Limits(SLO), Predictors(MODEL))
-    for seconds in (2.0, 4.0, 6.0):
-        admission.observe_decode(seconds)
-    assert admission.decode_s == pytest.approx(4.0)
+    for _ in range(300):
+        for seconds in (5.0, 20.0, 30.0):
+            admission.observe_decode(seconds)
+    assert admission.lasting(0.0, 10.0) == pytest.approx(2 / 3, abs=0.01)
+    assert admission.lasting(10.0, 5.0) == 1.0
+    assert admission.lasting(10.0, 15.0) == pytest.approx(1 / 2, abs=0.01)
+    assert 0.0 < admission.lasting(40.0, 1.0) < 1.0
+    for _ in range(500):
+        admission.observe_decode(2.0)
+    assert admission.lasting(0.0, 3.0) == 0.0, "what was long ago is forgotten"
 
 
 def test_the_conductor_answers_with_the_admissions_rejection_or_the_prediction() -> None:

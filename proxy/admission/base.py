@@ -1,0 +1,45 @@
+"""What every admission is: whether a request that has been placed may start. It sees predictions, never a clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from ..forecast import Forecast
+from ..placement import NO_SLO, Choice, PlacementRequest, Rejection, Slo, Snapshot
+
+
+class Admission(Protocol):
+    name: ClassVar[str]
+    checks_again: ClassVar[bool]
+    """Whether the decode worker asks once more when the prefill is done; its work is wasted where the answer is no."""
+
+    def judge(self, request: PlacementRequest, choice: Choice, forecast: Forecast, snapshot: Snapshot) -> Rejection | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The SLO of requests that bring none."""
+
+    slo: Slo = NO_SLO
+
+    def of(self, request: PlacementRequest) -> Slo:
+        return request.slo if request.slo is not None else self.slo
+
+
+def over_ttft(predicted_s: float, slo: Slo) -> Rejection | None:
+    if predicted_s <= slo.ttft_s:
+        return None
+    over_s = predicted_s - slo.ttft_s
+    return Rejection(
+        "overloaded",
+        f"the first token is predicted in {predicted_s:.2f} s, the SLO is {slo.ttft_s:g} s; come back in {over_s:.1f} s",
+        over_s,
+    )
+
+
+def over_tbt(predicted_s: float, slo: Slo, retry_after_s: float, when: str) -> Rejection | None:
+    if predicted_s <= slo.tbt_s:
+        return None
+    found = f"decode would step in {predicted_s * 1e3:.0f} ms {when}, the SLO is {slo.tbt_s * 1e3:g} ms"
+    return Rejection("overloaded", f"{found}; come back in {retry_after_s:.1f} s", retry_after_s)

@@ -1,0 +1,8 @@
+"""Predicted seconds: of a prefill, of a decode step, of a transfer."""
+
+from .cost_model import CostModel
+from .regression import RecursiveLeastSquares
+from .timing import Predictors, PrefillTime, StepTime, TransferTime
+from .waiting import queue_s, step_with
+
+__all__ = ["CostModel", "Predictors", "PrefillTime", "RecursiveLeastSquares", "StepTime", "TransferTime", "queue_s", "step_with"]

@@ -1,0 +1,58 @@
+"""One request on its way through the simulated cluster, and what is kept of it.
+
+arrived ─► placed ─► prefill starts ─► prefill done ─► first token ─► last token        or rejected, where and why
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from ..engine.sequence import Sequence
+from .node_cache import Run
+from .trace import TraceRequest
+
+if TYPE_CHECKING:
+    from .instance import Instance
+
+Outcome = Literal["", "done", "rejected_at_arrival", "rejected_at_decode"]
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    index: int
+    request: TraceRequest
+    keys: list[bytes]  # of its full blocks
+    prefill_on: Instance | None = None
+    decode_on: Instance | None = None
+    fetch_from: str = ""  # node whose store holds more of the prefix
+    prefill_sequence: Sequence | None = None
+    decode_sequence: Sequence | None = None
+    run: Run | None = None  # pinned cache of the prefill node
+    predicted_ttft_s: float = -1.0
+    predicted_prefill_s: float = 0.0
+    prefill_cost_s: float = 0.0  # seconds of instance time that its chunks took
+    attempt_cost_s: float = 0.0  # of those, in the present attempt
+    num_cached_tokens: int = 0
+    num_sent_tokens: int = 0  # of output, before a failure
+    prefill_start_s: float = -1.0
+    prefill_done_s: float = -1.0
+    kv_arrived_s: float = 0.0
+    first_token_s: float = -1.0
+    done_s: float = -1.0
+    attempt: int = 1
+    wasted_prefill_s: float = 0.0  # of attempts that failed, of a rejection after the prefill
+    outcome: Outcome = ""
+    reason: str = ""
+    token_runs: list[tuple[Instance, int, int]] = field(default_factory=list)  # steps of an instance, each of which gave it a token
+
+    starts: list[float] = field(default_factory=list)  # of decoding, each with a token from the prefill: one, and one a failure
+
+    @property
+    def num_output_tokens_sent(self) -> int:
+        return len(self.starts) + sum(end - first for _, first, end in self.token_runs)
+
+    @property
+    def num_tokens(self) -> int:
+        """To prefill: the prompt, and after a failure what was sent already."""
+        return self.request.num_input_tokens + self.num_sent_tokens

@@ -1,0 +1,95 @@
+"""What is simulated: instances, policy, admission, SLO, caches. One frozen value, which with a replay gives one result."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..protocol.errors import ConfigError
+from ..proxy.placement import Slo
+from ..proxy.predictors.cost_model import CostModel
+from ..proxy.urgency import Order
+
+PAPER_SLO = Slo(30.0, 0.1)  # of Mooncake's papers
+COST_MODELS = Path(__file__).parent / "cost_models"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    at_s: float
+    instance: str
+    down_s: float = math.inf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    cost: CostModel
+    num_prefill: int = 8
+    num_decode: int = 8
+    coupled: bool = False
+    """All instances prefill and decode, chunked: the baseline. The two numbers are added up."""
+    policy: str = "kvcache_centric"
+    admission: str = "none"
+    slo: Slo = PAPER_SLO
+    order: Order | Literal["fair"] = "edf"
+    """Of prefill queues. fair: the worker's own, a step's budget shared between prompts."""
+    balancing_threshold: float = 1.0
+    remote_prefix: bool = True
+    """Prefixes are fetched from other nodes' stores; without, each node has its own cache only."""
+    keep_on_decode: bool = False
+    """Blocks of a hand-off stay in the decode node's store too."""
+    eviction: str = "lru"
+    page_size: int = 128
+    max_tokens_per_step: int = 2048
+    chunk_tokens: int = 256
+    """Of a coupled instance's mixed step."""
+    max_running: int = 512
+    learn: bool = False
+    """Predictors are fitted to what the run shows; without, they are the cost model's formulas."""
+    knows: CostModel | None = None
+    """What the predictors begin with; None: the cost model itself."""
+    rebalance_s: float = 1.0
+    """Between two questions for role changes (policies that have them)."""
+    failures: tuple[Failure, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_prefill < 0 or self.num_decode < 0 or self.num_prefill + self.num_decode < 1:
+            raise ConfigError(f"{self.num_prefill} prefill and {self.num_decode} decode instances; there must be one at least")
+        if not self.coupled and self.policy != "adaptive" and (self.num_prefill < 1 or self.num_decode < 1):
+            raise ConfigError(f"{self.num_prefill} prefill and {self.num_decode} decode instances; a split needs one of each")
+
+    @property
+    def num_instances(self) -> int:
+        return self.num_prefill + self.num_decode
+
+    @property
+    def flexible(self) -> bool:
+        """Instances change roles."""
+        return self.policy == "adaptive" and not self.coupled
+
+    @property
+    def title(self) -> str:
+        if self.coupled:
+            return f"{self.num_instances} coupled, chunk {self.chunk_tokens}, {self.policy}"
+        if self.flexible:
+            return f"{self.num_instances} adaptive"
+        return f"{self.num_prefill}P{self.num_decode}D, {self.policy}"
+
+    def with_(self, **changes: Any) -> Scenario:
+        return dataclasses.replace(self, **changes)
+
+
+def find_cost_model(name: str) -> CostModel:
+    """A shipped one by name ("a800-70b") or a file. Raises ConfigError naming those shipped."""
+    shipped = COST_MODELS / f"{name}.yaml"
+    if shipped.is_file():
+        return CostModel.load(shipped)
+    path = Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(found.stem for found in COST_MODELS.glob("*.yaml")))
+        raise ConfigError(f"no cost model {name!r}: neither a file nor one of {known}")
+    return CostModel.load(path)

@@ -179,18 +179,28 @@ class StoreClient:
         except StoreUnavailable as error:
             logger.debug("the lease ended with its store: %s", error.message)
 
+    def _let_go(self, error: HalfmoonError) -> None:
+        """A lease was granted and taken away before its layout was read: the store waits for our word."""
+        lease_id = error.fields.pop("lease_id", None)
+        if lease_id is not None:
+            self._connection.spawn(self._release(lease_id))
+
+    async def _read_end(self, call: Any) -> None:
+        try:
+            await self._connection.read(call)
+        except HalfmoonError as error:
+            self._let_go(error)
+
     async def _fetch(self, request: kvstore_pb2.FetchRequest, name: str) -> BlockReader:
         call = self._connection.track(self._connection.stub.Fetch(request))
         try:
             event = await self._connection.read(call)
         except HalfmoonError as error:
-            # the lease was granted and taken away before its layout was read: the store waits for our word
-            lease_id = error.fields.pop("lease_id", None)
-            if lease_id is not None:
-                self._connection.spawn(self._release(lease_id))
+            self._let_go(error)
             raise
         except BaseException:
-            call.cancel()
+            if not call.cancel():  # it had ended by itself, and what with was not read
+                self._connection.spawn(self._read_end(call))
             raise
         if event is None:
             raise StoreUnavailable(f"{self._connection.peer} ended the fetch; it is stopping")

@@ -17,7 +17,7 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.max_ping_strikes", 0),
     # a restarted peer listens on the same port: look again soon, not after gRPC's 20 s to 2 min
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 2_000),  # also how long one attempt may take
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
 

@@ -75,6 +75,7 @@ class Held:
 class StoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
+        self.waited = 0.0  # since tombstones were last forgotten
         self.now = 0.0
         self.seen = Recorder()
         self.ledger = Ledger(NUM_SLOTS, NUM_LAYERS, LRU(), lambda: self.now, self.seen)
@@ -208,7 +209,9 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(seconds=st.floats(0, 2000))
     def wait(self, seconds: float) -> None:
         self.now += seconds
-        if seconds > 900:  # tombstones are forgotten: the epochs may be used again
+        self.waited += seconds
+        if self.waited >= 900:  # tombstones are forgotten: the epochs may be used again
+            self.waited = 0.0
             self.seen.ended_handoffs.clear()
 
     def live_handoffs(self) -> list[Held]:

@@ -2,6 +2,7 @@
 
 arrived ─hand-off wait─► sealed ─queue, for pages─► granted ─intake─► admitted ─► second token ─► … ─► last token
                                 └── pages may be granted before the seal, and the intake overlap it ──┘
+Local prefill has no hand-off: arrived ─queue─► granted ─prefix load─► queue ─► first chunk ─prefill─► admitted, with its first token
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class DecodeJob:
     granted: asyncio.Future[None]  # the scheduler gave it pages
     intake: asyncio.Task[None] | None = None  # takes in the hand-off
     reader: BlockReader | None = None
+    given_up: bool = False  # the store knows that nobody takes the hand-off
     timer: asyncio.TimerHandle | None = None  # of the deadline
     state: common_pb2.HandoffState | None = None  # set on admission
     unsent: list[common_pb2.TokenOutput] = field(default_factory=list)
@@ -39,6 +41,16 @@ class DecodeJob:
     admitted_at: float = 0.0
     second_token_at: float = 0.0
     last_token_at: float = 0.0
+    # local prefill's
+    num_cached_tokens: int = 0
+    num_bytes_loaded: int = 0
+    prefix_load_s: float = 0.0
+    first_chunk_at: float = 0.0
+
+    @property
+    def is_local(self) -> bool:
+        """The prompt is computed here; there is no hand-off."""
+        return self.request.local_prefill
 
     @property
     def ended(self) -> bool:
@@ -66,7 +78,7 @@ class DecodeJob:
             self.changed.clear()
             if self.state is not None and not told_admission:
                 told_admission = True
-                admitted = worker_pb2.DecodeReply.Admitted(state=self.state, handoff_wait_s=self.sealed_at - self.arrived_at)
+                admitted = worker_pb2.DecodeReply.Admitted(state=self.state, handoff_wait_s=self.phases().handoff_wait_s)
                 yield worker_pb2.DecodeReply(admitted=admitted)
             if self.unsent:
                 tokens, self.unsent = self.unsent, []
@@ -80,22 +92,28 @@ class DecodeJob:
                 return
 
     def phases(self) -> common_pb2.DecodePhases:
+        """What came before the admission of a local prefill stands in its PrefillPhases."""
         if self.state is None:  # ended before its hand-off was there
-            return common_pb2.DecodePhases(handoff_wait_s=time.monotonic() - self.arrived_at)
-        loaded_from = max(self.sealed_at, self.granted_at)
-        return common_pb2.DecodePhases(
-            handoff_wait_s=self.sealed_at - self.arrived_at,
-            intake_s=self.admitted_at - loaded_from,
-            queue_s=loaded_from - self.sealed_at,
+            waited_s = 0.0 if self.is_local else time.monotonic() - self.arrived_at
+            return common_pb2.DecodePhases(handoff_wait_s=waited_s, num_preemptions=self.num_preemptions)
+        phases = common_pb2.DecodePhases(
             first_decode_s=max(self.second_token_at - self.admitted_at, 0.0),
             decode_s=max(self.last_token_at - self.admitted_at, 0.0),
             num_preemptions=self.num_preemptions,
         )
+        if not self.is_local:
+            loaded_from = max(self.sealed_at, self.granted_at)
+            phases.handoff_wait_s = self.sealed_at - self.arrived_at
+            phases.intake_s = self.admitted_at - loaded_from
+            phases.queue_s = loaded_from - self.sealed_at
+        return phases
 
     def timeout_error(self) -> DeadlineExceeded:
         if self.state is not None:
             where = f"in decode, with {self.sequence.num_output_tokens} tokens of its answer"
-        elif self.sealed_at:
+        elif self.is_local and self.granted.done():
+            where = "in prefill on the decode worker"
+        elif self.is_local or self.sealed_at:
             where = "waiting for the decode worker's pages"
         else:
             where = "waiting for its hand-off"

@@ -23,6 +23,9 @@ class DecodeMetrics:
         self._preemptions = counter(metrics.PREEMPTIONS, self.registry)
         self._transfer_bytes = counter(metrics.KV_TRANSFER_BYTES, self.registry)
         self._transfer_seconds = histogram(metrics.KV_TRANSFER_SECONDS, self.registry)
+        self._prefix_queries = counter(metrics.PREFIX_CACHE_QUERIES, self.registry)
+        self._prefix_hits = counter(metrics.PREFIX_CACHE_HITS, self.registry)
+        self._prefix_failures = counter(metrics.PREFIX_LOAD_FAILURES, self.registry)
         self._refused = counter(metrics.HANDOFFS_REFUSED, self.registry)
 
     def stepped(self, seconds: float, num_tokens: int, num_preempted: int) -> None:
@@ -31,9 +34,17 @@ class DecodeMetrics:
         self._preemptions.inc(num_preempted)
 
     def transferred(self, transport: str, direction: str, num_bytes: int, seconds: float) -> None:
-        """direction: fetch | keep."""
+        """direction: fetch | load | keep."""
         self._transfer_bytes.labels(transport, direction).inc(num_bytes)
         self._transfer_seconds.labels(transport, direction).observe(seconds)
+
+    def prefix(self, num_queried: int, num_hit: int) -> None:
+        """Tokens, in the node's own store."""
+        self._prefix_queries.labels("local").inc(num_queried)
+        self._prefix_hits.labels("local").inc(num_hit)
+
+    def prefix_failed(self, code: str) -> None:
+        self._prefix_failures.labels(code).inc()
 
     def handoff_refused(self, code: str) -> None:
         self._refused.labels(code).inc()

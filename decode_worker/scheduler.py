@@ -4,7 +4,8 @@ add ─► waiting ─start─► loading ─admit─► running ─schedule─�
           ▲      pages    its hand-off     │  a token each, pages grow        its blocks are
           └────────── preempt ◄────────────┘  on demand                       kept from the pages
 
-A preempted sequence gave up its pages: once it has pages again its KV is computed here, in chunks beside the others' tokens.
+begin_prefill stands in admit's place where there is no hand-off: the prompt behind its cached prefix is computed here.
+A preempted sequence gave up its pages: once it has pages again its KV is computed here. Both go in chunks beside the others' tokens.
 abort at any point takes a sequence out; its pages are free once it is out of the running step and released.
 """
 
@@ -50,7 +51,7 @@ class _Entry:
     sequence: Sequence
     order: tuple[int, int]  # priority, arrival
     held: bool = False  # the caller may read and write the pages: from start() to admit(), from the last token to release()
-    admitted: bool = False  # its hand-off was taken in: whatever it lacks is computed here
+    admitted: bool = False  # its hand-off or cached prefix was taken in: whatever it lacks is computed here
     in_step: bool = False
     left: bool = False  # finished or aborted
     num_preemptions: int = 0
@@ -64,7 +65,7 @@ class DecodeScheduler:
     Args:
         eos_token_ids: of the model.
         max_running: sequences in one step.
-        max_prefill_tokens_per_step: computed in one step for sequences that were preempted.
+        max_prefill_tokens_per_step: computed in one step for prompts without a hand-off and sequences that were preempted.
     """
 
     def __init__(
@@ -122,14 +123,14 @@ class DecodeScheduler:
             )
 
     def add(self, sequence: Sequence) -> None:
-        """A sequence whose hand-off has begun. Raises PromptTooLong."""
+        """A sequence whose hand-off has begun, or that has none. Raises PromptTooLong."""
         self.check(sequence)
         entry = _Entry(sequence, (sequence.priority, next(self._arrivals)))
         self._entries[sequence] = entry
         insort(self._waiting, entry, key=_order)
 
     def start(self) -> list[Sequence]:
-        """Gives pages to the waiting, in order, for as long as they are there. Returns those whose hand-off is to be loaded now.
+        """Gives pages to the waiting, in order, for as long as they are there. Returns those that have something to load now.
 
         Those that were preempted run again. A page for each running sequence stays free, lest a start preempts at once.
         """
@@ -152,11 +153,7 @@ class DecodeScheduler:
 
         Raises ValueError for a sequence that is not loading.
         """
-        entry = self._entries.get(sequence)
-        if entry is None or entry not in self._loading:
-            raise ValueError(f"sequence {sequence.request_id} is not loading")
-        self._loading.remove(entry)
-        entry.admitted = True
+        entry = self._loaded(sequence)
         sequence.num_computed_tokens = sequence.num_tokens
         sequence.token_ids.append(first_token_id)
         reason = sequence.finish_reason(self.eos_token_ids)
@@ -167,12 +164,29 @@ class DecodeScheduler:
             entry.left = True
         return reason
 
+    def begin_prefill(self, sequence: Sequence, num_cached_tokens: int) -> None:
+        """The KV of the first num_cached_tokens stands in the pages, verified; steps compute the rest and sample the first token.
+
+        Raises ValueError for a sequence that is not loading, or with nothing left to compute: its last token gives the first logits.
+        """
+        if not 0 <= num_cached_tokens < sequence.num_tokens:
+            raise ValueError(f"{num_cached_tokens} of {sequence.num_tokens} tokens are cached; at least the last one must be computed")
+        entry = self._loaded(sequence)
+        sequence.num_computed_tokens = num_cached_tokens
+        entry.held = False
+        insort(self._running, entry, key=_order)
+
     def schedule(self) -> Step:
-        """The next step, without chunks if nothing runs. record() has to follow before the next schedule()."""
+        """The next step, without chunks if nothing runs. record() has to follow before the next schedule().
+
+        Prefill chunks share a budget of tokens in order; who gets none of it leaves its place in the step to the next.
+        """
         chunks: list[StepChunk] = []
         preempted: list[Sequence] = []
         budget = self.max_prefill_tokens_per_step
-        for entry in self._running[: self.max_running]:
+        for entry in self._running.copy():
+            if len(chunks) == self.max_running:
+                break
             sequence = entry.sequence
             if not sequence.pages:  # preempted by one before it
                 continue
@@ -238,6 +252,14 @@ class DecodeScheduler:
     def num_preemptions(self, sequence: Sequence) -> int:
         entry = self._entries.get(sequence)
         return 0 if entry is None else entry.num_preemptions
+
+    def _loaded(self, sequence: Sequence) -> _Entry:
+        entry = self._entries.get(sequence)
+        if entry is None or entry not in self._loading:
+            raise ValueError(f"sequence {sequence.request_id} is not loading")
+        self._loading.remove(entry)
+        entry.admitted = True
+        return entry
 
     def _grow(self, entry: _Entry, preempted: list[Sequence]) -> bool:
         """A page for the next token where the last one is full. False where that took the sequence's own pages."""

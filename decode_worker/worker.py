@@ -1,6 +1,7 @@
 """The decode worker: hand-offs taken in, sequences batched continuously on an engine on a thread of its own, tokens streamed.
 
 event loop       Decode ─► fetch ─► add ─► start ─► verify ─► admit ┐     ┌─► tokens ─► reply stream      finished ─► keep
+                   └─ local prefill: ─► add ─► start ─► prefix ─► begin_prefill
 engine thread                                   schedule ─► forward ─► record    sleeps when there is nothing to do
 transfer thread              copies slices into pages ──────────────┘                          pages ─► store ────────┘
 
@@ -46,6 +47,7 @@ from ..protocol.membership import stay_joined
 from ..protocol.v1 import common_pb2, control_pb2, worker_pb2
 from .job import DecodeJob, token_output
 from .loader import HandoffLoader, check_layout
+from .local_prefill import LocalPrefill
 from .metrics import DecodeMetrics
 from .pusher import BlockPusher
 from .scheduler import DecodeScheduler, Step
@@ -129,15 +131,14 @@ class DecodeWorker:
         self._transfer = TransferThread(f"{self.worker_id}-transfer", self.engine.device, self._crashed)
         self._loader = HandoffLoader(cache, self.engine.config.vocab_size, self._transfer)
         self._pusher = BlockPusher(cache, self._transfer, self.metrics)
+        self._local = LocalPrefill(cache, self.store, self._transfer, self.metrics, self._spawn, self._release_reader)
         self._engine_thread = threading.Thread(target=self._run_engine, name=f"{self.worker_id}-engine", daemon=True)
         self._engine_thread.start()
         self._server, self.address = await start_server(self, self._host)
         metrics_address, self._stop_metrics = serve_metrics(self.metrics.registry, self._host)
         self._attachment = asyncio.create_task(self.store.stay_attached())
         self._attachment.add_done_callback(self._background_done)
-        self._membership = asyncio.create_task(
-            stay_joined(self._proxy_address, self._info(metrics_address), self.load, self.joined.set)
-        )
+        self._membership = asyncio.create_task(stay_joined(self._proxy_address, self._info(metrics_address), self.load, self.joined.set))
         logger.info("%s serves on %s", self.worker_id, self.address)
         return self.address
 
@@ -181,7 +182,7 @@ class DecodeWorker:
             )
 
     def open(self, request: worker_pb2.DecodeRequest) -> DecodeJob:
-        """Waits for the hand-off from now on; what comes is read from the job. close() has to follow.
+        """Waits for the hand-off from now on, or computes the prompt; what comes is read from the job. close() has to follow.
 
         Raises InvalidRequest, PromptTooLong, WorkerLost.
         """
@@ -194,7 +195,7 @@ class DecodeWorker:
         job = DecodeJob(request, sequence, keys, self._loop.create_future())
         job.timer = self._loop.call_later(max(sequence.remaining_s, 0.0), self._time_out, job)
         self._jobs[sequence] = job
-        job.intake = self._loop.create_task(self._take_in(job))
+        job.intake = self._loop.create_task(self._prefill(job) if job.is_local else self._take_in(job))
         job.intake.add_done_callback(partial(self._intake_done, job))
         return job
 
@@ -236,10 +237,23 @@ class DecodeWorker:
         self.metrics.transferred(client.transport, "fetch", job.reader.num_bytes, job.phases().intake_s)
         self._spawn(self._release_reader(job.reader))
 
+    async def _prefill(self, job: DecodeJob) -> None:
+        """Without a hand-off: to the moment from which the engine's steps compute the prompt."""
+        with self._changed:
+            self.scheduler.add(job.sequence)
+        self._start_waiting()
+        await job.granted
+        await self._local.load(job)
+        if job.ended:
+            return
+        with self._changed:
+            self.scheduler.begin_prefill(job.sequence, job.num_cached_tokens)
+            self._changed.notify()
+
     def _intake_done(self, job: DecodeJob, task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()
         if error is not None:  # a bug, and this request's alone
-            logger.error("request %s: the intake of its hand-off failed", job.sequence.request_id, exc_info=error)
+            logger.error("request %s: its intake failed", job.sequence.request_id, exc_info=error)
             self._fail(job, InternalError(f"{type(error).__name__}: {error}; the decode worker's log has the traceback"))
 
     def _admit(self, job: DecodeJob, state: common_pb2.HandoffState) -> None:
@@ -265,9 +279,9 @@ class DecodeWorker:
         self._fail(job, job.timeout_error())
 
     def _store_lost(self, client: StoreClient) -> None:
-        """Who decodes already needs no store any more."""
+        """Who has its hand-off, or needs none, needs no store any more."""
         for job in list(self._jobs.values()):
-            if job.state is None:
+            if not (job.sealed_at or job.is_local):
                 self._fail(job, StoreUnavailable(f"the KV store at {client.address} is gone; the hand-off with it", address=client.address))
 
     # ends
@@ -288,6 +302,7 @@ class DecodeWorker:
         with self._changed:
             job.num_preemptions = self.scheduler.num_preemptions(job.sequence)
         del self._jobs[job.sequence]
+        self._local.forget(job)
         if job.timer is not None:
             job.timer.cancel()
         job.changed.set()
@@ -296,24 +311,35 @@ class DecodeWorker:
     async def _let_go(self, job: DecodeJob) -> None:
         """Keeps the blocks, or tells the store of a hand-off that nobody takes; frees the pages once no thread touches them."""
         try:
-            if job.state is None:
-                # before the intake is cancelled: the store would have to make up a reason
-                reason = job.error or RequestCancelled(f"request {job.sequence.request_id} was stopped before its hand-off was there")
-                await self.store.client.abort(job.request.handoff.id, job.request.handoff.epoch, reason)
+            if job.state is None and not job.is_local:
+                await self._give_up_handoff(job)
             elif job.finish_reason is not None:
                 await self._pusher.keep(job, self.store.client, self._root)
         except HalfmoonError as failure:
             logger.info("request %s: after its end, %s", job.sequence.request_id, failure)
         finally:
-            if job.intake is not None:
-                job.intake.cancel()
-                await asyncio.wait({job.intake})
+            await self._end_intake(job)
             await self._transfer.drained()
             with self._changed:
                 self.scheduler.release(job.sequence)
             self._start_waiting()
         if job.reader is not None:
             await self._release_reader(job.reader)
+
+    async def _give_up_handoff(self, job: DecodeJob) -> None:
+        """Before the intake ends: the store would have to make up a reason. Raises StoreUnavailable."""
+        handoff = job.request.handoff
+        reason = job.error or RequestCancelled(f"request {job.sequence.request_id} was stopped before its hand-off was there")
+        await self.store.client.abort(handoff.id, handoff.epoch, reason)
+        job.given_up = True
+
+    async def _end_intake(self, job: DecodeJob) -> None:
+        if job.intake is None:
+            return
+        if job.reader is not None or not job.given_up:
+            job.intake.cancel()
+        # else its fetch is being told of the abort, maybe with a lease to release: cancelled now, it would never know
+        await asyncio.wait({job.intake})
 
     async def _release_reader(self, reader: BlockReader) -> None:
         """Idempotent."""
@@ -348,6 +374,7 @@ class DecodeWorker:
         outputs: list[StepOutput] = []
         num_tokens = step.num_tokens
         if step.chunks:
+            self._local.stepping(step, began)
             logits = self.engine.forward(step.chunks)
             sampled = step.sampled
             samples = self.engine.sample(logits, sampled) if sampled else []
@@ -360,14 +387,17 @@ class DecodeWorker:
                 job = self._jobs.get(sequence)
                 if job is not None:
                     outputs.append(StepOutput(job, token_output(samples[row]), reason))
-        self._tell(partial(self._stepped, outputs, time.monotonic() - began, num_tokens, len(step.preempted)))
+        self._tell(partial(self._stepped, outputs, time.monotonic() - began, num_tokens, step.preempted))
 
-    def _stepped(self, outputs: list[StepOutput], seconds: float, num_tokens: int, num_preempted: int) -> None:
-        self.metrics.stepped(seconds, num_tokens, num_preempted)
+    def _stepped(self, outputs: list[StepOutput], seconds: float, num_tokens: int, preempted: list[Sequence]) -> None:
+        self.metrics.stepped(seconds, num_tokens, len(preempted))
+        for sequence in preempted:
+            if sequence in self._jobs:
+                self._local.preempted(self._jobs[sequence])
         for job, token, reason in outputs:
             if job.ended:
                 continue
-            job.push(token)
+            self._local.push(job, token)
             if reason is not None:
                 self._finish(job, reason)
         self._start_waiting()

@@ -87,10 +87,11 @@ def remote(actor_class: type, *, node_id: str, num_gpus: float = 0.0) -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return ray.remote(
-        num_cpus=0,
-        num_gpus=num_gpus,
-        max_restarts=0,
-        max_concurrency=16,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-    )(actor_class)
+    options: dict[str, Any] = {
+        "num_cpus": 0,
+        "num_gpus": num_gpus,
+        "max_restarts": 0,
+        "max_concurrency": 16,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False),
+    }
+    return ray.remote(**options)(actor_class)

@@ -4,7 +4,7 @@
     node 1           store-1   prefill-1            …   decode-0 …
 
 Prefill goes round the nodes from the first, decode from the last, so that with two nodes and 1P1D each has its own.
-Every node that holds a worker has a store.
+Every node that holds a worker has a store. Without prefill workers the decode workers compute prompts themselves.
 """
 
 from __future__ import annotations
@@ -36,10 +36,14 @@ class ClusterPlan:
 
 
 def make_plan(config: ClusterConfig, nodes: Sequence[RayNode]) -> ClusterPlan:
-    """Raises ConfigError for a cluster without a prefill or a decode worker, too few GPUs, or a proxy that nodes cannot reach."""
-    for name, count in (("prefill", config.prefill.num_workers), ("decode", config.decode.num_workers)):
-        if count < 1:
-            raise ConfigError(f"{name}.num_workers is {count}; a cluster needs at least one {name} worker")
+    """Raises ConfigError for a cluster that could not serve, too few GPUs, or a proxy that nodes cannot reach."""
+    if config.decode.num_workers < 1:
+        raise ConfigError(f"decode.num_workers is {config.decode.num_workers}; a cluster needs at least one decode worker")
+    if config.prefill.num_workers < 1 and config.proxy.local_prefill == "never":
+        raise ConfigError(
+            f"prefill.num_workers is {config.prefill.num_workers} and proxy.local_prefill is 'never', so nobody would compute prompts; "
+            "set proxy.local_prefill to 'fallback', or have at least one prefill worker"
+        )
     num_workers = config.prefill.num_workers + config.decode.num_workers
     num_gpus = sum(node.num_gpus for node in nodes)
     device = config.model.device if config.model.device != "auto" else ("cuda" if num_gpus >= num_workers else "cpu")

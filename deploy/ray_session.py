@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -38,19 +39,34 @@ def ray_session(address: str | None = None) -> Iterator[list[RayNode]]:
 
     Raises ConfigError where no Ray answers at address.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray would turn token authentication on by itself and write a token into the home folder. Loopback needs none.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if address is None else "token")
-    os.environ.setdefault("PYTHONSAFEPATH", "1")
-    # Ray puts the driver's folder on its workers' path: in a checkout they would find kernels/ and proxy/ as top-level packages
-    with contextlib.chdir(tempfile.gettempdir()):
-        _init(address)
-    import ray
+    with _environment(address):
+        # Ray puts the driver's folder on its workers' path: in a checkout they would find kernels/ and proxy/ as top-level packages
+        with contextlib.chdir(tempfile.gettempdir()):
+            _init(address)
+        import ray
 
+        try:
+            yield _live_nodes()
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _environment(address: str | None) -> Iterator[None]:
+    """What Ray and the processes it starts read. Whatever the user has set stays.
+
+    Ray's own listeners are on every interface, whatever address a node is given: only a token keeps strangers out.
+    """
+    wanted = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "PYTHONSAFEPATH": "1"}
+    if address is None and "RAY_AUTH_TOKEN" not in os.environ:
+        wanted["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
     try:
-        yield _live_nodes()
+        yield
     finally:
-        ray.shutdown()
+        for name in added:
+            del os.environ[name]
 
 
 def _init(address: str | None) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,8 @@ from .plan import ClusterPlan, Placed
 logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.2, 30.0
-STEADY_S = 10.0  # a member that lived this long starts its backoff anew
+STEADY_S = 10.0  # a member that served this long starts its backoff anew
+MAX_FIRST_STARTS = 3  # of a process that crashes before it served once
 STOP_GRACE_S = 5.0
 
 Notify = Callable[[str, str], None]  # (member id, what happened)
@@ -44,7 +46,7 @@ class Member:
     node_id: str
     arguments: Callable[[], dict[str, Any]]
     num_gpus: float = 0.0
-    started: asyncio.Event = field(default_factory=asyncio.Event)
+    started: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())  # once, or why not
     address: Any = None  # what its start() returned last
     actor: Any = None
     num_starts: int = 0
@@ -122,17 +124,11 @@ class Supervisor:
         for member in members:
             self._members[member.id] = member
             self._keepers[member.id] = asyncio.create_task(self._keep(member), name=member.id)
-        waiting = [asyncio.create_task(member.started.wait()) for member in members]
-        keepers = [self._keepers[member.id] for member in members]
-        all_started = asyncio.gather(*waiting)
-        try:
-            await asyncio.wait([all_started, *keepers], return_when=asyncio.FIRST_COMPLETED)
-            for keeper in keepers:
-                if keeper.done():
-                    keeper.result()  # raises what kept it from starting
-            await all_started
-        finally:
-            all_started.cancel()
+        started = [member.started for member in members]
+        done, _ = await asyncio.wait(started, return_when=asyncio.FIRST_EXCEPTION)
+        for error in [future.exception() for future in done]:  # each looked at, or asyncio complains of those that were not
+            if error is not None:
+                raise error
 
     async def _keep(self, member: Member) -> None:
         """One member's life, over as many processes as it takes."""
@@ -140,26 +136,34 @@ class Supervisor:
 
         backoff_s = FIRST_BACKOFF_S
         while True:
-            born = time.monotonic()
+            served_since = math.inf
             self._notify(member.id, "starting" if member.num_starts == 0 else "starting again")
             member.num_starts += 1
             member.actor = remote(member.actor_class, node_id=member.node_id, num_gpus=member.num_gpus).remote(**member.arguments())
             try:
                 member.address = await member.actor.start.remote()
+                served_since = time.monotonic()
                 self._notify(member.id, "up")
-                member.started.set()
+                if not member.started.done():
+                    member.started.set_result(None)
                 await member.actor.run.remote()
                 return
             except RayActorError as error:
                 logger.info("%s died: %s", member.id, error)
                 self._notify(member.id, "died")
+                if not member.started.done() and member.num_starts >= MAX_FIRST_STARTS:
+                    crashed = f"{member.id} crashed {member.num_starts} times before it served; its log is in Ray's session folder"
+                    member.started.set_exception(InternalError(crashed))
+                    return
             except RayTaskError as error:
                 cause = error.cause if isinstance(error.cause, HalfmoonError) else InternalError(f"{member.id}: {error.cause!r}")
-                if not member.started.is_set():
-                    raise cause from error  # it never worked: the configuration is wrong, starting again would not help
+                if not member.started.done():  # it never worked: the configuration is wrong, starting again would not help
+                    member.started.set_exception(cause)
+                    return
                 logger.warning("%s failed to start: %s", member.id, cause)
                 self._notify(member.id, f"failed: {cause}")
-            backoff_s = FIRST_BACKOFF_S if time.monotonic() - born > STEADY_S else min(backoff_s * 2, LONGEST_BACKOFF_S)
+            steady = time.monotonic() - served_since > STEADY_S
+            backoff_s = FIRST_BACKOFF_S if steady else min(backoff_s * 2, LONGEST_BACKOFF_S)
             await asyncio.sleep(backoff_s)
 
     async def _stop(self, member: Member) -> None:

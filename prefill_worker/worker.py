@@ -113,9 +113,7 @@ class PrefillWorker:
         metrics_address, self._stop_metrics = serve_metrics(self.metrics.registry, self._host)
         self._attachment = asyncio.create_task(self.stores.own.stay_attached())
         self._attachment.add_done_callback(self._background_done)
-        self._membership = asyncio.create_task(
-            stay_joined(self._proxy_address, self._info(metrics_address), self.load, self.joined.set)
-        )
+        self._membership = asyncio.create_task(stay_joined(self._proxy_address, self._info(metrics_address), self.load, self.joined.set))
         logger.info("%s serves on %s", self.worker_id, self.address)
         return self.address
 

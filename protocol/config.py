@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -91,6 +92,13 @@ class ProxyConfig:
     """Whether decode workers compute prompts themselves; fallback: where no prefill worker is alive, as with none configured."""
     drain_timeout_s: float = 30.0
 
+    def __post_init__(self) -> None:
+        for name in ("http_port", "grpc_port"):
+            if getattr(self, name) > 65535:
+                raise ConfigError(f"proxy.{name} is {getattr(self, name)}; a port is at most 65535 (0: any free one)", key=f"proxy.{name}")
+        if self.http_port == self.grpc_port != 0:
+            raise ConfigError(f"proxy.http_port and proxy.grpc_port are both {self.http_port}; give each its own", key="proxy.grpc_port")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
@@ -146,8 +154,8 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         return float(value)
     if isinstance(hint, types.UnionType) or not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"{name} is {value!r}; it must be of type {getattr(hint, '__name__', hint)}", key=name)
-    if isinstance(value, (int, float)) and value < 0:
-        raise ConfigError(f"{name} is {value!r}; it must not be negative", key=name)
+    if isinstance(value, (int, float)) and not 0 <= value < math.inf:  # NaN is neither
+        raise ConfigError(f"{name} is {value!r}; it must be a finite number and not negative", key=name)
     return value
 
 

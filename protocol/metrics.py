@@ -51,7 +51,9 @@ REQUEST_REPLAYS = MetricSpec("halfmoon_request_replays", "counter", "Requests ru
 PROMPT_TOKENS = MetricSpec("halfmoon_prompt_tokens", "counter", "Prompt tokens of admitted requests.")
 GENERATION_TOKENS = MetricSpec("halfmoon_generation_tokens", "counter", "Tokens sent to clients.")
 MEMBERS = MetricSpec("halfmoon_members", "gauge", "Live workers and stores.", ("role",))
-PLACEMENTS = MetricSpec("halfmoon_placements", "counter", "Placements by policy.", ("policy",))
+PLACEMENTS = MetricSpec(
+    "halfmoon_placements", "counter", "Placements by policy; local: a decode worker computes the prompt itself.", ("policy",)
+)
 
 # every worker
 NUM_REQUESTS_RUNNING = MetricSpec(

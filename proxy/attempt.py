@@ -4,6 +4,7 @@
 start ──┤                                                       ├─► outcome: Finished | LegFailed
         └─► Prefill on p ─► state                               │
    p, d or d's store leaves the cluster, either call fails ────┘
+A local pair has the Decode leg alone, and no hand-off: d computes the prompt, and neither p nor the store is part of it.
 close: both calls cancelled, the store told why, the books released
 """
 
@@ -60,25 +61,18 @@ class Attempt:
         self._unwatch: list[Callable[[], None]] = []
 
     def start(self) -> None:
-        """Opens both calls. decode first: it waits for a hand-off, the hand-off does not wait for it."""
+        """Opens the calls. decode first: it waits for a hand-off, the hand-off does not wait for it."""
         pair, timeout_s = self.pair, self._sequence.deadline_s + DEADLINE_SLACK_S
-        for member in {pair.prefill, pair.decode, pair.store}:
+        for member in {pair.decode} if pair.is_local else {pair.prefill, pair.decode, pair.store}:
             self._unwatch.append(member.on_gone(self._member_gone))
-        decode = pair.decode.decode_worker.Decode(
-            worker_pb2.DecodeRequest(sequence=self._sequence, handoff=self._handoff), timeout=timeout_s
-        )
-        prefix = pair.placement.prefix
-        prefill = pair.prefill.prefill_worker.Prefill(
-            worker_pb2.PrefillRequest(
-                sequence=self._sequence,
-                handoff=self._handoff,
-                store_address=pair.decode.info.store_address,
-                prefix=worker_pb2.PrefixHint(store_address=prefix.store_address, num_blocks=prefix.num_blocks) if prefix else None,
-            ),
-            timeout=timeout_s,
-        )
-        self._calls = [decode, prefill]
-        self._tasks = [self._spawn(self._follow_decode(decode)), self._spawn(self._follow_prefill(prefill))]
+        request = worker_pb2.DecodeRequest(sequence=self._sequence, handoff=self._handoff, local_prefill=pair.is_local)
+        decode = pair.decode.decode_worker.Decode(request, timeout=timeout_s)
+        self._calls.append(decode)
+        self._tasks.append(self._spawn(self._follow_decode(decode)))
+        if not pair.is_local:
+            prefill = pair.prefill.prefill_worker.Prefill(self._prefill_request(), timeout=timeout_s)
+            self._calls.append(prefill)
+            self._tasks.append(self._spawn(self._follow_prefill(prefill)))
         for task in self._tasks:
             task.add_done_callback(self._leg_ended)
 
@@ -95,18 +89,27 @@ class Attempt:
         for unwatch in self._unwatch:
             unwatch()
         if self._finished:
-            return  # both calls are at their own end
+            return  # the calls are at their own end
         for task in self._tasks:
             task.cancel()
         for call in self._calls:
             call.cancel()
         self.outcome.cancel()
-        if not self.admitted and not self.pair.store.gone:
+        if not (self.admitted or self.pair.is_local or self.pair.store.gone):
             self._spawn(self._abort_handoff(reason))
 
     @property
     def _finished(self) -> bool:
         return self.outcome.done() and not self.outcome.cancelled() and self.outcome.exception() is None
+
+    def _prefill_request(self) -> worker_pb2.PrefillRequest:
+        prefix = self.pair.placement.prefix
+        return worker_pb2.PrefillRequest(
+            sequence=self._sequence,
+            handoff=self._handoff,
+            store_address=self.pair.decode.info.store_address,
+            prefix=worker_pb2.PrefixHint(store_address=prefix.store_address, num_blocks=prefix.num_blocks) if prefix else None,
+        )
 
     async def _follow_decode(self, call: Any) -> None:
         member = self.pair.decode
@@ -119,7 +122,7 @@ class Attempt:
                     self._listener.on_tokens(reply.tokens.tokens)
                 elif event == "admitted":
                     self.admitted = True
-                    self.pair.prefill_booking.end()
+                    self.pair.end_prefill()
                     self._listener.on_admitted(reply.admitted.state)
                 elif event == "finished" and not self.outcome.done():
                     self.outcome.set_result(reply.finished)
@@ -134,7 +137,7 @@ class Attempt:
         try:
             reply = await call
             self.prefilled = True
-            self.pair.prefill_booking.end()
+            self.pair.end_prefill()
             if not self.closed:
                 self._listener.on_prefilled(reply.state)
         except grpc.aio.AioRpcError as error:
@@ -159,9 +162,10 @@ class Attempt:
             self._fail(member, WorkerLost(f"{member.title} is gone: it left the cluster", worker=member.id))
 
     def _fail(self, member: Member, error: HalfmoonError) -> None:
-        # a sealed hand-off that decode has taken needs neither its prefill worker nor its store
-        needless = (member is self.pair.prefill and (self.prefilled or self.admitted)) or (member is self.pair.store and self.admitted)
-        if not needless and not self.outcome.done():
+        # a sealed hand-off that decode has taken needs neither its prefill worker nor its store; decode itself is always needed
+        pair = self.pair
+        needless = (member is pair.prefill and (self.prefilled or self.admitted)) or (member is pair.store and self.admitted)
+        if (member is pair.decode or not needless) and not self.outcome.done():
             self.outcome.set_exception(LegFailed(member, error))
 
     async def _stop(self, on_unheard: Callable[[], None]) -> None:

@@ -1,7 +1,7 @@
 """From token ids to a booked pair of members: hash, look up, ask the Conductor, write it in the books.
 
 token ids ─► block keys ─► prefix index ─► PlacementRequest ┐
-                                      cluster ─► Snapshot ──┴► Conductor ─► Pair (booked on both members)
+                                      cluster ─► Snapshot ──┴► Conductor ─► Pair (booked on both members, on one where it is local)
 """
 
 from __future__ import annotations
@@ -26,11 +26,20 @@ class Pair:
     decode: Member
     store: Member  # on the decode worker's node, where the hand-off lies
     placement: Placement
-    prefill_booking: Booking  # ends when the prefill is done
+    prefill_booking: Booking | None  # ends when the prefill is done; None: local, the decode worker has the tokens in its books already
     decode_booking: Booking  # ends with the attempt
 
+    @property
+    def is_local(self) -> bool:
+        """prefill is decode, and computes the prompt itself."""
+        return self.placement.is_local
+
+    def end_prefill(self) -> None:
+        if self.prefill_booking is not None:
+            self.prefill_booking.end()
+
     def release(self) -> None:
-        self.prefill_booking.end()
+        self.end_prefill()
         self.decode_booking.end()
 
 
@@ -52,7 +61,7 @@ class Dispatcher:
         answer = self._conductor.place(request, snapshot)
         if isinstance(answer, Rejection):
             raise build_error(answer.code, answer.reason)
-        self._metrics.placed(self._conductor.policy.name)
+        self._metrics.placed("local" if answer.is_local else self._conductor.policy.name)
         return self._book(answer, len(token_ids))
 
     def _book(self, placement: Placement, num_tokens: int) -> Pair:
@@ -65,6 +74,6 @@ class Dispatcher:
             decode=decode,
             store=store,
             placement=placement,
-            prefill_booking=prefill.book.place(num_tokens - placement.num_cached_tokens),
+            prefill_booking=None if placement.is_local else prefill.book.place(num_tokens - placement.num_cached_tokens),
             decode_booking=decode.book.place(num_tokens),
         )

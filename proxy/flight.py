@@ -3,6 +3,7 @@
              ┌──────────── failed leg: cancel the other, next epoch, prompt + sent tokens ────────────┐
              ▼                                                                                        │
 place ─► QUEUED ─► PREFILL (both calls open) ─► HANDOFF (prefill done) ─► DECODE (decode admitted) ───┤
+                      └──── local: one call, no hand-off, decode admits its own prefill ─────┘        │
                                                                                                       ▼
              one end, decided once and at once by finish(), fail() or cancel(): DONE | FAILED | ABORTED
 """
@@ -209,8 +210,11 @@ class Flight:
             self._enter(RequestState.HANDOFF)
 
     def on_admitted(self, state: common_pb2.HandoffState) -> None:
-        self.on_prefilled(state)  # decode's word may overtake prefill's
-        if self.state is RequestState.HANDOFF:
+        if self._pair.is_local:
+            self.clock.prefilled()
+        else:
+            self.on_prefilled(state)  # decode's word may overtake prefill's
+        if self.state in (RequestState.PREFILL, RequestState.HANDOFF):
             self.clock.admitted(state)
             self._enter(RequestState.DECODE)
 

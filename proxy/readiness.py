@@ -12,7 +12,7 @@ def missing_parts(router: Router) -> list[str]:
     snapshot = router.cluster.snapshot(schema.block_size) if schema is not None else None
     if not any(member.role == "store" for member in router.cluster.members.values()):
         missing.append("no KV store has joined")
-    if snapshot is None or not snapshot.prefill:
+    if (snapshot is None or not snapshot.prefill) and not router.allows_local_prefill:
         missing.append("no prefill worker has joined")
     if snapshot is None or not snapshot.decode:
         missing.append("no decode worker has joined")

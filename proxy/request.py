@@ -1,6 +1,6 @@
 """A request as the proxy owns it: what was asked, its state, and the events that a face turns into text.
 
-QUEUED ─► PREFILL ─► HANDOFF ─► DECODE ─► DONE
+QUEUED ─► PREFILL ─► HANDOFF ─► DECODE ─► DONE          (HANDOFF is left out where the decode worker prefills)
    │         └─────────┴──────────┴──► QUEUED    a worker died: replayed with the tokens sent so far
    └─► REJECTED        any ─► ABORTED (client gone, cancelled) | FAILED (error, deadline)
 """

@@ -41,7 +41,8 @@ class Router:
         index = PrefixIndex()
         self._watch = PrefixWatch(cluster, index)
         # any seed will do here: tests and the simulator give policies theirs
-        conductor = Conductor(create_policy(config.policy, random.Random()))
+        conductor = Conductor(create_policy(config.policy, random.Random()), local_prefill=config.local_prefill)
+        self._conductor = conductor
         self._dispatcher = Dispatcher(cluster, index, conductor, metrics)
         self._deck = FlightDeck(
             self._dispatcher, metrics, config.max_attempts, eos_token_ids, on_first_token=self._first_token, on_end=self._flight_ended
@@ -56,6 +57,11 @@ class Router:
     def max_model_len(self) -> int:
         """0 before the first worker joined."""
         return self.cluster.max_model_len
+
+    @property
+    def allows_local_prefill(self) -> bool:
+        """A cluster without prefill workers serves, too."""
+        return self._conductor.local_prefill != "never"
 
     @property
     def num_queued(self) -> int:

@@ -5,15 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from pathlib import Path
-from typing import Any
 
-import typer
-import yaml
 from rich.console import Console
 
 from ...protocol.config import ClusterConfig
-from ...protocol.errors import HalfmoonError
 from ..cluster import find_model, running_cluster
 from ..ray_session import RayNode, ray_session
 from ..supervisor import Supervisor
@@ -22,26 +17,13 @@ from .progress import StartupProgress
 console = Console(stderr=True)
 
 
-def serve(config_file: Path | None, flags: dict[str, Any], settings: list[str], address: str | None, log_level: str) -> None:
-    """flags: dotted key -> value or None where not given; settings: "key=value" texts. Exits 1 with one line on an error."""
+def serve(config: ClusterConfig, address: str | None, log_level: str) -> None:
+    """Raises an error of protocol/errors.py."""
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    try:
-        overrides = {key: value for key, value in flags.items() if value is not None}
-        config = ClusterConfig.load(config_file, overrides | dict(map(_setting, settings)))
-        find_model(config)
-        console.print("starting Ray" if address is None else f"joining Ray at {address}", style="dim")
-        with ray_session(address) as nodes:
-            asyncio.run(_serve(config, nodes))
-    except HalfmoonError as error:
-        console.print(f"[red]{error.code}[/red]: {error.message}", highlight=False)
-        raise typer.Exit(1) from error
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise typer.BadParameter(f"{text!r} is not key=value, as in proxy.policy=random")
-    return key, yaml.safe_load(value)
+    find_model(config)
+    console.print("starting Ray" if address is None else f"joining Ray at {address}", style="dim")
+    with ray_session(address) as nodes:
+        asyncio.run(_serve(config, nodes))
 
 
 async def _serve(config: ClusterConfig, nodes: list[RayNode]) -> None:
@@ -86,8 +68,10 @@ async def _drain(supervisor: Supervisor, timeout_s: float, interrupted: asyncio.
 
 
 def _print_endpoints(supervisor: Supervisor, config: ClusterConfig) -> None:
+    num_prefill, num_decode = config.prefill.num_workers, config.decode.num_workers
+    workers = f"{num_prefill} prefill and {num_decode} decode workers" if num_prefill else f"{num_decode} decode workers, which prefill too"
     console.print(
-        f"[bold green]serving[/bold green] with {config.prefill.num_workers} prefill and {config.decode.num_workers} decode workers\n"
+        f"[bold green]serving[/bold green] with {workers}\n"
         f"  OpenAI HTTP  http://{supervisor.http_address}/v1\n"
         f"  gRPC         {supervisor.grpc_address}\n"
         f"  metrics      http://{supervisor.http_address}/metrics\n"

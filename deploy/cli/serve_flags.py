@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import typer
+import yaml
+
+from ...protocol.config import ClusterConfig, Policy
 
 Flag = typer.Option
 
 
+class LogLevel(enum.StrEnum):
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
 def serve(
     model: Annotated[str | None, Flag(help="Folder in Hugging Face format. Without it: the demo model of the package.")] = None,
-    prefill: Annotated[int | None, Flag(help="Prefill workers.", min=1)] = None,
+    prefill: Annotated[int | None, Flag(help="Prefill workers; 0: decode workers compute prompts themselves.", min=0)] = None,
     decode: Annotated[int | None, Flag(help="Decode workers.", min=1)] = None,
     address: Annotated[str | None, Flag(help="Of the Ray cluster to join, or auto. Without it: a Ray of its own.")] = None,
     config: Annotated[Path | None, Flag(help="YAML file with the sections model, store, proxy, prefill and decode.")] = None,
     host: Annotated[str | None, Flag(help="Address that the proxy listens on.")] = None,
     http_port: Annotated[int | None, Flag(help="Of the OpenAI face; 0: any free one.")] = None,
     grpc_port: Annotated[int | None, Flag(help="Of the gRPC face; 0: any free one.")] = None,
-    policy: Annotated[str | None, Flag(help="How requests are placed: random, round_robin, least_loaded, cache_aware.")] = None,
+    policy: Annotated[str | None, Flag(help=f"How requests are placed: {', '.join(get_args(Policy))}.")] = None,
     device: Annotated[str | None, Flag(help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, Flag(help="auto, float32, float16 or bfloat16.")] = None,
     max_model_len: Annotated[int | None, Flag(help="Tokens of prompt and answer together, at most.", min=1)] = None,
     settings: Annotated[list[str] | None, Flag("--set", help="Any key of the configuration: decode.max_running=64.")] = None,
-    log_level: Annotated[str, Flag(help="debug, info, warning or error.")] = "warning",
+    log_level: Annotated[LogLevel, Flag(help="Of the supervisor's own log, on standard error.")] = LogLevel.WARNING,
 ) -> None:
     """Start or join a cluster and serve a model until interrupted; then drain."""
-    from .serve import serve as run  # brings ray, which --help does without
-
     flags = {
         "model.path": model,
         "model.device": device,
@@ -41,4 +50,15 @@ def serve(
         "proxy.grpc_port": grpc_port,
         "proxy.policy": policy,
     }
-    run(config, flags, settings or [], address, log_level)
+    overrides = {key: value for key, value in flags.items() if value is not None} | dict(map(_setting, settings or []))
+    loaded = ClusterConfig.load(config, overrides)  # before what is heavy: a wrong key is told at once
+    from .serve import serve as run
+
+    run(loaded, address, log_level.value)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"{text!r} is not key=value, as in proxy.policy=random")
+    return key, yaml.safe_load(value)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from halfmoon.protocol.v1 import common_pb2 as halfmoon_dot_protocol_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!halfmoon/protocol/v1/worker.proto\x12\x0bhalfmoon.v1\x1a!halfmoon/protocol/v1/common.proto\"!\n\x0bStopRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1a\n\tStopReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"7\n\nPrefixHint\x12\x15\n\rstore_address\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\"\xa6\x01\n\x0ePrefillRequest\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.halfmoon.v1.SequenceSpec\x12\'\n\x07handoff\x18\x02 \x01(\x0b\x32\x16.halfmoon.v1.HandoffId\x12\x15\n\rstore_address\x18\x03 \x01(\t\x12\'\n\x06prefix\x18\x04 \x01(\x0b\x32\x17.halfmoon.v1.PrefixHint\"8\n\x0cPrefillReply\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.halfmoon.v1.HandoffState\"e\n\rDecodeRequest\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.halfmoon.v1.SequenceSpec\x12\'\n\x07handoff\x18\x02 \x01(\x0b\x32\x16.halfmoon.v1.HandoffId\"\x9b\x03\n\x0b\x44\x65\x63odeReply\x12\x35\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32!.halfmoon.v1.DecodeReply.AdmittedH\x00\x12\x31\n\x06tokens\x18\x02 \x01(\x0b\x32\x1f.halfmoon.v1.DecodeReply.TokensH\x00\x12\x35\n\x08\x66inished\x18\x03 \x01(\x0b\x32!.halfmoon.v1.DecodeReply.FinishedH\x00\x1aL\n\x08\x41\x64mitted\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.halfmoon.v1.HandoffState\x12\x16\n\x0ehandoff_wait_s\x18\x02 \x01(\x01\x1a\x32\n\x06Tokens\x12(\n\x06tokens\x18\x01 \x03(\x0b\x32\x18.halfmoon.v1.TokenOutput\x1a`\n\x08\x46inished\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.halfmoon.v1.FinishReason\x12)\n\x06phases\x18\x02 \x01(\x0b\x32\x19.halfmoon.v1.DecodePhasesB\x07\n\x05\x65vent2R\n\rPrefillWorker\x12\x41\n\x07Prefill\x12\x1b.halfmoon.v1.PrefillRequest\x1a\x19.halfmoon.v1.PrefillReply2\x8a\x01\n\x0c\x44\x65\x63odeWorker\x12@\n\x06\x44\x65\x63ode\x12\x1a.halfmoon.v1.DecodeRequest\x1a\x18.halfmoon.v1.DecodeReply0\x01\x12\x38\n\x04Stop\x12\x18.halfmoon.v1.StopRequest\x1a\x16.halfmoon.v1.StopReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!halfmoon/protocol/v1/worker.proto\x12\x0bhalfmoon.v1\x1a!halfmoon/protocol/v1/common.proto\"!\n\x0bStopRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1a\n\tStopReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"7\n\nPrefixHint\x12\x15\n\rstore_address\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\"\xa6\x01\n\x0ePrefillRequest\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.halfmoon.v1.SequenceSpec\x12\'\n\x07handoff\x18\x02 \x01(\x0b\x32\x16.halfmoon.v1.HandoffId\x12\x15\n\rstore_address\x18\x03 \x01(\t\x12\'\n\x06prefix\x18\x04 \x01(\x0b\x32\x17.halfmoon.v1.PrefixHint\"8\n\x0cPrefillReply\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.halfmoon.v1.HandoffState\"|\n\rDecodeRequest\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.halfmoon.v1.SequenceSpec\x12\'\n\x07handoff\x18\x02 \x01(\x0b\x32\x16.halfmoon.v1.HandoffId\x12\x15\n\rlocal_prefill\x18\x03 \x01(\x08\"\x9b\x03\n\x0b\x44\x65\x63odeReply\x12\x35\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32!.halfmoon.v1.DecodeReply.AdmittedH\x00\x12\x31\n\x06tokens\x18\x02 \x01(\x0b\x32\x1f.halfmoon.v1.DecodeReply.TokensH\x00\x12\x35\n\x08\x66inished\x18\x03 \x01(\x0b\x32!.halfmoon.v1.DecodeReply.FinishedH\x00\x1aL\n\x08\x41\x64mitted\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.halfmoon.v1.HandoffState\x12\x16\n\x0ehandoff_wait_s\x18\x02 \x01(\x01\x1a\x32\n\x06Tokens\x12(\n\x06tokens\x18\x01 \x03(\x0b\x32\x18.halfmoon.v1.TokenOutput\x1a`\n\x08\x46inished\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.halfmoon.v1.FinishReason\x12)\n\x06phases\x18\x02 \x01(\x0b\x32\x19.halfmoon.v1.DecodePhasesB\x07\n\x05\x65vent2R\n\rPrefillWorker\x12\x41\n\x07Prefill\x12\x1b.halfmoon.v1.PrefillRequest\x1a\x19.halfmoon.v1.PrefillReply2\x8a\x01\n\x0c\x44\x65\x63odeWorker\x12@\n\x06\x44\x65\x63ode\x12\x1a.halfmoon.v1.DecodeRequest\x1a\x18.halfmoon.v1.DecodeReply0\x01\x12\x38\n\x04Stop\x12\x18.halfmoon.v1.StopRequest\x1a\x16.halfmoon.v1.StopReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,17 +43,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREFILLREPLY']._serialized_start=374
   _globals['_PREFILLREPLY']._serialized_end=430
   _globals['_DECODEREQUEST']._serialized_start=432
-  _globals['_DECODEREQUEST']._serialized_end=533
-  _globals['_DECODEREPLY']._serialized_start=536
-  _globals['_DECODEREPLY']._serialized_end=947
-  _globals['_DECODEREPLY_ADMITTED']._serialized_start=712
-  _globals['_DECODEREPLY_ADMITTED']._serialized_end=788
-  _globals['_DECODEREPLY_TOKENS']._serialized_start=790
-  _globals['_DECODEREPLY_TOKENS']._serialized_end=840
-  _globals['_DECODEREPLY_FINISHED']._serialized_start=842
-  _globals['_DECODEREPLY_FINISHED']._serialized_end=938
-  _globals['_PREFILLWORKER']._serialized_start=949
-  _globals['_PREFILLWORKER']._serialized_end=1031
-  _globals['_DECODEWORKER']._serialized_start=1034
-  _globals['_DECODEWORKER']._serialized_end=1172
+  _globals['_DECODEREQUEST']._serialized_end=556
+  _globals['_DECODEREPLY']._serialized_start=559
+  _globals['_DECODEREPLY']._serialized_end=970
+  _globals['_DECODEREPLY_ADMITTED']._serialized_start=735
+  _globals['_DECODEREPLY_ADMITTED']._serialized_end=811
+  _globals['_DECODEREPLY_TOKENS']._serialized_start=813
+  _globals['_DECODEREPLY_TOKENS']._serialized_end=863
+  _globals['_DECODEREPLY_FINISHED']._serialized_start=865
+  _globals['_DECODEREPLY_FINISHED']._serialized_end=961
+  _globals['_PREFILLWORKER']._serialized_start=972
+  _globals['_PREFILLWORKER']._serialized_end=1054
+  _globals['_DECODEWORKER']._serialized_start=1057
+  _globals['_DECODEWORKER']._serialized_end=1195
 # @@protoc_insertion_point(module_scope)

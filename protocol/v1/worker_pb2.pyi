@@ -45,12 +45,14 @@ class PrefillReply(_message.Message):
     def __init__(self, state: _Optional[_Union[_common_pb2.HandoffState, _Mapping]] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("sequence", "handoff")
+    __slots__ = ("sequence", "handoff", "local_prefill")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_PREFILL_FIELD_NUMBER: _ClassVar[int]
     sequence: _common_pb2.SequenceSpec
     handoff: _common_pb2.HandoffId
-    def __init__(self, sequence: _Optional[_Union[_common_pb2.SequenceSpec, _Mapping]] = ..., handoff: _Optional[_Union[_common_pb2.HandoffId, _Mapping]] = ...) -> None: ...
+    local_prefill: bool
+    def __init__(self, sequence: _Optional[_Union[_common_pb2.SequenceSpec, _Mapping]] = ..., handoff: _Optional[_Union[_common_pb2.HandoffId, _Mapping]] = ..., local_prefill: bool = ...) -> None: ...
 
 class DecodeReply(_message.Message):
     __slots__ = ("admitted", "tokens", "finished")

@@ -173,9 +173,9 @@ class Cluster:
         )
         return self.prefill_stub.Prefill(request)
 
-    def start_decode(self, sequence: Any, *, epoch: int = 1) -> Any:
+    def start_decode(self, sequence: Any, *, epoch: int = 1, local: bool = False) -> Any:
         handoff = common_pb2.HandoffId(id=sequence.request_id, epoch=epoch)
-        return self.decode_stub.Decode(worker_pb2.DecodeRequest(sequence=sequence, handoff=handoff))
+        return self.decode_stub.Decode(worker_pb2.DecodeRequest(sequence=sequence, handoff=handoff, local_prefill=local))
 
     def answer(self) -> Answer:
         return Answer()
@@ -200,6 +200,10 @@ class Cluster:
         prefill = self.start_prefill(sequence)
         answer = Answer(state=(await prefill).state)
         return await self.read(decode, answer)
+
+    async def run_local(self, token_ids: list[int], **sampling: Any) -> Answer:
+        """The one leg of a request whose prompt the decode worker computes."""
+        return await self.read(self.start_decode(self.sequence(token_ids, **sampling), local=True), Answer())
 
     async def at_rest(self) -> None:
         """Until no worker holds a sequence and the store no lease; fails after 5 s, naming what is left."""

@@ -34,6 +34,13 @@ def make_scheduler(*, num_pages: int = 100, max_running: int = 8, recompute: int
     )
 
 
+def begin_all(scheduler: DecodeScheduler, num_cached_tokens: int = 0) -> list[Sequence]:
+    loading = scheduler.start()
+    for sequence in loading:
+        scheduler.begin_prefill(sequence, num_cached_tokens)
+    return loading
+
+
 def admit_all(scheduler: DecodeScheduler) -> list[Sequence]:
     loading = scheduler.start()
     for sequence in loading:
@@ -208,6 +215,84 @@ def test_the_logits_of_an_aborted_sequence_do_not_shift_the_others() -> None:
     assert [sequence.token_ids[-1] for sequence in sequences[1:]] == [11, 12]
 
 
+def test_a_prompt_without_a_hand_off_is_computed_in_chunks_behind_its_cached_prefix() -> None:
+    scheduler = make_scheduler(recompute=5)
+    sequence = make_sequence(16)
+    scheduler.add(sequence)
+    assert begin_all(scheduler, 4) == [sequence]
+    steps = [run_step(scheduler)[0].chunks[0] for _ in range(4)]
+    assert [(start, size) for _, start, size in steps] == [(4, 5), (9, 5), (14, 2), (16, 1)]
+    assert sequence.num_output_tokens == 2 and len(sequence.pages) == 5
+
+
+def test_the_first_token_of_a_computed_prompt_can_end_it() -> None:
+    scheduler = make_scheduler()
+    sequence = make_sequence(8, max_tokens=1)
+    scheduler.add(sequence)
+    begin_all(scheduler)
+    assert run_step(scheduler)[1] == [sequence]
+    assert sequence.num_computed_tokens == 8, "its blocks are all there to be kept"
+    scheduler.release(sequence)
+    assert scheduler.at_rest
+
+
+def test_the_last_token_of_a_prompt_is_always_left_to_compute() -> None:
+    scheduler = make_scheduler()
+    sequence = make_sequence(8)
+    scheduler.add(sequence)
+    scheduler.start()
+    for num_cached_tokens in (-1, 8):
+        with pytest.raises(ValueError, match="at least the last one"):
+            scheduler.begin_prefill(sequence, num_cached_tokens)
+    scheduler.begin_prefill(sequence, 7)
+    with pytest.raises(ValueError, match="not loading"):
+        scheduler.begin_prefill(sequence, 7)
+    assert scheduler.schedule().chunks == [(sequence, 7, 1)]
+
+
+def test_a_long_prompt_takes_no_token_from_running_sequences_and_they_none_from_it() -> None:
+    scheduler = make_scheduler(recompute=8, max_running=3)
+    decoding = [make_sequence(3, max_tokens=30) for _ in range(2)]
+    for sequence in decoding:
+        scheduler.add(sequence)
+    admit_all(scheduler)
+    prompt = make_sequence(40)
+    scheduler.add(prompt)
+    begin_all(scheduler)
+    for number in range(1, 6):
+        run_step(scheduler)
+        assert [sequence.num_output_tokens for sequence in decoding] == [1 + number] * 2
+        assert prompt.num_computed_tokens == 8 * number
+    assert prompt.num_output_tokens == 1
+
+
+def test_a_prompt_without_its_share_of_the_budget_leaves_its_place_in_the_step() -> None:
+    scheduler = make_scheduler(recompute=8, max_running=2)
+    prompts = [make_sequence(40, priority=-1) for _ in range(2)]
+    for sequence in prompts:
+        scheduler.add(sequence)
+    begin_all(scheduler)
+    decoding = make_sequence(3)
+    scheduler.add(decoding)
+    admit_all(scheduler)
+    step, _ = run_step(scheduler)
+    assert step.chunks == [(prompts[0], 0, 8), (decoding, 3, 1)]
+
+
+def test_a_preempted_prompt_is_computed_from_its_beginning_and_not_loaded_again() -> None:
+    scheduler = make_scheduler(num_pages=7, recompute=4)
+    first, prompt = make_sequence(8, max_tokens=20), make_sequence(15)
+    scheduler.add(first)
+    admit_all(scheduler)
+    scheduler.add(prompt)
+    assert begin_all(scheduler, 4) == [prompt]
+    preempted = [sequence for _ in range(5) for sequence in run_step(scheduler)[0].preempted]
+    assert preempted == [prompt] and prompt.num_output_tokens > 0
+    scheduler.abort(first)
+    assert scheduler.start() == [] and prompt.pages and prompt.num_computed_tokens == 0
+    assert run_step(scheduler)[0].chunks == [(prompt, 0, 4)]
+
+
 class Rig:
     """Drives a scheduler through any order of events and checks, after each, what must always hold."""
 
@@ -217,15 +302,19 @@ class Rig:
         self.loading: list[Sequence] = []
         self.holding: list[Sequence] = []
         self.live: list[Sequence] = []
+        self.cached: dict[Sequence, int] = {}  # of those without a hand-off
         self.finished: list[Sequence] = []
         self.step: Step | None = None
 
-    def add(self, num_tokens: int, max_tokens: int, priority: int) -> None:
+    def add(self, num_tokens: int, max_tokens: int, priority: int, num_cached_tokens: int | None = None) -> None:
+        """num_cached_tokens: without a hand-off."""
         limit = self.num_pages * BLOCK_SIZE
         num_tokens = min(num_tokens, limit - 1)
         sequence = make_sequence(num_tokens, max_tokens=min(max_tokens, limit - num_tokens), priority=priority)
         self.scheduler.add(sequence)
         self.live.append(sequence)
+        if num_cached_tokens is not None:
+            self.cached[sequence] = min(num_cached_tokens, num_tokens - 1)
 
     def start(self) -> None:
         self.loading += self.scheduler.start()
@@ -233,17 +322,32 @@ class Rig:
     def admit(self, pick: int) -> None:
         if self.loading:
             sequence = self.loading.pop(pick % len(self.loading))
-            if self.scheduler.admit(sequence, next_token(sequence)) is not None:
+            if sequence in self.cached:
+                self.scheduler.begin_prefill(sequence, self.cached[sequence])
+            elif self.scheduler.admit(sequence, next_token(sequence)) is not None:
                 self.end(sequence)
 
     def schedule(self) -> None:
         if self.step is None:
+            running = [sequence for sequence in self.live if sequence.pages and sequence not in self.loading]
             self.step = self.scheduler.schedule()
+            self.check_fairness([sequence for sequence in running if sequence.pages])
             assert len(self.step.chunks) <= self.max_running
-            assert sum(size for _, _, size in self.step.chunks if size > 1) <= self.recompute
+            sizes = [size for sequence, _, size in self.step.chunks if sequence.num_tokens - sequence.num_computed_tokens > 1]
+            assert sum(sizes) <= self.recompute, "prefill past its budget"
             for sequence, start, num_tokens in self.step.chunks:
                 assert sequence in self.live and start == sequence.num_computed_tokens
                 assert start + num_tokens <= len(sequence.pages) * BLOCK_SIZE, "no page for the token"
+
+    def check_fairness(self, running: list[Sequence]) -> None:
+        """While there is room in the step, it holds every sequence that lacks one token, and one of those that lack more."""
+        assert self.step is not None
+        chosen = {chunk.sequence for chunk in self.step.chunks}
+        if len(chosen) < self.max_running:
+            left = [sequence for sequence in running if sequence not in chosen]
+            lacking = [sequence.num_tokens - sequence.num_computed_tokens for sequence in left]
+            assert 1 not in lacking, "a sequence was left out that lacks one token"
+            assert not left or any(sequence.num_tokens - sequence.num_computed_tokens > 1 for sequence in chosen), "no prefill goes on"
 
     def record(self) -> None:
         if self.step is not None:
@@ -302,7 +406,7 @@ class Rig:
 
 
 EVENTS = st.one_of(
-    st.tuples(st.just("add"), st.integers(1, 30), st.integers(1, 30), st.integers(-1, 1)),
+    st.tuples(st.just("add"), st.integers(1, 30), st.integers(1, 30), st.integers(-1, 1), st.none() | st.integers(0, 30)),
     st.tuples(st.sampled_from(["start", "schedule", "record", "schedule", "record"])),
     st.tuples(st.sampled_from(["admit", "admit", "abort", "finish", "release"]), st.integers(0, 1000)),
 )
@@ -326,14 +430,14 @@ def test_no_page_leaks_and_every_sequence_ends(num_pages: int, max_running: int,
 
 @settings(max_examples=100, deadline=None)
 @given(
-    lengths=st.lists(st.tuples(st.integers(1, 15), st.integers(1, 20)), min_size=1, max_size=8),
+    lengths=st.lists(st.tuples(st.integers(1, 15), st.integers(1, 20), st.none() | st.integers(0, 15)), min_size=1, max_size=8),
     num_pages=st.integers(9, 14),
     recompute=st.integers(1, 9),
 )
-def test_tokens_do_not_depend_on_preemption(lengths: list[tuple[int, int]], num_pages: int, recompute: int) -> None:
+def test_tokens_do_not_depend_on_preemption(lengths: list[tuple[int, int, int | None]], num_pages: int, recompute: int) -> None:
     rig = Rig(num_pages, 8, recompute)
-    for num_tokens, max_tokens in lengths:
-        rig.add(num_tokens, max_tokens, 0)
+    for num_tokens, max_tokens, num_cached_tokens in lengths:
+        rig.add(num_tokens, max_tokens, 0, num_cached_tokens)
     rig.finish_all()
     assert len(rig.finished) == len(lengths)
     for sequence in rig.finished:

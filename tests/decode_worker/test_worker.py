@@ -30,6 +30,7 @@ from halfmoon.protocol.errors import (
     HandoffIncomplete,
     InvalidRequest,
     PromptTooLong,
+    RequestCancelled,
     SchemaMismatch,
     StoreUnavailable,
     WorkerLost,
@@ -452,6 +453,7 @@ async def test_any_mix_of_cancelled_calls_returns_to_rest(make_cluster: Any, gre
     cluster = await make_cluster(transport, arena_bytes=2**19, **settings)
     slow(cluster.prefill.engine, 0.002)
     rng = random.Random(transport)
+    proxy = await StoreClient.attach(cluster.store.address, client_id="proxy", node_id="", schema=cluster.decode.engine.schema)
 
     async def cancelled(index: int) -> None:
         sequence = cluster.sequence(prompt(rng.randrange(1, 120), index % 5), max_tokens=rng.randrange(1, 60))
@@ -461,6 +463,8 @@ async def test_any_mix_of_cancelled_calls_returns_to_rest(make_cluster: Any, gre
         calls[0].cancel()
         await asyncio.sleep(rng.random() * 0.02)
         calls[1].cancel()
+        # prefill may have sealed it before either call was cancelled, and decode may never have come
+        await proxy.abort(sequence.request_id, 1, RequestCancelled("the client went away"))
 
     async def finished(index: int) -> None:
         token_ids = prompt(30 + index, index)
@@ -469,3 +473,4 @@ async def test_any_mix_of_cancelled_calls_returns_to_rest(make_cluster: Any, gre
     async with asyncio.timeout(20.0):
         await asyncio.gather(*(cancelled(index) for index in range(30)), *(finished(index) for index in range(6)))
     await cluster.at_rest()
+    await proxy.close()

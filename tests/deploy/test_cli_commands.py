@@ -82,6 +82,33 @@ def test_serves_flags_are_keys_of_the_configuration(monkeypatch: pytest.MonkeyPa
     assert (config.proxy.policy, config.model.dtype, config.model.max_model_len) == ("random", "float32", 64)
 
 
+def test_serve_takes_no_prefill_worker_and_at_least_one_decode_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    import halfmoon.deploy.cli.serve as module
+
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(module, "serve", lambda *arguments: calls.append(arguments))
+    assert run("serve", "--prefill", "0").exit_code == 0 and calls[0][1]["prefill.num_workers"] == 0
+    assert run("serve", "--decode", "0").exit_code == 2 and len(calls) == 1
+
+
+def test_serve_says_who_prefills(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+    from types import SimpleNamespace
+
+    from rich.console import Console
+
+    import halfmoon.deploy.cli.serve as module
+    from halfmoon.protocol.config import ClusterConfig
+
+    supervisor: Any = SimpleNamespace(http_address="127.0.0.1:1", grpc_address="127.0.0.1:2")
+    for num_prefill, words in ((2, "with 2 prefill and 3 decode workers"), (0, "with 3 decode workers, which prefill too")):
+        text = io.StringIO()
+        monkeypatch.setattr(module, "console", Console(file=text, width=160))
+        overrides = {"prefill.num_workers": num_prefill, "decode.num_workers": 3}
+        module._print_endpoints(supervisor, ClusterConfig.load(None, overrides))
+        assert words in text.getvalue()
+
+
 def test_generate_streams_the_answer_and_ends_with_the_phase_record(face: Any) -> None:
     result = run("generate", "Hello", "--address", face.grpc, "--max-tokens", "100", "--seed", "5", "--temperature", "0", "--top-k", "3")
     assert result.exit_code == 0, result.output

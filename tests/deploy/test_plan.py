@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,7 +31,7 @@ def test_one_prefill_and_one_decode_on_two_nodes_each_have_their_own() -> None:
     assert [store.node.node_id for store in plan.stores] == ["node-0", "node-1"]
 
 
-@given(st.integers(1, 5), st.integers(1, 8), st.integers(1, 8))
+@given(st.integers(1, 5), st.integers(0, 8), st.integers(1, 8))
 def test_workers_are_spread_evenly_and_every_node_with_a_worker_has_one_store(num_nodes: int, num_prefill: int, num_decode: int) -> None:
     plan = make_plan(config(num_prefill, num_decode), nodes(num_nodes))
     assert (len(plan.prefill), len(plan.decode)) == (num_prefill, num_decode)
@@ -59,6 +61,14 @@ def test_too_few_gpus_are_named_when_asked_for_and_the_cpu_serves_when_not() -> 
 def test_a_cluster_without_a_decode_worker_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"decode\.num_workers is 0"):
         make_plan(config(1, 0), nodes(1))
+
+
+def test_a_cluster_without_a_prefill_worker_is_refused_only_where_decode_workers_may_not_prefill() -> None:
+    plan = make_plan(config(0, 2), nodes(2))
+    assert plan.prefill == () and [worker.node.node_id for worker in plan.decode] == ["node-1", "node-0"]
+    forbidden = dataclasses.replace(config(0, 2), proxy=ProxyConfig(local_prefill="never"))
+    with pytest.raises(ConfigError, match=r"prefill\.num_workers is 0 and proxy\.local_prefill is 'never'.*'fallback'"):
+        make_plan(forbidden, nodes(2))
 
 
 def test_a_proxy_on_loopback_is_refused_when_workers_are_elsewhere() -> None:

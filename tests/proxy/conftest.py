@@ -149,6 +149,7 @@ class PrefillPeer(Peer, worker_pb2_grpc.PrefillWorkerServicer):
 class DecodePeer(Peer, worker_pb2_grpc.DecodeWorkerServicer):
     before_token: Callable[[int], Awaitable[None]] = staticmethod(nothing)  # with the token's output index
     before_finished: Callable[[], Awaitable[None]] = staticmethod(nothing)
+    before_admission: Callable[[], Awaitable[None]] = staticmethod(nothing)  # of a prompt that it computes itself
 
     def __init__(self, role: str, number: int, board: Board, store: StorePeer | None = None) -> None:
         super().__init__(role, number, board, store)
@@ -167,8 +168,13 @@ class DecodePeer(Peer, worker_pb2_grpc.DecodeWorkerServicer):
     async def _decode(self, request: worker_pb2.DecodeRequest) -> AsyncIterator[worker_pb2.DecodeReply]:
         sequence = request.sequence
         stop = self.stops[sequence.request_id] = asyncio.Event()
-        # shielded: the board's future is shared, a cancelled call must not cancel it
-        state = await asyncio.shield(self.board.at(request.handoff))
+        if request.local_prefill:
+            await self.before_admission()
+            phases = common_pb2.PrefillPhases(queue_s=0.25, prefix_load_s=0.5, prefill_s=0.75, transport="local")
+            state = common_pb2.HandoffState(num_tokens=len(sequence.token_ids), num_cached_tokens=8, phases=phases)
+        else:
+            # shielded: the board's future is shared, a cancelled call must not cancel it
+            state = await asyncio.shield(self.board.at(request.handoff))
         yield worker_pb2.DecodeReply(admitted=worker_pb2.DecodeReply.Admitted(state=state))
         prompt = list(sequence.token_ids[: sequence.num_prompt_tokens])
         reason = common_pb2.FINISH_REASON_LENGTH

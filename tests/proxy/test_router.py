@@ -205,7 +205,8 @@ async def test_the_store_s_death_before_the_hand_off_was_taken_fails_with_its_na
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-async def test_without_another_worker_a_death_is_a_clear_error_within_a_second(bench: Any, peers: Any, role: str) -> None:
+async def test_without_another_worker_a_death_is_a_clear_error_within_a_second(make_bench: Any, peers: Any, role: str) -> None:
+    bench = await make_bench(local_prefill="never")
     bench.prefills[0].before_seal = peers.forever
     dying = bench.prefills[0] if role == "prefill" else bench.decodes[0]
     other = bench.decodes[0] if role == "prefill" else bench.prefills[0]

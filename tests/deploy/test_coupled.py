@@ -1,0 +1,90 @@
+"""Local prefill on a real cluster: one without prefill workers, and one that loses its only prefill worker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from halfmoon.deploy.cluster import running_cluster
+from halfmoon.deploy.ray_session import RayNode
+from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
+from halfmoon.protocol.errors import Unavailable
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300), pytest.mark.slow]
+
+NUM_TOKENS = 32
+
+
+def config(model_folder: Path, num_prefill: int, **proxy: str) -> ClusterConfig:
+    return ClusterConfig(
+        model=ModelOptions(path=str(model_folder), name="demo"),
+        proxy=ProxyConfig(http_port=0, grpc_port=0, **proxy),  # type: ignore[arg-type]
+        prefill=PrefillConfig(num_workers=num_prefill, max_tokens_per_step=128),
+        decode=DecodeConfig(num_workers=1, max_prefill_tokens_per_step=128),
+    )
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def coupled(ray_nodes: list[RayNode], model_folder: Path, cluster_type: type) -> AsyncIterator[object]:
+    async with running_cluster(config(model_folder, 0), ray_nodes) as supervisor, cluster_type.open(supervisor) as opened:
+        yield opened
+
+
+async def test_a_cluster_without_prefill_workers_is_ready_and_answers_as_transformers_do(coupled, reference, prompt_of) -> None:
+    async with httpx.AsyncClient() as http:
+        assert (await http.get(f"http://{coupled.supervisor.http_address}/ready")).json() == {"ready": True, "missing": []}
+    for prompt_len in (1, 64, 300):
+        prompt = prompt_of(prompt_len)
+        assert await coupled.greedy(prompt, NUM_TOKENS) == reference.generate(prompt, NUM_TOKENS)
+    await coupled.at_rest()
+
+
+async def test_eight_at_once_each_get_their_own_tokens(coupled, reference, prompt_of) -> None:
+    prompts = [prompt_of(20 + 70 * i, seed=1) for i in range(8)]
+    answers = await asyncio.gather(*(coupled.greedy(prompt, NUM_TOKENS) for prompt in prompts))
+    assert answers == [reference.generate(prompt, NUM_TOKENS) for prompt in prompts]
+    await coupled.at_rest()
+
+
+async def test_the_second_turn_reports_its_cached_tokens(coupled, reference, prompt_of) -> None:
+    first = prompt_of(200, seed=2)
+    answer = await coupled.greedy(first, NUM_TOKENS)
+    await coupled.at_rest()  # the blocks are kept after the answer's end
+    second = (*first, *answer, *prompt_of(30, seed=3))
+    result = await coupled.client.generate(token_ids=list(second), max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
+    assert list(result.token_ids) == reference.generate(second, NUM_TOKENS)
+    # the answer's last token has no KV: it was sampled and never fed back
+    assert result.usage.num_cached_tokens == (len(first) + NUM_TOKENS - 1) // 64 * 64
+    phases = result.phases
+    assert (phases.transport, phases.prefill_worker, phases.decode_worker) == ("local", "decode-0", "decode-0")
+    assert phases.num_attempts == 1
+
+
+@pytest.mark.parametrize("local_prefill", ["fallback", "never"])
+async def test_the_only_prefill_worker_killed_in_mid_prefill_is_made_up_for_by_decode_unless_forbidden(
+    ray_nodes, model_folder, cluster_type, reference, prompt_of, local_prefill: str
+) -> None:
+    prompt = prompt_of(3500, seed=4)
+    settings = config(model_folder, 1, local_prefill=local_prefill)
+    async with running_cluster(settings, ray_nodes) as supervisor, cluster_type.open(supervisor) as cluster:
+        task = asyncio.create_task(cluster.client.generate(token_ids=list(prompt), max_tokens=16, temperature=0.0, ignore_eos=True))
+        async with asyncio.timeout(10):
+            while not any(found.num_handoffs for found in await cluster.store_stats()):
+                await asyncio.sleep(0.002)
+        await cluster.kill("prefill-0")
+        if local_prefill == "never":
+            with pytest.raises(Unavailable, match="prefill"):
+                await task
+            return
+        result = await task
+        assert list(result.token_ids) == reference.generate(prompt, 16)
+        assert (result.phases.num_attempts, result.phases.transport, result.phases.prefill_worker) == (2, "local", "decode-0")
+        await cluster.all_joined(3)
+        await cluster.at_rest()
+        again = await cluster.client.generate(token_ids=list(prompt_of(300, seed=5)), max_tokens=4, temperature=0.0, ignore_eos=True)
+        assert again.phases.prefill_worker == "prefill-0", "it is back, and has its work back"

@@ -6,6 +6,7 @@ Ray places, watches and restarts the processes. No token and no KV byte passes t
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
@@ -39,7 +40,7 @@ def ray_session(address: str | None = None) -> Iterator[list[RayNode]]:
 
     Raises ConfigError where no Ray answers at address.
     """
-    with _environment(address):
+    with ray_environment(address):
         # Ray puts the driver's folder on its workers' path: in a checkout they would find kernels/ and proxy/ as top-level packages
         with contextlib.chdir(tempfile.gettempdir()):
             _init(address)
@@ -51,15 +52,21 @@ def ray_session(address: str | None = None) -> Iterator[list[RayNode]]:
             ray.shutdown()
 
 
+@functools.cache
+def _token() -> str:
+    """One a process: Ray reads it once."""
+    return secrets.token_hex(32)
+
+
 @contextmanager
-def _environment(address: str | None) -> Iterator[None]:
+def ray_environment(address: str | None = None) -> Iterator[None]:
     """What Ray and the processes it starts read. Whatever the user has set stays.
 
     Ray's own listeners are on every interface, whatever address a node is given: only a token keeps strangers out.
     """
     wanted = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "PYTHONSAFEPATH": "1"}
     if address is None and "RAY_AUTH_TOKEN" not in os.environ:
-        wanted["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        wanted["RAY_AUTH_TOKEN"] = _token()
     added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)
     try:

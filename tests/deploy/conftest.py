@@ -73,12 +73,6 @@ def cluster_type() -> type[Cluster]:
     return Cluster
 
 
-@pytest.fixture(scope="module")
-def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
-
-
 def _prompt_of(length: int, seed: int = 0) -> tuple[int, ...]:
     generator = torch.Generator().manual_seed(1000 * seed + length)
     return tuple(torch.randint(10, 1000, (length,), generator=generator).tolist())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -22,14 +23,20 @@ def joined(address: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 def test_a_stranger_without_the_token_is_kept_out_and_one_with_it_is_let_in() -> None:
-    before = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
+    before = {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH")}
     with ray_session() as nodes:
         import ray
 
         assert [node.host for node in nodes] == [LOOPBACK]
         address = ray.get_runtime_context().gcs_address
         token = os.environ["RAY_AUTH_TOKEN"]
-        assert joined(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token).stdout.strip().endswith("1")
-        assert joined(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64).returncode != 0
-        assert joined(address, RAY_AUTH_MODE="disabled").returncode != 0
-    assert {name: value for name, value in os.environ.items() if name.startswith("RAY_")} == before
+        keys = [
+            {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
+            {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64},
+            {"RAY_AUTH_MODE": "disabled"},
+        ]
+        with ThreadPoolExecutor() as pool:
+            friend, liar, stranger = pool.map(lambda environment: joined(address, **environment), keys)
+        assert friend.stdout.strip().endswith("1"), friend.stderr
+        assert liar.returncode != 0 and stranger.returncode != 0
+    assert {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH")} == before

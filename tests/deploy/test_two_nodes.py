@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from halfmoon.deploy.cluster import running_cluster
-from halfmoon.deploy.ray_session import RayNode, ray_session
+from halfmoon.deploy.ray_session import LOOPBACK, RayNode, ray_environment, ray_session
 from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300), pytest.mark.slow]
@@ -20,19 +19,18 @@ NUM_TOKENS = 64
 
 
 @pytest.fixture(scope="module")
-def two_nodes(monkeypatch_module: pytest.MonkeyPatch) -> Iterator[list[RayNode]]:
-    monkeypatch_module.setenv("RAY_AUTH_MODE", "disabled")
-    from ray.cluster_utils import Cluster as RayCluster
+def two_nodes() -> Iterator[list[RayNode]]:
+    with ray_environment():
+        from ray.cluster_utils import Cluster as RayCluster
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    options = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
-    rays = RayCluster(initialize_head=True, head_node_args={**options, "node_ip_address": "127.0.0.2", "include_dashboard": False})
-    rays.add_node(**options, node_ip_address="127.0.0.3")
-    try:
-        with ray_session(rays.address) as nodes:
-            yield nodes
-    finally:
-        rays.shutdown()
+        options = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
+        rays = RayCluster(initialize_head=True, head_node_args={**options, "node_ip_address": LOOPBACK, "include_dashboard": False})
+        rays.add_node(**options, node_ip_address="127.0.0.3")
+        try:
+            with ray_session(rays.address) as nodes:
+                yield nodes
+        finally:
+            rays.shutdown()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=[(1, 1), (2, 2)], ids=["1P1D", "2P2D"])

@@ -91,6 +91,12 @@ class Flight:
             self._end(RequestState.ABORTED, RequestCancelled(reason))
             self._task.cancel()
 
+    def give_up(self, error: HalfmoonError) -> None:
+        """As cancel, but it is the cluster that ends it, with error."""
+        if not self.is_over:
+            self._fail(error)
+            self._task.cancel()
+
     async def stop(self, num_taken_tokens: int) -> Finished:
         """Ends as DONE/stop. Tokens that decode still sends are dropped; num_taken_tokens of those sent were used.
 

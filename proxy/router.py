@@ -95,13 +95,16 @@ class Router:
         return flight is not None
 
     async def drain(self, timeout_s: float) -> int:
-        """Admits no more. Returns the number of requests still under way when none is left or the time is over."""
+        """Admits no more, and returns when no request is left. Those that need longer are ended; returns how many."""
         self.draining = True
         try:
             await asyncio.wait_for(self._empty.wait(), timeout_s)
         except TimeoutError:
             pass  # the answer says how many
-        return len(self._flights)
+        late = list(self._flights.values())
+        for flight in late:
+            flight.give_up(Draining(f"the cluster is shutting down and its drain of {timeout_s:g} s is over; ask again, elsewhere or later"))
+        return len(late)
 
     async def close(self) -> None:
         """Cancels what is under way and leaves the stores. The cluster is its maker's to close."""

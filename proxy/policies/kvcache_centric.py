@@ -55,7 +55,8 @@ class KvcacheCentric:
     def _compute_s(self, request: PlacementRequest, own: int, best: int, block_size: int) -> tuple[float, int]:
         """Seconds of transfer and prefill on a worker that holds own blocks, and the blocks it then starts behind."""
         used, transfer_s = own, 0.0
-        if best > own and (own == 0 or best / own > self.balancing_threshold):
+        ratio = best / own if own else math.inf
+        if best > own and ratio > self.balancing_threshold:
             used = best
             transfer_s = self.predictors.transfer.predict((best - own) * block_size * self.predictors.model.kv_bytes_per_token)
         num_cached = used * block_size

@@ -39,7 +39,7 @@ def algorithm_1(instances: list[dict[str, Any]], num_tokens: int, now: float, th
         if ttft > t_transfer + t_queue + t_prefill:  # line 14
             ttft, p = t_transfer + t_queue + t_prefill, one["id"]  # line 15
     own = prefix[p]
-    transfers = best_len > own and (own == 0 or best_len / own > threshold)  # line 20
+    transfers = best_len > own and (best_len / own if own else math.inf) > threshold  # line 20
     return ttft, p, transfers
 
 

@@ -548,15 +548,26 @@ async def test_draining_admits_no_more_and_waits_for_the_last(bench: Any, peers:
     gate = asyncio.Event()
     bench.decodes[0].before_token = lambda index: gate.wait() if index == 1 else asyncio.sleep(0)
     reading = asyncio.create_task(peers.read(bench.router.open(bench.request())))
-    assert await bench.router.drain(0.05) == 1
-    with pytest.raises(Draining):
-        bench.router.open(bench.request())
     draining = asyncio.create_task(bench.router.drain(5))
     await asyncio.sleep(0.05)
     assert not draining.done()
+    with pytest.raises(Draining):
+        bench.router.open(bench.request())
     gate.set()
     assert await within(2, draining) == 0
     await within(2, reading)
+
+
+async def test_a_drain_that_is_over_ends_what_is_left_and_replays_nothing(bench: Any, peers: Any) -> None:
+    gate = asyncio.Event()
+    bench.decodes[0].before_token = lambda index: gate.wait() if index == 1 else asyncio.sleep(0)
+    reading = asyncio.create_task(peers.read(bench.router.open(bench.request())))
+    assert await bench.router.drain(0.05) == 1
+    with pytest.raises(Draining, match=r"0\.05 s is over"):
+        await within(2, reading)
+    assert bench.router.num_running == bench.router.num_queued == 0
+    assert sum(len(decode.requests) for decode in bench.decodes) == 1
+    gate.set()
 
 
 async def test_a_worker_that_comes_back_serves_again(bench: Any, peers: Any) -> None:

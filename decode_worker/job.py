@@ -12,7 +12,6 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from ..engine.sampler import TokenSample
 from ..engine.sequence import Sequence
 from ..kvstore.client import BlockReader
 from ..protocol.errors import DeadlineExceeded, HalfmoonError
@@ -119,8 +118,3 @@ class DecodeJob:
             where = "waiting for its hand-off"
         waited_s = time.monotonic() - self.arrived_at
         return DeadlineExceeded(f"request {self.sequence.request_id} ran out of time {where}, {waited_s:.3f} s after it came")
-
-
-def token_output(sample: TokenSample) -> common_pb2.TokenOutput:
-    top = [common_pb2.TokenLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in sample.top]
-    return common_pb2.TokenOutput(token_id=sample.token_id, logprob=sample.logprob, top_logprobs=top)

@@ -12,12 +12,12 @@ import time
 from functools import partial
 
 from ..engine.kv_cache import PagedKVCache
+from ..engine.transfer import TransferThread
 from ..kvstore.reader import BlockReader, BlockSlice
 from ..protocol.blocks import div_ceil
 from ..protocol.errors import HandoffCorrupt, HandoffIncomplete
 from ..protocol.v1 import common_pb2
 from .job import DecodeJob
-from .transfer import TransferThread
 
 
 class HandoffLoader:

@@ -16,14 +16,14 @@ from functools import partial
 from typing import Any
 
 from ..engine.kv_cache import PagedKVCache
+from ..engine.transfer import TransferThread
 from ..kvstore.client import BlockReader
+from ..kvstore.store_link import StoreLink
 from ..protocol.errors import HalfmoonError
 from ..protocol.v1 import common_pb2
 from .job import DecodeJob
 from .metrics import DecodeMetrics
 from .scheduler import Step
-from .store_link import StoreLink
-from .transfer import TransferThread
 
 logger = logging.getLogger(__name__)
 

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from functools import partial
 
 from ..engine.kv_cache import PagedKVCache
+from ..engine.transfer import TransferThread
 from ..kvstore.client import BlockWriter, StoreClient
 from ..protocol.blocks import block_keys
 from ..protocol.errors import HalfmoonError
 from ..protocol.v1 import common_pb2
 from .job import DecodeJob
 from .metrics import DecodeMetrics
-from .transfer import TransferThread
 
 
 class BlockPusher:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import grpc.aio
 
 from ..protocol.channel import create_server
 from ..protocol.grpc_errors import stream_boundary, unary_boundary
 from ..protocol.v1 import worker_pb2, worker_pb2_grpc
+from .job import DecodeJob
 
-if TYPE_CHECKING:
-    from .worker import DecodeWorker
+
+class Decoder(Protocol):
+    """The worker, as its face sees it."""
+
+    def open(self, request: worker_pb2.DecodeRequest) -> DecodeJob: ...
+
+    def close(self, job: DecodeJob) -> None: ...
+
+    def stop_sequence(self, request_id: str) -> bool: ...
 
 
 class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
-    def __init__(self, worker: DecodeWorker) -> None:
+    def __init__(self, worker: Decoder) -> None:
         self._worker = worker
 
     @stream_boundary
@@ -36,7 +44,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         return worker_pb2.StopReply(found=self._worker.stop_sequence(request.request_id))
 
 
-async def start_server(worker: DecodeWorker, host: str) -> tuple[grpc.aio.Server, str]:
+async def start_server(worker: Decoder, host: str) -> tuple[grpc.aio.Server, str]:
     """A running server on a free port of host, and its "host:port"."""
     server, port = create_server(host, 0)
     worker_pb2_grpc.add_DecodeWorkerServicer_to_server(DecodeService(worker), server)

@@ -28,7 +28,9 @@ from ..engine.model_config import ModelConfig
 from ..engine.page_allocator import PageAllocator
 from ..engine.resolve import resolve_device, resolve_folder, resolve_max_model_len
 from ..engine.sequence import Sequence
+from ..engine.transfer import TransferThread
 from ..kvstore.client import BlockReader, StoreClient
+from ..kvstore.store_link import StoreLink
 from ..protocol.blocks import block_keys, root_key
 from ..protocol.config import DecodeConfig, ModelOptions
 from ..protocol.errors import (
@@ -45,15 +47,13 @@ from ..protocol.errors import (
 from ..protocol.exporter import serve_metrics
 from ..protocol.membership import stay_joined
 from ..protocol.v1 import common_pb2, control_pb2, worker_pb2
-from .job import DecodeJob, token_output
+from .job import DecodeJob
 from .loader import HandoffLoader, check_layout
 from .local_prefill import LocalPrefill
 from .metrics import DecodeMetrics
 from .pusher import BlockPusher
 from .scheduler import DecodeScheduler, Step
 from .service import start_server
-from .store_link import StoreLink
-from .transfer import TransferThread
 
 logger = logging.getLogger(__name__)
 
@@ -386,7 +386,7 @@ class DecodeWorker:
             for sequence, row, reason in generated:
                 job = self._jobs.get(sequence)
                 if job is not None:
-                    outputs.append(StepOutput(job, token_output(samples[row]), reason))
+                    outputs.append(StepOutput(job, samples[row].to_proto(), reason))
         self._tell(partial(self._stepped, outputs, time.monotonic() - began, num_tokens, step.preempted))
 
     def _stepped(self, outputs: list[StepOutput], seconds: float, num_tokens: int, preempted: list[Sequence]) -> None:
@@ -436,9 +436,12 @@ class DecodeWorker:
     def _load_engine(self) -> Engine:
         num_tokens = self._config.kv_capacity_tokens
         if num_tokens == 0 and resolve_device(self._options) == "cpu":
-            config = ModelConfig.from_folder(resolve_folder(self._options))
-            num_tokens = CPU_CAPACITY * resolve_max_model_len(config, self._options)
-        return Engine.load(self._options, kv_capacity_tokens=num_tokens, num_threads=self._config.num_threads)
+            model = ModelConfig.from_folder(resolve_folder(self._options))
+            num_tokens = CPU_CAPACITY * resolve_max_model_len(model, self._options)
+        config = self._config
+        return Engine.load(
+            self._options, kv_capacity_tokens=num_tokens, num_threads=config.num_threads, max_decode_batch=config.max_running
+        )
 
     def _info(self, metrics_address: str) -> control_pb2.MemberInfo:
         return control_pb2.MemberInfo(

@@ -58,6 +58,7 @@ class DecodeInputs:
         self._num_prompt_tokens = np.zeros(0, dtype=np.int64)
         self._min_tokens = np.zeros(0, dtype=np.int64)
         self._unadjusted = True
+        self._width = 0
         self.draws = False
         """Whether a sequence of the last fill is not greedy."""
 
@@ -67,12 +68,14 @@ class DecodeInputs:
         return self._unadjusted and bool((self.columns["indices"][: len(self._sequences)] >= self._min_tokens).all())
 
     def fill(self, sequences: list[Sequence], batch_size: int) -> int:
-        """The next token of each sequence, padded to batch_size rows. Returns the width of the packed block table.
+        """The next token of each sequence, padded to batch_size rows. Returns the width of the packed block table; 0 where the last
+        fill's table still holds.
 
         Every sequence has the pages for its tokens.
         """
         count = len(sequences)
-        if sequences != self._sequences:  # by identity
+        taken = sequences != self._sequences  # by identity
+        if taken:
             self._take(sequences)
         columns = self.columns
         lens = np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.int64)
@@ -81,12 +84,16 @@ class DecodeInputs:
         columns["positions"][:count] = positions
         columns["kv_lens"][:count] = lens
         columns["indices"][:count] = lens - self._num_prompt_tokens
-        self._update_table(sequences)
+        grown = self._update_table(sequences)
         pages = self._table[np.arange(count), positions // self._page_size].astype(np.int64)
         columns["slot_mapping"][:count] = pages * self._page_size + positions % self._page_size
-        for name, column in columns.items():
-            column[count:batch_size] = self._scratch_slot if name == "slot_mapping" else PADDING[name]
+        if count < batch_size:
+            for name, column in columns.items():
+                column[count:batch_size] = self._scratch_slot if name == "slot_mapping" else PADDING[name]
         width = int(-(-lens.max() // self._page_size))
+        if not taken and not grown and width <= self._width:
+            return 0
+        self._width = width
         self._packed[: count * width].reshape(count, width)[...] = self._table[:count, :width]
         return width
 
@@ -104,11 +111,14 @@ class DecodeInputs:
         self.columns["min_ps"][:count] = [one.min_p for one in params]
         self.columns["seeds"][:count] = np.array([one.seed for one in params], dtype=np.uint64).view(np.int64)
 
-    def _update_table(self, sequences: Seq[Sequence]) -> None:
-        """A list of pages only ever grows; a preempted sequence gets a new list."""
+    def _update_table(self, sequences: Seq[Sequence]) -> bool:
+        """Whether it changed. A list of pages only ever grows; a preempted sequence gets a new list."""
+        changed = False
         for row, sequence in enumerate(sequences):
             pages = sequence.pages
             known = self._num_pages[row] if self._pages[row] is pages else 0
             if known != len(pages):
                 self._table[row, known : len(pages)] = pages[known:]
                 self._pages[row], self._num_pages[row] = pages, len(pages)
+                changed = True
+        return changed

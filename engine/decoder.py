@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from ..kernels.flash_prefill import flash_prefill
 from ..kernels.kv_write import kv_write
+from ..kernels.linear import gated_linear, linear
 from ..kernels.paged_decode import paged_decode
 from ..kernels.rms_norm import rms_norm
 from ..kernels.silu_mul import silu_mul
@@ -43,8 +44,8 @@ class Decoder:
             attended = self._attention(index, layer, hidden, batch, cache.layer(index), before_layer)
             if after_layer is not None:
                 after_layer(index)
-            hidden, residual = rms_norm(F.linear(attended, layer.o, layer.o_bias), layer.post_norm, eps, residual)
-            hidden = F.linear(silu_mul(F.linear(hidden, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
+            hidden, residual = rms_norm(linear(attended, layer.o, layer.o_bias), layer.post_norm, eps, residual)
+            hidden = linear(_gated(hidden, layer), layer.down, layer.down_bias)
             if index + 1 < len(self.weights.layers):
                 hidden, residual = rms_norm(hidden, self.weights.layers[index + 1].input_norm, eps, residual)
         if len(batch.last_rows) < len(hidden):
@@ -70,7 +71,7 @@ class Decoder:
     ) -> torch.Tensor:
         """[num_tokens, num_heads * head_dim], before the output projection."""
         config = self.config
-        qkv = F.linear(hidden, layer.qkv, layer.qkv_bias).view(len(hidden), -1, config.head_dim)
+        qkv = linear(hidden, layer.qkv, layer.qkv_bias).view(len(hidden), -1, config.head_dim)
         q, k, v = qkv.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
         q = kv_write(
             q,
@@ -110,3 +111,9 @@ class Decoder:
                 sliding_window=config.layer_windows[index],
             )
         return out.view(len(hidden), -1)
+
+
+def _gated(hidden: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
+    """silu(gate) · up, in one kernel where there is one."""
+    fused = gated_linear(hidden, layer.gate_up, layer.gate_up_bias)
+    return silu_mul(linear(hidden, layer.gate_up, layer.gate_up_bias)) if fused is None else fused

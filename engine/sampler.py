@@ -14,6 +14,7 @@ import torch
 
 from ..kernels.sampling import sampling
 from ..protocol.sampling import SamplingParams
+from ..protocol.v1 import common_pb2
 from .sequence import Sequence
 
 
@@ -23,6 +24,10 @@ class TokenSample(NamedTuple):
     token_id: int
     logprob: float | None  # None where the request asked for none
     top: list[tuple[int, float]]  # (token id, logprob), likeliest first
+
+    def to_proto(self) -> common_pb2.TokenOutput:
+        top = [common_pb2.TokenLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in self.top]
+        return common_pb2.TokenOutput(token_id=self.token_id, logprob=self.logprob, top_logprobs=top)
 
 
 def sample(logits: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int]) -> list[TokenSample]:

@@ -69,11 +69,6 @@ class PrefillJob:
         return common_pb2.HandoffState(
             num_tokens=self.sequence.num_tokens,
             num_cached_tokens=self.num_cached_tokens,
-            first_token=token_output(self.sample),
+            first_token=self.sample.to_proto(),
             phases=phases,
         )
-
-
-def token_output(sample: TokenSample) -> common_pb2.TokenOutput:
-    top = [common_pb2.TokenLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in sample.top]
-    return common_pb2.TokenOutput(token_id=sample.token_id, logprob=sample.logprob, top_logprobs=top)

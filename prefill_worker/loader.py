@@ -17,12 +17,12 @@ from functools import partial
 from typing import Any
 
 from ..engine.kv_cache import PagedKVCache
+from ..engine.transfer import TransferThread
 from ..kvstore.client import BlockReader, StoreClient
 from ..protocol.errors import HalfmoonError
 from .job import PrefillJob
 from .metrics import PrefillMetrics
 from .stores import Stores
-from .transfer import TransferThread
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 from ..engine.kv_cache import PagedKVCache
 from ..engine.sequence import StepChunk
+from ..engine.transfer import TransferThread
 from ..kvstore.client import BlockWriter, StoreClient
 from ..protocol.blocks import div_ceil
 from ..protocol.errors import HalfmoonError
 from ..protocol.v1 import common_pb2
 from .job import PrefillJob
 from .metrics import PrefillMetrics
-from .transfer import TransferThread
 
 
 class BlockRun(NamedTuple):

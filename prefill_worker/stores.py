@@ -13,8 +13,8 @@ from functools import partial
 from typing import Literal
 
 from ..kvstore.client import StoreClient
+from ..kvstore.store_link import StoreLink
 from ..protocol.schema import KVSchema
-from .store_link import StoreLink
 
 logger = logging.getLogger(__name__)
 

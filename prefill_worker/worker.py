@@ -25,6 +25,7 @@ import torch
 from ..engine.engine import Engine
 from ..engine.page_allocator import PageAllocator
 from ..engine.sequence import Sequence, StepChunk
+from ..engine.transfer import TransferThread
 from ..kvstore.client import BlockWriter, StoreClient
 from ..protocol.blocks import block_keys, div_ceil, root_key
 from ..protocol.config import ModelOptions, PrefillConfig
@@ -40,7 +41,6 @@ from .pusher import BlockPusher, finished_blocks
 from .scheduler import PrefillScheduler, Step
 from .service import start_server
 from .stores import Stores
-from .transfer import TransferThread
 
 logger = logging.getLogger(__name__)
 

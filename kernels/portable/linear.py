@@ -7,6 +7,8 @@ From Hopper on a program starts while the kernel before it still ends (programma
 by the time that x is there.
 """
 
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import torch

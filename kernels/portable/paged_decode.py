@@ -23,10 +23,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .counters import zeroed_counters
-from .device import early_launch, num_sms
+from .device import num_sms
 
 LOG2_E = 1.4426950408889634
 MERGE_CELLS = 4096  # of partial results that a merge has in flight
@@ -120,11 +119,8 @@ def _paged_decode_kernel(
     scale_log2, cap_log2, cap_inverse, window,
     GROUP: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SEQS_BLOCK: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
-    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
     sequences = tl.arange(0, SEQS_BLOCK)
     lens = tl.load(kv_lens_ptr + sequences, mask=sequences < num_seqs, other=0)
     first_tiles = tl.maximum(lens - window, 0) // BLOCK_N if WINDOW else lens * 0
@@ -245,6 +241,5 @@ def paged_decode(
         SEQS_BLOCK=max(16, triton.next_power_of_2(num_seqs)), HEADS=triton.next_power_of_2(group), PARTS=parts,
         WINDOW=sliding_window > 0, SOFT_CAP=capped,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tile.num_warps, num_stages=tile.num_stages,
-        **early_launch(q.device),
     )  # fmt: skip
     return out

@@ -9,6 +9,8 @@ One program a row. Nothing is sorted: a limit is the smallest depth up to which 
 32 bits of it take 16 passes over a row that stays in the L2 cache, fewer where the search is down to a single token before.
 """
 
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import torch

@@ -11,9 +11,7 @@ rate of a large copy. Wall time, with everything that the host does; a step ends
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -36,10 +34,10 @@ from halfmoon.protocol.sampling import SamplingParams
 
 PREFILL = ((16, 1024), (8, 8192), (2, 32768))
 DECODE = ((1, 2048), (32, 2048), (128, 2048), (64, 8192))
+SHAPE = "llama-3.1-8b"
 MAX_MODEL_LEN = 36864
 MAX_STEP_TOKENS = 8192
 NUM_STEPS = 64
-PEER_STEPS = 128
 
 
 def sequences(engine: Engine, num_seqs: int, num_tokens: int, extra: int, **sampling: Any) -> list[Sequence]:
@@ -216,47 +214,18 @@ def profile(engine: Engine) -> list[dict[str, Any]]:
     return rows
 
 
-def peer(path: str) -> None:
-    """vLLM over the same shapes, its own process; rows as JSON to path."""
-    os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="WARNING")
-    import vllm
-
-    llm = vllm.LLM(
-        model=str(write_shape("llama-3.1-8b", Path(tempfile.mkdtemp()))),
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        dtype="bfloat16",
-        max_model_len=MAX_MODEL_LEN,
-        gpu_memory_utilization=0.85,
-        enable_prefix_caching=False,
-        max_num_batched_tokens=MAX_STEP_TOKENS,
-        max_num_seqs=256,
-        compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]},
-    )
-
-    def run(num_seqs: int, num_tokens: int, num_output: int) -> float:
-        params = vllm.SamplingParams(max_tokens=num_output, temperature=0, ignore_eos=True, detokenize=False)
-        prompts = [{"prompt_token_ids": [random.randrange(10, 128000) for _ in range(num_tokens)]} for _ in range(num_seqs)]
-        return seconds(lambda: llm.generate(prompts, params, use_tqdm=False))
-
-    run(2, 512, 8)
-    rows: list[dict[str, Any]] = []
-    for num_seqs, num_tokens in PREFILL:
-        taken = statistics.median(run(num_seqs, num_tokens, 1) for _ in range(2))
-        rows.append({"case": f"prefill {num_seqs} x {num_tokens}", "s": taken, "tokens_s": num_seqs * num_tokens / taken})
-    for num_seqs, kv_len in DECODE:
-        taken = (run(num_seqs, kv_len, 33 + PEER_STEPS) - run(num_seqs, kv_len, 33)) / PEER_STEPS * 1e3
-        rows.append({"case": f"decode {num_seqs} x {kv_len}", "ms": taken})
-    Path(path).write_text(json.dumps({"version": vllm.__version__, "rows": rows}))
-
-
 def run_peer() -> dict[str, Any] | None:
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        found = subprocess.run([sys.executable, __file__, "--peer-rows", file.name], check=False, capture_output=True, text=True)
+    """In a process of its own, so that all of its memory is back before ours is measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.json"
+        shape = write_shape(SHAPE, Path(folder) / "model")
+        cases = {"prefill": PREFILL, "decode": DECODE, "max_model_len": MAX_MODEL_LEN, "max_step_tokens": MAX_STEP_TOKENS}
+        command = [sys.executable, str(Path(__file__).with_name("vllm_peer.py")), str(shape), json.dumps(cases), str(rows)]
+        found = subprocess.run(command, check=False, capture_output=True, text=True)
         if found.returncode:
-            measure.show("vLLM did not run: " + (found.stderr or found.stdout)[-1500:])
+            measure.show("vLLM did not run: " + (found.stdout + found.stderr)[-12000:])
             return None
-        return json.loads(Path(file.name).read_text())
+        return json.loads(rows.read_text())
 
 
 def show_peer(rows: list[dict[str, Any]], found: dict[str, Any]) -> None:
@@ -275,11 +244,7 @@ def main() -> None:
     options.add_argument("--peer", action="store_true", help="vLLM, too")
     options.add_argument("--profile", action="store_true", help="kernels of a decode step, too")
     options.add_argument("--sampled", action="store_true", help="decode with top-k and top-p, too")
-    options.add_argument("--peer-rows", help=argparse.SUPPRESS)
     args = options.parse_args()
-    if args.peer_rows:
-        peer(args.peer_rows)
-        return
     rows = check()
     if not all(row["ok"] for row in rows):
         measure.write(args.out, rows)
@@ -288,7 +253,7 @@ def main() -> None:
     limits = ceilings()
     rows.append(limits)
     measure.show(f"floors: matmul {limits['matmul_tflops']:.0f} TFLOP/s, copy {limits['copy_gb_s']:.0f} GB/s")
-    engine = load("llama-3.1-8b", "cuda", 64 * 8192 + 64 * 256, 128, max_model_len=MAX_MODEL_LEN)
+    engine = load(SHAPE, "cuda", 64 * 8192 + 64 * 256, 128, max_model_len=MAX_MODEL_LEN)
     engine.cache.data.normal_()
     measure_prefill(engine, limits, rows)
     measure_decode(engine, limits, rows)
@@ -299,8 +264,6 @@ def main() -> None:
     if found is not None:
         show_peer(rows, found)
     measure.write(args.out, rows)
-    del engine
-    gc.collect()
 
 
 if __name__ == "__main__":

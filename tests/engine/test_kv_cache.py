@@ -91,3 +91,15 @@ def test_the_cache_may_be_written_inside_and_outside_of_inference_mode(cache):
     cache.write_blocks(0, [2], blocks.clone())
     cache.write_bytes(0, [3], block_bytes(blocks))
     assert all(torch.equal(cache.read_blocks(0, [page]), blocks) for page in (1, 2, 3))
+
+
+def test_scratch_pages_stand_behind_those_that_may_be_handed_out():
+    built = PagedKVCache(
+        KVSchema("f" * 32, "float32", LAYERS, HEADS, HEAD_DIM, PAGE_SIZE), NUM_PAGES, torch.device("cpu"), num_scratch_pages=1
+    )
+    assert built.num_pages == NUM_PAGES and built.data.shape[2] == NUM_PAGES + 1
+    built.layer(0)[:, NUM_PAGES] = 1.0
+    assert not built.read_blocks(0, range(NUM_PAGES)).any()
+    blocks = built.read_bytes(0, [NUM_PAGES])
+    built.write_bytes(1, [2], blocks)
+    assert bool((built.read_blocks(1, [2]) == 1.0).all())

@@ -1,4 +1,4 @@
-"""A worker's session at its node's store, attached again whenever the store comes back.
+"""A client's session at its node's store, attached again whenever the store comes back.
 
 attach ─► attached ──lost──► attaching, with backoff ──► attached ─► …
              client: the live one            client: StoreUnavailable, at once
@@ -11,9 +11,9 @@ import logging
 from collections.abc import Callable
 from typing import Literal
 
-from ..kvstore.client import StoreClient
 from ..protocol.errors import StoreUnavailable
 from ..protocol.schema import KVSchema
+from .client import StoreClient
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from halfmoon.prefill_worker.transfer import TransferThread
+from halfmoon.engine.transfer import TransferThread
 
 
 @pytest.fixture

@@ -1,0 +1,176 @@
+"""Decode steps as CUDA graphs, one a batch size: what a step costs the host is filling one buffer and a launch.
+
+sequences ─► DecodeInputs (pinned) ──one copy──► static columns, block table
+                                                     └─► graph of the next larger batch size: decoder ─► logits ─► greedy tokens
+                                                             └─► graph of the draw, where one is not greedy ─► tokens ─► host
+
+Rows beyond the sequences are padding: they attend to nothing and write to a page of the cache that belongs to nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any, NamedTuple
+
+import torch
+
+from ..kernels.dispatch import implementation
+from ..kernels.sampling import sampling
+from .batch import StepBatch
+from .decode_inputs import COLUMNS, DecodeInputs, buffer_bytes, column_offsets
+from .decoder import Decoder
+from .kv_cache import PagedKVCache
+from .sequence import Sequence, StepChunk
+from .staging import DTYPES
+from .weights import Progress
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+KERNELS = ("linear", "paged_decode", "kv_write", "rms_norm", "silu_mul", "sampling")
+"""Some of their torch references read values back to the host, which a graph can't hold."""
+
+
+def batch_sizes(max_batch: int) -> tuple[int, ...]:
+    """Those that batches of up to max_batch sequences meet; larger ones than the largest run without a graph."""
+    needed = [size for size in BATCH_SIZES if size < max_batch]
+    return (*needed, *BATCH_SIZES[len(needed) : len(needed) + 1]) if max_batch > 0 else ()
+
+
+def batch_size_for(num_seqs: int, sizes: Seq[int]) -> int | None:
+    """The smallest of sizes, ascending, that holds num_seqs."""
+    return next((size for size in sizes if size >= num_seqs), None)
+
+
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """logits.argmax(dim=-1), the first of equals, in two stages where that can be: over a single row torch's own takes 36 us on an H200."""
+    num_rows, vocab_size = logits.shape
+    num_parts = next((count for count in (256, 128, 64, 32) if vocab_size % count == 0), 1)
+    values, indices = logits.view(num_rows, num_parts, -1).max(dim=-1)
+    part = values.argmax(dim=-1, keepdim=True)
+    return (part * (vocab_size // num_parts) + indices.gather(1, part)).squeeze(1)
+
+
+def can_capture(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    return not any(implementation(stem, device).__module__.rpartition(".")[0].endswith(".reference") for stem in KERNELS)
+
+
+class _Captured(NamedTuple):
+    forward: torch.cuda.CUDAGraph
+    draw: torch.cuda.CUDAGraph
+    logits: torch.Tensor  # fp32 [batch size, vocab_size]
+    greedy: torch.Tensor  # int64 [batch size]
+    drawn: torch.Tensor  # int64 [batch size]
+
+
+class DecodeGraphs:
+    """Not thread-safe. What run() gives is overwritten by the next run().
+
+    Args:
+        scratch_page: of the cache, for padding rows.
+        max_batch: sequences in a step that a graph must hold, as far as BATCH_SIZES goes.
+        progress: called with ("capturing graphs", graphs done, graphs in all).
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self, decoder: Decoder, cache: PagedKVCache, scratch_page: int, max_model_len: int, max_batch: int, progress: Progress | None = None
+    ) -> None:
+        self._decoder = decoder
+        self._cache = cache
+        self._max_model_len = max_model_len
+        self._page_size = cache.page_size
+        self.sizes = batch_sizes(max_batch)
+        largest, device = self.sizes[-1], cache.data.device
+        max_pages = -(-max_model_len // cache.page_size)
+        num_bytes = buffer_bytes(largest, max_pages)
+        self._pinned = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+        self._staged = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self._inputs = DecodeInputs(self._pinned.numpy(), largest, max_pages, cache.page_size, scratch_page * cache.page_size)
+        offsets, self._table_offset = column_offsets(largest)
+        self._columns = {
+            name: self._staged[offsets[name] : offsets[name] + dtype.itemsize * largest].view(DTYPES[dtype])
+            for name, dtype in COLUMNS.items()
+        }
+        self._columns["slot_mapping"].fill_(scratch_page * cache.page_size)
+        self._columns["top_ps"].fill_(1.0)
+        self._table = torch.zeros((largest, max_pages), dtype=torch.int32, device=device)
+        self._cu_seqlens = torch.arange(largest + 1, dtype=torch.int32, device=device)
+        self._rows = torch.arange(largest, dtype=torch.int64, device=device)
+        self._copied = torch.cuda.Event()
+        self._captured = self._capture_all(progress)
+        self._logits: torch.Tensor | None = None
+        self._tokens: torch.Tensor | None = None
+
+    def run(self, chunks: Seq[StepChunk]) -> torch.Tensor | None:
+        """fp32 logits [len(chunks), vocab_size]; None where the step is not one token for each of a batch that a graph holds."""
+        size = batch_size_for(len(chunks), self.sizes)
+        if size is None or not chunks:
+            return None
+        for sequence, start, num_tokens in chunks:
+            num_all = len(sequence.token_ids)
+            if num_tokens != 1 or start + 1 != num_all or num_all > min(len(sequence.pages) * self._page_size, self._max_model_len):
+                return None
+        sequences = [chunk.sequence for chunk in chunks]
+        count = len(sequences)
+        self._copied.synchronize()  # the last step's copy may not have begun
+        width = self._inputs.fill(sequences, size)
+        end = self._table_offset + 4 * count * width
+        self._staged[:end].copy_(self._pinned[:end], non_blocking=True)
+        self._copied.record()
+        if width:
+            self._table[:count, :width].copy_(self._staged[self._table_offset : end].view(torch.int32).view(count, width))
+        captured = self._captured[size]
+        captured.forward.replay()
+        if self._inputs.draws:
+            captured.draw.replay()
+        self._logits = captured.logits[:count]
+        self._tokens = (captured.drawn if self._inputs.draws else captured.greedy)[:count] if self._inputs.plain else None
+        self._sequences = sequences
+        return self._logits
+
+    def tokens(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> list[int] | None:
+        """The tokens that the last run() drew, where logits and sequences are its own and logits need no change before the draw."""
+        if logits is not self._logits or self._tokens is None or list(sequences) != self._sequences:
+            return None
+        return self._tokens.tolist()
+
+    def _capture_all(self, progress: Progress | None) -> dict[int, _Captured]:
+        """The largest first: its memory serves the others."""
+        pool = torch.cuda.graph_pool_handle()
+        captured = {}
+        for done, size in enumerate(reversed(self.sizes)):
+            if progress is not None:
+                progress("capturing graphs", done, len(self.sizes))
+            captured[size] = self._capture(size, pool)
+        if progress is not None:
+            progress("capturing graphs", len(self.sizes), len(self.sizes))
+        return captured
+
+    def _capture(self, size: int, pool: Any) -> _Captured:
+        self._draw(self._decoder.forward(self._batch(size), self._cache))  # compiles what it needs
+        forward, draw = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # other threads, of other engines say, may go on with their work
+        with torch.cuda.graph(forward, pool=pool, capture_error_mode="thread_local"):
+            logits = self._decoder.forward(self._batch(size), self._cache)
+            greedy = likeliest(logits)
+        with torch.cuda.graph(draw, pool=pool, capture_error_mode="thread_local"):
+            drawn = self._draw(logits)
+        return _Captured(forward, draw, logits, greedy, drawn)
+
+    def _draw(self, logits: torch.Tensor) -> torch.Tensor:
+        names = ("temperatures", "top_ks", "top_ps", "min_ps", "seeds", "indices")
+        return sampling(logits, *(self._columns[name][: len(logits)] for name in names))
+
+    def _batch(self, size: int) -> StepBatch:
+        return StepBatch(
+            token_ids=self._columns["token_ids"][:size],
+            positions=self._columns["positions"][:size],
+            slot_mapping=self._columns["slot_mapping"][:size],
+            block_table=self._table[:size],
+            cu_seqlens_q=self._cu_seqlens[: size + 1],
+            kv_lens=self._columns["kv_lens"][:size],
+            last_rows=self._rows[:size],
+            max_seqlen_q=1,
+            max_kv_len=self._max_model_len,
+        )

@@ -7,7 +7,7 @@ import sys
 
 def main() -> None:
     try:
-        from halfmoon.deploy.cli import app
+        from .deploy.cli import app
     except ModuleNotFoundError as error:
         sys.exit(f"the halfmoon command needs {error.name}: pip install 'halfmoon[cli]' (or 'halfmoon[server]' to serve)")
     app()

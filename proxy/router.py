@@ -103,7 +103,9 @@ class Router:
             pass  # the answer says how many
         late = list(self._flights.values())
         for flight in late:
-            flight.give_up(Draining(f"the cluster is shutting down and its drain of {timeout_s:g} s is over; ask again, elsewhere or later"))
+            flight.give_up(
+                Draining(f"the cluster is shutting down and its drain of {timeout_s:g} s is over; ask again, elsewhere or later")
+            )
         return len(late)
 
     async def close(self) -> None:

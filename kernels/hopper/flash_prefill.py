@@ -341,7 +341,7 @@ def _flash_prefill_kernel(
 
 @lru_cache
 def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)  # pyright: ignore[reportReturnType] - a constexpr function
 
 
 def _descriptor(tensor: torch.Tensor, rows: int, width: int, row_stride: int, box: list[int]) -> TensorDescriptor:

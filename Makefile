@@ -26,7 +26,7 @@ test: $(VENV)/dev.stamp  ## the whole suite, no GPU needed
 lint: $(VENV)/dev.stamp  ## ruff, pyright, and the stubs against the .proto files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 proto: $(VENV)/dev.stamp  ## generate protocol/v1/*_pb2*.py from the .proto files
 	$(BIN)/python -m halfmoon.protocol.generate

@@ -16,11 +16,11 @@ import grpc.aio
 
 from ..protocol.channel import open_channel
 from ..protocol.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
-from .attempts import Attempts
+from .attempts import Attempts, ClosedFlag
 from .client import CALL_TIMEOUT_S
 from .cluster_status import ClusterStatus, Model
 from .completion import Collector, Completion, Delta, Event, event_from_proto
-from .options import Ask, build_request
+from .options import Ask, build_request, checked_timeout_s
 
 Reply = TypeVar("Reply")
 
@@ -29,8 +29,9 @@ class AsyncStream(AsyncIterator[Event]):
     """The events of one request. Closing it, leaving its `async with`, dropping it, or cancelling the task that
     reads it cancels the request everywhere."""
 
-    def __init__(self, stub: Any, request: inference_pb2.GenerateRequest, peer: str) -> None:
+    def __init__(self, stub: Any, request: inference_pb2.GenerateRequest, peer: str, client: ClosedFlag) -> None:
         self._stub = stub
+        self._client = client
         self._request = request
         self._attempts = Attempts(peer, request.timeout_s if request.HasField("timeout_s") else None)
         self._collector = Collector()
@@ -95,6 +96,7 @@ class AsyncStream(AsyncIterator[Event]):
             self._loop.call_soon_threadsafe(self._call.cancel)
 
     def _start(self) -> Any:
+        self._client.require_open()
         remaining_s = self._attempts.remaining_s
         if remaining_s is not None:
             self._request.timeout_s = remaining_s
@@ -102,7 +104,7 @@ class AsyncStream(AsyncIterator[Event]):
 
 
 class AsyncClient:
-    """Belongs to the event loop that is running when it is made. Connects on first use.
+    """Belongs to the event loop that is running when it is made. Connects on first use. Once closed, every call raises RuntimeError.
 
     Args:
         address: "host:port" of the proxy's gRPC face.
@@ -110,6 +112,7 @@ class AsyncClient:
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self._closed = ClosedFlag(address)
         self._channel = open_channel(address)
         self._inference: Any = inference_pb2_grpc.InferenceStub(self._channel)
         self._control: Any = control_pb2_grpc.ControlStub(self._channel)
@@ -121,7 +124,7 @@ class AsyncClient:
 
     def stream(self, **ask: Unpack[Ask]) -> AsyncStream:
         """Raises InvalidRequest at once for a wrong option; anything else comes while it is read."""
-        return AsyncStream(self._inference, build_request(ask), self.address)
+        return AsyncStream(self._inference, build_request(ask), self.address, self._closed)
 
     async def models(self, *, timeout_s: float = CALL_TIMEOUT_S) -> list[Model]:
         reply: inference_pb2.ModelsReply = await self._unary(self._inference.Models, inference_pb2.ModelsRequest(), timeout_s)
@@ -138,6 +141,7 @@ class AsyncClient:
         return ClusterStatus.from_proto(await self._unary(self._control.Status, control_pb2.StatusRequest(), timeout_s))
 
     async def close(self) -> None:
+        self._closed.set()
         await self._channel.close()
 
     async def __aenter__(self) -> AsyncClient:
@@ -147,8 +151,9 @@ class AsyncClient:
         await self.close()
 
     async def _unary(self, method: Callable[..., Awaitable[Reply]], request: Any, timeout_s: float) -> Reply:
-        attempts = Attempts(self.address, timeout_s)
+        attempts = Attempts(self.address, checked_timeout_s(timeout_s))
         while True:
+            self._closed.require_open()
             try:
                 return await method(request, timeout=attempts.call_timeout_s)
             except grpc.aio.AioRpcError as error:

@@ -21,7 +21,11 @@ DEADLINE_SLACK_S = 2.0  # the proxy ends a request in time and says why; this si
 
 
 class Attempts:
-    """The attempts of one call. timeout_s: over all of them together; None: no limit."""
+    """The attempts of one call.
+
+    Args:
+        timeout_s: over all of them together, checked by options.checked_timeout_s; None: no limit.
+    """
 
     def __init__(self, peer: str, timeout_s: float | None) -> None:
         self._peer = peer
@@ -49,6 +53,22 @@ class Attempts:
 
     def typed(self, error: grpc.RpcError) -> HalfmoonError:
         return from_rpc_error(error, f"the proxy at {self._peer}")
+
+
+class ClosedFlag:
+    """Whether a client was closed; its streams ask, too, before they try again."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._closed = False
+
+    def set(self) -> None:
+        self._closed = True
+
+    def require_open(self) -> None:
+        """Raises RuntimeError once the client was closed."""
+        if self._closed:
+            raise RuntimeError(f"this client of {self._address} was closed; make another one for more requests")
 
 
 def _never_arrived(error: Any) -> bool:

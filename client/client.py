@@ -15,10 +15,10 @@ import grpc
 
 from ..protocol.channel import OPTIONS
 from ..protocol.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
-from .attempts import Attempts
+from .attempts import Attempts, ClosedFlag
 from .cluster_status import ClusterStatus, Model
 from .completion import Collector, Completion, Delta, Event, event_from_proto
-from .options import Ask, build_request
+from .options import Ask, build_request, checked_timeout_s
 
 CALL_TIMEOUT_S = 10.0
 Reply = TypeVar("Reply")
@@ -27,8 +27,9 @@ Reply = TypeVar("Reply")
 class Stream(Iterator[Event]):
     """The events of one request. Closing it, leaving its `with`, or dropping it cancels the request everywhere."""
 
-    def __init__(self, stub: Any, request: inference_pb2.GenerateRequest, peer: str) -> None:
+    def __init__(self, stub: Any, request: inference_pb2.GenerateRequest, peer: str, client: ClosedFlag) -> None:
         self._stub = stub
+        self._client = client
         self._request = request
         self._attempts = Attempts(peer, request.timeout_s if request.HasField("timeout_s") else None)
         self._collector = Collector()
@@ -91,6 +92,7 @@ class Stream(Iterator[Event]):
             self.close()
 
     def _start(self) -> Any:
+        self._client.require_open()
         remaining_s = self._attempts.remaining_s
         if remaining_s is not None:
             self._request.timeout_s = remaining_s
@@ -98,7 +100,7 @@ class Stream(Iterator[Event]):
 
 
 class Client:
-    """Thread-safe. Connects on first use.
+    """Thread-safe. Connects on first use. Once closed, every call raises RuntimeError.
 
     Args:
         address: "host:port" of the proxy's gRPC face.
@@ -106,6 +108,7 @@ class Client:
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self._closed = ClosedFlag(address)
         self._channel = grpc.insecure_channel(address, options=[*OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
         self._inference: Any = inference_pb2_grpc.InferenceStub(self._channel)
         self._control: Any = control_pb2_grpc.ControlStub(self._channel)
@@ -117,7 +120,7 @@ class Client:
 
     def stream(self, **ask: Unpack[Ask]) -> Stream:
         """Raises InvalidRequest at once for a wrong option; anything else comes while it is read."""
-        return Stream(self._inference, build_request(ask), self.address)
+        return Stream(self._inference, build_request(ask), self.address, self._closed)
 
     def models(self, *, timeout_s: float = CALL_TIMEOUT_S) -> list[Model]:
         reply: inference_pb2.ModelsReply = self._unary(self._inference.Models, inference_pb2.ModelsRequest(), timeout_s)
@@ -134,6 +137,7 @@ class Client:
         return ClusterStatus.from_proto(self._unary(self._control.Status, control_pb2.StatusRequest(), timeout_s))
 
     def close(self) -> None:
+        self._closed.set()
         self._channel.close()
 
     def __enter__(self) -> Client:
@@ -143,8 +147,9 @@ class Client:
         self.close()
 
     def _unary(self, method: Callable[..., Reply], request: Any, timeout_s: float) -> Reply:
-        attempts = Attempts(self.address, timeout_s)
+        attempts = Attempts(self.address, checked_timeout_s(timeout_s))
         while True:
+            self._closed.require_open()
             try:
                 return method(request, timeout=attempts.call_timeout_s)
             except grpc.RpcError as error:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 from ..protocol.errors import InvalidRequest
 from ..protocol.v1 import inference_pb2
+
+MAX_TIMEOUT_S = 7 * 24 * 3600.0
+"""The longest that the proxy takes."""
 
 
 class Message(NamedTuple):
@@ -17,7 +21,10 @@ class Message(NamedTuple):
 
 
 class Options(TypedDict, total=False):
-    """All optional; what is left out takes the server's default, which is that of OpenAI's API."""
+    """All optional; what is left out takes the server's default, which is that of OpenAI's API.
+
+    timeout_s: above 0 and at most MAX_TIMEOUT_S; math.inf: no deadline but the proxy's longest, which is the same 7 days.
+    """
 
     model: str
     request_id: str
@@ -84,8 +91,24 @@ def _set(request: inference_pb2.GenerateRequest, name: str, value: Any) -> None:
         request.stop_token_ids.extend(value)
     elif name == "logit_bias":
         request.logit_bias.update(value)
+    elif name == "timeout_s":
+        timeout_s = checked_timeout_s(value)
+        request.timeout_s = MAX_TIMEOUT_S if timeout_s is None else timeout_s
     else:
         setattr(request, name, value)
+
+
+def checked_timeout_s(timeout_s: float) -> float | None:
+    """None for math.inf: no deadline. Raises InvalidRequest for NaN, for what is not above 0 and above MAX_TIMEOUT_S."""
+    if timeout_s == math.inf:
+        return None
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise InvalidRequest(
+            f"timeout_s is {timeout_s}; it must be a number of seconds above 0 and at most {MAX_TIMEOUT_S:.0f} (7 days), "
+            "or math.inf for no deadline",
+            param="timeout_s",
+        )
+    return timeout_s
 
 
 def _message(turn: Message | Mapping[str, str]) -> inference_pb2.ChatMessage:

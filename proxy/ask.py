@@ -7,14 +7,14 @@ Ask ─► prompts to token ids ─► limits ─► SamplingParams ─► Proxy
 from __future__ import annotations
 
 import dataclasses
-import math
 import secrets
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..client.options import MAX_TIMEOUT_S
 from ..protocol.errors import InvalidRequest, PromptTooLong, UnknownModel
 from ..protocol.sampling import MAX_SEED, SamplingParams
 from .chat_template import ChatMessage
@@ -22,10 +22,11 @@ from .model_card import ModelCard
 from .request import ProxyRequest
 from .tokenizer import Tokenizer
 
-MAX_CHOICES = 128
+MAX_CHOICES = 128  # of all prompts together
 MAX_STOPS = 16
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for a prompt; a chat may use what is left
 REQUEST_ID_LEN = 128
+CHARS_COMPOSED = 4  # characters that a tokenizer's Unicode normal form makes one of, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +61,7 @@ class Planner:
     def __init__(self, tokenizer: Tokenizer, card: ModelCard, default_timeout_s: float) -> None:
         self._tokenizer = tokenizer
         self._card = card
-        self._default_timeout_s = default_timeout_s
+        self._default_timeout_s = min(default_timeout_s, MAX_TIMEOUT_S)
 
     async def plan(self, ask: Ask, max_model_len: int) -> Plan:
         """Raises InvalidRequest (PromptTooLong, UnknownModel), naming the field, the value and the limit."""
@@ -68,13 +69,23 @@ class Planner:
             ask.model in ("", self._card.name), f"the model {ask.model!r} is not served; {self._card.name!r} is", "model", UnknownModel
         )
         _require(1 <= ask.n <= MAX_CHOICES, f"n is {ask.n}; it must be at least 1 and at most {MAX_CHOICES}", "n")
+        num_choices = ask.n * len(ask.prompts)
+        _require(
+            num_choices <= MAX_CHOICES,
+            f"{len(ask.prompts)} prompts with n {ask.n} are {num_choices} choices; a request may have {MAX_CHOICES}",
+            "prompt",
+        )
         _require(len(ask.request_id) <= REQUEST_ID_LEN and ask.request_id.isprintable(), _BAD_ID, "request_id")
         _require(len(ask.stop) <= MAX_STOPS, f"stop has {len(ask.stop)} strings; it may have {MAX_STOPS}", "stop")
         _require(all(ask.stop), "stop has an empty string, which would end every answer at once; leave it out", "stop")
         _require(-(2**31) <= ask.priority < 2**31, f"priority is {ask.priority}; it must fit 32 bits", "priority")
         timeout_s = self._default_timeout_s if ask.timeout_s is None else ask.timeout_s
-        _require(math.isfinite(timeout_s) and timeout_s > 0, f"timeout is {timeout_s}; it must be a number of seconds above 0", "timeout_s")
-        prompts = await self._token_ids(ask)
+        _require(
+            0 < timeout_s <= MAX_TIMEOUT_S,  # NaN is neither
+            f"timeout is {timeout_s}; it must be a number of seconds above 0 and at most {MAX_TIMEOUT_S:.0f} (7 days)",
+            "timeout_s",
+        )
+        prompts = await self._token_ids(ask, max_model_len)
         param = "prompt" if ask.messages is None else "messages"
         for token_ids in prompts:
             self._require_fits(token_ids, param, max_model_len)
@@ -96,16 +107,33 @@ class Planner:
         ]
         return Plan(request_id, tuple(ask.stop), sum(map(len, prompts)), requests)
 
-    async def _token_ids(self, ask: Ask) -> list[list[int]]:
+    async def _token_ids(self, ask: Ask, max_model_len: int) -> list[list[int]]:
         if ask.messages is not None:
             _require(bool(ask.messages), "messages is empty; send at least one", "messages")
-            text = _clean(self._tokenizer.render_chat(ask.messages), "messages")
+            self._require_text_fits(sum(len(message.content) for message in ask.messages), "messages", max_model_len)
+            text = _clean(await self._tokenizer.render_chat_aside(ask.messages), "messages")
             return [await self._tokenizer.encode_aside(text, add_special_tokens=False)]
         _require(bool(ask.prompts), "there is no prompt; send one", "prompt")
-        return [
-            await self._tokenizer.encode_aside(_clean(prompt, "prompt")) if isinstance(prompt, str) else list(prompt)
-            for prompt in ask.prompts
-        ]
+        texts = [prompt for prompt in ask.prompts if isinstance(prompt, str)]
+        for text in texts:
+            self._require_text_fits(len(text), "prompt", max_model_len)
+            _clean(text, "prompt")
+        encoded = iter(await self._tokenizer.encode_all_aside(texts))
+        return [next(encoded) if isinstance(prompt, str) else list(prompt) for prompt in ask.prompts]
+
+    def _require_text_fits(self, num_chars: int, param: str, max_model_len: int) -> None:
+        """Before it is tokenised, which for a text of megabytes takes seconds: no text that fits is as long as the limit,
+        unless the tokenizer drops parts of it, as some do with long runs of blanks.
+        """
+        limit = max_model_len * self._tokenizer.max_token_chars * CHARS_COMPOSED
+        if num_chars > limit:
+            raise PromptTooLong(
+                f"the prompt has {num_chars} characters; this model takes {max_model_len} tokens for prompt and answer together, "
+                f"and a text of at most {limit} characters",
+                param=param,
+                num_prompt_chars=num_chars,
+                max_model_len=max_model_len,
+            )
 
     def _require_fits(self, token_ids: list[int], param: str, max_model_len: int) -> None:
         _require(bool(token_ids), "the prompt is empty; it must have at least one token", param)
@@ -119,10 +147,11 @@ class Planner:
             )
         self._require_known(token_ids, param)
 
-    def _require_known(self, token_ids: Iterable[int], param: str) -> None:
+    def _require_known(self, token_ids: Collection[int], param: str) -> None:
         size = self._card.vocab_size
-        wrong = next((token_id for token_id in token_ids if not 0 <= token_id < size), None)
-        _require(wrong is None, f"{param} has token id {wrong}; this model's are at least 0 and at most {size - 1}", param)
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < size):
+            wrong = next(token_id for token_id in token_ids if not 0 <= token_id < size)
+            raise InvalidRequest(f"{param} has token id {wrong}; this model's are at least 0 and at most {size - 1}", param=param)
 
     def _params(self, ask: Ask, num_prompt_tokens: int, max_model_len: int, seed: int) -> SamplingParams:
         left = max_model_len - num_prompt_tokens

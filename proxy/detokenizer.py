@@ -10,13 +10,14 @@ without the new tokens, and the difference is the new text whatever the decoder 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from .tokenizer import Tokenizer
 
 _CONTEXT_TOKENS = 6  # of the prompt, for decoders that treat a text's first token differently
 _UNFINISHED = "\ufffd"  # what the bytes of an unfinished character decode to
+_PATIENCE = 4  # tokens: as many as a character has bytes at most; a longer run of unfinished ones is no character
+_PENDING_TOKENS = 3  # whatever has begun and not ended lies in as many: a character but for its last byte has 3 bytes
 
 
 class Detokenizer:
@@ -33,25 +34,37 @@ class Detokenizer:
             self._token_ids = []  # the prompt breaks off inside a character: what follows stands by itself
         self._read = len(self._token_ids)  # tokens before it are returned; the window starts at 0
         self._known = tokenizer.decode(self._token_ids)
-        # a character has 4 bytes at most: longer than that, a run of lone byte tokens is no character at all
-        self._patience = 4 if tokenizer.byte_fallback else sys.maxsize
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """The characters that token_ids complete; "" while one is under way."""
-        self._token_ids.extend(token_ids)
-        text = self._tokenizer.decode(self._token_ids)
-        whole = not text.endswith(_UNFINISHED) or len(self._token_ids) - self._read > self._patience
-        stable = text if whole else self._stable_part(text)
-        if len(stable) <= len(self._known):
+        """The characters that token_ids complete; "" while one is under way. Decodes a few tokens, however many came before."""
+        shown = [token_id for token_id in token_ids if not self._tokenizer.is_silent(token_id)]
+        if not shown:
             return ""
+        self._token_ids.extend(shown)
+        text = self._tokenizer.decode(self._token_ids)
+        impatient = len(self._token_ids) - self._read > _PATIENCE
+        whole = not text.endswith(_UNFINISHED) or (impatient and self._tokenizer.byte_fallback)
+        stable = text if whole else self._stable_part(text)
         new = stable[len(self._known) :]
-        if whole:
+        if whole and new:
             self._token_ids = self._token_ids[self._read :]
             self._read = len(self._token_ids)
             self._known = self._tokenizer.decode(self._token_ids)
-        else:
+        elif new:
             self._known = stable
+        if impatient and not whole:
+            self._slide()
         return new
+
+    def _slide(self) -> None:
+        """Shortens a window that ends in bytes which are no character yet, all of it returned but its last replacement character.
+
+        It may now begin inside a character: what that decodes to stands in `known`, and is not returned. UTF-8 is in step
+        again at the next byte that begins a character, and the one that is under way begins among _PENDING_TOKENS.
+        """
+        self._token_ids = self._token_ids[-_PENDING_TOKENS:]
+        self._read = 0
+        self._known = self._tokenizer.decode(self._token_ids).removesuffix(_UNFINISHED)
 
     def _stable_part(self, text: str) -> str:
         """Of a text whose last character is unfinished: the rest of it, where nothing to come can change it."""

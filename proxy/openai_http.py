@@ -20,6 +20,7 @@ from ..protocol.errors import UnknownModel
 from . import openai_errors
 from .event_stream import EventStream, sse, to_json, until_disconnect
 from .generation import ChoiceEnd, Generation, Generator
+from .openai_body import BodyRoute
 from .openai_replies import ChatShape, CompletionShape, Shape, WholeChoice
 from .openai_types import ChatBody, CompletionBody
 from .readiness import missing_parts
@@ -30,6 +31,7 @@ DONE = b"data: [DONE]\n\n"
 def create_app(generator: Generator, registry: CollectorRegistry) -> FastAPI:
     app = FastAPI(title="Halfmoon", docs_url=None, redoc_url=None)
     openai_errors.install(app)
+    app.router.route_class = BodyRoute
     started = int(time.time())
 
     @app.post("/v1/completions")

@@ -6,13 +6,13 @@ known, not served    refused, unless empty (REFUSED)     unknown                
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, model_validator
 
 from ..protocol.errors import InvalidRequest
 from ..protocol.sampling import MAX_SEED
-from .ask import Ask
+from .ask import MAX_CHOICES, Ask
 from .chat_template import ChatMessage
 
 IGNORED = frozenset(
@@ -32,6 +32,9 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
+MAX_FIELDS = 100
+"""Of a body; there are fewer, known and unknown together, in any honest one."""
+MAX_LENGTHS = {"logit_bias": 1024, "messages": 2**16, "stop_token_ids": 1024}
 _SAMPLING = (
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("min_tokens", "ignore_eos", "stop_token_ids"),
@@ -42,6 +45,18 @@ HINTS = {
     "logit_bias": "an object from token id to a number",
 }
 """What a field of several types takes, in words."""
+
+
+class _FirstFault:
+    """pydantic.FailFast, which has no hash and cannot stand in a union."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return {**handler(source), "fail_fast": True}
+
+
+Item = TypeVar("Item")
+Checked = Annotated[list[Item], _FirstFault()]
+"""A list whose first wrong item ends the check: a million complaints take seconds to write."""
 
 
 class StreamOptions(BaseModel):
@@ -61,7 +76,7 @@ class GenerateBody(BaseModel):
     n: int | None = None
     seed: int | None = None
     max_tokens: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Checked[str] | None = None
     temperature: float | None = None
     top_p: float | None = None
     presence_penalty: float | None = None
@@ -74,7 +89,7 @@ class GenerateBody(BaseModel):
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Checked[int] | None = None
     priority: int | None = None
     timeout: float | None = None
 
@@ -83,6 +98,15 @@ class GenerateBody(BaseModel):
     def _without_what_is_not_served(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
+        if len(body) > MAX_FIELDS:
+            raise InvalidRequest(f"the body has {len(body)} fields; it may have {MAX_FIELDS}")
+        for name, limit in MAX_LENGTHS.items():
+            value = body.get(name)
+            if isinstance(value, (list, dict)) and len(value) > limit:
+                raise InvalidRequest(f"{name} has {len(value)} items; it may have {limit}", param=name)
+        prompts = body.get("prompt")
+        if isinstance(prompts, list) and len(prompts) > MAX_CHOICES and isinstance(prompts[0], (str, list)):
+            raise InvalidRequest(f"there are {len(prompts)} prompts; a request may have {MAX_CHOICES} choices", param="prompt")
         for name, harmless in REFUSED.items():
             value = body.get(name)
             if value is not None and value != [] and value not in harmless:
@@ -119,7 +143,7 @@ class GenerateBody(BaseModel):
 
 
 class CompletionBody(GenerateBody):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Checked[str] | Checked[int] | Checked[Checked[int]]
     logprobs: int | None = None
     echo: bool | None = None
     best_of: int | None = None
@@ -154,7 +178,7 @@ class MessageBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
+    content: str | Checked[TextPart] | None = None
 
     def to_message(self, position: int) -> ChatMessage:
         for name, value in (self.model_extra or {}).items():
@@ -168,7 +192,7 @@ class MessageBody(BaseModel):
 
 
 class ChatBody(GenerateBody):
-    messages: list[MessageBody]
+    messages: Checked[MessageBody]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None

@@ -93,7 +93,8 @@ class ProxyServer:
     async def start(self) -> Endpoints:
         """Both faces listen when it returns. Raises CheckpointError, or ConfigError where a port is taken."""
         tokenizer = await asyncio.to_thread(Tokenizer.from_folder, self._model_folder)
-        generator = Generator(self.router, tokenizer, self.card, self._config.default_timeout_s)
+        config = self._config
+        generator = Generator(self.router, tokenizer, self.card, config.default_timeout_s, config.max_queued_requests)
         http_socket = _listen(self._config.host, self._config.http_port)
         try:
             self._grpc, grpc_port = create_server(self._config.host, self._config.grpc_port)
@@ -144,9 +145,13 @@ class ProxyServer:
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
     except OSError as error:
         raise _port_taken(host, port, "http_port") from error
+    # Accepted sockets inherit it. asyncio sets it only where the protocol number is IPPROTO_TCP, which create_server leaves 0:
+    # without it a reply's body waits behind its head for the client's delayed ACK, some 40 ms.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def _port_taken(host: str, port: int, key: str) -> ConfigError:

@@ -20,6 +20,7 @@ from ..protocol.errors import CheckpointError, InvalidRequest
 from .chat_template import ChatMessage, ChatTemplate
 
 INLINE_CHARS = 4096  # about a millisecond of encoding; a longer text goes to a thread
+_TURN_CHARS = 64  # what a turn costs a template, in characters of text
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -36,7 +37,11 @@ class Tokenizer:
         decoder = backend.decoder.__getstate__() if backend.decoder is not None else b""
         self._byte_level = b'"ByteLevel"' in decoder
         self.byte_fallback = b'"ByteFallback"' in decoder
-        self._added = {token_id: token.content for token_id, token in backend.get_added_tokens_decoder().items()}
+        added = backend.get_added_tokens_decoder()
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.max_token_chars = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
+        """Of the longest token; a byte-level one counts a character for each byte."""
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -60,12 +65,29 @@ class Tokenizer:
 
     async def encode_aside(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """As encode; a long text in a thread, so that the event loop goes on."""
-        if len(text) <= INLINE_CHARS:
-            return self.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(self.encode, text, add_special_tokens=add_special_tokens)
+        (token_ids,) = await self.encode_all_aside([text], add_special_tokens=add_special_tokens)
+        return token_ids
+
+    async def encode_all_aside(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """As encode_aside, of texts that are long together, too."""
+
+        def encode_all() -> list[list[int]]:
+            return [self.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+
+        return encode_all() if sum(map(len, texts)) <= INLINE_CHARS else await asyncio.to_thread(encode_all)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def is_silent(self, token_id: int) -> bool:
+        """decode leaves it out: a special token, or an id that no token has."""
+        return token_id in self._special or not self._backend.id_to_token(token_id)
+
+    async def render_chat_aside(self, messages: Sequence[ChatMessage]) -> str:
+        """As render_chat; a long chat in a thread."""
+        if len(messages) * _TURN_CHARS + sum(len(message.content) for message in messages) <= INLINE_CHARS:
+            return self.render_chat(messages)
+        return await asyncio.to_thread(self.render_chat, messages)
 
     def render_chat(self, messages: Sequence[ChatMessage]) -> str:
         """The prompt of a chat, up to where the assistant begins. Raises InvalidRequest without a template."""

@@ -23,6 +23,7 @@ from halfmoon.client import (
     DeadlineExceeded,
     Delta,
     Finished,
+    InvalidRequest,
     PromptTooLong,
     RequestCancelled,
     Stream,
@@ -202,6 +203,36 @@ def test_a_deadline_is_the_servers_and_says_where_the_time_went(client: Any, fac
     with pytest.raises(DeadlineExceeded, match="ran out in state decode"):
         client.call("generate", prompt="Hello", timeout_s=0.2)
     assert time.monotonic() - begun < 1
+
+
+def test_without_a_deadline_a_request_and_a_call_come_to_their_end(client: Any, face: Any) -> None:
+    assert client.call("generate", prompt="Hello", max_tokens=100, timeout_s=float("inf")).text == ANSWER
+    (sequence,) = face.workers.requests
+    assert 7 * 24 * 3600 - 60 < sequence.deadline_s <= 7 * 24 * 3600
+    assert client.call("models", timeout_s=float("inf"))[0].id == "chatty"
+
+
+@pytest.mark.parametrize("timeout_s", [float("nan"), 0.0, -1.0, 1e12])
+@pytest.mark.parametrize(
+    ("method", "arguments"), [("generate", {"prompt": "x"}), ("models", {}), ("cancel", {"request_id": "x"}), ("status", {})]
+)
+def test_a_timeout_out_of_range_is_refused_by_name(
+    method: str, arguments: dict[str, Any], timeout_s: float, client: Any, face: Any
+) -> None:
+    with pytest.raises(InvalidRequest, match=r"^timeout_s is .* above 0 and at most 604800") as caught:
+        client.call(method, timeout_s=timeout_s, **arguments)
+    assert caught.value.fields["param"] == "timeout_s" and face.workers.requests == []
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"), [("generate", {"prompt": "x"}), ("models", {}), ("cancel", {"request_id": "x"}), ("status", {})]
+)
+def test_a_closed_client_says_so(method: str, arguments: dict[str, Any], kind: Any, face: Any) -> None:
+    closed = kind(face.grpc)
+    closed.call("close")
+    closed.call("close")  # again is nothing
+    with pytest.raises(RuntimeError, match=r"this client of .* was closed; make another"):
+        closed.call(method, **arguments)
 
 
 def test_cancel_ends_a_stream_that_somebody_else_reads(client: Any, face: Any) -> None:

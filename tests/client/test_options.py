@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
 
 from halfmoon.client import Conversation, InvalidRequest, Message, PhaseRecord
 from halfmoon.client.completion import Collector, event_from_proto
-from halfmoon.client.options import Ask, Options, build_request
+from halfmoon.client.options import MAX_TIMEOUT_S, Ask, Options, build_request
 from halfmoon.protocol.v1 import common_pb2, inference_pb2
 
 
@@ -39,6 +40,11 @@ def test_every_kind_of_value_has_its_place() -> None:
     assert build_request({"token_ids": []}).WhichOneof("input") == "tokens"
 
 
+def test_no_deadline_is_the_proxys_longest() -> None:
+    assert build_request({"prompt": "x", "timeout_s": math.inf}).timeout_s == MAX_TIMEOUT_S == 7 * 24 * 3600
+    assert build_request({"prompt": "x", "timeout_s": MAX_TIMEOUT_S}).timeout_s == MAX_TIMEOUT_S
+
+
 @pytest.mark.parametrize(
     ("ask", "param", "message"),
     [
@@ -46,6 +52,11 @@ def test_every_kind_of_value_has_its_place() -> None:
         ({}, None, "this one has none"),
         ({"prompt": "x", "token_ids": [1]}, None, "prompt and token_ids"),
         ({"prompt": 3}, "prompt", "prompt is 3"),
+        ({"prompt": "x", "timeout_s": float("nan")}, "timeout_s", "timeout_s is nan; it must be a number of seconds above 0"),
+        ({"prompt": "x", "timeout_s": 0}, "timeout_s", "timeout_s is 0; .* above 0"),
+        ({"prompt": "x", "timeout_s": -1.0}, "timeout_s", "above 0"),
+        ({"prompt": "x", "timeout_s": 1e12}, "timeout_s", r"at most 604800 \(7 days\)"),
+        ({"prompt": "x", "timeout_s": "soon"}, "timeout_s", "timeout_s is 'soon'"),
         ({"prompt": "x", "max_tokens": -1}, "max_tokens", "max_tokens is -1"),
         ({"prompt": "x", "max_tokens": 1.5}, "max_tokens", "max_tokens is 1.5"),
         ({"prompt": "x", "seed": 2**64}, "seed", "seed is 18446744073709551616"),

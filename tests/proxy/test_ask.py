@@ -79,6 +79,10 @@ async def test_the_limit_itself_is_allowed(planner: Planner) -> None:
         ({"sampling": {"temperature": float("nan")}}, InvalidRequest, "temperature", "nan"),
         ({"sampling": {"logit_bias": {1: float("nan")}}}, InvalidRequest, "logit_bias", "nan"),
         ({"stop": ["a"] * 17}, InvalidRequest, "stop", "17 strings; it may have 16"),
+        ({"timeout_s": 604801.0}, InvalidRequest, "timeout_s", r"604801\.0; it must be .* at most 604800 \(7 days\)"),
+        ({"timeout_s": 1e18}, InvalidRequest, "timeout_s", "7 days"),
+        ({"timeout_s": float("inf")}, InvalidRequest, "timeout_s", "7 days"),
+        ({"prompts": ["a"] * 65, "n": 2}, InvalidRequest, "prompt", "65 prompts with n 2 are 130 choices; a request may have 128"),
         ({"n": 129}, InvalidRequest, "n", "at most 128"),
     ],
 )
@@ -88,6 +92,33 @@ async def test_what_is_out_of_range_is_named_with_its_limit(
     with pytest.raises(InvalidRequest, match=message) as caught:
         await plan(planner, **ask)
     assert type(caught.value) is error and caught.value.fields["param"] == param
+
+
+@pytest.mark.parametrize("ask", [{"prompts": ["a", "b" * 10**6]}, {"prompts": [], "messages": [ChatMessage("user", "b" * 10**6)]}])
+async def test_a_text_that_no_prompt_can_be_is_refused_before_it_is_tokenised(
+    ask: dict[str, Any], planner: Planner, chat_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = 512 * 4 * max(len(token) for token in chat_tokenizer._backend.get_vocab(with_added_tokens=True))
+    encoded: list[str] = []
+    encode = Tokenizer.encode
+
+    def seen(self: Tokenizer, text: str, **options: bool) -> list[int]:
+        encoded.append(text)
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", seen)
+    with pytest.raises(PromptTooLong, match=f"the prompt has 1000000 characters; .* at most {limit} characters"):
+        await plan(planner, **ask)
+    assert encoded == []
+    with pytest.raises(PromptTooLong, match="tokens; this model takes 512"):
+        await plan(planner, prompts=["b" * limit])  # as long as the limit: its tokens decide
+    assert encoded == ["b" * limit]
+
+
+async def test_the_longest_timeout_is_taken_and_a_longer_default_is_cut_to_it(chat_model_folder: Path, chat_tokenizer: Tokenizer) -> None:
+    patient = Planner(chat_tokenizer, ModelCard.from_folder(chat_model_folder, ModelOptions(), "float32"), 1e18)
+    asked, default = [(await plan(patient, timeout_s=timeout_s)).requests[0].timeout_s for timeout_s in (604800.0, None)]
+    assert asked == default == 604800.0
 
 
 def test_the_card_names_the_model_after_its_folder_or_the_option(chat_model_folder: Path) -> None:

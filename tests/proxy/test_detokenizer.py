@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models
 
 from halfmoon.proxy.detokenizer import Detokenizer, StopStrings
-from halfmoon.proxy.tokenizer import Tokenizer
+from halfmoon.proxy.tokenizer import Tokenizer, _byte_of_char
 
 EMOJI = "👩‍👩‍👧‍👦 mixed 🏳️‍🌈 text 日本 é"
 
@@ -89,6 +89,51 @@ def test_a_prompt_that_ends_inside_a_character_takes_nothing_from_the_answer(cha
     head = chat_tokenizer.encode("🜚", add_special_tokens=False)[:1]
     token_ids = chat_tokenizer.encode("yes", add_special_tokens=False)
     assert "".join(deltas(chat_tokenizer, token_ids, context=head)) == "yes"
+
+
+@pytest.fixture(scope="module")
+def byte_pieces() -> Tokenizer:
+    """Byte-level, with tokens that end one character and begin another, as trained vocabularies have them."""
+    raw = [*(bytes([byte]) for byte in range(256)), *(bytes([end, begin]) for end in (0x9F, 0x98, 0x80) for begin in (0xF0, 0xE6, 0xC3))]
+    char_of = {byte: char for char, byte in _byte_of_char().items()}
+    words = {"".join(char_of[byte] for byte in piece): index for index, piece in enumerate(raw)}
+    backend = RustTokenizer(models.BPE(words, []))
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|end|>"])
+    return Tokenizer(backend, special_tokens={}, chat_template=None)
+
+
+LONE_BYTE, SPLIT_CHARACTERS, SPECIAL = [0xF0], [256], [265]
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=400)
+def test_the_deltas_together_are_the_full_decode_of_any_bytes(data: st.DataObject, byte_pieces: Tokenizer) -> None:
+    awkward = st.sampled_from([0x41, 0x80, 0x98, 0x9F, 0xBF, 0xC3, 0xE6, 0xED, 0xF0, 0xF4, 0xFF, *range(256, 266)])
+    runs = st.lists(st.tuples(st.one_of(awkward, st.integers(0, 265)), st.sampled_from([1, 1, 1, 2, 7])), max_size=25)
+    token_ids = [token_id for token_id, times in data.draw(runs) for _ in range(times)]
+    context = data.draw(st.lists(awkward, max_size=8))
+    pieces = deltas(byte_pieces, token_ids)
+    assert "".join(pieces) == byte_pieces.decode(token_ids)
+    if not byte_pieces.decode(context).endswith("\ufffd"):
+        assert byte_pieces.decode(context) + "".join(deltas(byte_pieces, token_ids, context)) == byte_pieces.decode(context + token_ids)
+
+
+@pytest.mark.parametrize("token_ids", [LONE_BYTE, SPLIT_CHARACTERS, SPECIAL, [0x80], [0xF0, 0x9F], [0xE6, *SPECIAL * 3]])
+def test_the_work_a_token_does_not_grow_with_those_before_it(
+    token_ids: list[int], byte_pieces: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    decode = Tokenizer.decode
+
+    def seen(self: Tokenizer, token_ids: list[int], **options: bool) -> str:
+        sizes.append(len(token_ids))
+        return decode(self, token_ids, **options)
+
+    monkeypatch.setattr(Tokenizer, "decode", seen)
+    text = "".join(deltas(byte_pieces, token_ids * 500))
+    assert text == decode(byte_pieces, token_ids * 500)
+    assert max(sizes) <= 16 and len(sizes) <= 2 + 3 * 500 * len(token_ids)
 
 
 def cut_by_hand(text: str, stops: list[str]) -> tuple[str, str | None]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +17,8 @@ import openai
 import pytest
 
 from halfmoon.protocol.errors import HandoffCorrupt, StoreFull
+from halfmoon.proxy import openai_body
+from halfmoon.proxy.openai_body import MAX_BODY_BYTES
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 
@@ -71,6 +75,7 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     ("/v1/completions", {"prompt": "x", "temperature": -0.5}, "temperature", "temperature is -0.5; it must be at least 0"),
     ("/v1/completions", {"prompt": "x", "temperature": float("nan")}, "temperature", "temperature is nan"),
     ("/v1/completions", {"prompt": "x", "timeout": float("inf")}, "timeout", "timeout is inf; it must be a number of seconds"),
+    ("/v1/completions", {"prompt": "x", "timeout": 1e18}, "timeout", r"timeout is 1e\+18; it must be .* at most 604800 \(7 days\)"),
     ("/v1/completions", {"prompt": "x", "top_p": 0}, "top_p", "above 0"),
     ("/v1/completions", {"prompt": "x", "n": 0}, "n", "n is 0; it must be at least 1 and at most 128"),
     ("/v1/completions", {"prompt": "x", "n": True}, "n", "n is True"),
@@ -133,6 +138,67 @@ def test_a_harmless_value_of_an_unsupported_field_is_accepted(face: Any, http: h
 def test_a_body_that_is_no_json_object_is_a_400(content: bytes, kind: str, message: str, http: httpx.Client) -> None:
     reply = http.post("/v1/completions", content=content, headers={"content-type": kind})
     assert reply.status_code == 400 and message in error_of(reply)["message"]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_body_over_the_limit_is_a_400_that_names_it(told: bool, face: Any, http: httpx.Client) -> None:
+    content = json.dumps({"prompt": "x" * MAX_BODY_BYTES}).encode()
+    parts = iter([content]) if not told else content
+    reply = http.post("/v1/completions", content=parts, headers={"content-type": "application/json"})
+    what = f"{len(content)} bytes" if told else "more bytes"
+    assert reply.status_code == 400
+    assert error_of(reply)["message"] == f"the body has {what}; it may have 16777216 (16 MiB)"
+    assert http.get("/health").status_code == 200
+
+
+def test_a_long_body_is_parsed_in_another_thread(face: Any, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    parse = openai_body._parse
+
+    def seen(body_type: Any, content: bytes) -> Any:
+        threads.append(threading.get_ident())
+        return parse(body_type, content)
+
+    monkeypatch.setattr(openai_body, "_parse", seen)
+    for length in (10, 100_000):
+        http.post("/v1/completions", json={"prompt": "x" * length})
+    assert len(threads) == 2 and threads[0] == face._thread.ident != threads[1]
+
+
+def test_a_body_of_many_megabytes_leaves_the_event_loop_to_others(face: Any, http: httpx.Client) -> None:
+    async def longest_gap_s(until: asyncio.Event) -> float:
+        gap_s, last = 0.0, time.perf_counter()
+        while not until.is_set():
+            await asyncio.sleep(0.005)
+            now = time.perf_counter()
+            gap_s, last = max(gap_s, now - last), now
+        return gap_s
+
+    over = asyncio.Event()
+    watch = asyncio.run_coroutine_threadsafe(longest_gap_s(over), face._loop)
+    for prompt in ("word " * 3_000_000, ["word " * 20_000] * 128, [5] * 1_000_000, ["a"] * 3000):
+        reply = http.post("/v1/completions", json={"prompt": prompt, "n": 128 if prompt == ["a"] * 3000 else 1})
+        assert reply.status_code == 400 and error_of(reply)["param"] == "prompt"
+    face._loop.call_soon_threadsafe(over.set)
+    assert watch.result(5) < 1.0
+
+
+ODD: list[tuple[bytes, str]] = [
+    (b'{"prompt": ' + b"[" * 100_000, "nested too deep"),
+    (b'{"prompt": "\xff"}', "byte 12 is no UTF-8"),
+    (b'{"prompt": [' + b"1" * 5000 + b"]}", "not JSON: Exceeds the limit"),
+    (b'{"prompt": [' + b"[]," * 500 + b"[]]}", "there are 501 prompts; a request may have 128"),
+    (b'{"prompt": [' + b"1," * 500_000 + b'"a"]}', "it must be a string, a list of strings"),
+    (json.dumps({f"x{index}": 1 for index in range(101)}).encode(), "the body has 101 fields; it may have 100"),
+    (json.dumps({"logit_bias": {str(index): 1 for index in range(1025)}}).encode(), "logit_bias has 1025 items; it may have 1024"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), ODD)
+def test_an_odd_body_is_a_400_in_few_words(content: bytes, message: str, face: Any, http: httpx.Client) -> None:
+    reply = http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert reply.status_code == 400 and message in error_of(reply)["message"], reply.text[:300]
+    assert len(reply.text) < 400 and face.workers.requests == []
 
 
 def test_an_unknown_route_is_a_404_and_a_wrong_method_a_405_in_openais_shape(http: httpx.Client) -> None:

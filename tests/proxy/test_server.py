@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -64,6 +65,18 @@ async def test_a_fixed_port_is_taken_again_after_a_restart(chat_model_folder: Pa
     again = server(chat_model_folder, **ports)
     assert await again.start() == (http, grpc_address)
     await again.stop(0.0)
+
+
+def test_a_kept_connection_answers_at_once(face: Any) -> None:
+    """Without TCP_NODELAY each reply waits some 40 ms for an ACK."""
+    with httpx.Client(base_url=face.http) as http:
+        http.get("/health")
+        took_s: list[float] = []
+        for _ in range(20):
+            begun = time.perf_counter()
+            assert http.get("/health").status_code == 200
+            took_s.append(time.perf_counter() - begun)
+    assert statistics.median(took_s) < 0.010
 
 
 async def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:

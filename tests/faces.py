@@ -85,7 +85,7 @@ class ScriptedWorkers(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.Dec
         self.arrived = threading.Event()
         self.cancelled = threading.Event()  # a Decode call was cancelled under its handler
         self.stopped: list[str] = []
-        self.gate_at: int | None = None  # output index before which decode waits for the gate
+        self.gate_at: int | None = None  # output index before which decode waits for the gate, or for Stop
         self.gate_for: Callable[[common_pb2.SequenceSpec], bool] = lambda sequence: True
         self.gate = asyncio.Event()
         self.fail_at: dict[int, HalfmoonError] = {}  # output index -> what decode raises there
@@ -148,7 +148,10 @@ class ScriptedWorkers(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.Dec
         answer = self.script(sequence)
         for index, token_id in enumerate(answer[: sequence.sampling.max_tokens]):
             if index == self.gate_at and self.gate_for(sequence):
-                await self.gate.wait()
+                waiting = [asyncio.ensure_future(event.wait()) for event in (self.gate, stop)]
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for one in waiting:
+                    one.cancel()
             if index in self.fail_at:
                 raise self.fail_at[index]
             if stop.is_set():

@@ -68,16 +68,14 @@ def test_a_command_whose_package_is_not_installed_says_what_to_install() -> None
 
 def test_serves_flags_are_keys_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     import halfmoon.deploy.cli.serve as module
-    from halfmoon.protocol.config import ClusterConfig
 
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(module, "serve", lambda *arguments: calls.append(arguments))
     flags = ["--model", "/m", "--prefill", "2", "--decode", "3", "--http-port", "0", "--policy", "random", "--dtype", "float32"]
     result = run("serve", *flags, "--set", "decode.max_running=8", "--address", "auto", "--max-model-len", "64")
     assert result.exit_code == 0, result.output
-    ((config_file, given, settings, address, log_level),) = calls
-    assert (config_file, settings, address, log_level) == (None, ["decode.max_running=8"], "auto", "warning")
-    config = ClusterConfig.load(None, {key: value for key, value in given.items() if value is not None})
+    ((config, address, log_level),) = calls
+    assert (config.decode.max_running, address, log_level) == (8, "auto", "warning")
     assert (config.model.path, config.prefill.num_workers, config.decode.num_workers, config.proxy.http_port) == ("/m", 2, 3, 0)
     assert (config.proxy.policy, config.model.dtype, config.model.max_model_len) == ("random", "float32", 64)
 
@@ -87,7 +85,7 @@ def test_serve_takes_no_prefill_worker_and_at_least_one_decode_worker(monkeypatc
 
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(module, "serve", lambda *arguments: calls.append(arguments))
-    assert run("serve", "--prefill", "0").exit_code == 0 and calls[0][1]["prefill.num_workers"] == 0
+    assert run("serve", "--prefill", "0").exit_code == 0 and calls[0][0].prefill.num_workers == 0
     assert run("serve", "--decode", "0").exit_code == 2 and len(calls) == 1
 
 

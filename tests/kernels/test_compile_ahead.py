@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-SHARED_BYTES = {80: 166912, 86: 101376, 90: 232448, 100: 232448}  # what one program may take
-MATRIX = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # the widest matrix instruction of each
+SHARED_BYTES = {80: 166912, 90: 232448, 100: 232448}  # what one program may take
+MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # the widest matrix instruction of each
 
 
 @functools.cache

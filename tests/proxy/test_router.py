@@ -235,6 +235,7 @@ async def test_a_server_that_dies_before_its_join_stream_does_is_excluded_all_th
 
 async def test_an_error_that_another_pair_cannot_mend_is_the_client_s_at_once(bench: Any, peers: Any) -> None:
     async def refuse(_: Any) -> None:
+        await bench.decodes[0].arrived.wait()  # a call that was cancelled before it arrived would be seen by nobody
         raise InvalidRequest("token 99 is out of the vocabulary", param="prompt")
 
     bench.prefills[0].before_seal = refuse
@@ -368,6 +369,7 @@ async def test_a_client_that_goes_frees_both_workers_within_a_second(bench: Any,
     elif state is RequestState.HANDOFF:
 
         async def seal_elsewhere(request: Any) -> None:
+            await decode.arrived.wait()
             request.handoff.id = "unknown to decode"
 
         prefill.before_seal = seal_elsewhere

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ..kernels.kv_pack import kv_pack, kv_unpack
 from ..protocol.schema import KVSchema
 
 
@@ -40,11 +41,11 @@ class PagedKVCache:
 
     def read_blocks(self, layer: int, pages: Sequence[int]) -> torch.Tensor:
         """A copy of one layer of pages: [n, 2, num_kv_heads, page_size, head_dim], contiguous, on the cache's device."""
-        return self._layers[layer].transpose(0, 1).index_select(0, self._index(pages)).contiguous()
+        return kv_pack(self._layers[layer], self._index(pages))
 
     def write_blocks(self, layer: int, pages: Sequence[int], blocks: torch.Tensor) -> None:
-        """blocks as read_blocks gives them, of the cache's dtype; a page may stand once in pages."""
-        self._layers[layer].transpose(0, 1).index_copy_(0, self._index(pages), blocks.to(self.data.device))
+        """blocks as read_blocks gives them, of the cache's dtype; a page may stand once in pages. Raises ValueError for other blocks."""
+        kv_unpack(blocks.to(self.data.device), self._layers[layer], self._index(pages))
 
     def read_bytes(self, layer: int, pages: Sequence[int]) -> np.ndarray:
         """As read_blocks, as uint8 [n, layer_bytes] in the host's memory."""
@@ -70,7 +71,9 @@ class PagedKVCache:
         self.data[:, :, page, :, num_tokens:] = 0
 
     def _index(self, pages: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(pages, dtype=torch.int64, device=self.data.device)
+        index = torch.tensor(pages, dtype=torch.int64)
+        # pinned: from pageable memory the copy would wait for what the stream still has to do
+        return index if self._on_cpu else index.pin_memory().to(self.data.device, non_blocking=True)
 
 
 def block_bytes(blocks: torch.Tensor) -> np.ndarray:

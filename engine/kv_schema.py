@@ -13,7 +13,7 @@ def kv_schema(config: ModelConfig, options: ModelOptions) -> KVSchema:
     """config is that of the options' folder. Raises CheckpointError where the folder's tensors can't be read."""
     return KVSchema(
         model_fingerprint=model_fingerprint(resolve_folder(options), options.load_format),
-        dtype=resolve_dtype(config, options),
+        dtype="float8_e4m3fn" if options.kv_dtype == "fp8" else resolve_dtype(config, options),
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,

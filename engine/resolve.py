@@ -37,7 +37,7 @@ def resolve_device(options: ModelOptions) -> Literal["cpu", "cuda"]:
 
 
 def resolve_dtype(config: ModelConfig, options: ModelOptions) -> str:
-    """Of weights, activations and KV: a key of protocol.schema.DTYPE_BYTES."""
+    """Of weights and activations, and of KV but where options.kv_dtype says otherwise: a key of protocol.schema.DTYPE_BYTES."""
     if options.dtype != "auto":
         return options.dtype
     return config.torch_dtype if resolve_device(options) == "cuda" else "float32"

@@ -16,7 +16,7 @@ from .staging import Staging
 from .weights import Progress
 
 NUM_SEQS = (1, 2, 16)
-CHUNK_LENS = (1, 16, 32, 64, 128)
+CHUNK_LENS = (1, 16, 32, 33, 64, 65, 128)
 LONG_CHUNK = 128
 """From this length on kernels choose by the length of the context, too."""
 
@@ -30,7 +30,9 @@ def warm_up_shapes(max_model_len: int) -> list[Shape]:
     while kv_len < max_model_len:
         shapes += [(count, LONG_CHUNK, kv_len) for count in NUM_SEQS]
         kv_len *= 2
-    return shapes
+    # few queries over many keys: kernels then split the keys
+    longest = min(kv_len // 2, max_model_len)
+    return shapes + [(1, length, longest) for length in CHUNK_LENS if length < longest]
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@
 CPU  ─► reference                      plain torch
 CUDA ─► hopper (sm_90) ─► portable ─► reference      the first whose module is there and whose imports are
 
-An implementation module has the kernel's name and signature: kernels/<folder>/<stem>.py defines <stem>.
+An implementation module has the kernel's name and signature: kernels/<folder>/<stem>.py defines <stem>, and what goes with it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch
 PACKAGE = __name__.rpartition(".")[0]
 
 
-def implementation(stem: str, device: torch.device) -> Callable[..., Any]:
-    """The function <stem> for tensors of device."""
-    return _find(stem, torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
+def implementation(stem: str, device: torch.device, function: str = "") -> Callable[..., Any]:
+    """The function of that name, or <stem>, of the module <stem> for tensors of device."""
+    return _find(stem, torch.cuda.get_device_capability(device) if device.type == "cuda" else None, function)
 
 
 @functools.cache
-def _find(stem: str, capability: tuple[int, int] | None) -> Callable[..., Any]:
+def _find(stem: str, capability: tuple[int, int] | None, function: str = "") -> Callable[..., Any]:
     for folder in _folders(capability):
         name = f"{PACKAGE}.{folder}.{stem}"
         try:
@@ -34,7 +34,7 @@ def _find(stem: str, capability: tuple[int, int] | None) -> Callable[..., Any]:
             if error.name in (name, name.rpartition(".")[0]) or (error.name or "").split(".")[0] == "triton":
                 continue
             raise
-        return getattr(module, stem)
+        return getattr(module, function or stem)
     raise ModuleNotFoundError(f"no implementation of {stem} in {PACKAGE}")
 
 

@@ -20,6 +20,7 @@ def kv_write(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
+    kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Writes kv_pages in place and returns q normalised and rotated.
 
@@ -29,11 +30,12 @@ def kv_write(
         positions: int64 [num_tokens], row of cos_sin.
         cos_sin: fp32 [num_positions, head_dim], the cosines of the half-split rotation and then the sines.
         slot_mapping: int64 [num_tokens], page * page_size + offset, each slot once.
-        kv_pages: [2, num_pages, num_kv_heads, page_size, head_dim] of one layer.
+        kv_pages: [2, num_pages, num_kv_heads, page_size, head_dim] of one layer, of q's dtype or float8_e4m3fn.
         q_norm, k_norm: weights [head_dim] of a per-head RMS norm before the rotation.
         eps: of that norm.
+        kv_scales: fp32 [2, num_kv_heads], contiguous, of keys and of values, for pages of float8_e4m3fn: what is stored is value / scale,
+            rounded to the nearest and saturated at 448. None: 1. A scale a head costs what one a tensor does, since a program
+            reads one head; for one a tensor, repeat it.
     """
-    if q.is_cuda:
-        kernel = implementation("kv_write", q.device)
-        return kernel(q, k, v, positions, cos_sin, slot_mapping, kv_pages, q_norm=q_norm, k_norm=k_norm, eps=eps)
-    return reference.kv_write(q, k, v, positions, cos_sin, slot_mapping, kv_pages, q_norm=q_norm, k_norm=k_norm, eps=eps)
+    kernel = implementation("kv_write", q.device) if q.is_cuda else reference.kv_write
+    return kernel(q, k, v, positions, cos_sin, slot_mapping, kv_pages, q_norm=q_norm, k_norm=k_norm, eps=eps, kv_scales=kv_scales)

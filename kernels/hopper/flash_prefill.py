@@ -29,11 +29,15 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..portable.counters import zeroed_counters
 from ..portable.device import num_sms
 from ..portable.flash_prefill import flash_prefill as portable_flash_prefill
+from ..portable.flash_prefill import num_splits
+from ..portable.widen import widened_bytes, widened_pages
 
 LOG2_E = 1.4426950408889634
 BLOCK_M = gl.constexpr(128)
 LOWEST = gl.constexpr(-1.0e30)  # a row that has seen no key yet has this maximum: with -inf it would meet inf - inf
 L2_BYTES = 32 << 20
+WIDENED_BYTES = 1 << 30  # of memory for fp8 pages in 16 bits
+WIDENING_ROWS = 512  # rows of queries (tokens times heads) a kv head and sequence, from which on widening them pays
 
 
 @gluon.jit
@@ -48,6 +52,50 @@ def _find_sequence(cu_seqlens_q_ptr, num_seqs, block):
         else:
             high = middle
     return low
+
+
+@gluon.jit
+def _find_item(cu_seqlens_q_ptr, kv_lens_ptr, item, num_seqs, num_heads, section):
+    """An item's sequence, head, first row in its sequence, and that sequence's first token, queries and keys."""
+    sequence = _find_sequence(cu_seqlens_q_ptr, num_seqs, item // num_heads)
+    first_token = gl.load(cu_seqlens_q_ptr + sequence)
+    next_token = gl.load(cu_seqlens_q_ptr + sequence + 1)
+    kv_len = gl.load(kv_lens_ptr + sequence)
+    q_len = next_token - first_token
+    first_block = first_token // BLOCK_M + sequence
+    num_blocks = next_token // BLOCK_M + sequence + 1 - first_block
+    place = item - first_block * num_heads
+    head = place // (section * num_blocks) * section
+    place -= head * num_blocks
+    lanes = gl.maximum(gl.minimum(section, num_heads - head), 1)
+    head += place % lanes
+    row = (num_blocks - 1 - place // lanes) * BLOCK_M
+    return sequence, head, row, first_token, q_len, kv_len
+
+
+@gluon.jit
+def _load_tile(
+    kv_desc, table_ptr, key, last_page, kv_head, num_kv_heads, num_pages, slot, phase, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+    D: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr,
+):  # fmt: skip
+    """The keys [key, key + BLOCK_N) into a slot of K, and their values into one of V, each as soon as it is empty."""
+    for part in gl.static_range(2):
+        if part == 0:
+            mbarrier.wait(k_empty.index(slot), phase)
+            mbarrier.expect(k_full.index(slot), BLOCK_N * D * 2)
+        else:
+            mbarrier.wait(v_empty.index(slot), phase)
+            mbarrier.expect(v_full.index(slot), BLOCK_N * D * 2)
+        for c in gl.static_range(BLOCK_N // BOX):
+            # a page beyond the sequence's last is not its own: the last stands in, and the mask hides it
+            page = gl.load(table_ptr + gl.minimum((key + c * BOX) // PAGE, last_page))
+            at = ((part * num_pages + page) * num_kv_heads + kv_head) * PAGE + (key + c * BOX) % PAGE
+            if part == 0:
+                to = k_smem.index(slot).slice(c * BOX, BOX)
+                tma.async_copy_global_to_shared(kv_desc, [at, 0], k_full.index(slot), to)
+            else:
+                to = v_smem.index(slot).slice(c * BOX, BOX)
+                tma.async_copy_global_to_shared(kv_desc, [at, 0], v_full.index(slot), to)
 
 
 @gluon.jit
@@ -66,19 +114,7 @@ def _produce(
     q_phase = 1
     item = gl.atomic_add(counter_ptr, 1)
     while item < num_items:
-        sequence = _find_sequence(cu_seqlens_q_ptr, num_seqs, item // num_heads)
-        first_token = gl.load(cu_seqlens_q_ptr + sequence)
-        next_token = gl.load(cu_seqlens_q_ptr + sequence + 1)
-        kv_len = gl.load(kv_lens_ptr + sequence)
-        q_len = next_token - first_token
-        first_block = first_token // BLOCK_M + sequence
-        num_blocks = next_token // BLOCK_M + sequence + 1 - first_block
-        place = item - first_block * num_heads
-        head = place // (section * num_blocks) * section
-        place -= head * num_blocks
-        lanes = gl.maximum(gl.minimum(section, num_heads - head), 1)
-        head += place % lanes
-        row = (num_blocks - 1 - place // lanes) * BLOCK_M
+        sequence, head, row, first_token, q_len, kv_len = _find_item(cu_seqlens_q_ptr, kv_lens_ptr, item, num_seqs, num_heads, section)
         if row < q_len and head < num_heads:  # else a block that the sequence does not need, or tokens behind the last sequence
             position = kv_len - q_len + row
             end = kv_len
@@ -103,23 +139,10 @@ def _produce(
             kv_head = head // group
             for t in range(num_tiles):
                 key = (num_tiles - 1 - t) * BLOCK_N
-                for part in gl.static_range(2):
-                    if part == 0:
-                        mbarrier.wait(k_empty.index(slot), phase)
-                        mbarrier.expect(k_full.index(slot), BLOCK_N * D * 2)
-                    else:
-                        mbarrier.wait(v_empty.index(slot), phase)
-                        mbarrier.expect(v_full.index(slot), BLOCK_N * D * 2)
-                    for c in gl.static_range(BLOCK_N // BOX):
-                        # a page beyond the sequence's last is not its own: the last stands in, and the mask hides it
-                        page = gl.load(table_ptr + gl.minimum((key + c * BOX) // PAGE, last_page))
-                        at = ((part * num_pages + page) * num_kv_heads + kv_head) * PAGE + (key + c * BOX) % PAGE
-                        if part == 0:
-                            to = k_smem.index(slot).slice(c * BOX, BOX)
-                            tma.async_copy_global_to_shared(kv_desc, [at, 0], k_full.index(slot), to)
-                        else:
-                            to = v_smem.index(slot).slice(c * BOX, BOX)
-                            tma.async_copy_global_to_shared(kv_desc, [at, 0], v_full.index(slot), to)
+                _load_tile(
+                    kv_desc, table_ptr, key, last_page, kv_head, num_kv_heads, num_pages, slot, phase,
+                    k_smem, v_smem, k_full, k_empty, v_full, v_empty, D, BLOCK_N, PAGE, BOX,
+                )  # fmt: skip
                 slot += 1
                 if slot == SLOTS:
                     slot = 0
@@ -183,6 +206,23 @@ def _step(
 @gluon.jit
 def _field(info, fields, number: gl.constexpr):
     return gl.sum(gl.where(fields == number, info, 0), axis=0)
+
+
+@gluon.jit
+def _store_rows(
+    result, out_desc, out_ptr, out_smem, token, num_rows, head, num_heads,
+    D: gl.constexpr, O_LAYOUT: gl.constexpr, STAGED: gl.constexpr, WHICH: gl.constexpr,
+):  # fmt: skip
+    if STAGED and num_rows >= 64:
+        tma.store_wait(0)
+        out_smem.index(WHICH).store(result)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out_desc, [token, head * D], out_smem.index(WHICH))
+    else:  # rows beyond the sequence's own belong to the next
+        out_rows = gl.arange(0, 64, gl.SliceLayout(1, O_LAYOUT))
+        columns = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
+        to = out_ptr + (token + out_rows).to(gl.int64)[:, None] * (num_heads * D) + (head * D + columns)[None, :]
+        gl.store(to, result, mask=(out_rows < num_rows)[:, None])
 
 
 @gluon.jit
@@ -269,17 +309,7 @@ def _consume(
             v_slot = 0
             v_phase ^= 1
         result = (acc * inverse[:, None]).to(dtype)
-
-        if STAGED and num_rows >= 64:
-            tma.store_wait(0)
-            out_smem.index(WHICH).store(result)
-            fence_async_shared()
-            tma.async_copy_shared_to_global(out_desc, [token, head * D], out_smem.index(WHICH))
-        else:  # rows beyond the sequence's own belong to the next
-            out_rows = gl.arange(0, 64, gl.SliceLayout(1, O_LAYOUT))
-            columns = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
-            to = out_ptr + (token + out_rows).to(gl.int64)[:, None] * (num_heads * D) + (head * D + columns)[None, :]
-            gl.store(to, result, mask=(out_rows < num_rows)[:, None])
+        _store_rows(result, out_desc, out_ptr, out_smem, token, num_rows, head, num_heads, D, O_LAYOUT, STAGED, WHICH)
         mbarrier.wait(info_full.index(info_slot), info_phase)
         info = info_smem.index(info_slot).load(INFO)
         num_tiles = _field(info, fields, 0)
@@ -354,6 +384,7 @@ def _fits(q: torch.Tensor, kv_pages: torch.Tensor, max_seqlen_q: int, special: b
     return (
         not special
         and q.dtype in (torch.bfloat16, torch.float16)
+        and kv_pages.dtype in (q.dtype, torch.float8_e4m3fn)
         and head_dim in (64, 128, 256)
         and (page_size % 64 == 0 or page_size in (16, 32))
         and max_seqlen_q >= 64
@@ -364,6 +395,19 @@ def _fits(q: torch.Tensor, kv_pages: torch.Tensor, max_seqlen_q: int, special: b
         and kv_pages.is_contiguous()
         and kv_pages.data_ptr() % 16 == 0
     )
+
+
+def _pays(q: torch.Tensor, kv_pages: torch.Tensor, num_seqs: int, max_kv_len: int) -> bool:
+    """Whether this kernel is the faster one: enough items for the SMs, where the portable one would split keys among idle ones, and,
+    for fp8, queries enough that its higher rate (about 640 against 400 TFLOP/s) is worth the bytes of widening."""
+    num_tokens, num_heads, _ = q.shape
+    num_items = max(num_seqs, -(-num_tokens // BLOCK_M.value)) * num_heads
+    if num_splits(num_items, max_kv_len, num_sms(q.device)) > 1:
+        return False
+    if kv_pages.dtype != torch.float8_e4m3fn:
+        return True
+    rows = num_tokens * (num_heads // kv_pages.shape[2]) // num_seqs
+    return rows >= WIDENING_ROWS and widened_bytes(kv_pages, num_seqs, max_kv_len) <= WIDENED_BYTES
 
 
 def flash_prefill(
@@ -379,17 +423,25 @@ def flash_prefill(
     sliding_window: int = 0,
     logit_soft_cap: float = 0.0,
     causal: bool = True,
-) -> torch.Tensor:
+    kv_scales: torch.Tensor | None = None,
+    block_mask: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """As kernels/portable/flash_prefill.py, and one thing more: every value in the pages must be finite, also behind a sequence's last key
     (a cache allocated as zeros is, whatever was written since). Keys there are masked, but 0 · NaN is NaN in the product with V.
 
-    Windows, soft caps, head dimensions other than 64, 128 and 256 and batches of short chunks go to the portable kernel.
+    Windows, soft caps, block masks, LSE, head dimensions other than 64, 128 and 256, batches of short chunks, and few queries over many
+    keys go to the portable kernel. fp8 pages are widened to 16 bits first, or go there, too.
     """
-    if not _fits(q, kv_pages, max_seqlen_q, sliding_window > 0 or logit_soft_cap > 0):
+    special = sliding_window > 0 or logit_soft_cap > 0 or block_mask is not None or return_lse
+    if not _fits(q, kv_pages, max_seqlen_q, special) or not _pays(q, kv_pages, kv_lens.shape[0], max_kv_len):
         return portable_flash_prefill(
             q, kv_pages, block_table, cu_seqlens_q, kv_lens, max_seqlen_q=max_seqlen_q, max_kv_len=max_kv_len, scale=scale,
-            sliding_window=sliding_window, logit_soft_cap=logit_soft_cap, causal=causal,
+            sliding_window=sliding_window, logit_soft_cap=logit_soft_cap, causal=causal, kv_scales=kv_scales, block_mask=block_mask,
+            return_lse=return_lse,
         )  # fmt: skip
+    if kv_pages.dtype != q.dtype:
+        kv_pages, block_table = widened_pages(kv_pages, block_table, kv_lens, kv_scales, max_kv_len, q.dtype)
     num_tokens, num_heads, head_dim = q.shape
     _, num_pages, num_kv_heads, page_size, _ = kv_pages.shape
     num_seqs, group = kv_lens.shape[0], num_heads // num_kv_heads

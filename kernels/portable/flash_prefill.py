@@ -6,7 +6,9 @@ queries      ┌─────────────────────�
 positions)   └──────────────────────────────────────────────────────┴─┘ window or of the sequence: masked
 
 One program a (block of query rows, head, sequence). The longest rows start first. Nothing is read back to the host: the grid follows
-max_seqlen_q, and a program beyond its sequence's queries ends at once.
+max_seqlen_q, and a program beyond its sequence's queries ends at once. Few queries over many keys would leave most of the GPU idle: their
+keys are split among several programs, and partial results merged (merge.py). A block mask becomes lists of the blocks to visit
+(block_mask.py). Head dimensions above 256 are wide_prefill.py's.
 """
 
 # What stands in a kernel is Triton's language and not Python's; a type checker follows neither it nor launches.
@@ -21,25 +23,36 @@ import torch
 import triton
 import triton.language as tl
 
-from .device import shared_bytes
+from .block_mask import SPARSE_BLOCK, live_blocks
+from .device import num_sms, shared_bytes
+from .fp8 import beside_fp8, readable, widened
+from .merge import MOST_SPLITS, merge_splits
+from .wide_prefill import wide_prefill
 
 LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
+LEAST_KEYS = 1024  # of a split
 
 
 @triton.jit
 def _attend(
-    acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, first, last, positions, kv_len, window,
+    acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, blocks_ptr, first, last, positions, kv_len, window,
     scale_log2, cap_log2, cap_inverse, stride_page,
-    PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, PRECISION: tl.constexpr,
+    PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, FP8: tl.constexpr, SPARSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Keys [first, last) into the running softmax. first is a multiple of BLOCK_N."""
+    """Keys [first, last) into the running softmax; where SPARSE, of those that a list names by blocks of so many keys.
+    first is a multiple of BLOCK_N.
+    """
     columns = tl.arange(0, BLOCK_D)
     # The page of the next tile is read a tile ahead: read in its own tile, it would take half of the pipeline's stages.
     next_page = tl.load(table_ptr + first // PAGE, mask=first < last, other=0)
-    for start in range(first, last, BLOCK_N):
+    for place in range(first, last, BLOCK_N):
+        start = place
+        if SPARSE:
+            start = tl.load(blocks_ptr + place // SPARSE) * SPARSE + place % SPARSE
         keys = start + tl.arange(0, BLOCK_N)
-        if PAGE % BLOCK_N == 0:
+        if PAGE % BLOCK_N == 0 and not SPARSE:
             page = next_page.to(tl.int64)
             next_page = tl.load(table_ptr + (start + BLOCK_N) // PAGE, mask=start + BLOCK_N < last, other=0)
             rows = page * stride_page + ((start % PAGE) + tl.arange(0, BLOCK_N)) * HEAD_DIM
@@ -54,6 +67,8 @@ def _attend(
             k = tl.load(k_ptr + rows[None, :] + columns[:, None], mask=(columns < HEAD_DIM)[:, None], other=0.0)
         else:
             k = tl.load(k_ptr + rows[None, :] + columns[:, None])
+        if FP8:
+            k = widened(k, q.dtype, FP8)
         scores = tl.dot(q, k, input_precision=PRECISION)
         if SOFT_CAP:  # cap · tanh(s·scale / cap), in units of log2
             scores = cap_log2 * (1.0 - 2.0 / (tl.exp2(scores * cap_inverse) + 1.0))
@@ -78,18 +93,47 @@ def _attend(
             v = tl.load(v_ptr + rows[:, None] + columns[None, :], mask=(columns < HEAD_DIM)[None, :], other=0.0)
         else:
             v = tl.load(v_ptr + rows[:, None] + columns[None, :])
+        if FP8:
+            v = widened(v, q.dtype, FP8)
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, row_max, row_sum
 
 
 @triton.jit
-def _flash_prefill_kernel(
-    q_ptr, kv_ptr, block_table_ptr, cu_seqlens_q_ptr, kv_lens_ptr, out_ptr,
-    stride_q, stride_q_head, stride_kv, stride_page, stride_table, num_heads, scale_log2, cap_log2, cap_inverse, window,
-    GROUP: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, PRECISION: tl.constexpr,
+def _bounds(
+    kv_len, first_position, window,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    sequence = tl.program_id(2)
+    """The keys that BLOCK_M rows from first_position on see, [begin, end), and those that all of them see, [whole_begin, whole_end).
+
+    All but end are multiples of BLOCK_N.
+    """
+    end = kv_len
+    whole_end = kv_len
+    if CAUSAL:
+        end = tl.minimum(kv_len, first_position + BLOCK_M)
+        whole_end = tl.minimum(kv_len, first_position + 1)  # below it every row sees every key
+    begin = 0
+    whole_begin = 0
+    if WINDOW:
+        begin = tl.maximum(0, first_position - window + 1) // BLOCK_N * BLOCK_N
+        whole_begin = tl.maximum(0, first_position + BLOCK_M - window)  # from it on every row sees every key
+        whole_begin = tl.minimum(tl.cdiv(whole_begin, BLOCK_N) * BLOCK_N, tl.cdiv(end, BLOCK_N) * BLOCK_N)
+    whole_end = tl.maximum(whole_end // BLOCK_N * BLOCK_N, whole_begin)
+    return begin, whole_begin, whole_end, end
+
+
+# how many splits there are must not make another kernel: chunks of all lengths are served
+@triton.jit(do_not_specialize=["num_tokens", "splits"])
+def _flash_prefill_kernel(
+    q_ptr, kv_ptr, block_table_ptr, cu_seqlens_q_ptr, kv_lens_ptr, out_ptr, lse_ptr, scales_ptr, counts_ptr, blocks_ptr,
+    stride_q, stride_q_head, stride_kv, stride_page, stride_table, stride_counts, stride_counts_head, stride_blocks,
+    num_tokens, splits, num_heads, scale_log2, cap_log2, cap_inverse, window,
+    GROUP: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, FP8: tl.constexpr, SPARSE: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(2) // splits if SPLIT else tl.program_id(2)
     head = tl.program_id(1)
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     first_token = tl.load(cu_seqlens_q_ptr + sequence)
@@ -104,19 +148,25 @@ def _flash_prefill_kernel(
     tokens = (first_token + rows).to(tl.int64)
     inside = (rows < q_len)[:, None] & (columns < HEAD_DIM)[None, :]
     q = tl.load(q_ptr + tokens[:, None] * stride_q + head * stride_q_head + columns[None, :], mask=inside, other=0.0)
+    if FP8:
+        q = beside_fp8(q)
+    if scales_ptr is not None:
+        k_scale = tl.load(scales_ptr + head // GROUP)
+        scale_log2 = scale_log2 if SOFT_CAP else scale_log2 * k_scale
+        cap_inverse = cap_inverse * k_scale
 
-    end = kv_len
-    whole_end = kv_len
-    if CAUSAL:
-        end = tl.minimum(kv_len, first_position + BLOCK_M)
-        whole_end = tl.minimum(kv_len, first_position + 1)  # below it every row sees every key
-    begin = 0
-    whole_begin = 0
-    if WINDOW:
-        begin = tl.maximum(0, first_position - window + 1) // BLOCK_N * BLOCK_N
-        whole_begin = tl.maximum(0, first_position + BLOCK_M - window)  # from it on every row sees every key
-        whole_begin = tl.minimum(tl.cdiv(whole_begin, BLOCK_N) * BLOCK_N, tl.cdiv(end, BLOCK_N) * BLOCK_N)
-    whole_end = tl.maximum(whole_end // BLOCK_N * BLOCK_N, whole_begin)
+    begin, whole_begin, whole_end, end = _bounds(kv_len, first_position, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
+    if SPARSE:  # keys are then counted along the list of blocks, each of which may want a mask
+        entry = sequence.to(tl.int64) * stride_counts + head * stride_counts_head + block * BLOCK_M // SPARSE
+        blocks_ptr += entry * stride_blocks
+        begin, whole_begin, whole_end, end = 0, 0, 0, tl.load(counts_ptr + entry) * SPARSE
+    if SPLIT:
+        split = tl.program_id(2) % splits
+        share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), splits) * BLOCK_N
+        begin += split * share
+        end = tl.minimum(begin + share, end)
+        whole_begin = tl.minimum(tl.maximum(whole_begin, begin), end)
+        whole_end = tl.minimum(tl.maximum(whole_end, begin), end)
 
     k_ptr = kv_ptr + (head // GROUP) * (PAGE * HEAD_DIM)
     v_ptr = k_ptr + stride_kv
@@ -124,22 +174,34 @@ def _flash_prefill_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    if WINDOW:
+    if WINDOW and not SPARSE:
         acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, begin, tl.minimum(whole_begin, end), positions, kv_len, window,
+            acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, None, begin, tl.minimum(whole_begin, end), positions, kv_len, window,
             scale_log2, cap_log2, cap_inverse, stride_page,
-            PAGE, HEAD_DIM, BLOCK_N, BLOCK_D, True, CAUSAL, WINDOW, SOFT_CAP, PRECISION,
+            PAGE, HEAD_DIM, BLOCK_N, BLOCK_D, True, CAUSAL, WINDOW, SOFT_CAP, FP8, 0, PRECISION,
         )  # fmt: skip
+    if not SPARSE:
+        acc, row_max, row_sum = _attend(
+            acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, None, whole_begin, whole_end, positions, kv_len, window,
+            scale_log2, cap_log2, cap_inverse, stride_page,
+            PAGE, HEAD_DIM, BLOCK_N, BLOCK_D, False, CAUSAL, WINDOW, SOFT_CAP, FP8, 0, PRECISION,
+        )  # fmt: skip
+    else:
+        whole_end = begin
     acc, row_max, row_sum = _attend(
-        acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, whole_begin, whole_end, positions, kv_len, window,
+        acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, blocks_ptr, whole_end, end, positions, kv_len, window,
         scale_log2, cap_log2, cap_inverse, stride_page,
-        PAGE, HEAD_DIM, BLOCK_N, BLOCK_D, False, CAUSAL, WINDOW, SOFT_CAP, PRECISION,
+        PAGE, HEAD_DIM, BLOCK_N, BLOCK_D, True, CAUSAL, WINDOW, SOFT_CAP, FP8, SPARSE, PRECISION,
     )  # fmt: skip
-    acc, row_max, row_sum = _attend(
-        acc, row_max, row_sum, q, k_ptr, v_ptr, table_ptr, whole_end, end, positions, kv_len, window,
-        scale_log2, cap_log2, cap_inverse, stride_page,
-        PAGE, HEAD_DIM, BLOCK_N, BLOCK_D, True, CAUSAL, WINDOW, SOFT_CAP, PRECISION,
-    )  # fmt: skip
+    if scales_ptr is not None:
+        acc *= tl.load(scales_ptr + num_heads // GROUP + head // GROUP)
+    if SPLIT:
+        tokens += (tl.program_id(2) % splits).to(tl.int64) * num_tokens
+    if lse_ptr is not None:  # natural, and a part's in units of log2
+        lse = (row_max + tl.log2(row_sum)) * (1.0 if SPLIT else LN_2)
+        tl.store(lse_ptr + tokens * num_heads + head, lse, mask=rows < q_len)
+    if lse_ptr is not None or SPARSE:
+        row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # a row that sees no key
     out = acc / row_sum[:, None]
     to = out_ptr + tokens[:, None] * (num_heads * HEAD_DIM) + head * HEAD_DIM + columns[None, :]
     tl.store(to, out.to(out_ptr.dtype.element_ty), mask=inside)
@@ -167,6 +229,11 @@ def tiles(head_dim: int, max_seqlen_q: int, element_size: int, shared: int) -> T
     return Tiles(block_m, 64 if wide or head_dim <= 64 else 32, 8 if block_m == 128 else 4, 3)
 
 
+def num_splits(num_blocks: int, max_kv_len: int, sms: int) -> int:
+    """Programs that share a block's keys, so that num_blocks blocks make one wave on the GPU's SMs, and none has few keys."""
+    return max(1, min(sms // max(num_blocks, 1), max_kv_len // LEAST_KEYS, MOST_SPLITS))
+
+
 def flash_prefill(
     q: torch.Tensor,
     kv_pages: torch.Tensor,
@@ -180,30 +247,61 @@ def flash_prefill(
     sliding_window: int = 0,
     logit_soft_cap: float = 0.0,
     causal: bool = True,
-) -> torch.Tensor:
+    kv_scales: torch.Tensor | None = None,
+    block_mask: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """q [num_tokens, num_heads, head_dim] bf16/fp16 (a view of a fused projection is fine) -> out of the same shape, contiguous.
 
     kv_pages [2, num_pages, num_kv_heads, page_size, head_dim], pages contiguous; block_table int32 [num_seqs, max_pages];
     cu_seqlens_q int32 [num_seqs + 1]; kv_lens int32 [num_seqs]. The queries of a sequence are its last positions, and their K/V
     stand in the pages. sliding_window 0: none, else position i sees keys j with i - window < j <= i. logit_soft_cap 0: none, else
     scores become cap · tanh(score / cap). scale > 0. causal False: a query sees all keys (from the window's lower bound on).
+    kv_scales, block_mask, return_lse: as in kernels/flash_prefill.py.
 
-    Online softmax: Dao, FlashAttention-2 (arXiv 2307.08691).
+    Online softmax: Dao, FlashAttention-2 (arXiv 2307.08691). Block mask: Dao et al., FlashAttention (arXiv 2205.14135), section 3.3.
     """
     num_tokens, num_heads, head_dim = q.shape
-    page_size = kv_pages.shape[3]
+    kv_pages, fp8 = readable(kv_pages)
+    num_seqs, num_kv_heads, page_size = kv_lens.shape[0], kv_pages.shape[2], kv_pages.shape[3]
     out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((num_tokens, num_heads), dtype=torch.float32, device=q.device) if return_lse else None
     if num_tokens == 0:
-        return out
-    tile = tiles(head_dim, max_seqlen_q, q.element_size(), shared_bytes(q.device))
-    grid = (triton.cdiv(max_seqlen_q, tile.block_m), num_heads, kv_lens.shape[0])
+        return out if lse is None else (out, lse)
+    if block_mask is not None:
+        block_mask = block_mask.expand(-1, num_heads, -1, -1)
+    if head_dim > 256:
+        wide_prefill(
+            q, kv_pages, block_table, cu_seqlens_q, kv_lens, out, lse, max_seqlen_q=max_seqlen_q, max_kv_len=max_kv_len, scale=scale,
+            sliding_window=sliding_window, logit_soft_cap=logit_soft_cap, causal=causal, kv_scales=kv_scales, block_mask=block_mask,
+            fp8=fp8,
+        )  # fmt: skip
+        return out if lse is None else (out, lse)
+    counts = blocks = None
+    if block_mask is not None:
+        counts, blocks = live_blocks(block_mask, cu_seqlens_q, kv_lens, causal, sliding_window)
+    longest = max_seqlen_q if blocks is None else min(max_seqlen_q, SPARSE_BLOCK)
+    tile = tiles(head_dim, longest, q.element_size(), shared_bytes(q.device))
+    num_blocks = max(num_seqs, triton.cdiv(num_tokens, tile.block_m)) * num_heads
+    splits = num_splits(num_blocks, max_kv_len, num_sms(q.device))
+    parts, parts_lse = out, lse
+    if splits > 1:
+        parts = torch.empty((splits, *out.shape), dtype=torch.float32, device=q.device)
+        parts_lse = torch.empty((splits, num_tokens, num_heads), dtype=torch.float32, device=q.device)
     capped = logit_soft_cap > 0
-    _flash_prefill_kernel[grid](
-        q, kv_pages, block_table, cu_seqlens_q, kv_lens, out,
-        q.stride(0), q.stride(1), kv_pages.stride(0), kv_pages.stride(1), block_table.stride(0), num_heads,
-        1.0 if capped else scale * LOG2_E, logit_soft_cap * LOG2_E, 2 * LOG2_E * scale / logit_soft_cap if capped else 0.0, sliding_window,
-        GROUP=num_heads // kv_pages.shape[2], PAGE=page_size, HEAD_DIM=head_dim, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        BLOCK_D=triton.next_power_of_2(head_dim), CAUSAL=causal, WINDOW=sliding_window > 0, SOFT_CAP=capped,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tile.num_warps, num_stages=tile.num_stages,
+    _flash_prefill_kernel[triton.cdiv(max_seqlen_q, tile.block_m), num_heads, num_seqs * splits](
+        q, kv_pages, block_table, cu_seqlens_q, kv_lens, parts, parts_lse, kv_scales if fp8 else None, counts, blocks,
+        q.stride(0), q.stride(1), kv_pages.stride(0), kv_pages.stride(1), block_table.stride(0),
+        counts.stride(0) if counts is not None else None, counts.stride(1) if counts is not None else None,
+        blocks.stride(2) if blocks is not None else None, num_tokens if splits > 1 else None, splits if splits > 1 else None,
+        num_heads, 1.0 if capped else scale * LOG2_E, logit_soft_cap * LOG2_E, 2 * LOG2_E * scale / logit_soft_cap if capped else 0.0,
+        sliding_window,
+        GROUP=num_heads // num_kv_heads, PAGE=page_size, HEAD_DIM=head_dim, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        BLOCK_D=triton.next_power_of_2(head_dim), CAUSAL=causal, WINDOW=sliding_window > 0, SOFT_CAP=capped, FP8=fp8,
+        SPARSE=0 if blocks is None else SPARSE_BLOCK, SPLIT=splits > 1, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return out
+    if splits > 1:
+        assert parts_lse is not None
+        merge_splits(parts, parts_lse, out, lse)
+    return out if lse is None else (out, lse)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from .fp8 import to_pages
+
 
 def kv_write(
     q: torch.Tensor,
@@ -21,15 +23,17 @@ def kv_write(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
+    kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See kernels/kv_write.py. Computed in fp32, rounded once on the way into the pages and out."""
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+    k_scales, v_scales = (None, None) if kv_scales is None else kv_scales.unbind(0)
     rotated_q = _rotate(_normalise(q, q_norm, eps), cos, sin).to(q.dtype)
-    rotated_k = _rotate(_normalise(k, k_norm, eps), cos, sin).to(kv_pages.dtype)
+    rotated_k = _rotate(_normalise(k, k_norm, eps), cos, sin)
     page_size = kv_pages.shape[3]
     pages, offsets = slot_mapping // page_size, slot_mapping % page_size
-    kv_pages[0][pages, :, offsets] = rotated_k
-    kv_pages[1][pages, :, offsets] = v.to(kv_pages.dtype)
+    kv_pages[0][pages, :, offsets] = to_pages(rotated_k, kv_pages.dtype, k_scales)
+    kv_pages[1][pages, :, offsets] = to_pages(v, kv_pages.dtype, v_scales)
     return rotated_q
 
 

@@ -1,17 +1,16 @@
-"""SwiGLU's middle beside torch's silu and product. GB/s count gate, up and the result once each.
+"""SwiGLU's middle beside torch's silu and product and vLLM's operator. GB/s count gate, up and the result once each.
 
-python tests/benchmarks/silu_mul.py [--out FILE]
+halfmoon bench silu_mul [--quick] [--out FILE]
 """
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
-from typing import Any
 
 import measure
 import torch
 import torch.nn.functional as F
+from measure import Calls, Case, Row
 
 from halfmoon.kernels.portable.silu_mul import silu_mul
 
@@ -23,20 +22,22 @@ def in_torch(gate_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--out", help="JSON file to write")
-    args = options.parse_args()
-    rows: list[dict[str, Any]] = []
-    for num_tokens in (32, 256, 8192):
-        gate_up = torch.randn(num_tokens, 2 * INTERMEDIATE, device="cuda", dtype=torch.bfloat16)
-        error = measure.relative_error(silu_mul(gate_up), in_torch(gate_up.float()))
-        graphs = {name: measure.captured(partial(call, gate_up)) for name, call in (("portable", silu_mul), ("torch", in_torch))}
-        times = measure.interleaved(graphs)
-        num_bytes = 3.0 * num_tokens * INTERMEDIATE * 2
-        rows.append(measure.moved(f"silu_mul {num_tokens} x {INTERMEDIATE}", num_bytes, times, error=error))
-    measure.write(args.out, rows)
+def activation(num_tokens: int, case: str) -> Row:
+    gate_up = torch.randn(num_tokens, 2 * INTERMEDIATE, device="cuda", dtype=torch.bfloat16)
+    out = silu_mul(gate_up)
+    error = measure.relative_error(out, in_torch(gate_up.float()))
+    calls: Calls = {"portable": partial(silu_mul, gate_up), "torch": partial(in_torch, gate_up)}
+    vllm = measure.load_vllm()
+    if vllm is not None:
+        calls |= measure.present({"vllm": lambda: vllm.silu_and_mul(torch.empty_like(out), gate_up)})
+    times = measure.interleaved({name: measure.captured(call) for name, call in calls.items()})
+    return measure.timed("silu_mul", case, 5.0 * out.numel(), 3.0 * out.nbytes, times, compute=False, error=error, ok=error < 6e-3)
+
+
+def cases(quick: bool) -> list[Case]:
+    sizes = (32, 8192) if quick else (32, 256, 8192)
+    return [Case("silu_mul", f"{n} x {INTERMEDIATE}", partial(activation, n, f"{n} x {INTERMEDIATE}")) for n in sizes]
 
 
 if __name__ == "__main__":
-    main()
+    measure.main(__doc__, cases)

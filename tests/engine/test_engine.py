@@ -215,3 +215,24 @@ def test_a_missing_gpu_is_named(checkpoint, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="no usable GPU"):
         Engine.load(ModelOptions(path=str(checkpoint("qwen2").folder), device="cuda"), kv_capacity_tokens=64, num_threads=1)
+
+
+def test_an_fp8_cache_costs_a_byte_a_value_and_is_continued_elsewhere_as_it_was_here(checkpoint, lab, prompts):
+    made, prompt = checkpoint("qwen3"), prompts(43)
+    exact, first, second = lab(made.folder), lab(made.folder, kv_dtype="fp8"), lab(made.folder, kv_dtype="fp8")
+    assert first.engine.schema.dtype == "float8_e4m3fn" and first.engine.schema.block_bytes * 4 == exact.engine.schema.block_bytes
+    here = first.sequence(prompt, max_tokens=NUM_TOKENS)
+    logits = first.run([here], chunk_len=16, until=1)[here.request_id]
+    plain = exact.sequence(prompt, max_tokens=NUM_TOKENS)
+    wanted = exact.run([plain], chunk_len=16, until=1)[plain.request_id]
+    error = (logits[0] - wanted[0]).norm() / wanted[0].norm()
+    assert 0 < error < 0.1  # keys and values are within 2^-4 of their own, and so is not what follows from them, quite
+    there = second.sequence(prompt, max_tokens=NUM_TOKENS)
+    pages = -(-len(prompt) // first.engine.page_size)
+    for layer in range(first.engine.config.num_layers):
+        second.engine.cache.write_bytes(layer, there.pages[:pages], list(first.engine.cache.read_bytes(layer, here.pages[:pages])))
+    there.token_ids.append(here.token_ids[-1])
+    there.num_computed_tokens = len(prompt)
+    rows = [lab_.run([one], chunk_len=16, until=NUM_TOKENS)[one.request_id] for lab_, one in ((first, here), (second, there))]
+    assert there.token_ids == here.token_ids
+    assert all(torch.equal(mine, other) for mine, other in zip(*rows, strict=True))

@@ -1,6 +1,7 @@
 """Compiles every kernel for GPUs that are not here, through its public function, and prints what the assembler made of it as JSON.
 
-python compile_ahead.py [90 ...]        one line a kernel: {"case", "kernel", "capability", "shared", "registers", "stack", "matrix"}
+python compile_ahead.py [90 ...] [--more] [TEXT]     cases whose name holds TEXT; --more: variants that no test compiles, too
+one line a kernel: {"case", "kernel", "capability", "shared", "registers", "stack", "matrix"}
 
 The public functions run as they do on a GPU, up to the launch: a driver that names the target but owns no device stands in for CUDA's,
 and the launch becomes a compilation. So the specialisations are the ones that serving meets.
@@ -24,10 +25,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from halfmoon.kernels.portable import device, flash_prefill
+from halfmoon.kernels.portable import flash_prefill, fp8, wide_prefill
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 166912, 86: 101376, 90: 232448, 100: 232448}  # bytes a program may take
+E4M3 = torch.float8_e4m3fn
+MASK = torch.ones(1, 1, 8, 8, dtype=torch.bool)
 MATRIX = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA|UTCMMA)\b")
 
 
@@ -61,15 +64,23 @@ def compiling(capability: int) -> Iterator[list]:
         compiled.append(kernel)
         return kernel
 
-    shared_bytes = device.shared_bytes
+    # what the kernels' functions ask of the device that the tensors are on
+    answers = [
+        *((module, "shared_bytes", lambda _: SHARED[capability]) for module in (flash_prefill, wide_prefill)),
+        (flash_prefill, "num_sms", lambda _: 132),
+        (fp8, "_way", lambda _: fp8.BY_INSTRUCTION if capability >= 89 else fp8.BY_BITS),
+    ]
+    kept = [(module, name, getattr(module, name)) for module, name, _ in answers]
     JITFunction.run = compile_only
-    flash_prefill.shared_bytes = lambda _: SHARED[capability]
+    for module, name, answer in answers:
+        setattr(module, name, answer)
     driver.set_active(Target(capability))
     try:
         yield compiled
     finally:
         JITFunction.run = launch
-        flash_prefill.shared_bytes = shared_bytes
+        for module, name, answer in kept:
+            setattr(module, name, answer)
         driver._active = None
 
 
@@ -78,9 +89,8 @@ def resources(cubin: bytes) -> dict[str, int | bool]:
         file.write(cubin)
         file.flush()
         tool = str(BINARIES / "cuobjdump")
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        sass = subprocess.run([tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", sass)}
     local = sorted(set(re.findall(r"\b(?:LDL|STL)\b", sass)))
     return {
         "registers": numbers["REG"],
@@ -93,25 +103,44 @@ def pages(head_dim: int, page_size: int, dtype: torch.dtype, num_kv_heads: int =
     return torch.zeros(2, 4, num_kv_heads, page_size, head_dim, dtype=dtype)
 
 
+def scales(stored: torch.dtype | None) -> torch.Tensor | None:
+    return torch.ones(2, 8) if stored == E4M3 else None
+
+
 def prefill_case(
-    module: str, head_dim: int, page_size: int = 64, dtype: torch.dtype = torch.bfloat16, num_queries: int = 512, **options
+    module: str,
+    head_dim: int,
+    page_size: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    num_queries: int = 512,
+    kv_len: int = 512,
+    stored: torch.dtype | None = None,
+    **options,
 ) -> None:
     prefill = importlib.import_module(f"halfmoon.kernels.{module}.flash_prefill").flash_prefill
     q = torch.zeros(num_queries, 32, head_dim, dtype=dtype)
-    cu_seqlens_q, kv_lens = torch.tensor([0, num_queries], dtype=torch.int32), torch.tensor([num_queries], dtype=torch.int32)
+    cu_seqlens_q, kv_lens = torch.tensor([0, num_queries], dtype=torch.int32), torch.tensor([kv_len], dtype=torch.int32)
     table = torch.zeros(1, 64, dtype=torch.int32)
     prefill(
-        q, pages(head_dim, page_size, dtype), table, cu_seqlens_q, kv_lens, max_seqlen_q=num_queries, max_kv_len=num_queries,
-        scale=head_dim**-0.5, **options,
+        q, pages(head_dim, page_size, stored or dtype), table, cu_seqlens_q, kv_lens, max_seqlen_q=num_queries, max_kv_len=kv_len,
+        scale=head_dim**-0.5, kv_scales=scales(stored), **options,
     )  # fmt: skip
 
 
-def decode_case(head_dim: int, page_size: int = 64, dtype: torch.dtype = torch.bfloat16, num_seqs: int = 32, **options) -> None:
+def decode_case(
+    head_dim: int,
+    page_size: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    num_seqs: int = 32,
+    num_q: int = 1,
+    stored: torch.dtype | None = None,
+    **options,
+) -> None:
     from halfmoon.kernels.portable.paged_decode import paged_decode
 
-    q, lens = torch.zeros(num_seqs, 32, head_dim, dtype=dtype), torch.full((num_seqs,), 200, dtype=torch.int32)
-    table = torch.zeros(num_seqs, 64, dtype=torch.int32)
-    paged_decode(q, pages(head_dim, page_size, dtype), table, lens, max_kv_len=4096, scale=head_dim**-0.5, **options)
+    q, lens = torch.zeros(num_seqs, num_q, 32, head_dim, dtype=dtype), torch.full((num_seqs,), 200, dtype=torch.int32)
+    table, cache = torch.zeros(num_seqs, 64, dtype=torch.int32), pages(head_dim, page_size, stored or dtype)
+    paged_decode(q, cache, table, lens, max_kv_len=4096, scale=head_dim**-0.5, kv_scales=scales(stored), **options)
 
 
 def small_case(name: str) -> None:
@@ -124,12 +153,24 @@ def small_case(name: str) -> None:
         from halfmoon.kernels.portable.silu_mul import silu_mul
 
         silu_mul(torch.zeros(8, 28672, dtype=bf16))
+    elif name == "kv_pack":
+        from halfmoon.kernels.portable.kv_pack import kv_pack, kv_unpack
+
+        cache, index = pages(128, 64, bf16), torch.arange(2)
+        kv_unpack(kv_pack(cache, index), cache, index)
+    elif name == "widen":
+        from halfmoon.kernels.portable.widen import widened_pages
+
+        lens = torch.full((2,), 100, dtype=torch.int32)
+        widened_pages(pages(128, 64, E4M3), torch.zeros(2, 4, dtype=torch.int32), lens, scales(E4M3), 100, bf16)
     else:
         from halfmoon.kernels.portable.kv_write import kv_write
 
         q, k = torch.zeros(8, 32, 128, dtype=bf16), torch.zeros(8, 8, 128, dtype=bf16)
         positions, norm = torch.arange(8), torch.zeros(128, dtype=bf16)
-        kv_write(q, k, k, positions, torch.zeros(64, 128), positions, pages(128, 64, bf16), q_norm=norm, k_norm=norm)
+        stored = E4M3 if "fp8" in name else bf16
+        cache = pages(128, 64, stored)
+        kv_write(q, k, k, positions, torch.zeros(64, 128), positions, cache, q_norm=norm, k_norm=norm, kv_scales=scales(stored))
 
 
 PORTABLE: dict[str, Callable[[], None]] = {
@@ -141,7 +182,13 @@ PORTABLE: dict[str, Callable[[], None]] = {
     "paged_decode hd128 batch 256": lambda: decode_case(128, num_seqs=256),
     "paged_decode hd128 fp16 page16": lambda: decode_case(128, 16, torch.float16, num_seqs=1),
     "paged_decode hd128 window": lambda: decode_case(128, sliding_window=256),
-    **{name: lambda name=name: small_case(name) for name in ("rms_norm", "silu_mul", "kv_write")},
+    **{f"flash_prefill fp8 hd{d}": lambda d=d: prefill_case("portable", d, stored=E4M3) for d in (128, 256)},
+    "flash_prefill hd128 lse, keys split": lambda: prefill_case("portable", 128, kv_len=4096, num_queries=128, return_lse=True),
+    "flash_prefill hd128 block mask": lambda: prefill_case("portable", 128, block_mask=MASK),
+    "flash_prefill wide hd1024": lambda: prefill_case("portable", 1024, causal=False),
+    "paged_decode fp8 hd128": lambda: decode_case(128, stored=E4M3),
+    "paged_decode fp8 hd128 8 queries, window": lambda: decode_case(128, num_q=8, stored=E4M3, sliding_window=256),
+    **{name: lambda name=name: small_case(name) for name in ("rms_norm", "silu_mul", "kv_write", "kv_write fp8", "kv_pack", "widen")},
 }
 HOPPER: dict[str, Callable[[], None]] = {
     **{f"hopper flash_prefill hd{d}": lambda d=d: prefill_case("hopper", d) for d in (64, 128, 256)},
@@ -149,9 +196,20 @@ HOPPER: dict[str, Callable[[], None]] = {
 }
 
 
-def main(capabilities: list[int], chosen: str = "") -> None:
+MORE: dict[str, Callable[[], None]] = {
+    "flash_prefill fp8 hd64": lambda: prefill_case("portable", 64, stored=E4M3),
+    "flash_prefill fp8 hd128, 16 queries": lambda: prefill_case("portable", 128, num_queries=16, stored=E4M3),
+    **{f"flash_prefill hd{d} block mask": lambda d=d: prefill_case("portable", d, block_mask=MASK) for d in (64, 256)},
+    "flash_prefill wide hd512": lambda: prefill_case("portable", 512),
+    "flash_prefill wide fp8 hd512 page16, 16 queries": lambda: prefill_case("portable", 512, 16, num_queries=16, stored=E4M3),
+    **{f"paged_decode fp8 hd{d}": lambda d=d: decode_case(d, stored=E4M3) for d in (64, 256)},
+    **{f"paged_decode hd128 {n} queries": lambda n=n: decode_case(128, num_q=n) for n in (4, 8)},
+}
+
+
+def main(capabilities: list[int], chosen: str = "", more: bool = False) -> None:
     for capability in capabilities:
-        for case, launch in {**PORTABLE, **(HOPPER if capability == 90 else {})}.items():
+        for case, launch in {**PORTABLE, **(HOPPER if capability == 90 else {}), **(MORE if more else {})}.items():
             if chosen not in case:
                 continue
             with compiling(capability) as compiled:
@@ -163,4 +221,6 @@ def main(capabilities: list[int], chosen: str = "") -> None:
 
 
 if __name__ == "__main__":
-    main([int(a) for a in sys.argv[1:] if a.isdigit()] or [80, 90, 100], next((a for a in sys.argv[1:] if not a.isdigit()), ""))
+    words = [word for word in sys.argv[1:] if not word.isdigit()]
+    chosen = next((word for word in words if word != "--more"), "")
+    main([int(word) for word in sys.argv[1:] if word.isdigit()] or [80, 90, 100], chosen, "--more" in words)

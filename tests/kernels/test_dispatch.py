@@ -52,6 +52,12 @@ def test_hopper_is_tried_first_on_sm_90_alone(monkeypatch):
     assert asked == ["portable.silu_mul"]
 
 
+def test_a_module_may_hold_more_than_the_function_of_its_name():
+    from halfmoon.kernels.reference.kv_pack import kv_unpack
+
+    assert dispatch.implementation("kv_pack", torch.device("cpu"), "kv_unpack") is kv_unpack
+
+
 def test_an_absent_triton_falls_back_to_the_reference(monkeypatch):
     missing = ModuleNotFoundError("No module named 'triton.language'", name="triton.language")
     serve(monkeypatch, {"portable.silu_mul": missing, "reference.silu_mul": Module})
@@ -65,7 +71,7 @@ def test_a_broken_kernel_is_not_passed_over(monkeypatch):
 
 
 def test_the_choosers_import_no_triton_on_cpu():
-    stems = ("flash_prefill", "kv_write", "paged_decode", "rms_norm", "sampling", "silu_mul")
+    stems = ("flash_prefill", "kv_pack", "kv_write", "paged_decode", "rms_norm", "sampling", "silu_mul")
     lines = "".join(f"import halfmoon.kernels.{stem}\n" for stem in stems)
     # torch itself may bring triton, so what is held here is that ours do not name it
     code = (

@@ -70,6 +70,8 @@ def test_any_batch_matches_fp64(dtype, head_dim: int, num_heads: int, num_kv_hea
         ({"page_size": 192}, True),
         ({"max_seqlen_q": 63}, False),
         ({"special": True}, False),
+        ({"stored": torch.float8_e4m3fn}, True),
+        ({"stored": torch.float16}, False),
         ({"offset": 1}, False),
         ({"offset": 8}, True),
     ],
@@ -79,9 +81,10 @@ def test_a_call_that_the_tensor_copies_cannot_serve_goes_to_the_portable_kernel(
     from halfmoon.kernels.hopper.flash_prefill import _fits
 
     call = {"head_dim": 128, "dtype": torch.bfloat16, "page_size": 64, "max_seqlen_q": 64, "special": False, "offset": 0} | change
+    call.setdefault("stored", call["dtype"])
     storage = torch.zeros(70 * 2 * call["head_dim"] + 8, dtype=call["dtype"])
     q = storage[call["offset"] :][: 70 * 2 * call["head_dim"]].view(70, 2, call["head_dim"])
-    pages = torch.zeros(2, 1, 1, call["page_size"], call["head_dim"], dtype=call["dtype"])
+    pages = torch.zeros(2, 1, 1, call["page_size"], call["head_dim"], dtype=call["stored"])
     assert _fits(q, pages, call["max_seqlen_q"], call["special"]) is fits
 
 
@@ -90,3 +93,52 @@ def test_heads_that_do_not_lie_side_by_side_go_to_the_portable_kernel() -> None:
 
     q = torch.zeros(2, 70, 128, dtype=torch.bfloat16).transpose(0, 1)
     assert not _fits(q, torch.zeros(2, 1, 1, 64, 128, dtype=torch.bfloat16), 64, False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sliding_window": 8},
+        {"logit_soft_cap": 5.0},
+        {"return_lse": True},
+        {"block_mask": torch.ones(1, 1, 2, 2, dtype=torch.bool)},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_this_kernel_does_not_do_reaches_the_portable_one_whole(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    from halfmoon.kernels.hopper import flash_prefill as module
+
+    asked: list[dict] = []
+    monkeypatch.setattr(module, "portable_flash_prefill", lambda *tensors, **named: asked.append(named))
+    q, pages, bounds = torch.zeros(70, 2, 128, dtype=torch.bfloat16), torch.zeros(2, 2, 1, 64, 128, dtype=torch.bfloat16), [0, 70]
+    common = {"max_seqlen_q": 70, "max_kv_len": 70, "scale": 0.1, "causal": True}
+    module.flash_prefill(
+        q, pages, torch.zeros(1, 2, dtype=torch.int32), torch.tensor(bounds, dtype=torch.int32), torch.tensor([70], dtype=torch.int32),
+        **common, **options,
+    )  # fmt: skip
+    silent = {"sliding_window": 0, "logit_soft_cap": 0.0, "kv_scales": None, "block_mask": None, "return_lse": False}
+    assert asked == [{**common, **silent, **options}]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_seqs", "max_kv_len", "stored", "pays"),
+    [
+        (2048, 1, 32768, torch.bfloat16, True),
+        (512, 1, 32768, torch.bfloat16, True),
+        (128, 1, 32768, torch.bfloat16, False),  # 32 items on 132 SMs
+        (128, 1, 1024, torch.bfloat16, True),  # nothing to split
+        (2048, 1, 32768, torch.float8_e4m3fn, True),
+        (2048, 16, 2048, torch.float8_e4m3fn, True),
+        (1024, 16, 2048, torch.float8_e4m3fn, False),  # 64 tokens read what widening would write
+        (65536, 16, 65536, torch.float8_e4m3fn, False),  # 4 GB of widened pages
+    ],
+)
+def test_few_queries_over_many_keys_go_to_the_kernel_that_splits_keys_or_reads_fp8(
+    num_tokens: int, num_seqs: int, max_kv_len: int, stored: torch.dtype, pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halfmoon.kernels.hopper import flash_prefill as module
+
+    monkeypatch.setattr(module, "num_sms", lambda _: 132)
+    q = torch.empty(num_tokens, 32, 128, dtype=torch.bfloat16, device="meta")
+    pages = torch.empty(2, 10, 8, 64, 128, dtype=stored, device="meta")
+    assert module._pays(q, pages, num_seqs, max_kv_len) is pays

@@ -47,3 +47,19 @@ def test_a_padding_row_gives_zeros_and_changes_no_other(paged, naive_attention):
 def test_a_batch_of_padding_alone_gives_zeros(paged):
     inputs = paged([1, 1], [0, 0], (4, 2), 16, 4, torch.float32)
     assert not run(inputs, scale=0.25).any()
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 9, "logit_soft_cap": 3.0}], ids=str)
+def test_several_query_tokens_are_a_chunk_at_the_end(options, paged, naive_attention):
+    inputs = paged([3, 3, 3], *SHAPES[2], torch.float32)
+    q = inputs.q.view(3, 3, *inputs.q.shape[1:])
+    out = paged_decode(q, inputs.kv_pages, inputs.block_table, inputs.kv_lens, max_kv_len=inputs.max_kv_len, scale=0.3, **options)
+    assert out.shape == q.shape
+    torch.testing.assert_close(out.double().view(inputs.q.shape), naive_attention(inputs, 0.3, **options), atol=2e-6, rtol=2e-6)
+
+
+def test_tokens_before_a_sequences_first_give_zeros(paged):
+    inputs = paged([1], [2], (4, 2), 16, 4, torch.float32)
+    q = torch.randn(1, 4, 4, 16)
+    out = paged_decode(q, inputs.kv_pages, inputs.block_table, inputs.kv_lens, max_kv_len=2, scale=0.25)
+    assert not out[:, :2].any() and out[:, 2:].any(dim=-1).all()

@@ -66,3 +66,28 @@ def test_no_tokens_write_nothing() -> None:
     pages, none = torch.zeros(2, 1, 2, 16, 64), torch.zeros(0, dtype=torch.int64)
     assert kv_write(torch.zeros(0, 4, 64), *[torch.zeros(0, 2, 64)] * 2, none, table(64), none, pages).shape == (0, 4, 64)
     assert pages.eq(0).all()
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scales"])
+def test_fp8_pages_hold_the_nearest_number_of_value_by_scale(scaled: bool) -> None:
+    torch.manual_seed(3)
+    heads, kv_heads, head_dim = 2, 2, 64
+    fused = torch.randn(len(SLOTS), heads + 2 * kv_heads, head_dim) * 10.0 ** torch.randint(-4, 4, (len(SLOTS), 1, 1))
+    q, k, v = fused.split([heads, kv_heads, kv_heads], dim=1)
+    scales = torch.tensor([[0.5, 2.0], [0.125, 3.0]]) if scaled else None
+    still = torch.zeros(64, head_dim)
+    still[:, : head_dim // 2] = 1.0  # a rotation by nothing, so that rounding is all that happens to keys
+    pages = torch.zeros(2, 3, kv_heads, 16, head_dim).to(torch.float8_e4m3fn).to(DEVICE)
+    kv_write(
+        q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), torch.tensor(POSITIONS, device=DEVICE), still.to(DEVICE),
+        torch.tensor(SLOTS, device=DEVICE), pages, kv_scales=scales.to(DEVICE) if scales is not None else None,
+    )  # fmt: skip
+    want = torch.zeros(pages.shape)
+    for token, slot in enumerate(SLOTS):
+        if slot >= 0:
+            for side, x in enumerate((k, v)):
+                scaled_x = x[token] / scales[side][:, None] if scales is not None else x[token]
+                want[side, slot // 16, :, slot % 16] = scaled_x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    # a quotient that lies on the edge between two numbers may fall on either side; ours is the nearest all the same
+    assert (pages.cpu().float() != want).sum() <= (2 if scaled else 0)
+    torch.testing.assert_close(pages.cpu().float(), want, rtol=0.13, atol=2.0**-9)

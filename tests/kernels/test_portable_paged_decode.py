@@ -114,3 +114,33 @@ def test_no_sequences_give_no_rows() -> None:
     q, pages, table = build((5,), 64, 16, torch.float16)
     out = paged_decode(q[:0], pages, table[:0], torch.zeros(0, dtype=torch.int32), max_kv_len=0, scale=1.0)
     assert out.shape == (0, 4, 64)
+
+
+def expected_of_several(q, pages, table, lens: Sequence[int], **options) -> torch.Tensor:
+    """Query token i of n is the last one of a sequence that is n - 1 - i tokens shorter."""
+    num_q = q.shape[1]
+    return torch.stack(
+        [expected(q[:, i], pages, table, [max(0, n - (num_q - 1 - i)) for n in lens], **options) for i in range(num_q)], dim=1
+    )
+
+
+@pytest.mark.parametrize(("num_q", "num_heads"), [(2, 4), (5, 6), (9, 8)])  # the last are more rows than one launch takes
+@pytest.mark.parametrize("window", [0, 40])
+def test_several_query_tokens_see_no_later_ones(num_q: int, num_heads: int, window: int) -> None:
+    lens = (70, 130, 0, 3)
+    _, pages, table = build(lens, 64, 16, torch.float32)
+    wide = torch.randn(len(lens), num_q, num_heads + 2, 64)
+    q = wide[:, :, :num_heads].to(DEVICE)
+    out = paged_decode(
+        q, pages.to(DEVICE), table.to(DEVICE), torch.tensor(lens, dtype=torch.int32).to(DEVICE), max_kv_len=130, scale=0.125,
+        sliding_window=window,
+    )  # fmt: skip
+    assert out.shape == q.shape and out.is_contiguous() and torch.isfinite(out).all()
+    assert error(out.cpu(), expected_of_several(q.cpu(), pages, table, lens, window=window)) < TOLERANCE[torch.float32]
+    assert out[2].eq(0).all() and out[3, : max(0, num_q - 3)].eq(0).all()
+
+
+def test_a_head_that_no_register_file_holds_is_refused() -> None:
+    q, pages = torch.zeros(1, 2, 320), torch.zeros(2, 1, 2, 16, 320)
+    with pytest.raises(ValueError, match="head_dim 320"):
+        paged_decode(q, pages, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32), max_kv_len=1, scale=1.0)

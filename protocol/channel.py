@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import grpc.aio
 
-# Message size is bounded by who sends (slices of a few MiB), not by gRPC's 4 MiB default.
+from .address import join_address
+
+# Between members message size is bounded by who sends (slices of a few MiB), not by gRPC's 4 MiB default.
 # Keepalive finds a peer whose host vanished without closing its sockets; a killed process is seen at once without it.
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", -1),
@@ -27,13 +29,16 @@ def open_channel(address: str) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(address, options=[*OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
 
 
-def create_server(host: str, port: int) -> tuple[grpc.aio.Server, int]:
+def create_server(host: str, port: int, *, max_request_bytes: int = -1) -> tuple[grpc.aio.Server, int]:
     """A server bound to host:port and the port it got (port 0: any free one). Not started.
 
+    max_request_bytes: of one message, where strangers may send them; a larger one is refused unread. -1: any size.
     Raises OSError where the port is taken.
     """
-    server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0)])
-    bound = server.add_insecure_port(f"{host}:{port}")
+    options = dict(OPTIONS) | {"grpc.max_receive_message_length": max_request_bytes, "grpc.so_reuseport": 0}
+    server = grpc.aio.server(options=list(options.items()))
+    address = join_address(host, port)
+    bound = server.add_insecure_port(address)
     if bound == 0:
-        raise OSError(f"cannot listen on {host}:{port}: the port is taken; choose another")
+        raise OSError(f"cannot listen on {address}: the port is taken; choose another")
     return server, bound

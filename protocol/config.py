@@ -19,6 +19,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from .errors import ConfigError
 
 Policy = Literal["random", "round_robin", "least_loaded", "cache_aware", "kvcache_centric", "adaptive"]
+AdmissionName = Literal["none", "two_stage", "ttft_tbt", "early_rejection", "predictive"]
+QueueOrder = Literal["fair", "fcfs", "edf", "late"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 
@@ -30,6 +32,8 @@ class ModelOptions:
     """What clients call it; empty: the folder's name."""
     dtype: Dtype = "auto"
     """Of weights, activations and KV; auto: the checkpoint's on CUDA, float32 on CPU."""
+    kv_dtype: Literal["auto", "fp8"] = "auto"
+    """Of KV in pages, stores and hand-offs; auto: dtype; fp8: e4m3, half of the bytes, each value rounded to 4 significant bits."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
     """dummy: random weights of the config's shape, for measurement."""
@@ -80,6 +84,19 @@ class ProxyConfig:
     http_port: int = 8000
     grpc_port: int = 50051
     policy: Policy = "cache_aware"
+    admission: AdmissionName = "none"
+    """Who is answered 429 because it is predicted to miss its SLO."""
+    ttft_slo_s: float = 0.0
+    """To the first token, of a request that brings no SLO of its own; 0: none."""
+    tpot_slo_s: float = 0.0
+    """Between two tokens, likewise."""
+    order: QueueOrder = "fair"
+    """Of a worker's queue. fair: those of one priority share each step; fcfs: by arrival; edf: by the moment at which the first token
+    is due; late: edf, and who will be late in any case gives way."""
+    cost_model: str = ""
+    """File with what the workers' work costs (a profile), where predictions begin; empty: a guess. Observations correct both."""
+    num_explained: int = 1000
+    """Requests whose decisions `halfmoon explain` remembers."""
     max_queued_requests: int = 512
     """Admitted and without a first token; one more is answered 429."""
     max_queued_tokens: int = 2_000_000
@@ -90,6 +107,8 @@ class ProxyConfig:
     """Worker pairs tried for one request before its error is the client's."""
     local_prefill: Literal["never", "fallback", "always"] = "fallback"
     """Whether decode workers compute prompts themselves; fallback: where no prefill worker is alive, as with none configured."""
+    replicate: Literal["never", "hot"] = "hot"
+    """Whether a prefix that many requests share is copied to further stores ahead of demand."""
     drain_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:

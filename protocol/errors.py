@@ -4,6 +4,7 @@ HalfmoonError
 ├── InvalidRequest              400  the request itself is wrong
 │   ├── PromptTooLong           400
 │   ├── UnknownModel            404
+│   ├── UnknownRequest          404
 │   └── Unauthenticated         401
 ├── Overloaded                  429  come back after retry_after_s
 ├── RequestCancelled            499  the client went away or asked for it
@@ -76,6 +77,11 @@ class PromptTooLong(InvalidRequest):
 
 
 class UnknownModel(InvalidRequest):
+    http_status = 404
+    grpc_status = grpc.StatusCode.NOT_FOUND
+
+
+class UnknownRequest(InvalidRequest):
     http_status = 404
     grpc_status = grpc.StatusCode.NOT_FOUND
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import selectors
+import socket
+import threading
 from collections.abc import Callable
-from wsgiref.simple_server import WSGIServer
+from socketserver import ThreadingMixIn
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 
+from .address import join_address
 from .metrics import MetricSpec
 
 
@@ -23,13 +28,37 @@ def histogram(spec: MetricSpec, registry: CollectorRegistry) -> Histogram:
 
 
 def serve_metrics(registry: CollectorRegistry, host: str) -> tuple[str, Callable[[], None]]:
-    """Serves /metrics on a free port of host, in a thread. Returns "host:port" and what stops it."""
-    server: WSGIServer
-    server, thread = start_http_server(0, addr=host, registry=registry)
+    """Serves /metrics on a free port of host, in a thread. Returns "host:port" and what stops it, at once."""
+    kind = _Server6 if ":" in host else _Server
+    server = make_server(host, 0, make_wsgi_app(registry), kind, _QuietHandler)
+    stopping, stopped = socket.socketpair()
+    thread = threading.Thread(target=_serve, args=(server, stopped), name="metrics", daemon=True)
+    thread.start()
 
     def stop() -> None:
-        server.shutdown()
-        server.server_close()
+        stopping.close()
         thread.join()
 
-    return f"{host}:{server.server_port}", stop
+    return join_address(host, server.server_port), stop
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _QuietHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Prometheus asks all the time."""
+
+
+def _serve(server: WSGIServer, stopped: socket.socket) -> None:
+    """Until the other end of stopped is closed. serve_forever would look for its end twice a second only."""
+    with server, stopped, selectors.DefaultSelector() as selector:
+        selector.register(server, selectors.EVENT_READ)
+        selector.register(stopped, selectors.EVENT_READ)
+        while not any(key.fileobj is stopped for key, _ in selector.select()):
+            server.handle_request()

@@ -9,6 +9,7 @@ import asyncio
 import functools
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn, TypeVar
 
@@ -20,6 +21,8 @@ from .v1 import common_pb2
 
 TRAILER = "halfmoon-error-bin"
 logger = logging.getLogger(__name__)
+
+_TOO_LARGE = re.compile(r"larger than max \((\d+) vs\. (\d+)\)")  # gRPC's own words; no handler of ours has seen the message
 
 _BY_STATUS: dict[grpc.StatusCode, type[HalfmoonError]] = {
     grpc.StatusCode.CANCELLED: RequestCancelled,
@@ -49,6 +52,8 @@ def from_rpc_error(error: grpc.RpcError, peer: str) -> HalfmoonError:
         if key == TRAILER:
             code, message, fields = json.loads(value)
             return build_error(code, message, json.dumps(fields))
+    if status is grpc.StatusCode.RESOURCE_EXHAUSTED and (sizes := _TOO_LARGE.search(details or "")):
+        return InvalidRequest(f"the request has {sizes[1]} bytes; {peer} takes {sizes[2]} in one message", max_bytes=int(sizes[2]))
     found = _BY_STATUS.get(status, InternalError)
     return found(f"{peer}: {status.name.lower().replace('_', ' ')}: {details}", peer=peer)
 

@@ -19,6 +19,7 @@ ITL_BUCKETS = (
 PHASE_BUCKETS = (
     0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0,
 )
+RELATIVE_ERROR_BUCKETS = (0.001, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0)
 # fmt: on
 
 
@@ -54,6 +55,55 @@ MEMBERS = MetricSpec("halfmoon_members", "gauge", "Live workers and stores.", ("
 PLACEMENTS = MetricSpec(
     "halfmoon_placements", "counter", "Placements by policy; local: a decode worker computes the prompt itself.", ("policy",)
 )
+PREDICTED_TTFT = MetricSpec(
+    "halfmoon_predicted_time_to_first_token_seconds", "histogram", "As time_to_first_token, predicted at placement.", (), TTFT_BUCKETS
+)
+PREDICTED_TPOT = MetricSpec(
+    "halfmoon_predicted_time_per_output_token_seconds",
+    "histogram",
+    "The decode worker's step, predicted at placement.",
+    (),
+    ITL_BUCKETS,
+)
+PREDICTED_TTFT_ERROR = MetricSpec(
+    "halfmoon_predicted_ttft_error_seconds", "histogram", "|predicted - measured| time to first token.", (), TTFT_BUCKETS
+)
+PREDICTED_TPOT_ERROR = MetricSpec(
+    "halfmoon_predicted_tpot_error_seconds", "histogram", "|predicted - measured| time per output token.", (), ITL_BUCKETS
+)
+PREDICTION_ERROR = MetricSpec(
+    "halfmoon_prediction_relative_error",
+    "histogram",
+    "|predicted - measured| / measured, by predictor (prefill, step, transfer, handoff, ttft, tpot).",
+    ("predictor",),
+    RELATIVE_ERROR_BUCKETS,
+)
+PREDICTION_ERROR_MEAN = MetricSpec(
+    "halfmoon_prediction_relative_error_mean", "gauge", "Exponential mean of the relative error, the newest counting 2 %.", ("predictor",)
+)
+DECISIONS = MetricSpec(
+    "halfmoon_decisions",
+    "counter",
+    "Placements by policy and kind: local, remote_prefix, own_prefix, no_prefix; replays included.",
+    ("policy", "kind"),
+)
+REJECTIONS = MetricSpec(
+    "halfmoon_rejections",
+    "counter",
+    "Requests refused, by who refused them (queue, conductor, drain, an admission) and error code.",
+    ("admission", "code"),
+)
+SLO_REQUESTS = MetricSpec("halfmoon_slo_requests", "counter", "Finished requests that had the SLO (ttft, tpot).", ("slo", "met"))
+GOODPUT_REQUESTS = MetricSpec("halfmoon_goodput_requests", "counter", "Finished requests inside every SLO that they had.")
+
+REPLICATIONS = MetricSpec(
+    "halfmoon_replications",
+    "counter",
+    "Copies of hot prefixes, by outcome: copied, cut_short, too_many (were under way), over_budget, or an error code.",
+    ("outcome",),
+)
+REPLICATION_BYTES = MetricSpec("halfmoon_replication_bytes", "counter", "Bytes that stores copied as they were told to.")
+REPLICATIONS_IN_FLIGHT = MetricSpec("halfmoon_replications_in_flight", "gauge", "Copies of hot prefixes under way.")
 
 # every worker
 NUM_REQUESTS_RUNNING = MetricSpec(
@@ -84,4 +134,13 @@ STORE_HANDOFFS = MetricSpec("halfmoon_store_handoffs", "gauge", "Hand-offs not y
 STORE_SESSIONS = MetricSpec("halfmoon_store_sessions", "gauge", "Clients attached.")
 STORE_EVICTED_BLOCKS = MetricSpec("halfmoon_store_evicted_blocks", "counter", "Cached blocks evicted.")
 STORE_EXPIRED_LEASES = MetricSpec("halfmoon_store_expired_leases", "counter", "Leases ended for want of a heartbeat or a live client.")
+STORE_REPLICATED_BLOCKS = MetricSpec("halfmoon_store_replicated_blocks", "counter", "Blocks copied here out of another store.")
+STORE_REPLICATED_BYTES = MetricSpec("halfmoon_store_replicated_bytes", "counter", "Their bytes.")
+STORE_REPLICATION_SECONDS = MetricSpec(
+    "halfmoon_store_replication_seconds",
+    "histogram",
+    "One Replicate, by outcome: complete, source (it held no more), no_room, cancelled, or an error code.",
+    ("outcome",),
+    PHASE_BUCKETS,
+)
 STORE_ABORTED_HANDOFFS = MetricSpec("halfmoon_store_aborted_handoffs", "counter", "Hand-offs aborted, by error code.", ("reason",))

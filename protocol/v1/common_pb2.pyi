@@ -109,7 +109,7 @@ class HandoffState(_message.Message):
     def __init__(self, num_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., first_token: _Optional[_Union[TokenOutput, _Mapping]] = ..., phases: _Optional[_Union[PrefillPhases, _Mapping]] = ...) -> None: ...
 
 class PrefillPhases(_message.Message):
-    __slots__ = ("queue_s", "prefix_load_s", "prefill_s", "push_s", "num_bytes_pushed", "num_bytes_loaded", "transport")
+    __slots__ = ("queue_s", "prefix_load_s", "prefill_s", "push_s", "num_bytes_pushed", "num_bytes_loaded", "transport", "compute_s", "load_transport")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFIX_LOAD_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
@@ -117,6 +117,8 @@ class PrefillPhases(_message.Message):
     NUM_BYTES_PUSHED_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_LOADED_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    LOAD_TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     prefix_load_s: float
     prefill_s: float
@@ -124,7 +126,9 @@ class PrefillPhases(_message.Message):
     num_bytes_pushed: int
     num_bytes_loaded: int
     transport: str
-    def __init__(self, queue_s: _Optional[float] = ..., prefix_load_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., push_s: _Optional[float] = ..., num_bytes_pushed: _Optional[int] = ..., num_bytes_loaded: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
+    compute_s: float
+    load_transport: str
+    def __init__(self, queue_s: _Optional[float] = ..., prefix_load_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., push_s: _Optional[float] = ..., num_bytes_pushed: _Optional[int] = ..., num_bytes_loaded: _Optional[int] = ..., transport: _Optional[str] = ..., compute_s: _Optional[float] = ..., load_transport: _Optional[str] = ...) -> None: ...
 
 class DecodePhases(_message.Message):
     __slots__ = ("handoff_wait_s", "intake_s", "queue_s", "first_decode_s", "decode_s", "num_preemptions")
@@ -143,7 +147,7 @@ class DecodePhases(_message.Message):
     def __init__(self, handoff_wait_s: _Optional[float] = ..., intake_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., first_decode_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., num_preemptions: _Optional[int] = ...) -> None: ...
 
 class PhaseRecord(_message.Message):
-    __slots__ = ("queue_s", "prefill_queue_s", "prefix_load_s", "prefill_s", "push_s", "handoff_wait_s", "first_decode_s", "decode_s", "ttft_s", "prefill_done_s", "tpot_s", "e2e_s", "prefill_worker", "decode_worker", "transport", "num_attempts", "num_bytes_pushed", "num_preemptions")
+    __slots__ = ("queue_s", "prefill_queue_s", "prefix_load_s", "prefill_s", "push_s", "handoff_wait_s", "first_decode_s", "decode_s", "ttft_s", "prefill_done_s", "tpot_s", "e2e_s", "prefill_worker", "decode_worker", "transport", "num_attempts", "num_bytes_pushed", "num_preemptions", "prefill_compute_s", "predicted_ttft_s", "predicted_tpot_s", "placement_reason")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFIX_LOAD_S_FIELD_NUMBER: _ClassVar[int]
@@ -162,6 +166,10 @@ class PhaseRecord(_message.Message):
     NUM_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_PUSHED_FIELD_NUMBER: _ClassVar[int]
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_TPOT_S_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_REASON_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     prefill_queue_s: float
     prefix_load_s: float
@@ -180,7 +188,11 @@ class PhaseRecord(_message.Message):
     num_attempts: int
     num_bytes_pushed: int
     num_preemptions: int
-    def __init__(self, queue_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefix_load_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., push_s: _Optional[float] = ..., handoff_wait_s: _Optional[float] = ..., first_decode_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., prefill_done_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., e2e_s: _Optional[float] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., transport: _Optional[str] = ..., num_attempts: _Optional[int] = ..., num_bytes_pushed: _Optional[int] = ..., num_preemptions: _Optional[int] = ...) -> None: ...
+    prefill_compute_s: float
+    predicted_ttft_s: float
+    predicted_tpot_s: float
+    placement_reason: str
+    def __init__(self, queue_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefix_load_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., push_s: _Optional[float] = ..., handoff_wait_s: _Optional[float] = ..., first_decode_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., prefill_done_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., e2e_s: _Optional[float] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., transport: _Optional[str] = ..., num_attempts: _Optional[int] = ..., num_bytes_pushed: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prefill_compute_s: _Optional[float] = ..., predicted_ttft_s: _Optional[float] = ..., predicted_tpot_s: _Optional[float] = ..., placement_reason: _Optional[str] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("num_prompt_tokens", "num_completion_tokens", "num_cached_tokens")

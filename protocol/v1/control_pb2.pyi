@@ -49,16 +49,32 @@ class MemberInfo(_message.Message):
     def __init__(self, id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., node_id: _Optional[str] = ..., store_id: _Optional[str] = ..., store_address: _Optional[str] = ..., schema: _Optional[_Union[_common_pb2.KVSchema, _Mapping]] = ..., max_model_len: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
 
 class MemberLoad(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_outstanding_tokens", "kv_usage_ratio")
+    __slots__ = ("num_running", "num_waiting", "num_outstanding_tokens", "kv_usage_ratio", "steps", "num_prefill_tokens")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_OUTSTANDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_USAGE_RATIO_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_outstanding_tokens: int
     kv_usage_ratio: float
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_outstanding_tokens: _Optional[int] = ..., kv_usage_ratio: _Optional[float] = ...) -> None: ...
+    steps: _containers.RepeatedCompositeFieldContainer[StepSample]
+    num_prefill_tokens: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_outstanding_tokens: _Optional[int] = ..., kv_usage_ratio: _Optional[float] = ..., steps: _Optional[_Iterable[_Union[StepSample, _Mapping]]] = ..., num_prefill_tokens: _Optional[int] = ...) -> None: ...
+
+class StepSample(_message.Message):
+    __slots__ = ("num_sequences", "num_kv_tokens", "num_prefill_tokens", "seconds")
+    NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    NUM_KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    num_sequences: int
+    num_kv_tokens: int
+    num_prefill_tokens: int
+    seconds: float
+    def __init__(self, num_sequences: _Optional[int] = ..., num_kv_tokens: _Optional[int] = ..., num_prefill_tokens: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class MemberReport(_message.Message):
     __slots__ = ("info", "load")
@@ -79,7 +95,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("members", "model", "num_queued", "num_running", "draining", "ttft_s", "tpot_s", "outcomes", "up_s")
+    __slots__ = ("members", "model", "num_queued", "num_running", "draining", "ttft_s", "tpot_s", "outcomes", "up_s", "policy", "admission", "order", "prediction_errors", "rejections", "num_in_slo", "num_outside_slo")
     class Member(_message.Message):
         __slots__ = ("info", "load", "up_s")
         INFO_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +123,20 @@ class StatusReply(_message.Message):
         key: str
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class PredictionErrorsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class RejectionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     NUM_QUEUED_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +146,13 @@ class StatusReply(_message.Message):
     TPOT_S_FIELD_NUMBER: _ClassVar[int]
     OUTCOMES_FIELD_NUMBER: _ClassVar[int]
     UP_S_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    ADMISSION_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    PREDICTION_ERRORS_FIELD_NUMBER: _ClassVar[int]
+    REJECTIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_IN_SLO_FIELD_NUMBER: _ClassVar[int]
+    NUM_OUTSIDE_SLO_FIELD_NUMBER: _ClassVar[int]
     members: _containers.RepeatedCompositeFieldContainer[StatusReply.Member]
     model: str
     num_queued: int
@@ -125,7 +162,14 @@ class StatusReply(_message.Message):
     tpot_s: StatusReply.Percentiles
     outcomes: _containers.ScalarMap[str, int]
     up_s: float
-    def __init__(self, members: _Optional[_Iterable[_Union[StatusReply.Member, _Mapping]]] = ..., model: _Optional[str] = ..., num_queued: _Optional[int] = ..., num_running: _Optional[int] = ..., draining: bool = ..., ttft_s: _Optional[_Union[StatusReply.Percentiles, _Mapping]] = ..., tpot_s: _Optional[_Union[StatusReply.Percentiles, _Mapping]] = ..., outcomes: _Optional[_Mapping[str, int]] = ..., up_s: _Optional[float] = ...) -> None: ...
+    policy: str
+    admission: str
+    order: str
+    prediction_errors: _containers.ScalarMap[str, float]
+    rejections: _containers.ScalarMap[str, int]
+    num_in_slo: int
+    num_outside_slo: int
+    def __init__(self, members: _Optional[_Iterable[_Union[StatusReply.Member, _Mapping]]] = ..., model: _Optional[str] = ..., num_queued: _Optional[int] = ..., num_running: _Optional[int] = ..., draining: bool = ..., ttft_s: _Optional[_Union[StatusReply.Percentiles, _Mapping]] = ..., tpot_s: _Optional[_Union[StatusReply.Percentiles, _Mapping]] = ..., outcomes: _Optional[_Mapping[str, int]] = ..., up_s: _Optional[float] = ..., policy: _Optional[str] = ..., admission: _Optional[str] = ..., order: _Optional[str] = ..., prediction_errors: _Optional[_Mapping[str, float]] = ..., rejections: _Optional[_Mapping[str, int]] = ..., num_in_slo: _Optional[int] = ..., num_outside_slo: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("timeout_s",)
@@ -138,3 +182,108 @@ class DrainReply(_message.Message):
     NUM_LEFT_FIELD_NUMBER: _ClassVar[int]
     num_left: int
     def __init__(self, num_left: _Optional[int] = ...) -> None: ...
+
+class ExplainRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class ExplainReply(_message.Message):
+    __slots__ = ("requests",)
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedCompositeFieldContainer[Explanation]
+    def __init__(self, requests: _Optional[_Iterable[_Union[Explanation, _Mapping]]] = ...) -> None: ...
+
+class Explanation(_message.Message):
+    __slots__ = ("request_id", "state", "ended", "num_tokens", "ttft_slo_s", "tpot_slo_s", "priority", "age_s", "policy", "admission", "attempts", "phases")
+    class Candidate(_message.Message):
+        __slots__ = ("id", "chosen", "num_cached_blocks", "queue_s", "transfer_s", "prefill_s", "ttft_s", "step_s", "num_running", "num_outstanding_tokens")
+        ID_FIELD_NUMBER: _ClassVar[int]
+        CHOSEN_FIELD_NUMBER: _ClassVar[int]
+        NUM_CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+        QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+        TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
+        PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+        TTFT_S_FIELD_NUMBER: _ClassVar[int]
+        STEP_S_FIELD_NUMBER: _ClassVar[int]
+        NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
+        NUM_OUTSTANDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+        id: str
+        chosen: bool
+        num_cached_blocks: int
+        queue_s: float
+        transfer_s: float
+        prefill_s: float
+        ttft_s: float
+        step_s: float
+        num_running: int
+        num_outstanding_tokens: int
+        def __init__(self, id: _Optional[str] = ..., chosen: bool = ..., num_cached_blocks: _Optional[int] = ..., queue_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., step_s: _Optional[float] = ..., num_running: _Optional[int] = ..., num_outstanding_tokens: _Optional[int] = ...) -> None: ...
+    class Prediction(_message.Message):
+        __slots__ = ("name", "predicted_s", "measured_s", "measured")
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        PREDICTED_S_FIELD_NUMBER: _ClassVar[int]
+        MEASURED_S_FIELD_NUMBER: _ClassVar[int]
+        MEASURED_FIELD_NUMBER: _ClassVar[int]
+        name: str
+        predicted_s: float
+        measured_s: float
+        measured: bool
+        def __init__(self, name: _Optional[str] = ..., predicted_s: _Optional[float] = ..., measured_s: _Optional[float] = ..., measured: bool = ...) -> None: ...
+    class Attempt(_message.Message):
+        __slots__ = ("at_s", "prefill", "decode", "num_prefill", "num_decode", "reason", "rejection_code", "retry_after_s", "num_cached_tokens", "prefix_store", "prefix_blocks", "error", "urgency", "predictions")
+        AT_S_FIELD_NUMBER: _ClassVar[int]
+        PREFILL_FIELD_NUMBER: _ClassVar[int]
+        DECODE_FIELD_NUMBER: _ClassVar[int]
+        NUM_PREFILL_FIELD_NUMBER: _ClassVar[int]
+        NUM_DECODE_FIELD_NUMBER: _ClassVar[int]
+        REASON_FIELD_NUMBER: _ClassVar[int]
+        REJECTION_CODE_FIELD_NUMBER: _ClassVar[int]
+        RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
+        NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+        PREFIX_STORE_FIELD_NUMBER: _ClassVar[int]
+        PREFIX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+        ERROR_FIELD_NUMBER: _ClassVar[int]
+        URGENCY_FIELD_NUMBER: _ClassVar[int]
+        PREDICTIONS_FIELD_NUMBER: _ClassVar[int]
+        at_s: float
+        prefill: _containers.RepeatedCompositeFieldContainer[Explanation.Candidate]
+        decode: _containers.RepeatedCompositeFieldContainer[Explanation.Candidate]
+        num_prefill: int
+        num_decode: int
+        reason: str
+        rejection_code: str
+        retry_after_s: float
+        num_cached_tokens: int
+        prefix_store: str
+        prefix_blocks: int
+        error: str
+        urgency: int
+        predictions: _containers.RepeatedCompositeFieldContainer[Explanation.Prediction]
+        def __init__(self, at_s: _Optional[float] = ..., prefill: _Optional[_Iterable[_Union[Explanation.Candidate, _Mapping]]] = ..., decode: _Optional[_Iterable[_Union[Explanation.Candidate, _Mapping]]] = ..., num_prefill: _Optional[int] = ..., num_decode: _Optional[int] = ..., reason: _Optional[str] = ..., rejection_code: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., num_cached_tokens: _Optional[int] = ..., prefix_store: _Optional[str] = ..., prefix_blocks: _Optional[int] = ..., error: _Optional[str] = ..., urgency: _Optional[int] = ..., predictions: _Optional[_Iterable[_Union[Explanation.Prediction, _Mapping]]] = ...) -> None: ...
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TTFT_SLO_S_FIELD_NUMBER: _ClassVar[int]
+    TPOT_SLO_S_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    ADMISSION_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    PHASES_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    state: str
+    ended: str
+    num_tokens: int
+    ttft_slo_s: float
+    tpot_slo_s: float
+    priority: int
+    age_s: float
+    policy: str
+    admission: str
+    attempts: _containers.RepeatedCompositeFieldContainer[Explanation.Attempt]
+    phases: _common_pb2.PhaseRecord
+    def __init__(self, request_id: _Optional[str] = ..., state: _Optional[str] = ..., ended: _Optional[str] = ..., num_tokens: _Optional[int] = ..., ttft_slo_s: _Optional[float] = ..., tpot_slo_s: _Optional[float] = ..., priority: _Optional[int] = ..., age_s: _Optional[float] = ..., policy: _Optional[str] = ..., admission: _Optional[str] = ..., attempts: _Optional[_Iterable[_Union[Explanation.Attempt, _Mapping]]] = ..., phases: _Optional[_Union[_common_pb2.PhaseRecord, _Mapping]] = ...) -> None: ...

@@ -49,6 +49,11 @@ class ControlStub(object):
                 request_serializer=halfmoon_dot_protocol_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
                 response_deserializer=halfmoon_dot_protocol_dot_v1_dot_control__pb2.DrainReply.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/halfmoon.v1.Control/Explain',
+                request_serializer=halfmoon_dot_protocol_dot_v1_dot_control__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=halfmoon_dot_protocol_dot_v1_dot_control__pb2.ExplainReply.FromString,
+                _registered_method=True)
 
 
 class ControlServicer(object):
@@ -75,6 +80,13 @@ class ControlServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Why a recent request went where it went, or was refused.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +104,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=halfmoon_dot_protocol_dot_v1_dot_control__pb2.DrainRequest.FromString,
                     response_serializer=halfmoon_dot_protocol_dot_v1_dot_control__pb2.DrainReply.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=halfmoon_dot_protocol_dot_v1_dot_control__pb2.ExplainRequest.FromString,
+                    response_serializer=halfmoon_dot_protocol_dot_v1_dot_control__pb2.ExplainReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +192,33 @@ class Control(object):
             '/halfmoon.v1.Control/Drain',
             halfmoon_dot_protocol_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
             halfmoon_dot_protocol_dot_v1_dot_control__pb2.DrainReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/halfmoon.v1.Control/Explain',
+            halfmoon_dot_protocol_dot_v1_dot_control__pb2.ExplainRequest.SerializeToString,
+            halfmoon_dot_protocol_dot_v1_dot_control__pb2.ExplainReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -239,6 +239,40 @@ class WatchReply(_message.Message):
     evicted: _containers.RepeatedScalarFieldContainer[bytes]
     def __init__(self, sequence: _Optional[int] = ..., snapshot: bool = ..., stored: _Optional[_Iterable[bytes]] = ..., evicted: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
+class ReplicateRequest(_message.Message):
+    __slots__ = ("block_keys", "source_address", "deadline_s")
+    BLOCK_KEYS_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    block_keys: _containers.RepeatedScalarFieldContainer[bytes]
+    source_address: str
+    deadline_s: float
+    def __init__(self, block_keys: _Optional[_Iterable[bytes]] = ..., source_address: _Optional[str] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+
+class ReplicateReply(_message.Message):
+    __slots__ = ("num_blocks", "num_bytes", "num_held", "stop", "seconds")
+    class Stop(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        STOP_UNSPECIFIED: _ClassVar[ReplicateReply.Stop]
+        STOP_COMPLETE: _ClassVar[ReplicateReply.Stop]
+        STOP_SOURCE: _ClassVar[ReplicateReply.Stop]
+        STOP_NO_ROOM: _ClassVar[ReplicateReply.Stop]
+    STOP_UNSPECIFIED: ReplicateReply.Stop
+    STOP_COMPLETE: ReplicateReply.Stop
+    STOP_SOURCE: ReplicateReply.Stop
+    STOP_NO_ROOM: ReplicateReply.Stop
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_HELD_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    num_blocks: int
+    num_bytes: int
+    num_held: int
+    stop: ReplicateReply.Stop
+    seconds: float
+    def __init__(self, num_blocks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., num_held: _Optional[int] = ..., stop: _Optional[_Union[ReplicateReply.Stop, str]] = ..., seconds: _Optional[float] = ...) -> None: ...
+
 class StatsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -79,6 +79,11 @@ class KVStoreStub(object):
                 request_serializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.WatchRequest.SerializeToString,
                 response_deserializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.WatchReply.FromString,
                 _registered_method=True)
+        self.Replicate = channel.unary_unary(
+                '/halfmoon.v1.KVStore/Replicate',
+                request_serializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.ReplicateRequest.SerializeToString,
+                response_deserializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.ReplicateReply.FromString,
+                _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/halfmoon.v1.KVStore/Stats',
                 request_serializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.StatsRequest.SerializeToString,
@@ -149,6 +154,13 @@ class KVStoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Replicate(self, request, context):
+        """This store fetches what it lacks of the leading blocks from another one, and caches it. All of it or, on an error, nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stats(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -202,6 +214,11 @@ def add_KVStoreServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.WatchRequest.FromString,
                     response_serializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.WatchReply.SerializeToString,
+            ),
+            'Replicate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Replicate,
+                    request_deserializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.ReplicateRequest.FromString,
+                    response_serializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.ReplicateReply.SerializeToString,
             ),
             'Stats': grpc.unary_unary_rpc_method_handler(
                     servicer.Stats,
@@ -452,6 +469,33 @@ class KVStore(object):
             '/halfmoon.v1.KVStore/Watch',
             halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.WatchRequest.SerializeToString,
             halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.WatchReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Replicate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/halfmoon.v1.KVStore/Replicate',
+            halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.ReplicateRequest.SerializeToString,
+            halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.ReplicateReply.FromString,
             options,
             channel_credentials,
             insecure,

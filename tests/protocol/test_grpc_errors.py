@@ -7,7 +7,7 @@ import grpc.aio
 import pytest
 
 from halfmoon.protocol.channel import create_server, open_channel
-from halfmoon.protocol.errors import InternalError, Overloaded, Unavailable
+from halfmoon.protocol.errors import InternalError, InvalidRequest, Overloaded, Unavailable
 from halfmoon.protocol.grpc_errors import error_from_proto, error_to_proto, from_rpc_error, stream_boundary, unary_boundary
 from halfmoon.protocol.v1 import inference_pb2, inference_pb2_grpc
 
@@ -88,4 +88,18 @@ async def test_a_taken_port_is_refused_in_words() -> None:
     await server.start()
     with pytest.raises((OSError, RuntimeError), match=str(port)):
         create_server("127.0.0.1", port)
+    await server.stop(0)
+
+
+async def test_a_message_over_the_servers_limit_is_an_invalid_request_with_both_sizes() -> None:
+    server, port = create_server("127.0.0.1", 0, max_request_bytes=1000)
+    inference_pb2_grpc.add_InferenceServicer_to_server(Refusing(), server)
+    await server.start()
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Generate(inference_pb2.GenerateRequest(prompt="x" * 5000)).read()
+        error = from_rpc_error(caught.value, "the proxy")
+        assert isinstance(error, InvalidRequest) and "has 5003 bytes; the proxy takes 1000" in error.message
+        assert await stub.Generate(inference_pb2.GenerateRequest(prompt="x" * 900)).read() == inference_pb2.GenerateReply()
     await server.stop(0)

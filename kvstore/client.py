@@ -127,6 +127,15 @@ class StoreClient:
         request = kvstore_pb2.AbortRequest(handoff=handoff, reason=error_to_proto(reason))
         return (await self._connection.call(self._connection.stub.Abort, request)).found
 
+    async def replicate(self, block_keys: Sequence[bytes], source_address: str, deadline_s: float) -> kvstore_pb2.ReplicateReply:
+        """The store copies what it lacks of the leading blocks out of the store at source_address, and caches it.
+
+        Raises StoreUnavailable (this store or the source), SchemaMismatch, HandoffCorrupt, HandoffIncomplete, DeadlineExceeded:
+        nothing was kept then.
+        """
+        request = kvstore_pb2.ReplicateRequest(block_keys=block_keys, source_address=source_address, deadline_s=deadline_s)
+        return await self._connection.call(self._connection.stub.Replicate, request)
+
     async def stats(self) -> kvstore_pb2.StatsReply:
         return await self._connection.call(self._connection.stub.Stats, kvstore_pb2.StatsRequest())
 

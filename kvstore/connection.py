@@ -141,9 +141,11 @@ class Connection:
             raise
 
     def error(self, error: grpc.RpcError) -> HalfmoonError:
+        status: Any = error  # grpc types RpcError without the methods that every instance has
         found = from_rpc_error(error, self.peer)
-        # a status without our trailer: no store of ours answered
-        if type(found) in (Unavailable, RequestCancelled) and "peer" in found.fields:
+        # a status without our trailer: no store of ours answered (INTERNAL: the connection broke while the call began)
+        broke = type(found) in (Unavailable, RequestCancelled) or status.code() is grpc.StatusCode.INTERNAL
+        if broke and "peer" in found.fields:
             return StoreUnavailable(f"{found.message}; the store died or stopped")
         return found
 

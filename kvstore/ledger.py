@@ -113,6 +113,17 @@ class Ledger:
 
     # writing
 
+    def num_fitting(self, block_keys: Sequence[bytes]) -> int:
+        """How many leading blocks can stand here together: those that do, and room for the others without touching a leased one."""
+        room = self._slots.num_free + self._slots.num_cached
+        for index, key in enumerate(block_keys):
+            slot = self.content.slot(key)
+            if slot is None or self._slots.num_pins(slot) == 0:
+                room -= 1  # a cached block of the run itself is not there to be evicted for it
+            if room < 0:
+                return index
+        return len(block_keys)
+
     def check_epoch(self, handoff_id: HandoffId) -> None:
         """Raises StaleEpoch where this epoch has ended or a later one is under way."""
         tombstone = self._tombstones.find(handoff_id)
@@ -136,7 +147,7 @@ class Ledger:
         Raises LeaseExpired (the session ended), StaleEpoch, InvalidRequest, StoreFull (it can never fit).
         """
         client = self.client(session_id)
-        _check_keys(block_keys)
+        check_keys(block_keys)
         if num_blocks - len(block_keys) not in ((0, 1) if handoff_id else (0,)):
             raise InvalidRequest(
                 f"{num_blocks} blocks with {len(block_keys)} keys; a full block has a key, only a hand-off's partial last block has none"
@@ -224,7 +235,7 @@ class Ledger:
     def fetch_prefix(self, session_id: str, block_keys: Sequence[bytes]) -> Lease:
         """A lease to read the longest run of leading keys, possibly of no block. Raises LeaseExpired, InvalidRequest."""
         client = self.client(session_id)
-        _check_keys(block_keys)
+        check_keys(block_keys)
         slots = self.content.find_run(block_keys)
         self.num_query_blocks += len(block_keys)
         self.num_hit_blocks += len(slots)
@@ -353,7 +364,8 @@ class Ledger:
             self._observer.room_freed()
 
 
-def _check_keys(block_keys: Sequence[bytes]) -> None:
+def check_keys(block_keys: Sequence[bytes]) -> None:
+    """Raises InvalidRequest for what is no block key."""
     for key in block_keys:
         if len(key) != KEY_BYTES:
             raise InvalidRequest(f"block key {key.hex()} has {len(key)} bytes; it must have {KEY_BYTES}")

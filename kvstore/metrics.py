@@ -14,6 +14,9 @@ from ..protocol.metrics import (
     STORE_EXPIRED_LEASES,
     STORE_HANDOFFS,
     STORE_LEASES,
+    STORE_REPLICATED_BLOCKS,
+    STORE_REPLICATED_BYTES,
+    STORE_REPLICATION_SECONDS,
     STORE_SESSIONS,
 )
 from ..protocol.v1 import kvstore_pb2
@@ -33,12 +36,20 @@ class StoreMetrics:
         self._evicted_blocks = exporter.counter(STORE_EVICTED_BLOCKS, self.registry)
         self._expired_leases = exporter.counter(STORE_EXPIRED_LEASES, self.registry)
         self._aborted_handoffs = exporter.counter(STORE_ABORTED_HANDOFFS, self.registry)
+        self._replicated_blocks = exporter.counter(STORE_REPLICATED_BLOCKS, self.registry)
+        self._replicated_bytes = exporter.counter(STORE_REPLICATED_BYTES, self.registry)
+        self._replication_seconds = exporter.histogram(STORE_REPLICATION_SECONDS, self.registry)
 
     def evicted(self, num_blocks: int) -> None:
         self._evicted_blocks.inc(num_blocks)
 
     def expired(self, num_leases: int) -> None:
         self._expired_leases.inc(num_leases)
+
+    def replicated(self, outcome: str, num_blocks: int, num_bytes: int, seconds: float) -> None:
+        self._replicated_blocks.inc(num_blocks)
+        self._replicated_bytes.inc(num_bytes)
+        self._replication_seconds.labels(outcome).observe(seconds)
 
     def aborted(self, reason_code: str) -> None:
         self._aborted_handoffs.labels(reason_code).inc()

@@ -42,6 +42,7 @@ class BlockReader:
         self.block_keys = list(layout.block_keys)
         self.state: common_pb2.HandoffState | None = None
         self.num_bytes = 0
+        self.checksums: list[int] = []  # xxh3-64 of each block, once slices() ended
         self._connection = connection
         self._transport = transport
         self._layer_bytes = schema.layer_bytes
@@ -68,6 +69,7 @@ class BlockReader:
             if event.WhichOneof("event") == "sealed":
                 self._verify(event.sealed)
                 await self._connection.confirm()
+                self.checksums = list(event.sealed.checksums)
                 self.state = event.sealed.state if event.sealed.HasField("state") else None
                 return
             part = event.slice

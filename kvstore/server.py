@@ -20,6 +20,7 @@ from ..protocol.schema import KVSchema
 from ..protocol.v1 import kvstore_pb2, kvstore_pb2_grpc
 from .arena import Arena
 from .ledger import Accounting
+from .replication import Replication
 from .service import KVStoreService
 from .store import Store
 
@@ -43,6 +44,7 @@ class StoreServer:
         self._schema = schema
         self._arena: Arena | None = None
         self._store: Store | None = None
+        self._replication: Replication | None = None
         self._server: grpc.aio.Server | None = None
         self._stop_metrics: Callable[[], None] | None = None
 
@@ -54,14 +56,15 @@ class StoreServer:
             # touching every page of a large arena takes a while
             arena = await asyncio.to_thread(Arena, self._config.arena_bytes)
             store = Store(self._config, arena, store_id=self.store_id, node_id=self._node_id, schema=self._schema)
-            kvstore_pb2_grpc.add_KVStoreServicer_to_server(KVStoreService(store), server)
+            replication = Replication(store)
+            kvstore_pb2_grpc.add_KVStoreServicer_to_server(KVStoreService(store, replication), server)
             await server.start()
         except BaseException:
             await server.stop(0)
             if arena is not None:
                 arena.close()
             raise
-        self._server, self._arena, self._store = server, arena, store
+        self._server, self._arena, self._store, self._replication = server, arena, store, replication
         self.address = f"{host}:{bound}"
         return self.address
 
@@ -72,10 +75,11 @@ class StoreServer:
 
     async def stop(self, grace_s: float) -> None:
         """Takes no new leases, gives open ones grace_s to end, ends the rest, removes the arena. Idempotent."""
-        store, server, arena = self._store, self._server, self._arena
-        if store is None or server is None or arena is None:
+        store, server, arena, replication = self._store, self._server, self._arena, self._replication
+        if store is None or server is None or arena is None or replication is None:
             return
         self._store = None
+        replication.stop()  # a copy in a store that stops is of use to nobody
         await store.drain(grace_s)
         await server.stop(0.5)
         if self._stop_metrics is not None:

@@ -15,6 +15,7 @@ from ..protocol.errors import HalfmoonError, InvalidRequest, build_error
 from ..protocol.grpc_errors import error_from_proto, unary_boundary
 from ..protocol.v1 import kvstore_pb2, kvstore_pb2_grpc
 from .handoff import HandoffId, Lease
+from .replication import Replication
 from .sessions import Session
 from .store import Store
 from .streams import read_next
@@ -24,8 +25,9 @@ Context = grpc.aio.ServicerContext
 
 
 class KVStoreService(kvstore_pb2_grpc.KVStoreServicer):
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, replication: Replication) -> None:
         self._store = store
+        self._replication = replication
 
     @unary_boundary
     async def Attach(self, requests: Any, context: Context) -> None:
@@ -121,6 +123,10 @@ class KVStoreService(kvstore_pb2_grpc.KVStoreServicer):
                 await context.write(kvstore_pb2.WatchReply(**change._asdict()))
         finally:
             self._store.feed.leave(watcher)
+
+    @unary_boundary
+    async def Replicate(self, request: kvstore_pb2.ReplicateRequest, context: Context) -> kvstore_pb2.ReplicateReply:
+        return await self._replication.replicate(request)
 
     @unary_boundary
     async def Stats(self, request: kvstore_pb2.StatsRequest, context: Context) -> kvstore_pb2.StatsReply:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Literal
+
+import numpy as np
 
 from ..protocol.config import StoreConfig
 from ..protocol.errors import DeadlineExceeded, HalfmoonError, InvalidRequest, StoreFull, StoreUnavailable
@@ -20,7 +23,7 @@ from ..protocol.v1 import common_pb2, kvstore_pb2
 from .arena import Arena, ArenaMap
 from .eviction import create_eviction_policy
 from .handoff import Handoff, HandoffId, Lease, aborted
-from .ledger import Accounting, Ledger
+from .ledger import Accounting, Ledger, check_keys
 from .metrics import StoreMetrics
 from .progress import SliceCursor
 from .sessions import Session, Sessions
@@ -206,6 +209,46 @@ class Store:
 
     def lookup(self, block_keys: Sequence[bytes]) -> int:
         return len(self._ledger.content.find_run(block_keys)) if self._ledger else 0
+
+    # replicas: blocks that the store itself writes, out of another one (kvstore/replication.py)
+
+    def missing(self, block_keys: Sequence[bytes]) -> list[bytes]:
+        """Those not held here, of as many leading ones as fit. Raises InvalidRequest, StoreUnavailable (stopping)."""
+        self._require_running()
+        check_keys(block_keys)
+        books = self._books()
+        return [key for key in block_keys[: books.num_fitting(block_keys)] if books.content.slot(key) is None]
+
+    def holds(self, block_key: bytes) -> bool:
+        return self._books().content.slot(block_key) is not None
+
+    def reserve_replica(self, name: str, block_keys: Sequence[bytes]) -> Lease:
+        """A lease to write as many leading blocks as fit now, in a session of its own that close_replica ends. name: of who holds it."""
+        self._require_running()
+        books = self._books()
+        num_blocks = books.num_fitting(block_keys)
+        session_id = secrets.token_hex(16)
+        books.open_session(session_id, name, shares_arena=False)
+        lease = books.try_reserve(session_id, None, block_keys[:num_blocks], num_blocks, 0.0)
+        assert lease is not None, "num_fitting said that there is room"
+        return lease
+
+    def write_replica(self, lease: Lease, layer: int, first_block: int, blocks: Sequence[np.ndarray]) -> None:
+        """blocks: uint8 [layer_bytes] each. Raises LeaseExpired."""
+        slots = self._books().push(lease.lease_id, layer, first_block, len(blocks))
+        layout = self._layout()
+        for slot, block in zip(slots, blocks, strict=True):
+            layout.row(slot, layer)[:] = block
+
+    def seal_replica(self, lease: Lease, checksums: Sequence[int]) -> None:
+        """Its blocks are found by key from now on. Raises HandoffIncomplete, LeaseExpired."""
+        self._books().seal(lease.lease_id, common_pb2.HandoffState(), checksums)
+
+    def close_replica(self, lease: Lease) -> None:
+        """What was not sealed is free again. Idempotent."""
+        books = self._books()
+        books.release(lease.lease_id)
+        books.end_session(lease.client.session_id, "is done")
 
     # ending
 

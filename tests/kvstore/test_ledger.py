@@ -7,7 +7,7 @@ import hashlib
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -351,3 +351,34 @@ def test_a_hand_off_that_nobody_reads_expires_and_one_that_is_read_does_not(book
     ledger.expire_handoff(HandoffId("y", 1))
     assert list(recorder.ended_handoffs) == [HandoffId("x", 1)]
     assert ledger.num_expired_leases == 1 and ledger.accounting().num_leased == 1
+
+
+uses = st.lists(st.tuples(st.sampled_from(["keep", "keep", "hold", "release"]), st.sampled_from("abc"), st.integers(1, 6)), max_size=25)
+
+
+@given(uses)
+@settings(max_examples=200, deadline=None)
+def test_the_end_of_a_chain_goes_before_its_start_and_what_fits_is_what_can_be_reserved(found: list[tuple[str, str, int]]) -> None:
+    """Who reads chains by bisection relies on it: a store holds no block without those before it."""
+    recorder = Recorder()
+    ledger = Ledger(NUM_SLOTS, NUM_LAYERS, LRU(), lambda: 0.0, recorder)
+    ledger.open_session("grpc", "grpc", False)
+    held: list[Lease] = []
+    for action, chain, full in found:
+        if action == "keep":
+            num_blocks = ledger.num_fitting(keys(chain, full))
+            if num_blocks < full:
+                assert ledger.try_reserve("grpc", None, keys(chain, num_blocks + 1), num_blocks + 1, 0.0) is None
+            lease = ledger.try_reserve("grpc", None, keys(chain, num_blocks), num_blocks, 0.0)
+            assert lease is not None
+            for block, present in enumerate(lease.present):
+                for layer in range(0 if present else NUM_LAYERS):
+                    ledger.push(lease.lease_id, layer, block, 1)
+            ledger.seal(lease.lease_id, STATE, [0] * num_blocks)
+        elif action == "hold":
+            held.append(ledger.fetch_prefix("grpc", keys(chain, full)))
+        elif held:
+            ledger.release(held.pop(full % len(held)).lease_id)
+        for name in "abc":
+            visible = [key(name, index) in recorder.visible for index in range(NUM_SLOTS)]
+            assert visible == sorted(visible, reverse=True)

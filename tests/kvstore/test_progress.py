@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfmoon.kvstore.progress import Progress, SliceCursor
@@ -9,6 +9,7 @@ from halfmoon.protocol.errors import HandoffIncomplete, InvalidRequest
 
 
 @given(st.data(), st.integers(1, 6), st.integers(1, 4), st.integers(1, 3))
+@settings(deadline=None)
 def test_a_cursor_hands_every_layer_of_every_block_on_once_and_in_order(
     data: st.DataObject, num_blocks: int, num_layers: int, max_blocks: int
 ) -> None:

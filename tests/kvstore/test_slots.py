@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfmoon.kvstore.slots import SlotAllocator
@@ -12,6 +12,7 @@ steps = st.lists(st.tuples(st.sampled_from(["allocate", "pin", "unpin", "retain"
 
 
 @given(steps)
+@settings(deadline=None)
 def test_leased_cached_and_free_add_up_after_every_step(todo: list[tuple[str, int]]) -> None:
     slots = SlotAllocator(5)
     pins, retained = [0] * 5, [False] * 5

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from ..engine.sequence import Sequence
 from ..kvstore.client import BlockReader
-from ..protocol.errors import DeadlineExceeded, HalfmoonError
+from ..protocol.errors import DeadlineExceeded, HalfmoonError, PromptTooLong
 from ..protocol.v1 import common_pb2, worker_pb2
 
 
@@ -26,12 +26,15 @@ class DecodeJob:
     granted: asyncio.Future[None]  # the scheduler gave it pages
     intake: asyncio.Task[None] | None = None  # takes in the hand-off
     reader: BlockReader | None = None
+    transport: str = ""  # of the reader's store
+    publishing: asyncio.Task[None] | None = None  # of a local prefill: its prompt's blocks, while the answer is written
     given_up: bool = False  # the store knows that nobody takes the hand-off
     timer: asyncio.TimerHandle | None = None  # of the deadline
     state: common_pb2.HandoffState | None = None  # set on admission
     unsent: list[common_pb2.TokenOutput] = field(default_factory=list)
     finish_reason: common_pb2.FinishReason | None = None
     error: HalfmoonError | None = None
+    may_finish: bool = False  # its blocks are kept, or that takes too long: the client may be told of the end
     changed: asyncio.Event = field(default_factory=asyncio.Event)  # there is something to send
     num_preemptions: int = 0
     arrived_at: float = field(default_factory=time.monotonic)
@@ -45,6 +48,7 @@ class DecodeJob:
     num_bytes_loaded: int = 0
     prefix_load_s: float = 0.0
     first_chunk_at: float = 0.0
+    compute_s: float = 0.0  # of its steps' seconds, by its share of their tokens
 
     @property
     def is_local(self) -> bool:
@@ -69,6 +73,11 @@ class DecodeJob:
         self.unsent.append(token)
         self.changed.set()
 
+    def let_finish(self) -> None:
+        """Idempotent."""
+        self.may_finish = True
+        self.changed.set()
+
     async def replies(self) -> AsyncIterator[worker_pb2.DecodeReply]:
         """Until it has ended; raises the error that ended it. Tokens that came meanwhile go in one message."""
         told_admission = False
@@ -86,7 +95,7 @@ class DecodeJob:
                 self.changed.set()
             elif self.error is not None:
                 raise self.error
-            elif self.finish_reason is not None:
+            elif self.finish_reason is not None and self.may_finish:
                 yield worker_pb2.DecodeReply(finished=worker_pb2.DecodeReply.Finished(reason=self.finish_reason, phases=self.phases()))
                 return
 
@@ -118,3 +127,16 @@ class DecodeJob:
             where = "waiting for its hand-off"
         waited_s = time.monotonic() - self.arrived_at
         return DeadlineExceeded(f"request {self.sequence.request_id} ran out of time {where}, {waited_s:.3f} s after it came")
+
+
+def check_sequence(sequence: Sequence, vocab_size: int, max_model_len: int) -> None:
+    """Raises InvalidRequest for tokens that the model does not have, PromptTooLong."""
+    sequence.check_tokens(vocab_size)
+    longest = sequence.num_prompt_tokens + sequence.sampling.max_tokens
+    if longest > max_model_len or sequence.num_tokens >= max_model_len:
+        raise PromptTooLong(
+            f"prompt and max_tokens are {sequence.num_prompt_tokens} + {sequence.sampling.max_tokens} tokens; "
+            f"the model takes {max_model_len}",
+            num_tokens=longest,
+            limit=max_model_len,
+        )

@@ -8,51 +8,100 @@ Slices of a sequence that waits for pages are held back here; they are bounded b
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from functools import partial
 
 from ..engine.kv_cache import PagedKVCache
+from ..engine.page_copy import write_slices
 from ..engine.transfer import TransferThread
 from ..kvstore.reader import BlockReader, BlockSlice
+from ..kvstore.store_link import StoreLink
 from ..protocol.blocks import div_ceil
-from ..protocol.errors import HandoffCorrupt, HandoffIncomplete
+from ..protocol.errors import HalfmoonError, HandoffCorrupt, HandoffIncomplete, RequestCancelled
 from ..protocol.v1 import common_pb2
 from .job import DecodeJob
+from .metrics import DecodeMetrics
+
+logger = logging.getLogger(__name__)
 
 
 class HandoffLoader:
     """On the event loop."""
 
-    def __init__(self, cache: PagedKVCache, vocab_size: int, transfer: TransferThread) -> None:
+    def __init__(self, cache: PagedKVCache, store: StoreLink, transfer: TransferThread, metrics: DecodeMetrics, vocab_size: int) -> None:
         self._cache = cache
-        self._vocab_size = vocab_size
+        self._store = store
         self._transfer = transfer
+        self._metrics = metrics
+        self._vocab_size = vocab_size
 
-    async def load(self, job: DecodeJob, reader: BlockReader) -> common_pb2.HandoffState:
+    async def open(self, job: DecodeJob) -> None:
+        """Waits for the hand-off to begin, and sets the job's reader.
+
+        Raises HandoffIncomplete, HandoffCorrupt, HandoffAborted, StaleEpoch, DeadlineExceeded, StoreUnavailable.
+        """
+        handoff = job.request.handoff
+        client = self._store.client
+        job.transport = client.transport
+        job.reader = await client.fetch(handoff.id, handoff.epoch, job.sequence.remaining_s)
+        if not job.ended:
+            check_layout(job, job.reader, self._cache.page_size)
+
+    async def load(self, job: DecodeJob) -> common_pb2.HandoffState:
         """Returns once the pages hold the whole hand-off and it was verified.
 
         Raises HandoffIncomplete, HandoffCorrupt, HandoffAborted, StoreUnavailable.
         """
+        assert job.reader is not None
         unwritten: list[BlockSlice] = []
         num_slices = 0
-        async for piece in reader.slices():
+        async for piece in job.reader.slices():
             unwritten.append(piece)
             num_slices += len(piece.blocks)
             if job.granted.done():
                 await self._write(job, unwritten)
                 unwritten = []
         job.sealed_at = time.monotonic()
-        state = check_state(job, reader, num_slices, self._cache.schema.num_layers, self._vocab_size)
+        state = check_state(job, job.reader, num_slices, self._cache.schema.num_layers, self._vocab_size)
         await job.granted
         await self._write(job, unwritten)
         return state
 
-    async def _write(self, job: DecodeJob, slices: list[BlockSlice]) -> None:
-        await self._transfer.run(partial(self._copy, job.sequence.pages, slices))
+    def count(self, job: DecodeJob) -> None:
+        """It was admitted."""
+        assert job.reader is not None
+        self._metrics.transferred(job.transport, "fetch", job.reader.num_bytes, job.phases().intake_s)
 
-    def _copy(self, pages: list[int], slices: list[BlockSlice]) -> None:
-        for piece in slices:
-            self._cache.write_bytes(piece.layer, pages[piece.first_block : piece.first_block + len(piece.blocks)], piece.blocks)
+    async def give_up(self, job: DecodeJob) -> None:
+        """Before the intake ends: the store would have to make up a reason. Raises StoreUnavailable."""
+        handoff = job.request.handoff
+        reason = job.error or RequestCancelled(f"request {job.sequence.request_id} was stopped before its hand-off was there")
+        await self._store.client.abort(handoff.id, handoff.epoch, reason)
+        job.given_up = True
+
+    async def end_intake(self, job: DecodeJob) -> None:
+        """Returns when it is over."""
+        if job.intake is None:
+            return
+        if job.reader is not None or not job.given_up:
+            job.intake.cancel()
+        # else its fetch is being told of the abort, maybe with a lease to release: cancelled now, it would never know
+        await asyncio.wait({job.intake})
+
+    async def release(self, job: DecodeJob) -> None:
+        """Lets go of the job's reader, if it has one. Idempotent."""
+        if job.reader is None:
+            return
+        await self._transfer.drained()  # a cancelled intake may still be copying out of the reader's memory
+        try:
+            await job.reader.release()
+        except HalfmoonError as error:
+            logger.warning("a hand-off's lease could not be released: %s", error)
+
+    async def _write(self, job: DecodeJob, slices: list[BlockSlice]) -> None:
+        await self._transfer.run(partial(write_slices, self._cache, job.sequence.pages, slices))
 
 
 def check_layout(job: DecodeJob, reader: BlockReader, block_size: int) -> None:

@@ -1,52 +1,83 @@
-"""Keeps a finished sequence's blocks in the node's store, for the next turn of the conversation.
+"""Puts what a sequence has computed into the node's store: a local prompt's blocks as soon as they stand, all of them at the end.
 
-pages ─► transfer thread ─► store       blocks that came with the hand-off are there already and are left out
+pages ─► transfer thread ─► store       blocks that are there already, from a hand-off or a prefix, are left out
 """
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable
 
 from ..engine.kv_cache import PagedKVCache
+from ..engine.page_copy import keep_pages
 from ..engine.transfer import TransferThread
-from ..kvstore.client import BlockWriter, StoreClient
-from ..protocol.blocks import block_keys
+from ..kvstore.store_link import StoreLink
+from ..protocol.blocks import block_keys, div_ceil
 from ..protocol.errors import HalfmoonError
-from ..protocol.v1 import common_pb2
 from .job import DecodeJob
 from .metrics import DecodeMetrics
+from .scheduler import DecodeScheduler
+
+logger = logging.getLogger(__name__)
 
 
 class BlockPusher:
-    def __init__(self, cache: PagedKVCache, transfer: TransferThread, metrics: DecodeMetrics) -> None:
+    """changed: guards the scheduler."""
+
+    def __init__(
+        self,
+        cache: PagedKVCache,
+        store: StoreLink,
+        transfer: TransferThread,
+        metrics: DecodeMetrics,
+        scheduler: DecodeScheduler,
+        changed: threading.Condition,
+    ) -> None:
         self._cache = cache
+        self._store = store
         self._transfer = transfer
         self._metrics = metrics
+        self._scheduler = scheduler
+        self._changed = changed
 
-    async def keep(self, job: DecodeJob, client: StoreClient, root: bytes) -> None:
+    async def publish(self, job: DecodeJob) -> None:
+        """Stores the full blocks of a prompt that was computed here, so that other requests find them while it is being answered.
+
+        The sequence goes on meanwhile; where it is preempted or ends, and others write into its pages, nothing is stored.
+        Never fails: what is not published now is kept at the end.
+        """
+        num_blocks, page_size, sequence = len(job.block_keys), self._cache.page_size, job.sequence
+        with self._changed:
+            pages = sequence.pages[:num_blocks]
+            num_preemptions = self._scheduler.num_preemptions(sequence)
+            if sequence.num_computed_tokens < num_blocks * page_size or num_blocks <= div_ceil(job.num_cached_tokens, page_size):
+                return  # it was preempted already, or there is nothing new
+
+        def are_held() -> bool:
+            with self._changed:
+                return sequence.pages[:num_blocks] == pages and self._scheduler.num_preemptions(sequence) == num_preemptions
+
+        try:
+            await self._keep(job.block_keys, pages, are_held)
+        except HalfmoonError as failure:
+            logger.info("request %s: its prompt's blocks are not published yet: %s", sequence.request_id, failure)
+
+    async def keep(self, job: DecodeJob, root: bytes) -> None:
         """Stores the full blocks of prompt and answer whose KV was computed, where there is room for them at once.
 
         Raises StoreFull, StoreUnavailable, HandoffError.
         """
-        keys = computed_keys(job, root, self._cache.page_size)
-        if not keys:
-            return
-        began = time.monotonic()
-        writer = await client.keep(keys, 0.0)
-        try:
-            for layer in range(self._cache.schema.num_layers):
-                await self._transfer.run(partial(self._push, writer, job.sequence.pages, layer))
-            await writer.seal(common_pb2.HandoffState())
-        except HalfmoonError as error:
-            await writer.abort(error)
-            raise
-        self._metrics.transferred(client.transport, "keep", writer.num_bytes, time.monotonic() - began)
+        if keys := computed_keys(job, root, self._cache.page_size):
+            await self._keep(keys, job.sequence.pages)
 
-    def _push(self, writer: BlockWriter, pages: Sequence[int], layer: int) -> None:
-        for start, end in missing_runs(writer.present):
-            writer.push(layer, start, self._cache.read_bytes(layer, pages[start:end]))
+    async def _keep(self, keys: list[bytes], pages: list[int], are_held: Callable[[], bool] | None = None) -> None:
+        began = time.monotonic()
+        client = self._store.client
+        writer = await client.keep(keys, 0.0)
+        await keep_pages(self._cache, self._transfer, pages, writer, are_held)
+        self._metrics.transferred(client.transport, "keep", writer.num_bytes, time.monotonic() - began)
 
 
 def computed_keys(job: DecodeJob, root: bytes, block_size: int) -> list[bytes]:
@@ -55,16 +86,3 @@ def computed_keys(job: DecodeJob, root: bytes, block_size: int) -> list[bytes]:
     known = job.block_keys[:num_computed]
     rest = job.sequence.token_ids[len(known) * block_size : num_computed * block_size]
     return known + block_keys(root, rest, block_size, parent=known[-1] if known else None)
-
-
-def missing_runs(present: Sequence[bool]) -> list[tuple[int, int]]:
-    """The maximal runs [start, end) of blocks that are not present."""
-    runs: list[tuple[int, int]] = []
-    for block, found in enumerate(present):
-        if found:
-            continue
-        if runs and runs[-1][1] == block:
-            runs[-1] = (runs[-1][0], block + 1)
-        else:
-            runs.append((block, block + 1))
-    return runs

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import grpc.aio
 
+from ..protocol.address import join_address
 from ..protocol.channel import create_server
 from ..protocol.grpc_errors import stream_boundary, unary_boundary
 from ..protocol.v1 import worker_pb2, worker_pb2_grpc
@@ -49,4 +50,4 @@ async def start_server(worker: Decoder, host: str) -> tuple[grpc.aio.Server, str
     server, port = create_server(host, 0)
     worker_pb2_grpc.add_DecodeWorkerServicer_to_server(DecodeService(worker), server)
     await server.start()
-    return server, f"{host}:{port}"
+    return server, join_address(host, port)

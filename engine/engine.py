@@ -15,13 +15,14 @@ import torch
 from ..protocol.config import ModelOptions
 from ..protocol.errors import ConfigError
 from ..protocol.schema import KVSchema
+from ..protocol.v1 import control_pb2
 from .batch import prepare_batch
 from .decode_graph import DecodeGraphs, can_capture
 from .decoder import Decoder
 from .kv_cache import PagedKVCache
 from .kv_schema import kv_schema
 from .model_config import ModelConfig
-from .resolve import resolve_device, resolve_folder, resolve_max_model_len
+from .resolve import resolve_device, resolve_dtype, resolve_folder, resolve_max_model_len
 from .rope import rope_table
 from .sampler import TokenSample, sample
 from .sequence import Sequence, StepChunk
@@ -72,7 +73,7 @@ class Engine:
         max_model_len = resolve_max_model_len(config, options)
         device = _device(resolve_device(options), num_threads)
         schema = kv_schema(config, options)
-        dtype = getattr(torch, schema.dtype)
+        dtype = getattr(torch, resolve_dtype(config, options))
         if options.load_format == "dummy":
             weights = dummy_weights(config, dtype, device, progress)
         else:
@@ -85,6 +86,15 @@ class Engine:
         if can_capture(device):
             engine._get_ready(max_decode_batch, progress)
         return engine
+
+    def member_info(self) -> control_pb2.MemberInfo:
+        """What the proxy is told of a worker's engine when it joins; the worker adds the rest."""
+        return control_pb2.MemberInfo(
+            schema=self.schema.to_proto(),
+            max_model_len=self.max_model_len,
+            kv_capacity_tokens=self.cache.num_pages * self.page_size,
+            device=str(self.device),
+        )
 
     def _get_ready(self, max_decode_batch: int, progress: Progress | None) -> None:
         assert self._staging is not None

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ..protocol.errors import InvalidRequest
 from ..protocol.sampling import SamplingParams
 from ..protocol.v1 import common_pb2
 
@@ -37,6 +38,19 @@ class Sequence:
     @property
     def remaining_s(self) -> float:
         return self.deadline - time.monotonic()
+
+    def check_tokens(self, vocab_size: int) -> None:
+        """Raises InvalidRequest where there is no token, one that the model does not have, or fewer tokens than the prompt's."""
+        if not 1 <= self.num_prompt_tokens <= self.num_tokens:
+            raise InvalidRequest(
+                f"num_prompt_tokens is {self.num_prompt_tokens} of {self.num_tokens} token_ids; it must be at least 1 and at most all",
+                param="num_prompt_tokens",
+            )
+        largest = max(self.token_ids)
+        if largest >= vocab_size:
+            raise InvalidRequest(
+                f"token {largest} is not of the model's {vocab_size} tokens; use the model's own tokenizer", param="token_ids"
+            )
 
     def finish_reason(self, eos_token_ids: frozenset[int]) -> common_pb2.FinishReason | None:
         """Whether the last token ends the sequence. Stop strings are the proxy's matter: text is not known here."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from ..engine.sampler import TokenSample
 from ..engine.sequence import Sequence
 from ..kvstore.client import BlockWriter, StoreClient
-from ..protocol.errors import DeadlineExceeded, HalfmoonError
+from ..protocol.errors import DeadlineExceeded, HalfmoonError, PromptTooLong
 from ..protocol.v1 import common_pb2, worker_pb2
 
 
@@ -30,11 +30,15 @@ class PrefillJob:
     writer: BlockWriter | None = None
     sample: TokenSample | None = None
     num_cached_tokens: int = 0
+    corrupt_in: StoreClient | None = None  # the store whose cached blocks did not match their checksums
+    corrupt_blocks: list[int] = field(default_factory=list)
     num_bytes_loaded: int = 0
+    load_transport: str = ""
     arrived: float = field(default_factory=time.monotonic)
     prefix_load_s: float = 0.0
     first_chunk: float = 0.0
     sampled: float = 0.0
+    compute_s: float = 0.0  # of its steps' seconds, by its share of their tokens
 
     def fail(self, error: HalfmoonError) -> None:
         """Ends the call with error, wherever it waits. On the event loop."""
@@ -65,10 +69,23 @@ class PrefillJob:
             num_bytes_pushed=self.writer.num_bytes,
             num_bytes_loaded=self.num_bytes_loaded,
             transport=self.client.transport,
+            compute_s=self.compute_s,
+            load_transport=self.load_transport,
         )
         return common_pb2.HandoffState(
             num_tokens=self.sequence.num_tokens,
             num_cached_tokens=self.num_cached_tokens,
             first_token=self.sample.to_proto(),
             phases=phases,
+        )
+
+
+def check_sequence(sequence: Sequence, vocab_size: int, max_model_len: int) -> None:
+    """Raises InvalidRequest for tokens that the model does not have, PromptTooLong."""
+    sequence.check_tokens(vocab_size)
+    if sequence.num_tokens >= max_model_len:
+        raise PromptTooLong(
+            f"the prompt has {sequence.num_tokens} tokens; with at least one of the answer the model takes {max_model_len}",
+            num_tokens=sequence.num_tokens,
+            limit=max_model_len - 1,
         )

@@ -13,13 +13,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine
-from functools import partial
 from typing import Any
 
 from ..engine.kv_cache import PagedKVCache
+from ..engine.page_copy import load_pages
 from ..engine.transfer import TransferThread
 from ..kvstore.client import BlockReader, StoreClient
-from ..protocol.errors import HalfmoonError
+from ..protocol.errors import HalfmoonError, HandoffCorrupt
 from .job import PrefillJob
 from .metrics import PrefillMetrics
 from .stores import Stores
@@ -47,8 +47,8 @@ class PrefixLoader:
     async def load(self, job: PrefillJob) -> None:
         """Sets the job's num_cached_tokens: less than all of its tokens, for the last one gives the first logits.
 
-        Never fails: a prefix that is corrupt or gone is computed, with a warning and a count. Holds nothing at the stores
-        when it returns, and what was corrupt is not there any more.
+        Never fails: a prefix that is corrupt or gone is computed, with a warning and a count. What was corrupt is not in its
+        store any more when this returns, and noted in the job: others may have been promised it meanwhile.
         """
         began = time.monotonic()
         readers: list[BlockReader] = []
@@ -60,7 +60,8 @@ class PrefixLoader:
             self._count_failure(job, error)
         finally:
             released = self._spawn(self._release(readers))  # also where this call is cancelled
-        await asyncio.wait({released})
+        if job.corrupt_in is not None:
+            await asyncio.wait({released})
         job.num_cached_tokens = min(num_blocks * self._cache.page_size, job.sequence.num_tokens - 1)
         job.prefix_load_s = time.monotonic() - began
 
@@ -70,11 +71,12 @@ class PrefixLoader:
         if client is None or reader is None or reader.num_blocks == 0:
             return 0
         began = time.monotonic()
-        pages = job.sequence.pages[: reader.num_blocks]
-        async for piece in reader.slices():
-            into = pages[piece.first_block : piece.first_block + len(piece.blocks)]
-            await self._transfer.run(partial(self._cache.write_bytes, piece.layer, into, piece.blocks))
-        job.num_bytes_loaded = reader.num_bytes
+        try:
+            await load_pages(self._cache, self._transfer, job.sequence.pages, reader)
+        except HandoffCorrupt as error:
+            job.corrupt_in, job.corrupt_blocks = client, error.fields["blocks"]
+            raise
+        job.num_bytes_loaded, job.load_transport = reader.num_bytes, client.transport
         self._metrics.transferred(client.transport, "load", reader.num_bytes, time.monotonic() - began)
         return reader.num_blocks
 

@@ -12,12 +12,12 @@ from functools import partial
 from typing import NamedTuple
 
 from ..engine.kv_cache import PagedKVCache
+from ..engine.page_copy import keep_pages, push_pages
 from ..engine.sequence import StepChunk
 from ..engine.transfer import TransferThread
-from ..kvstore.client import BlockWriter, StoreClient
+from ..kvstore.client import StoreClient
 from ..protocol.blocks import div_ceil
 from ..protocol.errors import HalfmoonError
-from ..protocol.v1 import common_pb2
 from .job import PrefillJob
 from .metrics import PrefillMetrics
 
@@ -63,13 +63,7 @@ class BlockPusher:
         """
         began = time.monotonic()
         writer = await client.keep(job.block_keys, 0.0)
-        try:
-            for layer in range(self._cache.schema.num_layers):
-                await self._transfer.run(partial(self._push, writer, job.sequence.pages, layer, 0, writer.num_blocks))
-            await writer.seal(common_pb2.HandoffState())
-        except HalfmoonError as error:
-            await writer.abort(error)
-            raise
+        await keep_pages(self._cache, self._transfer, job.sequence.pages, writer)
         self._metrics.transferred(client.transport, "keep", writer.num_bytes, time.monotonic() - began)
 
     def _push_layer(self, runs: Sequence[BlockRun], layer: int) -> None:
@@ -77,26 +71,9 @@ class BlockPusher:
             if job.closed or job.writer is None:
                 continue
             try:
-                self._push(job.writer, job.sequence.pages, layer, first, last)
+                push_pages(self._cache, job.sequence.pages, job.writer, layer, first, last)
             except HalfmoonError as error:
                 job.task.get_loop().call_soon_threadsafe(job.fail, error)
-
-    def _push(self, writer: BlockWriter, pages: Sequence[int], layer: int, first: int, last: int) -> None:
-        for start, end in missing_runs(writer.present, first, last):
-            writer.push(layer, start, self._cache.read_bytes(layer, pages[start:end]))
-
-
-def missing_runs(present: Sequence[bool], first: int, last: int) -> list[tuple[int, int]]:
-    """The maximal runs [start, end) of blocks within [first, last) that are not present."""
-    runs: list[tuple[int, int]] = []
-    for block in range(first, last):
-        if present[block]:
-            continue
-        if runs and runs[-1][1] == block:
-            runs[-1] = (runs[-1][0], block + 1)
-        else:
-            runs.append((block, block + 1))
-    return runs
 
 
 def _tell_pushed(job: PrefillJob) -> None:

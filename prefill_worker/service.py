@@ -6,6 +6,7 @@ from typing import Protocol
 
 import grpc.aio
 
+from ..protocol.address import join_address
 from ..protocol.channel import create_server
 from ..protocol.grpc_errors import unary_boundary
 from ..protocol.v1 import common_pb2, worker_pb2, worker_pb2_grpc
@@ -31,4 +32,4 @@ async def start_server(worker: Prefiller, host: str) -> tuple[grpc.aio.Server, s
     server, port = create_server(host, 0)
     worker_pb2_grpc.add_PrefillWorkerServicer_to_server(PrefillService(worker), server)
     await server.start()
-    return server, f"{host}:{port}"
+    return server, join_address(host, port)

@@ -21,6 +21,7 @@ from halfmoon.protocol.channel import create_server, open_channel
 from halfmoon.protocol.config import DecodeConfig, ModelOptions, PrefillConfig, StoreConfig
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.v1 import common_pb2, control_pb2, control_pb2_grpc, worker_pb2, worker_pb2_grpc
+from halfmoon.protocol.worker_life import Station
 
 BLOCK_SIZE = 8
 VOCAB_SIZE = 160
@@ -126,20 +127,15 @@ class Cluster:
     ) -> Cluster:
         self.store = StoreServer(StoreConfig(arena_bytes=arena_bytes), node_id="node-a")
         await self.store.start("127.0.0.1", port)
-        common: dict[str, Any] = {
-            "node_id": "node-a",
-            "host": "127.0.0.1",
-            "store_address": self.store.address,
-            "proxy_address": self.members.address,
-            "options": self.options,
-        }
         self.prefill = PrefillWorker(
-            worker_id="prefill-0",
+            self._station("prefill-0"),
+            options=self.options,
             config=PrefillConfig(transport=self.transport, **{"max_tokens_per_step": 64, **(prefill or {})}),
             flip_pushed_bytes=flip_pushed_bytes,
-            **common,
         )
-        self.decode = DecodeWorker(worker_id="decode-0", config=DecodeConfig(transport=self.transport, **(decode or {})), **common)
+        self.decode = DecodeWorker(
+            self._station("decode-0"), options=self.options, config=DecodeConfig(transport=self.transport, **(decode or {}))
+        )
         self.workers = [self.prefill, self.decode]
         for worker in self.workers:
             await worker.start()
@@ -150,6 +146,15 @@ class Cluster:
     async def stop(self) -> None:
         await self._exits.aclose()
         await asyncio.gather(*(worker.stop(0.0) for worker in self.workers), self.store.stop(0.0))
+
+    def _station(self, worker_id: str) -> Station:
+        return Station(
+            worker_id=worker_id,
+            node_id="node-a",
+            host="127.0.0.1",
+            store_address=self.store.address,
+            proxy_address=self.members.address,
+        )
 
     async def _channel(self, address: str) -> Any:
         return await self._exits.enter_async_context(open_channel(address))

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any
 
 from halfmoon.decode_worker.actor import DecodeActor
 from halfmoon.protocol.config import DecodeConfig
 
 
+async def every_progress(actor: Any) -> list[Any]:
+    """What somebody who always asks for the next one is told, to the end of the start."""
+    seen: list[Any] = []
+    while (found := await actor.progress(seen[-1].number if seen else 0)) is not None:
+        seen.append(found)
+    return seen
+
+
 async def test_an_actor_runs_from_start_to_stop(make_cluster: Any) -> None:
     cluster = await make_cluster()
     actor = DecodeActor(
-        worker_id="decode-1",
-        node_id="node-a",
-        host="127.0.0.1",
-        store_address=cluster.store.address,
-        proxy_address=cluster.members.address,
+        station=dataclasses.replace(cluster.decode.life.station, worker_id="decode-1"),
         options=cluster.options,
         config=DecodeConfig(),
     )
+    watched = asyncio.create_task(every_progress(actor))
     host, _, port = (await actor.start()).rpartition(":")
+    seen = await watched
+    assert seen[-1].progress.stage == "loading weights" and seen[-1].progress.done == seen[-1].progress.total > 0
     assert host == "127.0.0.1" and int(port) > 0
     running = asyncio.create_task(actor.run())
     await asyncio.sleep(0)

@@ -28,9 +28,23 @@ async def test_tokens_that_wait_to_be_sent_go_in_one_message(job: DecodeJob) -> 
     for token_id in (5, 6):
         job.push(common_pb2.TokenOutput(token_id=token_id))
     job.finish_reason = common_pb2.FINISH_REASON_LENGTH
+    job.let_finish()
     replies = [reply async for reply in job.replies()]
     assert [reply.WhichOneof("event") for reply in replies] == ["admitted", "tokens", "finished"]
     assert [token.token_id for token in replies[1].tokens.tokens] == [4, 5, 6]
+
+
+async def test_tokens_do_not_wait_for_the_end_that_is_held_back(job: DecodeJob) -> None:
+    admit(job)
+    job.push(common_pb2.TokenOutput(token_id=5))
+    job.finish_reason = common_pb2.FINISH_REASON_LENGTH
+    replies = job.replies()
+    assert [(await anext(replies)).WhichOneof("event") for _ in range(2)] == ["admitted", "tokens"]
+    end = asyncio.ensure_future(anext(replies))
+    await asyncio.sleep(0)
+    assert not end.done()
+    job.let_finish()
+    assert (await end).WhichOneof("event") == "finished"
 
 
 async def test_tokens_that_come_while_a_message_is_written_are_sent_before_the_end(job: DecodeJob) -> None:

@@ -22,6 +22,7 @@ from halfmoon.protocol.channel import create_server, open_channel
 from halfmoon.protocol.config import ModelOptions, PrefillConfig, StoreConfig
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.v1 import common_pb2, control_pb2, control_pb2_grpc, worker_pb2, worker_pb2_grpc
+from halfmoon.protocol.worker_life import Station
 
 BLOCK_SIZE = 8
 
@@ -144,11 +145,13 @@ async def make_site(options: ModelOptions, proxy_address: str) -> AsyncIterator[
                 await store.start("127.0.0.1")
                 running.append(store)
             worker = PrefillWorker(
-                worker_id=name,
-                node_id=node_id,
-                host="127.0.0.1",
-                store_address=store.address,
-                proxy_address=proxy_address,
+                Station(
+                    worker_id=name,
+                    node_id=node_id,
+                    host="127.0.0.1",
+                    store_address=store.address,
+                    proxy_address=proxy_address,
+                ),
                 options=options,
                 config=PrefillConfig(**{"max_tokens_per_step": 64, **config}),
                 flip_pushed_bytes=flip_pushed_bytes,

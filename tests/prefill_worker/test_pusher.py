@@ -8,8 +8,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from halfmoon.engine.page_copy import missing_runs
 from halfmoon.engine.sequence import Sequence, StepChunk
-from halfmoon.prefill_worker.pusher import finished_blocks, missing_runs
+from halfmoon.prefill_worker.pusher import finished_blocks
 from halfmoon.protocol.sampling import SamplingParams
 
 

@@ -17,6 +17,7 @@ from halfmoon.protocol.errors import (
     DeadlineExceeded,
     HalfmoonError,
     HandoffAborted,
+    HandoffCorrupt,
     RequestCancelled,
     StoreUnavailable,
     WorkerLost,
@@ -73,6 +74,17 @@ async def test_the_hand_off_holds_the_kv_of_one_forward_pass(make_site: Any, ref
     await until(lambda: at_rest(site))
 
 
+async def test_prompts_that_share_steps_share_their_seconds(make_site: Any) -> None:
+    site = await make_site(max_tokens_per_step=16)
+    slow(site.worker.engine, 0.02)
+    began = time.monotonic()
+    replies = await asyncio.gather(*(site.start(prompt(32, seed), f"h{seed}") for seed in range(3)))
+    elapsed_s = time.monotonic() - began
+    shares = [reply.state.phases.compute_s for reply in replies]
+    assert 6 * 0.02 <= sum(shares) <= elapsed_s, "three times 32 tokens are six steps of 16, whoever they were for"
+    assert max(shares) < max(reply.state.phases.prefill_s for reply in replies)
+
+
 async def test_an_earlier_owners_kv_does_not_travel_in_a_partial_page(make_site: Any, reference: Any) -> None:
     site = await make_site(kv_capacity_tokens=64)
     await site.start(prompt(64, 1), "dirty")
@@ -91,6 +103,7 @@ async def test_blocks_that_the_store_has_are_neither_computed_nor_pushed(make_si
     reply = await site.start([*prompt(60)[:40], *prompt(30, 1)], "two")
     phases = reply.state.phases
     assert (reply.state.num_cached_tokens, phases.num_bytes_loaded, phases.num_bytes_pushed) == (40, 5 * block_bytes, 4 * block_bytes)
+    assert phases.load_transport == "shm"
     found = await site.fetch("two")
     np.testing.assert_allclose(found.kv, reference([*prompt(60)[:40], *prompt(30, 1)]).kv, atol=2e-5)
     assert site.metric("halfmoon_prefix_cache_hits_total", tier="local") == 40
@@ -162,14 +175,42 @@ async def test_a_prefix_in_a_store_that_is_gone_is_computed(make_site: Any, refe
     assert here.metric("halfmoon_prefix_load_failures_total", reason="store_unavailable") == 1
 
 
-async def test_a_corrupt_prefix_is_computed_and_does_not_reach_the_hand_off(make_site: Any, reference: Any) -> None:
+async def test_a_corrupt_prefix_does_not_reach_the_hand_off_and_the_next_attempt_computes_it(make_site: Any, reference: Any) -> None:
     site = await make_site(name="prefill-bad", flip_pushed_bytes=True)
     await site.start(prompt(60), "bad")
     honest = await make_site(store=site.store)
+    error = await error_of(honest.start(prompt(60), "refused"))
+    assert isinstance(error, HandoffCorrupt) and error.retryable
     reply = await honest.start(prompt(60), "good")
     assert reply.state.num_cached_tokens == 0
     assert honest.metric("halfmoon_prefix_load_failures_total", reason="handoff_corrupt") == 1
     np.testing.assert_allclose((await honest.fetch("good")).kv, reference(prompt(60)).kv, atol=2e-5)
+
+
+async def test_a_corrupt_prefix_is_computed_where_the_hand_off_goes_to_another_store(make_site: Any, reference: Any) -> None:
+    site = await make_site(name="prefill-bad", flip_pushed_bytes=True)
+    await site.start(prompt(60), "bad")
+    honest, there = await make_site(store=site.store), await make_site("node-u", name="prefill-1")
+    reply = await honest.start(prompt(60), "good", into=there)
+    assert reply.state.num_cached_tokens == 0
+    np.testing.assert_allclose((await there.fetch("good")).kv, reference(prompt(60)).kv, atol=2e-5)
+
+
+async def test_a_full_store_does_not_keep_a_prefix_from_being_loaded_and_let_go(make_site: Any) -> None:
+    site = await make_site()
+    await site.start(prompt(60), "cached")
+    await site.fetch("cached")
+    await until(lambda: at_rest(site))
+    client = await site.client("hoarder")
+    keys = [number.to_bytes(16) for number in range(site.store.accounting().num_slots - 7)]
+    hoard = await client.reserve("hoard", 1, keys, len(keys), 5.0)  # all but the cached blocks
+    call = site.start([*prompt(60)[:56], *prompt(20, 1)], "h", deadline_s=20.0)
+    await until(lambda: site.metric("halfmoon_prefix_cache_hits_total", tier="local") == 56)
+    await until(lambda: site.store.stats().num_leases == 1)
+    assert site.worker.scheduler.num_running == 1, "it waits for room"
+    await hoard.abort(RequestCancelled("enough"))
+    assert (await call).state.num_cached_tokens == 56
+    await client.close()
 
 
 async def test_a_short_prompt_does_not_wait_for_a_long_one(make_site: Any) -> None:

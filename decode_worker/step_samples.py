@@ -1,0 +1,40 @@
+"""How long recent steps took, and over what: a few of them for each load report, from which the proxy learns to predict."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from ..engine.sequence import StepChunk
+from ..protocol.v1 import control_pb2
+
+INTERVAL_S = 0.02  # between two samples: some ten a report
+NUM_KEPT = 16
+
+
+class StepSamples:
+    """note on the engine's thread, take on any."""
+
+    def __init__(self) -> None:
+        self._kept: deque[control_pb2.StepSample] = deque(maxlen=NUM_KEPT)
+        self._last = float("-inf")
+
+    def note(self, chunks: Sequence[StepChunk], began: float, ended: float) -> None:
+        """began, ended: of time.monotonic()."""
+        if not chunks or ended - self._last < INTERVAL_S:
+            return
+        self._last = ended
+        decoded = [chunk.start + 1 for chunk in chunks if chunk.num_tokens == 1]
+        num_prefill_tokens = sum(chunk.num_tokens for chunk in chunks if chunk.num_tokens > 1)
+        self._kept.append(
+            control_pb2.StepSample(
+                num_sequences=len(decoded), num_kv_tokens=sum(decoded), num_prefill_tokens=num_prefill_tokens, seconds=ended - began
+            )
+        )
+
+    def take(self) -> list[control_pb2.StepSample]:
+        """Those since the last time."""
+        found: list[control_pb2.StepSample] = []
+        while self._kept:
+            found.append(self._kept.popleft())
+        return found

@@ -102,6 +102,11 @@ class DecodeBatch(DecodeScheduler):
         self.release(sequence)
 
     @property
+    def sequences(self) -> list[Sequence]:
+        """That are in counted steps."""
+        return list(self._batch)
+
+    @property
     def has_work(self) -> bool:
         return bool(self._batch or self._joining or self._running)
 

@@ -6,14 +6,11 @@ arrived ─► placed ─► prefill starts ─► prefill done ─► first tok
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ..engine.sequence import Sequence
 from .node_cache import Run
 from .trace import TraceRequest
-
-if TYPE_CHECKING:
-    from .instance import Instance
 
 Outcome = Literal["", "done", "rejected_at_arrival", "rejected_at_decode"]
 
@@ -23,11 +20,10 @@ class Job:
     index: int
     request: TraceRequest
     keys: list[bytes]  # of its full blocks
-    prefill_on: Instance | None = None
-    decode_on: Instance | None = None
+    prefill_on: str = ""  # names of instances
+    decode_on: str = ""
     fetch_from: str = ""  # node whose store holds more of the prefix
     prefill_sequence: Sequence | None = None
-    decode_sequence: Sequence | None = None
     run: Run | None = None  # pinned cache of the prefill node
     predicted_ttft_s: float = -1.0
     predicted_prefill_s: float = 0.0
@@ -44,8 +40,7 @@ class Job:
     wasted_prefill_s: float = 0.0  # of attempts that failed, of a rejection after the prefill
     outcome: Outcome = ""
     reason: str = ""
-    token_runs: list[tuple[Instance, int, int]] = field(default_factory=list)  # steps of an instance, each of which gave it a token
-
+    token_runs: list[tuple[str, int, int]] = field(default_factory=list)  # steps of an instance, each of which gave it a token
     starts: list[float] = field(default_factory=list)  # of decoding, each with a token from the prefill: one, and one a failure
 
     @property

@@ -15,9 +15,7 @@ import numpy as np
 
 from ..proxy.placement import Slo
 from .cluster import Cluster
-from .instance import Instance
 from .job import Job
-from .trace import BLOCK_SIZE
 
 
 class Row(NamedTuple):
@@ -56,7 +54,7 @@ class Result:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        step_ends = {instance: np.asarray(instance.step_ends) for instance in cluster.instances}
+        step_ends = {instance.name: np.asarray(instance.decode.step_ends) for instance in cluster.instances}
         self.rows = [_row(job, step_ends) for job in cluster.jobs]
         self._ttft = np.array([row.ttft_s for row in self.rows])
         self._tbt = np.array([row.tbt_s for row in self.rows])
@@ -94,8 +92,9 @@ class Result:
     @property
     def hit_blocks_ratio(self) -> float:
         """Of full blocks asked for; the partial one is no block here."""
-        asked = sum(row.num_input_tokens // BLOCK_SIZE for row in self.rows if row.prefill_done_s >= 0)
-        return sum(row.num_cached_tokens // BLOCK_SIZE for row in self.rows if row.prefill_done_s >= 0) / max(asked, 1)
+        block_size = self.cluster.scenario.block_size
+        asked = sum(row.num_input_tokens // block_size for row in self.rows if row.prefill_done_s >= 0)
+        return sum(row.num_cached_tokens // block_size for row in self.rows if row.prefill_done_s >= 0) / max(asked, 1)
 
     @property
     def prefill_s_per_request(self) -> float:
@@ -124,7 +123,7 @@ class Result:
             "prefix_gb": counters.prefix_bytes / 1e9,
             "ssd_gb": counters.ssd_bytes / 1e9,
             "num_role_changes": counters.num_role_changes,
-            "num_preemptions": sum(instance.decode.num_preempted for instance in self.cluster.instances),
+            "num_preemptions": sum(instance.decode.batch.num_preempted for instance in self.cluster.instances),
             "num_steps": sum(instance.num_steps for instance in self.cluster.instances),
         }
         for what in ("ttft_s", "tbt_s", "tpot_s", "e2e_s"):
@@ -133,7 +132,7 @@ class Result:
         return found
 
 
-def token_times(job: Job, step_ends: dict[Instance, np.ndarray]) -> np.ndarray:
+def token_times(job: Job, step_ends: dict[str, np.ndarray]) -> np.ndarray:
     """When each of its tokens left, ascending."""
     runs = [step_ends[instance][first:end] for instance, first, end in job.token_runs]
     times = np.concatenate([np.asarray(job.starts), *runs])
@@ -150,7 +149,7 @@ def longest_gaps_mean(times: np.ndarray) -> float:
     return float(np.partition(gaps, len(gaps) - num_longest)[-num_longest:].mean())
 
 
-def _row(job: Job, step_ends: dict[Instance, np.ndarray]) -> Row:
+def _row(job: Job, step_ends: dict[str, np.ndarray]) -> Row:
     arrival_s = job.request.arrival_s
     ttft_s = tbt_s = tpot_s = e2e_s = -1.0
     if job.outcome == "done":
@@ -160,7 +159,7 @@ def _row(job: Job, step_ends: dict[Instance, np.ndarray]) -> Row:
         tpot_s = (times[-1] - times[0]) / max(len(times) - 1, 1)
     return Row(
         job.index, arrival_s, job.request.num_input_tokens, job.request.num_output_tokens, job.num_cached_tokens, job.outcome, job.reason,
-        job.prefill_on.name if job.prefill_on else "", job.decode_on.name if job.decode_on else "", job.predicted_ttft_s,
+        job.prefill_on, job.decode_on, job.predicted_ttft_s,
         job.prefill_start_s, job.prefill_done_s, ttft_s, tbt_s, float(tpot_s), e2e_s, job.prefill_cost_s, job.wasted_prefill_s, job.attempt,
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..proxy.placement import Slo
 from .outcome import Quantiles, Result, Row
 from .replay import ReplayOptions
 from .scenario import Scenario
+from .sweep import SweepRow
 from .trace import Ceiling, Trace
 
 
@@ -37,7 +39,9 @@ def summary_table(result: Result, scenario: Scenario, ceiling: Ceiling) -> Group
         ("prompt tokens from caches", f"{figures['hit_tokens_ratio']:.1%} (the trace's ceiling {ceiling.tokens_ratio:.1%})"),
         ("prefill a request", f"{figures['prefill_s_per_request']:.3f} s, wasted in all {figures['wasted_prefill_s']:.0f} s"),
         ("moved: hand-offs / prefixes", f"{figures['handoff_gb']:.0f} / {figures['prefix_gb']:.0f} GB"),
+        ("read from SSD", f"{figures['ssd_gb']:.0f} GB"),
         ("role changes, preemptions", f"{figures['num_role_changes']:.0f}, {figures['num_preemptions']:.0f}"),
+        ("requests that were replayed after a failure", f"{sum(row.num_attempts > 1 for row in result.rows)}"),
         ("steps simulated", f"{figures['num_steps']:.0f}"),
     ]
     grid = Table.grid(padding=(0, 2))
@@ -52,6 +56,17 @@ def write_csv(result: Result, path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(Row._fields)
         writer.writerows(result.rows)
+
+
+def write_sweep_csv(rows: Sequence[SweepRow], path: Path) -> None:
+    """A line a scenario: each figure's mean over the seeds, and its deviation."""
+    names = list(rows[0].figures) if rows else []
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["scenario", "admission", *names, *(f"{name}_sd" for name in names)])
+        for row in rows:
+            means, sds = ([found[name] for name in names] for found in (row.figures, row.sds))
+            writer.writerow([row.scenario.title, row.scenario.admission, *means, *sds])
 
 
 def figures(result: Result, scenario: Scenario, options: ReplayOptions, trace: Trace, ceiling: Ceiling) -> dict[str, Any]:

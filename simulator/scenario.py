@@ -12,6 +12,7 @@ from ..protocol.errors import ConfigError
 from ..proxy.placement import Slo
 from ..proxy.predictors.cost_model import CostModel
 from ..proxy.urgency import Order
+from .trace import BLOCK_SIZE
 
 PAPER_SLO = Slo(30.0, 0.1)  # of Mooncake's papers
 COST_MODELS = Path(__file__).parent / "cost_models"
@@ -22,6 +23,19 @@ class Failure:
     at_s: float
     instance: str
     down_s: float = math.inf
+
+    @classmethod
+    def parse(cls, text: str) -> Failure:
+        """TIME:INSTANCE[:DOWN_S], seconds: "600:n0003:60". Raises ConfigError."""
+        at_s, _, rest = text.partition(":")
+        instance, _, down_s = rest.partition(":")
+        try:
+            found = cls(float(at_s), instance, float(down_s) if down_s else math.inf)
+        except ValueError as error:
+            raise ConfigError(f"{text!r} is no failure: {error}; give TIME:INSTANCE[:DOWN_S], as in 600:n0003:60") from error
+        if not instance or not 0.0 <= found.at_s < math.inf or not found.down_s > 0.0:
+            raise ConfigError(f"{text!r} is no failure; give TIME:INSTANCE[:DOWN_S], as in 600:n0003:60, both times in seconds")
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +56,10 @@ class Scenario:
     keep_on_decode: bool = False
     """Blocks of a hand-off stay in the decode node's store too."""
     eviction: str = "lru"
+    one_node: bool = False
+    """All instances stand on one machine: one store, and they share the cost model's num_cores."""
+    block_size: int = BLOCK_SIZE
+    """Tokens that a request's block id stands for."""
     page_size: int = 128
     max_tokens_per_step: int = 2048
     chunk_tokens: int = 256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,13 +15,14 @@ from ...protocol.errors import HalfmoonError
 from ...proxy.admission import ADMISSIONS
 from ...proxy.placement import Slo
 from ...proxy.policies import POLICIES
+from ...proxy.predictors import CostModel
 from ...simulator.cluster import simulate as run_cluster
 from ...simulator.goodput import GoodputSearch
 from ...simulator.outcome import Result
 from ...simulator.plots import write_png
 from ...simulator.replay import Replay, ReplayOptions, replay
-from ...simulator.report import figures, slo_text, summary_table, write_csv, write_json
-from ...simulator.scenario import Scenario, find_cost_model
+from ...simulator.report import figures, slo_text, summary_table, write_csv, write_json, write_sweep_csv
+from ...simulator.scenario import Failure, Scenario, find_cost_model
 from ...simulator.sweep import SweepRow, scenarios, sweep
 from ...simulator.trace import Ceiling, Trace, ideal_hits, read_trace
 
@@ -45,6 +47,9 @@ def simulate(
     order: Annotated[str, typer.Option(help="Of prefill queues: fcfs, edf, late, fair; default: late for adaptive, else edf.")] = "",
     threshold: Annotated[float, typer.Option(help="kvcache_centric's balancing threshold.")] = 1.0,
     local_cache: Annotated[bool, typer.Option(help="No prefix comes from another node.")] = False,
+    dram: Annotated[int, typer.Option(help="Tokens of a node's cache in DRAM; default: the cost model's.")] = -1,
+    ssd: Annotated[int, typer.Option(help="Tokens of a node's cache on SSD, behind the DRAM; default: the cost model's.")] = -1,
+    fail: Annotated[list[str] | None, typer.Option(help="TIME:INSTANCE[:DOWN_S], as in 600:n0003:60; may be given again.")] = None,
     keep_on_decode: Annotated[bool, typer.Option(help="Hand-offs stay in the decode node's store too.")] = False,
     sample: Annotated[float, typer.Option(help="Share of the sessions.")] = 1.0,
     dequantise: Annotated[bool, typer.Option(help="Spreads arrivals inside the trace's 3 s ticks.")] = False,
@@ -54,14 +59,17 @@ def simulate(
     level: Annotated[float, typer.Option()] = 0.9,
     sweep_: Annotated[bool, typer.Option("--sweep", help="Policies x admissions x splits.")] = False,
     splits: Annotated[str, typer.Option(help="--sweep: prefill counts of the prefill + decode instances, with commas.")] = "",
-    out: Annotated[Path | None, typer.Option(help="Folder for requests.csv, figures.json and run.png.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for requests.csv, figures.json, run.png; of a sweep sweep.csv and sweep.json.")
+    ] = None,
     png: Annotated[bool, typer.Option(help="With --out: the picture too (needs the bench extra).")] = True,
 ) -> None:
     """Replays a trace against a simulated cluster that runs the real Conductor, schedulers and eviction."""
     try:
         policies, admissions = _names(policy, POLICIES, "policy"), _names(admission, ADMISSIONS, "admission")
         scenario = Scenario(
-            cost=find_cost_model(cost_model), num_prefill=prefill, num_decode=decode, coupled=coupled, chunk_tokens=chunk,
+            cost=_sized(find_cost_model(cost_model), dram, ssd), failures=tuple(Failure.parse(text) for text in fail or ()),
+            num_prefill=prefill, num_decode=decode, coupled=coupled, chunk_tokens=chunk,
             policy=policies[0], admission=admissions[0], slo=Slo(slo_ttft, slo_tbt / 1e3), order=_order(order, policies[0]),
             balancing_threshold=threshold, remote_prefix=not local_cache, keep_on_decode=keep_on_decode, seed=seed,
         )  # fmt: skip
@@ -81,6 +89,11 @@ def simulate(
         message = f"{error.code}: {error.message}" if isinstance(error, HalfmoonError) else str(error)
         progress_console.print(message, style="red", highlight=False)
         raise typer.Exit(1) from error
+
+
+def _sized(cost: CostModel, dram: int, ssd: int) -> CostModel:
+    """Tokens of a node's cache on either tier; -1 leaves what the model has."""
+    return dataclasses.replace(cost, cache_tokens=dram if dram >= 0 else cost.cache_tokens, ssd_tokens=ssd if ssd >= 0 else cost.ssd_tokens)
 
 
 def _names(text: str, known: tuple[str, ...], what: str) -> list[str]:
@@ -150,8 +163,6 @@ def _goodput(trace: Trace, scenario: Scenario, options: ReplayOptions, level: fl
 
 
 def _sweep(trace: Trace, chosen: list[Scenario], options: ReplayOptions, num_seeds: int, out: Path | None) -> None:
-    import dataclasses
-
     rows: list[SweepRow] = []
     with _progress() as bar:
         task = bar.add_task("sweep", total=len(chosen) * num_seeds)
@@ -176,3 +187,5 @@ def _sweep(trace: Trace, chosen: list[Scenario], options: ReplayOptions, num_see
     if out is not None:
         listed = [{"title": row.scenario.title, "admission": row.scenario.admission, "mean": row.figures, "sd": row.sds} for row in rows]
         write_json(listed, out / "sweep.json")
+        write_sweep_csv(rows, out / "sweep.csv")
+        console.print(f"written to {out}", style="dim")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from ..forecast import Forecast
-from ..placement import NO_SLO, Choice, PlacementRequest, Rejection, Slo, Snapshot
+from ..placement import NO_SLO, Choice, MemberState, PlacementRequest, Rejection, Slo, Snapshot
 
 
 class Admission(Protocol):
@@ -25,6 +25,11 @@ class Limits:
 
     def of(self, request: PlacementRequest) -> Slo:
         return request.slo if request.slo is not None else self.slo
+
+
+def decode_role(snapshot: Snapshot) -> list[MemberState]:
+    """Who takes new decodes: not those in the prefill role, where the pools hold members of several; everyone where nobody has it."""
+    return [member for member in snapshot.decode if member.role != "prefill"] or list(snapshot.decode)
 
 
 def over_ttft(predicted_s: float, slo: Slo) -> Rejection | None:

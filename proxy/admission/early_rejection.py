@@ -13,7 +13,7 @@ from typing import ClassVar
 from ..forecast import Forecast
 from ..placement import Choice, PlacementRequest, Rejection, Snapshot
 from ..predictors.timing import Predictors
-from .base import Limits, over_tbt, over_ttft
+from .base import Limits, decode_role, over_tbt, over_ttft
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class EarlyRejection:
 
     def judge(self, request: PlacementRequest, choice: Choice, forecast: Forecast, snapshot: Snapshot) -> Rejection | None:
         slo = self.limits.of(request)
-        num = len(snapshot.decode)
+        num = len(decode_role(snapshot))
         num_running = sum(member.num_running for member in snapshot.decode)
         num_tokens = sum(member.num_running_tokens for member in snapshot.decode)
         mean_s = self.predictors.step.predict(num_running / num + 1, num_tokens / num + request.num_tokens)

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 from ..placement import NO_SLO, Choice, MemberState, PlacementRequest, PrefixHint, Slo, Snapshot
 from ..predictors.timing import Predictors
-from ..predictors.waiting import queue_s
+from ..predictors.waiting import least_step, queue_s, step_with
 from .base import cached_blocks
 from .kvcache_centric import best_prefix
 
@@ -59,23 +59,28 @@ class Adaptive:
         block_size, predictors = candidates.block_size, self.predictors
         holder, best = best_prefix(request, block_size)
         times: dict[int, float] = {}
-        target_s, now_s = self.step_target_s, candidates.now_s
+        target_s, now_s, held = self.step_target_s, candidates.now_s, request.held_blocks
         chosen, chosen_s = candidates.prefill[0], math.inf  # ties go to the first
         for member in candidates.prefill:
+            queued_s = queue_s(predictors, member, now_s)
+            if queued_s >= chosen_s:  # in its queue alone; most of a large cluster ends here
+                continue
             slow = self._slowdown(member, target_s) if member.num_running else 1.0
             if slow == math.inf:
                 continue
-            own = min(request.held_blocks.get(member.store_address, 0), best)
+            own = min(held.get(member.store_address, 0), best)
             compute_s = times.get(own)
             if compute_s is None:
                 moved = (best - own) * block_size * predictors.model.kv_bytes_per_token
                 rest = request.num_tokens - best * block_size
                 compute_s = times[own] = predictors.transfer.predict(moved) + predictors.prefill.predict(rest, best * block_size)
-            ttft_s = queue_s(predictors, member, now_s) + compute_s * slow
+            ttft_s = queued_s + compute_s * slow
             if ttft_s < chosen_s:
                 chosen, chosen_s = member, ttft_s
         local = chosen.role == "decode"
-        decode, tbt_s = (chosen, self._step_s(chosen, request)) if local else self.select_decode(request, candidates)
+        decode, tbt_s = (
+            (chosen, step_with(self.predictors, chosen, request.num_tokens)) if local else self.select_decode(request, candidates)
+        )
         prefix = PrefixHint(holder, best) if best > cached_blocks(request, chosen, block_size) else None
         where = "in its own decode batch" if local else f"for {decode.id}"
         reason = f"{chosen.id} is predicted to give the first token in {chosen_s:.3f} s {where}, behind {best * block_size} cached tokens"
@@ -83,10 +88,8 @@ class Adaptive:
 
     def select_decode(self, request: PlacementRequest, candidates: Snapshot) -> tuple[MemberState, float]:
         """The least predicted step among the decode role (anyone where nobody has it), promises included; and its step as it runs now."""
-        step = self.predictors.step
-        pool = [member for member in candidates.decode if member.role == "decode"] or candidates.decode
-        chosen = min(pool, key=lambda member: (step.predict(member.num_requests, member.num_outstanding_tokens), member.id))
-        return chosen, self._step_s(chosen, request)
+        chosen = least_step(self.predictors, [member for member in candidates.decode if member.role == "decode"] or candidates.decode)
+        return chosen, step_with(self.predictors, chosen, request.num_tokens)
 
     def rebalance(self, snapshot: Snapshot) -> tuple[RoleChange, ...]:
         """Who changes its role now. To be asked about once a second; snapshot.decode holds every worker."""
@@ -119,9 +122,6 @@ class Adaptive:
         by_time = (num_sequences * step.per_sequence_s + num_tokens * step.per_kv_token_s) / room_s
         capacity = members[0].kv_capacity_tokens
         return max(by_time, num_tokens / (self.full_share * capacity) if capacity else 0.0)
-
-    def _step_s(self, member: MemberState, request: PlacementRequest) -> float:
-        return self.predictors.step.predict(member.num_running + 1, member.num_running_tokens + request.num_tokens)
 
     def _slowdown(self, member: MemberState, target_s: float) -> float:
         """Of a prefill on the member, by the batch in its steps; inf where it should not have one."""

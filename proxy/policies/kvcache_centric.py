@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from ..placement import Choice, MemberState, PlacementRequest, PrefixHint, Snapshot
 from ..predictors.timing import Predictors
-from ..predictors.waiting import queue_s
+from ..predictors.waiting import least_step, queue_s, step_with
 from .base import usable_blocks
 
 
@@ -28,16 +28,20 @@ class KvcacheCentric:
     def choose(self, request: PlacementRequest, candidates: Snapshot) -> Choice:
         holder, best = best_prefix(request, candidates.block_size)
         times: dict[int, tuple[float, int]] = {}  # own blocks -> seconds beside the queue's, blocks in front of the prefill
+        predictors, now_s, held = self.predictors, candidates.now_s, request.held_blocks
         chosen, chosen_s = candidates.prefill[0], math.inf
         for member in candidates.prefill:
-            own = min(request.held_blocks.get(member.store_address, 0), best)
+            queued_s = queue_s(predictors, member, now_s)
+            if queued_s >= chosen_s:  # in its queue alone; most of a large cluster ends here
+                continue
+            own = min(held.get(member.store_address, 0), best)
             found = times.get(own)
             if found is None:
                 found = times[own] = self._compute_s(request, own, best, candidates.block_size)
-            ttft_s = queue_s(self.predictors, member, candidates.now_s) + found[0]
+            ttft_s = queued_s + found[0]
             if ttft_s < chosen_s:
                 chosen, chosen_s = member, ttft_s
-        own = min(request.held_blocks.get(chosen.store_address, 0), best)
+        own = min(held.get(chosen.store_address, 0), best)
         used = times[own][1]
         decode, tbt_s = self.select_decode(request, candidates)
         prefix = PrefixHint(holder, used) if used > own else None
@@ -48,9 +52,8 @@ class KvcacheCentric:
 
     def select_decode(self, request: PlacementRequest, candidates: Snapshot) -> tuple[MemberState, float]:
         """The least predicted step, what is promised to the worker included; ties go to the first. And its step as it runs now."""
-        step = self.predictors.step
-        chosen = min(candidates.decode, key=lambda member: step.predict(member.num_requests, member.num_outstanding_tokens))
-        return chosen, step.predict(chosen.num_running + 1, chosen.num_running_tokens + request.num_tokens)
+        chosen = least_step(self.predictors, candidates.decode)
+        return chosen, step_with(self.predictors, chosen, request.num_tokens)
 
     def _compute_s(self, request: PlacementRequest, own: int, best: int, block_size: int) -> tuple[float, int]:
         """Seconds of transfer and prefill on a worker that holds own blocks, and the blocks it then starts behind."""

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from halfmoon.proxy.admission import ADMISSIONS, Limits, Predictive, create_admission
+from halfmoon.proxy.admission.decode_times import DecodeTimes
 from halfmoon.proxy.conductor import Conductor
 from halfmoon.proxy.forecast import Forecast
 from halfmoon.proxy.placement import Arriving, Choice, MemberState, Placement, PlacementRequest, Rejection, Slo, Snapshot
@@ -65,7 +66,7 @@ def test_early_rejection_looks_at_the_mean_of_the_decode_pool_as_it_runs_now() -
 
 
 def test_predictive_counts_who_will_be_there_when_the_prefill_ends() -> None:
-    admission = Predictive(Limits(SLO), Predictors(MODEL), decode_s=10.0)
+    admission = Predictive(Limits(SLO), Predictors(MODEL), DecodeTimes(10.0))
     now = 100.0
     leaving = (92.0, 95.0, 99.0)  # began; gone at 102, 105, 109
     arriving = (Arriving(101.0, 10), Arriving(104.0, 10))
@@ -77,20 +78,6 @@ def test_predictive_counts_who_will_be_there_when_the_prefill_ends() -> None:
     assert admission.step_at(request, 6.0, snapshot) == pytest.approx(0.02 + 4e-3)
     # at 111.5: all that ran are gone, and the first that came too
     assert admission.step_at(request, 11.5, snapshot) == pytest.approx(0.02 + 2e-3)
-
-
-def test_predictive_learns_how_long_requests_decode_and_who_is_old_may_stay() -> None:
-    admission = Predictive(Limits(SLO), Predictors(MODEL))
-    for _ in range(300):
-        for seconds in (5.0, 20.0, 30.0):
-            admission.observe_decode(seconds)
-    assert admission.lasting(0.0, 10.0) == pytest.approx(2 / 3, abs=0.01)
-    assert admission.lasting(10.0, 5.0) == 1.0
-    assert admission.lasting(10.0, 15.0) == pytest.approx(1 / 2, abs=0.01)
-    assert 0.0 < admission.lasting(40.0, 1.0) < 1.0
-    for _ in range(500):
-        admission.observe_decode(2.0)
-    assert admission.lasting(0.0, 3.0) == 0.0, "what was long ago is forgotten"
 
 
 def test_the_conductor_answers_with_the_admissions_rejection_or_the_prediction() -> None:
@@ -114,3 +101,25 @@ def test_policies_that_predict_nothing_are_judged_by_the_forecast() -> None:
     conductor = Conductor(create_policy("least_loaded", random.Random(0)), create_admission("ttft_tbt", SLO, predictors), predictors)
     answer = conductor.place(PlacementRequest(1000), Snapshot((PREFILL,), decode(0), 64, now_s=2.0))
     assert isinstance(answer, Rejection) and "4.00 s" in answer.reason
+
+
+def test_predictive_refuses_the_largest_while_more_is_asked_for_than_can_be_served_and_says_when_to_come_back() -> None:
+    admission = create_admission("predictive", SLO, Predictors(MODEL))
+    assert isinstance(admission, Predictive)
+    for _ in range(50):
+        admission.observe_decode(8.0, 1000)
+    answers: dict[int, list[Rejection | None]] = {700: [], 20_000: []}
+    for second in range(60):
+        snapshot = Snapshot((PREFILL,), decode(0), 64, now_s=float(second))
+        for num_tokens, found in answers.items():
+            request = PlacementRequest(num_tokens)
+            found.append(admission.judge(request, Choice(PREFILL, snapshot.decode[0], ""), Forecast(1.0, 0.02), snapshot))
+    assert answers[700] == [None] * 60
+    refused = answers[20_000][-1]
+    assert refused is not None and refused.code == "overloaded" and refused.retry_after_s > 0.0 and "20000 tokens" in refused.reason
+
+
+def test_who_is_in_the_prefill_role_is_not_of_the_decode_pool() -> None:
+    both = (*decode(15, 4), MemberState("x", "x", "x", role="prefill"))
+    assert judge("early_rejection", 1.0, 0.0, Snapshot((PREFILL,), both, 64)) is not None
+    assert judge("early_rejection", 1.0, 0.0, Snapshot((PREFILL,), (*decode(15, 4), MemberState("x", "x", "x")), 64)) is None

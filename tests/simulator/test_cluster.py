@@ -83,7 +83,7 @@ class Watched(Cluster):
 
     def _look(self) -> None:
         for instance in self.instances:
-            held = sum(len(one.pages) for one in [*instance.prefill_jobs, *instance.decode_jobs])
+            held = sum(len(one.pages) for one in [*instance.prefill.jobs, *instance.decode.jobs])
             assert held <= instance.allocator.num_pages
             assert instance.allocator.num_pages * self.scenario.page_size <= self.scenario.cost.kv_capacity_tokens
             slots = instance.cache.dram_slots
@@ -114,9 +114,9 @@ def test_every_request_ends_exactly_once_and_nothing_is_left(small_cost: CostMod
             assert job.prefill_done_s <= job.first_token_s or job.attempt > 1
     for instance in cluster.instances:
         assert instance.allocator.num_free == instance.allocator.num_pages
-        assert instance.prefill.at_rest and instance.decode.at_rest
-        assert not instance.promised and instance.num_promised_tokens == 0
-        assert instance.num_left_tokens == 0 and instance.num_fed_tokens == 0
+        assert instance.prefill.scheduler.at_rest and instance.decode.batch.at_rest
+        assert not instance.decode.promised and instance.decode.num_promised_tokens == 0
+        assert instance.prefill.num_left_tokens == 0 and instance.prefill.num_fed_tokens == 0
         assert instance.cache.dram_slots.num_leased == 0
 
 
@@ -148,12 +148,12 @@ def test_a_dead_instance_costs_a_replay_and_no_request(small_cost: CostModel) ->
     replay = Replay([request(0.0, 600, 200, 1, 2)], [])
     scenario = Scenario(cost=small_cost, num_prefill=1, num_decode=2)
     calm = simulate(scenario, replay).jobs[0]
-    assert calm.decode_on is not None
-    cluster = simulate(scenario.with_(failures=(Failure(1.5, calm.decode_on.name),)), replay)
+    assert calm.decode_on
+    cluster = simulate(scenario.with_(failures=(Failure(1.5, calm.decode_on),)), replay)
     job = cluster.jobs[0]
     assert job.outcome == "done" and job.attempt == 2
     assert job.num_output_tokens_sent == 200
-    assert job.decode_on is not None and job.decode_on is not cluster.by_name[calm.decode_on.name]
+    assert job.decode_on and job.decode_on != calm.decode_on
     assert job.num_sent_tokens > 50, "what was sent before the failure is not sent again"
     assert job.done_s > calm.done_s
 
@@ -173,7 +173,7 @@ def test_prefixes_come_from_the_other_node_where_it_holds_more(small_cost: CostM
     scenario = Scenario(cost=small_cost, num_prefill=2, num_decode=1)
     with_remote, without = (simulate(scenario.with_(remote_prefix=remote), replay) for remote in (True, False))
     assert with_remote.jobs[2].num_cached_tokens == 1024
-    if with_remote.jobs[2].prefill_on is not with_remote.by_name["n0000"]:
+    if with_remote.jobs[2].prefill_on != "n0000":
         assert with_remote.counters.prefix_bytes == 1024 * small_cost.kv_bytes_per_token
     assert without.counters.prefix_bytes == 0
 

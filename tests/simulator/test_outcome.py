@@ -159,11 +159,42 @@ def test_the_command_searches_goodput_and_sweeps(trace_file: Path, tmp_path: Pat
         "--trace", str(trace_file), "--policy", "random,adaptive", "--sweep", "--splits", "4,8", "--seeds", "2", "--out", str(tmp_path)
     )
     assert code == 0, told
-    assert len(json.loads((tmp_path / "sweep.json").read_text())) == 3
+    assert len(listed := json.loads((tmp_path / "sweep.json").read_text())) == 3
+    with (tmp_path / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["scenario"], float(row["ttft_mean_s"]), float(row["ttft_mean_s_sd"])) for row in rows] == [
+        (one["title"], one["mean"]["ttft_mean_s"], one["sd"]["ttft_mean_s"]) for one in listed
+    ]
+
+
+def test_the_command_kills_instances_and_sizes_both_tiers(trace_file: Path, tmp_path: Path) -> None:
+    arguments = ["--trace", str(trace_file), "--prefill", "2", "--decode", "2", "--no-png", "--out", str(tmp_path)]
+    code, told = invoke(*arguments, "--fail", "5:n0000:3", "--fail", "6:n0003", "--dram", "4096", "--ssd", "200000")
+    assert code == 0, told
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert found["scenario"]["failures"] == [
+        {"at_s": 5.0, "instance": "n0000", "down_s": 3.0}, {"at_s": 6.0, "instance": "n0003", "down_s": "inf"}
+    ]  # fmt: skip
+    assert found["result"]["num_done"] == 40 and found["result"]["ssd_gb"] > 0
+    with (tmp_path / "requests.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    # tokens that n0003 gave last came before it died
+    assert all(float(row["arrival_s"]) + float(row["e2e_s"]) < 6.0 for row in rows if row["decode_instance"] == "n0003")
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--policy", "fastest"], ["--admission", "all"], ["--trace", "nowhere.jsonl"], ["--cost-model", "h900"], ["--order", "x"]]
+    "wrong",
+    [
+        ["--policy", "fastest"],
+        ["--admission", "all"],
+        ["--trace", "nowhere.jsonl"],
+        ["--cost-model", "h900"],
+        ["--order", "x"],
+        ["--fail", "5"],
+        ["--fail", "x:n0001"],
+        ["--fail", "5:n0001:-2"],
+        ["--fail", "5:n0099"],
+    ],
 )
 def test_the_command_refuses_nonsense_in_one_line(trace_file: Path, wrong: list[str]) -> None:
     arguments = wrong if wrong[0] == "--trace" else ["--trace", str(trace_file), *wrong]

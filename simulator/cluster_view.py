@@ -1,0 +1,62 @@
+"""What the conductor sees of the simulated cluster: a snapshot, made anew only where something has changed."""
+
+from __future__ import annotations
+
+from ..proxy.placement import Arriving, MemberState, Snapshot
+from .instance import Instance
+from .job import Job
+
+
+class ClusterView:
+    """
+    Args:
+        everyone: both pools hold all instances, for they change roles, or have both.
+        block_size: tokens.
+        with_traffic: snapshots tell who arrives at decode and since when who decodes.
+    """
+
+    def __init__(self, everyone: bool, block_size: int, with_traffic: bool) -> None:
+        self.coming: dict[Job, Arriving] = {}  # placed, and not handed off
+        self.decoding: dict[Job, float] = {}  # since when
+        self._everyone = everyone
+        self._block_size = block_size
+        self._with_traffic = with_traffic
+        self._instances: list[Instance] = []
+        self._states: dict[str, MemberState] = {}
+        self._changed: set[Instance] = set()
+        self._pools: tuple[tuple[MemberState, ...], tuple[MemberState, ...]] | None = None
+
+    def watch(self, instances: list[Instance]) -> None:
+        self._instances = instances
+        self._states = {instance.name: instance.state() for instance in instances}
+
+    def change(self, instance: Instance) -> None:
+        """The instance's state is not what it was."""
+        self._changed.add(instance)
+
+    def change_members(self) -> None:
+        """An instance came or went."""
+        self._pools = None
+
+    def snapshot(self, now_s: float) -> Snapshot:
+        if self._changed:
+            for instance in self._changed:
+                self._states[instance.name] = instance.state()
+            self._changed.clear()
+            self._pools = None
+        if self._pools is None:
+            self._pools = self._make_pools()
+        arriving: tuple[Arriving, ...] = ()
+        leaving: tuple[float, ...] = ()
+        if self._with_traffic:
+            arriving, leaving = tuple(self.coming.values()), tuple(self.decoding.values())
+        return Snapshot(*self._pools, self._block_size, now_s, arriving, leaving)
+
+    def _make_pools(self) -> tuple[tuple[MemberState, ...], tuple[MemberState, ...]]:
+        states = self._states
+        live = [instance for instance in self._instances if not instance.down]
+        if self._everyone:
+            everyone = tuple([states[instance.name] for instance in live])
+            return everyone, everyone
+        prefill, decode = ([states[one.name] for one in live if one.role == role] for role in ("prefill", "decode"))
+        return tuple(prefill), tuple(decode)

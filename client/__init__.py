@@ -18,26 +18,31 @@ from ..protocol.errors import (
     Unauthenticated,
     Unavailable,
     UnknownModel,
+    UnknownRequest,
 )
 from .async_client import AsyncClient, AsyncStream
 from .client import Client, Stream
 from .cluster_status import ClusterStatus, Member, Model, Percentiles
 from .completion import Admitted, Choice, Completion, Delta, Event, Finished, PhaseRecord, TokenLogprob, TopLogprob, Usage
 from .conversation import Conversation
+from .explanation import Candidate, DecisionAttempt, Explanation, Prediction
 from .options import Message
 
 __all__ = [
     "Admitted",
     "AsyncClient",
     "AsyncStream",
+    "Candidate",
     "Choice",
     "Client",
     "ClusterStatus",
     "Completion",
     "Conversation",
     "DeadlineExceeded",
+    "DecisionAttempt",
     "Delta",
     "Event",
+    "Explanation",
     "Finished",
     "HalfmoonError",
     "InvalidRequest",
@@ -47,6 +52,7 @@ __all__ = [
     "Overloaded",
     "Percentiles",
     "PhaseRecord",
+    "Prediction",
     "PromptTooLong",
     "RequestCancelled",
     "Stream",
@@ -55,5 +61,6 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "UnknownModel",
+    "UnknownRequest",
     "Usage",
 ]

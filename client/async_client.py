@@ -2,7 +2,7 @@
 
 AsyncClient ── generate() ─► Completion
             ── stream()   ─► AsyncStream ─► Admitted, Delta …, Finished     left early: cancelled in the whole cluster
-            ── models() · cancel() · status()
+            ── models() · cancel() · status() · explain()
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .attempts import Attempts, ClosedFlag
 from .client import CALL_TIMEOUT_S
 from .cluster_status import ClusterStatus, Model
 from .completion import Collector, Completion, Delta, Event, event_from_proto
+from .explanation import Explanation
 from .options import Ask, build_request, checked_timeout_s
 
 Reply = TypeVar("Reply")
@@ -139,6 +140,12 @@ class AsyncClient:
 
     async def status(self, *, timeout_s: float = CALL_TIMEOUT_S) -> ClusterStatus:
         return ClusterStatus.from_proto(await self._unary(self._control.Status, control_pb2.StatusRequest(), timeout_s))
+
+    async def explain(self, request_id: str, *, timeout_s: float = CALL_TIMEOUT_S) -> list[Explanation]:
+        """Why a recent request went where it went, or was refused; one for each of its choices. Raises UnknownRequest."""
+        request = control_pb2.ExplainRequest(request_id=request_id)
+        reply: control_pb2.ExplainReply = await self._unary(self._control.Explain, request, timeout_s)
+        return [Explanation.from_proto(found) for found in reply.requests]
 
     async def close(self) -> None:
         self._closed.set()

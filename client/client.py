@@ -2,7 +2,7 @@
 
 Client ── generate() ─► Completion
        ── stream()   ─► Stream ─► Admitted, Delta …, Finished     left early: cancelled in the whole cluster
-       ── models() · cancel() · status()
+       ── models() · cancel() · status() · explain()
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ..protocol.v1 import control_pb2, control_pb2_grpc, inference_pb2, inferenc
 from .attempts import Attempts, ClosedFlag
 from .cluster_status import ClusterStatus, Model
 from .completion import Collector, Completion, Delta, Event, event_from_proto
+from .explanation import Explanation
 from .options import Ask, build_request, checked_timeout_s
 
 CALL_TIMEOUT_S = 10.0
@@ -135,6 +136,12 @@ class Client:
 
     def status(self, *, timeout_s: float = CALL_TIMEOUT_S) -> ClusterStatus:
         return ClusterStatus.from_proto(self._unary(self._control.Status, control_pb2.StatusRequest(), timeout_s))
+
+    def explain(self, request_id: str, *, timeout_s: float = CALL_TIMEOUT_S) -> list[Explanation]:
+        """Why a recent request went where it went, or was refused; one for each of its choices. Raises UnknownRequest."""
+        request = control_pb2.ExplainRequest(request_id=request_id)
+        reply: control_pb2.ExplainReply = self._unary(self._control.Explain, request, timeout_s)
+        return [Explanation.from_proto(found) for found in reply.requests]
 
     def close(self) -> None:
         self._closed.set()

@@ -70,6 +70,16 @@ class ClusterStatus:
     ttft_s: Percentiles
     tpot_s: Percentiles
     outcomes: dict[str, int]
+    policy: str
+    admission: str
+    order: str
+    prediction_errors: dict[str, float]
+    """Predictor -> recent mean of |predicted - measured| / measured."""
+    rejections: dict[str, int]
+    """Who refused ("queue", an admission) -> requests."""
+    num_in_slo: int
+    """Of finished requests that had an SLO."""
+    num_outside_slo: int
 
     @classmethod
     def from_proto(cls, message: control_pb2.StatusReply) -> ClusterStatus:
@@ -83,6 +93,13 @@ class ClusterStatus:
             ttft_s=Percentiles.from_proto(message.ttft_s),
             tpot_s=Percentiles.from_proto(message.tpot_s),
             outcomes=dict(message.outcomes),
+            policy=message.policy,
+            admission=message.admission,
+            order=message.order,
+            prediction_errors=dict(message.prediction_errors),
+            rejections=dict(message.rejections),
+            num_in_slo=message.num_in_slo,
+            num_outside_slo=message.num_outside_slo,
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -39,6 +39,10 @@ class PhaseRecord:
     num_attempts: int = 1
     num_bytes_pushed: int = 0
     num_preemptions: int = 0
+    prefill_compute_s: float = 0.0
+    predicted_ttft_s: float = 0.0
+    predicted_tpot_s: float = 0.0
+    placement_reason: str = ""
 
     @classmethod
     def from_proto(cls, message: common_pb2.PhaseRecord) -> PhaseRecord:

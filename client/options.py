@@ -23,6 +23,7 @@ class Message(NamedTuple):
 class Options(TypedDict, total=False):
     """All optional; what is left out takes the server's default, which is that of OpenAI's API.
 
+    ttft_slo_s, tpot_slo_s: to be served within, to the first token and between two; an admission refuses what it predicts to take longer.
     timeout_s: above 0 and at most MAX_TIMEOUT_S; math.inf: no deadline but the proxy's longest, which is the same 7 days.
     """
 
@@ -46,6 +47,8 @@ class Options(TypedDict, total=False):
     n: int
     timeout_s: float
     priority: int
+    ttft_slo_s: float
+    tpot_slo_s: float
 
 
 class Input(TypedDict, total=False):

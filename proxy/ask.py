@@ -19,10 +19,9 @@ from ..protocol.errors import InvalidRequest, PromptTooLong, UnknownModel
 from ..protocol.sampling import MAX_SEED, SamplingParams
 from .chat_template import ChatMessage
 from .model_card import ModelCard
-from .request import ProxyRequest
+from .request import MAX_CHOICES, ProxyRequest
 from .tokenizer import Tokenizer
 
-MAX_CHOICES = 128  # of all prompts together
 MAX_STOPS = 16
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for a prompt; a chat may use what is left
 REQUEST_ID_LEN = 128
@@ -43,6 +42,8 @@ class Ask:
     stop: Sequence[str] = ()
     timeout_s: float | None = None
     priority: int = 0
+    ttft_slo_s: float | None = None  # None: the proxy's
+    tpot_slo_s: float | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)  # SamplingParams' other fields
     arrival: float = field(default_factory=time.monotonic)
 
@@ -85,6 +86,13 @@ class Planner:
             f"timeout is {timeout_s}; it must be a number of seconds above 0 and at most {MAX_TIMEOUT_S:.0f} (7 days)",
             "timeout_s",
         )
+        for name in ("ttft_slo_s", "tpot_slo_s"):
+            slo_s = getattr(ask, name)
+            _require(
+                slo_s is None or 0 < slo_s <= MAX_TIMEOUT_S,
+                f"{name} is {slo_s}; it must be a number of seconds above 0 and at most {MAX_TIMEOUT_S:.0f} (7 days)",
+                name,
+            )
         prompts = await self._token_ids(ask, max_model_len)
         param = "prompt" if ask.messages is None else "messages"
         for token_ids in prompts:
@@ -101,6 +109,8 @@ class Planner:
                 timeout_s=timeout_s,
                 priority=ask.priority,
                 arrival=ask.arrival,
+                ttft_slo_s=ask.ttft_slo_s,
+                tpot_slo_s=ask.tpot_slo_s,
             )
             for prompt, token_ids in enumerate(prompts)
             for choice in range(ask.n)

@@ -21,8 +21,8 @@ import grpc.aio
 from ..protocol.errors import Draining, HalfmoonError, InternalError, StoreUnavailable, WorkerLost
 from ..protocol.grpc_errors import TRAILER, error_to_proto, from_rpc_error
 from ..protocol.v1 import common_pb2, kvstore_pb2, worker_pb2
-from .dispatcher import Pair
 from .member import Member
+from .pair import Pair
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class Attempt:
                     self._listener.on_tokens(reply.tokens.tokens)
                 elif event == "admitted":
                     self.admitted = True
-                    self.pair.end_prefill()
+                    self.pair.begin_decode()
                     self._listener.on_admitted(reply.admitted.state)
                 elif event == "finished" and not self.outcome.done():
                     self.outcome.set_result(reply.finished)

@@ -18,6 +18,8 @@ from .placement import MemberState, Snapshot
 
 WORKER_ROLES = ("prefill", "decode")
 JoinCallback = Callable[[Member], None]
+ReportCallback = Callable[[Member, control_pb2.MemberLoad], None]
+BusyUntil = Callable[[Member], float]
 
 
 class Cluster:
@@ -26,8 +28,10 @@ class Cluster:
         self.members: dict[str, Member] = {}
         self._metrics = metrics
         self._given_schema = schema
+        self._pools: tuple[list[Member], list[Member]] | None = None  # candidates for prefill and decode; None: somebody came or went
         self._superseded: set[str] = set()  # incarnations that a newer process of their id has replaced
         self._join_callbacks: list[JoinCallback] = []
+        self._report_callbacks: list[ReportCallback] = []
         self._closing: set[asyncio.Task[None]] = set()
 
     @property
@@ -45,6 +49,15 @@ class Cluster:
     def on_join(self, callback: JoinCallback) -> None:
         """callback runs for every process that joins from now on."""
         self._join_callbacks.append(callback)
+
+    def on_report(self, callback: ReportCallback) -> None:
+        """callback runs for every load report from now on."""
+        self._report_callbacks.append(callback)
+
+    def report(self, member: Member, load: control_pb2.MemberLoad) -> None:
+        member.report(load)
+        for callback in self._report_callbacks:
+            callback(member, load)
 
     def join(self, info: control_pb2.MemberInfo, load: control_pb2.MemberLoad) -> Member:
         """The member, new or (same incarnation, a second stream) as it was. Its `stream` names this Join stream.
@@ -76,14 +89,24 @@ class Cluster:
         found = (member for member in self.members.values() if member.role == "store" and member.info.address == address)
         return next(found, None)
 
-    def snapshot(self, block_size: int) -> Snapshot:
+    def snapshot(self, block_size: int, now_s: float = 0.0, busy_until: BusyUntil | None = None) -> Snapshot:
+        """busy_until: of a worker that has prefills to do, on the clock of now_s, for the request to be placed; None: not asked."""
+        if self._pools is None:
+            self._pools = self._live("prefill"), self._live("decode")
+
+        def states(members: list[Member]) -> tuple[MemberState, ...]:
+            return tuple(
+                member.state_until(busy_until(member)) if busy_until is not None and member.backlog else member.state for member in members
+            )
+
+        prefill, decode = self._pools
+        return Snapshot(states(prefill), states(decode), block_size, now_s)
+
+    def _live(self, role: str) -> list[Member]:
+        """Those whose own store lives, too, by id."""
         stores = {member.info.address for member in self.members.values() if member.role == "store"}
-
-        def states(role: str) -> tuple[MemberState, ...]:
-            found = (member for member in self.members.values() if member.role == role and member.info.store_address in stores)
-            return tuple(sorted((member.state for member in found), key=lambda state: state.id))
-
-        return Snapshot(prefill=states("prefill"), decode=states("decode"), block_size=block_size)
+        found = (member for member in self.members.values() if member.role == role and member.info.store_address in stores)
+        return sorted(found, key=lambda member: member.id)
 
     async def close(self) -> None:
         for member in list(self.members.values()):
@@ -112,5 +135,6 @@ class Cluster:
         task.add_done_callback(self._closing.discard)
 
     def _count(self) -> None:
+        self._pools = None
         for role in ROLE_NAMES.values():
             self._metrics.set_members(role, sum(member.role == role for member in self.members.values()))

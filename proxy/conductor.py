@@ -2,7 +2,8 @@
 
 Snapshot ──► candidates: not excluded, large enough ──► policy.choose ──► forecast ──► admission.judge ──► Placement
                  └─ none ──► Rejection                                                     └─ over the SLO ──► Rejection
-Where decode workers prefill (no prefill worker lives, or always), the policy chooses among them for both legs at once.
+Where decode workers prefill (no prefill worker lives, or always), the policy chooses among them for both legs at once; `adaptive` is
+shown both kinds, for it weighs them against each other.
 No I/O, no clock, and no import of grpc, torch or ray: the proxy and the simulator run this very object.
 """
 
@@ -14,7 +15,7 @@ from typing import Literal
 from .admission.base import Admission
 from .forecast import forecast
 from .placement import Choice, MemberState, Placement, PlacementRequest, Rejection, Snapshot
-from .policies import Policy, cached_blocks
+from .policies import Adaptive, Policy, cached_blocks
 from .predictors.timing import Predictors
 
 
@@ -42,16 +43,21 @@ class Conductor:
             if isinstance(candidates, Rejection):
                 return candidates
         assert not isinstance(prefill, Rejection) and not isinstance(decode, Rejection)
-        snapshot = dataclasses.replace(snapshot, prefill=prefill, decode=decode)
+        if prefill is not snapshot.prefill or decode is not snapshot.decode:
+            snapshot = dataclasses.replace(snapshot, prefill=prefill, decode=decode)
         choice = self.policy.choose(request, snapshot)
         if why_local:
             choice = _local(choice, why_local)
+        elif self.local_prefill != "never" and choice.prefill.id == choice.decode.id and choice.prefix is not None:
+            choice = choice._replace(prefix=None, ttft_s=None)  # a decode worker loads from its own store alone
         ttft_s = tbt_s = None
         if self.predictors is not None:
             ttft_s, tbt_s = predicted = forecast(self.predictors, request, choice, snapshot)
-            rejection = self.admission.judge(request, choice, predicted, snapshot) if self.admission is not None else None
+            predicted = predicted._replace(ttft_s=ttft_s + request.waited_s)
+            admission = None if request.admitted else self.admission
+            rejection = admission.judge(request, choice, predicted, snapshot) if admission is not None else None
             if rejection is not None:
-                return rejection
+                return dataclasses.replace(rejection, ttft_s=ttft_s, tbt_s=tbt_s)
         num_blocks = cached_blocks(request, choice.prefill, snapshot.block_size)
         if choice.prefix is not None:
             num_blocks = max(num_blocks, choice.prefix.num_blocks)
@@ -72,6 +78,9 @@ class Conductor:
         candidates = _candidates("prefill", snapshot.prefill, request)
         if self.local_prefill == "fallback" and isinstance(candidates, Rejection) and candidates.code == "no_worker":
             return _candidates("decode", snapshot.decode, request), "no prefill worker is alive"
+        if self.local_prefill == "fallback" and isinstance(self.policy, Adaptive) and not isinstance(candidates, Rejection):
+            local = _candidates("decode", tuple(member for member in snapshot.decode if member.role == "decode"), request)
+            return candidates if isinstance(local, Rejection) else candidates + local, ""  # it weighs them against each other
         return candidates, ""
 
 
@@ -82,14 +91,22 @@ def _local(choice: Choice, why: str) -> Choice:
 
 
 def _candidates(role: str, members: tuple[MemberState, ...], request: PlacementRequest) -> tuple[MemberState, ...] | Rejection:
-    live = tuple(member for member in members if member.incarnation not in request.exclude)
+    """members itself where nobody is left out, which is so for almost every request."""
+    live = members
+    if request.exclude:
+        live = tuple([member for member in members if member.incarnation not in request.exclude])
     if not live:
         but = f" but the {len(members)} that failed this request" if members else ""
         return Rejection("no_worker", f"there is no live {role} worker with a live store on its node{but}; start one or wait for a restart")
-    large = tuple(member for member in live if member.kv_capacity_tokens == 0 or member.kv_capacity_tokens >= request.num_tokens)
+    num_tokens = request.num_tokens
+    large = tuple([member for member in live if not 0 < member.kv_capacity_tokens < num_tokens])
     if not large:
         most = max(member.kv_capacity_tokens for member in live)
         return Rejection(
-            "prompt_too_long", f"{request.num_tokens} tokens do not fit any {role} worker; the largest holds {most}; shorten the prompt"
+            "prompt_too_long", f"{num_tokens} tokens do not fit any {role} worker; the largest holds {most}; shorten the prompt"
         )
-    return tuple(member for member in large if member.incarnation not in request.avoid) or large
+    if len(large) == len(members):
+        large = members
+    if not request.avoid:
+        return large
+    return tuple([member for member in large if member.incarnation not in request.avoid]) or large

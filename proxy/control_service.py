@@ -10,6 +10,7 @@ import grpc.aio
 from ..protocol.errors import InvalidRequest
 from ..protocol.grpc_errors import unary_boundary
 from ..protocol.v1 import control_pb2, control_pb2_grpc
+from .explanation import explain
 from .router import Router
 
 
@@ -33,7 +34,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
             async for report in reports:
                 if member.gone or member.stream != stream:
                     return  # a newer process, or a newer stream of this one, has taken its place
-                member.report(report.load)
+                self._cluster.report(member, report.load)
         finally:
             self._cluster.leave(member, stream)
 
@@ -53,7 +54,19 @@ class ControlService(control_pb2_grpc.ControlServicer):
             tpot_s=metrics.tpot_window.percentiles(),
             outcomes=metrics.outcomes,
             up_s=time.monotonic() - self._started,
+            policy=router.config.policy,
+            admission=router.config.admission,
+            order=router.config.order,
+            prediction_errors=metrics.mean_errors,
+            rejections=metrics.rejections,
+            num_in_slo=metrics.num_in_slo,
+            num_outside_slo=metrics.num_outside_slo,
         )
+
+    @unary_boundary
+    async def Explain(self, request: control_pb2.ExplainRequest, context: grpc.aio.ServicerContext) -> control_pb2.ExplainReply:
+        config, found = self._router.config, self._router.decisions.find(request.request_id)
+        return control_pb2.ExplainReply(requests=[explain(decision, config.policy, config.admission) for decision in found])
 
     @unary_boundary
     async def Drain(self, request: control_pb2.DrainRequest, context: grpc.aio.ServicerContext) -> control_pb2.DrainReply:

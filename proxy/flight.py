@@ -31,8 +31,10 @@ from ..protocol.errors import (
 )
 from ..protocol.v1 import common_pb2, worker_pb2
 from .attempt import Attempt, LegFailed
-from .dispatcher import Dispatcher, Pair
+from .dispatcher import Dispatcher
+from .learner import Learner
 from .metrics import ProxyMetrics
+from .pair import Pair
 from .phase_clock import PhaseClock
 from .request import Finished, ProxyRequest, RequestState, TokenEvent, Tokens
 
@@ -46,6 +48,7 @@ class FlightDeck:
     """What all flights share."""
 
     dispatcher: Dispatcher
+    learner: Learner
     metrics: ProxyMetrics
     max_attempts: int
     eos_token_ids: frozenset[int]
@@ -64,10 +67,11 @@ class Flight:
         self.error: HalfmoonError | None = None
         self.finished: Finished | None = None
         self.news = asyncio.Event()  # something was added to events, or the flight ended
-        self.clock = PhaseClock(request.arrival, deck.metrics)
+        self.clock = PhaseClock(request.arrival, pair.decision.slo, deck.metrics)
         self._deck = deck
         self._sent: list[int] = []
         self._pair = pair
+        pair.decision.record = self.clock.record
         self._attempt: Attempt | None = None
         self._epoch = 0
         self._exclude: set[str] = set()
@@ -152,14 +156,14 @@ class Flight:
 
     def _start_attempt(self) -> Attempt:
         request, pair = self.request, self._pair
-        self.clock.placed(pair.prefill.id, pair.decode.id)
+        self.clock.placed(pair.placement)
         sequence = common_pb2.SequenceSpec(
             request_id=request.request_id,
             token_ids=[*request.token_ids, *self._sent],
             num_prompt_tokens=len(request.token_ids),
             sampling=request.sampling.to_proto(),
             deadline_s=max(self._deadline - self._loop.time(), 0.0),
-            priority=request.priority,
+            priority=pair.urgency,
         )
         self._epoch += 1
         handoff = common_pb2.HandoffId(id=self._handoff_id, epoch=self._epoch)
@@ -177,6 +181,7 @@ class Flight:
         if self._epoch >= self._deck.max_attempts:
             raise build_error(error.code, f"{error.message} (attempt {self._epoch} of {self._deck.max_attempts})", error.fields_json)
         failed = failure.member
+        self._pair.decision.attempts[-1].error = error.message
         if failed.gone or isinstance(error, WorkerLost):
             self._exclude.add(failed.incarnation)
         elif isinstance(error, HandoffError):
@@ -188,8 +193,8 @@ class Flight:
         logger.warning("request %s epoch %d failed, to be replayed: %s", self.request.request_id, self._epoch, error.message)
         self._enter(RequestState.QUEUED)
         try:
-            self._pair = self._deck.dispatcher.place(
-                [*self.request.token_ids, *self._sent], frozenset(self._exclude), frozenset(self._avoid)
+            self._pair = self._deck.dispatcher.replace(
+                self.request, self._sent, self._pair, frozenset(self._exclude), frozenset(self._avoid)
             )
         except (NoWorker, PromptTooLong) as none_left:
             raise NoWorker(f"{error.message}; nothing to replay it on: {none_left.message}", **error.fields) from error
@@ -211,26 +216,36 @@ class Flight:
     # What the attempt reports
 
     def on_prefilled(self, state: common_pb2.HandoffState) -> None:
-        if self.state is RequestState.PREFILL:
-            self.clock.prefilled()
-            self._enter(RequestState.HANDOFF)
+        if self.state is not RequestState.PREFILL:
+            return
+        self.clock.prefilled()
+        self._enter(RequestState.HANDOFF)
+        # what decode took in before this was heard of has been admitted for good
+        if error := self._deck.dispatcher.judge_again(self.request, self._pair):
+            self._end(RequestState.REJECTED, error)
+            self._task.cancel()
 
     def on_admitted(self, state: common_pb2.HandoffState) -> None:
         if self._pair.is_local:
             self.clock.prefilled()
-        else:
-            self.on_prefilled(state)  # decode's word may overtake prefill's
+        elif self.state is RequestState.PREFILL:  # decode's word may overtake prefill's
+            self.clock.prefilled()
+            self._enter(RequestState.HANDOFF)
         if self.state in (RequestState.PREFILL, RequestState.HANDOFF):
             self.clock.admitted(state)
+            self._deck.learner.prefilled(state, self._pair.num_loads)
             self._enter(RequestState.DECODE)
 
     def on_tokens(self, tokens: Sequence[common_pb2.TokenOutput]) -> None:
         if self._stopping or not tokens:
             return
-        if self.is_waiting:
+        first = self.is_waiting
+        if first:
             self.is_waiting = False
             self._deck.on_first_token(self)
         self.clock.tokens(len(tokens))
+        if first and not self._pair.is_local:
+            self._deck.learner.handed_off(self.clock.record, self._pair.handoff_bytes, self._pair.handoff_link)
         self._sent.extend(token.token_id for token in tokens)
         self._pair.decode_booking.grow(len(tokens))
         self.events.append(Tokens(list(tokens)))
@@ -247,6 +262,7 @@ class Flight:
             num_completion_tokens=len(self._sent),
             num_cached_tokens=min(self.clock.num_cached_tokens or 0, len(self.request.token_ids)),
         )
+        self._deck.dispatcher.finished(self._pair)
         self.finished = Finished(reason, record, usage)
         self.events.append(self.finished)
         self._end(RequestState.DONE, None, common_pb2.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower())
@@ -269,10 +285,12 @@ class Flight:
         self._pair.release()  # placed, and perhaps not started
         self._enter(state)
         self._deck.metrics.ended(state, error.code if error is not None else reason)
+        self._pair.decision.end(state, f"{error.code}: {error.message}" if error is not None else reason)
         self._ended.set()
         self.news.set()
         self._deck.on_end(self)
 
     def _enter(self, state: RequestState) -> None:
         self.state = state
+        self._pair.decision.state = state.value
         self._deck.metrics.entered(state)

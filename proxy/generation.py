@@ -15,9 +15,8 @@ import weakref
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
-from ..protocol.errors import HalfmoonError, InvalidRequest, Overloaded
+from ..protocol.errors import InvalidRequest
 from ..protocol.v1 import common_pb2
-from .admission_queue import MIN_RETRY_AFTER_S
 from .ask import Ask, Plan, Planner
 from .choice_text import ChoiceText, TokenText
 from .model_card import ModelCard
@@ -92,18 +91,12 @@ class Generation:
 
 
 class Generator:
-    """Opens Generations, and knows those that are under way.
+    """Opens Generations, and knows those that are under way. The choices of an Ask are admitted together or not at all."""
 
-    Args:
-        max_queued_requests: the router's bound on requests without a first token; the choices of an Ask are admitted
-            together or not at all.
-    """
-
-    def __init__(self, router: Router, tokenizer: Tokenizer, card: ModelCard, default_timeout_s: float, max_queued_requests: int) -> None:
+    def __init__(self, router: Router, tokenizer: Tokenizer, card: ModelCard, default_timeout_s: float) -> None:
         self.router = router
         self.card = card
         self._tokenizer = tokenizer
-        self._max_queued_requests = max_queued_requests
         self._planner = Planner(tokenizer, card, default_timeout_s)
         self._under_way: weakref.WeakValueDictionary[str, Generation] = weakref.WeakValueDictionary()
 
@@ -120,36 +113,14 @@ class Generator:
         plan = await self._planner.plan(ask, self.max_model_len)
         if (other := self._under_way.get(plan.request_id)) is not None and not other.is_over:
             raise InvalidRequest(f"request id {plan.request_id!r} is under way already; choose another", param="request_id")
-        # nothing awaits from here to the last choice: no other request comes between them
-        self._require_room(len(plan.requests))
-        choices: list[_Choice] = []
-        try:
-            for index, request in enumerate(plan.requests):
-                text = ChoiceText(self._tokenizer, request, plan.stop, self.card.eos_token_ids)
-                choices.append(_Choice(index, self.router.open(request), text))
-        except HalfmoonError:
-            for choice in choices:
-                await choice.stream.cancel("another choice of the request was not admitted")
-            raise
+        streams = self.router.open_all(plan.requests)
+        choices = [
+            _Choice(index, stream, ChoiceText(self._tokenizer, request, plan.stop, self.card.eos_token_ids))
+            for index, (request, stream) in enumerate(zip(plan.requests, streams, strict=True))
+        ]
         generation = Generation(plan, self.card.name, choices)
         self._under_way[plan.request_id] = generation
         return generation
-
-    def _require_room(self, num_choices: int) -> None:
-        """Raises Overloaded before the first of several choices is admitted where the last would not be. One alone is the
-        router's to refuse, and so is one when the queue is full: it knows the rate. So are all when it drains."""
-        router = self.router
-        num_free = self._max_queued_requests - router.num_queued
-        if router.draining or num_choices == 1 or num_free <= 0 or num_choices <= num_free:
-            return
-        error = Overloaded(
-            f"the request has {num_choices} choices and there is room for {num_free}: {router.num_queued} requests wait for their "
-            f"first token, {self._max_queued_requests} may; ask for fewer choices, or come back in {MIN_RETRY_AFTER_S:.0f} s",
-            retry_after_s=MIN_RETRY_AFTER_S,
-        )
-        router.metrics.entered(RequestState.REJECTED)
-        router.metrics.ended(RequestState.REJECTED, error.code)
-        raise error
 
     async def cancel(self, request_id: str, reason: str) -> bool:
         """Whether there was such a request under way."""

@@ -72,6 +72,8 @@ def ask_from_proto(request: inference_pb2.GenerateRequest) -> Ask:
         stop=list(request.stop),
         timeout_s=request.timeout_s if request.HasField("timeout_s") else None,
         priority=request.priority,
+        ttft_slo_s=request.ttft_slo_s if request.HasField("ttft_slo_s") else None,
+        tpot_slo_s=request.tpot_slo_s if request.HasField("tpot_slo_s") else None,
         sampling=sampling,
     )
 

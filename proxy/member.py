@@ -14,6 +14,7 @@ from typing import Any
 from ..protocol.channel import open_channel
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import control_pb2, kvstore_pb2_grpc, worker_pb2_grpc
+from .backlog import Backlog
 from .load_book import LoadBook
 from .placement import MemberState
 
@@ -28,8 +29,15 @@ class Member:
 
     def __init__(self, info: control_pb2.MemberInfo, load: control_pb2.MemberLoad) -> None:
         self.info = info
+        # asked for at every placement, and an attribute of a message is slow
+        self._id, self._incarnation, self.store_address, self._kv_capacity_tokens = (
+            info.id, info.incarnation, info.store_address, info.kv_capacity_tokens,
+        )  # fmt: skip
         self.role = ROLE_NAMES[info.role]
-        self.book = LoadBook()
+        self.book = LoadBook()  # prefill: tokens to compute; decode: of context
+        is_prefill = self.role == "prefill"  # a decode worker has a backlog of the prompts that it computes itself
+        self.backlog = Backlog(self.book if is_prefill else LoadBook(), shares=is_prefill)
+        self.num_loads = 0  # prefixes that it is to load, of prefills not done
         self.schema = KVSchema.from_proto(info.schema) if info.HasField("schema") else None
         self.stream = 0  # which of its process's Join streams is the present one
         self.gone = False
@@ -41,15 +49,17 @@ class Member:
         self.store: Any = kvstore_pb2_grpc.KVStoreStub(self._channel)
         self._gone_callbacks: dict[int, GoneCallback] = {}
         self._numbers = itertools.count()
+        self._state: MemberState | None = None
+        self._state_version = -1
         self.report(load)
 
     @property
     def id(self) -> str:
-        return self.info.id
+        return self._id
 
     @property
     def incarnation(self) -> str:
-        return self.info.incarnation
+        return self._incarnation
 
     @property
     def title(self) -> str:
@@ -63,12 +73,32 @@ class Member:
     def report(self, load: control_pb2.MemberLoad) -> None:
         self.load = load
         self.book.report(load.num_outstanding_tokens)
+        if self.backlog.book is not self.book:
+            self.backlog.book.report(load.num_prefill_tokens)
+        self.backlog.report(time.monotonic())
 
     @property
     def state(self) -> MemberState:
+        """Without a prefill to do; state_until tells of one that has some."""
+        if self._state is None or self._state_version != self.book.version:
+            self._state, self._state_version = self.state_until(0.0), self.book.version
+        return self._state
+
+    def state_until(self, busy_until_s: float) -> MemberState:
         # a prefill worker counts its prompt down chunk by chunk; what a decode worker holds, the proxy knows to the token
-        num_tokens = self.book.num_left_tokens if self.role == "prefill" else self.book.num_tokens
-        return MemberState(self.id, self.incarnation, self.info.store_address, num_tokens, self.info.kv_capacity_tokens)
+        book = self.book
+        return MemberState(
+            self._id,
+            self._incarnation,
+            self.store_address,
+            book.num_left_tokens if self.role == "prefill" else book.num_tokens,
+            self._kv_capacity_tokens,
+            busy_until_s,
+            book.num_requests,
+            book.num_running,
+            book.num_running_tokens,
+            self.role,
+        )
 
     def on_gone(self, callback: GoneCallback) -> Callable[[], None]:
         """callback runs when the member leaves. Returns what takes it back."""

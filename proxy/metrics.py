@@ -13,9 +13,12 @@ from prometheus_client import CollectorRegistry
 from ..protocol import metrics as specs
 from ..protocol.exporter import counter, gauge, histogram
 from ..protocol.v1 import common_pb2, control_pb2
+from .placement import NO_SLO, Slo
 from .request import RequestState
 
 WINDOW_LEN = 2048  # requests
+ERROR_WEIGHT = 0.02  # of the newest relative error in the mean
+PREDICTORS = ("prefill", "step", "transfer", "handoff", "ttft", "tpot")
 PHASES = ("queue", "prefill_queue", "prefix_load", "prefill", "push", "handoff_wait", "first_decode", "decode")
 
 
@@ -60,6 +63,20 @@ class ProxyMetrics:
         self._generation_tokens = counter(specs.GENERATION_TOKENS, registry)
         self._members = gauge(specs.MEMBERS, registry)
         self._placements = counter(specs.PLACEMENTS, registry)
+        self._decisions = counter(specs.DECISIONS, registry)
+        self._rejections = counter(specs.REJECTIONS, registry)
+        self.rejections: Counter[str] = Counter()  # who refused -> requests
+        self._predicted_ttft = histogram(specs.PREDICTED_TTFT, registry)
+        self._predicted_tpot = histogram(specs.PREDICTED_TPOT, registry)
+        self._ttft_error = histogram(specs.PREDICTED_TTFT_ERROR, registry)
+        self._tpot_error = histogram(specs.PREDICTED_TPOT_ERROR, registry)
+        errors, means = histogram(specs.PREDICTION_ERROR, registry), gauge(specs.PREDICTION_ERROR_MEAN, registry)
+        self._errors = {name: (errors.labels(name), means.labels(name)) for name in PREDICTORS}
+        self.mean_errors: dict[str, float] = {}  # predictor -> recent mean of the relative error
+        self._num_errors: Counter[str] = Counter()
+        self._slo_requests = counter(specs.SLO_REQUESTS, registry)
+        self._goodput = counter(specs.GOODPUT_REQUESTS, registry)
+        self.num_in_slo = self.num_outside_slo = 0  # of finished requests with an SLO
         self._running = gauge(specs.NUM_REQUESTS_RUNNING, registry).labels("proxy")
         self._waiting = gauge(specs.NUM_REQUESTS_WAITING, registry).labels("proxy")
 
@@ -76,8 +93,26 @@ class ProxyMetrics:
     def entered(self, state: RequestState) -> None:
         self._states[state].inc()
 
-    def placed(self, policy: str) -> None:
-        self._placements.labels(policy).inc()
+    def placed(self, policy: str, kind: str) -> None:
+        """kind: local, remote_prefix, own_prefix, no_prefix."""
+        self._placements.labels(kind if kind == "local" else policy).inc()
+        self._decisions.labels(policy, kind).inc()
+
+    def rejected(self, admission: str, code: str) -> None:
+        """admission: who refused: its name, or queue, conductor, drain."""
+        self._rejections.labels(admission, code).inc()
+        self.rejections[admission] += 1
+
+    def predicted(self, predictor: str, predicted_s: float, measured_s: float) -> None:
+        """One number that was predicted, and what it was; predictor: of PREDICTORS."""
+        error = abs(predicted_s - measured_s) / max(measured_s, 1e-9)
+        self._num_errors[predictor] += 1
+        mean = self.mean_errors.get(predictor, 0.0)
+        mean += max(ERROR_WEIGHT, 1.0 / self._num_errors[predictor]) * (error - mean)
+        self.mean_errors[predictor] = mean
+        errors, means = self._errors[predictor]
+        errors.observe(error)
+        means.set(mean)
 
     def replayed(self, reason: str) -> None:
         self._replays.labels(reason).inc()
@@ -85,9 +120,14 @@ class ProxyMetrics:
     def prefill_done(self, prefill_done_s: float) -> None:
         self._prefill_done.observe(prefill_done_s)
 
-    def first_token(self, ttft_s: float) -> None:
+    def first_token(self, record: common_pb2.PhaseRecord) -> None:
+        ttft_s, predicted_s = record.ttft_s, record.predicted_ttft_s
         self._ttft.observe(ttft_s)
         self.ttft_window.add(ttft_s)
+        if predicted_s > 0.0:
+            self._predicted_ttft.observe(predicted_s)
+            self._ttft_error.observe(abs(predicted_s - ttft_s))
+            self.predicted("ttft", predicted_s, ttft_s)
 
     def tokens_sent(self, num_tokens: int, gap_s: float | None) -> None:
         """gap_s: since the tokens before, shared evenly among these; None for a request's first."""
@@ -96,7 +136,7 @@ class ProxyMetrics:
             for _ in range(num_tokens):
                 self._itl.observe(gap_s / num_tokens)
 
-    def finished(self, record: common_pb2.PhaseRecord, num_tokens: int) -> None:
+    def finished(self, record: common_pb2.PhaseRecord, num_tokens: int, slo: Slo = NO_SLO) -> None:
         """A request that came to its own end, with its record."""
         self._e2e.observe(record.e2e_s)
         for name, child in self._phases.items():
@@ -104,6 +144,25 @@ class ProxyMetrics:
         if num_tokens > 1:
             self._tpot.observe(record.tpot_s)
             self.tpot_window.add(record.tpot_s)
+            if record.predicted_tpot_s > 0.0 and record.tpot_s > 0.0 and record.num_attempts == 1:  # a replay's gap is nobody's step
+                self._predicted_tpot.observe(record.predicted_tpot_s)
+                self._tpot_error.observe(abs(record.predicted_tpot_s - record.tpot_s))
+                self.predicted("tpot", record.predicted_tpot_s, record.tpot_s)
+        self._judge(record, num_tokens, slo)
+
+    def _judge(self, record: common_pb2.PhaseRecord, num_tokens: int, slo: Slo) -> None:
+        """Against the SLO that it had, if any. One without a token to wait for has met that part."""
+        met = True
+        for name, limit_s, measured_s in (("ttft", slo.ttft_s, record.ttft_s), ("tpot", slo.tbt_s, record.tpot_s)):
+            if math.isfinite(limit_s):
+                inside = num_tokens == 0 or measured_s <= limit_s
+                met = met and inside
+                self._slo_requests.labels(name, "yes" if inside else "no").inc()
+        if met:
+            self._goodput.inc()
+        if math.isfinite(min(slo)):
+            self.num_in_slo += met
+            self.num_outside_slo += not met
 
     def ended(self, outcome: RequestState, reason: str) -> None:
         """reason: a finish reason or an error code."""

@@ -28,7 +28,7 @@ _BODIES = {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody}
 
 
 def error_body(error: HalfmoonError, path: str) -> dict[str, Any]:
-    names = {"timeout_s": "timeout"} | _NAMES.get(path, {})
+    names = {"timeout_s": "timeout", "ttft_slo_s": "slo.ttft", "tpot_slo_s": "slo.tpot"} | _NAMES.get(path, {})
     message, param = error.message, error.fields.get("param")
     if param in names:
         message, param = message.replace(param, names[param]), names[param]
@@ -40,6 +40,7 @@ def error_response(request: Request, error: HalfmoonError) -> JSONResponse:
     headers: dict[str, str] = {}
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+        headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after_s * 1e3)))  # which OpenAI's own client reads first
     request_id = getattr(request.state, "request_id", None)
     if request_id is not None:
         headers["x-request-id"] = request_id

@@ -67,8 +67,19 @@ class StreamOptions(BaseModel):
     """Padding against traffic analysis; there is none here."""
 
 
+class SloBody(BaseModel):
+    """In seconds; what is left out is the proxy's."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    ttft: float | None = None
+    """To the first token."""
+    tpot: float | None = None
+    """Between two tokens."""
+
+
 class GenerateBody(BaseModel):
-    """What both routes take. Everything below `stream_options` is an extension of Halfmoon's, named as vLLM names it."""
+    """What both routes take. Everything below `stream_options` is an extension of Halfmoon's, named as vLLM names it where it has it."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -92,6 +103,7 @@ class GenerateBody(BaseModel):
     stop_token_ids: Checked[int] | None = None
     priority: int | None = None
     timeout: float | None = None
+    slo: SloBody | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -138,6 +150,8 @@ class GenerateBody(BaseModel):
             "stop": [self.stop] if isinstance(self.stop, str) else self.stop or [],
             "timeout_s": self.timeout,
             "priority": self.priority or 0,
+            "ttft_slo_s": self.slo.ttft if self.slo is not None else None,
+            "tpot_slo_s": self.slo.tpot if self.slo is not None else None,
             "sampling": sampling,
         }
 

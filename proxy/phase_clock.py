@@ -10,14 +10,16 @@ import time
 
 from ..protocol.v1 import common_pb2
 from .metrics import ProxyMetrics
+from .placement import Placement, Slo
 
 
 class PhaseClock:
-    def __init__(self, arrival: float, metrics: ProxyMetrics) -> None:
+    def __init__(self, arrival: float, slo: Slo, metrics: ProxyMetrics) -> None:
         """arrival: of time.monotonic()."""
         self.record = common_pb2.PhaseRecord()
         self.num_cached_tokens: int | None = None  # of the first hand-off that decode admitted
         self._arrival = arrival
+        self._slo = slo
         self._metrics = metrics
         self._prefilled = self._first = self._last = 0.0
 
@@ -25,12 +27,16 @@ class PhaseClock:
     def has_first_token(self) -> bool:
         return self._first > 0
 
-    def placed(self, prefill_worker: str, decode_worker: str) -> None:
-        self.record.num_attempts += 1
-        self.record.decode_worker = decode_worker
+    def placed(self, placement: Placement) -> None:
+        record = self.record
+        record.num_attempts += 1
+        record.decode_worker = placement.decode.id
         if not self.has_first_token:
-            self.record.queue_s = self._elapsed()
-            self.record.prefill_worker = prefill_worker
+            record.queue_s = self._elapsed()
+            record.prefill_worker = placement.prefill.id
+            record.placement_reason = placement.reason
+            record.predicted_ttft_s = record.queue_s + placement.ttft_s if placement.ttft_s is not None else 0.0
+            record.predicted_tpot_s = placement.tbt_s or 0.0
 
     def prefilled(self) -> None:
         """The first time that prefill reported done, or that decode proved it by admitting the hand-off."""
@@ -48,6 +54,7 @@ class PhaseClock:
             record.prefill_queue_s = phases.queue_s
             record.prefix_load_s = phases.prefix_load_s
             record.prefill_s = phases.prefill_s
+            record.prefill_compute_s = phases.compute_s
             record.push_s = phases.push_s
             record.transport = phases.transport
             record.handoff_wait_s = time.monotonic() - self._prefilled
@@ -58,7 +65,7 @@ class PhaseClock:
         if not self.has_first_token:
             self._first = now
             self.record.ttft_s = now - self._arrival
-            self._metrics.first_token(self.record.ttft_s)
+            self._metrics.first_token(self.record)
             self._metrics.tokens_sent(1, None)
             if num_tokens > 1:
                 self._metrics.tokens_sent(num_tokens - 1, 0.0)
@@ -74,7 +81,7 @@ class PhaseClock:
         record.num_preemptions += phases.num_preemptions
         record.tpot_s = (self._last - self._first) / (num_tokens - 1) if num_tokens > 1 else 0.0
         record.e2e_s = self._last - self._arrival if num_tokens else self._elapsed()
-        self._metrics.finished(record, num_tokens)
+        self._metrics.finished(record, num_tokens, self._slo)
         return record
 
     def _elapsed(self) -> float:

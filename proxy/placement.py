@@ -64,6 +64,8 @@ class PlacementRequest:
     avoid: frozenset[str] = frozenset()  # incarnations to be chosen only where there is no other
     slo: Slo | None = None  # its own; None: the admission's
     priority: int = 0  # lower is sooner
+    waited_s: float = 0.0  # since it arrived; counts against its SLO
+    admitted: bool = False  # a replay: no admission is asked again
 
 
 class PrefixHint(NamedTuple):
@@ -105,3 +107,5 @@ class Rejection:
     code: Literal["no_worker", "prompt_too_long", "overloaded"]  # of protocol/errors.py
     reason: str
     retry_after_s: float = 0.0  # overloaded: when the prediction says that it would fit
+    ttft_s: float | None = None  # overloaded: predicted for the best choice, as in a Placement
+    tbt_s: float | None = None

@@ -1,75 +1,242 @@
-"""Which store holds which block: block key -> stores, as the stores' Watch streams tell it.
+"""Which store holds which block: block key -> stores, as the stores' Watch streams tell it, and what was promised beside it.
 
 key ─► 0b0101        bit i: the store at slot i holds it. Longest leading run of a store: how far its bit stays set.
-A store holds no more blocks than its arena has slots, and so does its share of this table.
+
+A prompt's first exact_blocks keys are looked up one by one. Behind them the runs' ends are found by bisection: a store evicts the
+end of a chain before its start (kvstore/content.py), so that its bit, once gone, stays gone. Where that does not hold for a while
+(a corrupt block was dropped, a promise outlived what it builds on) an answer beyond exact_blocks may be too long; a worker that
+then finds less at the store computes the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, repeat
+
+from .promises import TTL_S, Promises
+
+MAX_COPIES = 4_000_000
+EXACT_BLOCKS = 512
+PART_BLOCKS = 4096  # some milliseconds
 
 
 class PrefixIndex:
-    """Plain ints and bytes; no I/O, so that the simulator holds one too."""
+    """Plain ints and bytes; no I/O, so that the simulator holds one too.
 
-    def __init__(self) -> None:
+    Args:
+        max_copies: bounds the table: blocks known, each counted once a store that holds it (some 160 bytes, and 110 for every store
+            but the first). A store whose content does not fit is cut: nothing new is learned of it, so that what is known stays
+            leading runs, until a fresh replace.
+        clock: in seconds; asked only where something is promised.
+        exact_blocks: looked up one by one, at least 1.
+        part_blocks: changed in one go, where a store's whole content comes or goes.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_copies: int = MAX_COPIES,
+        clock: Callable[[], float] = time.monotonic,
+        promise_ttl_s: float = TTL_S,
+        exact_blocks: int = EXACT_BLOCKS,
+        part_blocks: int = PART_BLOCKS,
+    ) -> None:
+        self.num_copies = 0
+        self._max_copies = max_copies
+        self._exact_blocks = exact_blocks
+        self._part_blocks = part_blocks
         self._holders: dict[bytes, int] = {}
         self._slots: dict[str, int] = {}  # store address -> its bit's position
+        self._stores: dict[int, str] = {}  # the other way round
+        self._held: dict[int, set[bytes]] = {}  # slot -> what the store there holds
+        self._retired: dict[int, set[bytes]] = {}  # of stores dropped, not cleared yet
+        self._live = 0  # the bits that count
+        self._cut: set[str] = set()
+        self._promises = Promises(clock, promise_ttl_s)
 
     def __len__(self) -> int:
-        """Distinct blocks known."""
+        """Distinct blocks known; those of a large store that was dropped leave bit by bit, with later changes."""
         return len(self._holders)
 
-    def replace(self, store: str, keys: Iterable[bytes]) -> None:
-        """The store's whole content, whatever was known before."""
-        self.drop(store)
-        self.change(store, stored=keys, evicted=())
+    def replace(self, store: str, keys: Sequence[bytes]) -> None:
+        """The store's whole content, whatever was known before. What is promised stays promised."""
+        for _ in self.replace_in_parts(store, keys):
+            pass
+
+    def replace_in_parts(self, store: str, keys: Sequence[bytes]) -> Iterator[None]:
+        """The same, for an event loop that has others to serve between two parts; given up half way, it leaves a part known."""
+        held = self._held[self._slot(store)]
+        self._cut.discard(store)
+        stale = list(held.difference(keys)) if held else []
+        for first in range(0, len(stale), self._part_blocks):
+            self.change(store, (), stale[first : first + self._part_blocks])
+            yield
+        for first in range(0, len(keys), self._part_blocks):
+            self.change(store, keys[first : first + self._part_blocks], ())
+            yield
 
     def change(self, store: str, stored: Iterable[bytes], evicted: Iterable[bytes]) -> None:
         """A key that is in both is held afterwards."""
-        bit = 1 << self._slot(store)
-        self._clear(bit, evicted)
-        holders = self._holders
+        slot = self._slot(store)
+        self._sweep()
+        self._clear(self._held[slot], 1 << slot, evicted)
+        if self._promises.stores:
+            stored = list(stored)
+            self._promises.confirm(slot, stored)
+        if store in self._cut:
+            return
+        holders, held, bit = self._holders, self._held[slot], 1 << slot
+        before = len(held)
+        room = before + self._max_copies - self.num_copies
         for key in stored:
-            holders[key] = holders.get(key, 0) | bit
+            if len(held) >= room and key not in held:
+                self._cut.add(store)
+                break
+            known = holders.get(key)
+            holders[key] = bit if known is None else known | bit  # one int for all the blocks of one holder
+            held.add(key)
+        self.num_copies += len(held) - before
 
     def drop(self, store: str) -> None:
-        """The store is gone, or what it holds is not known any more."""
+        """The store is gone, or what it holds is not known any more; so with what was promised there."""
         slot = self._slots.pop(store, None)
         if slot is not None:
-            bit = 1 << slot
-            self._clear(bit, [key for key, held in self._holders.items() if held & bit])
+            self._live &= ~(1 << slot)
+            self._retired[slot] = self._held.pop(slot)
+            self._promises.forget(slot)
+            self._cut.discard(store)
+            del self._stores[slot]
+            self._sweep()
+
+    def expect(self, store: str, keys: Sequence[bytes]) -> None:
+        """keys, a chain from its start, will stand at the store: counted as held there until it says so itself, withdraw, or
+        promise_ttl_s. Nothing is noted for a store that is not known."""
+        slot = self._slots.get(store)
+        if slot is not None:
+            new = keys[self._num_held(self._held[slot], keys) :]
+            if new:
+                self._promises.expire()
+                self._promises.add(slot, new)
+
+    def withdraw(self, store: str, keys: Sequence[bytes]) -> None:
+        """Takes back one expect of these keys."""
+        slot = self._slots.get(store)
+        if slot is not None and keys:
+            self._promises.withdraw(slot, keys[-1])
+
+    def is_cut(self, store: str) -> bool:
+        """Not all of the store's content is known, for want of room."""
+        return store in self._cut
+
+    def has_room(self) -> bool:
+        """So much that it is worth while to read a store's content again."""
+        return self.num_copies <= 0.9 * self._max_copies
+
+    def holders(self, key: bytes) -> list[str]:
+        """The stores that hold a block, promises left out."""
+        return self._names(self._holders.get(key, 0) & self._live)
+
+    def promised(self, key: bytes) -> list[str]:
+        """The stores that a block is promised to."""
+        self._promises.expire()
+        return self._names(self._promises.stores.get(key, 0) & self._live)
 
     def leading_runs(self, keys: Sequence[bytes]) -> dict[str, int]:
-        """Store address -> number of leading keys that it holds; stores that hold none are left out."""
+        """Store address -> number of leading keys that it holds, or will by what was promised; stores that hold none are left out."""
+        self._promises.expire()
         runs: dict[str, int] = {}
-        held = -1  # by all the keys so far
-        for num_blocks, key in enumerate(keys):
-            still = held & self._holders.get(key, 0)
+        held = self._live if keys else 0  # by all the keys so far
+        for num_blocks, holders in enumerate(self._masks(keys)):
+            still = held & holders
             if num_blocks and still != held:
                 self._note(runs, held & ~still, num_blocks)
             held = still
             if not held:
-                break
-        if held > 0:
-            self._note(runs, held, len(keys))
+                return runs
+        if held:
+            self._note_ends(runs, held, keys)
         return runs
 
-    def _note(self, runs: dict[str, int], bits: int, num_blocks: int) -> None:
-        for store, slot in self._slots.items():
-            if bits >> slot & 1:
-                runs[store] = num_blocks
+    def _masks(self, keys: Sequence[bytes]) -> Iterable[int]:
+        """Of the first exact_blocks keys."""
+        first = islice(keys, self._exact_blocks)
+        if not self._promises.stores:
+            return map(self._holders.get, first, repeat(0))
+        return map(self._mask, first)
 
-    def _clear(self, bit: int, keys: Iterable[bytes]) -> None:
-        for key in keys:
-            left = self._holders.get(key, 0) & ~bit
-            if left:
-                self._holders[key] = left
+    def _mask(self, key: bytes) -> int:
+        return self._holders.get(key, 0) | self._promises.stores.get(key, 0)
+
+    def _note_ends(self, runs: dict[str, int], held: int, keys: Sequence[bytes]) -> None:
+        """Where the runs end of those that hold the first exact_blocks keys."""
+        first = min(self._exact_blocks, len(keys))
+        while first < len(keys) and self._mask(keys[-1]) & held != held:
+            last = len(keys) - 1  # not held by all of them, as is every key behind the end of a run
+            while first < last:
+                middle = (first + last) // 2
+                if self._mask(keys[middle]) & held == held:
+                    first = middle + 1
+                else:
+                    last = middle
+            still = held & self._mask(keys[first])
+            self._note(runs, held & ~still, first)
+            if not still:
+                return
+            held, first = still, first + 1
+        self._note(runs, held, len(keys))
+
+    def _num_held(self, held: set[bytes], keys: Sequence[bytes]) -> int:
+        """Leading keys that are in held."""
+        first = next((index for index, key in enumerate(islice(keys, self._exact_blocks)) if key not in held), self._exact_blocks)
+        if first < self._exact_blocks:
+            return first
+        last = len(keys)
+        while first < last:
+            middle = (first + last) // 2
+            if keys[middle] in held:
+                first = middle + 1
             else:
-                self._holders.pop(key, None)
+                last = middle
+        return last
+
+    def _note(self, runs: dict[str, int], bits: int, num_blocks: int) -> None:
+        for store in self._names(bits):
+            runs[store] = num_blocks
+
+    def _names(self, bits: int) -> list[str]:
+        names: list[str] = []
+        while bits:
+            lowest = bits & -bits
+            names.append(self._stores[lowest.bit_length() - 1])
+            bits ^= lowest
+        return names
+
+    def _clear(self, held: set[bytes], bit: int, keys: Iterable[bytes]) -> None:
+        holders, before = self._holders, len(held)
+        for key in keys:
+            if key in held:
+                held.remove(key)
+                left = holders[key] & ~bit
+                if left:
+                    holders[key] = left
+                else:
+                    del holders[key]
+        self.num_copies -= before - len(held)
+
+    def _sweep(self) -> None:
+        """Takes a part of what dropped stores held out of the table; their slots are free again when it is all out."""
+        if self._retired:
+            slot, held = next(iter(self._retired.items()))
+            self._clear(held, 1 << slot, list(islice(held, self._part_blocks)))
+            if not held:
+                del self._retired[slot]
 
     def _slot(self, store: str) -> int:
-        if store not in self._slots:
-            taken = set(self._slots.values())
-            self._slots[store] = next(slot for slot in range(len(taken) + 1) if slot not in taken)
-        return self._slots[store]
+        slot = self._slots.get(store)
+        if slot is None:
+            taken = self._stores.keys() | self._retired.keys()
+            slot = next(slot for slot in range(len(taken) + 1) if slot not in taken)
+            self._slots[store], self._stores[slot], self._held[slot] = slot, store, set()
+            self._live |= 1 << slot
+        return slot

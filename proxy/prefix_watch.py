@@ -1,14 +1,15 @@
 """Keeps the prefix index true: one Watch stream to every store, from its Join to its end.
 
-store joins ─► Watch ─► snapshot ─► changes 1, 2, 3 ...
-                 ▲          └─ a gap, a lost stream: what the store holds is unknown, so forgotten ─┐
-                 └──────────────────────────────────────────────────────────────────────────────────┘
+store joins ─► Watch ─► snapshot ─► changes 1, 2, 3 ...                 store leaves, or a new process takes its place ─► forgotten
+                 ▲                      └─ a gap, a lost stream ─┐
+                 └── what was known stands until the snapshot ───┘
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 
 import grpc.aio
 
@@ -48,25 +49,35 @@ class PrefixWatch:
     async def _follow(self, store: Member) -> None:
         while not store.gone:
             try:
-                await self._watch(store)
-                logger.warning("%s ended its Watch stream or left a gap in it; subscribing again", store.title)
+                if await self._watch(store):
+                    continue
+                logger.warning("%s ended its Watch stream; subscribing again", store.title)
             except grpc.aio.AioRpcError as error:
                 logger.warning("%s: Watch failed (%s: %s); subscribing again", store.title, error.code().name, error.details())
-            self._index.drop(store.info.address)
             await asyncio.sleep(RESUBSCRIBE_INTERVAL_S)
 
-    async def _watch(self, store: Member) -> None:
-        """Returns at the stream's end or where a change is missing."""
+    async def _watch(self, store: Member) -> bool:
+        """True where the whole content has to be read again at once; False at the stream's end."""
         sequence: int | None = None
         call = store.store.Watch(kvstore_pb2.WatchRequest())
         try:
             async for reply in call:
                 if reply.snapshot:
-                    self._index.replace(store.info.address, reply.stored)
+                    await self._read_all(store, reply.stored)
                 elif sequence is None or reply.sequence != sequence + 1:
-                    return
+                    logger.warning("%s: change %d does not follow %s; reading all of it again", store.title, reply.sequence, sequence)
+                    return True
                 else:
                     self._index.change(store.info.address, reply.stored, reply.evicted)
+                    if self._index.is_cut(store.info.address) and self._index.has_room():
+                        return True
                 sequence = reply.sequence
         finally:
             call.cancel()
+        return False
+
+    async def _read_all(self, store: Member, keys: Sequence[bytes]) -> None:
+        for _ in self._index.replace_in_parts(store.info.address, keys):
+            await asyncio.sleep(0)  # to serve others
+        if self._index.is_cut(store.info.address):
+            logger.warning("%s holds more than the prefix index has room for; what is left out counts as absent", store.title)

@@ -15,6 +15,8 @@ from typing import NamedTuple
 from ..protocol.sampling import SamplingParams
 from ..protocol.v1 import common_pb2
 
+MAX_CHOICES = 128  # of one request of a client's, all its prompts together
+
 
 class RequestState(enum.StrEnum):
     QUEUED = "queued"
@@ -37,6 +39,8 @@ class ProxyRequest:
     timeout_s: float
     priority: int = 0
     arrival: float = field(default_factory=time.monotonic)  # when the face received it
+    ttft_slo_s: float | None = None  # to be served within; None: the proxy's
+    tpot_slo_s: float | None = None
 
 
 class Tokens(NamedTuple):

@@ -10,42 +10,71 @@ import asyncio
 import random
 import time
 import weakref
+from collections.abc import Sequence
 
 from ..protocol.config import ProxyConfig
 from ..protocol.errors import Draining, HalfmoonError, InvalidRequest
 from ..protocol.schema import KVSchema
-from .admission_queue import AdmissionQueue
+from .admission_queue import AdmissionQueue, Waiting
 from .cluster import Cluster
-from .conductor import Conductor
+from .decisions import DecisionLog
 from .dispatcher import Dispatcher
 from .flight import Flight, FlightDeck
+from .learner import Learner
 from .metrics import ProxyMetrics
-from .policies import create_policy
+from .pair import Pair
 from .prefix_index import PrefixIndex
 from .prefix_watch import PrefixWatch
+from .replicator import Replicator
 from .request import ProxyRequest, RequestState
+from .scheduling import create_conductor, create_predictors, default_slo
 from .token_stream import TokenStream
 
 
 class Router:
     def __init__(self, config: ProxyConfig, cluster: Cluster, metrics: ProxyMetrics, *, eos_token_ids: frozenset[int]) -> None:
-        """eos_token_ids: the model's; a replay must not go on behind one. Made before the first member joins the cluster."""
+        """eos_token_ids: the model's; a replay must not go on behind one. Made before the first member joins the cluster.
+
+        Raises ConfigError for a cost model that cannot be read.
+        """
+        self.config = config
         self.cluster = cluster
         self.metrics = metrics
         self.draining = False
         self.streams: weakref.WeakValueDictionary[str, TokenStream] = weakref.WeakValueDictionary()  # by request id, under way
+        self.decisions = DecisionLog(config.num_explained)
         self._queue = AdmissionQueue(config.max_queued_requests, config.max_queued_tokens)
+        self._waiting: dict[str, Waiting] = {}  # by request id
         self._flights: dict[str, Flight] = {}
         self._empty = asyncio.Event()
         self._empty.set()
         index = PrefixIndex()
         self._watch = PrefixWatch(cluster, index)
+        self._replicator = Replicator(cluster, index, metrics.registry, replicate=config.replicate)
+        self.predictors = create_predictors(config, cluster)
+        self.learner = Learner(self.predictors, metrics)
+        cluster.on_report(self.learner.reported)
         # any seed will do here: tests and the simulator give policies theirs
-        conductor = Conductor(create_policy(config.policy, random.Random()), local_prefill=config.local_prefill)
-        self._conductor = conductor
-        self._dispatcher = Dispatcher(cluster, index, conductor, metrics)
+        self.conductor = create_conductor(config, self.predictors, random.Random())
+        self._dispatcher = Dispatcher(
+            cluster,
+            index,
+            self.conductor,
+            self.learner,
+            metrics,
+            self._replicator,
+            slo=default_slo(config),
+            order=config.order,
+            profiled=bool(config.cost_model),
+        )
         self._deck = FlightDeck(
-            self._dispatcher, metrics, config.max_attempts, eos_token_ids, on_first_token=self._first_token, on_end=self._flight_ended
+            self._dispatcher,
+            self.learner,
+            metrics,
+            config.max_attempts,
+            eos_token_ids,
+            on_first_token=self._first_token,
+            on_end=self._flight_ended,
         )
 
     @property
@@ -61,7 +90,7 @@ class Router:
     @property
     def allows_local_prefill(self) -> bool:
         """A cluster without prefill workers serves, too."""
-        return self._conductor.local_prefill != "never"
+        return self.conductor.local_prefill != "never"
 
     @property
     def num_queued(self) -> int:
@@ -78,14 +107,28 @@ class Router:
         Raises Draining, Overloaded (with retry_after_s), NoWorker, PromptTooLong, or InvalidRequest for a request id that
         is under way: nothing was started then.
         """
+        return self.open_all([request])[0]
+
+    def open_all(self, requests: Sequence[ProxyRequest]) -> list[TokenStream]:
+        """The choices of one request: all are started, or none is. Raises as open does."""
         try:
-            flight = self._admit(request)
+            pairs = self._admit(requests)
         except HalfmoonError as error:
             self.metrics.entered(RequestState.REJECTED)
             self.metrics.ended(RequestState.REJECTED, error.code)
             raise
-        stream = self.streams[request.request_id] = TokenStream(flight)
-        return stream
+        return [self._start(request, pair) for request, pair in zip(requests, pairs, strict=True)]
+
+    def require_room(self, num_requests: int, num_tokens: int) -> None:
+        """Whether so many requests with so many prompt tokens together would be let into the queue. Raises Draining, Overloaded."""
+        if self.draining:
+            self.metrics.rejected("drain", "draining")
+            raise Draining("the proxy is draining: it finishes what it has and admits no more; ask another")
+        try:
+            self._queue.require_room(num_requests, num_tokens)
+        except HalfmoonError as error:
+            self.metrics.rejected("queue", error.code)
+            raise
 
     def cancel(self, request_id: str, reason: str) -> bool:
         """Whether such a request was under way."""
@@ -113,31 +156,47 @@ class Router:
         self.draining = True
         for flight in list(self._flights.values()):
             flight.cancel("the proxy is shutting down")
+        await self._replicator.close()
         await self._watch.close()
 
-    def _admit(self, request: ProxyRequest) -> Flight:
-        num_tokens = len(request.token_ids)
-        if self.draining:
-            raise Draining("the proxy is draining: it finishes what it has and admits no more; ask another")
-        if request.request_id in self._flights:
-            raise InvalidRequest(f"request id {request.request_id!r} is under way already; choose another", param="request_id")
-        self._queue.require_room(num_tokens)
-        pair = self._dispatcher.place(request.token_ids)
-        remaining_s = request.timeout_s - (time.monotonic() - request.arrival)
-        flight = self._flights[request.request_id] = Flight(request, pair, remaining_s, self._deck)
+    def _admit(self, requests: Sequence[ProxyRequest]) -> list[Pair]:
+        """A booked pair for each, or an error and none."""
+        for request in requests:
+            if request.request_id in self._flights:
+                raise InvalidRequest(f"request id {request.request_id!r} is under way already; choose another", param="request_id")
+        decisions = [self.decisions.open(request, self._dispatcher.slo(request)) for request in requests]
+        pairs: list[Pair] = []
+        try:
+            self.require_room(len(requests), sum(len(request.token_ids) for request in requests))
+            for request, decision in zip(requests, decisions, strict=True):
+                pairs.append(self._dispatcher.place(request, decision))
+        except HalfmoonError as error:
+            for pair in pairs:
+                pair.release()
+            for decision in decisions:
+                decision.end(RequestState.REJECTED, f"{error.code}: {error.message}")
+            raise
+        return pairs
+
+    def _start(self, request: ProxyRequest, pair: Pair) -> TokenStream:
+        now_s, num_tokens = time.monotonic(), len(request.token_ids)
+        flight = Flight(request, pair, request.timeout_s - (now_s - request.arrival), self._deck)
+        self._flights[request.request_id] = flight
         self._empty.clear()
-        self._queue.enter(num_tokens)
+        ttft_s = pair.placement.ttft_s if self.learner.knows else None
+        self._waiting[request.request_id] = self._queue.enter(num_tokens, None if ttft_s is None else now_s + ttft_s)
         self.metrics.admitted(num_tokens)
         self._count()
-        return flight
+        stream = self.streams[request.request_id] = TokenStream(flight)
+        return stream
 
     def _first_token(self, flight: Flight) -> None:
-        self._queue.leave(len(flight.request.token_ids), first_token=True)
+        self._queue.leave(self._waiting.pop(flight.request.request_id), first_token=True)
         self._count()
 
     def _flight_ended(self, flight: Flight) -> None:
         if flight.is_waiting:
-            self._queue.leave(len(flight.request.token_ids), first_token=False)
+            self._queue.leave(self._waiting.pop(flight.request.request_id), first_token=False)
         del self._flights[flight.request.request_id]
         self.streams.pop(flight.request.request_id, None)
         if not self._flights:

@@ -21,6 +21,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
+from ..protocol.address import join_address
 from ..protocol.channel import create_server
 from ..protocol.config import ModelOptions, ProxyConfig
 from ..protocol.errors import ConfigError
@@ -32,6 +33,7 @@ from .generation import Generator
 from .inference_service import InferenceService
 from .metrics import ProxyMetrics
 from .model_card import ModelCard
+from .openai_body import MAX_BODY_BYTES
 from .openai_http import create_app
 from .router import Router
 from .tokenizer import Tokenizer
@@ -94,17 +96,17 @@ class ProxyServer:
         """Both faces listen when it returns. Raises CheckpointError, or ConfigError where a port is taken."""
         tokenizer = await asyncio.to_thread(Tokenizer.from_folder, self._model_folder)
         config = self._config
-        generator = Generator(self.router, tokenizer, self.card, config.default_timeout_s, config.max_queued_requests)
+        generator = Generator(self.router, tokenizer, self.card, config.default_timeout_s)
         http_socket = _listen(self._config.host, self._config.http_port)
         try:
-            self._grpc, grpc_port = create_server(self._config.host, self._config.grpc_port)
+            self._grpc, grpc_port = create_server(config.host, config.grpc_port, max_request_bytes=MAX_BODY_BYTES)
         except (OSError, RuntimeError) as error:
             http_socket.close()
             raise _port_taken(self._config.host, self._config.grpc_port, "grpc_port") from error
         await self._start_grpc(self._grpc, generator)
         await self._start_http(http_socket, generator)
         host = self._config.host
-        endpoints = Endpoints(http=_joined(host, http_socket.getsockname()[1]), grpc=_joined(host, grpc_port))
+        endpoints = Endpoints(http=join_address(host, http_socket.getsockname()[1]), grpc=join_address(host, grpc_port))
         logger.info("serving %s at http://%s (OpenAI) and %s (gRPC)", self.card.name, endpoints.http, endpoints.grpc)
         return endpoints
 
@@ -144,8 +146,12 @@ class ProxyServer:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
+        # "::" is every address of the machine, the old ones too, as it is to gRPC
+        listener = socket.create_server(
+            (host, port), family=family, backlog=2048, dualstack_ipv6=host == "::" and socket.has_dualstack_ipv6()
+        )
     except OSError as error:
         raise _port_taken(host, port, "http_port") from error
     # Accepted sockets inherit it. asyncio sets it only where the protocol number is IPPROTO_TCP, which create_server leaves 0:
@@ -156,11 +162,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _port_taken(host: str, port: int, key: str) -> ConfigError:
     return ConfigError(
-        f"cannot listen on {_joined(host, port)}: the port is taken, or the address is not this machine's; "
+        f"cannot listen on {join_address(host, port)}: the port is taken, or the address is not this machine's; "
         f"choose another proxy.{key}, or 0 for any free one",
         key=f"proxy.{key}",
     )
-
-
-def _joined(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

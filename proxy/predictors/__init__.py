@@ -2,7 +2,17 @@
 
 from .cost_model import CostModel
 from .regression import RecursiveLeastSquares
-from .timing import Predictors, PrefillTime, StepTime, TransferTime
+from .timing import HandoffTime, Predictors, PrefillTime, StepTime, TransferTime
 from .waiting import queue_s, step_with
 
-__all__ = ["CostModel", "Predictors", "PrefillTime", "RecursiveLeastSquares", "StepTime", "TransferTime", "queue_s", "step_with"]
+__all__ = [
+    "CostModel",
+    "HandoffTime",
+    "Predictors",
+    "PrefillTime",
+    "RecursiveLeastSquares",
+    "StepTime",
+    "TransferTime",
+    "queue_s",
+    "step_with",
+]

@@ -38,6 +38,10 @@ class CostModel:
     link_bytes_per_s: float
     """Of a node, each way."""
     ssd_bytes_per_s: float = 6e9
+    request_s: float = 0.0
+    """Of a request's first token beside queue, prefill and transfer (calls, look-ups); keeps no worker busy."""
+    num_cores: float = 0.0
+    """Workers of one machine that compute at full speed at once, where they share its cores; 0: each has a device of its own."""
 
     def __post_init__(self) -> None:
         for name in ("kv_bytes_per_token", "num_layers", "kv_capacity_tokens", "link_bytes_per_s", "ssd_bytes_per_s"):

@@ -7,7 +7,9 @@ CostModel (a profile, a guess) ──► Predictors ──predict──► Condu
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from .cost_model import CostModel
 from .regression import RecursiveLeastSquares
@@ -18,6 +20,7 @@ NOISE = 0.05  # of one measurement, relative
 DOUBT = 1.0  # of a profile's weight, relative
 TRIFLE = 0.02  # of its largest weight: what a weight that the profile has at 0 may be
 MILLI = 1e-3  # milliseconds inside
+Link = TypeVar("Link", bound="LinkTime")
 
 
 class RelativeFit:
@@ -80,6 +83,11 @@ class PrefillTime:
         self.error.note(error_ms * MILLI, measured_s)
         self._refresh()
 
+    def rescale(self, factor: float) -> None:
+        """The machine is so many times slower than was thought, in everything: the shape of the profile stays, what was learnt goes."""
+        self._fit = RelativeFit([weight * factor for weight in self._fit.weights])
+        self._refresh()
+
     def tokens_within(self, seconds: float, num_prefix: int) -> int:
         """How many new tokens behind num_prefix are computed in that time; 0 where not one is."""
         left = seconds - self.base_s
@@ -115,6 +123,11 @@ class StepTime:
         self.error.note(error_ms * MILLI, measured_s)
         self._refresh()
 
+    def rescale(self, factor: float) -> None:
+        """As PrefillTime's."""
+        self._fit = RelativeFit([weight * factor for weight in self._fit.weights])
+        self._refresh()
+
     def _refresh(self) -> None:
         constant, sequences, tokens = self._fit.weights
         self.base_s = constant * MILLI
@@ -122,29 +135,90 @@ class StepTime:
         self.per_kv_token_s = tokens * MILLI / (100 * KI)
 
 
-class TransferTime:
-    """a + b·bytes + c·bytes·in_flight for each kind of link ("shm", "grpc", …); in_flight: transfers that share it."""
+class LinkTime:
+    """a + b·bytes + c·bytes·in_flight for each kind of link; in_flight: transfers that share it."""
 
     def __init__(self, model: CostModel) -> None:
         self.error = ErrorTrack()
         self._per_gib_s = 2**30 / model.link_bytes_per_s
         self._fits: dict[str, RelativeFit] = {}
-
-    def predict(self, num_bytes: float, link: str = "", in_flight: int = 0) -> float:
-        """Seconds. A link never seen before counts as the cost model's, shared fairly."""
-        gib = num_bytes / 2**30
-        fit = self._fits.get(link)
-        if fit is None:
-            return gib * self._per_gib_s * (1 + in_flight)
-        return max(fit.predict((1.0, gib, gib * in_flight)) * MILLI, 0.0)
+        self._weights: dict[str, list[float]] = {}  # replaced, never changed, by an observation: a frozen copy keeps its own
 
     def observe(self, num_bytes: float, measured_s: float, link: str = "", in_flight: int = 0) -> None:
         fit = self._fits.get(link)
         if fit is None:
-            each_ms = self._per_gib_s / MILLI
-            fit = self._fits[link] = RelativeFit([0.0, each_ms, each_ms])
+            fit = self._fits[link] = RelativeFit(self._first_weights())
         gib = num_bytes / 2**30
         self.error.note(fit.observe((1.0, gib, gib * in_flight), measured_s / MILLI) * MILLI, measured_s)
+        self._weights[link] = fit.weights
+
+    def fitted(self, num_bytes: float, link: str, in_flight: int = 0) -> float:
+        """Seconds, by the fit alone: where it begins, of a kind never seen."""
+        return _seconds(self._weights.get(link) or self._first_weights(), num_bytes, in_flight)
+
+    def rescale(self, factor: float, link: str = "") -> None:
+        """As PrefillTime's, of one kind of link."""
+        weights = self._weights.get(link) or self._first_weights()
+        fit = self._fits[link] = RelativeFit([weight * factor for weight in weights])
+        self._weights[link] = fit.weights
+
+    def frozen(self: Link) -> Link:
+        found = copy.copy(self)
+        found._weights = dict(self._weights)
+        return found
+
+    def _first_weights(self) -> list[float]:
+        raise NotImplementedError
+
+    def _seen(self, num_bytes: float, link: str, in_flight: int) -> float | None:
+        """None for a link never seen."""
+        weights = self._weights.get(link)
+        return None if weights is None else _seconds(weights, num_bytes, in_flight)
+
+
+def _seconds(weights: list[float], num_bytes: float, in_flight: int) -> float:
+    gib = num_bytes / 2**30
+    return max((weights[0] + gib * (weights[1] + weights[2] * in_flight)) * MILLI, 0.0)
+
+
+class TransferTime(LinkTime):
+    """Of a prefix to a prefill worker, in bytes. Kinds: "shm", "grpc", …"""
+
+    def __init__(self, model: CostModel) -> None:
+        super().__init__(model)
+        self.default_link = ""  # that a prediction is for where it does not say
+
+    def predict(self, num_bytes: float, link: str = "", in_flight: int = 0) -> float:
+        """Seconds. A link never seen before counts as the cost model's, shared fairly; nothing to move takes no time."""
+        if num_bytes <= 0.0:
+            return 0.0
+        found = self._seen(num_bytes, link or self.default_link, in_flight)
+        return num_bytes / 2**30 * self._per_gib_s * (1 + in_flight) if found is None else found
+
+    def _first_weights(self) -> list[float]:
+        each_ms = self._per_gib_s / MILLI
+        return [0.0, each_ms, each_ms]
+
+
+class HandoffTime(LinkTime):
+    """What of a first token's time is neither queue nor prefix nor prefill: calls, and what the prefill does not hide of the hand-off.
+
+    Kinds: "node" where both workers are on one, "net".
+    """
+
+    def __init__(self, model: CostModel) -> None:
+        super().__init__(model)
+        self._request_s = model.request_s
+        self._num_layers = model.num_layers
+
+    def predict(self, num_bytes: float, link: str) -> float:
+        """Seconds. Of a kind never seen before it is the cost model's for any request."""
+        found = self._seen(num_bytes, link, 0)
+        return self._request_s if found is None else found
+
+    def _first_weights(self) -> list[float]:
+        """The last layer leaves when the prefill ends."""
+        return [max(self._request_s / MILLI, 1.0), self._per_gib_s / MILLI / self._num_layers, 0.0]
 
 
 @dataclass(slots=True)
@@ -155,6 +229,7 @@ class Predictors:
     prefill: PrefillTime = field(init=False)
     step: StepTime = field(init=False)
     transfer: TransferTime = field(init=False)
+    handoff: HandoffTime = field(init=False)
 
     @classmethod
     def guess(cls) -> Predictors:
@@ -166,4 +241,12 @@ class Predictors:
         return cls(model)
 
     def __post_init__(self) -> None:
-        self.prefill, self.step, self.transfer = PrefillTime(self.model), StepTime(self.model), TransferTime(self.model)
+        self.prefill, self.step = PrefillTime(self.model), StepTime(self.model)
+        self.transfer, self.handoff = TransferTime(self.model), HandoffTime(self.model)
+
+    def frozen(self) -> Predictors:
+        """As they are now: a copy that predicts the same whatever is observed later. It observes nothing itself."""
+        found = copy.copy(self)
+        found.prefill, found.step = copy.copy(self.prefill), copy.copy(self.step)
+        found.transfer, found.handoff = self.transfer.frozen(), self.handoff.frozen()
+        return found

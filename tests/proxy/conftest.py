@@ -123,6 +123,8 @@ class Peer:
 
 
 class PrefillPeer(Peer, worker_pb2_grpc.PrefillWorkerServicer):
+    phases = common_pb2.PrefillPhases(queue_s=0.25, prefix_load_s=0.5, prefill_s=0.75, push_s=0.125, num_bytes_pushed=1000, transport="shm")
+    num_cached_tokens = 4
     before_seal: Callable[[worker_pb2.PrefillRequest], Awaitable[None]] = staticmethod(nothing)
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -136,10 +138,8 @@ class PrefillPeer(Peer, worker_pb2_grpc.PrefillWorkerServicer):
 
     async def _prefill(self, request: worker_pb2.PrefillRequest) -> worker_pb2.PrefillReply:
         await self.before_seal(request)
-        phases = common_pb2.PrefillPhases(
-            queue_s=0.25, prefix_load_s=0.5, prefill_s=0.75, push_s=0.125, num_bytes_pushed=1000, transport="shm"
-        )
-        state = common_pb2.HandoffState(num_tokens=len(request.sequence.token_ids), num_cached_tokens=4, phases=phases)
+        num_tokens = len(request.sequence.token_ids)
+        state = common_pb2.HandoffState(num_tokens=num_tokens, num_cached_tokens=self.num_cached_tokens, phases=self.phases)
         handoff = self.board.at(request.handoff)
         if not handoff.done():
             handoff.set_result(state)
@@ -285,9 +285,19 @@ class Bench:
         await self.cluster.close()
         await self.server.stop(None)
 
-    def request(self, prompt: list[int] | None = None, *, max_tokens: int = 6, timeout_s: float = 20.0, **sampling: Any) -> ProxyRequest:
+    def request(
+        self,
+        prompt: list[int] | None = None,
+        *,
+        max_tokens: int = 6,
+        timeout_s: float = 20.0,
+        priority: int = 0,
+        slo: tuple[float | None, float | None] = (None, None),
+        **sampling: Any,
+    ) -> ProxyRequest:
         params = SamplingParams(max_tokens=max_tokens, seed=7, **sampling)
-        return ProxyRequest(f"request-{next(self._ids)}", prompt or list(range(20, 30)), params, timeout_s)
+        token_ids = prompt or list(range(20, 30))
+        return ProxyRequest(f"request-{next(self._ids)}", token_ids, params, timeout_s, priority, ttft_slo_s=slo[0], tpot_slo_s=slo[1])
 
     def sample(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(name, labels) or 0.0

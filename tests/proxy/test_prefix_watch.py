@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import Any
 
 import numpy as np
@@ -74,18 +75,59 @@ async def test_cache_aware_follows_the_prefix_and_hints_at_it(make_bench: Any, p
     bench = await make_bench(1, 1, policy="cache_aware")
     other = await bench.add("store")
     warm = await bench.add("prefill", other)
-    prompt = list(range(50, 71))  # 21 tokens, 5 full blocks of 4
-    keys = block_keys(root_key(peers.SCHEMA.fingerprint), prompt, 4)
+    prompts = [list(range(50, 71)), list(range(150, 171))]  # 21 tokens, 5 full blocks of 4
+    keys = [block_keys(root_key(peers.SCHEMA.fingerprint), prompt, 4) for prompt in prompts]
     await settled(lambda: other.num_watches == 1)
-    other.publish(stored=keys)
-    await settled(lambda: len(index_of(bench)) == 5)
-    await peers.read(bench.router.open(bench.request(prompt)))
+    other.publish(stored=keys[0] + keys[1])
+    await settled(lambda: len(index_of(bench)) == 10)
+    await peers.read(bench.router.open(bench.request(prompts[0])))
     assert len(warm.requests) == 1 and not warm.requests[0].HasField("prefix")
     await warm.kill()
     await settled(lambda: warm.id not in bench.cluster.members)
-    await peers.read(bench.router.open(bench.request(prompt)))
+    await peers.read(bench.router.open(bench.request(prompts[1])))
     hint = bench.prefills[0].requests[0].prefix
     assert (hint.store_address, hint.num_blocks) == (other.address, 5)
+
+
+async def test_what_is_placed_is_expected_where_it_will_stand_until_it_is_given_up(bench: Any, peers: Any) -> None:
+    store, index = bench.stores[0], index_of(bench)
+    await settled(lambda: store.num_watches == 1)
+    store.publish(stored=[b"a"])
+    await settled(lambda: len(index) == 1)
+    prompt = list(range(50, 71))
+    keys = block_keys(root_key(peers.SCHEMA.fingerprint), prompt, 4)
+    bench.prefills[0].before_seal = peers.forever
+    stream = bench.router.open(bench.request(prompt))
+    assert index.leading_runs(keys) == {store.address: 5} and len(index) == 1
+    await stream.cancel("the test has seen enough")
+    assert index.leading_runs(keys) == {}
+
+
+async def test_whatever_gets_lost_on_the_way_the_index_ends_up_with_what_the_store_holds(bench: Any) -> None:
+    rng = random.Random(5)
+    store, index = bench.stores[0], index_of(bench)
+    await settled(lambda: store.num_watches == 1)
+    keys = [bytes([n]) * 16 for n in range(8)]
+    for _ in range(40):
+        fault = rng.choice(["none", "none", "none", "lost", "lost", "stream", "restart"])
+        stored = [key for key in rng.sample(keys, 3) if key not in store.held]
+        evicted = rng.sample(store.held, rng.randint(0, len(store.held)))
+        if fault == "lost":  # changes that nobody hears of, and the gap that they leave
+            store.held = [key for key in keys if rng.random() < 0.5]
+            stored = [key for key in stored if key not in store.held]
+            evicted = [key for key in evicted if key in store.held]
+        if fault == "stream":
+            for watcher in store.watchers:
+                watcher.put_nowait(None)
+        if fault == "restart":
+            await store.kill()
+            store.held, store.sequence, store.watchers = [key for key in keys if rng.random() < 0.5], 0, []
+            await bench.join(store)
+        else:
+            store.publish(stored, evicted, skip=int(fault == "lost"))
+        await asyncio.sleep(0.01 * rng.random())
+    held = set(store.held)
+    await settled(lambda: len(index) == len(held) and all(index.holders(key) == [store.address] for key in held))
 
 
 async def test_a_real_store_s_seals_and_evictions_reach_the_index(bench: Any, peers: Any) -> None:

@@ -87,6 +87,9 @@ def main() -> int:
     except HalfmoonError as error:
         console.print(f"[red]{error.code}[/red]: {error.message}")
         return 1
+    except KeyboardInterrupt:  # everything was stopped on the way here
+        console.print("interrupted", style="yellow")
+        return 130
     console.print(
         f"\n{outcome.num_right} of {len(TURNS)} answers are right; the last turn reused {outcome.num_cached_tokens} cached tokens; "
         f"took {time.monotonic() - start:.1f} s",

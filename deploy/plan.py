@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..protocol.address import reachable_host
 from ..protocol.config import ClusterConfig
 from ..protocol.errors import ConfigError
 from .ray_session import RayNode
@@ -30,6 +31,7 @@ class ClusterPlan:
     prefill: tuple[Placed, ...]
     decode: tuple[Placed, ...]
     device: str  # "cpu" | "cuda", of every worker
+    proxy_host: str  # where members, and clients on other machines, reach the proxy; it may listen on more
 
     def store_on(self, node: RayNode) -> Placed:
         return next(store for store in self.stores if store.node == node)
@@ -54,9 +56,10 @@ def make_plan(config: ClusterConfig, nodes: Sequence[RayNode]) -> ClusterPlan:
     prefill = tuple(Placed(f"prefill-{i}", hosts[i % len(hosts)]) for i in range(config.prefill.num_workers))
     decode = tuple(Placed(f"decode-{i}", hosts[-1 - i % len(hosts)]) for i in range(config.decode.num_workers))
     used = [node for node in nodes if any(worker.node == node for worker in (*prefill, *decode))]
-    _require_reachable(config.proxy.host, used)
+    proxy_host = reachable_host(config.proxy.host, nodes[0].host)
+    _require_reachable(proxy_host, used)
     stores = tuple(Placed(f"store-{i}", node) for i, node in enumerate(used))
-    return ClusterPlan(nodes[0], stores, prefill, decode, device)
+    return ClusterPlan(nodes[0], stores, prefill, decode, device, proxy_host)
 
 
 def _spread(nodes: Sequence[RayNode], device: str) -> list[RayNode]:
@@ -67,9 +70,10 @@ def _spread(nodes: Sequence[RayNode], device: str) -> list[RayNode]:
 
 
 def _require_reachable(proxy_host: str, nodes: Sequence[RayNode]) -> None:
+    """Raises ConfigError. nodes: those that hold a worker."""
     away = [node.host for node in nodes if not node.host.startswith("127.")]
     if away and (proxy_host.startswith("127.") or proxy_host == "localhost"):
         raise ConfigError(
-            f"proxy.host is {proxy_host} and workers run on {away[0]}, from where that is another machine's loopback; "
+            f"the proxy is reached at {proxy_host} and workers run on {away[0]}, from where that is another machine's loopback; "
             "set proxy.host to an address of this machine that they reach"
         )

@@ -62,11 +62,13 @@ def _token() -> str:
 def ray_environment(address: str | None = None) -> Iterator[None]:
     """What Ray and the processes it starts read. Whatever the user has set stays.
 
+    A Ray of our own starts workers at the usual niceness and not at its 15: on a shared CPU every token would come after all else.
+    Ray forks to start its processes, and gRPC's handlers for that, while other threads call it, now and then crash the child.
     Ray's own listeners are on every interface, whatever address a node is given: only a token keeps strangers out.
     """
-    wanted = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "PYTHONSAFEPATH": "1"}
-    if address is None and "RAY_AUTH_TOKEN" not in os.environ:
-        wanted["RAY_AUTH_TOKEN"] = _token()
+    wanted = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "PYTHONSAFEPATH": "1", "GRPC_ENABLE_FORK_SUPPORT": "0"}
+    if address is None:
+        wanted |= {"RAY_AUTH_TOKEN": _token(), "RAY_worker_niceness": "0"}
     added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)
     try:

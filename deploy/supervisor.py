@@ -21,11 +21,14 @@ import grpc.aio
 
 from ..decode_worker.actor import DecodeActor
 from ..prefill_worker.actor import PrefillActor
+from ..protocol.address import join_address, split_address
 from ..protocol.channel import open_channel
 from ..protocol.config import ClusterConfig
 from ..protocol.errors import HalfmoonError, InternalError
+from ..protocol.load_progress import LoadProgress
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import control_pb2, control_pb2_grpc
+from ..protocol.worker_life import Station
 from .actors import ProxyActor, StoreActor, remote
 from .plan import ClusterPlan, Placed
 
@@ -36,7 +39,7 @@ STEADY_S = 10.0  # a member that served this long starts its backoff anew
 MAX_FIRST_STARTS = 3  # of a process that crashes before it served once
 STOP_GRACE_S = 5.0
 
-Notify = Callable[[str, str], None]  # (member id, what happened)
+Notify = Callable[[str, str | LoadProgress], None]  # (member id, what happened, or how far its start has come)
 
 
 @dataclass(slots=True)
@@ -79,11 +82,16 @@ class Supervisor:
 
     @property
     def http_address(self) -> str:
-        return self._members["proxy"].address[0]
+        return self._proxy_address(0)
 
     @property
     def grpc_address(self) -> str:
-        return self._members["proxy"].address[1]
+        return self._proxy_address(1)
+
+    def _proxy_address(self, face: int) -> str:
+        """As others reach it: what the proxy itself says may be every address of its machine."""
+        _, port = split_address(self._members["proxy"].address[face])
+        return join_address(self._spec.plan.proxy_host, port)
 
     @property
     def members(self) -> Sequence[Member]:
@@ -141,7 +149,7 @@ class Supervisor:
             member.num_starts += 1
             member.actor = remote(member.actor_class, node_id=member.node_id, num_gpus=member.num_gpus).remote(**member.arguments())
             try:
-                member.address = await member.actor.start.remote()
+                member.address = await self._started(member)
                 served_since = time.monotonic()
                 self._notify(member.id, "up")
                 if not member.started.done():
@@ -166,6 +174,26 @@ class Supervisor:
             backoff_s = FIRST_BACKOFF_S if steady else min(backoff_s * 2, LONGEST_BACKOFF_S)
             await asyncio.sleep(backoff_s)
 
+    async def _started(self, member: Member) -> Any:
+        """What its start() returns; meanwhile tells how far it has come."""
+        following = asyncio.create_task(self._follow(member)) if hasattr(member.actor_class, "progress") else None
+        try:
+            return await member.actor.start.remote()
+        finally:
+            if following is not None:
+                following.cancel()
+
+    async def _follow(self, member: Member) -> None:
+        from ray.exceptions import RayError
+
+        seen = 0
+        try:
+            while (found := await member.actor.progress.remote(seen)) is not None:
+                seen = found.number
+                self._notify(member.id, found.progress)
+        except RayError as error:  # start() fails of the same, and says it
+            logger.debug("%s: no more progress: %s", member.id, error)
+
     async def _stop(self, member: Member) -> None:
         import ray
         from ray.exceptions import RayError
@@ -183,7 +211,7 @@ class Supervisor:
         def arguments() -> dict[str, Any]:
             config = self._spec.config.proxy
             if member.address is not None:  # the same ports again, for clients and members look for it there
-                http_port, grpc_port = (int(address.rpartition(":")[2]) for address in member.address)
+                http_port, grpc_port = (split_address(address)[1] for address in member.address)
                 config = dataclasses.replace(config, http_port=http_port, grpc_port=grpc_port)
             spec = self._spec
             return {"config": config, "options": spec.config.model, "model_folder": str(spec.model_folder), "schema": spec.schema}
@@ -198,7 +226,7 @@ class Supervisor:
                 "store_id": placed.member_id,
                 "node_id": placed.node.node_id,
                 "host": placed.node.host,
-                "port": int(member.address.rpartition(":")[2]) if member.address else 0,
+                "port": split_address(member.address)[1] if member.address else 0,
                 "proxy_address": self.grpc_address,
                 "config": self._spec.config.store,
                 "schema": self._spec.schema,
@@ -213,11 +241,13 @@ class Supervisor:
 
         def arguments() -> dict[str, Any]:
             return {
-                "worker_id": placed.member_id,
-                "node_id": placed.node.node_id,
-                "host": placed.node.host,
-                "store_address": self._members[store.member_id].address,
-                "proxy_address": self.grpc_address,
+                "station": Station(
+                    worker_id=placed.member_id,
+                    node_id=placed.node.node_id,
+                    host=placed.node.host,
+                    store_address=self._members[store.member_id].address,
+                    proxy_address=self.grpc_address,
+                ),
                 "options": spec.config.model,
                 "config": spec.config.prefill if actor_class is PrefillActor else spec.config.decode,
                 **self._faults.get(placed.member_id, {}),

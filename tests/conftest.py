@@ -15,6 +15,8 @@ import pytest
 if not Path("/dev/nvidiactl").exists():
     # triton reads it when it is first imported, and a test of another room may be the first to do that
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Ray forks to start its processes; gRPC's handlers for that, in a process whose threads call it, now and then crash the child
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 
 def _load(name: str) -> Any:

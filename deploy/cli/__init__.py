@@ -27,6 +27,8 @@ COMMANDS = {
     "generate": Command("Continue a prompt; ends with the request's phase record.", ".generate"),
     "chat": Command("Talk with the model, turn by turn.", ".chat"),
     "status": Command("Watch the cluster: members, queues, KV use, latencies.", ".status"),
+    "profile": Command("Measure a running cluster; writes a cost model for the simulator and the proxy.", ".profile"),
+    "explain": Command("Tell why a recent request went where it went, or was refused.", ".explain"),
     "simulate": Command("Replay a trace against a simulated cluster, on a virtual clock.", ".simulate"),
     "bench": Command(
         "Run one of the benchmarks of a checkout.", ".bench_flags", {"allow_extra_args": True, "ignore_unknown_options": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -9,7 +10,8 @@ from typing import Annotated, Any, get_args
 import typer
 import yaml
 
-from ...protocol.config import ClusterConfig, Policy
+from ...protocol.config import AdmissionName, ClusterConfig, Policy, QueueOrder
+from ...proxy.predictors.cost_model import CostModel
 
 Flag = typer.Option
 
@@ -31,6 +33,11 @@ def serve(
     http_port: Annotated[int | None, Flag(help="Of the OpenAI face; 0: any free one.")] = None,
     grpc_port: Annotated[int | None, Flag(help="Of the gRPC face; 0: any free one.")] = None,
     policy: Annotated[str | None, Flag(help=f"How requests are placed: {', '.join(get_args(Policy))}.")] = None,
+    admission: Annotated[str | None, Flag(help=f"Who is refused for its SLO: {', '.join(get_args(AdmissionName))}.")] = None,
+    slo_ttft: Annotated[float | None, Flag(help="Seconds to the first token, for requests without an SLO; 0: none.", min=0.0)] = None,
+    slo_tpot: Annotated[float | None, Flag(help="Seconds between two tokens, likewise.", min=0.0)] = None,
+    order: Annotated[str | None, Flag(help=f"Of the workers' queues: {', '.join(get_args(QueueOrder))}.")] = None,
+    cost_model: Annotated[Path | None, Flag(help="File with what the workers' work costs, where predictions begin.")] = None,
     device: Annotated[str | None, Flag(help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, Flag(help="auto, float32, float16 or bfloat16.")] = None,
     max_model_len: Annotated[int | None, Flag(help="Tokens of prompt and answer together, at most.", min=1)] = None,
@@ -49,9 +56,18 @@ def serve(
         "proxy.http_port": http_port,
         "proxy.grpc_port": grpc_port,
         "proxy.policy": policy,
+        "proxy.admission": admission,
+        "proxy.ttft_slo_s": slo_ttft,
+        "proxy.tpot_slo_s": slo_tpot,
+        "proxy.order": order,
+        "proxy.cost_model": str(cost_model) if cost_model is not None else None,
     }
     overrides = {key: value for key, value in flags.items() if value is not None} | dict(map(_setting, settings or []))
     loaded = ClusterConfig.load(config, overrides)  # before what is heavy: a wrong key is told at once
+    if loaded.proxy.cost_model:
+        profile = Path(loaded.proxy.cost_model).absolute()  # the proxy starts in another folder
+        CostModel.load(profile)
+        loaded = dataclasses.replace(loaded, proxy=dataclasses.replace(loaded.proxy, cost_model=str(profile)))
     from .serve import serve as run
 
     run(loaded, address, log_level.value)

@@ -44,7 +44,7 @@ def _watch(client: Client, found: ClusterStatus, interval_s: float) -> None:
 
 
 def picture(found: ClusterStatus) -> RenderableType:
-    return Group(_headline(found), _members(found), _latencies(found))
+    return Group(_headline(found), _members(found), _latencies(found), _scheduling(found))
 
 
 def _headline(found: ClusterStatus) -> Text:
@@ -75,6 +75,19 @@ def _latencies(found: ClusterStatus) -> Table:
     table.add_row("time to first token", *_row(found.ttft_s))
     table.add_row("time per output token", *_row(found.tpot_s))
     return table
+
+
+def _scheduling(found: ClusterStatus) -> Text:
+    text = Text(f"policy {found.policy}, admission {found.admission}, order {found.order}", style="dim")
+    with_slo = found.num_in_slo + found.num_outside_slo
+    if with_slo:
+        text.append(f"   in SLO {found.num_in_slo / with_slo:.1%} of {with_slo}")
+    if found.rejections:
+        text.append("   refused by " + ", ".join(f"{who} {count}" for who, count in sorted(found.rejections.items())))
+    if found.prediction_errors:
+        errors = ", ".join(f"{name} {error:.0%}" for name, error in sorted(found.prediction_errors.items()))
+        text.append(f"\npredictions are off by {errors}")
+    return text
 
 
 def _row(percentiles: Percentiles) -> tuple[str, ...]:

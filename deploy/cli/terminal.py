@@ -56,6 +56,9 @@ def phase_table(phases: PhaseRecord, usage: Usage) -> Table:
     table.add_row(
         "tokens: prompt (cached) + answer", f"{usage.num_prompt_tokens} ({usage.num_cached_tokens}) + {usage.num_completion_tokens}"
     )
+    if phases.predicted_ttft_s:
+        predicted = f"{seconds(phases.predicted_ttft_s)}, {seconds(phases.predicted_tpot_s)}"
+        table.add_row("predicted: first token, per token", predicted, style="dim")
     table.add_row("workers", f"{phases.prefill_worker} → {phases.decode_worker} ({phases.transport or '-'})")
     if phases.num_attempts > 1:
         table.add_row("attempts", str(phases.num_attempts), style="yellow")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 import signal
@@ -17,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from halfmoon.client import AsyncClient
-from halfmoon.deploy.ray_session import RayNode, ray_session
+from halfmoon.deploy.ray_session import LOOPBACK, RayNode, ray_environment, ray_session
 from halfmoon.deploy.supervisor import Supervisor
 from halfmoon.engine.resolve import DEMO_FOLDER
 from halfmoon.protocol.channel import open_channel
@@ -29,10 +30,50 @@ def model_folder() -> Path:
     return DEMO_FOLDER
 
 
+class SharedRay:
+    """One Ray of two nodes on this machine for all of the folder's tests: starting one takes longer than most of them."""
+
+    def __init__(self) -> None:
+        self.nodes: list[RayNode] = []
+        self._exits = contextlib.ExitStack()
+
+    def open(self) -> SharedRay:
+        if not self.nodes:
+            self._exits.enter_context(ray_environment())
+            from ray.cluster_utils import Cluster as RayCluster
+
+            options = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
+            rays = RayCluster(initialize_head=True, head_node_args={**options, "node_ip_address": LOOPBACK, "include_dashboard": False})
+            self._exits.callback(rays.shutdown)
+            rays.add_node(**options, node_ip_address="127.0.0.3")
+            self.nodes = self._exits.enter_context(ray_session(rays.address))
+        return self
+
+    def close(self) -> None:
+        self.nodes = []
+        self._exits.close()
+
+
+SHARED_RAY = SharedRay()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """The other folders' tests have the machine to themselves again. After the fixtures: those of a module need their Ray."""
+    yield
+    if nextitem is None or nextitem.path.parent != item.path.parent:
+        SHARED_RAY.close()
+
+
 @pytest.fixture(scope="module")
-def ray_nodes() -> Iterator[list[RayNode]]:
-    with ray_session() as nodes:
-        yield nodes
+def two_nodes() -> list[RayNode]:
+    return SHARED_RAY.open().nodes
+
+
+@pytest.fixture(scope="module")
+def ray_nodes(two_nodes: list[RayNode]) -> list[RayNode]:
+    """The node that the tests are on."""
+    return two_nodes[:1]
 
 
 @pytest.fixture(scope="session")

@@ -66,6 +66,16 @@ def test_a_command_whose_package_is_not_installed_says_what_to_install() -> None
     assert done.stderr == "halfmoon: this command needs yaml: pip install 'halfmoon[server]'\n"
 
 
+def test_bench_lists_what_can_be_run_and_not_what_that_shares() -> None:
+    from halfmoon.deploy.cli.bench import FOLDER, benchmarks
+
+    shared = {"measure", "roofline", "shapes", "vllm_peer"}
+    assert shared <= {path.stem for path in FOLDER.glob("*.py")}
+    assert not shared & set(benchmarks()) and {"engine", "flash_prefill", "overhead", "placement", "rms_norm"} <= set(benchmarks())
+    result = run("bench", "measure")
+    assert result.exit_code == 2 and "overhead" in result.output and "shapes" not in result.output
+
+
 def test_serves_flags_are_keys_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     import halfmoon.deploy.cli.serve as module
 

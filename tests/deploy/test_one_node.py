@@ -15,13 +15,18 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from halfmoon.client import Delta
 from halfmoon.deploy.cluster import running_cluster
+from halfmoon.deploy.profile import profile
 from halfmoon.deploy.ray_session import RayNode
 from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
-from halfmoon.protocol.errors import InvalidRequest, PromptTooLong
+from halfmoon.protocol.errors import InvalidRequest, Overloaded, PromptTooLong
+from halfmoon.protocol.schema import KVSchema
+from halfmoon.protocol.v1 import control_pb2
+from halfmoon.proxy.predictors import CostModel
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300), pytest.mark.slow]
 
 NUM_TOKENS = 64
+NUM_TOKENS_EACH_OF_MANY = 24
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -44,15 +49,14 @@ async def test_tokens_equal_those_of_transformers(cluster, reference, prompt_of,
 
 async def test_32_concurrent_streams_give_the_same_tokens(cluster, reference, prompt_of) -> None:
     prompts = [prompt_of(20 + 17 * i, seed=1) for i in range(32)]
-    answers = await asyncio.gather(*(cluster.greedy(prompt, NUM_TOKENS) for prompt in prompts))
-    assert answers == [reference.generate(prompt, NUM_TOKENS) for prompt in prompts]
+    answers = await asyncio.gather(*(cluster.greedy(prompt, NUM_TOKENS_EACH_OF_MANY) for prompt in prompts))
+    assert answers == [reference.generate(prompt, NUM_TOKENS_EACH_OF_MANY) for prompt in prompts]
     await cluster.at_rest()
 
 
 async def test_the_second_turn_reports_its_cached_tokens_and_the_same_tokens(cluster, reference, prompt_of) -> None:
     first = prompt_of(200, seed=2)
     answer = await cluster.greedy(first, NUM_TOKENS)
-    await cluster.at_rest()  # the answer's last blocks are kept just after it has ended
     second = (*first, *answer, *prompt_of(30, seed=3))
     result = await cluster.client.generate(token_ids=list(second), max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
     assert list(result.token_ids) == reference.generate(second, NUM_TOKENS)
@@ -150,3 +154,27 @@ async def test_ray_workers_do_not_find_our_folders_as_top_level_packages(ray_nod
         return [str(spec.origin)] if spec else []
 
     assert await found.remote() == []
+
+
+async def test_a_profile_is_a_cost_model_of_this_cluster(cluster, tmp_path: Path) -> None:
+    await cluster.at_rest()
+    model = (await profile(cluster.supervisor.grpc_address, seconds=1.0)).model
+    model.save(tmp_path / "cost_model.yaml")
+    assert CostModel.load(tmp_path / "cost_model.yaml") == model
+    decode = (await cluster.members(control_pb2.ROLE_DECODE))[0]
+    (stats,) = await cluster.store_stats()
+    schema = KVSchema.from_proto(decode.schema)
+    assert model.kv_bytes_per_token * schema.block_size == schema.block_bytes and model.num_layers == schema.num_layers
+    assert model.kv_capacity_tokens == decode.kv_capacity_tokens
+    assert model.cache_tokens * model.kv_bytes_per_token == stats.num_bytes_arena
+    # more work takes longer, whatever the machine
+    assert 0 < model.prefill_time(100, 0) < model.prefill_time(1000, 0)
+    assert 0 < model.step_time(1, 100) <= model.step_time(16, 1600)
+    await cluster.at_rest()
+
+
+async def test_a_cluster_that_is_in_use_is_not_profiled(cluster, prompt_of) -> None:
+    async with cluster.client.stream(token_ids=list(prompt_of(40)), max_tokens=1000, ignore_eos=True) as stream:
+        await anext(stream)
+        with pytest.raises(Overloaded, match="that is idle"):
+            await profile(cluster.supervisor.grpc_address, seconds=1.0)

@@ -76,3 +76,15 @@ def test_a_proxy_on_loopback_is_refused_when_workers_are_elsewhere() -> None:
         make_plan(config(1, 1), nodes(2, host="10.1.2.3"))
     reachable = ClusterConfig(proxy=ProxyConfig(host="0.0.0.0"))
     assert len(make_plan(reachable, nodes(2, host="10.1.2.3")).stores) == 2
+
+
+@pytest.mark.parametrize(("host", "expected"), [("0.0.0.0", "10.1.2.3"), ("::", "10.1.2.3"), ("10.9.9.9", "10.9.9.9")])
+def test_others_are_told_an_address_of_the_proxy_that_they_can_reach(host: str, expected: str) -> None:
+    plan = make_plan(ClusterConfig(proxy=ProxyConfig(host=host)), nodes(2, host="10.1.2.3"))
+    assert plan.proxy_host == expected
+
+
+def test_a_proxy_that_listens_on_everything_on_a_node_of_loopback_is_out_of_reach_from_elsewhere() -> None:
+    mixed = [RayNode("node-0", "127.0.0.2", 0.0), RayNode("node-1", "10.1.2.3", 0.0)]
+    with pytest.raises(ConfigError, match=r"127\.0\.0\.2"):
+        make_plan(ClusterConfig(proxy=ProxyConfig(host="0.0.0.0")), mixed)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from halfmoon.deploy.ray_session import LOOPBACK, ray_session
+from halfmoon.deploy.ray_session import LOOPBACK, RayNode, ray_environment
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.slow]
 
@@ -22,21 +22,27 @@ def joined(address: str, **environment: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, env=inherited | environment, capture_output=True, text=True, timeout=60)
 
 
-def test_a_stranger_without_the_token_is_kept_out_and_one_with_it_is_let_in() -> None:
-    before = {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH")}
-    with ray_session() as nodes:
-        import ray
+def test_what_ray_reads_is_set_for_as_long_as_it_runs_and_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    before = dict(os.environ)
+    with ray_environment():
+        assert os.environ["RAY_AUTH_MODE"] == "disabled" and len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    assert dict(os.environ) == before
 
-        assert [node.host for node in nodes] == [LOOPBACK]
-        address = ray.get_runtime_context().gcs_address
-        token = os.environ["RAY_AUTH_TOKEN"]
-        keys = [
-            {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
-            {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64},
-            {"RAY_AUTH_MODE": "disabled"},
-        ]
-        with ThreadPoolExecutor() as pool:
-            friend, liar, stranger = pool.map(lambda environment: joined(address, **environment), keys)
-        assert friend.stdout.strip().endswith("1"), friend.stderr
-        assert liar.returncode != 0 and stranger.returncode != 0
-    assert {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH")} == before
+
+def test_a_stranger_without_the_token_is_kept_out_and_one_with_it_is_let_in(ray_nodes: list[RayNode]) -> None:
+    import ray
+
+    assert [node.host for node in ray_nodes] == [LOOPBACK]
+    address = ray.get_runtime_context().gcs_address
+    token = os.environ["RAY_AUTH_TOKEN"]
+    keys = [
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64},
+        {"RAY_AUTH_MODE": "disabled"},
+    ]
+    with ThreadPoolExecutor() as pool:
+        friend, liar, stranger = pool.map(lambda environment: joined(address, **environment), keys)
+    assert friend.stdout.strip().endswith("2"), friend.stderr
+    assert liar.returncode != 0 and stranger.returncode != 0

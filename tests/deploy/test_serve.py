@@ -13,8 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from halfmoon.client import Client
+from halfmoon.deploy.cli import app
+from halfmoon.deploy.ray_session import LOOPBACK
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
@@ -73,6 +76,8 @@ def test_a_served_cluster_answers_is_looked_at_and_drains_on_sigterm(served: Ser
     looked = halfmoon("status", "--json", "--address", served.grpc)
     members = {member["id"] for member in json.loads(looked.stdout)["members"]}
     assert members == {"store-0", "prefill-0", "decode-0"}
+    assert all(member["address"].startswith(LOOPBACK) for member in json.loads(looked.stdout)["members"])
+    assert any("prefill-0: loading weights, " in line for line in served.lines), "how far a start has come, in plain lines"
 
     pids = [member["pid"] for member in json.loads(looked.stdout)["members"]]
     with Client(served.grpc) as client, client.stream(prompt="Once", max_tokens=400, ignore_eos=True) as stream:
@@ -84,31 +89,20 @@ def test_a_served_cluster_answers_is_looked_at_and_drains_on_sigterm(served: Ser
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
 
 
+def told(*arguments: str) -> str:
+    """By a command that fails before it starts anything, so without a process of its own."""
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "400"})
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    return result.stderr
+
+
 def test_a_wrong_setting_is_one_line_and_no_process() -> None:
-    told = halfmoon("serve", "--set", "proxy.polcy=random")
-    assert told.returncode == 1
-    assert "proxy.policy" in told.stderr
-    assert "Traceback" not in told.stderr
+    assert "proxy.policy" in told("serve", "--set", "proxy.polcy=random")
 
 
 def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:
-    told = halfmoon("serve", "--model", str(tmp_path / "nothing"))
-    assert told.returncode == 1
-    assert str(tmp_path / "nothing") in told.stderr.replace("\n", "")
-    assert "Traceback" not in told.stderr
+    assert str(tmp_path / "nothing") in told("serve", "--model", str(tmp_path / "nothing"))
 
 
-def test_no_ray_at_the_address_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    told = halfmoon("serve", "--address", "127.0.0.1:1")
-    assert told.returncode == 1
-    assert "no Ray to join" in told.stderr
-    assert "Traceback" not in told.stderr
-
-
-def test_nobody_at_the_address_is_said_by_every_command_that_asks() -> None:
-    for command in (["generate", "hello"], ["status", "--once"]):
-        told = halfmoon(*command, "--address", "127.0.0.1:1")
-        assert told.returncode == 1
-        assert "127.0.0.1:1" in told.stderr
-        assert "Traceback" not in told.stderr
+def test_no_ray_at_the_address_is_said() -> None:
+    assert "no Ray to join" in told("serve", "--address", "127.0.0.1:1")

@@ -1,0 +1,38 @@
+"""What members are started with. No Ray: the processes are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from halfmoon.decode_worker.actor import DecodeActor
+from halfmoon.deploy.cluster import make_spec
+from halfmoon.deploy.ray_session import RayNode
+from halfmoon.deploy.supervisor import Member, Supervisor
+from halfmoon.protocol.config import ClusterConfig, ModelOptions, ProxyConfig
+
+
+def supervisor(model_folder: Path, proxy_host: str) -> Supervisor:
+    config = ClusterConfig(model=ModelOptions(path=str(model_folder)), proxy=ProxyConfig(host=proxy_host))
+    return Supervisor(make_spec(config, [RayNode("node-0", "10.1.2.3", 0.0)]))
+
+
+def started(supervisor: Supervisor, member: Member, address: object) -> None:
+    supervisor._members[member.id] = member
+    member.address = address
+
+
+@pytest.mark.parametrize(("host", "bound"), [("0.0.0.0", "0.0.0.0"), ("::", "[::]")])
+async def test_members_of_a_proxy_that_listens_on_everything_are_given_its_nodes_address(model_folder: Path, host: str, bound: str) -> None:
+    found = supervisor(model_folder, host)
+    proxy, store = found._proxy(), found._store(found._spec.plan.stores[0])
+    assert proxy.arguments()["config"].host == host, "it listens on everything all the same"
+    started(found, proxy, (f"{bound}:8000", f"{bound}:50051"))
+    assert (found.http_address, found.grpc_address) == ("10.1.2.3:8000", "10.1.2.3:50051")
+    assert store.arguments()["proxy_address"] == "10.1.2.3:50051"
+    started(found, store, "10.1.2.3:4711")
+    station = found._worker(found._spec.plan.decode[0], DecodeActor).arguments()["station"]
+    assert (station.proxy_address, station.store_address, station.host) == ("10.1.2.3:50051", "10.1.2.3:4711", "10.1.2.3")
+    again = proxy.arguments()["config"]
+    assert (again.host, again.http_port, again.grpc_port) == (host, 8000, 50051), "where clients look for it"

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..protocol.errors import Overloaded
+from .placement import come_back
 
 RATE_WINDOW_S = 30.0
 RATE_WINDOW_LEN = 256  # first tokens
@@ -57,7 +58,7 @@ class AdmissionQueue:
         else:
             return
         retry_after_s = self.retry_after_s(num_requests, num_tokens)
-        raise Overloaded(f"{full}; come back in {retry_after_s:.1f} s", retry_after_s=retry_after_s)
+        raise Overloaded(f"{full}; {come_back(retry_after_s)}", retry_after_s=retry_after_s)
 
     def enter(self, num_tokens: int, first_token_s: float | None = None) -> Waiting:
         """first_token_s: when its first token is predicted, by the clock; None: not known."""

@@ -23,7 +23,7 @@ from .learner import Learner
 from .member import Member
 from .metrics import ProxyMetrics
 from .pair import Pair
-from .placement import NO_SLO, Placement, PlacementRequest, Rejection, Slo, Snapshot
+from .placement import NO_SLO, Placement, PlacementRequest, Rejection, Slo, Snapshot, come_back
 from .policies.base import usable_blocks
 from .predictors.waiting import step_with
 from .prefix_index import PrefixIndex
@@ -126,7 +126,7 @@ class Dispatcher:
         self._metrics.rejected(admission.name, "overloaded")
         return Overloaded(
             f"its prefill is done, and {state.id} would now step in {step_s * 1e3:.0f} ms with it, the SLO is {limit_s * 1e3:g} ms; "
-            f"its blocks stay cached: come back in {retry_after_s:.1f} s",
+            f"its blocks stay cached: {come_back(retry_after_s)}",
             retry_after_s=retry_after_s,
         )
 

@@ -102,6 +102,11 @@ class Placement:
         return self.prefill.id == self.decode.id
 
 
+def come_back(retry_after_s: float) -> str:
+    """In words, and never "in 0.0 s"."""
+    return f"come back in {max(retry_after_s, 0.1):.1f} s"
+
+
 @dataclass(frozen=True, slots=True)
 class Rejection:
     code: Literal["no_worker", "prompt_too_long", "overloaded"]  # of protocol/errors.py

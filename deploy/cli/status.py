@@ -1,4 +1,4 @@
-"""`halfmoon status`: the cluster at a glance, live; --once for a look, --json for a program."""
+"""`halfmoon status`: the cluster at a glance, live on a terminal; --once for a look, --json for a program."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from rich.text import Text
 from ...client import Client, ClusterStatus, Percentiles
 from .terminal import DEFAULT_ADDRESS, Address, seconds
 
+PLAIN_WIDTH = 140  # of the output where it is no terminal, which has no width to cut it to
+
 
 def status(
     address: Address = DEFAULT_ADDRESS,
-    once: Annotated[bool, typer.Option("--once", help="Print it once and exit.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print it once and exit, as where the output is no terminal.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print it once, as JSON.")] = False,
     interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1)] = 1.0,
 ) -> None:
@@ -27,8 +29,10 @@ def status(
         found = client.status()
         if as_json:
             typer.echo(json.dumps(found.as_dict()))
+        elif not (console := Console()).is_terminal:
+            Console(width=PLAIN_WIDTH).print(picture(found))
         elif once:
-            Console().print(picture(found))
+            console.print(picture(found))
         else:
             _watch(client, found, interval)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from ..forecast import Forecast
-from ..placement import NO_SLO, Choice, MemberState, PlacementRequest, Rejection, Slo, Snapshot
+from ..placement import NO_SLO, Choice, MemberState, PlacementRequest, Rejection, Slo, Snapshot, come_back
 
 
 class Admission(Protocol):
@@ -38,7 +38,7 @@ def over_ttft(predicted_s: float, slo: Slo) -> Rejection | None:
     over_s = predicted_s - slo.ttft_s
     return Rejection(
         "overloaded",
-        f"the first token is predicted in {predicted_s:.2f} s, the SLO is {slo.ttft_s:g} s; come back in {over_s:.1f} s",
+        f"the first token is predicted in {predicted_s:.2f} s, the SLO is {slo.ttft_s:g} s; {come_back(over_s)}",
         over_s,
     )
 
@@ -47,4 +47,4 @@ def over_tbt(predicted_s: float, slo: Slo, retry_after_s: float, when: str) -> R
     if predicted_s <= slo.tbt_s:
         return None
     found = f"decode would step in {predicted_s * 1e3:.0f} ms {when}, the SLO is {slo.tbt_s * 1e3:g} ms"
-    return Rejection("overloaded", f"{found}; come back in {retry_after_s:.1f} s", retry_after_s)
+    return Rejection("overloaded", f"{found}; {come_back(retry_after_s)}", retry_after_s)

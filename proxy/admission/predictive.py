@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ..forecast import Forecast
-from ..placement import Choice, PlacementRequest, Rejection, Snapshot
+from ..placement import Choice, PlacementRequest, Rejection, Snapshot, come_back
 from ..predictors.timing import Predictors
 from .base import Limits, decode_role, over_tbt, over_ttft
 from .bid_price import BidPrice
@@ -51,7 +51,7 @@ class Predictive:
             return late
         if too_dear:
             found = f"more is asked for than can be served, and {request.num_tokens} tokens are more than there is room for"
-            return Rejection("overloaded", f"{found}; come back in {mean_s:.1f} s", mean_s)
+            return Rejection("overloaded", f"{found}; {come_back(mean_s)}", mean_s)
         if self._step_with_all(request, snapshot) <= slo.tbt_s:  # whoever leaves until then; most are admitted here
             return None
         ahead_s = forecast.ttft_s - request.waited_s

@@ -15,7 +15,7 @@ from typing import Literal
 from .admission.base import Admission
 from .forecast import forecast
 from .placement import Choice, MemberState, Placement, PlacementRequest, Rejection, Snapshot
-from .policies import Adaptive, Policy, cached_blocks
+from .policies import Adaptive, Policy, choice_blocks
 from .predictors.timing import Predictors
 
 
@@ -58,14 +58,11 @@ class Conductor:
             rejection = admission.judge(request, choice, predicted, snapshot) if admission is not None else None
             if rejection is not None:
                 return dataclasses.replace(rejection, ttft_s=ttft_s, tbt_s=tbt_s)
-        num_blocks = cached_blocks(request, choice.prefill, snapshot.block_size)
-        if choice.prefix is not None:
-            num_blocks = max(num_blocks, choice.prefix.num_blocks)
         return Placement(
             prefill=choice.prefill,
             decode=choice.decode,
             prefix=choice.prefix,
-            num_cached_tokens=num_blocks * snapshot.block_size,
+            num_cached_tokens=choice_blocks(request, choice, snapshot.block_size) * snapshot.block_size,
             reason=f"{self.policy.name}: {choice.reason}",
             ttft_s=ttft_s,
             tbt_s=tbt_s,

@@ -12,6 +12,7 @@ import time
 from ..protocol.v1 import common_pb2, control_pb2
 from .decisions import AttemptDecision, RequestDecision
 from .forecast import handoff_bytes, handoff_link, prefill_forecast
+from .phase_clock import handoff_s
 from .placement import MemberState, Placement, Rejection
 from .policies import cached_blocks
 from .policies.base import usable_blocks
@@ -135,8 +136,7 @@ def _measured(record: common_pb2.PhaseRecord) -> dict[str, float]:
     if record.prefill_compute_s > 0.0:
         found["queue"] = record.prefill_queue_s + max(record.prefill_s - record.prefill_compute_s, 0.0)
         found["prefill"] = record.prefill_compute_s
-        known_s = record.queue_s + record.prefill_queue_s + record.prefix_load_s + record.prefill_s
-        found["handoff"] = max(record.ttft_s - known_s, 0.0)
+        found["handoff"] = max(handoff_s(record), 0.0)
     if record.tpot_s > 0.0:
         found["tpot"] = record.tpot_s
     return found

@@ -15,6 +15,7 @@ from collections import defaultdict
 from ..protocol.v1 import common_pb2, control_pb2
 from .member import Member
 from .metrics import ProxyMetrics
+from .phase_clock import handoff_s
 from .predictors.gate import Gate
 from .predictors.timing import ErrorTrack, LinkTime, Predictors, PrefillTime, StepTime
 
@@ -54,8 +55,7 @@ class Learner:
 
     def handed_off(self, record: common_pb2.PhaseRecord, num_bytes: int, link: str) -> None:
         """record: of a request that has its first token, through a hand-off. num_bytes: that were predicted to be pushed."""
-        known_s = record.queue_s + record.prefill_queue_s + record.prefix_load_s + record.prefill_s
-        rest_s = record.ttft_s - known_s
+        rest_s = handoff_s(record)
         if record.prefill_compute_s <= 0.0 or rest_s <= 0.0:
             return
         handoff = self.predictors.handoff

@@ -86,3 +86,8 @@ class PhaseClock:
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._arrival
+
+
+def handoff_s(record: common_pb2.PhaseRecord) -> float:
+    """What of the time to the first token no phase before the hand-off names: the hand-off itself, and the calls around it."""
+    return record.ttft_s - (record.queue_s + record.prefill_queue_s + record.prefix_load_s + record.prefill_s)

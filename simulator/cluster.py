@@ -7,7 +7,7 @@ arrival ─► Conductor.place(request, snapshot) ─► prefill instance ─►
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from ..protocol.errors import ConfigError
 from ..proxy.admission import Predictive, create_admission
@@ -310,11 +310,3 @@ def simulate(scenario: Scenario, replay: Replay, progress: Progress | None = Non
     cluster = Cluster(scenario, progress)
     cluster.run(replay)
     return cluster
-
-
-def reasons(jobs: Sequence[Job]) -> dict[str, int]:
-    """How many ended in which way."""
-    found: dict[str, int] = {}
-    for job in jobs:
-        found[job.outcome] = found.get(job.outcome, 0) + 1
-    return found

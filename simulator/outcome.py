@@ -73,9 +73,6 @@ class Result:
     def attainment(self, slo: Slo) -> float:
         return self.num_in_slo(slo) / max(self.num_requests, 1)
 
-    def attainment_tbt(self, tbt_s: float) -> float:
-        return float((self._done & (self._tbt <= tbt_s)).mean())
-
     def quantiles(self, what: str) -> Quantiles:
         """Of the requests that were served: "ttft_s", "tbt_s", "tpot_s", "e2e_s"."""
         values = np.array([getattr(row, what) for row in self.rows if row.outcome == "done"])

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..placement import Choice, PlacementRequest, Slo, Snapshot
-from ..policies.base import cached_blocks
+from ..policies.base import choice_blocks
 from ..predictors.timing import Predictors
 from ..predictors.waiting import queue_s
 from .base import decode_role
@@ -74,10 +74,7 @@ class BidPrice:
         return prices.prefill * take.prefill + prices.steps * take.steps + prices.pages * take.pages
 
     def take(self, request: PlacementRequest, choice: Choice, snapshot: Snapshot, slo: Slo, decode_s: float) -> Take:
-        num_blocks = cached_blocks(request, choice.prefill, snapshot.block_size)
-        if choice.prefix is not None:
-            num_blocks = max(num_blocks, choice.prefix.num_blocks)
-        num_cached = num_blocks * snapshot.block_size
+        num_cached = choice_blocks(request, choice, snapshot.block_size) * snapshot.block_size
         prefill_s = self.predictors.prefill.predict(request.num_tokens - num_cached, num_cached)
         steps_s = self._of_a_step(1, request.num_tokens, slo) * decode_s
         capacity = choice.decode.kv_capacity_tokens

@@ -10,7 +10,7 @@ import random
 from ..placement import Slo
 from ..predictors.timing import Predictors
 from .adaptive import Adaptive
-from .base import Policy, cached_blocks
+from .base import Policy, cached_blocks, choice_blocks
 from .cache_aware import CacheAware
 from .kvcache_centric import KvcacheCentric
 from .least_loaded import LeastLoaded
@@ -27,6 +27,7 @@ __all__ = [
     "RandomChoice",
     "RoundRobin",
     "cached_blocks",
+    "choice_blocks",
     "create_policy",
 ]
 

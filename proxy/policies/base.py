@@ -25,6 +25,12 @@ def cached_blocks(request: PlacementRequest, member: MemberState, block_size: in
     return usable_blocks(request, request.held_blocks.get(member.store_address, 0), block_size)
 
 
+def choice_blocks(request: PlacementRequest, choice: Choice, block_size: int) -> int:
+    """Leading blocks that the chosen prefill worker is spared, those of the store that it is told to load from included."""
+    own = cached_blocks(request, choice.prefill, block_size)
+    return own if choice.prefix is None else max(own, choice.prefix.num_blocks)
+
+
 def least_outstanding(members: tuple[MemberState, ...]) -> MemberState:
     """By tokens, not by requests: one long prompt is not one short prompt. Ties go to the first id."""
     return min(members, key=lambda member: (member.num_outstanding_tokens, member.id))

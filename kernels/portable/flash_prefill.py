@@ -32,6 +32,7 @@ from .wide_prefill import wide_prefill
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 LEAST_KEYS = 1024  # of a split
+PACKED_QUERIES = 64  # of a sequence, at most, where the heads of a group are packed
 
 
 @triton.jit
@@ -102,22 +103,22 @@ def _attend(
 @triton.jit
 def _bounds(
     kv_len, first_position, window,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    NUM_Q: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """The keys that BLOCK_M rows from first_position on see, [begin, end), and those that all of them see, [whole_begin, whole_end).
+    """The keys that NUM_Q queries from first_position on see, [begin, end), and those that all of them see, [whole_begin, whole_end).
 
     All but end are multiples of BLOCK_N.
     """
     end = kv_len
     whole_end = kv_len
     if CAUSAL:
-        end = tl.minimum(kv_len, first_position + BLOCK_M)
+        end = tl.minimum(kv_len, first_position + NUM_Q)
         whole_end = tl.minimum(kv_len, first_position + 1)  # below it every row sees every key
     begin = 0
     whole_begin = 0
     if WINDOW:
         begin = tl.maximum(0, first_position - window + 1) // BLOCK_N * BLOCK_N
-        whole_begin = tl.maximum(0, first_position + BLOCK_M - window)  # from it on every row sees every key
+        whole_begin = tl.maximum(0, first_position + NUM_Q - window)  # from it on every row sees every key
         whole_begin = tl.minimum(tl.cdiv(whole_begin, BLOCK_N) * BLOCK_N, tl.cdiv(end, BLOCK_N) * BLOCK_N)
     whole_end = tl.maximum(whole_end // BLOCK_N * BLOCK_N, whole_begin)
     return begin, whole_begin, whole_end, end
@@ -129,33 +130,36 @@ def _flash_prefill_kernel(
     q_ptr, kv_ptr, block_table_ptr, cu_seqlens_q_ptr, kv_lens_ptr, out_ptr, lse_ptr, scales_ptr, counts_ptr, blocks_ptr,
     stride_q, stride_q_head, stride_kv, stride_page, stride_table, stride_counts, stride_counts_head, stride_blocks,
     num_tokens, splits, num_heads, scale_log2, cap_log2, cap_inverse, window,
-    GROUP: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, FP8: tl.constexpr, SPARSE: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, PACK: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, FP8: tl.constexpr, SPARSE: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    NUM_Q: tl.constexpr = BLOCK_M // PACK  # query tokens of a program, each with PACK heads
     sequence = tl.program_id(2) // splits if SPLIT else tl.program_id(2)
-    head = tl.program_id(1)
+    head = tl.program_id(1) * PACK
+    kv_head = head // GROUP
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     first_token = tl.load(cu_seqlens_q_ptr + sequence)
     q_len = tl.load(cu_seqlens_q_ptr + sequence + 1) - first_token
-    if block * BLOCK_M >= q_len:
+    if block * NUM_Q >= q_len:
         return
     kv_len = tl.load(kv_lens_ptr + sequence)
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = block * NUM_Q + tl.arange(0, BLOCK_M) // PACK
     columns = tl.arange(0, BLOCK_D)
     positions = kv_len - q_len + rows
-    first_position = kv_len - q_len + block * BLOCK_M
+    first_position = kv_len - q_len + block * NUM_Q
     tokens = (first_token + rows).to(tl.int64)
     inside = (rows < q_len)[:, None] & (columns < HEAD_DIM)[None, :]
-    q = tl.load(q_ptr + tokens[:, None] * stride_q + head * stride_q_head + columns[None, :], mask=inside, other=0.0)
+    heads = head if PACK == 1 else (head + tl.arange(0, BLOCK_M) % PACK)[:, None]
+    q = tl.load(q_ptr + tokens[:, None] * stride_q + heads * stride_q_head + columns[None, :], mask=inside, other=0.0)
     if FP8:
         q = beside_fp8(q)
     if scales_ptr is not None:
-        k_scale = tl.load(scales_ptr + head // GROUP)
+        k_scale = tl.load(scales_ptr + kv_head)
         scale_log2 = scale_log2 if SOFT_CAP else scale_log2 * k_scale
         cap_inverse = cap_inverse * k_scale
 
-    begin, whole_begin, whole_end, end = _bounds(kv_len, first_position, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
+    begin, whole_begin, whole_end, end = _bounds(kv_len, first_position, window, NUM_Q, BLOCK_N, CAUSAL, WINDOW)
     if SPARSE:  # keys are then counted along the list of blocks, each of which may want a mask
         entry = sequence.to(tl.int64) * stride_counts + head * stride_counts_head + block * BLOCK_M // SPARSE
         blocks_ptr += entry * stride_blocks
@@ -168,7 +172,7 @@ def _flash_prefill_kernel(
         whole_begin = tl.minimum(tl.maximum(whole_begin, begin), end)
         whole_end = tl.minimum(tl.maximum(whole_end, begin), end)
 
-    k_ptr = kv_ptr + (head // GROUP) * (PAGE * HEAD_DIM)
+    k_ptr = kv_ptr + kv_head * (PAGE * HEAD_DIM)
     v_ptr = k_ptr + stride_kv
     table_ptr = block_table_ptr + sequence.to(tl.int64) * stride_table
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -194,16 +198,17 @@ def _flash_prefill_kernel(
         PAGE, HEAD_DIM, BLOCK_N, BLOCK_D, True, CAUSAL, WINDOW, SOFT_CAP, FP8, SPARSE, PRECISION,
     )  # fmt: skip
     if scales_ptr is not None:
-        acc *= tl.load(scales_ptr + num_heads // GROUP + head // GROUP)
+        acc *= tl.load(scales_ptr + num_heads // GROUP + kv_head)
     if SPLIT:
         tokens += (tl.program_id(2) % splits).to(tl.int64) * num_tokens
     if lse_ptr is not None:  # natural, and a part's in units of log2
         lse = (row_max + tl.log2(row_sum)) * (1.0 if SPLIT else LN_2)
-        tl.store(lse_ptr + tokens * num_heads + head, lse, mask=rows < q_len)
+        lse_head = head if PACK == 1 else head + tl.arange(0, BLOCK_M) % PACK
+        tl.store(lse_ptr + tokens * num_heads + lse_head, lse, mask=rows < q_len)
     if lse_ptr is not None or SPARSE:
         row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # a row that sees no key
     out = acc / row_sum[:, None]
-    to = out_ptr + tokens[:, None] * (num_heads * HEAD_DIM) + head * HEAD_DIM + columns[None, :]
+    to = out_ptr + tokens[:, None] * (num_heads * HEAD_DIM) + heads * HEAD_DIM + columns[None, :]
     tl.store(to, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -227,6 +232,12 @@ def tiles(head_dim: int, max_seqlen_q: int, element_size: int, shared: int) -> T
         block_m = block_m if wide else min(block_m, 64)
         return Tiles(block_m, 32, 8 if block_m >= 64 else 4, 3 if wide else 2)
     return Tiles(block_m, 64 if wide or head_dim <= 64 else 32, 8 if block_m == 128 else 4, 3)
+
+
+def packed_heads(group: int, max_seqlen_q: int) -> int:
+    """Query heads of a kv head that share a program's rows: all, where the queries alone would leave rows empty, and K and V be read
+    once for each head."""
+    return group if max_seqlen_q <= PACKED_QUERIES and 1 < group <= 16 and group & (group - 1) == 0 else 1
 
 
 def num_splits(num_blocks: int, max_kv_len: int, sms: int) -> int:
@@ -280,23 +291,26 @@ def flash_prefill(
     counts = blocks = None
     if block_mask is not None:
         counts, blocks = live_blocks(block_mask, cu_seqlens_q, kv_lens, causal, sliding_window)
-    longest = max_seqlen_q if blocks is None else min(max_seqlen_q, SPARSE_BLOCK)
+    group = num_heads // num_kv_heads
+    pack = packed_heads(group, max_seqlen_q) if blocks is None else 1
+    longest = max_seqlen_q * pack if blocks is None else min(max_seqlen_q, SPARSE_BLOCK)
     tile = tiles(head_dim, longest, q.element_size(), shared_bytes(q.device))
-    num_blocks = max(num_seqs, triton.cdiv(num_tokens, tile.block_m)) * num_heads
+    num_q = tile.block_m // pack
+    num_blocks = max(num_seqs, triton.cdiv(num_tokens, num_q)) * (num_heads // pack)
     splits = num_splits(num_blocks, max_kv_len, num_sms(q.device))
     parts, parts_lse = out, lse
     if splits > 1:
         parts = torch.empty((splits, *out.shape), dtype=torch.float32, device=q.device)
         parts_lse = torch.empty((splits, num_tokens, num_heads), dtype=torch.float32, device=q.device)
     capped = logit_soft_cap > 0
-    _flash_prefill_kernel[triton.cdiv(max_seqlen_q, tile.block_m), num_heads, num_seqs * splits](
+    _flash_prefill_kernel[triton.cdiv(max_seqlen_q, num_q), num_heads // pack, num_seqs * splits](
         q, kv_pages, block_table, cu_seqlens_q, kv_lens, parts, parts_lse, kv_scales if fp8 else None, counts, blocks,
         q.stride(0), q.stride(1), kv_pages.stride(0), kv_pages.stride(1), block_table.stride(0),
         counts.stride(0) if counts is not None else None, counts.stride(1) if counts is not None else None,
         blocks.stride(2) if blocks is not None else None, num_tokens if splits > 1 else None, splits if splits > 1 else None,
         num_heads, 1.0 if capped else scale * LOG2_E, logit_soft_cap * LOG2_E, 2 * LOG2_E * scale / logit_soft_cap if capped else 0.0,
         sliding_window,
-        GROUP=num_heads // num_kv_heads, PAGE=page_size, HEAD_DIM=head_dim, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        GROUP=group, PACK=pack, PAGE=page_size, HEAD_DIM=head_dim, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         BLOCK_D=triton.next_power_of_2(head_dim), CAUSAL=causal, WINDOW=sliding_window > 0, SOFT_CAP=capped, FP8=fp8,
         SPARSE=0 if blocks is None else SPARSE_BLOCK, SPLIT=splits > 1, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=tile.num_warps, num_stages=tile.num_stages,

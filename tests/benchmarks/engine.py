@@ -220,7 +220,7 @@ def run_peer() -> dict[str, Any] | None:
         rows = Path(folder) / "rows.json"
         shape = write_shape(SHAPE, Path(folder) / "model")
         cases = {"prefill": PREFILL, "decode": DECODE, "max_model_len": MAX_MODEL_LEN, "max_step_tokens": MAX_STEP_TOKENS}
-        command = [sys.executable, str(Path(__file__).with_name("vllm_peer.py")), str(shape), json.dumps(cases), str(rows)]
+        command = [sys.executable, "-P", str(Path(__file__).with_name("vllm_peer.py")), str(shape), json.dumps(cases), str(rows)]
         found = subprocess.run(command, check=False, capture_output=True, text=True)
         if found.returncode:
             measure.show("vLLM did not run: " + (found.stdout + found.stderr)[-12000:])

@@ -13,7 +13,8 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton's first import: its own functions are decorated there
 pytest.importorskip("triton", reason="triton is not installed")
 
-from halfmoon.kernels.portable.flash_prefill import flash_prefill, tiles  # noqa: E402
+from halfmoon.kernels.portable import flash_prefill as portable  # noqa: E402
+from halfmoon.kernels.portable.flash_prefill import flash_prefill, packed_heads, tiles  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * CUDA
@@ -96,6 +97,19 @@ def test_without_a_causal_mask_a_query_sees_later_keys(window: int) -> None:
 def test_multi_query_attention_shares_one_kv_head() -> None:
     batch = build(64, 16, torch.float32, num_heads=4, num_kv_heads=1)
     assert error(attend(*batch), expected(*batch)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("num_heads", [2, 4, 8, 16])
+@pytest.mark.parametrize("options", [{}, {"window": 50}, {"cap": 5.0}, {"causal": False}], ids=str)
+def test_heads_that_share_a_programs_rows_attend_as_heads_of_their_own(num_heads, options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(portable, "PACKED_QUERIES", 1000)
+    batch = build(64, 16, torch.float32, num_heads=num_heads, num_kv_heads=2)
+    assert error(attend(*batch, **options), expected(*batch, **options)) < 1e-5
+
+
+def test_heads_are_packed_where_queries_are_few_and_a_group_fills_rows_evenly() -> None:
+    assert packed_heads(4, 16) == packed_heads(4, 64) == 4
+    assert packed_heads(4, 65) == packed_heads(1, 16) == packed_heads(3, 16) == packed_heads(32, 1) == 1
 
 
 def test_no_tokens_give_no_rows() -> None:

@@ -40,6 +40,7 @@ from halfmoon.engine.kv_schema import kv_schema
 from halfmoon.engine.model_config import ModelConfig
 from halfmoon.kvstore.arena import FOLDER
 from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig, StoreConfig
+from halfmoon.protocol.load_progress import LoadProgress
 
 NUM_COMPARED = 3  # prompts whose tokens are compared
 MAX_BATCH = 4  # of the bare steps
@@ -79,7 +80,7 @@ class Sample:
 
 
 def run_alone(config: ClusterConfig, prompts: Sequence[list[int]], num_output: int) -> dict[str, Any]:
-    """Raises SystemExit with what it said where it fails."""
+    """In a process of its own. Raises SystemExit where it fails."""
     cases = {
         "options": dataclasses.asdict(config.model),
         "prompts": prompts[:MAX_BATCH],
@@ -92,9 +93,8 @@ def run_alone(config: ClusterConfig, prompts: Sequence[list[int]], num_output: i
         asked, rows = Path(folder) / "cases.json", Path(folder) / "rows.json"
         asked.write_text(json.dumps(cases))
         command = [sys.executable, str(Path(__file__).with_name("engine_alone.py")), str(asked), str(rows)]
-        found = subprocess.run(command, check=False, capture_output=True, text=True)
-        if found.returncode:
-            raise SystemExit("the engine alone did not run: " + (found.stdout + found.stderr)[-4000:])
+        if subprocess.run(command, check=False).returncode:
+            raise SystemExit("the engine alone did not run")
         alone = json.loads(rows.read_text())
     alone["step_s"] = {int(num_seqs): seconds for num_seqs, seconds in alone["step_s"].items()}
     return alone
@@ -165,9 +165,11 @@ async def run_cluster(config: ClusterConfig, prompts: list[list[int]], arguments
     return {"started_s": started_s, "samples": samples}
 
 
-def notify(member_id: str, event: object) -> None:
+def notify(member_id: str, event: str | LoadProgress) -> None:
     if isinstance(event, str):
         measure.show(f"  {member_id}: {event}")
+    elif event.done == event.total:
+        measure.show(f"  {member_id}: {event.stage}")
 
 
 # what is made of it

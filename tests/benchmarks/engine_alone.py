@@ -34,7 +34,19 @@ def chunks_of(sequence: Sequence, max_tokens_per_step: int, block_size: int) -> 
         start = end
 
 
+def show(line: str) -> None:
+    sys.stdout.write(f"  {line}\n")
+    sys.stdout.flush()
+
+
+def show_stage(stage: str, done: int, total: int) -> None:
+    if done == total:
+        show(stage)
+
+
 class Alone:
+    """The prompts on an engine of their own, each in its own pages."""
+
     def __init__(self, cases: dict[str, Any]) -> None:
         self.prompts: list[list[int]] = cases["prompts"]
         self.num_output = cases["num_output"]
@@ -43,7 +55,9 @@ class Alone:
         options = ModelOptions(**cases["options"])
         self._num_pages = -(-each // options.block_size)
         num_tokens = len(self.prompts) * self._num_pages * options.block_size
-        self.engine = Engine.load(options, kv_capacity_tokens=num_tokens, num_threads=1, max_decode_batch=cases["max_running"])
+        self.engine = Engine.load(
+            options, kv_capacity_tokens=num_tokens, num_threads=1, max_decode_batch=cases["max_running"], progress=show_stage
+        )
 
     def sequence(self, number: int) -> Sequence:
         """With pages of its own for prompt and answer."""
@@ -87,6 +101,7 @@ def measure(cases: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
     alone = Alone(cases)
     loaded_s = time.perf_counter() - began
+    show(f"loaded, {loaded_s:.1f} s")
     alone.decode(range(1))  # warm
     prefills = [alone.prefill(alone.sequence(0)) for _ in range(NUM_PREFILLS)]
     tokens, leads, singles = [], [], []
@@ -95,6 +110,7 @@ def measure(cases: dict[str, Any]) -> dict[str, Any]:
         tokens.append(sequence.token_ids[sequence.num_prompt_tokens :])
         leads.append(found)
         singles.append(step_s)
+        show(f"prompt {number} decoded")
     steps = {1: statistics.median(singles)}
     for num_seqs in range(2, len(alone.prompts) + 1):
         steps[num_seqs] = alone.decode(range(num_seqs))[1]

@@ -1,4 +1,5 @@
-"""Model folders that hold a config.json and nothing else: what `--load-format dummy` needs to run a model's shape for measurement.
+"""Model folders without weights: what `load_format: dummy` needs to run a model's shape for measurement. An engine needs config.json
+alone, a cluster's proxy a tokenizer, too.
 
 python tests/benchmarks/shapes.py llama-3.1-8b FOLDER
 """
@@ -57,6 +58,15 @@ def write_shape(name: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(SHAPES[name], indent=2) + "\n")
     return folder
+
+
+def write_tokenizer(name: str, folder: Path) -> None:
+    """A word for every token id of the shape ("t17"), so that answers have text as long as a real model's."""
+    vocab = {f"t{token_id}": token_id for token_id in range(SHAPES[name]["vocab_size"])}
+    model = {"type": "WordLevel", "vocab": vocab, "unk_token": "t0"}
+    absent = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
+    tokenizer = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "WhitespaceSplit"}, **absent, "model": model}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 if __name__ == "__main__":

@@ -324,6 +324,8 @@ def test_what_can_not_be_launched_is_refused_and_runs_the_other_way(small):
     assert small.launch([StepChunk(one, 64, 1)]) is None, "there is no page for it"
     one.pages += pages.allocator.allocate(1)
     assert small.launch([StepChunk(one, 64, 1)]) is not None
+    small.forward(next_chunks([one]))
+    assert small.launch([StepChunk(one, 64, 1)]) is None, "what forward's logits give is for sample to say"
 
 
 def test_tokens_before_min_tokens_are_left_to_sample(small):

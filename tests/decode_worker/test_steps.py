@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import grpc.aio
 import pytest
 
 from halfmoon.engine.engine import Engine
@@ -42,7 +43,7 @@ class Launcher:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.num_unread = self.num_launched = self.num_ahead = self.num_refused = 0
-        self.reading: Callable[[], None] = lambda: None  # called when a step is read, before its tokens are there
+        self.reading: Callable[[], object] = lambda: None  # called when a step is read, before its tokens are there
         self._last: dict[Sequence, int] = {}
         self._compute = engine.forward
 
@@ -177,3 +178,20 @@ async def test_a_step_launched_behind_another_is_timed_from_the_end_of_that(laun
     await cluster.run(prompt(30), max_tokens=20)
     assert launcher.num_ahead == 18 and len(spans) == 19
     assert all(earlier[1] == later[0] < later[1] for earlier, later in itertools.pairwise(spans))
+
+
+async def test_a_worker_that_stops_reads_the_steps_that_it_launched(launching: Any) -> None:
+    cluster, launcher = await launching()
+    aborted = threading.Event()
+    launcher.reading = lambda: launcher.num_launched < 5 or aborted.wait(5)
+    running = asyncio.create_task(cluster.run(prompt(30), max_tokens=200))
+    while launcher.num_launched < 5:
+        await asyncio.sleep(0.001)
+    stopping = asyncio.create_task(cluster.decode.stop(0.0))
+    while cluster.decode.scheduler.num_running:
+        await asyncio.sleep(0.001)
+    aborted.set()
+    await stopping
+    assert (launcher.num_launched, launcher.num_unread) == (5, 0)
+    with pytest.raises(grpc.aio.AioRpcError):
+        await running

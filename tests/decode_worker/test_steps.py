@@ -180,18 +180,20 @@ async def test_a_step_launched_behind_another_is_timed_from_the_end_of_that(laun
     assert all(earlier[1] == later[0] < later[1] for earlier, later in itertools.pairwise(spans))
 
 
-async def test_a_worker_that_stops_reads_the_steps_that_it_launched(launching: Any) -> None:
+async def test_steps_that_are_stopped_read_what_they_launched_and_launch_no_more(launching: Any) -> None:
     cluster, launcher = await launching()
-    aborted = threading.Event()
-    launcher.reading = lambda: launcher.num_launched < 5 or aborted.wait(5)
+    stopping = threading.Event()
+    launcher.reading = lambda: launcher.num_launched < 5 or stopping.wait(5)
     running = asyncio.create_task(cluster.run(prompt(30), max_tokens=200))
     while launcher.num_launched < 5:
         await asyncio.sleep(0.001)
-    stopping = asyncio.create_task(cluster.decode.stop(0.0))
-    while cluster.decode.scheduler.num_running:
+    stopped = asyncio.create_task(asyncio.to_thread(cluster.decode._steps.stop))
+    while not cluster.decode._steps._stopping:
         await asyncio.sleep(0.001)
-    aborted.set()
-    await stopping
+    stopping.set()
+    await stopped
     assert (launcher.num_launched, launcher.num_unread) == (5, 0)
+    assert cluster.decode.scheduler.num_running == 1
+    await cluster.decode.stop(0.0)
     with pytest.raises(grpc.aio.AioRpcError):
         await running

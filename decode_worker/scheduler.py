@@ -6,7 +6,11 @@ add ─► waiting ─start─► loading ─admit─► running ─schedule─�
 
 begin_prefill stands in admit's place where there is no hand-off: the prompt behind its cached prefix is computed here.
 A preempted sequence gave up its pages: once it has pages again its KV is computed here. Both go in chunks beside the others' tokens.
-abort at any point takes a sequence out; its pages are free once it is out of the running step and released.
+abort at any point takes a sequence out; its pages are free once it is out of the steps under way and released.
+
+The step behind one that still runs may be scheduled ahead of its record, as if nobody ended in it:
+    schedule ─► step n ──schedule_ahead──► step n+1 ─► record(n) ──schedule_ahead──► step n+2 ─► record(n+1) ─► …
+Who did end in step n has its token of step n+1 thrown away. Nobody is preempted while a step runs.
 """
 
 from __future__ import annotations
@@ -27,15 +31,16 @@ from ..protocol.v1 import common_pb2
 class Step(NamedTuple):
     chunks: list[StepChunk]
     preempted: list[Sequence]  # to make room for this step
+    sampled: list[Sequence]  # whose next token the step's logits give, in the logits' order
 
     @property
     def num_tokens(self) -> int:
         return sum(chunk.num_tokens for chunk in self.chunks)
 
     @property
-    def sampled(self) -> list[Sequence]:
-        """Whose next token the step's logits give, in the logits' order. To be read before record()."""
-        return [chunk.sequence for chunk in self.chunks if chunk.is_last]
+    def is_decode(self) -> bool:
+        """One token of each sequence, and the next one of each is sampled."""
+        return len(self.sampled) == len(self.chunks) == self.num_tokens
 
 
 class Generated(NamedTuple):
@@ -52,7 +57,7 @@ class _Entry:
     order: tuple[int, int]  # priority, arrival
     held: bool = False  # the caller may read and write the pages: from start() to admit(), from the last token to release()
     admitted: bool = False  # its hand-off or cached prefix was taken in: whatever it lacks is computed here
-    in_step: bool = False
+    num_steps: int = 0  # scheduled and not recorded yet, that it is in
     left: bool = False  # finished or aborted
     num_preemptions: int = 0
 
@@ -177,7 +182,7 @@ class DecodeScheduler:
         insort(self._running, entry, key=_order)
 
     def schedule(self) -> Step:
-        """The next step, without chunks if nothing runs. record() has to follow before the next schedule().
+        """The next step, without chunks if nothing runs. Every step before it has been recorded.
 
         Prefill chunks share a budget of tokens in order; who gets none of it leaves its place in the step to the next.
         """
@@ -196,12 +201,46 @@ class DecodeScheduler:
                 continue
             if missing > 1:
                 budget -= size
-            entry.in_step = True
+            entry.num_steps += 1
             chunks.append(StepChunk(sequence, sequence.num_computed_tokens, size))
-        return Step(chunks, preempted)
+        return Step(chunks, preempted, [chunk.sequence for chunk in chunks if chunk.is_last])
+
+    def schedule_ahead(self, step: Step) -> Step | None:
+        """The step behind `step`, the only one that is not recorded yet, of a token each; record(step) comes before its own record.
+
+        A chunk may begin at the token that its sequence gets in `step`. Who is sure to end there has none, and others have its place.
+        None where that can't be decided yet: there are prompts to compute, pages are short, or nobody is left.
+        """
+        if not step.is_decode:
+            return None
+        chosen: list[_Entry] = []
+        for entry in self._running:
+            if len(chosen) == self.max_running:
+                break
+            sequence = entry.sequence
+            if sequence.num_tokens - sequence.num_computed_tokens > 1:
+                return None
+            if entry.num_steps == 0 or sequence.num_output_tokens + entry.num_steps < sequence.sampling.max_tokens:
+                chosen.append(entry)
+        lacking = [entry for entry in chosen if len(entry.sequence.pages) < self._num_pages_ahead(entry)]
+        if not chosen or not self.allocator.can_allocate(len(lacking)):
+            return None
+        for entry in lacking:
+            entry.sequence.pages += self.allocator.allocate(1)
+        chunks = [StepChunk(entry.sequence, entry.sequence.num_tokens + entry.num_steps - 1, 1) for entry in chosen]
+        for entry in chosen:
+            entry.num_steps += 1
+        return Step(chunks, [], [chunk.sequence for chunk in chunks])
+
+    def withdraw(self, step: Step) -> None:
+        """It does not run after all. Pages that it was given for stay with their sequences."""
+        for chunk in step.chunks:
+            entry = self._entries[chunk.sequence]
+            entry.num_steps -= 1
+            self._free_if_done(entry)
 
     def record(self, step: Step, token_ids: Items[int]) -> list[Generated]:
-        """Keeps what the step gave; nothing of sequences that ended while it ran.
+        """Keeps what the step gave; nothing of sequences that ended while it ran, or in the step before it.
 
         Pages of a finished sequence stand until release().
 
@@ -209,22 +248,21 @@ class DecodeScheduler:
             token_ids: one for each of step.sampled.
         """
         generated: list[Generated] = []
-        row = 0
+        rows = {sequence: row for row, sequence in enumerate(step.sampled)}
         for chunk in step.chunks:
             entry, sequence = self._entries[chunk.sequence], chunk.sequence
-            entry.in_step = False
-            sampled = chunk.is_last
+            entry.num_steps -= 1
             if entry.left:
                 self._free_if_done(entry)
-            else:
-                sequence.num_computed_tokens += chunk.num_tokens
-                if sampled:
-                    sequence.token_ids.append(token_ids[row])
-                    reason = sequence.finish_reason(self.eos_token_ids)
-                    generated.append(Generated(sequence, row, reason))
-                    if reason is not None:
-                        self._finish(entry)
-            row += sampled
+                continue
+            sequence.num_computed_tokens += chunk.num_tokens
+            row = rows.get(sequence)
+            if row is not None:
+                sequence.token_ids.append(token_ids[row])
+                reason = sequence.finish_reason(self.eos_token_ids)
+                generated.append(Generated(sequence, row, reason))
+                if reason is not None:
+                    self._finish(entry)
         return generated
 
     def finish(self, sequence: Sequence) -> bool:
@@ -261,6 +299,10 @@ class DecodeScheduler:
         entry.admitted = True
         return entry
 
+    def _num_pages_ahead(self, entry: _Entry) -> int:
+        """That hold its tokens, those it gets in steps under way among them."""
+        return div_ceil(entry.sequence.num_tokens + entry.num_steps, self.block_size)
+
     def _grow(self, entry: _Entry, preempted: list[Sequence]) -> bool:
         """A page for the next token where the last one is full. False where that took the sequence's own pages."""
         sequence = entry.sequence
@@ -294,7 +336,7 @@ class DecodeScheduler:
                 entries.remove(entry)
 
     def _free_if_done(self, entry: _Entry) -> None:
-        if entry.left and not entry.held and not entry.in_step:
+        if entry.left and not entry.held and not entry.num_steps:
             self.allocator.free(entry.sequence.pages)
             entry.sequence.pages = []
             del self._entries[entry.sequence]

@@ -1,6 +1,10 @@
 """The steps of a decode worker, on the engine's thread: what the scheduler decided is computed, sampled and recorded.
 
 schedule ─► forward ─► sample ─► record ─► StepResult, to the event loop with one call_soon_threadsafe
+
+Where the engine can launch a step without waiting for it, the next one is on its way before this one's tokens are read:
+host    schedule n │ launch n │ schedule n+1 │ launch n+1 │ read n, record n │ schedule n+2 │ launch n+2 │ read n+1, record n+1 │ …
+device                        └─ step n ──────────────────┴─ step n+1 ────────────────────────────────┴─ step n+2 ─ …
 """
 
 from __future__ import annotations
@@ -12,7 +16,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..engine.decode_graph import InFlight
 from ..engine.engine import Engine
+from ..engine.sampler import TokenSample
 from ..engine.sequence import Sequence
 from ..engine.step_loop import StepLoop
 from ..protocol.v1 import common_pb2
@@ -33,9 +39,14 @@ class StepOutput(NamedTuple):
 
 class StepResult(NamedTuple):
     outputs: list[StepOutput]
-    seconds: float
+    seconds: float  # from its launch, or the end of the step it was launched behind
     num_tokens: int
     preempted: list[Sequence]
+
+
+class _Launched(NamedTuple):
+    step: Step
+    in_flight: InFlight
 
 
 class DecodeSteps(StepLoop[Step]):
@@ -65,23 +76,60 @@ class DecodeSteps(StepLoop[Step]):
         return step if step.chunks or step.preempted else None
 
     def run(self, step: Step) -> None:
-        began, num_tokens = time.monotonic(), step.num_tokens
-        outputs = self._compute(step, began) if step.chunks else []
-        result = StepResult(outputs, time.monotonic() - began, num_tokens, step.preempted)
-        self._life.tell(partial(self._on_stepped, result))
+        began = time.monotonic()
+        launched = self._launch(step) if step.chunks else None
+        if launched is None:
+            self._end(step, self._compute(step, began), began)
+        while launched is not None:
+            ahead = self._launch_behind(launched.step)
+            began = self._land(launched, began)
+            launched = ahead
 
-    def _compute(self, step: Step, began: float) -> list[StepOutput]:
+    def _launch(self, step: Step) -> _Launched | None:
+        """None where its tokens can't be had without waiting for it."""
+        in_flight = self._engine.launch(step.chunks)
+        if in_flight is None:
+            return None
+        self._local.stepping(step, time.monotonic())
+        return _Launched(step, in_flight)
+
+    def _launch_behind(self, step: Step) -> _Launched | None:
+        """The step after the one that runs, where it can be told before that one has ended."""
+        with self.changed:
+            ahead = None if self._stopping else self._scheduler.schedule_ahead(step)
+        if ahead is None:
+            return None
+        launched = self._launch(ahead)
+        if launched is None:
+            with self.changed:
+                self._scheduler.withdraw(ahead)
+        return launched
+
+    def _land(self, launched: _Launched, began: float) -> float:
+        """When its tokens were there. A page that record() frees may be another's at once: no step that is still under way uses it."""
+        samples = [TokenSample(token_id, None, []) for token_id in launched.in_flight.tokens()]
+        return self._end(launched.step, samples, began)
+
+    def _compute(self, step: Step, began: float) -> list[TokenSample]:
+        if not step.chunks:
+            return []
         self._local.stepping(step, began)
         logits = self._engine.forward(step.chunks)
-        sampled = step.sampled
-        samples = self._engine.sample(logits, sampled) if sampled else []
+        samples = self._engine.sample(logits, step.sampled) if step.sampled else []
         if self._engine.device.type == "cuda":
             # a page that record() frees may be another's at once
             torch.cuda.current_stream(self._engine.device).synchronize()
+        return samples
+
+    def _end(self, step: Step, samples: list[TokenSample], began: float) -> float:
+        """Records what the step gave and tells the event loop. Returns when it was over."""
         ended = time.monotonic()
+        num_tokens = step.num_tokens
         self._local.stepped(step, ended - began)
         self._samples.note(step.chunks, began, ended)
         with self.changed:
             generated = self._scheduler.record(step, [sample.token_id for sample in samples])
         found = ((self._jobs.get(sequence), row, reason) for sequence, row, reason in generated)
-        return [StepOutput(job, samples[row].to_proto(), reason) for job, row, reason in found if job is not None]
+        outputs = [StepOutput(job, samples[row].to_proto(), reason) for job, row, reason in found if job is not None]
+        self._life.tell(partial(self._on_stepped, StepResult(outputs, ended - began, num_tokens, step.preempted)))
+        return ended

@@ -2,7 +2,7 @@
 
 event loop       Decode ─► fetch ─► add ─► start ─► verify ─► admit ┐     ┌─► tokens ─► reply stream      finished ─► keep
                    └─ local prefill: ─► add ─► start ─► prefix ─► begin_prefill
-engine thread                                   schedule ─► forward ─► record    sleeps when there is nothing to do
+engine thread                                   schedule ─► compute ─► record    sleeps when there is nothing to do
 transfer thread              copies slices into pages ──────────────┘                          pages ─► store ────────┘
 
 Threads share the scheduler under one condition; what a step gave comes to the loop with one call_soon_threadsafe.

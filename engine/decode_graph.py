@@ -1,14 +1,18 @@
 """Decode steps as CUDA graphs, one a batch size: what a step costs the host is filling one buffer and a launch.
 
 sequences ─► DecodeInputs (pinned) ──one copy──► static columns, block table
-                                                     └─► graph of the next larger batch size: decoder ─► logits ─► greedy tokens
-                                                             └─► graph of the draw, where one is not greedy ─► tokens ─► host
+   feed ─► token_ids ─┐                              └─► graph of the next larger batch size: decoder ─► logits ─► greedy tokens ─► feed
+     ▲                └──────────────────────────────────────┘ └─► graph of the draw, where one is not greedy ─► tokens ─► feed ─► host
+     └── the step behind takes them from there ──────────────────────────────────────────────────────────────────────────┘
 
-Rows beyond the sequences are padding: they attend to nothing and write to a page of the cache that belongs to nobody.
+Steps follow one another in one stream, so one may be launched while the one before runs: its copy waits for the graph to end, and
+its tokens never pass the host. Rows beyond the sequences are padding: they attend to nothing and write to a page of the cache that
+belongs to nobody.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple
 
@@ -17,7 +21,7 @@ import torch
 from ..kernels.dispatch import implementation
 from ..kernels.sampling import sampling
 from .batch import StepBatch
-from .decode_inputs import COLUMNS, DecodeInputs, buffer_bytes, column_offsets
+from .decode_inputs import COLUMNS, DecodeInputs, buffer_bytes, column_offsets, feed_start
 from .decoder import Decoder
 from .kv_cache import PagedKVCache
 from .sequence import Sequence, StepChunk
@@ -25,6 +29,7 @@ from .staging import DTYPES
 from .weights import Progress
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+NUM_RESULTS = 2  # the host reads one step's tokens while the next one's are still to come
 KERNELS = ("linear", "paged_decode", "kv_write", "rms_norm", "silu_mul", "sampling")
 """Some of their torch references read values back to the host, which a graph can't hold."""
 
@@ -40,13 +45,23 @@ def batch_size_for(num_seqs: int, sizes: Seq[int]) -> int | None:
     return next((size for size in sizes if size >= num_seqs), None)
 
 
-def likeliest(logits: torch.Tensor) -> torch.Tensor:
-    """logits.argmax(dim=-1), the first of equals, in two stages where that can be: over a single row torch's own takes 36 us on an H200."""
+def likeliest(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """logits.argmax(dim=-1), the first of equals, in two stages where that can be: over a single row torch's own takes 36 us on an H200.
+
+    Writes into out, where it is given.
+    """
     num_rows, vocab_size = logits.shape
     num_parts = next((count for count in (256, 128, 64, 32) if vocab_size % count == 0), 1)
     values, indices = logits.view(num_rows, num_parts, -1).max(dim=-1)
     part = values.argmax(dim=-1, keepdim=True)
-    return (part * (vocab_size // num_parts) + indices.gather(1, part)).squeeze(1)
+    return torch.add(indices.gather(1, part).squeeze(1), part.squeeze(1), alpha=vocab_size // num_parts, out=out)
+
+
+def is_plain(chunk: StepChunk) -> bool:
+    """The token follows from logits and columns alone: no penalty, bias, ban or logprob is asked for."""
+    params = chunk.sequence.sampling
+    num_output_tokens = chunk.start + 1 - chunk.sequence.num_prompt_tokens
+    return not (params.needs_penalties or params.logit_bias or params.num_logprobs is not None) and num_output_tokens >= params.min_tokens
 
 
 def can_capture(device: torch.device) -> bool:
@@ -59,12 +74,30 @@ class _Captured(NamedTuple):
     forward: torch.cuda.CUDAGraph
     draw: torch.cuda.CUDAGraph
     logits: torch.Tensor  # fp32 [batch size, vocab_size]
-    greedy: torch.Tensor  # int64 [batch size]
-    drawn: torch.Tensor  # int64 [batch size]
+
+
+class InFlight:
+    """A step that was launched. To be read on the thread that launched it, at any time: a read one keeps its tokens.
+
+    Args:
+        tokens: int64 [sequences], pinned; they stand there once `copied` is over.
+    """
+
+    def __init__(self, tokens: torch.Tensor, copied: torch.cuda.Event) -> None:
+        self._pinned = tokens
+        self._copied = copied
+        self._tokens: list[int] | None = None
+
+    def tokens(self) -> list[int]:
+        """One for each chunk. Waits for this step alone, not for those behind it."""
+        if self._tokens is None:
+            self._copied.synchronize()
+            self._tokens = self._pinned.tolist()
+        return self._tokens
 
 
 class DecodeGraphs:
-    """Not thread-safe. What run() gives is overwritten by the next run().
+    """Not thread-safe. What run() gives is overwritten by the next run() or launch(), and all happens in one stream.
 
     Args:
         scratch_page: of the cache, for padding rows.
@@ -85,7 +118,10 @@ class DecodeGraphs:
         max_pages = -(-max_model_len // cache.page_size)
         num_bytes = buffer_bytes(largest, max_pages)
         self._pinned = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
-        self._staged = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        start = feed_start(largest)
+        held = torch.zeros(8 * start + num_bytes, dtype=torch.uint8, device=device)
+        self._feed = held[: 8 * (start + largest)].view(torch.int64)
+        self._staged = held[8 * start :]
         self._inputs = DecodeInputs(self._pinned.numpy(), largest, max_pages, cache.page_size, scratch_page * cache.page_size)
         offsets, self._table_offset = column_offsets(largest)
         self._columns = {
@@ -98,23 +134,72 @@ class DecodeGraphs:
         self._cu_seqlens = torch.arange(largest + 1, dtype=torch.int32, device=device)
         self._rows = torch.arange(largest, dtype=torch.int64, device=device)
         self._copied = torch.cuda.Event()
+        self._results = [torch.zeros(largest, dtype=torch.int64, pin_memory=True) for _ in range(NUM_RESULTS)]
+        self._in_flight: list[InFlight | None] = [None] * NUM_RESULTS
+        self._last_rows: dict[Sequence, int] = {}  # of the last step, where it was launched: its tokens stand in the feed
         self._captured = self._capture_all(progress)
         self._logits: torch.Tensor | None = None
         self._tokens: torch.Tensor | None = None
 
+    def launch(self, chunks: Seq[StepChunk]) -> InFlight | None:
+        """Starts a step of plain tokens and waits for nothing. None where it isn't one, or no graph holds it.
+
+        A chunk may begin where its sequence's tokens end: the step launched last gives that token. The pages for it are there.
+        """
+        size = self._size(chunks, self._last_rows)
+        if size is None or not all(is_plain(chunk) for chunk in chunks):
+            return None
+        count = len(chunks)
+        self._replay(chunks, size, self._last_rows)
+        self._last_rows = {chunk.sequence: row for row, chunk in enumerate(chunks)}
+        overwritten = self._in_flight.pop(0)
+        if overwritten is not None:
+            overwritten.tokens()
+        self._results.append(self._results.pop(0))
+        tokens, copied = self._results[-1][:count], torch.cuda.Event()
+        tokens.copy_(self._feed[:count], non_blocking=True)
+        copied.record()
+        launched = InFlight(tokens, copied)
+        self._in_flight.append(launched)
+        return launched
+
     def run(self, chunks: Seq[StepChunk]) -> torch.Tensor | None:
         """fp32 logits [len(chunks), vocab_size]; None where the step is not one token for each of a batch that a graph holds."""
+        size = self._size(chunks, {})
+        if size is None:
+            return None
+        self._logits = self._replay(chunks, size, {})
+        self._tokens = self._feed[: len(chunks)] if all(is_plain(chunk) for chunk in chunks) else None
+        self._sequences = [chunk.sequence for chunk in chunks]
+        self._last_rows = {}
+        return self._logits
+
+    def tokens(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> list[int] | None:
+        """The tokens that the last run() drew, where logits and sequences are its own and logits need no change before the draw."""
+        if logits is not self._logits or self._tokens is None or list(sequences) != self._sequences:
+            return None
+        return self._tokens.tolist()
+
+    def _size(self, chunks: Seq[StepChunk], last_rows: Mapping[Sequence, int]) -> int | None:
+        """Of the graph that holds the step, if one does. last_rows: whose next token the step before gives."""
         size = batch_size_for(len(chunks), self.sizes)
         if size is None or not chunks:
             return None
         for sequence, start, num_tokens in chunks:
-            num_all = len(sequence.token_ids)
-            if num_tokens != 1 or start + 1 != num_all or num_all > min(len(sequence.pages) * self._page_size, self._max_model_len):
+            num_known, num_all = len(sequence.token_ids), start + 1
+            if num_tokens != 1 or not (num_all == num_known or (num_all == num_known + 1 and sequence in last_rows)):
                 return None
-        sequences = [chunk.sequence for chunk in chunks]
-        count = len(sequences)
+            if num_all > min(len(sequence.pages) * self._page_size, self._max_model_len):
+                return None
+        return size
+
+    def _replay(self, chunks: Seq[StepChunk], size: int, last_rows: Mapping[Sequence, int]) -> torch.Tensor:
+        """The step's logits; its tokens, in the feed."""
+        self._logits = self._tokens = None
+        sequences, count = [chunk.sequence for chunk in chunks], len(chunks)
+        rows = [last_rows[sequence] if start == len(sequence.token_ids) else None for sequence, start, _ in chunks]
         self._copied.synchronize()  # the last step's copy may not have begun
-        width = self._inputs.fill(sequences, size)
+        width = self._inputs.fill(sequences, size, rows)
         end = self._table_offset + 4 * count * width
         self._staged[:end].copy_(self._pinned[:end], non_blocking=True)
         self._copied.record()
@@ -124,16 +209,7 @@ class DecodeGraphs:
         captured.forward.replay()
         if self._inputs.draws:
             captured.draw.replay()
-        self._logits = captured.logits[:count]
-        self._tokens = (captured.drawn if self._inputs.draws else captured.greedy)[:count] if self._inputs.plain else None
-        self._sequences = sequences
-        return self._logits
-
-    def tokens(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> list[int] | None:
-        """The tokens that the last run() drew, where logits and sequences are its own and logits need no change before the draw."""
-        if logits is not self._logits or self._tokens is None or list(sequences) != self._sequences:
-            return None
-        return self._tokens.tolist()
+        return captured.logits[:count]
 
     def _capture_all(self, progress: Progress | None) -> dict[int, _Captured]:
         """The largest first: its memory serves the others."""
@@ -148,23 +224,29 @@ class DecodeGraphs:
         return captured
 
     def _capture(self, size: int, pool: Any) -> _Captured:
-        self._draw(self._decoder.forward(self._batch(size), self._cache))  # compiles what it needs
+        self._draw(self._forward(size))  # compiles what it needs
         forward, draw = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # other threads, of other engines say, may go on with their work
         with torch.cuda.graph(forward, pool=pool, capture_error_mode="thread_local"):
-            logits = self._decoder.forward(self._batch(size), self._cache)
-            greedy = likeliest(logits)
+            logits = self._forward(size)
         with torch.cuda.graph(draw, pool=pool, capture_error_mode="thread_local"):
-            drawn = self._draw(logits)
-        return _Captured(forward, draw, logits, greedy, drawn)
+            self._draw(logits)
+        return _Captured(forward, draw, logits)
 
-    def _draw(self, logits: torch.Tensor) -> torch.Tensor:
+    def _forward(self, size: int) -> torch.Tensor:
+        """Logits; the greedy tokens, in the feed."""
+        logits = self._decoder.forward(self._batch(size), self._cache)
+        likeliest(logits, out=self._feed[:size])
+        return logits
+
+    def _draw(self, logits: torch.Tensor) -> None:
+        """Into the feed."""
         names = ("temperatures", "top_ks", "top_ps", "min_ps", "seeds", "indices")
-        return sampling(logits, *(self._columns[name][: len(logits)] for name in names))
+        self._feed[: len(logits)].copy_(sampling(logits, *(self._columns[name][: len(logits)] for name in names)))
 
     def _batch(self, size: int) -> StepBatch:
         return StepBatch(
-            token_ids=self._columns["token_ids"][:size],
+            token_ids=self._feed.index_select(0, self._columns["sources"][:size]),
             positions=self._columns["positions"][:size],
             slot_mapping=self._columns["slot_mapping"][:size],
             block_table=self._table[:size],

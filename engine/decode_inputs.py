@@ -1,7 +1,9 @@
 """What a decode step reads, laid out in one host buffer so that one copy brings it to the device.
 
-buffer  [ token_ids | positions | slot_mapping | … | min_ps ] [ block table, packed: num_seqs x width ]
+buffer  [ token_ids | sources | positions | slot_mapping | … | indices ] [ block table, packed: num_seqs x width ]
           a column of max_batch numbers each; rows beyond the sequences are padding: they write to a scratch slot and read nothing
+feed    [ last tokens | token_ids ]     on the device: what the step before gave, and right behind it the buffer's first column
+            a row's token is feed[sources]: the host may not know it yet, for the step that gives it still runs
 
 What stays from step to step (sampling parameters, pages) is kept, so that a step costs the host a few microseconds a sequence.
 """
@@ -17,6 +19,7 @@ from .staging import layout
 
 COLUMNS = {
     "token_ids": np.dtype(np.int64),
+    "sources": np.dtype(np.int64),
     "positions": np.dtype(np.int64),
     "slot_mapping": np.dtype(np.int64),
     "kv_lens": np.dtype(np.int32),
@@ -34,6 +37,11 @@ PADDING = {name: 1 if name == "top_ps" else 0 for name in COLUMNS}
 def column_offsets(max_batch: int) -> tuple[dict[str, int], int]:
     """Where each column begins in the buffer, and where the block table does."""
     return layout({name: dtype.itemsize * max_batch for name, dtype in COLUMNS.items()})
+
+
+def feed_start(max_batch: int) -> int:
+    """Where token_ids begin in the feed: the numbers that the last tokens take, and what keeps the columns aligned."""
+    return layout({"last_tokens": 8 * max_batch})[1] // 8
 
 
 def buffer_bytes(max_batch: int, max_pages: int) -> int:
@@ -56,22 +64,19 @@ class DecodeInputs:
         self._num_pages = [0] * max_batch  # how many of them
         self._sequences: list[Sequence] = []
         self._num_prompt_tokens = np.zeros(0, dtype=np.int64)
-        self._min_tokens = np.zeros(0, dtype=np.int64)
-        self._unadjusted = True
+        self._own_sources = feed_start(max_batch) + np.arange(max_batch)
         self._width = 0
         self.draws = False
         """Whether a sequence of the last fill is not greedy."""
 
-    @property
-    def plain(self) -> bool:
-        """The last fill's tokens follow from logits and columns alone: no penalty, bias, ban or logprob is asked for."""
-        return self._unadjusted and bool((self.columns["indices"][: len(self._sequences)] >= self._min_tokens).all())
-
-    def fill(self, sequences: list[Sequence], batch_size: int) -> int:
+    def fill(self, sequences: list[Sequence], batch_size: int, last_rows: Seq[int | None] | None = None) -> int:
         """The next token of each sequence, padded to batch_size rows. Returns the width of the packed block table; 0 where the last
         fill's table still holds.
 
         Every sequence has the pages for its tokens.
+
+        Args:
+            last_rows: of the step before, which still runs: the row that gives a sequence one token more than it has here, or None.
         """
         count = len(sequences)
         taken = sequences != self._sequences  # by identity
@@ -79,8 +84,13 @@ class DecodeInputs:
             self._take(sequences)
         columns = self.columns
         lens = np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.int64)
-        positions = lens - 1
         columns["token_ids"][:count] = [sequence.token_ids[-1] for sequence in sequences]
+        columns["sources"][:count] = self._own_sources[:count]
+        for row, last_row in enumerate(last_rows or ()):
+            if last_row is not None:
+                columns["sources"][row] = last_row
+                lens[row] += 1
+        positions = lens - 1
         columns["positions"][:count] = positions
         columns["kv_lens"][:count] = lens
         columns["indices"][:count] = lens - self._num_prompt_tokens
@@ -102,8 +112,6 @@ class DecodeInputs:
         count = len(sequences)
         self._sequences = list(sequences)
         self._num_prompt_tokens = np.array([sequence.num_prompt_tokens for sequence in sequences], dtype=np.int64)
-        self._min_tokens = np.array([one.min_tokens for one in params], dtype=np.int64)
-        self._unadjusted = not any(one.needs_penalties or one.logit_bias or one.num_logprobs is not None for one in params)
         self.draws = not all(one.greedy for one in params)
         self.columns["temperatures"][:count] = [one.temperature for one in params]
         self.columns["top_ks"][:count] = [one.top_k for one in params]

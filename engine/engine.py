@@ -1,6 +1,7 @@
 """Engine: a model on a device with its paged KV cache. Both workers hold one; schedulers decide what it runs.
 
 load ─► forward(chunks) ─► logits of the sequences whose last token was computed ─► sample ─► tokens
+        launch(chunks)  ─► InFlight, nothing waited for ─► launch(chunks behind them) ─► tokens of the first ─► …
 
 On CUDA the load ends with every kernel compiled and the decode steps captured as graphs, which draw their tokens themselves.
 """
@@ -17,7 +18,7 @@ from ..protocol.errors import ConfigError
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import control_pb2
 from .batch import prepare_batch
-from .decode_graph import DecodeGraphs, can_capture
+from .decode_graph import DecodeGraphs, InFlight, can_capture
 from .decoder import Decoder
 from .kv_cache import PagedKVCache
 from .kv_schema import kv_schema
@@ -34,7 +35,7 @@ CUDA_MEMORY_SHARE = 0.9
 
 
 class Engine:
-    """Not thread-safe: one thread runs forward and sample. The cache may be read and written from others, page by page."""
+    """Not thread-safe: one thread runs forward, sample and launch. The cache may be read and written from others, page by page."""
 
     def __init__(self, config: ModelConfig, schema: KVSchema, decoder: Decoder, cache: PagedKVCache, max_model_len: int) -> None:
         self.config = config
@@ -129,6 +130,19 @@ class Engine:
                 return logits
         batch = prepare_batch(chunks, self.page_size, self.device, self._staging)
         return self._decoder.forward(batch, self.cache, before_layer, after_layer)
+
+    @torch.inference_mode()
+    def launch(self, chunks: Seq[StepChunk]) -> InFlight | None:
+        """Starts a decode step, forward and sample in one, and waits for nothing; steps run in the order of these calls.
+
+        None, and nothing begun, where the step isn't one token of each of a batch that a CUDA graph holds and draws for:
+        penalties, bias, logprobs and min_tokens that are not there yet are sample's.
+
+        Args:
+            chunks: one may begin where its sequence's token_ids end: it then computes the token that the step launched last gives
+                the sequence, whether that has been read or not. Its pages hold that token, too.
+        """
+        return None if self._graphs is None else self._graphs.launch(chunks)
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> list[TokenSample]:

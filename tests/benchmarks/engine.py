@@ -4,7 +4,8 @@
 
 Logits are checked against the same weights in fp32 on the CPU first (a small shape); nothing is timed where they are wrong.
 Floors: the floating-point operations of a prefill at the rate that a large matrix product reaches here, the bytes of a decode step at the
-rate of a large copy. Wall time, with everything that the host does; a step ends when its tokens are on the host.
+rate of a large copy. Wall time, with everything that the host does; a step ends when its tokens are on the host. Decode is timed as a
+worker runs it, the next step launched before this one's tokens are read, and in turn: a step is begun when the one before is read.
 --peer runs vLLM first, in a process of its own, where it can be imported.
 """
 
@@ -25,8 +26,8 @@ from typing import Any
 import measure
 import torch
 from shapes import write_shape
-from triton.testing import do_bench
 
+from halfmoon.engine.decode_graph import InFlight
 from halfmoon.engine.engine import Engine
 from halfmoon.engine.sequence import Sequence, StepChunk
 from halfmoon.protocol.config import ModelOptions
@@ -73,6 +74,30 @@ def prefill(engine: Engine, batch: list[Sequence]) -> None:
             engine.sample(logits, done)
         waiting = [sequence for sequence in waiting if sequence.num_computed_tokens < sequence.num_tokens]
     torch.cuda.synchronize()
+
+
+def launch(engine: Engine, batch: list[Sequence], num_ahead: int) -> InFlight:
+    """A step of one token each. num_ahead: tokens of each that the step before has not given yet."""
+    launched = engine.launch([StepChunk(sequence, sequence.num_tokens - 1 + num_ahead, 1) for sequence in batch])
+    assert launched is not None, "no graph holds the batch"
+    return launched
+
+
+def decode_steps(engine: Engine, batch: list[Sequence], num_steps: int) -> list[float]:
+    """Milliseconds between the tokens of one step and of the next, each launched while the one before runs."""
+    times: list[float] = []
+    current = launch(engine, batch, 0)
+    began = time.perf_counter()
+    for _ in range(num_steps):
+        ahead = launch(engine, batch, 1)
+        for sequence, token in zip(batch, current.tokens(), strict=True):
+            sequence.token_ids.append(token)
+        ended = time.perf_counter()
+        times.append((ended - began) * 1e3)
+        began, current = ended, ahead
+    for sequence, token in zip(batch, current.tokens(), strict=True):
+        sequence.token_ids.append(token)
+    return times
 
 
 def decode_step(engine: Engine, batch: list[Sequence]) -> None:
@@ -134,15 +159,6 @@ def copy_weights(source: Engine, target: Engine) -> None:
             getattr(other, name).copy_(getattr(layer, name))
 
 
-def ceilings() -> dict[str, float]:
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    matmul_ms = float(do_bench(lambda: a @ b, return_mode="median"))
-    source = torch.randn(1 << 29, device="cuda", dtype=torch.float32)
-    target = torch.empty_like(source)
-    copy_ms = float(do_bench(lambda: target.copy_(source), return_mode="median"))
-    return {"matmul_tflops": 2 * 8192**3 / matmul_ms / 1e9, "copy_gb_s": 2 * source.nbytes / copy_ms / 1e6}
-
-
 def prefill_tflop(engine: Engine, num_seqs: int, num_tokens: int) -> float:
     """Matrix products of all layers, causal attention, and the head for one token a sequence."""
     config, weights = engine.config, engine._decoder.weights
@@ -183,26 +199,36 @@ def measure_prefill(engine: Engine, limits: dict[str, float], rows: list[dict[st
 def measure_decode(engine: Engine, limits: dict[str, float], rows: list[dict[str, Any]], label: str = "decode", **sampling: Any) -> None:
     for num_seqs, kv_len in DECODE:
         batch = sequences(engine, num_seqs, kv_len, NUM_STEPS + 16, **sampling)
-        for _ in range(8):
-            decode_step(engine, batch)
-        times = [seconds(lambda batch=batch: decode_step(engine, batch)) * 1e3 for _ in range(NUM_STEPS)]
+        in_turn = statistics.fmean(in_turn_ms(engine, batch))
+        tokens = [sequence.token_ids.copy() for sequence in batch]
+        for sequence in batch:
+            del sequence.token_ids[kv_len:]
+        times = decode_steps(engine, batch, NUM_STEPS + 8)[8:]
+        same = all(sequence.token_ids[: len(known)] == known for sequence, known in zip(batch, tokens, strict=True))
         taken = statistics.fmean(times)  # steps run one after another, so the mean is what a stream sees
         floor = decode_gb(engine, num_seqs, kv_len + 8 + NUM_STEPS / 2) / limits["copy_gb_s"] * 1e3
         row = {"case": f"{label} {num_seqs} x {kv_len}", "ms": taken, "median_ms": statistics.median(times), "floor_ms": floor}
-        rows.append({**row, "of_floor": floor / taken, "tokens_s": num_seqs / taken * 1e3})
-        step = f"{taken:7.3f} ms/step (median {statistics.median(times):.3f})"
-        measure.show(f"{label} {num_seqs:3d} x {kv_len:5d}  {step}  floor {floor:.3f}  {floor / taken:.3f}")
+        rows.append({**row, "ok": same, "of_floor": floor / taken, "tokens_s": num_seqs / taken * 1e3, "in_turn_ms": in_turn})
+        step = f"{taken:7.3f} ms/step (median {statistics.median(times):.3f}, in turn {in_turn:.3f})"
+        measure.show(
+            f"{label} {num_seqs:3d} x {kv_len:5d}  {step}  floor {floor:.3f}  {floor / taken:.3f}" + ("" if same else "  OTHER TOKENS")
+        )
+
+
+def in_turn_ms(engine: Engine, batch: list[Sequence]) -> list[float]:
+    for _ in range(8):
+        decode_step(engine, batch)
+    return [seconds(lambda: decode_step(engine, batch)) * 1e3 for _ in range(NUM_STEPS)]
 
 
 def profile(engine: Engine) -> list[dict[str, Any]]:
-    """GPU microseconds a decode step by kernel, of a graph's replay, and what the host takes for a step besides."""
+    """GPU microseconds a decode step by kernel, of graphs launched one ahead of the other."""
     rows = []
     for num_seqs, kv_len in DECODE:
         batch = sequences(engine, num_seqs, kv_len, 64)
-        decode_step(engine, batch)
+        decode_steps(engine, batch, 1)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-            for _ in range(4):
-                decode_step(engine, batch)
+            decode_steps(engine, batch, 3)  # and the one ahead of them
         kernels = sorted(seen.key_averages(), key=lambda item: -item.device_time_total)
         total = sum(item.device_time_total for item in kernels) / 4
         measure.show(f"profile {num_seqs} x {kv_len}: {total / 1e3:.3f} ms of kernels a step")
@@ -250,7 +276,7 @@ def main() -> None:
         measure.write(args.out, rows)
         raise SystemExit("wrong results; nothing was timed")
     found = run_peer() if args.peer else None
-    limits = ceilings()
+    limits = measure.ceilings()
     rows.append(limits)
     measure.show(f"floors: matmul {limits['matmul_tflops']:.0f} TFLOP/s, copy {limits['copy_gb_s']:.0f} GB/s")
     engine = load(SHAPE, "cuda", 64 * 8192 + 64 * 256, 128, max_model_len=MAX_MODEL_LEN)
@@ -264,6 +290,8 @@ def main() -> None:
     if found is not None:
         show_peer(rows, found)
     measure.write(args.out, rows)
+    if not measure.all_right(rows):
+        raise SystemExit("steps launched ahead gave other tokens than steps in turn")
 
 
 if __name__ == "__main__":

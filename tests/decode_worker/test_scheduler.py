@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -18,10 +19,12 @@ from halfmoon.protocol.v1 import common_pb2
 
 BLOCK_SIZE = 4
 EOS = 999
+STOPS = tuple(range(0, EOS, 9))
 
 
-def make_sequence(num_tokens: int, *, max_tokens: int = 8, priority: int = 0, name: str = "r") -> Sequence:
-    return Sequence(name, list(range(num_tokens)), num_tokens, SamplingParams(max_tokens=max_tokens), priority=priority)
+def make_sequence(num_tokens: int, *, max_tokens: int = 8, priority: int = 0, name: str = "r", **sampling: Any) -> Sequence:
+    params = SamplingParams(max_tokens=max_tokens, **sampling)
+    return Sequence(name, list(range(num_tokens)), num_tokens, params, priority=priority)
 
 
 def make_scheduler(*, num_pages: int = 100, max_running: int = 8, recompute: int = 8) -> DecodeScheduler:
@@ -48,9 +51,21 @@ def admit_all(scheduler: DecodeScheduler) -> list[Sequence]:
     return loading
 
 
-def next_token(sequence: Sequence) -> int:
+def token_after(token_ids: list[int]) -> int:
     """A pure function of what precedes, so that a recomputed sequence has to give the same."""
-    return (sum(sequence.token_ids) * 31 + sequence.num_tokens) % EOS
+    return (sum(token_ids) * 31 + len(token_ids)) % EOS
+
+
+def next_token(sequence: Sequence) -> int:
+    return token_after(sequence.token_ids)
+
+
+def alone(sequence: Sequence) -> list[int]:
+    """The tokens that it would have if it were the only one, each step recorded before the next."""
+    found = Sequence("alone", sequence.token_ids[: sequence.num_prompt_tokens], sequence.num_prompt_tokens, sequence.sampling)
+    while found.finish_reason(frozenset({EOS})) is None:
+        found.token_ids.append(next_token(found))
+    return found.token_ids
 
 
 def run_step(scheduler: DecodeScheduler) -> tuple[Step, list[Sequence]]:
@@ -293,8 +308,89 @@ def test_a_preempted_prompt_is_computed_from_its_beginning_and_not_loaded_again(
     assert run_step(scheduler)[0].chunks == [(prompt, 0, 4)]
 
 
+def test_a_step_ahead_gives_each_sequence_the_token_after_the_one_on_its_way() -> None:
+    scheduler = make_scheduler(num_pages=8, max_running=3)
+    first, ending, joining = make_sequence(7), make_sequence(3, max_tokens=2), make_sequence(5)
+    for sequence in (first, ending):
+        scheduler.add(sequence)
+    admit_all(scheduler)
+    step = scheduler.schedule()
+    scheduler.add(joining)
+    admit_all(scheduler)
+    ahead = scheduler.schedule_ahead(step)
+    assert ahead is not None and ahead.preempted == []
+    assert ahead.chunks == [(first, 8, 1), (joining, 5, 1)], "ending has its last token with the step before"
+    assert len(first.pages) == 3, "the token on its way fills the second page"
+    assert [item.sequence for item in scheduler.record(step, [11, 12])] == [first, ending]
+    assert [item.row for item in scheduler.record(ahead, [21, 22])] == [0, 1]
+    assert (first.token_ids[-2:], joining.token_ids[-1]) == ([11, 21], 22)
+    assert (first.num_computed_tokens, joining.num_computed_tokens) == (9, 6)
+
+
+def test_who_ended_in_a_step_loses_its_token_of_the_step_ahead_and_keeps_its_pages_until_then() -> None:
+    scheduler = make_scheduler(num_pages=4)
+    ended, aborted, going_on = (make_sequence(3) for _ in range(3))
+    for sequence in (ended, aborted, going_on):
+        scheduler.add(sequence)
+    admit_all(scheduler)
+    step = scheduler.schedule()
+    assert scheduler.schedule_ahead(step) is None, "three pages for the fifth tokens are not there, and nobody is preempted"
+    assert scheduler.num_running == 3
+    scheduler.record(step, [1, 2, 3])
+    scheduler.abort(aborted)
+    scheduler.release(aborted)
+    step = scheduler.schedule()
+    assert [chunk.sequence for chunk in step.chunks] == [ended, going_on]
+    ahead = scheduler.schedule_ahead(step)
+    assert ahead is not None
+    assert [item.finish_reason for item in scheduler.record(step, [EOS, 4])] == [common_pb2.FINISH_REASON_STOP, None]
+    scheduler.release(ended)
+    assert len(ended.pages) == 2, "the step ahead writes them still"
+    assert [(item.sequence, item.row) for item in scheduler.record(ahead, [5, 6])] == [(going_on, 1)]
+    assert ended.token_ids[-1] == EOS and going_on.token_ids[-2:] == [4, 6]
+    assert scheduler.allocator.num_free == 2
+
+
+def test_nothing_goes_ahead_of_a_prompt_or_with_one() -> None:
+    scheduler = make_scheduler(recompute=4)
+    decoding, prompt = make_sequence(3, max_tokens=30), make_sequence(9)
+    scheduler.add(decoding)
+    admit_all(scheduler)
+    step = scheduler.schedule()
+    scheduler.add(prompt)
+    begin_all(scheduler)
+    assert scheduler.schedule_ahead(step) is None
+    scheduler.record(step, [1])
+    for num_chunks in (2, 2, 2):
+        step = scheduler.schedule()
+        assert len(step.chunks) == num_chunks
+        assert scheduler.schedule_ahead(step) is None or prompt.num_computed_tokens == 8
+        scheduler.record(step, [next_token(sequence) for sequence in step.sampled])
+    step = scheduler.schedule()
+    assert scheduler.schedule_ahead(step) is not None
+
+
+def test_a_step_that_was_withdrawn_leaves_nothing_behind() -> None:
+    scheduler = make_scheduler()
+    staying, aborted = make_sequence(3), make_sequence(3)
+    for sequence in (staying, aborted):
+        scheduler.add(sequence)
+    admit_all(scheduler)
+    step = scheduler.schedule()
+    ahead = scheduler.schedule_ahead(step)
+    assert ahead is not None
+    scheduler.abort(aborted)
+    scheduler.record(step, [1, 2])
+    scheduler.withdraw(ahead)
+    assert aborted.pages == [] and staying.num_tokens == 5
+    assert scheduler.schedule().chunks == [(staying, 4, 1)]
+
+
 class Rig:
-    """Drives a scheduler through any order of events and checks, after each, what must always hold."""
+    """Drives a scheduler through any order of events and checks, after each, what must always hold.
+
+    Steps run one after another: what one computes is known as soon as it is launched, and the host hears of it with the record.
+    """
 
     def __init__(self, num_pages: int, max_running: int, recompute: int) -> None:
         self.scheduler = make_scheduler(num_pages=num_pages, max_running=max_running, recompute=recompute)
@@ -304,15 +400,20 @@ class Rig:
         self.live: list[Sequence] = []
         self.cached: dict[Sequence, int] = {}  # of those without a hand-off
         self.finished: list[Sequence] = []
-        self.step: Step | None = None
+        self.everyone: list[Sequence] = []
+        self.steps: list[tuple[Step, dict[Sequence, int]]] = []  # launched and not recorded, with the tokens they gave
+        self.written: dict[int, Sequence] = {}  # pages that they may write, and whose they are
 
     def add(self, num_tokens: int, max_tokens: int, priority: int, num_cached_tokens: int | None = None) -> None:
         """num_cached_tokens: without a hand-off."""
         limit = self.num_pages * BLOCK_SIZE
         num_tokens = min(num_tokens, limit - 1)
-        sequence = make_sequence(num_tokens, max_tokens=min(max_tokens, limit - num_tokens), priority=priority)
+        max_tokens = min(max_tokens, limit - num_tokens)
+        sampling = {"stop_token_ids": STOPS, "min_tokens": max_tokens // 3}
+        sequence = make_sequence(num_tokens, max_tokens=max_tokens, priority=priority, **sampling)
         self.scheduler.add(sequence)
         self.live.append(sequence)
+        self.everyone.append(sequence)
         if num_cached_tokens is not None:
             self.cached[sequence] = min(num_cached_tokens, num_tokens - 1)
 
@@ -328,21 +429,47 @@ class Rig:
                 self.end(sequence)
 
     def schedule(self) -> None:
-        if self.step is None:
+        if not self.steps:
             running = [sequence for sequence in self.live if sequence.pages and sequence not in self.loading]
-            self.step = self.scheduler.schedule()
-            self.check_fairness([sequence for sequence in running if sequence.pages])
-            assert len(self.step.chunks) <= self.max_running
-            sizes = [size for sequence, _, size in self.step.chunks if sequence.num_tokens - sequence.num_computed_tokens > 1]
+            step = self.scheduler.schedule()
+            self.check_fairness(step, [sequence for sequence in running if sequence.pages])
+            sizes = [size for sequence, _, size in step.chunks if sequence.num_tokens - sequence.num_computed_tokens > 1]
             assert sum(sizes) <= self.recompute, "prefill past its budget"
-            for sequence, start, num_tokens in self.step.chunks:
-                assert sequence in self.live and start == sequence.num_computed_tokens
-                assert start + num_tokens <= len(sequence.pages) * BLOCK_SIZE, "no page for the token"
+            assert all(start == sequence.num_computed_tokens for sequence, start, _ in step.chunks)
+            self.launch(step)
 
-    def check_fairness(self, running: list[Sequence]) -> None:
+    def schedule_ahead(self) -> None:
+        if len(self.steps) == 1:
+            num_preemptions = [self.scheduler.num_preemptions(sequence) for sequence in self.live]
+            step = self.scheduler.schedule_ahead(self.steps[0][0])
+            assert num_preemptions == [self.scheduler.num_preemptions(sequence) for sequence in self.live]
+            if step is not None:
+                assert step.chunks and step.is_decode
+                self.launch(step)
+
+    def withdraw(self) -> None:
+        if len(self.steps) == 2:
+            self.scheduler.withdraw(self.steps.pop()[0])
+            self.written = {page: sequence for page, sequence in self.written.items() if sequence in self.steps[0][1]}
+
+    def launch(self, step: Step) -> None:
+        """Computes what the step does from the tokens that are there and those on their way."""
+        assert len(step.chunks) <= self.max_running
+        on_their_way = self.steps[0][1] if self.steps else {}
+        tokens: dict[Sequence, int] = {}
+        for sequence, start, num_tokens in step.chunks:
+            known = [*sequence.token_ids, *([on_their_way[sequence]] if sequence in on_their_way else [])]
+            assert sequence in self.live
+            assert len(known) - sequence.num_prompt_tokens < sequence.sampling.max_tokens, "it is sure to have ended"
+            assert start + num_tokens <= len(sequence.pages) * BLOCK_SIZE, "no page for the token"
+            assert (start + num_tokens == len(known)) == (sequence in step.sampled)
+            tokens[sequence] = token_after(known)
+            self.written.update(dict.fromkeys(sequence.pages, sequence))
+        self.steps.append((step, tokens))
+
+    def check_fairness(self, step: Step, running: list[Sequence]) -> None:
         """While there is room in the step, it holds every sequence that lacks one token, and one of those that lack more."""
-        assert self.step is not None
-        chosen = {chunk.sequence for chunk in self.step.chunks}
+        chosen = {chunk.sequence for chunk in step.chunks}
         if len(chosen) < self.max_running:
             left = [sequence for sequence in running if sequence not in chosen]
             lacking = [sequence.num_tokens - sequence.num_computed_tokens for sequence in left]
@@ -350,9 +477,11 @@ class Rig:
             assert not left or any(sequence.num_tokens - sequence.num_computed_tokens > 1 for sequence in chosen), "no prefill goes on"
 
     def record(self) -> None:
-        if self.step is not None:
-            step, self.step = self.step, None
-            for item in self.scheduler.record(step, [next_token(sequence) for sequence in step.sampled]):
+        if self.steps:
+            step, tokens = self.steps.pop(0)
+            left = {chunk.sequence for other, _ in self.steps for chunk in other.chunks}
+            self.written = {page: sequence for page, sequence in self.written.items() if sequence in left}
+            for item in self.scheduler.record(step, [tokens[sequence] for sequence in step.sampled]):
                 if item.finish_reason is not None:
                     self.end(item.sequence)
 
@@ -382,13 +511,14 @@ class Rig:
             self.scheduler.release(self.holding.pop(pick % len(self.holding)))
 
     def check(self) -> None:
-        owners = {*self.live, *self.holding, *(chunk.sequence for chunk in (self.step.chunks if self.step else ()))}
+        owners = {*self.live, *self.holding, *(chunk.sequence for step, _ in self.steps for chunk in step.chunks)}
         pages = [page for sequence in owners for page in sequence.pages]
         assert len(pages) == len(set(pages)), "a page has two owners"
         assert len(pages) + self.scheduler.allocator.num_free == self.num_pages, "a page has none"
+        assert all(page in sequence.pages for page, sequence in self.written.items()), "a page was given away while a step writes to it"
         assert self.scheduler.num_running + self.scheduler.num_waiting == len(self.live)
 
-    def finish_all(self) -> None:
+    def finish_all(self, ahead: bool = True) -> None:
         for _ in range(10_000):
             self.record()
             while self.holding or self.loading:
@@ -398,16 +528,19 @@ class Rig:
             if self.loading:
                 continue
             self.check()
-            if not self.live:
+            if not self.live and not self.steps:
                 return
             self.schedule()
-            assert self.step is not None and (self.step.chunks or self.step.preempted), "nothing runs though something waits"
+            assert self.steps[0][0].chunks or self.steps[0][0].preempted, "nothing runs though something waits"
+            if ahead:
+                self.schedule_ahead()
+                self.check()
         pytest.fail("the sequences do not end")
 
 
 EVENTS = st.one_of(
     st.tuples(st.just("add"), st.integers(1, 30), st.integers(1, 30), st.integers(-1, 1), st.none() | st.integers(0, 30)),
-    st.tuples(st.sampled_from(["start", "schedule", "record", "schedule", "record"])),
+    st.tuples(st.sampled_from(["start", "schedule", "record", "schedule", "record", "schedule_ahead", "schedule_ahead", "withdraw"])),
     st.tuples(st.sampled_from(["admit", "admit", "abort", "finish", "release"]), st.integers(0, 1000)),
 )
 
@@ -426,6 +559,8 @@ def test_no_page_leaks_and_every_sequence_ends(num_pages: int, max_running: int,
         rig.check()
     rig.finish_all()
     assert rig.scheduler.at_rest and rig.scheduler.allocator.num_free == num_pages
+    for sequence in rig.everyone:
+        assert sequence.token_ids == alone(sequence)[: sequence.num_tokens], "it has another's token, or misses one"
 
 
 @settings(max_examples=100, deadline=None)
@@ -433,18 +568,17 @@ def test_no_page_leaks_and_every_sequence_ends(num_pages: int, max_running: int,
     lengths=st.lists(st.tuples(st.integers(1, 15), st.integers(1, 20), st.none() | st.integers(0, 15)), min_size=1, max_size=8),
     num_pages=st.integers(9, 14),
     recompute=st.integers(1, 9),
+    ahead=st.booleans(),
 )
-def test_tokens_do_not_depend_on_preemption(lengths: list[tuple[int, int, int | None]], num_pages: int, recompute: int) -> None:
+def test_tokens_depend_neither_on_preemption_nor_on_steps_ahead(
+    lengths: list[tuple[int, int, int | None]], num_pages: int, recompute: int, ahead: bool
+) -> None:
     rig = Rig(num_pages, 8, recompute)
     for num_tokens, max_tokens, num_cached_tokens in lengths:
         rig.add(num_tokens, max_tokens, 0, num_cached_tokens)
-    rig.finish_all()
+    rig.finish_all(ahead)
     assert len(rig.finished) == len(lengths)
-    for sequence in rig.finished:
-        alone = make_sequence(sequence.num_prompt_tokens, max_tokens=sequence.sampling.max_tokens)
-        while alone.finish_reason(frozenset({EOS})) is None:
-            alone.token_ids.append(next_token(alone))
-        assert sequence.token_ids == alone.token_ids
+    assert all(sequence.token_ids == alone(sequence) for sequence in rig.finished)
 
 
 def test_the_scheduler_runs_where_there_is_no_torch_and_no_ray() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from halfmoon.engine.decode_graph import InFlight
 from halfmoon.engine.engine import Engine
 from halfmoon.engine.page_allocator import PageAllocator
 from halfmoon.engine.sampler import sample
@@ -226,6 +227,119 @@ def test_a_step_that_no_graph_holds_runs_without_one(small):
     seen: list[int] = []
     small.forward(next_chunks(batch[:2]), after_layer=seen.append)
     assert seen == [0, 1, 2]
+
+
+class Worker:
+    """Runs steps as a decode worker does: the next is launched before this one's tokens are read."""
+
+    def __init__(self, pages: Pages) -> None:
+        self.pages = pages
+        self.running: tuple[list[Sequence], InFlight] | None = None
+
+    def launch(self, batch: list[Sequence]) -> None:
+        on_their_way = self.running[0] if self.running else []
+        chunks = [StepChunk(one, one.num_tokens - 1 + (one in on_their_way), 1) for one in batch]
+        for sequence, start, _ in chunks:
+            if start == len(sequence.pages) * PAGE_SIZE:
+                sequence.pages += self.pages.allocator.allocate(1)
+        launched = self.pages.engine.launch(chunks)
+        assert launched is not None
+        self.read()
+        self.running = (batch, launched)
+
+    def read(self) -> None:
+        if self.running is not None:
+            for sequence, token in zip(self.running[0], self.running[1].tokens(), strict=True):
+                sequence.token_ids.append(token)
+        self.running = None
+
+    def in_turn(self, batch: list[Sequence]) -> None:
+        self.read()
+        for sequence in batch:
+            if sequence.num_tokens > len(sequence.pages) * PAGE_SIZE:
+                sequence.pages += self.pages.allocator.allocate(1)
+        for sequence, token in zip(batch, self.pages.engine.sample(self.pages.engine.forward(next_chunks(batch)), batch), strict=True):
+            sequence.token_ids.append(token.token_id)
+
+
+# which sequences make each step: they join, leave, swap rows and come back, and the graphs' sizes change with them
+LENGTHS = (62, 59, 126, 188, 63, 64)
+STEPS = ([0], [0], [0, 1], [1, 0], [1, 0, 2], [2, 1, 0, 3, 4], [2, 0, 3, 4], [5, 2, 0, 3, 4], [5, 0], [1, 5, 0], [1], *[[1, 2, 3]] * 4)
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize("in_turn", [(), (3, 6, 7, 12)])
+def test_steps_launched_ahead_give_the_tokens_of_steps_in_turn(small, drawn, in_turn):
+    """Every sequence crosses the end of a page, where it gets its next page only when it needs it."""
+    pages, histories = Pages(small), []
+    for ahead in (False, True):
+        batch = []
+        for row, length in enumerate(LENGTHS):
+            sampling = {"temperature": 1.2, "seed": 2**63 + row, "top_k": 50 * (row % 3), "top_p": 0.95} if drawn and row % 3 else {}
+            batch.append(pages.sequence(length, row, extra=0, **sampling))
+        prefill(small, batch)
+        worker = Worker(pages)
+        for number, rows in enumerate(STEPS):
+            step = worker.launch if ahead and number not in in_turn else worker.in_turn
+            step([batch[row] for row in rows])
+        worker.read()
+        histories.append([one.token_ids for one in batch])
+        assert all(len(one.pages) == 1 + -(-one.num_prompt_tokens // PAGE_SIZE) for one in batch), "each crossed one end of a page"
+        assert [one.num_output_tokens for one in batch] == [sum(row in rows for rows in STEPS) for row in range(len(batch))]
+    assert histories[0] == histories[1]
+
+
+def test_tokens_can_be_read_in_any_order_and_long_after(small):
+    """Five steps of other sequences each are launched, and one runs in turn, before any is read."""
+    pages = Pages(small)
+    batches = [[pages.sequence(40 + row, 7 * number + row) for row in range(1 + number)] for number in range(5)]
+    prefill(small, [one for batch in batches for one in batch])
+    wanted = [[token.token_id for token in small.sample(small.forward(next_chunks(batch)), batch)] for batch in batches]
+    launched = [step for batch in batches if (step := small.launch(next_chunks(batch))) is not None]
+    small.sample(small.forward(next_chunks(batches[0])), batches[0])
+    assert [one.tokens() for one in reversed(launched)] == wanted[::-1]
+    assert [one.tokens() for one in launched] == wanted
+
+
+def test_what_can_not_be_launched_is_refused_and_runs_the_other_way(small):
+    pages = Pages(small)
+    for chosen in ({"presence_penalty": 1.5}, {"logit_bias": {7: 9.0}}, {"min_tokens": 5, "ignore_eos": False}, {"num_logprobs": 3}):
+        batch = [pages.sequence(50, 1, extra=8), pages.sequence(50, 2, extra=8, **chosen)]
+        prefill(small, batch)
+        assert small.launch(next_chunks(batch)) is None
+        logits = small.forward(next_chunks(batch))
+        assert small.sample(logits, batch) == sample(logits.clone(), batch, small.config.eos_token_ids)
+    pages = Pages(small)
+    one, other = pages.sequence(63, 1, extra=1), pages.sequence(30, 2)
+    prefill(small, [one, other])
+    for chunks in ([], [StepChunk(one, 20, 1)], [StepChunk(one, 60, 3)], [StepChunk(one, 63, 1)], next_chunks([other] * 25)):
+        assert small.launch(chunks) is None, "the prompt's, or a token that no step gives"
+    first = small.launch(next_chunks([one]))
+    assert first is not None
+    assert small.launch([StepChunk(other, 30, 1)]) is None, "the step before gives it none"
+    behind = small.launch([StepChunk(one, 63, 1), *next_chunks([other])])
+    assert behind is not None and len(behind.tokens()) == 2
+    assert small.launch([StepChunk(one, 64, 1)]) is None, "two of its tokens are on their way"
+    one.token_ids += first.tokens()
+    assert small.launch([StepChunk(one, 64, 1)]) is None, "there is no page for it"
+    one.pages += pages.allocator.allocate(1)
+    assert small.launch([StepChunk(one, 64, 1)]) is not None
+    small.forward(next_chunks([one]))
+    assert small.launch([StepChunk(one, 64, 1)]) is None, "what forward's logits give is for sample to say"
+
+
+def test_tokens_before_min_tokens_are_left_to_sample(small):
+    pages = Pages(small)
+    sequence = pages.sequence(50, 1, min_tokens=2, ignore_eos=False)
+    prefill(small, [sequence])
+    worker = Worker(pages)
+    for _ in range(2):
+        assert small.launch(next_chunks([sequence])) is None
+        worker.in_turn([sequence])
+    for _ in range(3):
+        worker.launch([sequence])
+    worker.read()
+    assert sequence.num_output_tokens == 5
 
 
 def test_no_request_waits_for_a_kernel_to_be_compiled(small):

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfmoon.engine.decode_graph import BATCH_SIZES, batch_size_for, batch_sizes, can_capture, likeliest
+from halfmoon.engine.decode_graph import BATCH_SIZES, batch_size_for, batch_sizes, can_capture, is_plain, likeliest
+from halfmoon.engine.sequence import Sequence, StepChunk
+from halfmoon.protocol.sampling import SamplingParams
 
 
 @given(st.integers(1, 400))
@@ -39,4 +41,28 @@ def test_there_are_no_graphs_on_a_cpu():
 @pytest.mark.parametrize("vocab_size", [7, 64, 1000, 4096])
 def test_the_likeliest_token_is_the_first_of_equals(vocab_size):
     logits = torch.randint(-3, 3, (9, vocab_size), generator=torch.Generator().manual_seed(vocab_size)).float()
-    assert likeliest(logits).tolist() == [row.index(max(row)) for row in logits.tolist()]
+    wanted = [row.index(max(row)) for row in logits.tolist()]
+    assert likeliest(logits).tolist() == wanted
+    feed = torch.full((12,), -1)
+    likeliest(logits, out=feed[:9])
+    assert feed.tolist() == [*wanted, -1, -1, -1]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "plain"),
+    [
+        ({"temperature": 0.5, "top_k": 3, "seed": 7}, True),
+        ({"presence_penalty": 0.5}, False),
+        ({"logit_bias": {3: 1.0}}, False),
+        ({"num_logprobs": 0}, False),
+        ({"min_tokens": 2}, False),
+    ],
+)
+def test_a_plain_chunk_asks_for_nothing_but_the_draw(sampling, plain):
+    sequence = Sequence("r", [1, 2, 3, 4], 4, SamplingParams(**sampling))
+    assert is_plain(StepChunk(sequence, 3, 1)) is plain
+
+
+def test_a_chunk_is_plain_from_min_tokens_on_with_the_tokens_on_their_way_among_them():
+    sequence = Sequence("r", [1, 2, 3, 4, 5], 4, SamplingParams(min_tokens=2))
+    assert [is_plain(StepChunk(sequence, start, 1)) for start in (3, 4, 5)] == [False, False, True]

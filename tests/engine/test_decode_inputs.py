@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfmoon.engine.batch import prepare_batch
-from halfmoon.engine.decode_inputs import COLUMNS, DecodeInputs, buffer_bytes, column_offsets
+from halfmoon.engine.decode_inputs import COLUMNS, DecodeInputs, buffer_bytes, column_offsets, feed_start
 from halfmoon.engine.sequence import Sequence, StepChunk
 from halfmoon.protocol.sampling import SamplingParams
 
@@ -22,16 +22,17 @@ def sequence(number: int, num_tokens: int, **sampling) -> Sequence:
 
 
 class Reader:
-    """Decode inputs and the device's side of them: columns, and a table that is written to only where the buffer brings one."""
+    """Decode inputs and the device's side of them: columns, a table that is written to only where the buffer brings one, the feed."""
 
     def __init__(self) -> None:
         self.buffer = np.zeros(buffer_bytes(MAX_BATCH, MAX_PAGES), dtype=np.uint8)
         self.inputs = DecodeInputs(self.buffer, MAX_BATCH, MAX_PAGES, PAGE_SIZE, SCRATCH_SLOT)
         self.table = np.full((MAX_BATCH, MAX_PAGES), -1, dtype=np.int32)
         self.num_tables = 0
+        self.last_tokens = np.full(feed_start(MAX_BATCH), -1, dtype=np.int64)
 
-    def fill(self, sequences: list[Sequence], batch_size: int) -> None:
-        width = self.inputs.fill(sequences, batch_size)
+    def fill(self, sequences: list[Sequence], batch_size: int, last_rows: list[int | None] | None = None) -> None:
+        width = self.inputs.fill(sequences, batch_size, last_rows)
         offset = column_offsets(MAX_BATCH)[1]
         packed = self.buffer[offset : offset + 4 * len(sequences) * width].view(np.int32).reshape(len(sequences), width)
         self.table[: len(sequences), :width] = packed
@@ -41,11 +42,18 @@ class Reader:
         offset = column_offsets(MAX_BATCH)[0][name]
         return self.buffer[offset : offset + COLUMNS[name].itemsize * MAX_BATCH].view(COLUMNS[name]).tolist()
 
+    def token_ids(self) -> list[int]:
+        """What the graph computes, of the feed as it lies on the device."""
+        assert column_offsets(MAX_BATCH)[0]["token_ids"] == 0, "the feed ends with the first column"
+        feed = [*self.last_tokens.tolist(), *self.column("token_ids")]
+        return [feed[source] for source in self.column("sources")]
+
 
 def check(reader: Reader, sequences: list[Sequence], batch_size: int) -> None:
     batch = prepare_batch([StepChunk(one, one.num_tokens - 1, 1) for one in sequences], PAGE_SIZE, torch.device("cpu"))
     count = len(sequences)
-    for name in ("token_ids", "positions", "slot_mapping", "kv_lens"):
+    assert reader.token_ids()[:count] == batch.token_ids.tolist()
+    for name in ("positions", "slot_mapping", "kv_lens"):
         assert reader.column(name)[:count] == getattr(batch, name).tolist()
     for row, wanted, kv_len in zip(reader.table, batch.block_table, batch.kv_lens, strict=False):
         num_pages = -(-int(kv_len) // PAGE_SIZE)
@@ -87,6 +95,42 @@ def test_every_step_is_filled_as_if_it_were_the_first(events):
         running = [one for one in running if one.num_tokens < MAX_PAGES * PAGE_SIZE - 1] or [sequence(number, 3)]
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["stay", "join", "leave", "swap"]), st.booleans(), st.integers(0, 99)), max_size=25))
+def test_a_token_still_on_its_way_counts_as_if_it_were_here(events):
+    """The step before gives it in whatever row it had there; the host hears of it once this step's buffer is filled."""
+    reader, running, number = Reader(), [sequence(1, 3), sequence(2, 8, temperature=1.0)], 3
+    on_their_way: dict[Sequence, tuple[int, int]] = {}
+    for kind, late, value in events:
+        if kind == "join" and len(running) < MAX_BATCH:
+            running.insert(value % (len(running) + 1), sequence(number, 1 + value % 13, temperature=0.5))
+            number += 1
+        elif kind == "leave" and len(running) > 1:
+            running.pop(value % len(running))
+        elif kind == "swap":
+            running.append(running.pop(0))
+        for one in running:
+            if one.num_tokens + (one in on_their_way) > len(one.pages) * PAGE_SIZE:
+                one.pages.append(9000 + number * 60 + one.num_tokens)
+        batch_size = next(size for size in (1, 2, 4, 8) if size >= len(running))
+        reader.fill(running, batch_size, [on_their_way[one][0] if one in on_their_way else None for one in running])
+        for one, (_, token) in on_their_way.items():
+            one.token_ids.append(token)
+        check(reader, running, batch_size)
+        given = {one: (row, 7000 + 10 * value + row) for row, one in enumerate(running)}
+        reader.last_tokens[: len(running)] = [token for _, token in given.values()]
+        on_their_way = given if late else {}
+        if not late:
+            for one, (_, token) in given.items():
+                one.token_ids.append(token)
+        running = [one for one in running if one.num_tokens < MAX_PAGES * PAGE_SIZE - 2] or [sequence(number, 3)]
+
+
+def test_the_feed_keeps_the_columns_aligned():
+    for max_batch in (1, 2, 3, 8, 255):
+        assert feed_start(max_batch) >= max_batch and feed_start(max_batch) * 8 % 16 == 0
+
+
 def test_the_table_is_brought_only_where_it_changed():
     reader, one = Reader(), sequence(1, 5)
     one.pages += [77, 78]
@@ -110,20 +154,8 @@ def test_a_sequence_that_pauses_finds_its_whole_row_again():
         other.token_ids += [0] * count
 
 
-def test_plain_and_draws_tell_what_the_columns_can_not_hold():
+def test_draws_tells_of_a_sequence_that_is_not_greedy():
     inputs = Reader().inputs
-    for sampling, plain, draws in (
-        ({}, True, False),
-        ({"temperature": 0.5}, True, True),
-        ({"presence_penalty": 0.5}, False, False),
-        ({"logit_bias": {3: 1.0}}, False, False),
-        ({"num_logprobs": 0}, False, False),
-        ({"min_tokens": 2}, False, False),
-    ):
-        chosen = [sequence(1, 4, **sampling), sequence(2, 4)]
-        inputs.fill(chosen, 2)
-        assert (inputs.plain, inputs.draws) == (plain, draws)
-    for expected in (False, True):
-        chosen[0].token_ids.append(1)
-        inputs.fill(chosen, 2)
-        assert inputs.plain is expected  # min_tokens 2
+    for sampling, draws in (({}, False), ({"temperature": 0.5}, True), ({"top_k": 5}, False)):
+        inputs.fill([sequence(1, 4, **sampling), sequence(2, 4)], 2)
+        assert inputs.draws is draws

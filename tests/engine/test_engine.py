@@ -171,6 +171,13 @@ def test_a_batch_of_decode_tokens_gives_each_the_logits_it_has_alone(checkpoint,
         assert_close(row[None], reference_logits(made.model, sequence.token_ids[:-1], 1))
 
 
+def test_nothing_is_launched_where_there_is_no_device_to_run_it_meanwhile(checkpoint, lab, prompts):
+    ours = lab(checkpoint("qwen2").folder)
+    sequence = ours.sequence(prompts(9), max_tokens=2)
+    assert ours.engine.launch([StepChunk(sequence, 8, 1)]) is None
+    assert not ours.engine.cache.data.any()
+
+
 def test_half_precision_stays_close_to_transformers_in_fp32(checkpoint, lab, prompts):
     made = checkpoint("qwen25_tied")
     wanted = reference_logits(made.model, prompts(40), 1)

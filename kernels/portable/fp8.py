@@ -43,6 +43,22 @@ def widened(x, dtype: tl.constexpr, FP8: tl.constexpr):
 
 
 @triton.jit
+def widened_pairs(words, dtype: tl.constexpr, FP8: tl.constexpr):
+    """Words of two bytes (int16) as two tensors of numbers: those of the low bytes, and of the high ones."""
+    if FP8 == 2:  # of two words at a time the low bytes are brought together, and the high ones
+        low, high = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; .reg .b16 l, h; prmt.b32 t, $2, $2, 0x3120; mov.b32 {l, h}, t;"
+            " cvt.rn.f16x2.e4m3x2 $0, l; cvt.rn.f16x2.e4m3x2 $1, h; }",
+            "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        words = words.to(tl.uint16, bitcast=True)
+        low = (((words & 0x80) << 8) | ((words & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
+        high = ((words & 0x8000) | ((words & 0x7F00) >> 1)).to(tl.float16, bitcast=True) * 256.0
+    return low.to(dtype), high.to(dtype)
+
+
+@triton.jit
 def beside_fp8(q):
     """Queries as the operand beside widened keys: fp32 as they are, bf16 as fp16, whose eleven bits hold it (saturated at 65,504)."""
     if q.dtype == tl.bfloat16:

@@ -26,7 +26,7 @@ import triton.language as tl
 
 from .counters import zeroed_counters
 from .device import num_sms
-from .fp8 import NOT_FP8, beside_fp8, readable, widened
+from .fp8 import NOT_FP8, beside_fp8, readable, widened_pairs
 
 LOG2_E = 1.4426950408889634
 MERGE_CELLS = 4096  # of partial results that a merge has in flight
@@ -49,11 +49,17 @@ def _attend(
     """The running softmax of the tiles [first_tile, last_tile): values [ROWS, BLOCK_D], maximum and sum [ROWS].
 
     With several query tokens a row may have seen no key yet; its maximum is then -inf and its sum 0.
+
+    fp8 comes as words of two neighbouring columns, for what transposes V on its way from shared memory to the matrix unit moves 16 bits.
+    Each half of the columns, the even and the odd ones, has products of its own.
     """
+    WIDTH: tl.constexpr = BLOCK_D // 2 if FP8 else BLOCK_D  # elements of a row as they are loaded
+    STRIDE: tl.constexpr = HEAD_DIM // 2 if FP8 else HEAD_DIM
     if FP8:
-        q = beside_fp8(q)
-    columns = tl.arange(0, BLOCK_D)
-    acc = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+        q, q_odd = tl.split(tl.reshape(beside_fp8(q), [ROWS, WIDTH, 2]))
+        acc_odd = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
+    columns = tl.arange(0, WIDTH)
+    acc = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
     row_max = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([ROWS], dtype=tl.float32)
     # The page of the next tile is read a tile ahead: read in its own tile, it would take half of the pipeline's stages.
@@ -64,16 +70,18 @@ def _attend(
         if PAGE % BLOCK_N == 0:
             page = next_page.to(tl.int64)
             next_page = tl.load(table_ptr + (start + BLOCK_N) // PAGE, mask=tile + 1 < last_tile, other=0)
-            rows = page * stride_page + ((start % PAGE) + tl.arange(0, BLOCK_N)) * HEAD_DIM
+            rows = page * stride_page + ((start % PAGE) + tl.arange(0, BLOCK_N)) * STRIDE
         else:
             page = tl.load(table_ptr + keys // PAGE, mask=keys < kv_len, other=0).to(tl.int64)
-            rows = page * stride_page + (keys % PAGE) * HEAD_DIM
+            rows = page * stride_page + (keys % PAGE) * STRIDE
         seen = (keys < kv_len) & (keys >= begin)
         # K is transposed by its addresses: mma.sync's operand then comes from shared memory as it lies there
-        k = tl.load(k_ptr + rows[None, :] + columns[:, None], mask=seen[None, :] & (columns < HEAD_DIM)[:, None], other=0.0)
+        k = tl.load(k_ptr + rows[None, :] + columns[:, None], mask=seen[None, :] & (columns < STRIDE)[:, None], other=0)
         if FP8:
-            k = widened(k, q.dtype, FP8)
+            k, k_odd = widened_pairs(k, q.dtype, FP8)
         scores = tl.dot(q, k, input_precision=PRECISION)
+        if FP8:
+            scores = tl.dot(q_odd, k_odd, scores, input_precision=PRECISION)
         if SOFT_CAP:  # cap · tanh(s·scale / cap), in units of log2
             scores = cap_log2 * (1.0 - 2.0 / (tl.exp2(scores * cap_inverse) + 1.0))
         if NUM_Q > 1:
@@ -91,10 +99,13 @@ def _attend(
         decay = tl.exp2(row_max - base)
         row_sum = row_sum * decay + tl.sum(weights, axis=1)
         row_max = new_max
-        v = tl.load(v_ptr + rows[:, None] + columns[None, :], mask=seen[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
+        v = tl.load(v_ptr + rows[:, None] + columns[None, :], mask=seen[:, None] & (columns < STRIDE)[None, :], other=0)
         if FP8:
-            v = widened(v, q.dtype, FP8)
+            v, v_odd = widened_pairs(v, q.dtype, FP8)
+            acc_odd = tl.dot(weights.to(v.dtype), v_odd, acc_odd * decay[:, None], input_precision=PRECISION)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    if FP8:
+        acc = tl.reshape(tl.join(acc, acc_odd), [ROWS, BLOCK_D])
     return acc, row_max, row_sum
 
 
@@ -213,7 +224,7 @@ def _paged_decode_kernel(
         if NUM_Q > 1:
             from_ptr += (rows // GROUP)[:, None] * stride_q_token
         q = tl.load(from_ptr + head[:, None] * stride_q_head + columns[None, :], mask=inside, other=0.0)
-        k_ptr = kv_ptr + kv_head * (PAGE * HEAD_DIM)
+        k_ptr = kv_ptr + kv_head * (PAGE * HEAD_DIM // 2 if FP8 else PAGE * HEAD_DIM)
         begin = tl.maximum(kv_len - window - (NUM_Q - 1), 0) if WINDOW else 0
         k_scale = tl.load(scales_ptr + kv_head) if scales_ptr is not None else 1.0
         acc, row_max, row_sum = _attend(
@@ -325,6 +336,8 @@ def _launch(
     num_seqs, num_q, num_heads, head_dim = q.shape
     num_kv_heads, page_size = kv_pages.shape[2], kv_pages.shape[3]
     kv_pages, fp8 = readable(kv_pages)
+    if fp8:
+        kv_pages = kv_pages.view(torch.int16)
     group = num_heads // num_kv_heads
     heads = triton.next_power_of_2(group * num_q)
     rows = max(16, heads)

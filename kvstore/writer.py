@@ -98,7 +98,9 @@ class BlockWriter:
         Raises `failed` once the lease is gone, InvalidRequest for what is outside or present.
         """
         if not 0 <= first_block < last_block <= self.num_blocks or any(self.present[first_block:last_block]):
-            raise InvalidRequest(f"blocks {first_block}..{last_block - 1} are not all to be written by this lease of {self.num_blocks} blocks")
+            raise InvalidRequest(
+                f"blocks {first_block}..{last_block - 1} are not all to be written by this lease of {self.num_blocks} blocks"
+            )
         rows = self._transport.rows(self._slots[first_block:last_block], layer)
         self._begin_copying()
         return rows

@@ -55,8 +55,8 @@ class ArenaMap:
 
     def rows(self, slots: Sequence[int], layer: int) -> BlockRows:
         """The rows of slots, views by runs of slots that follow each other. Raises IndexError as row does."""
-        if slots:
-            self.row(min(slots), layer), self.row(max(slots), layer)
+        for slot in (min(slots), max(slots)) if slots else ():
+            self.row(slot, layer)
         runs: list[np.ndarray] = []
         start = 0
         for index in range(1, len(slots) + 1):

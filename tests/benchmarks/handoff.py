@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -122,7 +122,7 @@ class Child:
         self._process.wait(30)
 
 
-async def orders() -> Any:
+async def orders() -> AsyncIterator[Any]:
     while line := await asyncio.to_thread(sys.stdin.readline):
         yield json.loads(line)
 
@@ -141,7 +141,7 @@ async def run_store() -> None:
 
 
 async def run_decode(device: torch.device) -> None:
-    """First order: address, schema, num_pages. Then one a hand-off: its name, its pages; answered when fetching begins and when it stands."""
+    """First order: address, schema, num_pages. Then one a hand-off: name, pages; answered when its fetch begins and when it stands."""
     side: Side | None = None
     async for order in orders():
         if side is None:

@@ -62,3 +62,17 @@ async def test_a_submitted_call_that_raises_is_told_and_does_not_stop_the_thread
         await transfer.run(lambda: partial(int, "y"))  # told to who waits, and to nobody else
     assert len(crashes) == 1
     transfer.close()
+
+
+async def test_what_a_call_left_to_do_is_done_before_the_next_call_on_a_cpu(transfer: TransferThread) -> None:
+    seen: list[str] = []
+
+    def call(name: str):
+        seen.append(name)
+        return lambda: seen.append(f"{name} landed")
+
+    for name in ("a", "b"):
+        transfer.submit(partial(call, name))
+    await transfer.drained()
+    assert seen == ["a", "a landed", "b", "b landed"]
+    transfer.close()

@@ -39,7 +39,8 @@ class TransferThread:
     def __init__(self, name: str, device: torch.device, on_crash: Callable[[BaseException], None]) -> None:
         self._issuing = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
         self._landing = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-landing")
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # its kernels are short and a copy waits for each: they go before those of a step
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._under_way = threading.Semaphore(MAX_UNDER_WAY)
         self._starting = threading.Lock()  # both threads get the calls in the same order
         self._on_crash = on_crash

@@ -59,10 +59,11 @@ class BlockWriter:
         self._hashes = Checksums(self.num_blocks, schema.layer_bytes)
         self._max_queued_bytes = max_queued_bytes
         self._pushing = threading.Lock()  # one slice at a time: the layers of a block stay in order
-        self._changed = threading.Condition()  # guards the five below
+        self._changed = threading.Condition()  # guards the six below
         self._queue: deque[kvstore_pb2.PushRequest | None] = deque()  # None: no more
         self._num_queued_bytes = 0
         self._num_copying = 0
+        self._is_ended = False  # the end of the stream was queued
         self._is_let_go = False
         self._needs_ack = False  # let go of, but for a push that is still copying
         self._filled = asyncio.Event()
@@ -116,8 +117,7 @@ class BlockWriter:
                 rows = self._transport.rows(self._slots[first_block:last_block], layer)
                 self._enqueue(kvstore_pb2.PushRequest(layer=layer, first_block=first_block, num_blocks=len(rows)))
                 self._hashes.add(first_block, rows)
-                self._progress.record(layer, first_block, len(rows))
-                self.num_bytes += len(rows) * self._layer_bytes
+                self._record(layer, first_block, len(rows))
             finally:
                 self._end_copying()
 
@@ -133,9 +133,7 @@ class BlockWriter:
         if self.failed is not None:
             raise self.failed
         self._progress.require_complete(self._name)
-        with self._changed:
-            self._queue.append(None)
-        self._filled.set()
+        self._end_stream()
         try:
             await self._seal(state)
         except asyncio.CancelledError:
@@ -179,8 +177,21 @@ class BlockWriter:
         # only now: a slice that was not handed over completely must not count as pushed
         self._hashes.add(first_block, blocks)
         self._hashes.wait()
-        self._progress.record(layer, first_block, len(blocks))
-        self.num_bytes += blocks.nbytes
+        self._record(layer, first_block, len(blocks))
+
+    def _record(self, layer: int, first_block: int, num_blocks: int) -> None:
+        self._progress.record(layer, first_block, num_blocks)
+        self.num_bytes += num_blocks * self._layer_bytes
+        if self._progress.is_complete:
+            self._end_stream()  # now, so that its round trip is over when the seal comes: a prefill has yet to sample its token
+
+    def _end_stream(self) -> None:
+        with self._changed:
+            if self._is_ended:
+                return
+            self._is_ended = True
+            self._queue.append(None)
+        self._to_loop(self._filled.set)
 
     def _enqueue(self, message: kvstore_pb2.PushRequest) -> None:
         with self._changed:

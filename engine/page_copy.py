@@ -25,7 +25,7 @@ from ..protocol.v1 import common_pb2
 from .kv_cache import PagedKVCache
 from .transfer import Landing, TransferThread
 
-MAX_LOADING = 4  # slices of a reader on their way to the pages
+MAX_SLICES = 4  # of one reader or writer on their way
 
 
 class Rows(Protocol):
@@ -88,8 +88,8 @@ class PageLoad:
         self._under_way: deque[Future[None]] = deque()
 
     async def write(self, pages: Sequence[int], piece: Slice) -> None:
-        """pages: of the whole sequence. Waits while MAX_LOADING slices are under way; returns before this one is written."""
-        if len(self._under_way) == MAX_LOADING:
+        """pages: of the whole sequence. Waits while MAX_SLICES slices are under way; returns before this one is written."""
+        if len(self._under_way) == MAX_SLICES:
             await _over(self._under_way.popleft())
         self._under_way.append(self._transfer.start(partial(write_slice, self._cache, pages, piece)))
 
@@ -212,7 +212,7 @@ async def keep_pages(
     pushing: deque[Future[None]] = deque()
     try:
         for layer in range(cache.schema.num_layers):
-            if len(pushing) == MAX_LOADING:
+            if len(pushing) == MAX_SLICES:
                 await _over(pushing.popleft())
             pushing.append(transfer.start(partial(push_pages, cache, pages, writer, layer, 0, len(writer.present), are_held)))
         while pushing:

@@ -11,10 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from functools import partial
 
 from ..engine.kv_cache import PagedKVCache
-from ..engine.page_copy import write_slices
+from ..engine.page_copy import PageLoad
 from ..engine.transfer import TransferThread
 from ..kvstore.reader import BlockReader, BlockSlice
 from ..kvstore.store_link import StoreLink
@@ -55,18 +54,19 @@ class HandoffLoader:
         Raises HandoffIncomplete, HandoffCorrupt, HandoffAborted, StoreUnavailable.
         """
         assert job.reader is not None
+        load = PageLoad(self._cache, self._transfer)
         unwritten: list[BlockSlice] = []
         num_slices = 0
         async for piece in job.reader.slices():
             unwritten.append(piece)
             num_slices += len(piece.blocks)
             if job.granted.done():
-                await self._write(job, unwritten)
-                unwritten = []
+                await _write(load, job, unwritten)
         job.sealed_at = time.monotonic()
         state = check_state(job, job.reader, num_slices, self._cache.schema.num_layers, self._vocab_size)
         await job.granted
-        await self._write(job, unwritten)
+        await _write(load, job, unwritten)
+        await load.finished()
         return state
 
     def count(self, job: DecodeJob) -> None:
@@ -100,8 +100,11 @@ class HandoffLoader:
         except HalfmoonError as error:
             logger.warning("a hand-off's lease could not be released: %s", error)
 
-    async def _write(self, job: DecodeJob, slices: list[BlockSlice]) -> None:
-        await self._transfer.run(partial(write_slices, self._cache, job.sequence.pages, slices))
+
+async def _write(load: PageLoad, job: DecodeJob, unwritten: list[BlockSlice]) -> None:
+    for piece in unwritten:
+        await load.write(job.sequence.pages, piece)
+    unwritten.clear()
 
 
 def check_layout(job: DecodeJob, reader: BlockReader, block_size: int) -> None:

@@ -15,6 +15,7 @@ import logging
 import time
 from functools import partial
 
+from ..engine.arena_pins import ArenaPins
 from ..engine.engine import Engine
 from ..engine.model_config import ModelConfig
 from ..engine.page_allocator import PageAllocator
@@ -80,6 +81,8 @@ class DecodeWorker:
         )
         self.metrics = DecodeMetrics(self.scheduler)
         self._root = root_key(self.engine.schema.fingerprint)
+        self._transfer = TransferThread(f"{self.worker_id}-transfer", self.engine.device, life.crashed)
+        self._pins = ArenaPins(cache, self._transfer)
         self.store = StoreLink(
             station.store_address,
             client_id=self.worker_id,
@@ -87,9 +90,9 @@ class DecodeWorker:
             schema=self.engine.schema,
             transport=self._config.transport,
             on_lost=self._store_lost,
+            on_attached=self._pins.attached,
         )
         await self.store.attach()
-        self._transfer = TransferThread(f"{self.worker_id}-transfer", self.engine.device, life.crashed)
         self._loader = HandoffLoader(cache, self.store, self._transfer, self.metrics, self.engine.config.vocab_size)
         self._local = LocalPrefill(cache, self.store, self._transfer, self.metrics, life.spawn, self._loader.release)
         self._steps = DecodeSteps(self.engine, self.scheduler, self._jobs, self._local, self._samples, life, self._stepped)
@@ -113,6 +116,7 @@ class DecodeWorker:
         await self.life.settle(grace_s)
         await self.store.close()
         await asyncio.to_thread(self._transfer.close)
+        await self._pins.close()
         await self.life.end()
 
     def load(self) -> control_pb2.MemberLoad:
@@ -228,6 +232,7 @@ class DecodeWorker:
 
     def _store_lost(self, client: StoreClient) -> None:
         """Who has its hand-off, or needs none, needs no store any more."""
+        self._pins.lost(client)
         for job in list(self._jobs.values()):
             if not (job.sealed_at or job.is_local):
                 self._fail(job, StoreUnavailable(f"the KV store at {client.address} is gone; the hand-off with it", address=client.address))

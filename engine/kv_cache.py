@@ -14,6 +14,8 @@ import torch
 
 from ..kernels.kv_pack import kv_pack, kv_unpack
 from ..protocol.schema import KVSchema
+from .pinned_memory import PinnedMemory
+from .row_copy import to_buffer, to_device, to_host
 
 
 class PagedKVCache:
@@ -33,7 +35,8 @@ class PagedKVCache:
         self._layers = list(self.data.unbind(0))
         # bytes, for numpy knows no bfloat16: [layer, k|v, page, bytes of K or V of a page]
         self._bytes = self.data.view(torch.uint8).view(schema.num_layers, 2, num_all, -1)
-        self._on_cpu = device.type == "cpu"
+        self.on_cpu = device.type == "cpu"
+        self.pinned = PinnedMemory(device)  # what blocks may be copied from and into directly
 
     def layer(self, layer: int) -> torch.Tensor:
         """kv_pages of one layer, a view: [2, num_pages, num_kv_heads, page_size, head_dim]."""
@@ -59,12 +62,41 @@ class PagedKVCache:
         for block in blocks:
             if block.nbytes != self.schema.layer_bytes:
                 raise ValueError(f"a block slice has {block.nbytes} bytes; this cache takes {self.schema.layer_bytes}")
-        if self._on_cpu:
+        if self.on_cpu:
             into = self._bytes[layer].numpy()
             for page, block in zip(pages, blocks, strict=True):
                 into[:, page] = block.reshape(2, -1)
         else:
             self.write_blocks(layer, pages, blocks_from_bytes(np.stack(list(blocks)), self.schema))
+
+    # on CUDA, and asynchronous: on the current stream
+
+    def copy_out(self, layer: int, pages: Sequence[int], runs: Sequence[np.ndarray]) -> None:
+        """One layer of pages into rows of pinned memory, uint8 [rows of a run, layer_bytes] each.
+
+        Raises ValueError for what is not pinned.
+        """
+        targets = [self.pinned.tensor(run) for run in runs]
+        if any(target is None for target in targets):
+            raise ValueError("these rows are not in pinned memory; copy to a buffer instead")
+        to_host(self._packed(layer, pages), [target for target in targets if target is not None])
+
+    def copy_to_buffer(self, layer: int, pages: Sequence[int]) -> torch.Tensor:
+        """One layer of pages as pinned uint8 [n, layer_bytes] of the host's."""
+        return to_buffer(self._packed(layer, pages))
+
+    def copy_in(self, layer: int, pages: Sequence[int], runs: Sequence[np.ndarray]) -> None:
+        """Rows, uint8 [rows of a run, layer_bytes] each, into one layer of pages. Pinned ones have to stay until the stream gets there."""
+        schema = self.schema
+        if any(run.shape[1] != schema.layer_bytes for run in runs):
+            raise ValueError(f"a block slice has {runs[0].shape[1]} bytes; this cache takes {schema.layer_bytes}")
+        staged = to_device(runs, self.pinned, self.data.device)
+        shape = (len(staged), 2, schema.num_kv_heads, schema.block_size, schema.head_dim)
+        self.write_blocks(layer, pages, staged.view(self.data.dtype).view(shape))
+
+    def _packed(self, layer: int, pages: Sequence[int]) -> torch.Tensor:
+        """uint8 [n, layer_bytes] on the device."""
+        return self.read_blocks(layer, pages).view(torch.uint8).view(len(pages), self.schema.layer_bytes)
 
     def zero_tail(self, page: int, num_tokens: int) -> None:
         """Clears tokens >= num_tokens of page in every layer, so that a partial block's bytes are those of its tokens alone."""
@@ -73,7 +105,7 @@ class PagedKVCache:
     def _index(self, pages: Sequence[int]) -> torch.Tensor:
         index = torch.tensor(pages, dtype=torch.int64)
         # pinned: from pageable memory the copy would wait for what the stream still has to do
-        return index if self._on_cpu else index.pin_memory().to(self.data.device, non_blocking=True)
+        return index if self.on_cpu else index.pin_memory().to(self.data.device, non_blocking=True)
 
 
 def block_bytes(blocks: torch.Tensor) -> np.ndarray:

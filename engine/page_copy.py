@@ -1,33 +1,52 @@
 """Copies between a sequence's pages and the blocks of a KV store. The store's side is known by its shape alone.
 
-load_pages   reader's slices ─► transfer thread ─► pages
+PageLoad     reader's slices ─► transfer thread ─► pages, several slices under way
 push_pages   pages ─► writer: one layer, less what the store has already
 keep_pages   pages ─► transfer thread ─► writer: every layer ─► sealed
+
+On CUDA a slice of a pinned arena is copied by the device itself, in both directions; what it left to do is the landing's. Other
+slices go by a pinned buffer. On a CPU they are plain copies.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from ..protocol.errors import HalfmoonError, RequestCancelled
 from ..protocol.v1 import common_pb2
 from .kv_cache import PagedKVCache
-from .transfer import TransferThread
+from .transfer import Landing, TransferThread
+
+MAX_SLICES = 4  # of one reader or writer on their way
+
+
+class Rows(Protocol):
+    """uint8 [layer_bytes] for each of some blocks; runs: the same as few arrays [blocks of a run, layer_bytes]."""
+
+    @property
+    def runs(self) -> list[np.ndarray]: ...
+    def __len__(self) -> int: ...
 
 
 class Slice(Protocol):
-    """One layer of a run of blocks: uint8 [layer_bytes] each."""
+    """One layer of a run of blocks."""
 
     @property
     def layer(self) -> int: ...
     @property
     def first_block(self) -> int: ...
     @property
-    def blocks(self) -> list[np.ndarray]: ...
+    def blocks(self) -> Any:
+        """Rows."""
+        ...
 
 
 class Reader(Protocol):
@@ -41,23 +60,64 @@ class Reader(Protocol):
 class Writer(Protocol):
     present: list[bool]
 
+    @property
+    def memory(self) -> np.ndarray | None: ...
+
     def push(self, layer: int, first_block: int, blocks: np.ndarray) -> None: ...
+
+    def rows(self, layer: int, first_block: int, last_block: int) -> Rows: ...
+
+    def pushed(self, layer: int, first_block: int, last_block: int) -> None: ...
+
+    def dropped(self) -> None: ...
 
     async def seal(self, state: common_pb2.HandoffState) -> None: ...
 
     async def abort(self, reason: HalfmoonError) -> None: ...
 
 
+class PageLoad:
+    """A reader's slices on their way to pages. On the event loop.
+
+    Where it is given up, the transfer thread may still read the slices' memory until it is drained.
+    """
+
+    def __init__(self, cache: PagedKVCache, transfer: TransferThread) -> None:
+        self._cache = cache
+        self._transfer = transfer
+        self._under_way: deque[Future[None]] = deque()
+
+    async def write(self, pages: Sequence[int], piece: Slice) -> None:
+        """pages: of the whole sequence. Waits while MAX_SLICES slices are under way; returns before this one is written."""
+        if len(self._under_way) == MAX_SLICES:
+            await _over(self._under_way.popleft())
+        self._under_way.append(self._transfer.start(partial(write_slice, self._cache, pages, piece)))
+
+    async def finished(self) -> None:
+        """Until every slice is written."""
+        while self._under_way:
+            await _over(self._under_way.popleft())
+
+
+async def _over(call: Future[None]) -> None:
+    await asyncio.shield(asyncio.wrap_future(call))
+
+
 async def load_pages(cache: PagedKVCache, transfer: TransferThread, pages: Sequence[int], reader: Reader) -> None:
     """pages: one a block at least. Raises what the reader raises: the pages must not be used then."""
+    load = PageLoad(cache, transfer)
     async for piece in reader.slices():
-        await transfer.run(partial(write_slices, cache, pages, [piece]))
+        await load.write(pages, piece)
+    await load.finished()
 
 
-def write_slices(cache: PagedKVCache, pages: Sequence[int], slices: Sequence[Slice]) -> None:
-    """On the transfer thread."""
-    for piece in slices:
-        cache.write_bytes(piece.layer, pages[piece.first_block : piece.first_block + len(piece.blocks)], piece.blocks)
+def write_slice(cache: PagedKVCache, pages: Sequence[int], piece: Slice) -> None:
+    """On the transfer thread; on CUDA asynchronous, and the slice's memory has to stay until it has landed."""
+    into = pages[piece.first_block : piece.first_block + len(piece.blocks)]
+    if cache.on_cpu:
+        cache.write_bytes(piece.layer, into, piece.blocks)
+    else:
+        cache.copy_in(piece.layer, into, piece.blocks.runs)
 
 
 def push_pages(
@@ -68,26 +128,95 @@ def push_pages(
     first: int,
     last: int,
     are_held: Callable[[], bool] | None = None,
-) -> None:
-    """One layer of blocks [first, last), on the transfer thread.
+) -> Landing | None:
+    """One layer of blocks [first, last), on the transfer thread; the landing hands what the device copied over to the writer.
 
     are_held: asked after each read, whether the pages were the sequence's until now. None: nobody takes them away.
-    Raises what the writer raises, RequestCancelled where the pages are not held any more.
+    Call and landing raise what the writer raises, RequestCancelled where the pages are not held any more.
     """
-    for start, end in missing_runs(writer.present, first, last):
+    runs = missing_runs(writer.present, first, last)
+    if not runs:
+        return None
+    if not cache.on_cpu:
+        push = _push_rows if cache.pinned.tensor(writer.memory) is not None else _push_buffers
+        return push(cache, pages, writer, layer, runs, are_held)
+    for start, end in runs:
         read = cache.read_bytes(layer, pages[start:end])
-        if are_held is not None and not are_held():
-            raise RequestCancelled("the sequence lost its pages while they were read")
+        _require_held(are_held)
         writer.push(layer, start, read)
+    return None
+
+
+def _push_rows(
+    cache: PagedKVCache,
+    pages: Sequence[int],
+    writer: Writer,
+    layer: int,
+    runs: Sequence[tuple[int, int]],
+    are_held: Callable[[], bool] | None,
+) -> Landing:
+    """The device writes into the store's memory itself."""
+    open_runs: deque[tuple[int, int]] = deque()
+
+    def land() -> None:
+        try:
+            _require_held(are_held)
+            while open_runs:
+                writer.pushed(layer, *open_runs.popleft())
+        finally:
+            while open_runs:
+                open_runs.popleft()
+                writer.dropped()
+
+    try:
+        for start, end in runs:
+            rows = writer.rows(layer, start, end)
+            open_runs.append((start, end))
+            cache.copy_out(layer, pages[start:end], rows.runs)
+    except BaseException:
+        torch.cuda.current_stream(cache.data.device).synchronize()
+        for _ in open_runs:
+            writer.dropped()
+        raise
+    return land
+
+
+def _push_buffers(
+    cache: PagedKVCache,
+    pages: Sequence[int],
+    writer: Writer,
+    layer: int,
+    runs: Sequence[tuple[int, int]],
+    are_held: Callable[[], bool] | None,
+) -> Landing:
+    """By a pinned buffer, for a writer that takes arrays, or whose memory could not be pinned."""
+    buffers = [(start, cache.copy_to_buffer(layer, pages[start:end])) for start, end in runs]
+
+    def land() -> None:
+        _require_held(are_held)
+        for start, buffer in buffers:
+            writer.push(layer, start, buffer.numpy())
+
+    return land
+
+
+def _require_held(are_held: Callable[[], bool] | None) -> None:
+    if are_held is not None and not are_held():
+        raise RequestCancelled("the sequence lost its pages while they were read")
 
 
 async def keep_pages(
     cache: PagedKVCache, transfer: TransferThread, pages: Sequence[int], writer: Writer, are_held: Callable[[], bool] | None = None
 ) -> None:
     """Every layer of all of the writer's blocks, and the seal. As push_pages; gives the lease up before it raises."""
+    pushing: deque[Future[None]] = deque()
     try:
         for layer in range(cache.schema.num_layers):
-            await transfer.run(partial(push_pages, cache, pages, writer, layer, 0, len(writer.present), are_held))
+            if len(pushing) == MAX_SLICES:
+                await _over(pushing.popleft())
+            pushing.append(transfer.start(partial(push_pages, cache, pages, writer, layer, 0, len(writer.present), are_held)))
+        while pushing:
+            await _over(pushing.popleft())
         await writer.seal(common_pb2.HandoffState())
     except HalfmoonError as error:
         await writer.abort(error)

@@ -1,30 +1,48 @@
-"""One thread that carries KV between pages and a store's memory, beside the engine's thread and the event loop.
+"""Copies of KV between pages and a store's memory, beside the engine's thread and the event loop, in the order in which they came.
 
-event loop, engine thread ──submit──► [first in, first out] ──► transfer thread (on CUDA: a stream of its own)
+event loop, engine thread ──submit──► transfer thread: calls, which give the device copies to do    (on CUDA: a stream of its own)
+                                            │ up to MAX_UNDER_WAY calls' copies at a time
+                                            ▼
+                                      landing thread: each call's copies are over ─► what the call left to do with their bytes
+
+On a CPU copies are over when the call is, and one thread does both.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import NamedTuple
 
 import torch
 
-Result = TypeVar("Result")
+Landing = Callable[[], None]  # to be called once the copies are over
+Call = Callable[[], Landing | None]
+
+MAX_UNDER_WAY = 3  # one is copied, one before it is being hashed, one behind it waits for the device
+
+
+class Issued(NamedTuple):
+    copied: torch.cuda.Event
+    landing: Landing | None
 
 
 class TransferThread:
-    """What is submitted runs in order, each call complete (its copies too) before the next begins.
+    """What is submitted runs in order, and lands in order.
 
     Args:
-        on_crash: told, on this thread, what a submitted call raised; such a call handles the errors it expects itself.
+        on_crash: told, on one of the threads, what a submitted call or its landing raised; they handle the errors they expect themselves.
     """
 
     def __init__(self, name: str, device: torch.device, on_crash: Callable[[BaseException], None]) -> None:
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._issuing = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        self._landing = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-landing")
+        # its kernels are short and a copy waits for each: they go before those of a step
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._under_way = threading.Semaphore(MAX_UNDER_WAY)
+        self._starting = threading.Lock()  # both threads get the calls in the same order
         self._on_crash = on_crash
 
     def event(self) -> torch.cuda.Event | None:
@@ -35,33 +53,57 @@ class TransferThread:
         event.record(torch.cuda.current_stream(self._stream.device))
         return event
 
-    def submit(self, call: Callable[[], None], *, after: torch.cuda.Event | None = None) -> None:
+    def submit(self, call: Call, *, after: torch.cuda.Event | None = None) -> None:
         """Never waits. after: on the device, the call's copies come after this event."""
-        self._executor.submit(self._run, call, after).add_done_callback(self._check)
+        self.start(call, after).add_done_callback(self._check)
 
-    async def run(self, call: Callable[[], Result]) -> Result:
-        """As submit, and waits for the result. Cancelling the wait does not stop a call that has begun."""
-        return await asyncio.wrap_future(self._executor.submit(self._run, call, None))
+    def start(self, call: Call, after: torch.cuda.Event | None = None) -> Future[None]:
+        """As submit, but what is raised is the future's. It is done when the call has landed, and not to be cancelled."""
+        if self._stream is None:
+            return self._issuing.submit(_call, call)
+        with self._starting:
+            issued = self._issuing.submit(self._issue, self._stream, call, after)
+            return self._landing.submit(self._land, issued)
+
+    async def run(self, call: Call) -> None:
+        """As start, and waits. Cancelling the wait stops nothing."""
+        await asyncio.shield(asyncio.wrap_future(self.start(call)))
 
     async def drained(self) -> None:
-        """Until everything submitted so far is over."""
+        """Until everything submitted so far has landed."""
         await self.run(lambda: None)
 
     def close(self) -> None:
         """Waits for what was submitted."""
-        self._executor.shutdown()
+        self._issuing.shutdown()
+        self._landing.shutdown()
 
-    def _run(self, call: Callable[[], Result], after: torch.cuda.Event | None) -> Result:
-        if self._stream is None:
-            return call()
-        with torch.cuda.stream(self._stream):
+    def _issue(self, stream: torch.cuda.Stream, call: Call, after: torch.cuda.Event | None) -> Issued:
+        self._under_way.acquire()  # until it has landed
+        copied = torch.cuda.Event(blocking=True)  # a thread that spins would take a core from the checksums
+        with torch.cuda.stream(stream):
             if after is not None:
-                self._stream.wait_event(after)
-            result = call()
-            self._stream.synchronize()
-            return result
+                stream.wait_event(after)
+            landing = call()
+            copied.record(stream)
+        return Issued(copied, landing)
+
+    def _land(self, issued: Future[Issued]) -> None:
+        try:
+            copied, landing = issued.result()
+            copied.synchronize()
+            if landing is not None:
+                landing()
+        finally:
+            self._under_way.release()
 
     def _check(self, future: Future[None]) -> None:
         error = future.exception()
         if error is not None:
             self._on_crash(error)
+
+
+def _call(call: Call) -> None:
+    landing = call()
+    if landing is not None:
+        landing()

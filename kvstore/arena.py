@@ -16,11 +16,13 @@ import mmap
 import os
 import secrets
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..protocol.errors import ConfigError
+from .block_rows import BlockRows
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,20 @@ class ArenaMap:
         if not (0 <= slot < self.num_slots and 0 <= layer < self.num_layers):
             raise IndexError(f"slot {slot}, layer {layer}: the arena has {self.num_slots} slots of {self.num_layers} layers")
         return self.memory[slot * self.num_layers + layer]
+
+    def rows(self, slots: Sequence[int], layer: int) -> BlockRows:
+        """The rows of slots, views by runs of slots that follow each other. Raises IndexError as row does."""
+        for slot in (min(slots), max(slots)) if slots else ():
+            self.row(slot, layer)
+        runs: list[np.ndarray] = []
+        start = 0
+        for index in range(1, len(slots) + 1):
+            if index < len(slots) and slots[index] == slots[index - 1] + 1:
+                continue
+            first, last = slots[start] * self.num_layers + layer, slots[index - 1] * self.num_layers + layer
+            runs.append(self.memory[first : last + 1 : self.num_layers])
+            start = index
+        return BlockRows(runs)
 
 
 class Arena:

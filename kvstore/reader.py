@@ -1,7 +1,7 @@
 """BlockReader: one lease to read. Nothing counts as read before every layer of every block came and every checksum matched.
 
 Fetch stream ─► layout ─► slice … slice ─► sealed (checksums, state) ─► stays open until release
-                             └─► hashed block by block, layer by layer
+                             └─► hashed block by block, layer by layer, beside whoever copies the slices
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
-import numpy as np
-import xxhash
-
 from ..protocol.errors import HandoffCorrupt, HandoffIncomplete, InvalidRequest, StoreUnavailable
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import common_pb2, kvstore_pb2
+from .block_rows import BlockRows
+from .checksums import Checksums
 from .connection import Connection
 from .progress import Progress
 from .transport import Transport
@@ -28,7 +27,7 @@ class BlockSlice(NamedTuple):
 
     layer: int
     first_block: int
-    blocks: list[np.ndarray]  # uint8 [layer_bytes] each, read-only, valid until release
+    blocks: BlockRows  # uint8 [layer_bytes] each, read-only, valid until release
 
 
 class BlockReader:
@@ -51,7 +50,7 @@ class BlockReader:
         self._slots = list(layout.slots)
         self._name = name
         self._progress = Progress(self.num_blocks, schema.num_layers)
-        self._hashes = [xxhash.xxh3_64() for _ in self._slots]
+        self._hashes = Checksums(self.num_blocks, schema.layer_bytes)
         self._corrupt_blocks: list[int] = []
         self._released = False
 
@@ -67,6 +66,7 @@ class BlockReader:
                 self._progress.require_complete(self._name)
                 raise HandoffIncomplete(f"{self._name}: the stream ended before the seal")
             if event.WhichOneof("event") == "sealed":
+                await self._hashes.finished()
                 self._verify(event.sealed)
                 await self._connection.confirm()
                 self.checksums = list(event.sealed.checksums)
@@ -78,9 +78,8 @@ class BlockReader:
             except InvalidRequest as error:
                 raise HandoffIncomplete(f"{self._name} came in the wrong order: {error.message}") from error
             blocks = self._transport.fetch(self._slots[part.first_block : part.first_block + part.num_blocks], part)
-            for index, block in enumerate(blocks):
-                self._hashes[part.first_block + index].update(block.data)
-            self.num_bytes += len(blocks) * self._layer_bytes
+            self._hashes.add(part.first_block, blocks)
+            self.num_bytes += part.num_blocks * self._layer_bytes
             yield BlockSlice(part.layer, part.first_block, blocks)
 
     async def release(self) -> None:
@@ -100,12 +99,11 @@ class BlockReader:
         self._progress.require_complete(self._name)
         if len(sealed.checksums) != self.num_blocks:
             raise HandoffIncomplete(f"{self._name} has {self.num_blocks} blocks and {len(sealed.checksums)} checksums")
-        pairs = zip(self._hashes, sealed.checksums, strict=True)
-        self._corrupt_blocks = [block for block, (found, expected) in enumerate(pairs) if found.intdigest() != expected]
+        self._corrupt_blocks = [block for block, expected in enumerate(sealed.checksums) if self._hashes.digest(block) != expected]
         if self._corrupt_blocks:
             first = self._corrupt_blocks[0]
             raise HandoffCorrupt(
-                f"{self._name} is corrupt: the checksum of block {first} is {self._hashes[first].intdigest():016x}, it must be "
+                f"{self._name} is corrupt: the checksum of block {first} is {self._hashes.digest(first):016x}, it must be "
                 f"{sealed.checksums[first]:016x} ({len(self._corrupt_blocks)} of {self.num_blocks} blocks differ)",
                 blocks=self._corrupt_blocks,
             )

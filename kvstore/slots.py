@@ -29,10 +29,13 @@ class SlotAllocator:
         return self._pins[slot]
 
     def allocate(self, num_slots: int) -> list[int]:
-        """Free slots, each with one pin. Raises ValueError where fewer are free: the caller has to make room first."""
+        """Free slots, each with one pin; in ascending order, for a run of neighbours is one copy.
+
+        Raises ValueError where fewer are free: the caller has to make room first.
+        """
         if num_slots > len(self._free):
             raise ValueError(f"{num_slots} slots asked for, {len(self._free)} of {self.num_slots} are free")
-        slots = [self._free.popleft() for _ in range(num_slots)]
+        slots = sorted(self._free.popleft() for _ in range(num_slots))
         for slot in slots:
             self._pins[slot] = 1
         self.num_leased += num_slots

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Literal
 
 from ..protocol.errors import StoreUnavailable
@@ -25,6 +25,7 @@ class StoreLink:
     """Owned by the event loop.
 
     Args:
+        on_attached: awaited before attach() returns a new session.
         on_lost: told that a session is over, before anything else happens.
     """
 
@@ -37,6 +38,7 @@ class StoreLink:
         schema: KVSchema,
         transport: Literal["auto", "grpc"],
         on_lost: Callable[[StoreClient], None],
+        on_attached: Callable[[StoreClient], Awaitable[None]] | None = None,
     ) -> None:
         self.address = address
         self._client_id = client_id
@@ -44,6 +46,7 @@ class StoreLink:
         self._schema = schema
         self._transport: Literal["auto", "grpc"] = transport
         self._on_lost = on_lost
+        self._on_attached = on_attached
         self._client: StoreClient | None = None
 
     @property
@@ -55,11 +58,14 @@ class StoreLink:
 
     async def attach(self) -> StoreClient:
         """Raises StoreUnavailable, SchemaMismatch."""
-        self._client = await StoreClient.attach(
+        client = await StoreClient.attach(
             self.address, client_id=self._client_id, node_id=self._node_id, schema=self._schema, transport=self._transport
         )
-        logger.info("%s attached to the KV store at %s over %s", self._client_id, self.address, self._client.transport)
-        return self._client
+        self._client = client
+        if self._on_attached is not None:
+            await self._on_attached(client)
+        logger.info("%s attached to the KV store at %s over %s", self._client_id, self.address, client.transport)
+        return client
 
     async def stay_attached(self) -> None:
         """Until cancelled. Raises SchemaMismatch where a store of another format took the place."""

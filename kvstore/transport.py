@@ -1,7 +1,7 @@
 """How a lease's bytes pass between a client and its store: the one seam, with two ways through it.
 
-shm   push: copy into the arena, send a note    fetch: views of the arena
-grpc  push: slices in messages of a few MiB     fetch: views of the message
+shm   push: copy into the arena, send a note    rows: views to be written by the caller, then the note    fetch: views of the arena
+grpc  push: slices in messages of a few MiB                                                               fetch: views of the message
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from ..protocol.errors import HandoffIncomplete
 from ..protocol.v1 import kvstore_pb2
 from .arena import ArenaMap
+from .block_rows import BlockRows
 
 MESSAGE_BYTES = 2 * 2**20  # of KV in one message: gRPC is fastest from 1 to 4 MiB
 
@@ -30,7 +31,16 @@ class Transport(Protocol):
         """
         ...
 
-    def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> list[np.ndarray]:
+    @property
+    def memory(self) -> np.ndarray | None:
+        """What rows() are views of; None where the transport takes arrays alone, and rows() is not to be called."""
+        ...
+
+    def rows(self, slots: Sequence[int], layer: int) -> BlockRows:
+        """Where one layer of these blocks is written in the place of push; the store is told by a PushRequest without data."""
+        ...
+
+    def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:
         """The slice's blocks, uint8 [layer_bytes] each, read-only. Raises HandoffIncomplete where bytes are missing."""
         ...
 
@@ -40,21 +50,26 @@ class ShmTransport:
 
     def __init__(self, arena: ArenaMap) -> None:
         self._arena = arena
+        self.memory: np.ndarray | None = arena.memory
 
     def push(self, slots: Sequence[int], layer: int, first_block: int, blocks: np.ndarray) -> Iterator[kvstore_pb2.PushRequest]:
         for slot, block in zip(slots, blocks, strict=True):
             self._arena.row(slot, layer)[:] = block
         yield kvstore_pb2.PushRequest(layer=layer, first_block=first_block, num_blocks=len(slots))
 
-    def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> list[np.ndarray]:
-        rows = [self._arena.row(slot, part.layer).view() for slot in slots]
-        for row in rows:
-            row.flags.writeable = False
+    def rows(self, slots: Sequence[int], layer: int) -> BlockRows:
+        return self._arena.rows(slots, layer)
+
+    def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:
+        rows = self._arena.rows(slots, part.layer)
+        for run in rows.runs:
+            run.flags.writeable = False
         return rows
 
 
 class GrpcTransport:
     name: Literal["shm", "grpc"] = "grpc"
+    memory: np.ndarray | None = None
 
     def __init__(self, layer_bytes: int) -> None:
         self._layer_bytes = layer_bytes
@@ -65,10 +80,13 @@ class GrpcTransport:
             part = blocks[start : start + self._max_blocks]
             yield kvstore_pb2.PushRequest(layer=layer, first_block=first_block + start, num_blocks=len(part), data=part.tobytes())
 
-    def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> list[np.ndarray]:
+    def rows(self, slots: Sequence[int], layer: int) -> BlockRows:
+        raise RuntimeError("slices go over gRPC as arrays: push them")
+
+    def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:
         expected = len(slots) * self._layer_bytes
         if len(part.data) != expected:
             raise HandoffIncomplete(
                 f"layer {part.layer} of {len(slots)} blocks from block {part.first_block} came with {len(part.data)} bytes of {expected}"
             )
-        return list(np.frombuffer(part.data, dtype=np.uint8).reshape(len(slots), self._layer_bytes))
+        return BlockRows([np.frombuffer(part.data, dtype=np.uint8).reshape(len(slots), self._layer_bytes)])

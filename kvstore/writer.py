@@ -1,7 +1,9 @@
 """BlockWriter: one lease to write. Slices come from an engine's thread, notes and bytes leave through the event loop.
 
-engine thread: push ─► checksum ─► transport.push ─► queue (bounded in bytes) ─► loop: Push stream ─► seal: checksums, state
-                                                                                   └─► lease gone: failed, push raises
+push ─► transport.push ─► checksum ─► queue (bounded in bytes) ─► loop: Push stream ─► seal: checksums, state
+rows ─► the caller copies ─► pushed ─┘                              └─► lease gone: failed, push, rows and pushed raise
+
+Between rows and pushed a copy is under way: a lease that is lost meanwhile keeps its slots until pushed, or dropped, says it is over.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from typing import Any
 
 import grpc.aio
 import numpy as np
-import xxhash
 
-from ..protocol.errors import HalfmoonError, RequestCancelled, StoreUnavailable
+from ..protocol.errors import HalfmoonError, InvalidRequest, RequestCancelled, StoreUnavailable
 from ..protocol.grpc_errors import error_to_proto
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import common_pb2, kvstore_pb2
+from .block_rows import BlockRows
+from .checksums import Checksums
 from .connection import Connection
 from .progress import Progress
 from .transport import Transport
@@ -31,7 +34,7 @@ MAX_QUEUED_BYTES = 64 * 2**20
 
 
 class BlockWriter:
-    """push: any thread but the event loop's. The coroutines: the event loop."""
+    """push, rows, pushed, dropped: any thread but the event loop's. The coroutines: the event loop."""
 
     def __init__(
         self,
@@ -53,13 +56,14 @@ class BlockWriter:
         self._handoff_id = handoff_id
         self._slots = list(reply.slots)
         self._progress = Progress(self.num_blocks, schema.num_layers, self.present)
-        self._hashes = [xxhash.xxh3_64() for _ in self._slots]
+        self._hashes = Checksums(self.num_blocks, schema.layer_bytes)
         self._max_queued_bytes = max_queued_bytes
         self._pushing = threading.Lock()  # one slice at a time: the layers of a block stay in order
-        self._changed = threading.Condition()  # guards the five below
+        self._changed = threading.Condition()  # guards the six below
         self._queue: deque[kvstore_pb2.PushRequest | None] = deque()  # None: no more
         self._num_queued_bytes = 0
         self._num_copying = 0
+        self._is_ended = False  # the end of the stream was queued
         self._is_let_go = False
         self._needs_ack = False  # let go of, but for a push that is still copying
         self._filled = asyncio.Event()
@@ -83,6 +87,44 @@ class BlockWriter:
             finally:
                 self._end_copying()
 
+    @property
+    def memory(self) -> np.ndarray | None:
+        """What rows() are views of; None where slices have to be pushed as arrays."""
+        return self._transport.memory
+
+    def rows(self, layer: int, first_block: int, last_block: int) -> BlockRows:
+        """Where the caller writes one layer of blocks [first_block, last_block), none of them present, in push's place.
+
+        pushed() or dropped() has to follow once no copy into the rows is under way any more; several may be open at a time.
+        Raises `failed` once the lease is gone, InvalidRequest for what is outside or present.
+        """
+        if not 0 <= first_block < last_block <= self.num_blocks or any(self.present[first_block:last_block]):
+            raise InvalidRequest(
+                f"blocks {first_block}..{last_block - 1} are not all to be written by this lease of {self.num_blocks} blocks"
+            )
+        rows = self._transport.rows(self._slots[first_block:last_block], layer)
+        self._begin_copying()
+        return rows
+
+    def pushed(self, layer: int, first_block: int, last_block: int) -> None:
+        """The rows are written. The layers of a block come in ascending order; the rows are hashed after this returns.
+
+        Raises `failed` where the lease is gone, InvalidRequest for a slice out of order; the rows are closed in any case.
+        """
+        with self._pushing:
+            try:
+                self._progress.check(layer, first_block, last_block - first_block)
+                rows = self._transport.rows(self._slots[first_block:last_block], layer)
+                self._enqueue(kvstore_pb2.PushRequest(layer=layer, first_block=first_block, num_blocks=len(rows)))
+                self._hashes.add(first_block, rows)
+                self._record(layer, first_block, len(rows))
+            finally:
+                self._end_copying()
+
+    def dropped(self) -> None:
+        """In pushed's place: what rows() gave holds nothing that counts, and no copy into it is under way."""
+        self._end_copying()
+
     async def seal(self, state: common_pb2.HandoffState) -> None:
         """Sends what is queued, then makes the blocks readable.
 
@@ -91,9 +133,7 @@ class BlockWriter:
         if self.failed is not None:
             raise self.failed
         self._progress.require_complete(self._name)
-        with self._changed:
-            self._queue.append(None)
-        self._filled.set()
+        self._end_stream()
         try:
             await self._seal(state)
         except asyncio.CancelledError:
@@ -108,7 +148,8 @@ class BlockWriter:
         await asyncio.wait({self._stream})
         if self.failed is not None:
             raise self.failed
-        checksums = [0 if present else found.intdigest() for found, present in zip(self._hashes, self.present, strict=True)]
+        await self._hashes.finished()
+        checksums = [0 if present else self._hashes.digest(block) for block, present in enumerate(self.present)]
         request = kvstore_pb2.SealRequest(lease_id=self._lease_id, state=state, checksums=checksums)
         await self._connection.call(self._connection.stub.Seal, request)
 
@@ -134,10 +175,23 @@ class BlockWriter:
         for message in self._transport.push(slots, layer, first_block, blocks):
             self._enqueue(message)
         # only now: a slice that was not handed over completely must not count as pushed
-        for index, block in enumerate(blocks):
-            self._hashes[first_block + index].update(block.data)
-        self._progress.record(layer, first_block, len(blocks))
-        self.num_bytes += blocks.nbytes
+        self._hashes.add(first_block, blocks)
+        self._hashes.wait()
+        self._record(layer, first_block, len(blocks))
+
+    def _record(self, layer: int, first_block: int, num_blocks: int) -> None:
+        self._progress.record(layer, first_block, num_blocks)
+        self.num_bytes += num_blocks * self._layer_bytes
+        if self._progress.is_complete:
+            self._end_stream()  # now, so that its round trip is over when the seal comes: a prefill has yet to sample its token
+
+    def _end_stream(self) -> None:
+        with self._changed:
+            if self._is_ended:
+                return
+            self._is_ended = True
+            self._queue.append(None)
+        self._to_loop(self._filled.set)
 
     def _enqueue(self, message: kvstore_pb2.PushRequest) -> None:
         with self._changed:

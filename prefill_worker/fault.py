@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from ..kvstore.block_rows import BlockRows
 from ..kvstore.client import StoreClient
 from ..kvstore.transport import Transport
 from ..protocol.v1 import kvstore_pb2
@@ -14,6 +15,8 @@ from ..protocol.v1 import kvstore_pb2
 
 class FlippingTransport:
     """Passes everything on, with the first byte of every slice inverted."""
+
+    memory: np.ndarray | None = None  # so that every slice comes as an array
 
     def __init__(self, inner: Transport) -> None:
         self._inner = inner
@@ -27,7 +30,10 @@ class FlippingTransport:
         altered[0, 0] ^= 0xFF
         return self._inner.push(slots, layer, first_block, altered)
 
-    def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> list[np.ndarray]:
+    def rows(self, slots: Sequence[int], layer: int) -> BlockRows:
+        return self._inner.rows(slots, layer)
+
+    def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:
         return self._inner.fetch(slots, part)
 
 

@@ -2,6 +2,7 @@
 
 engine thread   layer 0 │ layer 1 │ layer 2 │ …          after each layer: its finished blocks go on the transfer thread's queue
 transfer thread         │ push 0  │ push 1  │ …          blocks that the store has already are left out
+                                  │ land 0  │ …          copied: the store is told, the checksums go on
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NamedTuple
 from ..engine.kv_cache import PagedKVCache
 from ..engine.page_copy import keep_pages, push_pages
 from ..engine.sequence import StepChunk
-from ..engine.transfer import TransferThread
+from ..engine.transfer import Landing, TransferThread
 from ..kvstore.client import StoreClient
 from ..protocol.blocks import div_ceil
 from ..protocol.errors import HalfmoonError
@@ -54,7 +55,7 @@ class BlockPusher:
     def finish(self, jobs: Iterable[PrefillJob]) -> None:
         """Tells each call, after everything pushed for it so far, that there is no more."""
         for job in jobs:
-            self._transfer.submit(partial(_tell_pushed, job))
+            self._transfer.submit(lambda job=job: partial(_tell_pushed, job))
 
     async def keep(self, job: PrefillJob, client: StoreClient) -> None:
         """Stores the prompt's full blocks at client, from the pages, where there is room for them at once.
@@ -66,14 +67,30 @@ class BlockPusher:
         await keep_pages(self._cache, self._transfer, job.sequence.pages, writer)
         self._metrics.transferred(client.transport, "keep", writer.num_bytes, time.monotonic() - began)
 
-    def _push_layer(self, runs: Sequence[BlockRun], layer: int) -> None:
+    def _push_layer(self, runs: Sequence[BlockRun], layer: int) -> Landing:
+        landings: list[tuple[PrefillJob, Landing]] = []
         for job, first, last in runs:
             if job.closed or job.writer is None:
                 continue
             try:
-                push_pages(self._cache, job.sequence.pages, job.writer, layer, first, last)
+                landing = push_pages(self._cache, job.sequence.pages, job.writer, layer, first, last)
             except HalfmoonError as error:
-                job.task.get_loop().call_soon_threadsafe(job.fail, error)
+                _tell_failed(job, error)
+            else:
+                landings += [] if landing is None else [(job, landing)]
+        return partial(_land, landings)
+
+
+def _land(landings: Sequence[tuple[PrefillJob, Landing]]) -> None:
+    for job, landing in landings:
+        try:
+            landing()
+        except HalfmoonError as error:
+            _tell_failed(job, error)
+
+
+def _tell_failed(job: PrefillJob, error: HalfmoonError) -> None:
+    job.task.get_loop().call_soon_threadsafe(job.fail, error)
 
 
 def _tell_pushed(job: PrefillJob) -> None:

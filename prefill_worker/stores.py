@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Literal
 
@@ -31,13 +31,17 @@ class Stores:
         schema: KVSchema,
         transport: Literal["auto", "grpc"],
         on_lost: Callable[[StoreClient], None],
+        on_attached: Callable[[StoreClient], Awaitable[None]],
     ) -> None:
-        self.own = StoreLink(address, client_id=client_id, node_id=node_id, schema=schema, transport=transport, on_lost=on_lost)
+        self.own = StoreLink(
+            address, client_id=client_id, node_id=node_id, schema=schema, transport=transport, on_lost=on_lost, on_attached=on_attached
+        )
         self._client_id = client_id
         self._node_id = node_id
         self._schema = schema
         self._transport: Literal["auto", "grpc"] = transport
         self._on_lost = on_lost
+        self._on_attached = on_attached
         self._sessions: dict[str, asyncio.Task[StoreClient]] = {}
         self._watches: set[asyncio.Task[None]] = set()
 
@@ -69,6 +73,11 @@ class Stores:
         client = await StoreClient.attach(
             address, client_id=self._client_id, node_id=self._node_id, schema=self._schema, transport=self._transport
         )
+        try:
+            await self._on_attached(client)
+        except BaseException:
+            await client.close()
+            raise
         watch = asyncio.create_task(self._watch(address, client))
         self._watches.add(watch)
         watch.add_done_callback(self._watches.discard)

@@ -13,6 +13,7 @@ import asyncio
 import logging
 from functools import partial
 
+from ..engine.arena_pins import ArenaPins
 from ..engine.engine import Engine
 from ..engine.page_allocator import PageAllocator
 from ..engine.sequence import Sequence
@@ -62,6 +63,8 @@ class PrefillWorker:
         self.scheduler = PrefillScheduler(PageAllocator(cache.num_pages), cache.page_size, self._config.max_tokens_per_step)
         self.metrics = PrefillMetrics(self.scheduler)
         self._root = root_key(self.engine.schema.fingerprint)
+        self._transfer = TransferThread(f"{self.worker_id}-transfer", self.engine.device, life.crashed)
+        self._pins = ArenaPins(cache, self._transfer)
         self.stores = Stores(
             station.store_address,
             client_id=self.worker_id,
@@ -69,9 +72,9 @@ class PrefillWorker:
             schema=self.engine.schema,
             transport=self._config.transport,
             on_lost=self._store_lost,
+            on_attached=self._pins.attached,
         )
         await self.stores.own.attach()
-        self._transfer = TransferThread(f"{self.worker_id}-transfer", self.engine.device, life.crashed)
         self._loader = PrefixLoader(cache, self.stores, self._transfer, self.metrics, life.spawn)
         self._pusher = BlockPusher(cache, self._transfer, self.metrics)
         self._steps = PrefillSteps(self.engine, self.scheduler, self._jobs, self._pusher, life, self._stepped)
@@ -94,6 +97,7 @@ class PrefillWorker:
         await self.life.settle(grace_s)
         await self.stores.close()
         await asyncio.to_thread(self._transfer.close)
+        await self._pins.close()
         await self.life.end()
 
     def load(self) -> control_pb2.MemberLoad:
@@ -233,6 +237,7 @@ class PrefillWorker:
                 job.started.set_result(None)
 
     def _store_lost(self, client: StoreClient) -> None:
+        self._pins.lost(client)
         for job in list(self._jobs.values()):
             if job.client is client:
                 job.fail(StoreUnavailable(f"the KV store at {client.address} is gone; the hand-off with it", address=client.address))

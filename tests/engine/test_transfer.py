@@ -55,10 +55,24 @@ async def test_a_call_that_is_not_waited_for_any_more_ends_before_drained_does(t
 async def test_a_submitted_call_that_raises_is_told_and_does_not_stop_the_thread(
     transfer: TransferThread, crashes: list[BaseException]
 ) -> None:
-    transfer.submit(partial(int, "x"))
-    assert await transfer.run(partial(int, "7")) == 7
+    transfer.submit(lambda: int("x") and None)
+    await transfer.drained()
     assert [type(error) for error in crashes] == [ValueError]
     with pytest.raises(ValueError):
-        await transfer.run(partial(int, "y"))  # told to who waits, and to nobody else
+        await transfer.run(lambda: partial(int, "y"))  # told to who waits, and to nobody else
     assert len(crashes) == 1
+    transfer.close()
+
+
+async def test_what_a_call_left_to_do_is_done_before_the_next_call_on_a_cpu(transfer: TransferThread) -> None:
+    seen: list[str] = []
+
+    def call(name: str):
+        seen.append(name)
+        return lambda: seen.append(f"{name} landed")
+
+    for name in ("a", "b"):
+        transfer.submit(partial(call, name))
+    await transfer.drained()
+    assert seen == ["a", "a landed", "b", "b landed"]
     transfer.close()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
+from halfmoon.kvstore.block_rows import BlockRows
 from halfmoon.kvstore.client import StoreClient
 from halfmoon.kvstore.connection import Connection
 from halfmoon.kvstore.reader import BlockReader
@@ -28,6 +29,8 @@ class MemoryTransport:
 
     name: Literal["shm", "grpc"] = "shm"
 
+    memory: np.ndarray | None = np.zeros(0, np.uint8)  # rows() may be called
+
     def __init__(self, rows: dict[tuple[int, int], np.ndarray]) -> None:
         self._rows = rows
 
@@ -36,8 +39,13 @@ class MemoryTransport:
             self._rows[slot, layer] = block.copy()
         yield kvstore_pb2.PushRequest(layer=layer, first_block=first_block, num_blocks=len(slots))
 
-    def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> list[np.ndarray]:
-        return [self._rows[slot, part.layer] for slot in slots]
+    def rows(self, slots: Sequence[int], layer: int) -> BlockRows:
+        for slot in slots:
+            self._rows.setdefault((slot, layer), np.zeros(SCHEMA.layer_bytes, np.uint8))
+        return BlockRows([self._rows[slot, layer][None] for slot in slots])
+
+    def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:
+        return BlockRows([self._rows[slot, part.layer][None] for slot in slots])
 
 
 class KV:

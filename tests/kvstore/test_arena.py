@@ -78,3 +78,20 @@ def test_arenas_of_killed_owners_are_removed_and_those_of_the_living_stay(tmp_pa
     (abandoned,) = remove_abandoned(tmp_path)
     assert list(tmp_path.iterdir()) == [living.path] and abandoned != living.path
     living.close()
+
+
+def test_rows_of_neighbouring_slots_are_one_strided_view(tmp_path: Path) -> None:
+    arena = Arena(3000, tmp_path)
+    mapped = arena.format(3, 100)
+    for slot in range(10):
+        mapped.row(slot, 2)[:] = slot
+    rows = mapped.rows([4, 5, 6, 9, 2, 1], 2)
+    assert [run.shape for run in rows.runs] == [(3, 100), (1, 100), (1, 100), (1, 100)] and len(rows) == 6
+    assert [int(row[99]) for row in rows] == [4, 5, 6, 9, 2, 1] and int(rows[3][0]) == 9
+    rows.runs[0][1] = 77
+    assert (mapped.row(5, 2) == 77).all() and (mapped.row(5, 1) == 0).all()
+    assert len(mapped.rows([], 0)) == 0
+    for slots, layer in (([9, 10], 0), ([-1, 0], 0), ([0], 3)):
+        with pytest.raises(IndexError, match="10 slots of 3 layers"):
+            mapped.rows(slots, layer)
+    arena.close()

@@ -40,3 +40,23 @@ def test_leased_cached_and_free_add_up_after_every_step(todo: list[tuple[str, in
         leased = sum(count > 0 for count in pins)
         cached = sum(retained[i] and not pins[i] for i in range(5))
         assert (slots.num_leased, slots.num_cached, slots.num_free) == (leased, cached, 5 - leased - cached)
+
+
+@given(st.data())
+@settings(deadline=None)
+def test_slots_come_in_ascending_order_whatever_was_freed_before(data: st.DataObject) -> None:
+    slots = SlotAllocator(12)
+    for slot in data.draw(st.permutations(slots.allocate(12))):
+        slots.unpin(slot)
+    while slots.num_free:
+        found = slots.allocate(data.draw(st.integers(1, slots.num_free)))
+        assert found == sorted(found)
+
+
+def test_a_lease_that_was_freed_from_its_end_is_one_run_again() -> None:
+    slots = SlotAllocator(8)
+    for first in (0, 4, 0, 4):
+        leased = slots.allocate(4)
+        assert leased == list(range(first, first + 4))
+        for slot in reversed(leased):
+            slots.unpin(slot)

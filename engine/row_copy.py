@@ -1,0 +1,84 @@
+"""Rows between the device and host memory, on the current stream: one strided copy a run where the runtime can be called.
+
+device   [row][row][row]                  contiguous
+host     [row]…[row]…[row]…               a block slot apart: the other layers of the blocks lie between
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from .pinned_memory import PinnedMemory
+
+logger = logging.getLogger(__name__)
+
+
+def to_host(staged: torch.Tensor, runs: Sequence[torch.Tensor]) -> None:
+    """staged: uint8 [n, row_bytes] on the device. runs: pinned, n rows in all; written once the stream gets there."""
+    start = 0
+    for run in runs:
+        _copy(run, staged[start : start + len(run)])
+        start += len(run)
+
+
+def to_device(runs: Sequence[np.ndarray], pinned: PinnedMemory, device: torch.device) -> torch.Tensor:
+    """The rows of runs, uint8 [rows of the run, row_bytes] each, as uint8 [n, row_bytes] on the device. Asynchronous for what is pinned:
+    those rows have to stay until the stream gets there; others are read at once."""
+    staged = torch.empty((sum(map(len, runs)), runs[0].shape[1]), dtype=torch.uint8, device=device)
+    start = 0
+    for run in runs:
+        into = staged[start : start + len(run)]
+        source = pinned.tensor(run)
+        if source is None:
+            buffer = torch.empty(run.shape, dtype=torch.uint8, pin_memory=True)
+            buffer.numpy()[:] = run
+            into.copy_(buffer, non_blocking=True)  # the buffer is not used anew before this is over: torch's allocator sees to it
+        else:
+            _copy(into, source)
+        start += len(run)
+    return staged
+
+
+def to_buffer(staged: torch.Tensor) -> torch.Tensor:
+    """staged in a pinned tensor of the host's. Asynchronous."""
+    return torch.empty(staged.shape, dtype=staged.dtype, pin_memory=True).copy_(staged, non_blocking=True)
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """uint8 [n, row_bytes], each row contiguous; one side pinned, the other on the device."""
+    runtime = _runtime()
+    if runtime is None:
+        for into, row in zip(target, source, strict=True):
+            into.copy_(row, non_blocking=True)
+        return
+    num_rows, width = target.shape
+    kinds, on_device = runtime.cudaMemcpyKind, target if target.is_cuda else source
+    (code,) = runtime.cudaMemcpy2DAsync(
+        target.data_ptr(),
+        max(target.stride(0), width),
+        source.data_ptr(),
+        max(source.stride(0), width),
+        width,
+        num_rows,
+        kinds.cudaMemcpyHostToDevice if target.is_cuda else kinds.cudaMemcpyDeviceToHost,
+        torch.cuda.current_stream(on_device.device).cuda_stream,
+    )
+    if code != runtime.cudaError_t.cudaSuccess:
+        raise RuntimeError(f"cudaMemcpy2DAsync of {num_rows} rows of {width} bytes failed: {code!r}")
+
+
+@cache
+def _runtime() -> Any | None:
+    """CUDA's runtime, for what torch has no call for; None where it is not installed."""
+    try:
+        from cuda.bindings import runtime  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        logger.warning("copies to and from the KV store go row by row (%s); pip install cuda-bindings makes it one a slice", error)
+        return None
+    return runtime

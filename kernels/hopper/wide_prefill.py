@@ -35,6 +35,7 @@ BLOCK_GROUP = gl.constexpr(8)  # blocks of queries that read a tile of keys one 
 QUANTUM = gl.constexpr(8.0)  # of references: 2^8 times a row's keys is far from fp32's end, and 2^8 from fp16's
 LOWEST = gl.constexpr(-1.0e30)  # the reference of a row that sees no key of a tile
 WORKSPACE_BYTES = 1 << 30
+PER_CALL = ("num_items", "first_block", "count", "num_tiles")  # their values are nothing to compile for
 
 
 @gluon.jit
@@ -154,7 +155,7 @@ def _consume_scores(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=PER_CALL)
 def _scores_kernel(
     q_desc, kv_desc, weights_desc, stats_ptr, block_table_ptr, cu_seqlens_q_ptr, kv_lens_ptr,
     num_items, first_block, count, num_heads, num_tiles, group, num_kv_heads, stride_table, scale_log2,
@@ -337,7 +338,7 @@ def _consume_values(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=PER_CALL)
 def _values_kernel(
     weights_desc, kv_desc, out_desc, out_ptr, stats_ptr, block_table_ptr, cu_seqlens_q_ptr, kv_lens_ptr,
     num_items, first_block, count, num_heads, num_tiles, group, num_kv_heads, num_pages, stride_table,

@@ -31,6 +31,7 @@ from ..portable.device import num_sms
 from ..portable.flash_prefill import flash_prefill as portable_flash_prefill
 from ..portable.flash_prefill import num_splits
 from ..portable.widen import widened_bytes, widened_pages
+from .wide_prefill import wide_prefill
 
 LOG2_E = 1.4426950408889634
 BLOCK_M = gl.constexpr(128)
@@ -385,7 +386,7 @@ def _fits(q: torch.Tensor, kv_pages: torch.Tensor, max_seqlen_q: int, special: b
         not special
         and q.dtype in (torch.bfloat16, torch.float16)
         and kv_pages.dtype in (q.dtype, torch.float8_e4m3fn)
-        and head_dim in (64, 128, 256)
+        and head_dim in (64, 128, 256, 512, 1024)
         and (page_size % 64 == 0 or page_size in (16, 32))
         and max_seqlen_q >= 64
         and q.stride(1) == head_dim
@@ -400,9 +401,9 @@ def _fits(q: torch.Tensor, kv_pages: torch.Tensor, max_seqlen_q: int, special: b
 def _pays(q: torch.Tensor, kv_pages: torch.Tensor, num_seqs: int, max_kv_len: int) -> bool:
     """Whether this kernel is the faster one: enough items for the SMs, where the portable one would split keys among idle ones, and,
     for fp8, queries enough that its higher rate (about 640 against 400 TFLOP/s) is worth the bytes of widening."""
-    num_tokens, num_heads, _ = q.shape
+    num_tokens, num_heads, head_dim = q.shape
     num_items = max(num_seqs, -(-num_tokens // BLOCK_M.value)) * num_heads
-    if num_splits(num_items, max_kv_len, num_sms(q.device)) > 1:
+    if head_dim <= 256 and num_splits(num_items, max_kv_len, num_sms(q.device)) > 1:
         return False
     if kv_pages.dtype != torch.float8_e4m3fn:
         return True
@@ -430,8 +431,8 @@ def flash_prefill(
     """As kernels/portable/flash_prefill.py, and one thing more: every value in the pages must be finite, also behind a sequence's last key
     (a cache allocated as zeros is, whatever was written since). Keys there are masked, but 0 · NaN is NaN in the product with V.
 
-    Windows, soft caps, block masks, LSE, head dimensions other than 64, 128 and 256, batches of short chunks, and few queries over many
-    keys go to the portable kernel. fp8 pages are widened to 16 bits first, or go there, too.
+    Head dimensions of 512 and 1024 are wide_prefill.py's. Windows, soft caps, block masks, LSE, other head dimensions, batches of short
+    chunks, and few queries over many keys go to the portable kernel. fp8 pages are widened to 16 bits first, or go there, too.
     """
     special = sliding_window > 0 or logit_soft_cap > 0 or block_mask is not None or return_lse
     if not _fits(q, kv_pages, max_seqlen_q, special) or not _pays(q, kv_pages, kv_lens.shape[0], max_kv_len):
@@ -443,6 +444,10 @@ def flash_prefill(
     if kv_pages.dtype != q.dtype:
         kv_pages, block_table = widened_pages(kv_pages, block_table, kv_lens, kv_scales, max_kv_len, q.dtype)
     num_tokens, num_heads, head_dim = q.shape
+    if head_dim > 256:
+        return wide_prefill(
+            q, kv_pages, block_table, cu_seqlens_q, kv_lens, max_seqlen_q=max_seqlen_q, max_kv_len=max_kv_len, scale=scale, causal=causal
+        )
     _, num_pages, num_kv_heads, page_size, _ = kv_pages.shape
     num_seqs, group = kv_lens.shape[0], num_heads // num_kv_heads
     out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)

@@ -119,6 +119,8 @@ def check_features(generator: random.Random) -> list[Row]:
         "block mask, one for all heads, hd256": (256, {"block_mask": torch.rand(3, 1, 8, 16, device="cuda") < 0.5, "causal": False}),
         "hd80": (80, {}),
         "hd512": (512, {"return_lse": True, "sliding_window": 300}),
+        "hd512 causal": (512, {}),
+        "hd1024 causal": (1024, {}),
         "hd1024 full": (1024, {"causal": False}),
     }
     for name, (head_dim, options) in cases.items():
@@ -218,8 +220,7 @@ def inherited(batch: int, heads: int, n: int, m: int, d: int, case: str) -> Row:
     pages = torch.stack([x.view(batch, heads, each, PAGE, d).transpose(1, 2).reshape(-1, heads, PAGE, d) for x in (k, v)])
     table = torch.arange(batch * each, device="cuda", dtype=torch.int32).view(batch, each)
     flat = q.transpose(1, 2).reshape(batch * n, heads, d)
-    wanted = [module for module in modules() if module == "portable" or d <= 256]
-    calls: Calls = {module: paged_call(module, flat, pages, table, [n] * batch, [m] * batch, causal=False) for module in wanted}
+    calls: Calls = {module: paged_call(module, flat, pages, table, [n] * batch, [m] * batch, causal=False) for module in modules()}
     reference = attention_fp32(q[0], k[0], v[0], False).transpose(0, 1)
     errors = {f"error {name}": measure.relative_error(call()[:n], reference) for name, call in calls.items()}  # type: ignore[index]
     calls["torch"] = lambda: (q @ k.mT * d**-0.5).softmax(-1) @ v

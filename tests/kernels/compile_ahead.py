@@ -193,6 +193,8 @@ PORTABLE: dict[str, Callable[[], None]] = {
 HOPPER: dict[str, Callable[[], None]] = {
     **{f"hopper flash_prefill hd{d}": lambda d=d: prefill_case("hopper", d) for d in (64, 128, 256)},
     "hopper flash_prefill hd128 full": lambda: prefill_case("hopper", 128, causal=False),
+    "hopper flash_prefill wide hd512 fp16 page16": lambda: prefill_case("hopper", 512, 16, torch.float16),
+    "hopper flash_prefill wide hd1024 full": lambda: prefill_case("hopper", 1024, causal=False),
 }
 
 

@@ -30,7 +30,7 @@ def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) ->
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("page_size", [16, 64, 128])
-@pytest.mark.parametrize(("head_dim", "num_heads", "num_kv_heads"), [(64, 4, 4), (128, 8, 2), (256, 4, 1)])
+@pytest.mark.parametrize(("head_dim", "num_heads", "num_kv_heads"), [(64, 4, 4), (128, 8, 2), (256, 4, 1), (512, 4, 4), (1024, 4, 2)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_any_batch_matches_fp64(dtype, head_dim: int, num_heads: int, num_kv_heads: int, page_size: int, causal: bool) -> None:
     from halfmoon.kernels.hopper.flash_prefill import flash_prefill
@@ -57,12 +57,44 @@ def test_any_batch_matches_fp64(dtype, head_dim: int, num_heads: int, num_kv_hea
             first += q_len
 
 
+@on_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("loudness", [0.1, 1.0, 8.0, 60.0])
+@pytest.mark.parametrize("workspace_bytes", [1 << 30, 8 << 20], ids=["one strip", "several strips"])
+def test_wide_heads_match_fp64_however_far_apart_the_scores_of_their_tiles_lie(
+    workspace_bytes: int, loudness: float, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halfmoon.kernels.hopper import flash_prefill, wide_prefill
+
+    monkeypatch.setattr(wide_prefill, "WORKSPACE_BYTES", workspace_bytes)
+    monkeypatch.setattr(flash_prefill, "portable_flash_prefill", None)
+    q_lens, kv_lens, heads, kv_heads, head_dim = [1500, 70, 257], [3000, 2000, 300], 4, 2, 512
+    pages = torch.randn(2, 47 * 3, kv_heads, 64, head_dim, device="cuda").to(torch.bfloat16)
+    pages[0] *= torch.rand(47 * 3, 1, 1, 1, device="cuda").to(torch.bfloat16) * 2  # some pages are louder than others
+    table = torch.randperm(47 * 3, device="cuda", dtype=torch.int32).view(3, 47)
+    q = (torch.randn(sum(q_lens), heads, head_dim, device="cuda") * loudness).to(torch.bfloat16)
+    out = flash_prefill.flash_prefill(
+        q, pages, table, torch.tensor([0, *q_lens], device="cuda").cumsum(0).int(), torch.tensor(kv_lens, dtype=torch.int32, device="cuda"),
+        max_seqlen_q=max(q_lens), max_kv_len=max(kv_lens), scale=head_dim**-0.5, causal=causal,
+    )  # fmt: skip
+    first = 0
+    for row, q_len, kv_len in zip(table.long(), q_lens, kv_lens, strict=True):
+        k, v = pages[:, row].transpose(2, 3).reshape(2, -1, kv_heads, head_dim)[:, :kv_len].unbind(0)
+        reference = expected(q[first : first + q_len], k, v, causal)
+        assert float((out[first : first + q_len].double() - reference).norm() / reference.norm()) < 5e-3
+        first += q_len
+
+
 @pytest.mark.parametrize(
     ("change", "fits"),
     [
         ({}, True),
         ({"head_dim": 80}, False),
         ({"head_dim": 256}, True),
+        ({"head_dim": 512}, True),
+        ({"head_dim": 768}, False),
+        ({"head_dim": 1024}, True),
         ({"dtype": torch.float32}, False),
         ({"dtype": torch.float16}, True),
         ({"page_size": 48}, False),

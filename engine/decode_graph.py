@@ -25,7 +25,7 @@ from .decode_inputs import COLUMNS, DecodeInputs, buffer_bytes, column_offsets, 
 from .decoder import Decoder
 from .kv_cache import PagedKVCache
 from .sequence import Sequence, StepChunk
-from .staging import DTYPES
+from .staging import DTYPES, read_back
 from .weights import Progress
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -178,7 +178,7 @@ class DecodeGraphs:
         """The tokens that the last run() drew, where logits and sequences are its own and logits need no change before the draw."""
         if logits is not self._logits or self._tokens is None or list(sequences) != self._sequences:
             return None
-        return self._tokens.tolist()
+        return read_back(self._tokens).tolist()
 
     def _size(self, chunks: Seq[StepChunk], last_rows: Mapping[Sequence, int]) -> int | None:
         """Of the graph that holds the step, if one does. last_rows: whose next token the step before gives."""

@@ -71,19 +71,19 @@ class PagedKVCache:
 
     # on CUDA, and asynchronous: on the current stream
 
-    def copy_out(self, layer: int, pages: Sequence[int], runs: Sequence[np.ndarray]) -> None:
-        """One layer of pages into rows of pinned memory, uint8 [rows of a run, layer_bytes] each.
+    def copy_out(self, layers: range, pages: Sequence[int], runs: Sequence[np.ndarray]) -> None:
+        """Layers of pages into rows of pinned memory, uint8 [rows of a run, len(layers) * layer_bytes] each.
 
         Raises ValueError for what is not pinned.
         """
         targets = [self.pinned.tensor(run) for run in runs]
         if any(target is None for target in targets):
             raise ValueError("these rows are not in pinned memory; copy to a buffer instead")
-        to_host(self._packed(layer, pages), [target for target in targets if target is not None])
+        to_host(self._packed(layers, pages), [target for target in targets if target is not None])
 
     def copy_to_buffer(self, layer: int, pages: Sequence[int]) -> torch.Tensor:
         """One layer of pages as pinned uint8 [n, layer_bytes] of the host's."""
-        return to_buffer(self._packed(layer, pages))
+        return to_buffer(self._packed(range(layer, layer + 1), pages))
 
     def copy_in(self, layer: int, pages: Sequence[int], runs: Sequence[np.ndarray]) -> None:
         """Rows, uint8 [rows of a run, layer_bytes] each, into one layer of pages. Pinned ones have to stay until the stream gets there."""
@@ -94,9 +94,14 @@ class PagedKVCache:
         shape = (len(staged), 2, schema.num_kv_heads, schema.block_size, schema.head_dim)
         self.write_blocks(layer, pages, staged.view(self.data.dtype).view(shape))
 
-    def _packed(self, layer: int, pages: Sequence[int]) -> torch.Tensor:
-        """uint8 [n, layer_bytes] on the device."""
-        return self.read_blocks(layer, pages).view(torch.uint8).view(len(pages), self.schema.layer_bytes)
+    def _packed(self, layers: range, pages: Sequence[int]) -> torch.Tensor:
+        """uint8 [n, len(layers) * layer_bytes] on the device."""
+        schema, index = self.schema, self._index(pages)
+        shape = (len(pages), len(layers), 2, schema.num_kv_heads, schema.block_size, schema.head_dim)
+        packed = torch.empty(shape, dtype=self.data.dtype, device=self.data.device)
+        for place, layer in enumerate(layers):
+            kv_pack(self._layers[layer], index, packed[:, place])
+        return packed.view(torch.uint8).view(len(pages), -1)
 
     def zero_tail(self, page: int, num_tokens: int) -> None:
         """Clears tokens >= num_tokens of page in every layer, so that a partial block's bytes are those of its tokens alone."""

@@ -1,7 +1,7 @@
 """Copies between a sequence's pages and the blocks of a KV store. The store's side is known by its shape alone.
 
 PageLoad     reader's slices ─► transfer thread ─► pages, several slices under way
-push_pages   pages ─► writer: one layer, less what the store has already
+push_pages   pages ─► writer: some layers, less what the store has already
 keep_pages   pages ─► transfer thread ─► writer: every layer ─► sealed
 
 On CUDA a slice of a pinned arena is copied by the device itself, in both directions; what it left to do is the landing's. Other
@@ -21,11 +21,13 @@ import numpy as np
 import torch
 
 from ..protocol.errors import HalfmoonError, RequestCancelled
+from ..protocol.schema import KVSchema
 from ..protocol.v1 import common_pb2
 from .kv_cache import PagedKVCache
 from .transfer import Landing, TransferThread
 
 MAX_SLICES = 4  # of one reader or writer on their way
+PUSH_BYTES = 32 * 2**20  # layers of fewer go together: a push costs the host as much whatever it carries, and the engine's thread waits
 
 
 class Rows(Protocol):
@@ -65,9 +67,9 @@ class Writer(Protocol):
 
     def push(self, layer: int, first_block: int, blocks: np.ndarray) -> None: ...
 
-    def rows(self, layer: int, first_block: int, last_block: int) -> Rows: ...
+    def rows(self, layer: int, first_block: int, last_block: int, num_layers: int = 1) -> Rows: ...
 
-    def pushed(self, layer: int, first_block: int, last_block: int) -> None: ...
+    def pushed(self, layer: int, first_block: int, last_block: int, num_layers: int = 1) -> None: ...
 
     def dropped(self) -> None: ...
 
@@ -124,12 +126,12 @@ def push_pages(
     cache: PagedKVCache,
     pages: Sequence[int],
     writer: Writer,
-    layer: int,
+    layers: range,
     first: int,
     last: int,
     are_held: Callable[[], bool] | None = None,
 ) -> Landing | None:
-    """One layer of blocks [first, last), on the transfer thread; the landing hands what the device copied over to the writer.
+    """Layers of blocks [first, last), on the transfer thread; the landing hands what the device copied over to the writer.
 
     are_held: asked after each read, whether the pages were the sequence's until now. None: nobody takes them away.
     Call and landing raise what the writer raises, RequestCancelled where the pages are not held any more.
@@ -139,11 +141,12 @@ def push_pages(
         return None
     if not cache.on_cpu:
         push = _push_rows if cache.pinned.tensor(writer.memory) is not None else _push_buffers
-        return push(cache, pages, writer, layer, runs, are_held)
-    for start, end in runs:
-        read = cache.read_bytes(layer, pages[start:end])
-        _require_held(are_held)
-        writer.push(layer, start, read)
+        return push(cache, pages, writer, layers, runs, are_held)
+    for layer in layers:
+        for start, end in runs:
+            read = cache.read_bytes(layer, pages[start:end])
+            _require_held(are_held)
+            writer.push(layer, start, read)
     return None
 
 
@@ -151,7 +154,7 @@ def _push_rows(
     cache: PagedKVCache,
     pages: Sequence[int],
     writer: Writer,
-    layer: int,
+    layers: range,
     runs: Sequence[tuple[int, int]],
     are_held: Callable[[], bool] | None,
 ) -> Landing:
@@ -162,7 +165,7 @@ def _push_rows(
         try:
             _require_held(are_held)
             while open_runs:
-                writer.pushed(layer, *open_runs.popleft())
+                writer.pushed(layers.start, *open_runs.popleft(), len(layers))
         finally:
             while open_runs:
                 open_runs.popleft()
@@ -170,9 +173,9 @@ def _push_rows(
 
     try:
         for start, end in runs:
-            rows = writer.rows(layer, start, end)
+            rows = writer.rows(layers.start, start, end, len(layers))
             open_runs.append((start, end))
-            cache.copy_out(layer, pages[start:end], rows.runs)
+            cache.copy_out(layers, pages[start:end], rows.runs)
     except BaseException:
         torch.cuda.current_stream(cache.data.device).synchronize()
         for _ in open_runs:
@@ -185,16 +188,16 @@ def _push_buffers(
     cache: PagedKVCache,
     pages: Sequence[int],
     writer: Writer,
-    layer: int,
+    layers: range,
     runs: Sequence[tuple[int, int]],
     are_held: Callable[[], bool] | None,
 ) -> Landing:
     """By a pinned buffer, for a writer that takes arrays, or whose memory could not be pinned."""
-    buffers = [(start, cache.copy_to_buffer(layer, pages[start:end])) for start, end in runs]
+    buffers = [(layer, start, cache.copy_to_buffer(layer, pages[start:end])) for layer in layers for start, end in runs]
 
     def land() -> None:
         _require_held(are_held)
-        for start, buffer in buffers:
+        for layer, start, buffer in buffers:
             writer.push(layer, start, buffer.numpy())
 
     return land
@@ -211,16 +214,22 @@ async def keep_pages(
     """Every layer of all of the writer's blocks, and the seal. As push_pages; gives the lease up before it raises."""
     pushing: deque[Future[None]] = deque()
     try:
-        for layer in range(cache.schema.num_layers):
+        for layers in layer_groups(cache.schema, len(writer.present)):
             if len(pushing) == MAX_SLICES:
                 await _over(pushing.popleft())
-            pushing.append(transfer.start(partial(push_pages, cache, pages, writer, layer, 0, len(writer.present), are_held)))
+            pushing.append(transfer.start(partial(push_pages, cache, pages, writer, layers, 0, len(writer.present), are_held)))
         while pushing:
             await _over(pushing.popleft())
         await writer.seal(common_pb2.HandoffState())
     except HalfmoonError as error:
         await writer.abort(error)
         raise
+
+
+def layer_groups(schema: KVSchema, num_blocks: int) -> list[range]:
+    """The layers in order, as many together as have PUSH_BYTES."""
+    size = max(1, PUSH_BYTES // max(1, num_blocks * schema.layer_bytes))
+    return [range(first, min(first + size, schema.num_layers)) for first in range(0, schema.num_layers, size)]
 
 
 def missing_runs(present: Sequence[bool], first: int, last: int) -> list[tuple[int, int]]:

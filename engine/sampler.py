@@ -16,6 +16,7 @@ from ..kernels.sampling import sampling
 from ..protocol.sampling import SamplingParams
 from ..protocol.v1 import common_pb2
 from .sequence import Sequence
+from .staging import read_back
 
 
 class TokenSample(NamedTuple):
@@ -39,7 +40,7 @@ def sample(logits: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: frozen
     else:
         indices = [sequence.num_output_tokens for sequence in sequences]
         tokens = _draw(adjusted, params, indices)
-    token_ids = tokens.tolist()
+    token_ids = read_back(tokens).tolist()
     if all(one.num_logprobs is None for one in params):
         return [TokenSample(token_id, None, []) for token_id in token_ids]
     return _with_logprobs(logits, token_ids, params)
@@ -115,11 +116,12 @@ def _penalise(logits: torch.Tensor, rows: list[int], sequences: Seq[Sequence]) -
 def _with_logprobs(logits: torch.Tensor, token_ids: list[int], params: Seq[SamplingParams]) -> list[TokenSample]:
     rows = [row for row, one in enumerate(params) if one.num_logprobs is not None]
     logprobs = logits[rows].log_softmax(dim=-1)
-    chosen = logprobs.gather(1, torch.tensor([token_ids[row] for row in rows], device=logits.device).unsqueeze(1)).squeeze(1).tolist()
+    chosen = logprobs.gather(1, torch.tensor([token_ids[row] for row in rows], device=logits.device).unsqueeze(1)).squeeze(1)
     num_top = min(max(params[row].num_logprobs or 0 for row in rows), logits.shape[1])
     top = logprobs.topk(num_top, dim=-1)
     samples = [TokenSample(token_id, None, []) for token_id in token_ids]
-    for row, logprob, tokens, values in zip(rows, chosen, top.indices.tolist(), top.values.tolist(), strict=True):
+    found = (read_back(tensor).tolist() for tensor in (chosen, top.indices, top.values))
+    for row, logprob, tokens, values in zip(rows, *found, strict=True):
         pairs = list(zip(tokens, values, strict=True))
         samples[row] = TokenSample(token_ids[row], logprob, pairs[: params[row].num_logprobs])
     return samples

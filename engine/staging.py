@@ -1,6 +1,7 @@
-"""From numpy arrays to device tensors in one copy: a step's inputs lie side by side in one pinned buffer.
+"""From numpy arrays to device tensors in one copy: a step's inputs lie side by side in one pinned buffer. And results back.
 
 arrays ─► [ token_ids | positions | … ] pinned ──one copy──► [ token_ids | positions | … ] on the device ─► a view each
+tensor on the device ──one copy──► pinned ─► event ─► the host reads it
 """
 
 from __future__ import annotations
@@ -32,6 +33,22 @@ def pack(arrays: Mapping[str, np.ndarray], buffer: np.ndarray) -> dict[str, int]
         at = offsets[name]
         buffer[at : at + array.nbytes].view(array.dtype).reshape(array.shape)[...] = array
     return offsets
+
+
+def read_back(tensor: torch.Tensor) -> torch.Tensor:
+    """tensor on the host, once the current stream has computed it.
+
+    By pinned memory and an event: a copy to other memory waits inside the driver, and every other thread's calls wait with it (seen on
+    an H200: the copies of a hand-off stood still until the prefill was over).
+    """
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    copied.synchronize()
+    return host
 
 
 class Staging:

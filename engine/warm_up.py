@@ -16,7 +16,7 @@ from .staging import Staging
 from .weights import Progress
 
 NUM_SEQS = (1, 2, 16)
-CHUNK_LENS = (1, 16, 32, 33, 64, 65, 128)
+CHUNK_LENS = (1, 2, 4, 8, 16, 32, 33, 64, 65, 128)
 LONG_CHUNK = 128
 """From this length on kernels choose by the length of the context, too."""
 

@@ -8,16 +8,17 @@ from .dispatch import implementation
 from .reference import kv_pack as reference
 
 
-def kv_pack(kv_pages: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-    """A copy of pages: blocks [n, 2, num_kv_heads, page_size, head_dim], contiguous.
+def kv_pack(kv_pages: torch.Tensor, pages: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """A copy of pages: blocks [n, 2, num_kv_heads, page_size, head_dim], contiguous, or out.
 
     Args:
         kv_pages: [2, num_pages, num_kv_heads, page_size, head_dim] of one layer, of any dtype.
         pages: int64 [n].
+        out: of that shape and dtype, each block contiguous in itself.
     """
     if kv_pages.is_cuda:
-        return implementation("kv_pack", kv_pages.device)(kv_pages, pages)
-    return reference.kv_pack(kv_pages, pages)
+        return implementation("kv_pack", kv_pages.device)(kv_pages, pages, out)
+    return reference.kv_pack(kv_pages, pages, out)
 
 
 def kv_unpack(blocks: torch.Tensor, kv_pages: torch.Tensor, pages: torch.Tensor) -> None:

@@ -53,17 +53,22 @@ class ArenaMap:
             raise IndexError(f"slot {slot}, layer {layer}: the arena has {self.num_slots} slots of {self.num_layers} layers")
         return self.memory[slot * self.num_layers + layer]
 
-    def rows(self, slots: Sequence[int], layer: int) -> BlockRows:
-        """The rows of slots, views by runs of slots that follow each other. Raises IndexError as row does."""
+    def rows(self, slots: Sequence[int], layer: int, num_layers: int = 1) -> BlockRows:
+        """num_layers layers of slots, uint8 [num_layers * layer_bytes] each, views by runs of slots that follow each other.
+
+        Raises IndexError as row does.
+        """
         for slot in (min(slots), max(slots)) if slots else ():
             self.row(slot, layer)
+            self.row(slot, layer + num_layers - 1)
+        width = self.memory.shape[1]
+        whole = self.memory.reshape(self.num_slots, self.num_layers * width)[:, layer * width : (layer + num_layers) * width]
         runs: list[np.ndarray] = []
         start = 0
         for index in range(1, len(slots) + 1):
             if index < len(slots) and slots[index] == slots[index - 1] + 1:
                 continue
-            first, last = slots[start] * self.num_layers + layer, slots[index - 1] * self.num_layers + layer
-            runs.append(self.memory[first : last + 1 : self.num_layers])
+            runs.append(whole[slots[start] : slots[index - 1] + 1])
             start = index
         return BlockRows(runs)
 

@@ -166,13 +166,13 @@ class Ledger:
             self._observer.handoff_changed(handoff_id.id)
         return lease
 
-    def push(self, lease_id: str, layer: int, first_block: int, num_blocks: int) -> list[int]:
+    def push(self, lease_id: str, layer: int, first_block: int, num_blocks: int, num_layers: int = 1) -> list[int]:
         """Records a slice as written; returns its blocks' slots.
 
         Raises LeaseExpired, StaleEpoch, InvalidRequest (outside, out of order, or a present block).
         """
         lease = self.writer(lease_id)
-        lease.progress.record(layer, first_block, num_blocks)
+        lease.progress.record(layer, first_block, num_blocks, num_layers)
         if lease.handoff is not None:
             self._observer.handoff_changed(lease.handoff.handoff_id.id)
         return lease.slots[first_block : first_block + num_blocks]

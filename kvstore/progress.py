@@ -42,11 +42,13 @@ class Progress:
     def is_complete(self) -> bool:
         return bool((self.num_layers_done == self.num_layers).all())
 
-    def check(self, layer: int, first_block: int, num_blocks: int) -> None:
-        """Raises InvalidRequest where the slice lies outside, or is not the next layer of each of its blocks."""
-        if not (0 <= layer < self.num_layers and 0 <= first_block and 1 <= num_blocks <= self.num_blocks - first_block):
+    def check(self, layer: int, first_block: int, num_blocks: int, num_layers: int = 1) -> None:
+        """Raises InvalidRequest where the slice lies outside, or does not begin with the next layer of each of its blocks."""
+        in_layers = 0 <= layer and 1 <= num_layers <= self.num_layers - layer
+        if not (in_layers and 0 <= first_block and 1 <= num_blocks <= self.num_blocks - first_block):
+            layers = f"layer {layer}" if num_layers == 1 else f"layers {layer}..{layer + num_layers - 1}"
             raise InvalidRequest(
-                f"slice of layer {layer}, blocks {first_block}..{first_block + num_blocks - 1}: the lease has "
+                f"slice of {layers}, blocks {first_block}..{first_block + num_blocks - 1}: the lease has "
                 f"{self.num_layers} layers and {self.num_blocks} blocks"
             )
         done = self.num_layers_done[first_block : first_block + num_blocks]
@@ -58,10 +60,10 @@ class Progress:
                 "push the layers of a block once each, in ascending order"
             )
 
-    def record(self, layer: int, first_block: int, num_blocks: int) -> None:
+    def record(self, layer: int, first_block: int, num_blocks: int, num_layers: int = 1) -> None:
         """The slice is written. Raises as check does."""
-        self.check(layer, first_block, num_blocks)
-        self.num_layers_done[first_block : first_block + num_blocks] += 1
+        self.check(layer, first_block, num_blocks, num_layers)
+        self.num_layers_done[first_block : first_block + num_blocks] += num_layers
 
     def require_complete(self, what: str) -> None:
         """Raises HandoffIncomplete naming the blocks and layers that are missing; what: the subject of the message."""

@@ -130,11 +130,15 @@ class Store:
         """
         books, layout = self._books(), self._layout()
         lease = books.writer(lease_id)
-        num_bytes = message.num_blocks * layout.memory.shape[1]
+        num_layers = max(message.num_layers, 1)
+        num_bytes = message.num_blocks * num_layers * layout.memory.shape[1]
         in_arena = lease.client.shares_arena and not message.data
-        if not in_arena and len(message.data) != num_bytes:
-            raise InvalidRequest(f"a slice of {message.num_blocks} blocks with {len(message.data)} bytes; it must have {num_bytes}")
-        slots = books.push(lease_id, message.layer, message.first_block, message.num_blocks)
+        if not in_arena and (num_layers > 1 or len(message.data) != num_bytes):
+            raise InvalidRequest(
+                f"a slice of {message.num_blocks} blocks and {num_layers} layers with {len(message.data)} bytes; it must have "
+                f"{message.num_blocks * layout.memory.shape[1]}, those of one layer"
+            )
+        slots = books.push(lease_id, message.layer, message.first_block, message.num_blocks, num_layers)
         if not in_arena:
             width = layout.memory.shape[1]
             data = memoryview(message.data)

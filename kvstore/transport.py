@@ -36,8 +36,8 @@ class Transport(Protocol):
         """What rows() are views of; None where the transport takes arrays alone, and rows() is not to be called."""
         ...
 
-    def rows(self, slots: Sequence[int], layer: int) -> BlockRows:
-        """Where one layer of these blocks is written in the place of push; the store is told by a PushRequest without data."""
+    def rows(self, slots: Sequence[int], layer: int, num_layers: int = 1) -> BlockRows:
+        """Where layers of these blocks, one after another, are written in the place of push; a PushRequest without data tells the store."""
         ...
 
     def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:
@@ -57,8 +57,8 @@ class ShmTransport:
             self._arena.row(slot, layer)[:] = block
         yield kvstore_pb2.PushRequest(layer=layer, first_block=first_block, num_blocks=len(slots))
 
-    def rows(self, slots: Sequence[int], layer: int) -> BlockRows:
-        return self._arena.rows(slots, layer)
+    def rows(self, slots: Sequence[int], layer: int, num_layers: int = 1) -> BlockRows:
+        return self._arena.rows(slots, layer, num_layers)
 
     def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:
         rows = self._arena.rows(slots, part.layer)
@@ -80,7 +80,7 @@ class GrpcTransport:
             part = blocks[start : start + self._max_blocks]
             yield kvstore_pb2.PushRequest(layer=layer, first_block=first_block + start, num_blocks=len(part), data=part.tobytes())
 
-    def rows(self, slots: Sequence[int], layer: int) -> BlockRows:
+    def rows(self, slots: Sequence[int], layer: int, num_layers: int = 1) -> BlockRows:
         raise RuntimeError("slices go over gRPC as arrays: push them")
 
     def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:

@@ -92,8 +92,9 @@ class BlockWriter:
         """What rows() are views of; None where slices have to be pushed as arrays."""
         return self._transport.memory
 
-    def rows(self, layer: int, first_block: int, last_block: int) -> BlockRows:
-        """Where the caller writes one layer of blocks [first_block, last_block), none of them present, in push's place.
+    def rows(self, layer: int, first_block: int, last_block: int, num_layers: int = 1) -> BlockRows:
+        """Where the caller writes num_layers layers of blocks [first_block, last_block), none of them present, in push's place:
+        uint8 [num_layers * layer_bytes] a block.
 
         pushed() or dropped() has to follow once no copy into the rows is under way any more; several may be open at a time.
         Raises `failed` once the lease is gone, InvalidRequest for what is outside or present.
@@ -102,22 +103,23 @@ class BlockWriter:
             raise InvalidRequest(
                 f"blocks {first_block}..{last_block - 1} are not all to be written by this lease of {self.num_blocks} blocks"
             )
-        rows = self._transport.rows(self._slots[first_block:last_block], layer)
+        rows = self._transport.rows(self._slots[first_block:last_block], layer, num_layers)
         self._begin_copying()
         return rows
 
-    def pushed(self, layer: int, first_block: int, last_block: int) -> None:
+    def pushed(self, layer: int, first_block: int, last_block: int, num_layers: int = 1) -> None:
         """The rows are written. The layers of a block come in ascending order; the rows are hashed after this returns.
 
         Raises `failed` where the lease is gone, InvalidRequest for a slice out of order; the rows are closed in any case.
         """
         with self._pushing:
             try:
-                self._progress.check(layer, first_block, last_block - first_block)
-                rows = self._transport.rows(self._slots[first_block:last_block], layer)
-                self._enqueue(kvstore_pb2.PushRequest(layer=layer, first_block=first_block, num_blocks=len(rows)))
+                num_blocks = last_block - first_block
+                self._progress.check(layer, first_block, num_blocks, num_layers)
+                rows = self._transport.rows(self._slots[first_block:last_block], layer, num_layers)
+                self._enqueue(kvstore_pb2.PushRequest(layer=layer, first_block=first_block, num_blocks=num_blocks, num_layers=num_layers))
                 self._hashes.add(first_block, rows)
-                self._record(layer, first_block, len(rows))
+                self._record(layer, first_block, num_blocks, num_layers)
             finally:
                 self._end_copying()
 
@@ -179,9 +181,9 @@ class BlockWriter:
         self._hashes.wait()
         self._record(layer, first_block, len(blocks))
 
-    def _record(self, layer: int, first_block: int, num_blocks: int) -> None:
-        self._progress.record(layer, first_block, num_blocks)
-        self.num_bytes += num_blocks * self._layer_bytes
+    def _record(self, layer: int, first_block: int, num_blocks: int, num_layers: int = 1) -> None:
+        self._progress.record(layer, first_block, num_blocks, num_layers)
+        self.num_bytes += num_blocks * num_layers * self._layer_bytes
         if self._progress.is_complete:
             self._end_stream()  # now, so that its round trip is over when the seal comes: a prefill has yet to sample its token
 

@@ -30,8 +30,8 @@ class FlippingTransport:
         altered[0, 0] ^= 0xFF
         return self._inner.push(slots, layer, first_block, altered)
 
-    def rows(self, slots: Sequence[int], layer: int) -> BlockRows:
-        return self._inner.rows(slots, layer)
+    def rows(self, slots: Sequence[int], layer: int, num_layers: int = 1) -> BlockRows:
+        return self._inner.rows(slots, layer, num_layers)
 
     def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:
         return self._inner.fetch(slots, part)

@@ -1,19 +1,22 @@
 """Pushes a prompt's blocks from its pages to the hand-off's store while the next layer computes.
 
-engine thread   layer 0 │ layer 1 │ layer 2 │ …          after each layer: its finished blocks go on the transfer thread's queue
-transfer thread         │ push 0  │ push 1  │ …          blocks that the store has already are left out
-                                  │ land 0  │ …          copied: the store is told, the checksums go on
+engine thread   layers 0-3 │ layers 4-7 │ …  │ 30 │ 31    after some layers: their finished blocks go on the transfer thread's queue
+transfer thread            │ push 0-3   │ …      │ 30 │    blocks that the store has already are left out
+                                        │ land 0-3 …      copied: the store is told, the checksums go on
+
+Layers go together, for the engine's thread waits for the interpreter while a push is prepared; the last ones by themselves, for what
+they take is what the hand-off adds to the prefill.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 from ..engine.kv_cache import PagedKVCache
-from ..engine.page_copy import keep_pages, push_pages
+from ..engine.page_copy import PUSH_BYTES, keep_pages, layer_groups, push_pages
 from ..engine.sequence import StepChunk
 from ..engine.transfer import Landing, TransferThread
 from ..kvstore.client import StoreClient
@@ -21,6 +24,8 @@ from ..protocol.blocks import div_ceil
 from ..protocol.errors import HalfmoonError
 from .job import PrefillJob
 from .metrics import PrefillMetrics
+
+MIN_LAYERS = 4  # that go together even where they have more than PUSH_BYTES
 
 
 class BlockRun(NamedTuple):
@@ -42,15 +47,26 @@ class BlockPusher:
         self._transfer = transfer
         self._metrics = metrics
 
-    def push_layer(self, runs: Sequence[BlockRun], layer: int) -> None:
-        """Called by the engine's thread when layer's KV of the runs stands in the pages; does not wait."""
-        self._transfer.submit(partial(self._push_layer, runs, layer), after=self._transfer.event())
+    def step(self, runs: Sequence[BlockRun]) -> Callable[[int], None]:
+        """To be called by the engine's thread with each layer of a step, when its KV of the runs stands in the pages; does not wait."""
+        schema = self._cache.schema
+        first, num_blocks = 0, sum(run.last - run.first for run in runs)
+        most = max(MIN_LAYERS, PUSH_BYTES // max(1, num_blocks * schema.layer_bytes))
+
+        def layer_done(layer: int) -> None:
+            nonlocal first
+            last = layer + 1
+            if last - first >= min(most, max(1, (schema.num_layers - last) // 2)):
+                self._transfer.submit(partial(self._push_layers, runs, range(first, last)), after=self._transfer.event())
+                first = last
+
+        return layer_done
 
     def push_prefix(self, job: PrefillJob) -> None:
         """All layers of the full blocks that were loaded, where the hand-off's store has them not."""
         run = BlockRun(job, 0, job.num_cached_tokens // self._cache.page_size)
-        for layer in range(self._cache.schema.num_layers if run.last else 0):
-            self._transfer.submit(partial(self._push_layer, [run], layer))
+        for layers in layer_groups(self._cache.schema, run.last) if run.last else ():
+            self._transfer.submit(partial(self._push_layers, [run], layers))
 
     def finish(self, jobs: Iterable[PrefillJob]) -> None:
         """Tells each call, after everything pushed for it so far, that there is no more."""
@@ -67,13 +83,13 @@ class BlockPusher:
         await keep_pages(self._cache, self._transfer, job.sequence.pages, writer)
         self._metrics.transferred(client.transport, "keep", writer.num_bytes, time.monotonic() - began)
 
-    def _push_layer(self, runs: Sequence[BlockRun], layer: int) -> Landing:
+    def _push_layers(self, runs: Sequence[BlockRun], layers: range) -> Landing:
         landings: list[tuple[PrefillJob, Landing]] = []
         for job, first, last in runs:
             if job.closed or job.writer is None:
                 continue
             try:
-                landing = push_pages(self._cache, job.sequence.pages, job.writer, layer, first, last)
+                landing = push_pages(self._cache, job.sequence.pages, job.writer, layers, first, last)
             except HalfmoonError as error:
                 _tell_failed(job, error)
             else:

@@ -49,7 +49,7 @@ class PrefillSteps(StepLoop[Step]):
         began = time.monotonic()
         jobs = self._jobs_of(step, began)
         runs = [finished_blocks(job, chunk, self._engine.page_size) for job, chunk in jobs]
-        logits = self._engine.forward(step.chunks, after_layer=partial(self._pusher.push_layer, runs))
+        logits = self._engine.forward(step.chunks, after_layer=self._pusher.step(runs))
         sampled, num_tokens = step.sampled, step.num_tokens
         samples = self._engine.sample(logits, sampled) if sampled else []
         if self._engine.device.type == "cuda":

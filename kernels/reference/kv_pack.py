@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 
-def kv_pack(kv_pages: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+def kv_pack(kv_pages: torch.Tensor, pages: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """See kernels/kv_pack.py."""
-    return kv_pages.transpose(0, 1).index_select(0, pages).contiguous()
+    blocks = kv_pages.transpose(0, 1).index_select(0, pages).contiguous()
+    return blocks if out is None else out.copy_(blocks)
 
 
 def kv_unpack(blocks: torch.Tensor, kv_pages: torch.Tensor, pages: torch.Tensor) -> None:

@@ -95,18 +95,20 @@ class ReserveReply(_message.Message):
     def __init__(self, lease_id: _Optional[str] = ..., slots: _Optional[_Iterable[int]] = ..., present: _Optional[_Iterable[bool]] = ...) -> None: ...
 
 class PushRequest(_message.Message):
-    __slots__ = ("lease_id", "layer", "first_block", "num_blocks", "data")
+    __slots__ = ("lease_id", "layer", "first_block", "num_blocks", "data", "num_layers")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     lease_id: str
     layer: int
     first_block: int
     num_blocks: int
     data: bytes
-    def __init__(self, lease_id: _Optional[str] = ..., layer: _Optional[int] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    num_layers: int
+    def __init__(self, lease_id: _Optional[str] = ..., layer: _Optional[int] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ..., data: _Optional[bytes] = ..., num_layers: _Optional[int] = ...) -> None: ...
 
 class PushReply(_message.Message):
     __slots__ = ("num_bytes",)

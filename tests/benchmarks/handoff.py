@@ -25,7 +25,6 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -282,7 +281,7 @@ class Prefill:
         job: Any = PrefillJob(request, self._sequence, keys, task, loop.create_future(), loop.create_future())  # pyright: ignore[reportArgumentType]
         job.client, job.writer = self._side.client, await self._side.client.reserve(name, 1, keys, num_blocks, DEADLINE_S)
         runs = [finished_blocks(job, StepChunk(self._sequence, 0, self._sequence.num_tokens), self._engine.page_size)]
-        token = await asyncio.to_thread(self.step, partial(self._pusher.push_layer, runs))
+        token = await asyncio.to_thread(self.step, self._pusher.step(runs))
         self._pusher.finish([job])
         await job.pushed
         await job.writer.seal(common_pb2.HandoffState(num_tokens=self._sequence.num_tokens, first_token=token))

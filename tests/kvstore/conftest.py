@@ -31,21 +31,22 @@ class MemoryTransport:
 
     memory: np.ndarray | None = np.zeros(0, np.uint8)  # rows() may be called
 
-    def __init__(self, rows: dict[tuple[int, int], np.ndarray]) -> None:
-        self._rows = rows
+    def __init__(self, slots: dict[int, np.ndarray]) -> None:
+        """slots: uint8 [num_layers * layer_bytes] by number."""
+        self._slots = slots
 
     def push(self, slots: Sequence[int], layer: int, first_block: int, blocks: np.ndarray) -> Iterator[kvstore_pb2.PushRequest]:
-        for slot, block in zip(slots, blocks, strict=True):
-            self._rows[slot, layer] = block.copy()
+        for row, block in zip(self.rows(slots, layer), blocks, strict=True):
+            row[:] = block
         yield kvstore_pb2.PushRequest(layer=layer, first_block=first_block, num_blocks=len(slots))
 
-    def rows(self, slots: Sequence[int], layer: int) -> BlockRows:
-        for slot in slots:
-            self._rows.setdefault((slot, layer), np.zeros(SCHEMA.layer_bytes, np.uint8))
-        return BlockRows([self._rows[slot, layer][None] for slot in slots])
+    def rows(self, slots: Sequence[int], layer: int, num_layers: int = 1) -> BlockRows:
+        width = SCHEMA.layer_bytes
+        whole = [self._slots.setdefault(slot, np.zeros(SCHEMA.num_layers * width, np.uint8)) for slot in slots]
+        return BlockRows([slot[layer * width : (layer + num_layers) * width][None] for slot in whole])
 
     def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:
-        return BlockRows([self._rows[slot, part.layer][None] for slot in slots])
+        return self.rows(slots, part.layer)
 
 
 class KV:
@@ -132,13 +133,13 @@ Attach = Callable[..., Awaitable[StoreClient]]
 async def attach(request: pytest.FixtureRequest, store: StoreServer) -> AsyncIterator[Attach]:
     """attach("prefill-0") -> a client of the store, over each transport in turn."""
     clients: list[Any] = []
-    rows: dict[tuple[int, int], np.ndarray] = {}
+    slots: dict[int, np.ndarray] = {}
 
     async def attach_client(client_id: str, server: StoreServer = store) -> StoreClient:
         if request.param == "memory":
             connection = Connection(server.address, client_id)
             await connection.open(NODE, SCHEMA, 5.0)
-            client = StoreClient(connection, SCHEMA, MemoryTransport(rows))
+            client = StoreClient(connection, SCHEMA, MemoryTransport(slots))
         else:
             transport = "grpc" if request.param == "grpc" else "auto"
             client = await StoreClient.attach(server.address, client_id=client_id, node_id=NODE, schema=SCHEMA, transport=transport)

@@ -48,6 +48,34 @@ async def test_layers_opened_together_and_closed_in_order_are_the_hand_off(kv, c
     await reader.release()
 
 
+async def test_layers_may_be_written_and_closed_together(kv, client) -> None:
+    blocks = kv.blocks("r1", 4)
+    writer = await client.reserve("r1", 1, kv.keys("r1", 4), 4, 30)
+
+    def push() -> None:
+        for layer, num_layers in ((0, 2), (2, 1)):
+            write(writer.rows(layer, 0, 4, num_layers), blocks[:, layer : layer + num_layers].reshape(4, -1))
+            writer.pushed(layer, 0, 4, num_layers)
+
+    await asyncio.to_thread(push)
+    await writer.seal(kv.state)
+    assert writer.num_bytes == blocks.nbytes
+    reader = await client.fetch("r1", 1, 5)
+    assert np.array_equal(await kv.read(reader), blocks)
+    await reader.release()
+
+
+async def test_layers_beyond_the_last_or_out_of_order_are_refused_and_their_rows_closed(kv, client) -> None:
+    writer = await client.reserve("r1", 1, kv.keys("r1", 4), 4, 30)
+    with pytest.raises(IndexError, match="3 layers"):
+        writer.rows(2, 0, 4, 2)
+    for layer, num_layers in ((1, 2), (0, 4)):
+        writer.rows(0, 0, 4)
+        with pytest.raises(InvalidRequest, match="layer"):
+            writer.pushed(layer, 0, 4, num_layers)
+    await writer.abort(WorkerLost("no more of it"))
+
+
 async def test_neighbouring_slots_are_one_run_also_after_others_were_freed(kv, store, client) -> None:
     for name in ("a", "b", "c"):
         writer = await client.reserve(name, 1, kv.keys(name, 4), 4, 30)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from halfmoon.engine.page_copy import missing_runs
 from halfmoon.engine.sequence import Sequence, StepChunk
-from halfmoon.prefill_worker.pusher import finished_blocks
+from halfmoon.prefill_worker.pusher import BlockPusher, BlockRun, finished_blocks
 from halfmoon.protocol.sampling import SamplingParams
 
 
@@ -41,3 +43,27 @@ def test_prefix_and_chunks_finish_every_block_exactly_once(num_tokens: int, num_
         finished += range(run.first, run.last)
         start = end
     assert finished == list(range(-(-num_tokens // block_size)))
+
+
+def pushed_ranges(num_layers: int, num_blocks: int, layer_bytes: int) -> list[range]:
+    """The layers that a step of num_layers layers gives the transfer thread at a time."""
+    found: list[range] = []
+    schema = SimpleNamespace(num_layers=num_layers, layer_bytes=layer_bytes)
+    transfer = SimpleNamespace(submit=lambda call, after: found.append(call.args[1]), event=lambda: None)
+    pusher = BlockPusher(SimpleNamespace(schema=schema), transfer, None)  # type: ignore[arg-type]
+    layer_done = pusher.step([BlockRun(None, 0, num_blocks)])  # type: ignore[arg-type]
+    for layer in range(num_layers):
+        layer_done(layer)
+    return found
+
+
+@pytest.mark.parametrize(("num_layers", "num_blocks"), [(32, 128), (32, 32), (32, 1), (5, 4), (2, 1), (1, 1)])
+def test_every_layer_goes_once_in_order_and_the_last_one_alone(num_layers, num_blocks) -> None:
+    found = pushed_ranges(num_layers, num_blocks, 256 * 1024)
+    assert [layer for layers in found for layer in layers] == list(range(num_layers))
+    assert len(found[-1]) == 1
+
+
+def test_layers_of_few_bytes_go_together_so_that_a_step_makes_few_pushes() -> None:
+    assert len(pushed_ranges(32, 128, 256 * 1024)[0]) == 4
+    assert len(pushed_ranges(32, 1, 256 * 1024)) <= 6

@@ -59,7 +59,7 @@ class HandoffLoader:
         num_slices = 0
         async for piece in job.reader.slices():
             unwritten.append(piece)
-            num_slices += len(piece.blocks)
+            num_slices += len(piece.blocks) * piece.num_layers
             if job.granted.done():
                 await _write(load, job, unwritten)
         job.sealed_at = time.monotonic()

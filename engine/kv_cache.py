@@ -85,14 +85,17 @@ class PagedKVCache:
         """One layer of pages as pinned uint8 [n, layer_bytes] of the host's."""
         return to_buffer(self._packed(range(layer, layer + 1), pages))
 
-    def copy_in(self, layer: int, pages: Sequence[int], runs: Sequence[np.ndarray]) -> None:
-        """Rows, uint8 [rows of a run, layer_bytes] each, into one layer of pages. Pinned ones have to stay until the stream gets there."""
-        schema = self.schema
-        if any(run.shape[1] != schema.layer_bytes for run in runs):
-            raise ValueError(f"a block slice has {runs[0].shape[1]} bytes; this cache takes {schema.layer_bytes}")
+    def copy_in(self, layers: range, pages: Sequence[int], runs: Sequence[np.ndarray]) -> None:
+        """Rows, uint8 [rows of a run, len(layers) * layer_bytes] each, into layers of pages. Pinned ones have to stay until the stream
+        gets there. Raises ValueError for rows of another size."""
+        schema, width = self.schema, len(layers) * self.schema.layer_bytes
+        if any(run.shape[1] != width for run in runs):
+            raise ValueError(f"a slice of {len(layers)} layers of a block has {runs[0].shape[1]} bytes; this cache takes {width}")
         staged = to_device(runs, self.pinned, self.data.device)
-        shape = (len(staged), 2, schema.num_kv_heads, schema.block_size, schema.head_dim)
-        self.write_blocks(layer, pages, staged.view(self.data.dtype).view(shape))
+        shape = (len(staged), len(layers), 2, schema.num_kv_heads, schema.block_size, schema.head_dim)
+        blocks, index = staged.view(self.data.dtype).view(shape), self._index(pages)
+        for place, layer in enumerate(layers):
+            kv_unpack(blocks[:, place], self._layers[layer], index)
 
     def _packed(self, layers: range, pages: Sequence[int]) -> torch.Tensor:
         """uint8 [n, len(layers) * layer_bytes] on the device."""

@@ -31,7 +31,7 @@ PUSH_BYTES = 32 * 2**20  # layers of fewer go together: a push costs the host as
 
 
 class Rows(Protocol):
-    """uint8 [layer_bytes] for each of some blocks; runs: the same as few arrays [blocks of a run, layer_bytes]."""
+    """uint8 [bytes of some layers] for each of some blocks; runs: the same as few arrays [blocks of a run, bytes of the layers]."""
 
     @property
     def runs(self) -> list[np.ndarray]: ...
@@ -39,7 +39,7 @@ class Rows(Protocol):
 
 
 class Slice(Protocol):
-    """One layer of a run of blocks."""
+    """Layers from layer on of a run of blocks."""
 
     @property
     def layer(self) -> int: ...
@@ -47,8 +47,11 @@ class Slice(Protocol):
     def first_block(self) -> int: ...
     @property
     def blocks(self) -> Any:
-        """Rows."""
+        """Rows, of num_layers layers each."""
         ...
+
+    @property
+    def num_layers(self) -> int: ...
 
 
 class Reader(Protocol):
@@ -116,10 +119,13 @@ async def load_pages(cache: PagedKVCache, transfer: TransferThread, pages: Seque
 def write_slice(cache: PagedKVCache, pages: Sequence[int], piece: Slice) -> None:
     """On the transfer thread; on CUDA asynchronous, and the slice's memory has to stay until it has landed."""
     into = pages[piece.first_block : piece.first_block + len(piece.blocks)]
-    if cache.on_cpu:
-        cache.write_bytes(piece.layer, into, piece.blocks)
-    else:
-        cache.copy_in(piece.layer, into, piece.blocks.runs)
+    layers = range(piece.layer, piece.layer + piece.num_layers)
+    if not cache.on_cpu:
+        cache.copy_in(layers, into, piece.blocks.runs)
+        return
+    width = cache.schema.layer_bytes
+    for place, layer in enumerate(layers):
+        cache.write_bytes(layer, into, [block[place * width : (place + 1) * width] for block in piece.blocks])
 
 
 def push_pages(

@@ -19,11 +19,12 @@ MAX_NAMED = 8  # blocks named in a message; all of them would not fit a line
 
 
 class SliceRange(NamedTuple):
-    """One layer of a run of blocks."""
+    """Layers from layer on of a run of blocks."""
 
     layer: int
     first_block: int
     num_blocks: int
+    num_layers: int = 1
 
 
 class Progress:
@@ -91,10 +92,13 @@ class SliceCursor:
     def is_complete(self) -> bool:
         return bool((self._num_layers_sent == self._progress.num_layers).all())
 
-    def take(self, max_blocks: int) -> SliceRange | None:
-        """The next slice of at most max_blocks blocks; None where all that is written has been taken."""
-        sent = self._num_layers_sent
-        pending = sent < self._progress.num_layers_done
+    def take(self, max_blocks: int, max_rows: int = 1) -> SliceRange | None:
+        """The next slice of at most max_blocks blocks, of more than one layer only where blocks times layers are at most max_rows.
+
+        None where all that is written has been taken.
+        """
+        sent, done = self._num_layers_sent, self._progress.num_layers_done
+        pending = sent < done
         if not pending.any():
             return None
         layer = int(sent[pending].min())
@@ -102,5 +106,6 @@ class SliceCursor:
         first = int(ready.argmax())
         run = ready[first : first + max_blocks]
         num_blocks = len(run) if run.all() else int(run.argmin())
-        sent[first : first + num_blocks] += 1
-        return SliceRange(layer, first, num_blocks)
+        num_layers = max(1, min(max_rows // num_blocks, int(done[first : first + num_blocks].min()) - layer))
+        sent[first : first + num_blocks] += num_layers
+        return SliceRange(layer, first, num_blocks, num_layers)

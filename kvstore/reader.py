@@ -23,11 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 class BlockSlice(NamedTuple):
-    """One layer of a run of blocks."""
+    """Layers from layer on of a run of blocks; over gRPC one."""
 
     layer: int
     first_block: int
-    blocks: BlockRows  # uint8 [layer_bytes] each, read-only, valid until release
+    blocks: BlockRows  # uint8 [num_layers * layer_bytes] each, read-only, valid until release
+    num_layers: int = 1
 
 
 class BlockReader:
@@ -72,15 +73,15 @@ class BlockReader:
                 self.checksums = list(event.sealed.checksums)
                 self.state = event.sealed.state if event.sealed.HasField("state") else None
                 return
-            part = event.slice
+            part, num_layers = event.slice, max(event.slice.num_layers, 1)
             try:
-                self._progress.record(part.layer, part.first_block, part.num_blocks)
+                self._progress.record(part.layer, part.first_block, part.num_blocks, num_layers)
             except InvalidRequest as error:
                 raise HandoffIncomplete(f"{self._name} came in the wrong order: {error.message}") from error
             blocks = self._transport.fetch(self._slots[part.first_block : part.first_block + part.num_blocks], part)
             self._hashes.add(part.first_block, blocks)
-            self.num_bytes += part.num_blocks * self._layer_bytes
-            yield BlockSlice(part.layer, part.first_block, blocks)
+            self.num_bytes += part.num_blocks * num_layers * self._layer_bytes
+            yield BlockSlice(part.layer, part.first_block, blocks, num_layers)
 
     async def release(self) -> None:
         """Lets go of the blocks: no slice may be touched any more. A hand-off is over with it. Idempotent."""

@@ -27,7 +27,7 @@ from .ledger import Accounting, Ledger, check_keys
 from .metrics import StoreMetrics
 from .progress import SliceCursor
 from .sessions import Session, Sessions
-from .transport import MESSAGE_BYTES
+from .transport import MESSAGE_BYTES, SLICE_BYTES
 from .waiters import Waiters
 from .watch import WatchFeed
 
@@ -177,17 +177,18 @@ class Store:
         layer_bytes = layout.memory.shape[1]
         in_arena = lease.client.shares_arena
         max_blocks = max(1, len(lease.slots) if in_arena else MESSAGE_BYTES // layer_bytes)
+        max_rows = SLICE_BYTES // layer_bytes if in_arena else 1
         cursor = SliceCursor(lease.progress)
         while True:
             if lease.revoked is not None:
                 raise lease.revoked
-            while (found := cursor.take(max_blocks)) is not None:
+            while (found := cursor.take(max_blocks, max_rows)) is not None:
                 data = b""
                 if not in_arena:
                     slots = lease.slots[found.first_block : found.first_block + found.num_blocks]
                     data = b"".join(layout.row(slot, found.layer).data for slot in slots)
-                self._num_bytes_fetched += found.num_blocks * layer_bytes
-                yield kvstore_pb2.FetchReply.Slice(layer=found.layer, first_block=found.first_block, num_blocks=found.num_blocks, data=data)
+                self._num_bytes_fetched += found.num_blocks * found.num_layers * layer_bytes
+                yield kvstore_pb2.FetchReply.Slice(**found._asdict(), data=data)
             if cursor.is_complete and (lease.handoff is None or lease.handoff.is_sealed):
                 return
             assert lease.handoff is not None

@@ -17,6 +17,7 @@ from .arena import ArenaMap
 from .block_rows import BlockRows
 
 MESSAGE_BYTES = 2 * 2**20  # of KV in one message: gRPC is fastest from 1 to 4 MiB
+SLICE_BYTES = 64 * 2**20  # of layers that are read from an arena together: each slice costs the reader's interpreter as much
 
 
 class Transport(Protocol):
@@ -41,7 +42,7 @@ class Transport(Protocol):
         ...
 
     def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:
-        """The slice's blocks, uint8 [layer_bytes] each, read-only. Raises HandoffIncomplete where bytes are missing."""
+        """The slice's blocks, uint8 [its layers * layer_bytes] each, read-only. Raises HandoffIncomplete where bytes are missing."""
         ...
 
 
@@ -61,7 +62,7 @@ class ShmTransport:
         return self._arena.rows(slots, layer, num_layers)
 
     def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:
-        rows = self._arena.rows(slots, part.layer)
+        rows = self._arena.rows(slots, part.layer, max(part.num_layers, 1))
         for run in rows.runs:
             run.flags.writeable = False
         return rows

@@ -53,4 +53,4 @@ def kv_pack(kv_pages: torch.Tensor, pages: torch.Tensor, out: torch.Tensor | Non
 def kv_unpack(blocks: torch.Tensor, kv_pages: torch.Tensor, pages: torch.Tensor) -> None:
     """See kernels/kv_pack.py. kv_pages contiguous."""
     if len(pages):
-        _copy(kv_pages, blocks.contiguous(), pages, False)
+        _copy(kv_pages, blocks if blocks[:1].is_contiguous() else blocks.contiguous(), pages, False)

@@ -162,16 +162,18 @@ class FetchReply(_message.Message):
         num_blocks: int
         def __init__(self, lease_id: _Optional[str] = ..., slots: _Optional[_Iterable[int]] = ..., block_keys: _Optional[_Iterable[bytes]] = ..., num_blocks: _Optional[int] = ...) -> None: ...
     class Slice(_message.Message):
-        __slots__ = ("layer", "first_block", "num_blocks", "data")
+        __slots__ = ("layer", "first_block", "num_blocks", "data", "num_layers")
         LAYER_FIELD_NUMBER: _ClassVar[int]
         FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
         NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
         DATA_FIELD_NUMBER: _ClassVar[int]
+        NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
         layer: int
         first_block: int
         num_blocks: int
         data: bytes
-        def __init__(self, layer: _Optional[int] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+        num_layers: int
+        def __init__(self, layer: _Optional[int] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ..., data: _Optional[bytes] = ..., num_layers: _Optional[int] = ...) -> None: ...
     class Sealed(_message.Message):
         __slots__ = ("state", "checksums")
         STATE_FIELD_NUMBER: _ClassVar[int]

@@ -46,7 +46,7 @@ class MemoryTransport:
         return BlockRows([slot[layer * width : (layer + num_layers) * width][None] for slot in whole])
 
     def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:
-        return self.rows(slots, part.layer)
+        return self.rows(slots, part.layer, max(part.num_layers, 1))
 
 
 class KV:
@@ -77,7 +77,7 @@ class KV:
         found = np.zeros((reader.num_blocks, schema.num_layers, schema.layer_bytes), dtype=np.uint8)
         async for part in reader.slices():
             for index, block in enumerate(part.blocks):
-                found[part.first_block + index, part.layer] = block
+                found[part.first_block + index, part.layer : part.layer + part.num_layers] = block.reshape(part.num_layers, -1)
         return found
 
     async def hand_off(self, client: StoreClient, name: str, num_blocks: int = 2, epoch: int = 1, deadline_s: float = 10) -> np.ndarray:

@@ -1,27 +1,34 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfmoon.kvstore.progress import Progress, SliceCursor
+from halfmoon.kvstore.progress import Progress, SliceCursor, SliceRange
 from halfmoon.protocol.errors import HandoffIncomplete, InvalidRequest
 
 
-@given(st.data(), st.integers(1, 6), st.integers(1, 4), st.integers(1, 3))
+@given(st.data(), st.integers(1, 6), st.integers(1, 4), st.integers(1, 3), st.integers(0, 9))
 @settings(deadline=None)
 def test_a_cursor_hands_every_layer_of_every_block_on_once_and_in_order(
-    data: st.DataObject, num_blocks: int, num_layers: int, max_blocks: int
+    data: st.DataObject, num_blocks: int, num_layers: int, max_blocks: int, max_rows: int
 ) -> None:
     present = data.draw(st.lists(st.booleans(), min_size=num_blocks, max_size=num_blocks))
     progress = Progress(num_blocks, num_layers, present)
     cursor = SliceCursor(progress)
     written = {(layer, block) for block in range(num_blocks) if present[block] for layer in range(num_layers)}
     taken: list[tuple[int, int]] = []
+
+    def take(found: SliceRange) -> None:
+        assert 1 <= found.num_blocks <= max_blocks and (found.num_layers == 1 or found.num_layers * found.num_blocks <= max_rows)
+        rows = itertools.product(range(found.num_layers), range(found.num_blocks))
+        taken.extend((found.layer + layer, found.first_block + block) for layer, block in rows)
+
     while not cursor.is_complete:
-        while data.draw(st.booleans()) and (found := cursor.take(max_blocks)) is not None:
-            assert 1 <= found.num_blocks <= max_blocks
-            taken += [(found.layer, found.first_block + index) for index in range(found.num_blocks)]
+        while data.draw(st.booleans()) and (found := cursor.take(max_blocks, max_rows)) is not None:
+            take(found)
         assert set(taken) <= written
         open_blocks = [block for block in range(num_blocks) if progress.num_layers_done[block] < num_layers]
         if open_blocks:
@@ -30,8 +37,8 @@ def test_a_cursor_hands_every_layer_of_every_block_on_once_and_in_order(
             progress.record(layer, block, 1)
             written.add((layer, block))
         else:
-            while (found := cursor.take(max_blocks)) is not None:
-                taken += [(found.layer, found.first_block + index) for index in range(found.num_blocks)]
+            while (found := cursor.take(max_blocks, max_rows)) is not None:
+                take(found)
     assert sorted(taken) == sorted(written) and progress.is_complete
     for block in range(num_blocks):
         assert [layer for layer, found in taken if found == block] == list(range(num_layers))
@@ -39,7 +46,15 @@ def test_a_cursor_hands_every_layer_of_every_block_on_once_and_in_order(
 
 def test_what_is_written_already_is_taken_layer_by_layer() -> None:
     cursor = SliceCursor(Progress(5, 2, [True] * 5))
-    assert [cursor.take(3) for _ in range(5)] == [(0, 0, 3), (0, 3, 2), (1, 0, 3), (1, 3, 2), None]
+    assert [cursor.take(3) for _ in range(5)] == [(0, 0, 3, 1), (0, 3, 2, 1), (1, 0, 3, 1), (1, 3, 2, 1), None]
+
+
+def test_layers_of_few_blocks_are_taken_together_as_far_as_all_of_them_are_written() -> None:
+    progress = Progress(3, 8)
+    progress.record(0, 0, 3, 2)
+    progress.record(2, 0, 2, 5)
+    cursor = SliceCursor(progress)
+    assert [cursor.take(3, 9) for _ in range(4)] == [(0, 0, 3, 2), (2, 0, 2, 4), (6, 0, 2, 1), None]
 
 
 @pytest.mark.parametrize(("layer", "first", "count"), [(2, 0, 1), (-1, 0, 1), (0, 0, 4), (0, 3, 1), (0, 0, 0), (0, -1, 1)])

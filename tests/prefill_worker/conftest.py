@@ -96,8 +96,9 @@ class Site:
         try:
             reader = await client.fetch(name, 1, wait_s)
             kv = np.zeros((schema.num_layers, reader.num_blocks, schema.layer_bytes), dtype=np.uint8)
-            async for layer, first_block, blocks in reader.slices():
-                kv[layer, first_block : first_block + len(blocks)] = blocks
+            async for layer, first_block, blocks, num_layers in reader.slices():
+                rows = np.stack(list(blocks)).reshape(len(blocks), num_layers, -1)
+                kv[layer : layer + num_layers, first_block : first_block + len(blocks)] = rows.transpose(1, 0, 2)
             await reader.release()
             assert reader.state is not None
             return Handoff(reader.state, kv.view(np.float32))

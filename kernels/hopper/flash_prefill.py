@@ -31,6 +31,7 @@ from ..portable.device import num_sms
 from ..portable.flash_prefill import flash_prefill as portable_flash_prefill
 from ..portable.flash_prefill import num_splits
 from ..portable.widen import widened_bytes, widened_pages
+from .exponential import exp2_on_both_units
 from .wide_prefill import wide_prefill
 
 LOG2_E = 1.4426950408889634
@@ -157,10 +158,11 @@ def _produce(
 
 
 @gluon.jit
-def _softmax(scores, row_max, row_sum, scale_log2):
+def _softmax(scores, row_max, row_sum, scale_log2, BOTH_UNITS: gl.constexpr):
     """A tile of scores into the running maximum (at least LOWEST, in units of log2) and sum: weights, both, and what the past decays by."""
     new_max = gl.maximum(row_max, gl.max(scores, axis=1) * scale_log2)
-    weights = gl.exp2(scores * scale_log2 - new_max[:, None])
+    weights = scores * scale_log2 - new_max[:, None]
+    weights = exp2_on_both_units(weights) if BOTH_UNITS else gl.exp2(weights)
     decay = gl.exp2(row_max - new_max)
     return weights, new_max, row_sum * decay + gl.sum(weights, axis=1), decay
 
@@ -188,7 +190,7 @@ def _step(
     if MASK:
         keys = tile * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, S_LAYOUT))
         scores = gl.where(keys[None, :] <= limits[:, None], scores, float("-inf"))
-    weights, row_max, row_sum, decay = _softmax(scores, row_max, row_sum, scale_log2)
+    weights, row_max, row_sum, decay = _softmax(scores, row_max, row_sum, scale_log2, D == 64)
     # The weights stand among the dependencies so that the assembler cannot move their arithmetic behind the wait.
     acc, operand, weights = warpgroup_mma_wait(0, deps=(weighted, operand, weights))
     mbarrier.arrive(v_empty.index(v_slot), count=1)

@@ -25,11 +25,12 @@ import triton
 import triton.language as tl
 
 from .counters import zeroed_counters
-from .device import num_sms
+from .device import num_sms, shared_bytes
 from .fp8 import NOT_FP8, beside_fp8, readable, widened_pairs
 
 LOG2_E = 1.4426950408889634
 MERGE_CELLS = 4096  # of partial results that a merge has in flight
+MANY_PAIRS = 32  # from as many (sequence, kv head) pairs on, an SM has three programs over an fp8 cache
 MOST_ROWS = 32  # query heads of a kv head times query tokens that one launch takes; more tokens are several launches
 
 
@@ -52,7 +53,10 @@ def _attend(
 
     fp8 comes as words of two neighbouring columns, for what transposes V on its way from shared memory to the matrix unit moves 16 bits.
     Each half of the columns, the even and the odd ones, has products of its own.
+
+    LAZY: every thread sums the weights that it holds, and rows are reduced once, at the end, instead of once a tile.
     """
+    LAZY: tl.constexpr = FP8 != 0  # of 16-bit caches not measured
     WIDTH: tl.constexpr = BLOCK_D // 2 if FP8 else BLOCK_D  # elements of a row as they are loaded
     STRIDE: tl.constexpr = HEAD_DIM // 2 if FP8 else HEAD_DIM
     if FP8:
@@ -61,7 +65,7 @@ def _attend(
     columns = tl.arange(0, WIDTH)
     acc = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
     row_max = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-    row_sum = tl.zeros([ROWS], dtype=tl.float32)
+    row_sum = tl.zeros([ROWS, BLOCK_N] if LAZY else [ROWS], dtype=tl.float32)
     # The page of the next tile is read a tile ahead: read in its own tile, it would take half of the pipeline's stages.
     next_page = tl.load(table_ptr + first_tile * BLOCK_N // PAGE)
     for tile in range(first_tile, last_tile):
@@ -97,7 +101,7 @@ def _attend(
         base = tl.where(new_max == float("-inf"), 0.0, new_max) if NUM_Q > 1 else new_max
         weights = tl.exp2(scores * scale_log2 - base[:, None])
         decay = tl.exp2(row_max - base)
-        row_sum = row_sum * decay + tl.sum(weights, axis=1)
+        row_sum = row_sum * decay[:, None] + weights if LAZY else row_sum * decay + tl.sum(weights, axis=1)
         row_max = new_max
         v = tl.load(v_ptr + rows[:, None] + columns[None, :], mask=seen[:, None] & (columns < STRIDE)[None, :], other=0)
         if FP8:
@@ -106,6 +110,8 @@ def _attend(
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
     if FP8:
         acc = tl.reshape(tl.join(acc, acc_odd), [ROWS, BLOCK_D])
+    if LAZY:
+        row_sum = tl.sum(row_sum, axis=1)
     return acc, row_max, row_sum
 
 
@@ -268,16 +274,29 @@ class Tiles(NamedTuple):
     programs_per_sm: int
 
 
-def tiles(head_dim: int, rows: int, element_size: int = 2, fp8: bool = False) -> Tiles:
-    """As many programs an SM as its shared memory holds, with a few tiles of K and V in flight each: of half the bytes, twice as many.
+def tiles(head_dim: int, element_size: int = 2) -> Tiles:
+    """As many programs an SM as its shared memory holds, with a few tiles of K and V in flight each.
 
     A tile is no longer than a page of 64, for one of several pages wants an indirection a key, which takes half of the pipeline's stages.
     """
     if element_size > 2:
         return Tiles(32, 4, 1, 1)
-    if fp8:
-        return Tiles(32 if rows > 32 else 64, 4, 3 if head_dim > 128 else 5, 2)
     return Tiles(32 if head_dim > 128 else 64, 4, 3, 2)
+
+
+def fp8_tiles(head_dim: int, rows: int, num_q: int, num_pairs: int, shared: int) -> Tiles:
+    """Tiles of half the bytes: more of them in flight, or a third program. num_pairs: (sequence, kv head) pairs, all that the host knows of
+    a call's work; shared: bytes that a program may take.
+
+    A third program is worth 1 to 4 % where there is much work. One sequence of 8k gives it too little: three tiles a program instead of
+    four, and half as many parts again to merge; 15 % fewer bytes a second. 8 and 64 pairs were measured; between them is a guess.
+    The third fits beside 168 registers (one query token, 16 rows) and with 227 KB of shared memory.
+    """
+    if head_dim > 128:
+        return Tiles(64 if rows <= 16 else 32, 4, 3, 2)
+    if num_pairs >= MANY_PAIRS and num_q == 1 and rows <= 16 and shared >= 200_000:
+        return Tiles(64, 4, 4, 3)
+    return Tiles(64 if rows <= 32 else 32, 4, 5, 2)
 
 
 def paged_decode(
@@ -341,7 +360,9 @@ def _launch(
     group = num_heads // num_kv_heads
     heads = triton.next_power_of_2(group * num_q)
     rows = max(16, heads)
-    tile = tiles(head_dim, rows, q.element_size(), fp8 != NOT_FP8)
+    tile = tiles(head_dim, q.element_size())
+    if fp8 != NOT_FP8 and q.element_size() == 2:
+        tile = fp8_tiles(head_dim, rows, num_q, num_seqs * num_kv_heads, shared_bytes(q.device))
     parts = max(1, min(16, MERGE_CELLS // (heads * triton.next_power_of_2(head_dim))))
     programs = min(num_seqs * num_kv_heads * triton.cdiv(max_kv_len, tile.block_n), num_sms(q.device) * tile.programs_per_sm)
     acc = torch.empty((programs * 2, group * num_q, head_dim), dtype=torch.float32, device=q.device)

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from halfmoon.kernels.portable import flash_prefill, fp8, wide_prefill
+from halfmoon.kernels.portable import flash_prefill, fp8, paged_decode, wide_prefill
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 166912, 86: 101376, 90: 232448, 100: 232448}  # bytes a program may take
@@ -66,7 +66,7 @@ def compiling(capability: int) -> Iterator[list]:
 
     # what the kernels' functions ask of the device that the tensors are on
     answers = [
-        *((module, "shared_bytes", lambda _: SHARED[capability]) for module in (flash_prefill, wide_prefill)),
+        *((module, "shared_bytes", lambda _: SHARED[capability]) for module in (flash_prefill, paged_decode, wide_prefill)),
         (flash_prefill, "num_sms", lambda _: 132),
         (fp8, "_way", lambda _: fp8.BY_INSTRUCTION if capability >= 89 else fp8.BY_BITS),
     ]
@@ -136,11 +136,9 @@ def decode_case(
     stored: torch.dtype | None = None,
     **options,
 ) -> None:
-    from halfmoon.kernels.portable.paged_decode import paged_decode
-
     q, lens = torch.zeros(num_seqs, num_q, 32, head_dim, dtype=dtype), torch.full((num_seqs,), 200, dtype=torch.int32)
     table, cache = torch.zeros(num_seqs, 64, dtype=torch.int32), pages(head_dim, page_size, stored or dtype)
-    paged_decode(q, cache, table, lens, max_kv_len=4096, scale=head_dim**-0.5, kv_scales=scales(stored), **options)
+    paged_decode.paged_decode(q, cache, table, lens, max_kv_len=4096, scale=head_dim**-0.5, kv_scales=scales(stored), **options)
 
 
 def small_case(name: str) -> None:
@@ -186,7 +184,9 @@ PORTABLE: dict[str, Callable[[], None]] = {
     "flash_prefill hd128 lse, keys split": lambda: prefill_case("portable", 128, kv_len=4096, num_queries=128, return_lse=True),
     "flash_prefill hd128 block mask": lambda: prefill_case("portable", 128, block_mask=MASK),
     "flash_prefill wide hd1024": lambda: prefill_case("portable", 1024, causal=False),
-    "paged_decode fp8 hd128": lambda: decode_case(128, stored=E4M3),
+    **{f"paged_decode fp8 hd{d}": lambda d=d: decode_case(d, stored=E4M3) for d in (64, 96, 128, 256)},
+    "paged_decode fp8 hd128 1 sequence": lambda: decode_case(128, num_seqs=1, stored=E4M3),
+    "paged_decode fp8 hd256 8 queries": lambda: decode_case(256, num_q=8, stored=E4M3),
     "paged_decode fp8 hd128 8 queries, window": lambda: decode_case(128, num_q=8, stored=E4M3, sliding_window=256),
     **{name: lambda name=name: small_case(name) for name in ("rms_norm", "silu_mul", "kv_write", "kv_write fp8", "kv_pack", "widen")},
 }
@@ -204,7 +204,8 @@ MORE: dict[str, Callable[[], None]] = {
     **{f"flash_prefill hd{d} block mask": lambda d=d: prefill_case("portable", d, block_mask=MASK) for d in (64, 256)},
     "flash_prefill wide hd512": lambda: prefill_case("portable", 512),
     "flash_prefill wide fp8 hd512 page16, 16 queries": lambda: prefill_case("portable", 512, 16, num_queries=16, stored=E4M3),
-    **{f"paged_decode fp8 hd{d}": lambda d=d: decode_case(d, stored=E4M3) for d in (64, 256)},
+    "paged_decode fp8 hd128 page16": lambda: decode_case(128, 16, stored=E4M3),
+    "paged_decode fp8 hd128 soft cap": lambda: decode_case(128, stored=E4M3, logit_soft_cap=30.0),
     **{f"paged_decode hd128 {n} queries": lambda n=n: decode_case(128, num_q=n) for n in (4, 8)},
 }
 

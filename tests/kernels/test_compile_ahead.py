@@ -69,3 +69,12 @@ def test_full_tiles_of_queries_reach_the_widest_matrix_instruction(capability: i
 def test_two_decode_programs_share_a_hopper_sm() -> None:
     decode = [line for line in compiled(90) if line["kernel"] == "_paged_decode_kernel" and "hd256" not in line["case"]]
     assert decode and all(2 * (line["shared"] + 1024) <= 233472 and 2 * 128 * line["registers"] <= 65536 for line in decode)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_three_decode_programs_over_fp8_share_a_hopper_sm() -> None:
+    three = {"paged_decode fp8 hd64", "paged_decode fp8 hd96", "paged_decode fp8 hd128"}
+    decode = [line for line in compiled(90) if line["case"] in three]
+    assert len(decode) == 3
+    assert all(3 * (line["shared"] + 1024) <= 233472 and 3 * 128 * -(-line["registers"] // 8) * 8 <= 65536 for line in decode)

@@ -121,6 +121,17 @@ def test_decode_reads_what_an_fp8_cache_holds(module, dtype, scales, options, pa
     assert relative(out, naive_attention(inputs, 0.125, **options)) < 0.05
 
 
+@pytest.mark.parametrize(("dtype", "scales", "options"), CASES, ids=["plain", "scales+window", "scales+cap"])
+def test_several_query_tokens_read_what_an_fp8_cache_holds(dtype, scales, options, paged, naive_attention) -> None:
+    inputs = paged([4, 3], [150, 3], (4, 2), 64, 16, dtype)
+    pages, held = narrowed(inputs, scales)
+    nobody = inputs.q[:1]  # a token before the second sequence's first: it sees no key
+    several = type(inputs)(**{**inputs.__dict__, "q": torch.cat((inputs.q[:4], nobody, inputs.q[4:])).view(2, 4, 4, 64)})
+    out = decode(portable_decode.paged_decode, several, pages, scales, scale=0.125, **options).cpu().flatten(0, 1)
+    assert out[4].eq(0).all()
+    assert relative(torch.cat((out[:4], out[5:])), naive_attention(held, 0.125, **options)) < TOLERANCE[dtype]
+
+
 def test_widened_pages_hold_the_same_numbers_side_by_side(paged) -> None:
     inputs = paged([1, 1, 1], [33, 5, 16], (2, 2), 64, 16, torch.float32)
     pages, held = narrowed(inputs, SCALES)

@@ -17,7 +17,7 @@ if not CUDA:
 pytest.importorskip("triton", reason="triton is not installed")
 
 from halfmoon.kernels.portable import paged_decode as module  # noqa: E402
-from halfmoon.kernels.portable.paged_decode import paged_decode  # noqa: E402
+from halfmoon.kernels.portable.paged_decode import fp8_tiles, paged_decode  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * CUDA
@@ -138,6 +138,26 @@ def test_several_query_tokens_see_no_later_ones(num_q: int, num_heads: int, wind
     assert out.shape == q.shape and out.is_contiguous() and torch.isfinite(out).all()
     assert error(out.cpu(), expected_of_several(q.cpu(), pages, table, lens, window=window)) < TOLERANCE[torch.float32]
     assert out[2].eq(0).all() and out[3, : max(0, num_q - 3)].eq(0).all()
+
+
+HOPPER, AMPERE = 232448, 166912  # bytes of shared memory that a program may take
+
+
+@pytest.mark.parametrize(
+    ("call", "programs_per_sm"),
+    [
+        ((128, 16, 1, 64, HOPPER), 3),
+        ((64, 16, 1, 512, HOPPER), 3),
+        ((128, 16, 1, 8, HOPPER), 2),  # one sequence
+        ((128, 16, 1, 64, AMPERE), 2),
+        ((128, 16, 4, 64, HOPPER), 2),  # more registers than a third of an SM's
+        ((128, 32, 1, 64, HOPPER), 2),
+        ((256, 16, 1, 64, HOPPER), 2),
+    ],
+    ids=str,
+)
+def test_a_third_program_over_fp8_comes_where_there_is_work_and_room_for_it(call: tuple, programs_per_sm: int) -> None:
+    assert fp8_tiles(*call).programs_per_sm == programs_per_sm
 
 
 def test_a_head_that_no_register_file_holds_is_refused() -> None:

@@ -214,7 +214,7 @@ def environment() -> dict[str, Any]:
         "triton": version,
         "cudnn": torch.backends.cudnn.version() if gpu else None,
         "python": platform.python_version(),
-        "commit": commit or os.environ.get("HALFMOON_COMMIT", "unknown"),
+        "commit": os.environ.get("HALFMOON_COMMIT") or commit or "unknown",
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "absent": absent,
     }

@@ -19,7 +19,7 @@ class PrefillForecast(NamedTuple):
     """A first token's parts on one prefill worker, in seconds from now."""
 
     queue_s: float
-    transfer_s: float  # of the prefix that its own store lacks
+    transfer_s: float  # of the prefix, from its own store and from elsewhere
     prefill_s: float
 
 
@@ -44,9 +44,10 @@ def prefill_forecast(
     own = cached_blocks(request, member, block_size)
     num_blocks = max(own, num_prefix_blocks)
     num_cached = num_blocks * block_size
+    block_bytes, transfer = block_size * predictors.model.kv_bytes_per_token, predictors.transfer
     return PrefillForecast(
         queue_s(predictors, member, snapshot.now_s),
-        predictors.transfer.predict((num_blocks - own) * block_size * predictors.model.kv_bytes_per_token),
+        transfer.own(own * block_bytes) + transfer.predict((num_blocks - own) * block_bytes),
         predictors.prefill.predict(request.num_tokens - num_cached, num_cached),
     )
 

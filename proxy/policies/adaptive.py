@@ -71,9 +71,10 @@ class Adaptive:
             own = min(held.get(member.store_address, 0), best)
             compute_s = times.get(own)
             if compute_s is None:
-                moved = (best - own) * block_size * predictors.model.kv_bytes_per_token
+                block_bytes, transfer = block_size * predictors.model.kv_bytes_per_token, predictors.transfer
                 rest = request.num_tokens - best * block_size
-                compute_s = times[own] = predictors.transfer.predict(moved) + predictors.prefill.predict(rest, best * block_size)
+                moved_s = transfer.own(own * block_bytes) + transfer.predict((best - own) * block_bytes)
+                compute_s = times[own] = moved_s + predictors.prefill.predict(rest, best * block_size)
             ttft_s = queued_s + compute_s * slow
             if ttft_s < chosen_s:
                 chosen, chosen_s = member, ttft_s

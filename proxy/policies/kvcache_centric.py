@@ -57,11 +57,12 @@ class KvcacheCentric:
 
     def _compute_s(self, request: PlacementRequest, own: int, best: int, block_size: int) -> tuple[float, int]:
         """Seconds of transfer and prefill on a worker that holds own blocks, and the blocks it then starts behind."""
-        used, transfer_s = own, 0.0
+        block_bytes, transfer = block_size * self.predictors.model.kv_bytes_per_token, self.predictors.transfer
+        used, transfer_s = own, transfer.own(own * block_bytes)
         ratio = best / own if own else math.inf
         if best > own and ratio > self.balancing_threshold:
             used = best
-            transfer_s = self.predictors.transfer.predict((best - own) * block_size * self.predictors.model.kv_bytes_per_token)
+            transfer_s += transfer.predict((best - own) * block_bytes)
         num_cached = used * block_size
         return transfer_s + self.predictors.prefill.predict(request.num_tokens - num_cached, num_cached), used
 

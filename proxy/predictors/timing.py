@@ -20,6 +20,7 @@ NOISE = 0.05  # of one measurement, relative
 DOUBT = 1.0  # of a profile's weight, relative
 TRIFLE = 0.02  # of its largest weight: what a weight that the profile has at 0 may be
 MILLI = 1e-3  # milliseconds inside
+OWN_LINK = "shm"
 Link = TypeVar("Link", bound="LinkTime")
 
 
@@ -194,6 +195,10 @@ class TransferTime(LinkTime):
             return 0.0
         found = self._seen(num_bytes, link or self.default_link, in_flight)
         return num_bytes / 2**30 * self._per_gib_s * (1 + in_flight) if found is None else found
+
+    def own(self, num_bytes: float) -> float:
+        """Seconds, of a prefix that the store on the worker's node holds. It counts as nothing until one was seen."""
+        return self._seen(num_bytes, OWN_LINK, 0) or 0.0 if num_bytes > 0.0 else 0.0
 
     def _first_weights(self) -> list[float]:
         each_ms = self._per_gib_s / MILLI

@@ -103,6 +103,21 @@ def test_policies_that_predict_nothing_are_judged_by_the_forecast() -> None:
     assert isinstance(answer, Rejection) and "4.00 s" in answer.reason
 
 
+@pytest.mark.parametrize("policy", ["least_loaded", "kvcache_centric", "adaptive"])
+def test_loading_a_prefix_from_the_workers_own_store_is_in_the_prediction(policy: str) -> None:
+    predictors = Predictors(MODEL)
+    conductor = Conductor(create_policy(policy, random.Random(0), predictors), create_admission("ttft_tbt", SLO, predictors), predictors)
+    request = PlacementRequest(1000, held_blocks={PREFILL.store_address: 15})
+    snapshot = Snapshot((PREFILL,), decode(0), 64, now_s=100.0)
+    before = conductor.place(request, snapshot)
+    num_bytes = 960 * MODEL.kv_bytes_per_token
+    for _ in range(20):
+        predictors.transfer.observe(num_bytes, 0.3, "shm")
+    after = conductor.place(request, snapshot)
+    assert isinstance(before, Placement) and isinstance(after, Placement)
+    assert before.ttft_s is not None and after.ttft_s == pytest.approx(before.ttft_s + 0.3, abs=0.02)
+
+
 def test_predictive_refuses_the_largest_while_more_is_asked_for_than_can_be_served_and_says_when_to_come_back() -> None:
     admission = create_admission("predictive", SLO, Predictors(MODEL))
     assert isinstance(admission, Predictive)

@@ -72,6 +72,16 @@ def test_a_link_that_is_slower_than_the_profile_is_learnt_by_itself() -> None:
     assert found.transfer.predict(2e9, "shm") == pytest.approx(1.0)
 
 
+def test_a_prefix_in_the_workers_own_store_is_free_until_loading_one_was_seen() -> None:
+    found = Predictors(TRUE)
+    found.transfer.observe(1e9, 0.5, "grpc")
+    assert found.transfer.own(1e9) == 0.0
+    for num_bytes in (1e8, 5e8, 1e9) * 30:
+        found.transfer.observe(num_bytes, 0.002 + num_bytes / 2e10, "shm")
+    assert found.transfer.own(1e9) == pytest.approx(0.052, rel=0.05)
+    assert found.transfer.own(0.0) == 0.0
+
+
 @settings(max_examples=100, deadline=None)
 @given(seconds=st.floats(0.001, 5), prefix=st.integers(0, 10**5))
 def test_the_tokens_that_fit_into_a_time_take_that_time_and_not_more(seconds: float, prefix: int) -> None:

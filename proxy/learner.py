@@ -20,6 +20,7 @@ from .predictors.gate import Gate
 from .predictors.timing import ErrorTrack, LinkTime, Predictors, PrefillTime, StepTime
 
 NUM_UNSURE = 16  # observations, before which a profile or a guess may still be wrong as a whole
+NUM_SMALL = 64  # new tokens, below which, or below an eighth of the largest seen, a prefill tells of what any one costs and not of the rest
 NUM_KNOWN = 3  # prefills learnt from, before the predictors are asked when there will be room
 
 
@@ -29,6 +30,7 @@ class Learner:
         self._metrics = metrics
         self._gates: defaultdict[str, Gate] = defaultdict(Gate)  # by predictor and kind of link
         self._frozen: Predictors | None = None
+        self._most_new = 0  # tokens of a prefill that was learnt from
 
     @property
     def knows(self) -> bool:
@@ -47,7 +49,9 @@ class Learner:
         if phases.compute_s > 0.0:
             new, prefix = state.num_tokens - state.num_cached_tokens, state.num_cached_tokens
             predicted_s = predictors.prefill.predict(new, prefix)
-            self._note("prefill", predictors.prefill, (new, prefix), predicted_s, phases.compute_s)
+            self._most_new = max(self._most_new, new)
+            telling = new >= max(NUM_SMALL, self._most_new / 8)
+            self._note("prefill", predictors.prefill, (new, prefix), predicted_s, phases.compute_s, telling)
         if phases.num_bytes_loaded and phases.prefix_load_s > 0.0:
             num_bytes, link = phases.num_bytes_loaded, phases.load_transport
             predicted_s = predictors.transfer.predict(num_bytes, link, num_loads)
@@ -69,10 +73,19 @@ class Learner:
             if num and not sample.num_prefill_tokens:
                 self._note("step", step, (num, tokens), step.predict(num, tokens), seconds)
 
-    def _note(self, name: str, fit: PrefillTime | StepTime, features: tuple[int, int], predicted_s: float, measured_s: float) -> None:
+    def _note(
+        self,
+        name: str,
+        fit: PrefillTime | StepTime,
+        features: tuple[int, int],
+        predicted_s: float,
+        measured_s: float,
+        telling: bool = True,
+    ) -> None:
+        """telling: whether being far off speaks of the machine, and not of a constant that a large one hides."""
         gate = self._judged(name, "", predicted_s, measured_s, predicted_s)
         if gate is not None:
-            if self._is_new(fit.error, gate):
+            if telling and self._is_new(fit.error, gate):
                 fit.rescale(gate.level)
             fit.observe(*features, measured_s)
 

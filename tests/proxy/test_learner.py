@@ -53,6 +53,18 @@ def test_a_first_prefill_that_compiles_leaves_a_fit_that_finds_the_machine(facto
     assert max(learnt[-30:]) < 0.3 and sum(learnt[-30:]) / 30 < 0.08
 
 
+def test_prompts_that_were_cached_whole_say_nothing_of_those_that_are_not() -> None:
+    """One token costs a step's constant, many times what the guess has for a token; that is no word on a thousand tokens."""
+    predictors = Predictors.guess()
+    learner = Learner(predictors, ProxyMetrics(CollectorRegistry()))
+    for new in [1024] * 8 + [1] * 5:
+        state = common_pb2.HandoffState(num_tokens=1024, num_cached_tokens=1024 - new)
+        state.phases.compute_s = 0.010 + 3.3e-4 * new
+        learner.prefilled(state, 0)
+    assert predictors.prefill.predict(1024, 0) == pytest.approx(0.348, rel=0.15)
+    assert predictors.prefill.predict(1, 1023) < 0.03
+
+
 def test_a_hand_off_is_learnt_from_nothing_and_never_runs_away() -> None:
     """The guess has no time for it, and a ratio to nothing is no ratio."""
     rng, predictors = random.Random(2), Predictors.guess()

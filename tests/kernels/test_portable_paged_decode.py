@@ -17,7 +17,7 @@ if not CUDA:
 pytest.importorskip("triton", reason="triton is not installed")
 
 from halfmoon.kernels.portable import paged_decode as module  # noqa: E402
-from halfmoon.kernels.portable.paged_decode import fp8_tiles, paged_decode  # noqa: E402
+from halfmoon.kernels.portable.paged_decode import fp8_tiles, paged_decode, sums_lazily  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * CUDA
@@ -99,6 +99,17 @@ def test_any_group_of_query_heads_shares_a_kv_head(num_heads: int, num_kv_heads:
     lens = (75, 10)
     batch = build(lens, 64, 16, torch.float32, num_heads, num_kv_heads)
     assert error(attend(*batch, lens), expected(*batch, lens)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 40}, {"cap": 5.0}], ids=str)
+def test_sums_that_threads_keep_for_themselves_are_the_rows_sums(options, monkeypatch: pytest.MonkeyPatch) -> None:
+    lens = [(37 * s) % 90 for s in range(16)]
+    assert sums_lazily(128, 16, 1, 2 * len(lens), False) and not sums_lazily(128, 16, 1, 2 * len(lens) - 2, False)
+    batch = build(lens, 128, 16, torch.float32)
+    lazily = attend(*batch, lens, **options)
+    assert error(lazily, expected(*batch, lens, **options)) < 1e-5
+    monkeypatch.setattr(module, "MANY_PAIRS", 1000)
+    assert error(lazily, attend(*batch, lens, **options).double()) < 1e-5
 
 
 def test_the_counters_are_left_as_they_were_found(monkeypatch: pytest.MonkeyPatch) -> None:

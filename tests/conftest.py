@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Ray forks to start its processes; gRPC's handlers for that, in a process whose threads call it, now and then crash the child
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+# a shell that runs the suite in the background has it ignored, and so would have every process that a test starts and interrupts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _load(name: str) -> Any:

@@ -180,11 +180,11 @@ PORTABLE: dict[str, Callable[[], None]] = {
     "paged_decode hd128 batch 256": lambda: decode_case(128, num_seqs=256),
     "paged_decode hd128 fp16 page16": lambda: decode_case(128, 16, torch.float16, num_seqs=1),
     "paged_decode hd128 window": lambda: decode_case(128, sliding_window=256),
-    **{f"flash_prefill fp8 hd{d}": lambda d=d: prefill_case("portable", d, stored=E4M3) for d in (128, 256)},
+    "flash_prefill fp8 hd128": lambda: prefill_case("portable", 128, stored=E4M3),
     "flash_prefill hd128 lse, keys split": lambda: prefill_case("portable", 128, kv_len=4096, num_queries=128, return_lse=True),
     "flash_prefill hd128 block mask": lambda: prefill_case("portable", 128, block_mask=MASK),
     "flash_prefill wide hd1024": lambda: prefill_case("portable", 1024, causal=False),
-    **{f"paged_decode fp8 hd{d}": lambda d=d: decode_case(d, stored=E4M3) for d in (64, 96, 128, 256)},
+    **{f"paged_decode fp8 hd{d}": lambda d=d: decode_case(d, stored=E4M3) for d in (64, 96, 128)},
     "paged_decode fp8 hd128 1 sequence": lambda: decode_case(128, num_seqs=1, stored=E4M3),
     "paged_decode fp8 hd256 8 queries": lambda: decode_case(256, num_q=8, stored=E4M3),
     "paged_decode fp8 hd128 8 queries, window": lambda: decode_case(128, num_q=8, stored=E4M3, sliding_window=256),
@@ -199,7 +199,8 @@ HOPPER: dict[str, Callable[[], None]] = {
 
 
 MORE: dict[str, Callable[[], None]] = {
-    "flash_prefill fp8 hd64": lambda: prefill_case("portable", 64, stored=E4M3),
+    **{f"flash_prefill fp8 hd{d}": lambda d=d: prefill_case("portable", d, stored=E4M3) for d in (64, 256)},
+    "paged_decode fp8 hd256": lambda: decode_case(256, stored=E4M3),
     "flash_prefill fp8 hd128, 16 queries": lambda: prefill_case("portable", 128, num_queries=16, stored=E4M3),
     **{f"flash_prefill hd{d} block mask": lambda d=d: prefill_case("portable", d, block_mask=MASK) for d in (64, 256)},
     "flash_prefill wide hd512": lambda: prefill_case("portable", 512),

@@ -46,7 +46,7 @@ def to_device(runs: Sequence[np.ndarray], pinned: PinnedMemory, device: torch.de
 
 
 def to_buffer(staged: torch.Tensor) -> torch.Tensor:
-    """staged in a pinned tensor of the host's. Asynchronous."""
+    """staged, of any shape, in a pinned tensor of the host's. Asynchronous."""
     return torch.empty(staged.shape, dtype=staged.dtype, pin_memory=True).copy_(staged, non_blocking=True)
 
 

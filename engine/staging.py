@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from .row_copy import to_buffer
+
 ALIGNMENT = 16
 NUM_BUFFERS = 2  # the host fills one while the other's copy may still wait for its turn
 DTYPES = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32, np.dtype(np.float32): torch.float32}
@@ -43,8 +45,7 @@ def read_back(tensor: torch.Tensor) -> torch.Tensor:
     """
     if tensor.device.type == "cpu":
         return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
+    host = to_buffer(tensor)
     copied = torch.cuda.Event()
     copied.record()
     copied.synchronize()

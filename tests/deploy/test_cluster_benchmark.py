@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,20 +13,7 @@ from halfmoon.prefill_worker.scheduler import PrefillScheduler
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.proxy.tokenizer import Tokenizer
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
-OURS = ("cluster", "engine_alone", "measure", "shapes")
 STEP_S = {1: 0.010, 2: 0.014, 3: 0.020}
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch):
-    """A file of tests/benchmarks, whose files import each other by their bare names."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    for name in OURS:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module
-    for name in OURS:
-        sys.modules.pop(name, None)
 
 
 def test_a_request_that_decodes_alone_is_held_against_the_step_at_batch_1(load) -> None:

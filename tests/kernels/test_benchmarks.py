@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import sys
@@ -12,20 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
 LIMITS = {"matmul_tflops": 700.0, "copy_gb_s": 4200.0}
-OURS = ("flash_prefill", "kernels", "kv_pack", "kv_write", "measure", "paged_decode", "rms_norm", "roofline", "silu_mul")
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch):
-    """A file of tests/benchmarks, whose files import each other by their bare names."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    for name in OURS:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module
-    for name in OURS:
-        sys.modules.pop(name, None)
 
 
 def rows(measure: ModuleType) -> list[dict]:

@@ -274,7 +274,6 @@ def flash_prefill(
     """
     num_tokens, num_heads, head_dim = q.shape
     kv_pages, fp8 = readable(kv_pages)
-    num_seqs, num_kv_heads, page_size = kv_lens.shape[0], kv_pages.shape[2], kv_pages.shape[3]
     out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((num_tokens, num_heads), dtype=torch.float32, device=q.device) if return_lse else None
     if num_tokens == 0:
@@ -291,6 +290,35 @@ def flash_prefill(
     counts = blocks = None
     if block_mask is not None:
         counts, blocks = live_blocks(block_mask, cu_seqlens_q, kv_lens, causal, sliding_window)
+    _launch(
+        q, kv_pages, fp8, block_table, cu_seqlens_q, kv_lens, out, lse, counts, blocks, kv_scales if fp8 else None,
+        max_seqlen_q, max_kv_len, scale, sliding_window, logit_soft_cap, causal,
+    )  # fmt: skip
+    return out if lse is None else (out, lse)
+
+
+def _launch(
+    q: torch.Tensor,
+    kv_pages: torch.Tensor,
+    fp8: int,
+    block_table: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    kv_lens: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    blocks: torch.Tensor | None,
+    kv_scales: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_kv_len: int,
+    scale: float,
+    sliding_window: int,
+    logit_soft_cap: float,
+    causal: bool,
+) -> None:
+    """Into out and lse. kv_pages, fp8: as readable() gives them; counts, blocks: as live_blocks() does, None without a mask."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_seqs, num_kv_heads, page_size = kv_lens.shape[0], kv_pages.shape[2], kv_pages.shape[3]
     group = num_heads // num_kv_heads
     pack = packed_heads(group, max_seqlen_q) if blocks is None else 1
     longest = max_seqlen_q * pack if blocks is None else min(max_seqlen_q, SPARSE_BLOCK)
@@ -304,7 +332,7 @@ def flash_prefill(
         parts_lse = torch.empty((splits, num_tokens, num_heads), dtype=torch.float32, device=q.device)
     capped = logit_soft_cap > 0
     _flash_prefill_kernel[triton.cdiv(max_seqlen_q, num_q), num_heads // pack, num_seqs * splits](
-        q, kv_pages, block_table, cu_seqlens_q, kv_lens, parts, parts_lse, kv_scales if fp8 else None, counts, blocks,
+        q, kv_pages, block_table, cu_seqlens_q, kv_lens, parts, parts_lse, kv_scales, counts, blocks,
         q.stride(0), q.stride(1), kv_pages.stride(0), kv_pages.stride(1), block_table.stride(0),
         counts.stride(0) if counts is not None else None, counts.stride(1) if counts is not None else None,
         blocks.stride(2) if blocks is not None else None, num_tokens if splits > 1 else None, splits if splits > 1 else None,
@@ -318,4 +346,3 @@ def flash_prefill(
     if splits > 1:
         assert parts_lse is not None
         merge_splits(parts, parts_lse, out, lse)
-    return out if lse is None else (out, lse)

@@ -21,7 +21,7 @@ from .client import CALL_TIMEOUT_S
 from .cluster_status import ClusterStatus, Model
 from .completion import Collector, Completion, Delta, Event, event_from_proto
 from .explanation import Explanation
-from .options import Ask, build_request, checked_timeout_s
+from .options import GenerateOptions, build_request, checked_timeout_s
 
 Reply = TypeVar("Reply")
 
@@ -118,12 +118,12 @@ class AsyncClient:
         self._inference: Any = inference_pb2_grpc.InferenceStub(self._channel)
         self._control: Any = control_pb2_grpc.ControlStub(self._channel)
 
-    async def generate(self, **ask: Unpack[Ask]) -> Completion:
+    async def generate(self, **ask: Unpack[GenerateOptions]) -> Completion:
         """Raises an error of protocol/errors.py: InvalidRequest, Overloaded, DeadlineExceeded, Unavailable …"""
         async with self.stream(**ask) as stream:
             return await stream.completion()
 
-    def stream(self, **ask: Unpack[Ask]) -> AsyncStream:
+    def stream(self, **ask: Unpack[GenerateOptions]) -> AsyncStream:
         """Raises InvalidRequest at once for a wrong option; anything else comes while it is read."""
         return AsyncStream(self._inference, build_request(ask), self.address, self._closed)
 

@@ -19,7 +19,7 @@ from .attempts import Attempts, ClosedFlag
 from .cluster_status import ClusterStatus, Model
 from .completion import Collector, Completion, Delta, Event, event_from_proto
 from .explanation import Explanation
-from .options import Ask, build_request, checked_timeout_s
+from .options import GenerateOptions, build_request, checked_timeout_s
 
 CALL_TIMEOUT_S = 10.0
 Reply = TypeVar("Reply")
@@ -114,12 +114,12 @@ class Client:
         self._inference: Any = inference_pb2_grpc.InferenceStub(self._channel)
         self._control: Any = control_pb2_grpc.ControlStub(self._channel)
 
-    def generate(self, **ask: Unpack[Ask]) -> Completion:
+    def generate(self, **ask: Unpack[GenerateOptions]) -> Completion:
         """Raises an error of protocol/errors.py: InvalidRequest, Overloaded, DeadlineExceeded, Unavailable …"""
         with self.stream(**ask) as stream:
             return stream.completion()
 
-    def stream(self, **ask: Unpack[Ask]) -> Stream:
+    def stream(self, **ask: Unpack[GenerateOptions]) -> Stream:
         """Raises InvalidRequest at once for a wrong option; anything else comes while it is read."""
         return Stream(self._inference, build_request(ask), self.address, self._closed)
 

@@ -63,7 +63,7 @@ class DecisionAttempt:
     prefix_blocks: int
     error: str
     """What ended the attempt, where it failed."""
-    urgency: int
+    queue_order: int
     """Its place in the workers' queues; lower is sooner."""
     predictions: tuple[Prediction, ...]
 

@@ -59,14 +59,14 @@ class Input(TypedDict, total=False):
     messages: Iterable[Message | Mapping[str, str]]
 
 
-class Ask(Options, Input, total=False):
+class GenerateOptions(Options, Input, total=False):
     """Every keyword of generate() and stream()."""
 
 
 def build_request(ask: Mapping[str, Any]) -> inference_pb2.GenerateRequest:
     """Raises InvalidRequest, naming the keyword, for one that is unknown or has a value of the wrong type or size."""
     given = {name: value for name, value in ask.items() if value is not None}
-    unknown = sorted(given.keys() - Ask.__annotations__.keys())
+    unknown = sorted(given.keys() - GenerateOptions.__annotations__.keys())
     if unknown:
         raise InvalidRequest(f"{unknown[0]} is not an option; the options are {', '.join(Options.__annotations__)}", param=unknown[0])
     inputs = [name for name in Input.__annotations__ if name in given]

@@ -54,7 +54,7 @@ class Generated(NamedTuple):
 @dataclass(slots=True, eq=False)
 class _Entry:
     sequence: Sequence
-    order: tuple[int, int]  # priority, arrival
+    order: tuple[int, int]  # queue_order, arrival
     held: bool = False  # the caller may read and write the pages: from start() to admit(), from the last token to release()
     admitted: bool = False  # its hand-off or cached prefix was taken in: whatever it lacks is computed here
     num_steps: int = 0  # scheduled and not recorded yet, that it is in
@@ -130,7 +130,7 @@ class DecodeScheduler:
     def add(self, sequence: Sequence) -> None:
         """A sequence whose hand-off has begun, or that has none. Raises PromptTooLong."""
         self.check(sequence)
-        entry = _Entry(sequence, (sequence.priority, next(self._arrivals)))
+        entry = _Entry(sequence, (sequence.queue_order, next(self._arrivals)))
         self._entries[sequence] = entry
         insort(self._waiting, entry, key=_order)
 

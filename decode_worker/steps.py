@@ -62,7 +62,7 @@ class DecodeSteps(StepLoop[Step]):
         life: WorkerLife,
         on_stepped: Callable[[StepResult], None],
     ) -> None:
-        super().__init__(f"{life.station.worker_id}-engine", life.crashed)
+        super().__init__(f"{life.worker_address.worker_id}-engine", life.crashed)
         self._engine = engine
         self._scheduler = scheduler
         self._jobs = jobs

@@ -36,7 +36,7 @@ from ..protocol.errors import (
     WorkerLost,
 )
 from ..protocol.v1 import common_pb2, control_pb2, worker_pb2
-from ..protocol.worker_life import Station, WorkerLife
+from ..protocol.worker_life import WorkerAddress, WorkerLife
 from .job import DecodeJob, check_sequence
 from .loader import HandoffLoader
 from .local_prefill import LocalPrefill, local_state
@@ -56,9 +56,9 @@ CPU_CAPACITY = 8  # times max_model_len, where no capacity is configured
 class DecodeWorker:
     """Everything but the engine's and the transfer thread's calls happens on the event loop that start() runs on."""
 
-    def __init__(self, station: Station, *, options: ModelOptions, config: DecodeConfig) -> None:
-        self.worker_id = station.worker_id
-        self.life = WorkerLife(station, self._fail_all)
+    def __init__(self, worker_address: WorkerAddress, *, options: ModelOptions, config: DecodeConfig) -> None:
+        self.worker_id = worker_address.worker_id
+        self.life = WorkerLife(worker_address, self._fail_all)
         self._options = options
         self._config = config
         self._jobs: dict[Sequence, DecodeJob] = {}
@@ -69,7 +69,7 @@ class DecodeWorker:
 
         Raises CheckpointError, ConfigError, StoreUnavailable, SchemaMismatch.
         """
-        life, station = self.life, self.life.station
+        life, worker_address = self.life, self.life.worker_address
         self.engine = await life.load(self._load_engine)
         cache = self.engine.cache
         self.scheduler = DecodeScheduler(
@@ -84,9 +84,9 @@ class DecodeWorker:
         self._transfer = TransferThread(f"{self.worker_id}-transfer", self.engine.device, life.crashed)
         self._pins = ArenaPins(cache, self._transfer)
         self.store = StoreLink(
-            station.store_address,
+            worker_address.store_address,
             client_id=self.worker_id,
-            node_id=station.node_id,
+            node_id=worker_address.node_id,
             schema=self.engine.schema,
             transport=self._config.transport,
             on_lost=self._store_lost,
@@ -99,7 +99,7 @@ class DecodeWorker:
         self._changed = self._steps.changed  # guards the scheduler
         self._pusher = BlockPusher(cache, self.store, self._transfer, self.metrics, self.scheduler, self._changed)
         self._steps.start()
-        server, self.address = await start_server(self, station.host)
+        server, self.address = await start_server(self, worker_address.host)
         life.tend(self.store.stay_attached())
         await life.serve(server, self.metrics.registry, self._info(), self.load)
         return self.address

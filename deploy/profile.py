@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from ..client import AsyncClient, Delta
 from ..protocol.errors import Overloaded, WorkerLost
-from ..proxy.predictors.cost_model import CostModel
+from ..proxy.conductor.predictors.cost_model import CostModel
 from .profile_fit import Facts, Points, fit
 from .profile_target import Target, look
 from .profile_timeline import Sample, Timeline

@@ -2,7 +2,7 @@
 
 prefill   a + b·n + c·n·p + d·n²          step   a + b·sequences + c·KV tokens          each times slowdown(k busy workers, num_cores)
 transfer  first byte + bytes / link       request   what a first token took beside the prefill and its transfer
-Short and long ones count the same, as in proxy/predictors/timing.py, which begins where this ends.
+Short and long ones count the same, as in proxy/conductor/predictors/timing.py, which begins where this ends.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..protocol.errors import ConfigError
-from ..proxy.predictors.cost_model import CostModel
+from ..proxy.conductor.predictors.cost_model import CostModel
 
 CORES_STRIDE = 0.05
 NUM_ROUNDS = 5

@@ -28,7 +28,7 @@ from ..protocol.errors import HalfmoonError, InternalError
 from ..protocol.load_progress import LoadProgress
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import control_pb2, control_pb2_grpc
-from ..protocol.worker_life import Station
+from ..protocol.worker_life import WorkerAddress
 from .actors import ProxyActor, StoreActor, remote
 from .plan import ClusterPlan, Placed
 
@@ -241,7 +241,7 @@ class Supervisor:
 
         def arguments() -> dict[str, Any]:
             return {
-                "station": Station(
+                "worker_address": WorkerAddress(
                     worker_id=placed.member_id,
                     node_id=placed.node.node_id,
                     host=placed.node.host,

@@ -23,7 +23,7 @@ class Sequence:
     num_prompt_tokens: int
     sampling: SamplingParams
     deadline: float = float("inf")  # of time.monotonic() in this process
-    priority: int = 0
+    queue_order: int = 0
     num_computed_tokens: int = 0  # their KV stands in pages
     pages: list[int] = field(default_factory=list)
 
@@ -73,7 +73,7 @@ class Sequence:
             num_prompt_tokens=message.num_prompt_tokens,
             sampling=SamplingParams.from_proto(message.sampling),
             deadline=time.monotonic() + message.deadline_s,
-            priority=message.priority,
+            queue_order=message.queue_order,
         )
 
 

@@ -188,7 +188,7 @@ class StoreClient:
         except StoreUnavailable as error:
             logger.debug("the lease ended with its store: %s", error.message)
 
-    def _let_go(self, error: HalfmoonError) -> None:
+    def _release_revoked(self, error: HalfmoonError) -> None:
         """A lease was granted and taken away before its layout was read: the store waits for our word."""
         lease_id = error.fields.pop("lease_id", None)
         if lease_id is not None:
@@ -198,14 +198,14 @@ class StoreClient:
         try:
             await self._connection.read(call)
         except HalfmoonError as error:
-            self._let_go(error)
+            self._release_revoked(error)
 
     async def _fetch(self, request: kvstore_pb2.FetchRequest, name: str) -> BlockReader:
         call = self._connection.track(self._connection.stub.Fetch(request))
         try:
             event = await self._connection.read(call)
         except HalfmoonError as error:
-            self._let_go(error)
+            self._release_revoked(error)
             raise
         except BaseException:
             if not call.cancel():  # it had ended by itself, and what with was not read

@@ -1,4 +1,4 @@
-"""A hand-off and the leases on it, as values; kvstore/ledger.py moves them.
+"""A hand-off and the leases on it, as values; kvstore/manager.py moves them.
 
 reserve ─► OPEN ──seal──► SEALED ──release by the fetcher──► ended
              └──abort, writer or fetcher gone, deadline──┴──► ended, with a reason

@@ -19,7 +19,7 @@ from ..protocol.exporter import serve_metrics
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import kvstore_pb2, kvstore_pb2_grpc
 from .arena import Arena
-from .ledger import Accounting
+from .lease_manager import Accounting
 from .replication import Replication
 from .service import KVStoreService
 from .store import Store

@@ -85,7 +85,7 @@ class KVStoreService(kvstore_pb2_grpc.KVStoreServicer):
             self._store.release(lease.lease_id)
             raise
         except HalfmoonError as error:
-            self._store.give_up(lease.lease_id, error)
+            self._store.end_lease(lease.lease_id, error)
             # the client may not have read the layout yet, and has to release this lease all the same
             named = build_error(error.code, error.message, error.fields_json)
             named.fields["lease_id"] = lease.lease_id

@@ -1,6 +1,6 @@
-"""The store in one event loop: the ledger, the arena's bytes, who waits, what expires. Knows protobuf values, not gRPC.
+"""The store in one event loop: the manager, the arena's bytes, who waits, what expires. Knows protobuf values, not gRPC.
 
-service.py ─► Store ─► Ledger        what may happen
+service.py ─► Store ─► LeaseManager        what may happen
                 │  ◄── Observer      what happened: wakes Waiters, ends leases, feeds watchers and metrics
                 └─► ArenaMap         the bytes
 """
@@ -23,7 +23,7 @@ from ..protocol.v1 import common_pb2, kvstore_pb2
 from .arena import Arena, ArenaMap
 from .eviction import create_eviction_policy
 from .handoff import Handoff, HandoffId, Lease, aborted
-from .ledger import Accounting, Ledger, check_keys
+from .lease_manager import Accounting, LeaseManager, check_keys
 from .metrics import StoreMetrics
 from .progress import SliceCursor
 from .sessions import Session, Sessions
@@ -45,11 +45,11 @@ class Store:
         self.node_id = node_id
         self.schema: KVSchema | None = None
         self.sessions = Sessions(config.lease_ttl_s, self._session_ended)
-        self.feed = WatchFeed(lambda: self._ledger.content.keys() if self._ledger else [])
+        self.feed = WatchFeed(lambda: self._leases.content.keys() if self._leases else [])
         self.metrics = StoreMetrics(self.stats)
         self._config = config
         self._arena = arena
-        self._ledger: Ledger | None = None
+        self._leases: LeaseManager | None = None
         self._map: ArenaMap | None = None
         self._waiters = Waiters()
         self._reserving: list[object] = []  # who waits for room, first come first served
@@ -78,7 +78,7 @@ class Store:
         self.schema.require_equal(theirs, f"store {self.store_id}", hello.client_id)
         session = self.sessions.open(hello.client_id)
         shares_arena = bool(hello.node_id) and hello.node_id == self.node_id
-        self._books().open_session(session.session_id, hello.client_id, shares_arena)
+        self._manager().open_session(session.session_id, hello.client_id, shares_arena)
         welcome = kvstore_pb2.AttachReply.Welcome(
             session_id=session.session_id,
             store_id=self.store_id,
@@ -111,11 +111,11 @@ class Store:
             while True:
                 self._require_running()
                 if self._reserving[0] is ticket:
-                    lease = self._books().try_reserve(request.session_id, handoff_id, request.block_keys, request.num_blocks, deadline)
+                    lease = self._manager().try_reserve(request.session_id, handoff_id, request.block_keys, request.num_blocks, deadline)
                     if lease is not None:
                         return self._reserved(lease, deadline)
                 else:
-                    self._books().client(request.session_id)  # it may have ended while others went first
+                    self._manager().client(request.session_id)  # it may have ended while others went first
                 if not await self._waiters.wait(_ROOM, deadline):
                     raise self._full(request, handoff_id)
                 self._raise_if_ended(handoff_id)
@@ -128,8 +128,8 @@ class Store:
 
         Raises LeaseExpired, StaleEpoch, InvalidRequest.
         """
-        books, layout = self._books(), self._layout()
-        lease = books.writer(lease_id)
+        manager, layout = self._manager(), self._layout()
+        lease = manager.writer(lease_id)
         num_layers = max(message.num_layers, 1)
         num_bytes = message.num_blocks * num_layers * layout.memory.shape[1]
         in_arena = lease.client.shares_arena and not message.data
@@ -138,7 +138,7 @@ class Store:
                 f"a slice of {message.num_blocks} blocks and {num_layers} layers with {len(message.data)} bytes; it must have "
                 f"{message.num_blocks * layout.memory.shape[1]}, those of one layer"
             )
-        slots = books.push(lease_id, message.layer, message.first_block, message.num_blocks, num_layers)
+        slots = manager.push(lease_id, message.layer, message.first_block, message.num_blocks, num_layers)
         if not in_arena:
             width = layout.memory.shape[1]
             data = memoryview(message.data)
@@ -149,7 +149,7 @@ class Store:
 
     def seal(self, request: kvstore_pb2.SealRequest) -> None:
         """Raises HandoffIncomplete, LeaseExpired, StaleEpoch, InvalidRequest."""
-        self._books().seal(request.lease_id, request.state, request.checksums)
+        self._manager().seal(request.lease_id, request.state, request.checksums)
 
     # reading
 
@@ -160,10 +160,10 @@ class Store:
         """
         self._require_running(or_draining=True)
         if request.WhichOneof("what") == "prefix":
-            return self._opened(self._books().fetch_prefix(request.session_id, request.prefix.keys))
+            return self._opened(self._manager().fetch_prefix(request.session_id, request.prefix.keys))
         handoff_id = _handoff_id(request.handoff)
         while True:
-            lease = self._books().open_fetch(request.session_id, handoff_id)
+            lease = self._manager().open_fetch(request.session_id, handoff_id)
             if lease is not None:
                 return self._opened(lease)
             if not await self._waiters.wait(handoff_id.id, deadline):
@@ -208,12 +208,12 @@ class Store:
         """
         found = self._endings.get(lease_id)
         if found is None:
-            self._books().writer(lease_id)
+            self._manager().writer(lease_id)
             raise AssertionError(f"lease {lease_id} is open and has no ending")
         return found
 
     def lookup(self, block_keys: Sequence[bytes]) -> int:
-        return len(self._ledger.content.find_run(block_keys)) if self._ledger else 0
+        return len(self._leases.content.find_run(block_keys)) if self._leases else 0
 
     # replicas: blocks that the store itself writes, out of another one (kvstore/replication.py)
 
@@ -221,56 +221,56 @@ class Store:
         """Those not held here, of as many leading ones as fit. Raises InvalidRequest, StoreUnavailable (stopping)."""
         self._require_running()
         check_keys(block_keys)
-        books = self._books()
-        return [key for key in block_keys[: books.num_fitting(block_keys)] if books.content.slot(key) is None]
+        manager = self._manager()
+        return [key for key in block_keys[: manager.num_fitting(block_keys)] if manager.content.slot(key) is None]
 
     def holds(self, block_key: bytes) -> bool:
-        return self._books().content.slot(block_key) is not None
+        return self._manager().content.slot(block_key) is not None
 
     def reserve_replica(self, name: str, block_keys: Sequence[bytes]) -> Lease:
         """A lease to write as many leading blocks as fit now, in a session of its own that close_replica ends. name: of who holds it."""
         self._require_running()
-        books = self._books()
-        num_blocks = books.num_fitting(block_keys)
+        manager = self._manager()
+        num_blocks = manager.num_fitting(block_keys)
         session_id = secrets.token_hex(16)
-        books.open_session(session_id, name, shares_arena=False)
-        lease = books.try_reserve(session_id, None, block_keys[:num_blocks], num_blocks, 0.0)
+        manager.open_session(session_id, name, shares_arena=False)
+        lease = manager.try_reserve(session_id, None, block_keys[:num_blocks], num_blocks, 0.0)
         assert lease is not None, "num_fitting said that there is room"
         return lease
 
     def write_replica(self, lease: Lease, layer: int, first_block: int, blocks: Sequence[np.ndarray]) -> None:
         """blocks: uint8 [layer_bytes] each. Raises LeaseExpired."""
-        slots = self._books().push(lease.lease_id, layer, first_block, len(blocks))
+        slots = self._manager().push(lease.lease_id, layer, first_block, len(blocks))
         layout = self._layout()
         for slot, block in zip(slots, blocks, strict=True):
             layout.row(slot, layer)[:] = block
 
     def seal_replica(self, lease: Lease, checksums: Sequence[int]) -> None:
         """Its blocks are found by key from now on. Raises HandoffIncomplete, LeaseExpired."""
-        self._books().seal(lease.lease_id, common_pb2.HandoffState(), checksums)
+        self._manager().seal(lease.lease_id, common_pb2.HandoffState(), checksums)
 
     def close_replica(self, lease: Lease) -> None:
         """What was not sealed is free again. Idempotent."""
-        books = self._books()
-        books.release(lease.lease_id)
-        books.end_session(lease.client.session_id, "is done")
+        manager = self._manager()
+        manager.release(lease.lease_id)
+        manager.end_session(lease.client.session_id, "is done")
 
     # ending
 
     def abort(self, handoff_id: HandoffId, reason: HalfmoonError) -> bool:
         """True where a hand-off was under way, or somebody waited for it."""
         waited_for = self._waiters.num_waiting(handoff_id.id) > 0
-        found = self._books().abort(handoff_id, reason)
+        found = self._manager().abort(handoff_id, reason)
         self._waiters.notify(_ROOM)  # its Reserve may be among those who wait for room
         return found or waited_for
 
     def release(self, lease_id: str, corrupt_blocks: Sequence[int] = ()) -> None:
         if corrupt_blocks:
             logger.error("blocks %s of lease %s do not match their checksums; they are dropped", list(corrupt_blocks), lease_id)
-        self._books().release(lease_id, corrupt_blocks)
+        self._manager().release(lease_id, corrupt_blocks)
 
-    def give_up(self, lease_id: str, error: HalfmoonError) -> None:
-        self._books().give_up(lease_id, error)
+    def end_lease(self, lease_id: str, error: HalfmoonError) -> None:
+        self._manager().end_lease(lease_id, error)
 
     async def drain(self, grace_s: float) -> None:
         """Refuses new work, waits until every lease and hand-off has ended or grace_s has passed, then ends every session."""
@@ -289,7 +289,7 @@ class Store:
 
     def accounting(self) -> Accounting:
         """In slots; all zero before the first client attached."""
-        return self._ledger.accounting() if self._ledger else Accounting(0, 0, 0, 0)
+        return self._leases.accounting() if self._leases else Accounting(0, 0, 0, 0)
 
     def stats(self) -> kvstore_pb2.StatsReply:
         """Reads counts only, so that a scraping thread may call it."""
@@ -299,20 +299,20 @@ class Store:
             num_bytes_pushed=self._num_bytes_pushed,
             num_bytes_fetched=self._num_bytes_fetched,
         )
-        ledger, schema = self._ledger, self.schema
-        if ledger is None or schema is None:
+        manager, schema = self._leases, self.schema
+        if manager is None or schema is None:
             return reply
-        slots = ledger.accounting()
+        slots = manager.accounting()
         reply.num_bytes_arena = slots.num_slots * schema.block_bytes
         reply.num_bytes_leased = slots.num_leased * schema.block_bytes
         reply.num_bytes_cached = slots.num_cached * schema.block_bytes
         reply.num_bytes_free = slots.num_free * schema.block_bytes
-        reply.num_leases = ledger.num_leases
-        reply.num_handoffs = ledger.num_handoffs
-        reply.num_evicted_blocks = ledger.content.num_evicted
-        reply.num_expired_leases = ledger.num_expired_leases
-        reply.num_query_blocks = ledger.num_query_blocks
-        reply.num_hit_blocks = ledger.num_hit_blocks
+        reply.num_leases = manager.num_leases
+        reply.num_handoffs = manager.num_handoffs
+        reply.num_evicted_blocks = manager.content.num_evicted
+        reply.num_expired_leases = manager.num_expired_leases
+        reply.num_query_blocks = manager.num_query_blocks
+        reply.num_hit_blocks = manager.num_hit_blocks
         reply.schema.CopyFrom(schema.to_proto())
         return reply
 
@@ -348,14 +348,14 @@ class Store:
     def _format(self, schema: KVSchema) -> None:
         self._map = self._arena.format(schema.num_layers, schema.layer_bytes)
         policy = create_eviction_policy(self._config.eviction)
-        self._ledger = Ledger(self._map.num_slots, schema.num_layers, policy, time.monotonic, self)
+        self._leases = LeaseManager(self._map.num_slots, schema.num_layers, policy, time.monotonic, self)
         self.schema = schema
         logger.info("store %s: %d slots of %d bytes for %s", self.store_id, self._map.num_slots, schema.block_bytes, schema)
 
-    def _books(self) -> Ledger:
-        if self._ledger is None:
+    def _manager(self) -> LeaseManager:
+        if self._leases is None:
             raise InvalidRequest(f"store {self.store_id} holds nothing yet: attach first")
-        return self._ledger
+        return self._leases
 
     def _layout(self) -> ArenaMap:
         assert self._map is not None
@@ -366,13 +366,13 @@ class Store:
             raise StoreUnavailable(f"store {self.store_id} is stopping")
 
     def _is_idle(self) -> bool:
-        return not self._endings and (self._ledger is None or self._ledger.num_handoffs == 0)
+        return not self._endings and (self._leases is None or self._leases.num_handoffs == 0)
 
     def _session_ended(self, session_id: str, what_happened: str) -> None:
-        books = self._books()
-        before = books.num_expired_leases
-        books.end_session(session_id, what_happened)
-        self.metrics.expired(books.num_expired_leases - before)
+        manager = self._manager()
+        before = manager.num_expired_leases
+        manager.end_session(session_id, what_happened)
+        self.metrics.expired(manager.num_expired_leases - before)
         self._waiters.notify(_ROOM)
 
     def _reserved(self, lease: Lease, deadline: float) -> Lease:
@@ -387,13 +387,13 @@ class Store:
         return lease
 
     def _handoff_due(self, handoff_id: HandoffId) -> None:
-        books = self._books()
-        before = books.num_expired_leases
-        books.expire_handoff(handoff_id)
-        self.metrics.expired(books.num_expired_leases - before)
+        manager = self._manager()
+        before = manager.num_expired_leases
+        manager.expire_handoff(handoff_id)
+        self.metrics.expired(manager.num_expired_leases - before)
 
     def _raise_if_ended(self, handoff_id: HandoffId | None) -> None:
-        reason = None if handoff_id is None else self._books().end_reason(handoff_id)
+        reason = None if handoff_id is None else self._manager().end_reason(handoff_id)
         if handoff_id is not None and reason is not None:
             raise aborted(handoff_id, reason)
 

@@ -64,7 +64,7 @@ class BlockWriter:
         self._num_queued_bytes = 0
         self._num_copying = 0
         self._is_ended = False  # the end of the stream was queued
-        self._is_let_go = False
+        self._is_released = False
         self._needs_ack = False  # let go of, but for a push that is still copying
         self._filled = asyncio.Event()
         self._loop_thread = threading.get_ident()
@@ -164,7 +164,7 @@ class BlockWriter:
                 await self._connection.call(self._connection.stub.Abort, request)
             except StoreUnavailable:
                 logger.debug("the store of %s is gone, and its leases with it", self._name)
-        self._let_go()  # after the Abort: a Release before it would abort the hand-off without the reason
+        self._release()  # after the Abort: a Release before it would abort the hand-off without the reason
         await asyncio.wait({self._stream})
 
     @property
@@ -221,7 +221,7 @@ class BlockWriter:
             if self._num_copying or not self._needs_ack:
                 return
             self._needs_ack = False
-        self._to_loop(lambda: self._connection.spawn(self._release()))
+        self._to_loop(lambda: self._connection.spawn(self._send_release()))
 
     def _to_loop(self, callback: Any) -> None:
         try:
@@ -268,7 +268,7 @@ class BlockWriter:
 
     def _fail(self, error: HalfmoonError) -> None:
         self._stop(error)
-        self._let_go()
+        self._release()
 
     def _stop(self, error: HalfmoonError) -> None:
         """No push begins any more, and those that wait give up."""
@@ -278,17 +278,17 @@ class BlockWriter:
             self._queue.clear()
             self._changed.notify_all()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         """Tells the store once that no copy into the arena is under way, or will be: the slots may be another's."""
         with self._changed:
-            if self._is_let_go:
+            if self._is_released:
                 return
-            self._is_let_go = True
+            self._is_released = True
             self._needs_ack = self._num_copying > 0
         if not self._needs_ack:
-            self._connection.spawn(self._release())
+            self._connection.spawn(self._send_release())
 
-    async def _release(self) -> None:
+    async def _send_release(self) -> None:
         try:
             await self._connection.call(self._connection.stub.Release, kvstore_pb2.ReleaseRequest(lease_id=self._lease_id))
         except StoreUnavailable:

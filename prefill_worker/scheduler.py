@@ -36,7 +36,7 @@ class Step(NamedTuple):
 @dataclass(slots=True, eq=False)
 class _Entry:
     sequence: Sequence
-    order: tuple[int, int]  # priority, arrival
+    order: tuple[int, int]  # queue_order, arrival
     held: bool = False  # the caller may read and write the pages: from start() to release()
     runnable: bool = False
     in_step: bool = False
@@ -100,7 +100,7 @@ class PrefillScheduler:
     def add(self, sequence: Sequence) -> None:
         """Raises PromptTooLong."""
         self.check(sequence)
-        entry = _Entry(sequence, (sequence.priority, next(self._arrivals)))
+        entry = _Entry(sequence, (sequence.queue_order, next(self._arrivals)))
         self._entries[sequence] = entry
         insort(self._waiting, entry, key=_order)
 
@@ -177,11 +177,11 @@ class PrefillScheduler:
         # the second round hands what short prompts left over to the first that can use it
         for limit in (fair, budget):
             for entry in entries:
-                granted = sizes.get(entry, 0)
-                size = self._chunk_size(entry.sequence, granted + min(budget, limit))
-                if size > granted:
+                num_scheduled = sizes.get(entry, 0)
+                size = self._chunk_size(entry.sequence, num_scheduled + min(budget, limit))
+                if size > num_scheduled:
                     sizes[entry] = size
-                    budget -= size - granted
+                    budget -= size - num_scheduled
         return budget
 
     def _chunk_size(self, sequence: Sequence, limit: int) -> int:

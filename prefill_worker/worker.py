@@ -23,7 +23,7 @@ from ..protocol.blocks import block_keys, div_ceil, root_key
 from ..protocol.config import ModelOptions, PrefillConfig
 from ..protocol.errors import HalfmoonError, HandoffCorrupt, InternalError, RequestCancelled, StoreUnavailable, WorkerLost
 from ..protocol.v1 import common_pb2, control_pb2, worker_pb2
-from ..protocol.worker_life import Station, WorkerLife
+from ..protocol.worker_life import WorkerAddress, WorkerLife
 from .fault import flip_pushed_bytes
 from .job import PrefillJob, check_sequence
 from .loader import PrefixLoader
@@ -44,9 +44,11 @@ class PrefillWorker:
         flip_pushed_bytes: a fault for tests: bytes are altered on their way to the store.
     """
 
-    def __init__(self, station: Station, *, options: ModelOptions, config: PrefillConfig, flip_pushed_bytes: bool = False) -> None:
-        self.worker_id = station.worker_id
-        self.life = WorkerLife(station, self._fail_all)
+    def __init__(
+        self, worker_address: WorkerAddress, *, options: ModelOptions, config: PrefillConfig, flip_pushed_bytes: bool = False
+    ) -> None:
+        self.worker_id = worker_address.worker_id
+        self.life = WorkerLife(worker_address, self._fail_all)
         self._options = options
         self._config = config
         self._flip_pushed_bytes = flip_pushed_bytes
@@ -57,7 +59,7 @@ class PrefillWorker:
 
         Raises CheckpointError, ConfigError, StoreUnavailable, SchemaMismatch.
         """
-        life, station = self.life, self.life.station
+        life, worker_address = self.life, self.life.worker_address
         self.engine = await life.load(self._load_engine)
         cache = self.engine.cache
         self.scheduler = PrefillScheduler(PageAllocator(cache.num_pages), cache.page_size, self._config.max_tokens_per_step)
@@ -66,9 +68,9 @@ class PrefillWorker:
         self._transfer = TransferThread(f"{self.worker_id}-transfer", self.engine.device, life.crashed)
         self._pins = ArenaPins(cache, self._transfer)
         self.stores = Stores(
-            station.store_address,
+            worker_address.store_address,
             client_id=self.worker_id,
-            node_id=station.node_id,
+            node_id=worker_address.node_id,
             schema=self.engine.schema,
             transport=self._config.transport,
             on_lost=self._store_lost,
@@ -80,7 +82,7 @@ class PrefillWorker:
         self._steps = PrefillSteps(self.engine, self.scheduler, self._jobs, self._pusher, life, self._stepped)
         self._changed = self._steps.changed  # guards the scheduler
         self._steps.start()
-        server, self.address = await start_server(self, station.host)
+        server, self.address = await start_server(self, worker_address.host)
         life.tend(self.stores.own.stay_attached())
         await life.serve(server, self.metrics.registry, self._info(), self.load)
         return self.address
@@ -203,9 +205,9 @@ class PrefillWorker:
         with self._changed:
             self.scheduler.abort(job.sequence)
         del self._jobs[job.sequence]
-        self.life.spawn(self._let_go(job, error))
+        self.life.spawn(self._release(job, error))
 
-    async def _let_go(self, job: PrefillJob, error: HalfmoonError | None) -> None:
+    async def _release(self, job: PrefillJob, error: HalfmoonError | None) -> None:
         """Tells the store of a failure, or keeps the blocks; frees the pages once no thread touches them."""
         try:
             if error is not None:

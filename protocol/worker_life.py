@@ -30,7 +30,7 @@ Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Station:
+class WorkerAddress:
     """Where a worker stands. Stores that name the same node_id share their memory with it."""
 
     worker_id: str
@@ -47,8 +47,8 @@ class WorkerLife:
         fail_calls: ends every call under way with the error that it is given. Called when the worker breaks.
     """
 
-    def __init__(self, station: Station, fail_calls: Callable[[WorkerLost], None]) -> None:
-        self.station = station
+    def __init__(self, worker_address: WorkerAddress, fail_calls: Callable[[WorkerLost], None]) -> None:
+        self.worker_address = worker_address
         self.progress = ProgressFeed()
         self.joined = asyncio.Event()  # the proxy knows of this worker
         self._fail_calls = fail_calls
@@ -78,19 +78,19 @@ class WorkerLife:
     ) -> None:
         """Serves metrics and joins the proxy. info: role, address, store_id and what the engine says of itself."""
         self._server = server
-        station = self.station
-        metrics_address, self._stop_metrics = serve_metrics(registry, station.host)
+        worker_address = self.worker_address
+        metrics_address, self._stop_metrics = serve_metrics(registry, worker_address.host)
         ours = control_pb2.MemberInfo(
-            id=station.worker_id,
+            id=worker_address.worker_id,
             incarnation=uuid.uuid4().hex,
             metrics_address=metrics_address,
-            node_id=station.node_id,
-            store_address=station.store_address,
+            node_id=worker_address.node_id,
+            store_address=worker_address.store_address,
             pid=os.getpid(),
         )
         ours.MergeFrom(info)
-        self._membership = asyncio.create_task(stay_joined(station.proxy_address, ours, load, self.joined.set))
-        logger.info("%s serves on %s", station.worker_id, info.address)
+        self._membership = asyncio.create_task(stay_joined(worker_address.proxy_address, ours, load, self.joined.set))
+        logger.info("%s serves on %s", worker_address.worker_id, info.address)
 
     async def stopped(self) -> None:
         """Until it is. Raises what broke the worker."""
@@ -153,12 +153,12 @@ class WorkerLife:
         self._fail_calls(self._lost(error))
 
     def _lost(self, error: BaseException) -> WorkerLost:
-        worker_id = self.station.worker_id
+        worker_id = self.worker_address.worker_id
         return WorkerLost(f"worker {worker_id} broke: {error}", worker_id=worker_id)
 
     def _background_done(self, task: asyncio.Task[None]) -> None:
         self._background.discard(task)
         error = None if task.cancelled() else task.exception()
         if error is not None:
-            logger.error("%s: background work failed", self.station.worker_id, exc_info=error)
+            logger.error("%s: background work failed", self.worker_address.worker_id, exc_info=error)
             self._break(error)

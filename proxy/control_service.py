@@ -10,8 +10,8 @@ import grpc.aio
 from ..protocol.errors import InvalidRequest
 from ..protocol.grpc_errors import unary_boundary
 from ..protocol.v1 import control_pb2, control_pb2_grpc
-from .explanation import explain
-from .router import Router
+from .requests.explanation import explain
+from .requests.router import Router
 
 
 class ControlService(control_pb2_grpc.ControlServicer):

@@ -1,6 +1,6 @@
 """halfmoon.v1.Inference: the gRPC face, what the SDK speaks to.
 
-Generate ─► Ask ─► Generation ─► Admitted, Delta …, Finished a choice      the stream's end cancels what is left
+Generate ─► GenerateRequest ─► Generation ─► Admitted, Delta …, Finished a choice      the stream's end cancels what is left
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import grpc.aio
 from ..protocol.errors import InvalidRequest
 from ..protocol.grpc_errors import unary_boundary
 from ..protocol.v1 import inference_pb2, inference_pb2_grpc
-from .ask import Ask
-from .chat_template import ChatMessage
-from .choice_text import TokenText
-from .generation import GenerationEvent, Generator, TextDelta
+from .requests.choice_text import TokenText
+from .requests.generate_request import GenerateRequest
+from .requests.generation import GenerationEvent, Generator, TextDelta
+from .text.chat_template import ChatMessage
 
 _SAMPLING = (
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
@@ -51,7 +51,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return inference_pb2.ModelsReply(models=[model])
 
 
-def ask_from_proto(request: inference_pb2.GenerateRequest) -> Ask:
+def ask_from_proto(request: inference_pb2.GenerateRequest) -> GenerateRequest:
     """Raises InvalidRequest where there is no input."""
     kind = request.WhichOneof("input")
     if kind is None:
@@ -61,7 +61,7 @@ def ask_from_proto(request: inference_pb2.GenerateRequest) -> Ask:
         sampling["stop_token_ids"] = tuple(request.stop_token_ids)
     if request.logit_bias:
         sampling["logit_bias"] = dict(request.logit_bias)
-    return Ask(
+    return GenerateRequest(
         prompts={"prompt": [request.prompt], "tokens": [list(request.tokens.token_ids)]}.get(kind, ()),
         messages=[ChatMessage(turn.role, turn.content) for turn in request.chat.messages] if kind == "chat" else None,
         model=request.model,

@@ -1,6 +1,6 @@
 """What the proxy measures: Prometheus metrics, and a window of recent latencies for Status.
 
-Every number is observed once, where the flight's PhaseClock takes it; the same number stands in the request's PhaseRecord.
+Every number is observed once, where the request runner's PhaseClock takes it; the same number stands in the request's PhaseRecord.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from ..protocol import metrics as specs
 from ..protocol.exporter import counter, gauge, histogram
 from ..protocol.v1 import common_pb2, control_pb2
-from .placement import NO_SLO, Slo
+from .conductor.placement import NO_SLO, Slo
 from .request import RequestState
 
 WINDOW_LEN = 2048  # requests
@@ -153,7 +153,7 @@ class ProxyMetrics:
     def _judge(self, record: common_pb2.PhaseRecord, num_tokens: int, slo: Slo) -> None:
         """Against the SLO that it had, if any. One without a token to wait for has met that part."""
         met = True
-        for name, limit_s, measured_s in (("ttft", slo.ttft_s, record.ttft_s), ("tpot", slo.tbt_s, record.tpot_s)):
+        for name, limit_s, measured_s in (("ttft", slo.ttft_s, record.ttft_s), ("tpot", slo.tpot_s, record.tpot_s)):
             if math.isfinite(limit_s):
                 inside = num_tokens == 0 or measured_s <= limit_s
                 met = met and inside

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..protocol.config import ModelOptions
 from ..protocol.errors import CheckpointError
-from .tokenizer import read_json
+from .text.tokenizer import read_json
 
 
 @dataclass(frozen=True, slots=True)

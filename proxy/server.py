@@ -27,16 +27,16 @@ from ..protocol.config import ModelOptions, ProxyConfig
 from ..protocol.errors import ConfigError
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
-from .cluster import Cluster
 from .control_service import ControlService
-from .generation import Generator
 from .inference_service import InferenceService
+from .members.cluster import Cluster
 from .metrics import ProxyMetrics
 from .model_card import ModelCard
-from .openai_body import MAX_BODY_BYTES
-from .openai_http import create_app
-from .router import Router
-from .tokenizer import Tokenizer
+from .openai.body import MAX_BODY_BYTES
+from .openai.http import create_app
+from .requests.generation import Generator
+from .requests.router import Router
+from .text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -10,15 +10,15 @@ import random
 from collections.abc import Callable
 
 from ..protocol.errors import ConfigError
-from ..proxy.admission import Predictive, create_admission
-from ..proxy.conductor import Conductor
-from ..proxy.placement import Arriving, Placement, PlacementRequest, Rejection, Snapshot
-from ..proxy.policies import create_policy
-from ..proxy.policies.adaptive import Adaptive
-from ..proxy.predictors.timing import Predictors
-from ..proxy.predictors.waiting import step_with
-from ..proxy.prefix_index import PrefixIndex
-from ..proxy.urgency import urgency
+from ..proxy.conductor.admission import Predictive, create_admission
+from ..proxy.conductor.conductor import Conductor
+from ..proxy.conductor.placement import Arriving, Placement, PlacementRequest, Rejection, Snapshot
+from ..proxy.conductor.policies import create_policy
+from ..proxy.conductor.policies.adaptive import Adaptive
+from ..proxy.conductor.predictors.timing import Predictors
+from ..proxy.conductor.predictors.waiting import step_with
+from ..proxy.conductor.queue_order import queue_order
+from ..proxy.prefixes.index import PrefixIndex
 from .clock import EventLoop
 from .cluster_view import ClusterView
 from .counters import Counters
@@ -159,7 +159,7 @@ class Cluster:
         if self.scenario.order == "fair":
             return 0
         predicted_s = job.predicted_ttft_s if job.predicted_ttft_s >= 0 else None
-        return urgency(
+        return queue_order(
             self.scenario.order, arrival_s=job.request.arrival_s, ttft_slo_s=self.scenario.slo.ttft_s, predicted_ttft_s=predicted_s
         )
 
@@ -223,7 +223,7 @@ class Cluster:
     def _judge_again(self, job: Job, decode: Instance) -> Rejection | None:
         """By the step that the decode instance would take now, this request in its batch."""
         step_s = step_with(self.predictors, decode.state(), job.num_tokens)
-        if step_s <= self.scenario.slo.tbt_s:
+        if step_s <= self.scenario.slo.tpot_s:
             return None
         return Rejection("overloaded", f"{decode.name} would step in {step_s * 1e3:.0f} ms with it")
 
@@ -271,7 +271,7 @@ class Cluster:
         self.view.change_members()
         lost = [job for job in self.jobs if not job.outcome and self._stands_on(job, instance.name)]
         for job in lost:
-            self._give_up(job, instance)
+            self._abort(job, instance)
         for job in lost:
             self._place(job)
         if failure.down_s != float("inf"):
@@ -280,7 +280,7 @@ class Cluster:
     def _stands_on(self, job: Job, name: str) -> bool:
         return job.decode_on == name or (job.prefill_on == name and job in self.view.coming)
 
-    def _give_up(self, job: Job, dead: Instance) -> None:
+    def _abort(self, job: Job, dead: Instance) -> None:
         """Everything of the attempt ends; tokens that were sent stay sent, and are prefilled again."""
         job.attempt += 1
         job.wasted_prefill_s += job.attempt_cost_s

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..proxy.placement import Arriving, MemberState, Snapshot
+from ..proxy.conductor.placement import Arriving, MemberState, Snapshot
 from .instance import Instance
 from .job import Job
 
@@ -12,15 +12,15 @@ class ClusterView:
     Args:
         everyone: both pools hold all instances, for they change roles, or have both.
         block_size: tokens.
-        with_traffic: snapshots tell who arrives at decode and since when who decodes.
+        with_load_tracker: snapshots tell who arrives at decode and since when who decodes.
     """
 
-    def __init__(self, everyone: bool, block_size: int, with_traffic: bool) -> None:
+    def __init__(self, everyone: bool, block_size: int, with_load_tracker: bool) -> None:
         self.coming: dict[Job, Arriving] = {}  # placed, and not handed off
         self.decoding: dict[Job, float] = {}  # since when
         self._everyone = everyone
         self._block_size = block_size
-        self._with_traffic = with_traffic
+        self._with_load_tracker = with_load_tracker
         self._instances: list[Instance] = []
         self._states: dict[str, MemberState] = {}
         self._changed: set[Instance] = set()
@@ -48,7 +48,7 @@ class ClusterView:
             self._pools = self._make_pools()
         arriving: tuple[Arriving, ...] = ()
         leaving: tuple[float, ...] = ()
-        if self._with_traffic:
+        if self._with_load_tracker:
             arriving, leaving = tuple(self.coming.values()), tuple(self.decoding.values())
         return Snapshot(*self._pools, self._block_size, now_s, arriving, leaving)
 

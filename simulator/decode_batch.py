@@ -52,11 +52,11 @@ class CountedTokens:
         self._since = -1
 
 
-def decode_sequence(request_id: str, num_prompt: int, num_tokens: int, num_output: int, priority: int, steps: StepCount) -> Sequence:
+def decode_sequence(request_id: str, num_prompt: int, num_tokens: int, num_output: int, queue_order: int, steps: StepCount) -> Sequence:
     """num_tokens: of the prompt and what was sent before (a replay)."""
     sampling = SamplingParams(max_tokens=num_output, ignore_eos=True)
     tokens = CountedTokens(num_tokens, steps)
-    return Sequence(request_id, tokens, num_prompt, sampling, priority=priority)  # type: ignore[arg-type]
+    return Sequence(request_id, tokens, num_prompt, sampling, queue_order=queue_order)  # type: ignore[arg-type]
 
 
 class Ended(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..proxy.placement import Slo
+from ..proxy.conductor.placement import Slo
 from .cluster import simulate
 from .outcome import Result
 from .replay import ReplayOptions, replay

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from ..decode_worker.scheduler import Step as DecodeStep
 from ..engine.page_allocator import PageAllocator
 from ..prefill_worker.scheduler import Step as PrefillStep
-from ..proxy.placement import MemberState
-from ..proxy.predictors.cost_model import CostModel
-from ..proxy.predictors.timing import Predictors
+from ..proxy.conductor.placement import MemberState
+from ..proxy.conductor.predictors.cost_model import CostModel
+from ..proxy.conductor.predictors.timing import Predictors
 from .clock import EventLoop
 from .decode_jobs import DecodeJobs
 from .instance_options import InstanceOptions, Role
@@ -66,9 +66,9 @@ class Instance:
 
     # what comes in
 
-    def add_prefill(self, job: Job, priority: int) -> None:
-        """priority: the queue's order, lower first."""
-        self.prefill.add(job, priority)
+    def add_prefill(self, job: Job, queue_order: int) -> None:
+        """queue_order: the queue's order, lower first."""
+        self.prefill.add(job, queue_order)
         self._on_change(self)
         self.poke()
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..proxy.placement import Slo
+from ..proxy.conductor.placement import Slo
 from .cluster import Cluster
 from .job import Job
 
@@ -68,7 +68,7 @@ class Result:
         return sum(row.outcome.startswith("rejected") and row.outcome.endswith(where) for row in self.rows)
 
     def num_in_slo(self, slo: Slo) -> int:
-        return int((self._done & (self._ttft <= slo.ttft_s) & (self._tbt <= slo.tbt_s)).sum())
+        return int((self._done & (self._ttft <= slo.ttft_s) & (self._tbt <= slo.tpot_s)).sum())
 
     def attainment(self, slo: Slo) -> float:
         return self.num_in_slo(slo) / max(self.num_requests, 1)

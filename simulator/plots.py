@@ -19,7 +19,7 @@ def write_png(result: Result, scenario: Scenario, path: Path) -> None:
     done = [row for row in result.rows if row.outcome == "done"]
     _cdf(ttft, np.array([row.ttft_s for row in done]), scenario.slo.ttft_s, "TTFT [s]")
     ttft.set_xscale("log")
-    _cdf(tbt, np.array([row.tbt_s * 1e3 for row in done]), scenario.slo.tbt_s * 1e3, "TBT, mean of the longest tenth [ms]")
+    _cdf(tbt, np.array([row.tbt_s * 1e3 for row in done]), scenario.slo.tpot_s * 1e3, "TBT, mean of the longest tenth [ms]")
     times, prefilling, decoding, rejected = load_over_time(result)
     load.plot(times, prefilling, label="waiting for prefill or in it")
     load.plot(times, decoding, label="decoding")

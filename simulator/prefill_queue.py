@@ -13,8 +13,8 @@ from ..engine.page_allocator import PageAllocator
 from ..engine.sequence import Sequence
 from ..prefill_worker.scheduler import PrefillScheduler, Step
 from ..protocol.sampling import SamplingParams
-from ..proxy.predictors.cost_model import CostModel
-from ..proxy.predictors.timing import Predictors
+from ..proxy.conductor.predictors.cost_model import CostModel
+from ..proxy.conductor.predictors.timing import Predictors
 from .clock import EventLoop
 from .instance_options import InstanceOptions
 from .job import Job
@@ -48,10 +48,10 @@ class PrefillQueue:
         self._fresh: dict[Sequence, Job] = {}  # ready, and no chunk of them computed
         self._skipped = 0  # mixed steps in a row that had no room for a chunk
 
-    def add(self, job: Job, priority: int) -> None:
-        """priority: the queue's order, lower first."""
+    def add(self, job: Job, queue_order: int) -> None:
+        """queue_order: the queue's order, lower first."""
         self._num_added += 1
-        heapq.heappush(self._held, (priority, self._num_added, job))
+        heapq.heappush(self._held, (queue_order, self._num_added, job))
         self.queued_s += job.predicted_prefill_s
         self.num_left_tokens += job.num_tokens
         self.feed()
@@ -59,15 +59,15 @@ class PrefillQueue:
     def feed(self) -> None:
         """Two steps ahead, and whoever is more urgent than all that the scheduler has."""
         while self._held:
-            priority, _, job = self._held[0]
-            if self.num_fed_tokens >= 2 * self._options.max_tokens_per_step and priority >= self._most_urgent_fed:
+            queue_order, _, job = self._held[0]
+            if self.num_fed_tokens >= 2 * self._options.max_tokens_per_step and queue_order >= self._most_urgent_fed:
                 break
             heapq.heappop(self._held)
-            sequence = Sequence(str(job.index), range(job.num_tokens), job.num_tokens, NO_SAMPLING, priority=priority)  # type: ignore[arg-type]
+            sequence = Sequence(str(job.index), range(job.num_tokens), job.num_tokens, NO_SAMPLING, queue_order=queue_order)  # type: ignore[arg-type]
             job.prefill_sequence = sequence
             self.jobs[sequence] = job
             self.num_fed_tokens += job.num_tokens
-            self._most_urgent_fed = min(self._most_urgent_fed, priority)
+            self._most_urgent_fed = min(self._most_urgent_fed, queue_order)
             self.scheduler.add(sequence)
             self._begin_loads()
         if self.scheduler.num_waiting:
@@ -162,7 +162,7 @@ class PrefillQueue:
             self.num_ready -= 1
             self.queued_s = max(self.queued_s - job.predicted_prefill_s + job.attempt_cost_s, 0.0)
             self._owner.prefill_done(job)
-        self._most_urgent_fed = min((sequence.priority for sequence in self.jobs), default=NEVER)
+        self._most_urgent_fed = min((sequence.queue_order for sequence in self.jobs), default=NEVER)
         if not self.jobs and not self._held:
             self.queued_s = 0.0  # what rounding left
 

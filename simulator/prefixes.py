@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..proxy.predictors.timing import Predictors
-from ..proxy.prefix_index import PrefixIndex
+from ..proxy.conductor.predictors.timing import Predictors
+from ..proxy.prefixes.index import PrefixIndex
 from .clock import EventLoop
 from .counters import Counters
 from .instance import Instance

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from ..proxy.placement import Slo
+from ..proxy.conductor.placement import Slo
 from .outcome import Quantiles, Result, Row
 from .replay import ReplayOptions
 from .scenario import Scenario
@@ -32,7 +32,7 @@ def summary_table(result: Result, scenario: Scenario, ceiling: Ceiling) -> Group
     for what, unit, scale in (("ttft_s", "s", 1.0), ("tbt_s", "ms", 1e3), ("tpot_s", "ms", 1e3), ("e2e_s", "s", 1.0)):
         quantiles: Quantiles = result.quantiles(what)
         table.add_row(f"{what[:-2].upper()}, {unit}", *(f"{value * scale:.2f}" for value in quantiles))
-    slo = f"TTFT {scenario.slo.ttft_s:g} s, TBT {scenario.slo.tbt_s * 1e3:g} ms"
+    slo = f"TTFT {scenario.slo.ttft_s:g} s, TBT {scenario.slo.tpot_s * 1e3:g} ms"
     rows = [
         (f"in SLO ({slo})", f"{figures['attainment']:.1%} of {result.num_requests}"),
         ("rejected at arrival / after prefill", f"{figures['num_rejected_at_arrival']:.0f} / {figures['num_rejected_at_decode']:.0f}"),
@@ -85,7 +85,7 @@ def write_json(found: Any, path: Path) -> None:
 
 
 def slo_text(slo: Slo) -> str:
-    return f"{slo.ttft_s:g} s / {slo.tbt_s * 1e3:g} ms"
+    return f"{slo.ttft_s:g} s / {slo.tpot_s * 1e3:g} ms"
 
 
 def _plain(value: Any) -> Any:

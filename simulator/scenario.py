@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..protocol.errors import ConfigError
-from ..proxy.placement import Slo
-from ..proxy.predictors.cost_model import CostModel
-from ..proxy.urgency import Order
+from ..proxy.conductor.placement import Slo
+from ..proxy.conductor.predictors.cost_model import CostModel
+from ..proxy.conductor.queue_order import Order
 from .trace import BLOCK_SIZE
 
 PAPER_SLO = Slo(30.0, 0.1)  # of Mooncake's papers

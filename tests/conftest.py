@@ -64,7 +64,7 @@ def chat_model_folder(faces: Any, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session")
 def chat_tokenizer(chat_model_folder: Path) -> Any:
-    from halfmoon.proxy.tokenizer import Tokenizer
+    from halfmoon.proxy.text.tokenizer import Tokenizer
 
     return Tokenizer.from_folder(chat_model_folder)
 

@@ -23,7 +23,7 @@ from halfmoon.protocol.membership import stay_joined
 from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import common_pb2, control_pb2, kvstore_pb2, kvstore_pb2_grpc, worker_pb2, worker_pb2_grpc
 from halfmoon.proxy.server import ProxyServer
-from halfmoon.proxy.tokenizer import Tokenizer
+from halfmoon.proxy.text.tokenizer import Tokenizer
 
 VOCAB_SIZE = 400
 FACE_SCHEMA = KVSchema(model_fingerprint="faces", dtype="float32", num_layers=2, num_kv_heads=2, head_dim=8, block_size=16)

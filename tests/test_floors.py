@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 import tomllib
@@ -25,13 +26,32 @@ MAY_IMPORT: dict[str, set[str]] = {
     "deploy": {"simulator", "proxy", "prefill_worker", "decode_worker", "engine", "kvstore", "kernels", "client", "protocol"},
 }
 
+PROXY_FLOORS: dict[str, set[str]] = {
+    "request": set(),
+    "conductor": set(),
+    "text": set(),
+    "model_card": {"text"},
+    "metrics": {"request", "conductor"},
+    "members": {"conductor", "metrics"},
+    "prefixes": {"conductor", "members"},
+    "requests": {"request", "conductor", "text", "model_card", "metrics", "members", "prefixes"},
+    "openai": {"requests", "text"},
+    "inference_service": {"requests", "text"},
+    "control_service": {"requests"},
+    "server": {"control_service", "inference_service", "openai", "requests", "members", "metrics", "model_card", "text"},
+}
+"""proxy/'s own rooms and root files, and what of proxy/ each may import."""
+
+PROXY_ROOMS_OUTSIDE = {"simulator": {"conductor", "prefixes"}, "deploy": {"conductor", "prefixes", "server"}}
+"""What of proxy/ its users may import. deploy starts the server, and knows nothing of what is in it."""
+
 
 def modules(room: str) -> list[Path]:
     return sorted((ROOT / room).rglob("*.py"))
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """Rooms that a module imports, at its top or anywhere in it; `import halfmoon.x`, `from ..x import y` alike."""
+def imported_modules(path: Path) -> list[list[str]]:
+    """What of halfmoon a module imports, by parts, at its top or anywhere in it; `import halfmoon.x`, `from ..x import y` alike."""
     package = ["halfmoon", *path.relative_to(ROOT).parent.parts]
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -41,8 +61,15 @@ def imported_rooms(path: Path) -> set[str]:
             base = package[: len(package) - node.level + 1] if node.level else []
             stem = ".".join([*base, *([node.module] if node.module else [])])
             names.update([stem] if stem != "halfmoon" else [f"halfmoon.{alias.name}" for alias in node.names])
-    parts = [name.split(".") for name in names]
-    return {found[1] for found in parts if found[0] == "halfmoon" and len(found) > 1 and found[1] in MAY_IMPORT}
+    return [parts for parts in (name.split(".") for name in names) if parts[0] == "halfmoon" and len(parts) > 1]
+
+
+def imported_rooms(path: Path) -> set[str]:
+    return {parts[1] for parts in imported_modules(path) if parts[1] in MAY_IMPORT}
+
+
+def imported_proxy_rooms(path: Path) -> set[str]:
+    return {parts[2] for parts in imported_modules(path) if parts[1] == "proxy" and len(parts) > 2}
 
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
@@ -50,6 +77,25 @@ def test_a_room_imports_only_from_floors_below_it(room: str) -> None:
     for path in modules(room):
         upward = imported_rooms(path) - MAY_IMPORT[room] - {room}
         assert not upward, f"{path.relative_to(ROOT)} imports {', '.join(sorted(upward))}; {room} stands below or beside"
+
+
+@pytest.mark.parametrize("room", PROXY_FLOORS)
+def test_a_room_of_the_proxy_imports_only_from_floors_below_it(room: str) -> None:
+    found = modules(f"proxy/{room}") or [ROOT / "proxy" / f"{room}.py"]
+    for path in found:
+        upward = imported_proxy_rooms(path) - PROXY_FLOORS[room] - {room}
+        assert not upward, f"{path.relative_to(ROOT)} imports proxy/{', '.join(sorted(upward))}; {room} stands below or beside"
+
+
+def test_the_proxy_s_floors_are_drawn_without_a_circle_and_name_all_of_it() -> None:
+    tuple(graphlib.TopologicalSorter(PROXY_FLOORS).static_order())  # raises CycleError
+    assert set(PROXY_FLOORS) == {path.stem for path in (ROOT / "proxy").iterdir() if not path.name.startswith("__")}
+
+
+@pytest.mark.parametrize("room", PROXY_ROOMS_OUTSIDE)
+def test_who_uses_the_proxy_imports_its_pure_rooms_alone(room: str) -> None:
+    for path in modules(room):
+        assert imported_proxy_rooms(path) <= PROXY_ROOMS_OUTSIDE[room], path.relative_to(ROOT)
 
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
@@ -91,10 +137,16 @@ def test_a_transformers_model_imports_in_a_process_started_in_the_root() -> None
 @pytest.mark.parametrize(
     "module",
     ["halfmoon.engine.sequence", "halfmoon.engine.page_allocator", "halfmoon.prefill_worker.scheduler", "halfmoon.decode_worker.scheduler",
-     "halfmoon.proxy.conductor", "halfmoon.kvstore.eviction"],
+     "halfmoon.proxy.conductor.conductor", "halfmoon.kvstore.eviction"],
 )  # fmt: skip
 def test_what_the_simulator_runs_imports_neither_torch_nor_ray(module: str) -> None:
     code = f"import sys, {module}; found = {{'torch', 'ray'}} & set(sys.modules); sys.exit(str(found) if found else 0)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_conductor_imports_neither_grpc_nor_torch_nor_ray() -> None:
+    names = [".".join(["halfmoon", *path.relative_to(ROOT).with_suffix("").parts]) for path in modules("proxy/conductor")]
+    code = f"import sys, {', '.join(names)}; found = {{'grpc', 'torch', 'ray'}} & set(sys.modules); sys.exit(str(found) if found else 0)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -13,14 +13,14 @@ import typer
 from rich.console import Console
 
 from ...client import Client, Conversation, HalfmoonError
-from ...client.options import Ask
+from ...client.options import GenerateOptions
 from .terminal import DEFAULT_ADDRESS, Address, print_stream, seconds
 
 HELP = "/document FILE gives the model a document, /quit ends, ctrl-c cancels a turn"
 
 
 class ChatSession:
-    def __init__(self, client: Client, options: Ask, system: str | None) -> None:
+    def __init__(self, client: Client, options: GenerateOptions, system: str | None) -> None:
         self._client = client
         self._options = options
         self._conversation = Conversation(system)
@@ -89,7 +89,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
 ) -> None:
     """Talk with the model, turn by turn."""
-    options: Ask = {"temperature": temperature}
+    options: GenerateOptions = {"temperature": temperature}
     if max_tokens is not None:
         options["max_tokens"] = max_tokens
     if seed is not None:

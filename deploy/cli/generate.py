@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from ...client import Client
-from ...client.options import Ask
+from ...client.options import GenerateOptions
 from .terminal import DEFAULT_ADDRESS, Address, phase_table, print_stream
 
 
@@ -24,14 +24,14 @@ def generate(
     timeout: Annotated[float | None, typer.Option(help="Seconds for the whole request.")] = None,
 ) -> None:
     """Continue a prompt; ends with the request's phase record."""
-    ask: Ask = {"prompt": prompt, "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    options: GenerateOptions = {"prompt": prompt, "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     if seed is not None:
-        ask["seed"] = seed
+        options["seed"] = seed
     if stop:
-        ask["stop"] = stop
+        options["stop"] = stop
     if timeout is not None:
-        ask["timeout_s"] = timeout
-    with Client(address) as client, client.stream(**ask) as stream:
+        options["timeout_s"] = timeout
+    with Client(address) as client, client.stream(**options) as stream:
         print_stream(stream, Console())
         completion = stream.completion()
     Console(stderr=True).print(phase_table(completion.phases, completion.usage))

@@ -14,7 +14,7 @@ from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ...proxy.predictors.cost_model import CostModel
+from ...proxy.conductor.predictors.cost_model import CostModel
 from ..profile import Profile
 from ..profile import profile as measure
 from ..profile_fit import PrefillPoint, StepPoint, predicted_prefill, predicted_step

@@ -11,7 +11,7 @@ import typer
 import yaml
 
 from ...protocol.config import AdmissionName, ClusterConfig, Policy, QueueOrder
-from ...proxy.predictors.cost_model import CostModel
+from ...proxy.conductor.predictors.cost_model import CostModel
 
 Flag = typer.Option
 

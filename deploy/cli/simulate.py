@@ -12,10 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from ...protocol.errors import HalfmoonError
-from ...proxy.admission import ADMISSIONS
-from ...proxy.placement import Slo
-from ...proxy.policies import POLICIES
-from ...proxy.predictors import CostModel
+from ...proxy.conductor.admission import ADMISSIONS
+from ...proxy.conductor.placement import Slo
+from ...proxy.conductor.policies import POLICIES
+from ...proxy.conductor.predictors import CostModel
 from ...simulator.cluster import simulate as run_cluster
 from ...simulator.goodput import GoodputSearch
 from ...simulator.outcome import Result

@@ -232,7 +232,7 @@ class Explanation(_message.Message):
         measured: bool
         def __init__(self, name: _Optional[str] = ..., predicted_s: _Optional[float] = ..., measured_s: _Optional[float] = ..., measured: bool = ...) -> None: ...
     class Attempt(_message.Message):
-        __slots__ = ("at_s", "prefill", "decode", "num_prefill", "num_decode", "reason", "rejection_code", "retry_after_s", "num_cached_tokens", "prefix_store", "prefix_blocks", "error", "urgency", "predictions")
+        __slots__ = ("at_s", "prefill", "decode", "num_prefill", "num_decode", "reason", "rejection_code", "retry_after_s", "num_cached_tokens", "prefix_store", "prefix_blocks", "error", "queue_order", "predictions")
         AT_S_FIELD_NUMBER: _ClassVar[int]
         PREFILL_FIELD_NUMBER: _ClassVar[int]
         DECODE_FIELD_NUMBER: _ClassVar[int]
@@ -245,7 +245,7 @@ class Explanation(_message.Message):
         PREFIX_STORE_FIELD_NUMBER: _ClassVar[int]
         PREFIX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
         ERROR_FIELD_NUMBER: _ClassVar[int]
-        URGENCY_FIELD_NUMBER: _ClassVar[int]
+        QUEUE_ORDER_FIELD_NUMBER: _ClassVar[int]
         PREDICTIONS_FIELD_NUMBER: _ClassVar[int]
         at_s: float
         prefill: _containers.RepeatedCompositeFieldContainer[Explanation.Candidate]
@@ -259,9 +259,9 @@ class Explanation(_message.Message):
         prefix_store: str
         prefix_blocks: int
         error: str
-        urgency: int
+        queue_order: int
         predictions: _containers.RepeatedCompositeFieldContainer[Explanation.Prediction]
-        def __init__(self, at_s: _Optional[float] = ..., prefill: _Optional[_Iterable[_Union[Explanation.Candidate, _Mapping]]] = ..., decode: _Optional[_Iterable[_Union[Explanation.Candidate, _Mapping]]] = ..., num_prefill: _Optional[int] = ..., num_decode: _Optional[int] = ..., reason: _Optional[str] = ..., rejection_code: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., num_cached_tokens: _Optional[int] = ..., prefix_store: _Optional[str] = ..., prefix_blocks: _Optional[int] = ..., error: _Optional[str] = ..., urgency: _Optional[int] = ..., predictions: _Optional[_Iterable[_Union[Explanation.Prediction, _Mapping]]] = ...) -> None: ...
+        def __init__(self, at_s: _Optional[float] = ..., prefill: _Optional[_Iterable[_Union[Explanation.Candidate, _Mapping]]] = ..., decode: _Optional[_Iterable[_Union[Explanation.Candidate, _Mapping]]] = ..., num_prefill: _Optional[int] = ..., num_decode: _Optional[int] = ..., reason: _Optional[str] = ..., rejection_code: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., num_cached_tokens: _Optional[int] = ..., prefix_store: _Optional[str] = ..., prefix_blocks: _Optional[int] = ..., error: _Optional[str] = ..., queue_order: _Optional[int] = ..., predictions: _Optional[_Iterable[_Union[Explanation.Prediction, _Mapping]]] = ...) -> None: ...
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]

@@ -1,4 +1,4 @@
-"""Microseconds a request costs the live proxy from its tokens to a booked pair, and back: hash, look up, place, book, remember, release.
+"""Microseconds a request costs the live proxy from its tokens to a booked pair, and back: hash, look up, place, assign, remember, release.
 
 `halfmoon bench dispatch`: no process but this one; members that never answer. The thread's own time.
 """
@@ -19,11 +19,11 @@ from halfmoon.protocol.config import ProxyConfig
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import control_pb2
-from halfmoon.proxy.cluster import Cluster
+from halfmoon.proxy.members.cluster import Cluster
 from halfmoon.proxy.metrics import ProxyMetrics
-from halfmoon.proxy.pair import Pair
 from halfmoon.proxy.request import ProxyRequest
-from halfmoon.proxy.router import Router
+from halfmoon.proxy.requests.pair import Pair
+from halfmoon.proxy.requests.router import Router
 
 SCHEMA = KVSchema(model_fingerprint="bench", dtype="float32", num_layers=2, num_kv_heads=2, head_dim=8, block_size=64)
 ROLES = {"store": control_pb2.ROLE_STORE, "prefill": control_pb2.ROLE_PREFILL, "decode": control_pb2.ROLE_DECODE}

@@ -8,11 +8,11 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from halfmoon.proxy.conductor import Conductor
-from halfmoon.proxy.placement import MemberState, PlacementRequest, Slo, Snapshot
-from halfmoon.proxy.policies import create_policy
-from halfmoon.proxy.predictors import Predictors
-from halfmoon.proxy.prefix_index import PrefixIndex
+from halfmoon.proxy.conductor.conductor import Conductor
+from halfmoon.proxy.conductor.placement import MemberState, PlacementRequest, Slo, Snapshot
+from halfmoon.proxy.conductor.policies import create_policy
+from halfmoon.proxy.conductor.predictors import Predictors
+from halfmoon.proxy.prefixes.index import PrefixIndex
 from halfmoon.simulator.scenario import find_cost_model
 
 NUM_PLACEMENTS = 300

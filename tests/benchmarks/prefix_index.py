@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from halfmoon.protocol.blocks import block_keys, root_key
-from halfmoon.proxy.prefix_index import PrefixIndex
+from halfmoon.proxy.prefixes.index import PrefixIndex
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_TOKENS = 131_072

@@ -41,7 +41,7 @@ from halfmoon.deploy.profile_timeline import Sample, Timeline
 from halfmoon.deploy.ray_session import ray_session
 from halfmoon.engine.resolve import DEMO_FOLDER
 from halfmoon.protocol.config import ClusterConfig, DecodeConfig, PrefillConfig, ProxyConfig, StoreConfig
-from halfmoon.proxy.predictors import CostModel
+from halfmoon.proxy.conductor.predictors import CostModel
 from halfmoon.simulator.cluster import simulate
 from halfmoon.simulator.outcome import Result
 from halfmoon.simulator.replay import Replay

@@ -10,13 +10,13 @@ import pytest
 
 from halfmoon.client import Conversation, InvalidRequest, Message, PhaseRecord
 from halfmoon.client.completion import Collector, event_from_proto
-from halfmoon.client.options import MAX_TIMEOUT_S, Ask, Options, build_request
+from halfmoon.client.options import MAX_TIMEOUT_S, GenerateOptions, Options, build_request
 from halfmoon.protocol.v1 import common_pb2, inference_pb2
 
 
 def test_every_field_of_the_request_has_a_keyword() -> None:
     fields = {field.name for field in inference_pb2.GenerateRequest.DESCRIPTOR.fields}
-    assert fields - {"tokens", "chat"} | {"token_ids", "messages"} == set(Ask.__annotations__)
+    assert fields - {"tokens", "chat"} | {"token_ids", "messages"} == set(GenerateOptions.__annotations__)
 
 
 def test_only_what_is_given_is_sent() -> None:
@@ -103,4 +103,4 @@ def test_a_conversation_remembers_and_takes_back() -> None:
 
 
 def test_options_are_the_same_for_both_clients() -> None:
-    assert set(Options.__annotations__) < set(Ask.__annotations__)
+    assert set(Options.__annotations__) < set(GenerateOptions.__annotations__)

@@ -21,7 +21,7 @@ from halfmoon.protocol.channel import create_server, open_channel
 from halfmoon.protocol.config import DecodeConfig, ModelOptions, PrefillConfig, StoreConfig
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.v1 import common_pb2, control_pb2, control_pb2_grpc, worker_pb2, worker_pb2_grpc
-from halfmoon.protocol.worker_life import Station
+from halfmoon.protocol.worker_life import WorkerAddress
 
 BLOCK_SIZE = 8
 VOCAB_SIZE = 160
@@ -128,13 +128,13 @@ class Cluster:
         self.store = StoreServer(StoreConfig(arena_bytes=arena_bytes), node_id="node-a")
         await self.store.start("127.0.0.1", port)
         self.prefill = PrefillWorker(
-            self._station("prefill-0"),
+            self._worker_address("prefill-0"),
             options=self.options,
             config=PrefillConfig(transport=self.transport, **{"max_tokens_per_step": 64, **(prefill or {})}),
             flip_pushed_bytes=flip_pushed_bytes,
         )
         self.decode = DecodeWorker(
-            self._station("decode-0"), options=self.options, config=DecodeConfig(transport=self.transport, **(decode or {}))
+            self._worker_address("decode-0"), options=self.options, config=DecodeConfig(transport=self.transport, **(decode or {}))
         )
         self.workers = [self.prefill, self.decode]
         for worker in self.workers:
@@ -147,8 +147,8 @@ class Cluster:
         await self._exits.aclose()
         await asyncio.gather(*(worker.stop(0.0) for worker in self.workers), self.store.stop(0.0))
 
-    def _station(self, worker_id: str) -> Station:
-        return Station(
+    def _worker_address(self, worker_id: str) -> WorkerAddress:
+        return WorkerAddress(
             worker_id=worker_id,
             node_id="node-a",
             host="127.0.0.1",

@@ -21,7 +21,7 @@ async def every_progress(actor: Any) -> list[Any]:
 async def test_an_actor_runs_from_start_to_stop(make_cluster: Any) -> None:
     cluster = await make_cluster()
     actor = DecodeActor(
-        station=dataclasses.replace(cluster.decode.life.station, worker_id="decode-1"),
+        worker_address=dataclasses.replace(cluster.decode.life.worker_address, worker_id="decode-1"),
         options=cluster.options,
         config=DecodeConfig(),
     )

@@ -21,7 +21,7 @@ EOS = 999
 
 def make_sequence(num_tokens: int, *, max_tokens: int = 8, priority: int = 0, name: str = "r", **sampling: Any) -> Sequence:
     params = SamplingParams(max_tokens=max_tokens, **sampling)
-    return Sequence(name, list(range(num_tokens)), num_tokens, params, priority=priority)
+    return Sequence(name, list(range(num_tokens)), num_tokens, params, queue_order=priority)
 
 
 def make_scheduler(*, num_pages: int = 100, max_running: int = 8, recompute: int = 8) -> DecodeScheduler:

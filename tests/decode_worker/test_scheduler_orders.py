@@ -63,7 +63,7 @@ class Rig:
         num_tokens = min(num_tokens, limit - 1)
         max_tokens = min(max_tokens, limit - num_tokens)
         params = SamplingParams(max_tokens=max_tokens, stop_token_ids=STOPS, min_tokens=max_tokens // 3)
-        sequence = Sequence("r", list(range(num_tokens)), num_tokens, params, priority=priority)
+        sequence = Sequence("r", list(range(num_tokens)), num_tokens, params, queue_order=priority)
         self.scheduler.add(sequence)
         self.live.append(sequence)
         self.everyone.append(sequence)

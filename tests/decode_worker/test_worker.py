@@ -391,7 +391,7 @@ async def test_a_hand_off_that_is_never_sealed_is_not_decoded(make_cluster: Any)
 async def test_a_worker_with_another_kv_format_does_not_start(make_cluster: Any) -> None:
     cluster = await make_cluster()
     worker = DecodeWorker(
-        dataclasses.replace(cluster.decode.life.station, worker_id="decode-1"),
+        dataclasses.replace(cluster.decode.life.worker_address, worker_id="decode-1"),
         options=dataclasses.replace(cluster.options, block_size=16),
         config=DecodeConfig(),
     )

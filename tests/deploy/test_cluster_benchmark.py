@@ -11,7 +11,7 @@ from halfmoon.engine.page_allocator import PageAllocator
 from halfmoon.engine.sequence import Sequence
 from halfmoon.prefill_worker.scheduler import PrefillScheduler
 from halfmoon.protocol.sampling import SamplingParams
-from halfmoon.proxy.tokenizer import Tokenizer
+from halfmoon.proxy.text.tokenizer import Tokenizer
 
 STEP_S = {1: 0.010, 2: 0.014, 3: 0.020}
 

@@ -21,7 +21,7 @@ from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, 
 from halfmoon.protocol.errors import InvalidRequest, Overloaded, PromptTooLong
 from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import control_pb2
-from halfmoon.proxy.predictors import CostModel
+from halfmoon.proxy.conductor.predictors import CostModel
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300), pytest.mark.slow]
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from halfmoon.deploy.cli.profile import picture
 from halfmoon.deploy.profile import Profile
 from halfmoon.deploy.profile_fit import Facts, Points, PrefillPoint, StepPoint
-from halfmoon.proxy.predictors import CostModel
+from halfmoon.proxy.conductor.predictors import CostModel
 
 MODEL = CostModel(
     name="tiny on cpu", per_token_s=1e-3, per_token_prefix_s=0.0, per_token_squared_s=0.0, step_s=0.01, per_sequence_s=0.0,

@@ -25,7 +25,7 @@ from halfmoon.deploy.profile_fit import (
     slowdown,
 )
 from halfmoon.protocol.errors import ConfigError
-from halfmoon.proxy.predictors import CostModel
+from halfmoon.proxy.conductor.predictors import CostModel
 
 TRUTH = CostModel(
     name="truth", prefill_s=0.01, per_token_s=1.2e-4, per_token_prefix_s=1.5e-7, per_token_squared_s=9e-8, step_s=0.0036,

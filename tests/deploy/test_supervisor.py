@@ -32,7 +32,11 @@ async def test_members_of_a_proxy_that_listens_on_everything_are_given_its_nodes
     assert (found.http_address, found.grpc_address) == ("10.1.2.3:8000", "10.1.2.3:50051")
     assert store.arguments()["proxy_address"] == "10.1.2.3:50051"
     started(found, store, "10.1.2.3:4711")
-    station = found._worker(found._spec.plan.decode[0], DecodeActor).arguments()["station"]
-    assert (station.proxy_address, station.store_address, station.host) == ("10.1.2.3:50051", "10.1.2.3:4711", "10.1.2.3")
+    worker_address = found._worker(found._spec.plan.decode[0], DecodeActor).arguments()["worker_address"]
+    assert (worker_address.proxy_address, worker_address.store_address, worker_address.host) == (
+        "10.1.2.3:50051",
+        "10.1.2.3:4711",
+        "10.1.2.3",
+    )
     again = proxy.arguments()["config"]
     assert (again.host, again.http_port, again.grpc_port) == (host, 8000, 50051), "where clients look for it"

@@ -318,7 +318,7 @@ async def test_a_process_that_was_stopped_past_its_ttl_does_not_trust_what_it_re
 
     def verify_and_expire(sealed: kvstore_pb2.FetchReply.Sealed) -> None:
         verify(sealed)
-        store._running()._books().end_session(client._connection.session_id, "was silent")
+        store._running()._manager().end_session(client._connection.session_id, "was silent")
 
     reader._verify = verify_and_expire
     with pytest.raises(LeaseExpired, match="attach again"):

@@ -22,7 +22,7 @@ from halfmoon.protocol.channel import create_server, open_channel
 from halfmoon.protocol.config import ModelOptions, PrefillConfig, StoreConfig
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.v1 import common_pb2, control_pb2, control_pb2_grpc, worker_pb2, worker_pb2_grpc
-from halfmoon.protocol.worker_life import Station
+from halfmoon.protocol.worker_life import WorkerAddress
 
 BLOCK_SIZE = 8
 
@@ -146,7 +146,7 @@ async def make_site(options: ModelOptions, proxy_address: str) -> AsyncIterator[
                 await store.start("127.0.0.1")
                 running.append(store)
             worker = PrefillWorker(
-                Station(
+                WorkerAddress(
                     worker_id=name,
                     node_id=node_id,
                     host="127.0.0.1",

@@ -7,7 +7,7 @@ from typing import Any
 
 from halfmoon.prefill_worker.actor import PrefillActor
 from halfmoon.protocol.config import PrefillConfig
-from halfmoon.protocol.worker_life import Station
+from halfmoon.protocol.worker_life import WorkerAddress
 
 
 async def every_progress(actor: Any) -> list[Any]:
@@ -21,7 +21,7 @@ async def every_progress(actor: Any) -> list[Any]:
 async def test_an_actor_runs_from_start_to_stop(make_site: Any, options: Any, proxy_address: str) -> None:
     site = await make_site()
     actor = PrefillActor(
-        station=Station(
+        worker_address=WorkerAddress(
             worker_id="prefill-1",
             node_id="node-t",
             host="127.0.0.1",

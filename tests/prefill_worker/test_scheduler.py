@@ -19,7 +19,7 @@ BLOCK_SIZE = 4
 
 
 def make_sequence(num_tokens: int, *, priority: int = 0, name: str = "r") -> Sequence:
-    return Sequence(name, list(range(num_tokens)), num_tokens, SamplingParams(), priority=priority)
+    return Sequence(name, list(range(num_tokens)), num_tokens, SamplingParams(), queue_order=priority)
 
 
 def make_scheduler(*, num_pages: int = 100, budget: int = 16) -> PrefillScheduler:

@@ -26,12 +26,12 @@ from halfmoon.protocol.membership import stay_joined
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import common_pb2, control_pb2, control_pb2_grpc, kvstore_pb2, kvstore_pb2_grpc, worker_pb2, worker_pb2_grpc
-from halfmoon.proxy.cluster import Cluster
 from halfmoon.proxy.control_service import ControlService
+from halfmoon.proxy.members.cluster import Cluster
 from halfmoon.proxy.metrics import ProxyMetrics
 from halfmoon.proxy.request import Finished, ProxyRequest, Tokens
-from halfmoon.proxy.router import Router
-from halfmoon.proxy.token_stream import TokenStream
+from halfmoon.proxy.requests.router import Router
+from halfmoon.proxy.requests.token_stream import TokenStream
 
 EOS = 2
 SCHEMA = KVSchema(model_fingerprint="test", dtype="float32", num_layers=2, num_kv_heads=2, head_dim=8, block_size=4)
@@ -305,7 +305,7 @@ class Bench:
     def assert_at_rest(self) -> None:
         """No request under way, no token in any member's books."""
         assert (self.router.num_queued, self.router.num_running) == (0, 0)
-        assert {member.id: member.book.num_tokens for member in self.cluster.members.values() if member.book.num_tokens} == {}
+        assert {member.id: member.assigned.num_tokens for member in self.cluster.members.values() if member.assigned.num_tokens} == {}
 
 
 async def read(stream: TokenStream) -> tuple[list[int], Finished]:

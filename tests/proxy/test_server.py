@@ -1,4 +1,4 @@
-"""proxy/server.py: both faces up, ports, drain; and proxy/readiness.py."""
+"""proxy/server.py: both faces up, ports, drain; and proxy/requests/readiness.py."""
 
 from __future__ import annotations
 

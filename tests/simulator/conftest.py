@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from halfmoon.proxy.predictors import CostModel
+from halfmoon.proxy.conductor.predictors import CostModel
 from halfmoon.simulator.replay import Replay
 from halfmoon.simulator.trace import TraceRequest
 

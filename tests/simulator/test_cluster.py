@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfmoon.proxy.placement import Slo
-from halfmoon.proxy.predictors import CostModel
+from halfmoon.proxy.conductor.placement import Slo
+from halfmoon.proxy.conductor.predictors import CostModel
 from halfmoon.simulator.cluster import Cluster, simulate
 from halfmoon.simulator.instance import Instance
 from halfmoon.simulator.outcome import Result

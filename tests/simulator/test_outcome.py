@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from halfmoon.deploy.cli import simulate as command
 from halfmoon.protocol.errors import ConfigError
-from halfmoon.proxy.placement import Slo
-from halfmoon.proxy.predictors import CostModel
+from halfmoon.proxy.conductor.placement import Slo
+from halfmoon.proxy.conductor.predictors import CostModel
 from halfmoon.simulator.cluster import simulate
 from halfmoon.simulator.goodput import GoodputSearch
 from halfmoon.simulator.outcome import Result, longest_gaps_mean, mean_and_sd

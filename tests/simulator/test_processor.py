@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfmoon.proxy.predictors import CostModel
+from halfmoon.proxy.conductor.predictors import CostModel
 from halfmoon.simulator.clock import EventLoop
 from halfmoon.simulator.cluster import Cluster
 from halfmoon.simulator.outcome import Result

@@ -1,0 +1,82 @@
+"""predictive: early rejection by what is to come: the load when this request's prefill will end, and what the last half minute asked for.
+
+now ──────────────── t = now + predicted TTFT
+who runs now is there at t with the chance that a request of that age lasts so much longer; prefills predicted to end before t have
+joined, spread evenly, and are there with the chance of their age at t (arXiv 2407.00079, section 7.4). The paper lets every request
+decode for one uniform time t_d: who is older would be gone, and with answers of 2 to 2,000 tokens half of the load is older. So the
+chance comes from the last decode times seen; before there are some, from a uniform t_d.
+
+A better forecast alone serves fewer: told the truth about room, it fills it with whoever comes first, long contexts included, where a
+coarse one keeps those out. So, unlike the paper's, this one also refuses who would take too much while all cannot be served: BidPrice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ..forecast import Forecast
+from ..placement import Choice, PlacementRequest, Rejection, Snapshot, come_back
+from ..predictors.timing import Predictors
+from .base import Limits, decode_role, over_tpot, over_ttft
+from .bid_price import BidPrice
+from .decode_times import DecodeTimes
+
+
+@dataclass(slots=True)
+class Predictive:
+    """snapshot.arriving and snapshot.leaving are to be filled in."""
+
+    limits: Limits
+    predictors: Predictors
+    times: DecodeTimes = field(default_factory=DecodeTimes)
+    price: BidPrice = field(init=False)
+    name: ClassVar[str] = "predictive"
+    checks_again: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.price = BidPrice(self.predictors)
+
+    def observe_decode(self, seconds: float, num_tokens: int = 0) -> None:
+        """A request with a prompt of num_tokens (0: not known) has decoded for so long."""
+        self.times.observe(seconds, num_tokens)
+
+    def judge(self, request: PlacementRequest, choice: Choice, forecast: Forecast, snapshot: Snapshot) -> Rejection | None:
+        slo, times = self.limits.of(request), self.times
+        mean_s = times.mean_s
+        expected_s = times.expected_s(request.num_tokens)
+        too_dear = times.known and self.price.ask(request, choice, snapshot, self.limits.slo, expected_s, mean_s)
+        late = over_ttft(forecast.ttft_s, slo)
+        if late is not None:
+            return late
+        if too_dear:
+            found = f"more is asked for than can be served, and {request.num_tokens} tokens are more than there is room for"
+            return Rejection("overloaded", f"{found}; {come_back(mean_s)}", mean_s)
+        if self._step_with_all(request, snapshot) <= slo.tpot_s:  # whoever leaves until then; most are admitted here
+            return None
+        ahead_s = forecast.ttft_s - request.waited_s
+        step_s = self.step_at(request, ahead_s, snapshot)
+        return over_tpot(step_s, slo, max(times.median_s, 1.0), f"in {ahead_s:.1f} s, when its prefill ends")
+
+    def _step_with_all(self, request: PlacementRequest, snapshot: Snapshot) -> float:
+        """The step if nobody left and all that arrive had joined."""
+        num = len(decode_role(snapshot))
+        num_tokens = sum(member.num_running_tokens for member in snapshot.decode) + sum(one.num_tokens for one in snapshot.arriving)
+        num_sequences = len(snapshot.leaving) + len(snapshot.arriving)
+        return self.predictors.step.predict(num_sequences / num + 1, num_tokens / num + request.num_tokens)
+
+    def step_at(self, request: PlacementRequest, ahead_s: float, snapshot: Snapshot) -> float:
+        """Predicted step of a decode worker with the pool's mean load ahead_s from now, and the request in its batch."""
+        then_s, lasting = snapshot.now_s + ahead_s, self.times.lasting
+        num_running = len(snapshot.leaving)
+        num_kept = sum(lasting(snapshot.now_s - began_s, ahead_s) for began_s in snapshot.leaving)
+        # whose tokens leave is not known by request: the mean context stands for all
+        num_tokens = sum(member.num_running_tokens for member in snapshot.decode) * (num_kept / num_running if num_running else 0.0)
+        num_joined = num_joined_tokens = 0.0
+        for one in snapshot.arriving:
+            if one.at_s <= then_s:
+                chance = lasting(0.0, then_s - one.at_s)
+                num_joined += chance
+                num_joined_tokens += chance * one.num_tokens
+        num = len(decode_role(snapshot))
+        return self.predictors.step.predict((num_kept + num_joined) / num + 1, (num_tokens + num_joined_tokens) / num + request.num_tokens)

@@ -1,0 +1,83 @@
+"""What the proxy has placed on a member, so that the next placement sees it before any report does.
+
+place ─► + tokens     grow ─► + tokens (decode: a token was sent)     end ─► - tokens (prefill done, decode ended, aborted)
+   decode: begin ─► it runs in the batch
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class AssignedLoad:
+    """Placed tokens of one member. Reports of the member refine the sum and never raise it above what was placed."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0  # placed and not ended
+        self.num_requests = 0
+        self.num_running_tokens = 0  # of those, begun
+        self.num_running = 0
+        self.version = 0  # changes with every entry and report
+        self._num_reports = 0
+        self._reported_tokens = 0
+        # tokens placed since the last report and in the interval before it: the last report, on its way
+        # while they were placed, may not know them
+        self._unreported = [0, 0]
+
+    def place(self, num_tokens: int) -> Assignment:
+        assignment = Assignment(self, 0, self._num_reports)
+        self.num_requests += 1
+        self._add(assignment, num_tokens)
+        return assignment
+
+    def report(self, num_outstanding_tokens: int) -> None:
+        self.version += 1
+        self._num_reports += 1
+        self._reported_tokens = num_outstanding_tokens
+        self._unreported = [0, self._unreported[0]]
+
+    @property
+    def num_left_tokens(self) -> int:
+        """As the member counts down what it has done of the placed tokens; placed in full where it has not reported yet."""
+        if self._num_reports == 0:
+            return self.num_tokens
+        return min(self.num_tokens, self._reported_tokens + sum(self._unreported))
+
+    def _add(self, assignment: Assignment, num_tokens: int) -> None:
+        self.version += 1
+        assignment.num_tokens += num_tokens
+        self.num_tokens += num_tokens
+        if assignment.running:
+            self.num_running_tokens += num_tokens
+        age = self._num_reports - assignment.report_number
+        if age < len(self._unreported):
+            self._unreported[age] += num_tokens
+
+
+@dataclass(slots=True)
+class Assignment:
+    assigned: AssignedLoad
+    num_tokens: int
+    report_number: int
+    ended: bool = False
+    running: bool = False
+
+    def grow(self, num_tokens: int) -> None:
+        if not self.ended:
+            self.assigned._add(self, num_tokens)
+
+    def begin(self) -> None:
+        """Its tokens run in the member's batch from now on. Once; further calls change nothing."""
+        if not (self.running or self.ended):
+            self.running = True
+            self.assigned.version += 1
+            self.assigned.num_running += 1
+            self.assigned.num_running_tokens += self.num_tokens
+
+    def end(self) -> None:
+        """Once; further calls change nothing."""
+        if not self.ended:
+            self.ended = True
+            self.assigned._add(self, -self.num_tokens)
+            self.assigned.num_requests -= 1
+            self.assigned.num_running -= self.running

@@ -1,0 +1,120 @@
+"""The body of a POST, read and checked so that none holds up the event loop, however long or odd it is.
+
+http.request … ─► at most MAX_BODY_BYTES ─► JSON ─► its pydantic model ─► FastAPI's handler, which finds the work done
+                        └─ more: a 400            └── in a thread from INLINE_BYTES on
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.message
+import json
+import reprlib
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+
+from ...protocol.errors import InvalidRequest
+
+MAX_BODY_BYTES = 16 * 2**20  # a prompt of a million tokens, with room for JSON's escapes
+INLINE_BYTES = 2**16  # about a millisecond
+
+_shown = reprlib.Repr()
+_shown.maxlist = _shown.maxdict = 40
+_shown.maxstring = _shown.maxlong = 200
+_shown.maxlevel = 3
+
+
+class BodyRoute(APIRoute):
+    """A route whose body, where it takes one, is a pydantic model in JSON."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        if self.body_field is None:
+            return handle
+        body_type: type[BaseModel] = self.body_field.field_info.annotation  # pyright: ignore[reportAssignmentType] - the app's are models
+
+        async def handle_read(request: Request) -> Response:
+            content = await _read(request)
+            if not _is_json(request.headers.get("content-type", "")):
+                content = b""  # FastAPI refuses it then, as a body that is missing
+            model = None
+            if len(content) > INLINE_BYTES:
+                model = await asyncio.to_thread(_parse, body_type, content)
+            elif content:
+                model = _parse(body_type, content)
+            return await handle(_ReadRequest(request, content, model))
+
+        return handle_read
+
+
+class _ReadRequest(Request):
+    """As it was, but its body has been read: pydantic takes a model for what it is and does not check it again."""
+
+    def __init__(self, request: Request, content: bytes, model: BaseModel | None) -> None:
+        super().__init__(request.scope, request.receive)
+        self._content = content
+        self._model = model
+
+    async def body(self) -> bytes:
+        return self._content
+
+    async def json(self) -> Any:
+        return self._model
+
+
+async def _read(request: Request) -> bytes:
+    """Raises InvalidRequest where the body is too long: at once where its length is told, else with the first byte too many."""
+    told = request.headers.get("content-length", "")
+    if told.isdecimal() and int(told) > MAX_BODY_BYTES:
+        raise _too_long(f"{told} bytes")
+    content = bytearray()
+    async for part in request.stream():
+        content += part
+        if len(content) > MAX_BODY_BYTES:
+            raise _too_long("more bytes")
+    return bytes(content)
+
+
+def _too_long(what: str) -> InvalidRequest:
+    limit = f"{MAX_BODY_BYTES} ({MAX_BODY_BYTES // 2**20} MiB)"
+    return InvalidRequest(f"the body has {what}; it may have {limit}", max_body_bytes=MAX_BODY_BYTES)
+
+
+def _is_json(content_type: str) -> bool:
+    message = email.message.Message()
+    message["content-type"] = content_type
+    subtype = message.get_content_subtype()
+    return bool(content_type) and message.get_content_maintype() == "application" and (subtype == "json" or subtype.endswith("+json"))
+
+
+def _parse(body_type: type[BaseModel], content: bytes) -> BaseModel:
+    """Raises InvalidRequest, or RequestValidationError with the first of what is wrong, its value short enough to show."""
+    try:
+        return body_type.model_validate(json.loads(content))
+    except json.JSONDecodeError as error:
+        wrong = {"type": "json_invalid", "loc": ("body", error.pos), "msg": "JSON decode error", "input": {}, "ctx": {"error": error.msg}}
+        raise RequestValidationError([wrong]) from error
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the body is not JSON: byte {error.start} is no UTF-8") from error
+    except RecursionError as error:
+        raise InvalidRequest("the body is nested too deep") from error
+    except ValueError as error:
+        if not isinstance(error, ValidationError):
+            raise InvalidRequest(f"the body is not JSON: {error}") from error  # an integer of thousands of digits
+        first = error.errors(include_url=False)[0]
+        raise RequestValidationError([{**first, "loc": ("body", *first["loc"]), "input": _Shown(first["input"])}]) from error
+
+
+class _Shown:
+    """A value as an error shows it, of any size."""
+
+    def __init__(self, value: Any) -> None:
+        self._text = _shown.repr(value)
+
+    def __repr__(self) -> str:
+        return self._text

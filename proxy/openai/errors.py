@@ -1,0 +1,121 @@
+"""Errors in OpenAI's shape, whatever raised them: {"error": {"message", "type", "param", "code"}}.
+
+HalfmoonError · a body that pydantic refuses · an unknown route or method · a bug  ─► status, headers, body
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from ...protocol.errors import HalfmoonError, InternalError, InvalidRequest, Overloaded
+from .types import HINTS, ChatBody, CompletionBody
+
+logger = logging.getLogger(__name__)
+
+_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+# OpenAI's names for what SamplingParams and GenerateRequest call otherwise
+_NAMES = {"/v1/completions": {"num_logprobs": "logprobs"}, "/v1/chat/completions": {"num_logprobs": "top_logprobs"}}
+_BODIES = {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody}
+
+
+def error_body(error: HalfmoonError, path: str) -> dict[str, Any]:
+    names = {"timeout_s": "timeout", "ttft_slo_s": "slo.ttft", "tpot_slo_s": "slo.tpot"} | _NAMES.get(path, {})
+    message, param = error.message, error.fields.get("param")
+    if param in names:
+        message, param = message.replace(param, names[param]), names[param]
+    kind = _TYPES.get(error.http_status, "invalid_request_error" if error.http_status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": error.code}}
+
+
+def error_response(request: Request, error: HalfmoonError) -> JSONResponse:
+    headers: dict[str, str] = {}
+    if isinstance(error, Overloaded):
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+        headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after_s * 1e3)))  # which OpenAI's own client reads first
+    request_id = getattr(request.state, "request_id", None)
+    if request_id is not None:
+        headers["x-request-id"] = request_id
+    return JSONResponse(error_body(error, request.url.path), error.http_status, headers)
+
+
+def typed(error: Exception, path: str) -> HalfmoonError:
+    """An error of the tree as it is; any other is a bug, logged."""
+    if isinstance(error, HalfmoonError):
+        return error
+    logger.error("%s failed", path, exc_info=error)
+    return InternalError(f"{type(error).__name__}: {error}; the proxy's log has the traceback")
+
+
+def install(app: FastAPI) -> None:
+    @app.exception_handler(HalfmoonError)
+    async def on_halfmoon_error(request: Request, error: HalfmoonError) -> JSONResponse:
+        return error_response(request, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_refused_body(request: Request, error: RequestValidationError) -> JSONResponse:
+        return error_response(request, _refused_body(error.errors(), request))
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
+        response = error_response(request, InvalidRequest(_route_message(request, error)))
+        response.status_code = error.status_code
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def on_bug(request: Request, error: Exception) -> JSONResponse:  # the process boundary
+        return error_response(request, typed(error, request.url.path))
+
+
+def _route_message(request: Request, error: HTTPException) -> str:
+    if error.status_code == 404:
+        return f"there is no route {request.url.path}; see /openapi.json for those there are"
+    if error.status_code == 405:
+        return f"{request.url.path} does not take {request.method}; use {(error.headers or {}).get('Allow', 'another method')}"
+    return str(error.detail)
+
+
+def _refused_body(errors: Sequence[Any], request: Request) -> InvalidRequest:
+    """pydantic's first complaint, in words that name the field, the value and what is right."""
+    first = errors[0]
+    location = first["loc"][1:]
+    if first["type"] == "json_invalid":
+        return InvalidRequest(f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
+    if not location:
+        return InvalidRequest("the body must be a JSON object, sent with content-type: application/json")
+    field = str(location[0])
+    if first["type"] == "extra_forbidden" and len(location) == 1:
+        known = _BODIES[request.url.path].model_fields
+        near = difflib.get_close_matches(field, known, n=1, cutoff=0.6)
+        return InvalidRequest(f"{field} is not a known field" + (f"; did you mean {near[0]}?" if near else ""), param=field)
+    if first["type"] == "missing":
+        return InvalidRequest(f"{_path(location)} is missing", param=_path(location))
+    if field in HINTS:
+        return InvalidRequest(f"{field} is {_shown(first['input'])}; it must be {HINTS[field]}", param=field)
+    return InvalidRequest(f"{_path(location)} is {_shown(first['input'])}: {_lowered(first['msg'])}", param=_path(location))
+
+
+def _path(location: Sequence[int | str]) -> str:
+    """("messages", 0, "content", "str") -> messages[0].content: what follows the first name below is pydantic's."""
+    path = str(location[0])
+    for part in location[1:3]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _lowered(message: str) -> str:
+    return message[:1].lower() + message[1:]

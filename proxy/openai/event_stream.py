@@ -1,0 +1,75 @@
+"""Work for an HTTP client that may leave: watched while it waits for a whole reply, and while it reads a stream.
+
+receive ─► http.disconnect ─► the work is cancelled, and with it the request in the whole cluster
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ...protocol.errors import RequestCancelled
+from ..requests.generation import Generation
+
+Result = TypeVar("Result")
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """The work's result. Raises RequestCancelled once the client has left; the work has come to its end by then.
+
+    Args:
+        receive: of a request whose body has been read: what comes next is its disconnect.
+    """
+    task, watch = asyncio.create_task(work), asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise RequestCancelled("the client closed the connection")
+        return task.result()
+    finally:
+        task.cancel()
+        watch.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def sse(value: Any) -> bytes:
+    return f"data: {to_json(value)}\n\n".encode()
+
+
+class EventStream(Response):
+    """Server-sent events: `first`, then what `rest` gives. The generation is closed at the end, whatever ends it."""
+
+    def __init__(self, generation: Generation, first: bytes, rest: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
+        super().__init__(headers=headers | {"cache-control": "no-cache", "x-accel-buffering": "no"}, media_type="text/event-stream")
+        del self.headers["content-length"]
+        self._generation = generation
+        self._first = first
+        self._rest = rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._generation:
+            try:
+                await until_disconnect(receive, self._send_all(send))
+            except RequestCancelled:
+                pass  # nobody is left to be told
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self._first, "more_body": True})
+        async for part in self._rest:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

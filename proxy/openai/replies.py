@@ -1,0 +1,158 @@
+"""Generations in OpenAI's two shapes, whole or in chunks. Plain dictionaries: the parts are ours and need no checking.
+
+shape          whole reply (object)     chunk (object)             a choice's text     logprobs
+CompletionShape  text_completion        text_completion            text                tokens, token_logprobs …
+ChatShape        chat.completion        chat.completion.chunk      message | delta     content: [{token, bytes …}]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ...client.completion import PhaseRecord
+from ...protocol.v1 import common_pb2
+from ..requests.choice_text import TokenText
+from ..requests.generation import ChoiceEnd, Generation
+
+LEAST_LOGPROB = -9999.0  # JSON has no -inf, which a masked token has; OpenAI's own stand-in
+_REASONS = {common_pb2.FINISH_REASON_STOP: "stop", common_pb2.FINISH_REASON_LENGTH: "length"}
+
+
+@dataclass(slots=True)
+class WholeChoice:
+    index: int
+    texts: list[str] = field(default_factory=list)
+    token_texts: list[TokenText] = field(default_factory=list)
+    end: ChoiceEnd | None = None
+
+
+class Shape:
+    """echoes: the prompt of each choice, where it is to stand before the answer."""
+
+    id_prefix: ClassVar[str]
+    whole_object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    def __init__(self, generation: Generation, *, n: int, wants_logprobs: bool, echoes: Sequence[str] = ()) -> None:
+        self._generation = generation
+        self._n = n
+        self.wants_logprobs = wants_logprobs
+        self.echoes = echoes
+
+    def whole(self, choices: Sequence[WholeChoice]) -> dict[str, Any]:
+        ends = [choice.end for choice in choices if choice.end is not None]
+        reply = self._envelope(self.whole_object, [self._whole_choice(choice) for choice in choices])
+        return reply | {"usage": self.usage(ends), "halfmoon": self._extension(ends)}
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The chunk before a choice's first text, where there is one."""
+        raise NotImplementedError
+
+    def chunk(self, index: int, text: str, token_texts: Sequence[TokenText]) -> dict[str, Any]:
+        return self._envelope(self.chunk_object, [self._chunk_choice(index, text, token_texts, None)])
+
+    def last_chunk(self, end: ChoiceEnd) -> dict[str, Any]:
+        choice = self._chunk_choice(end.index, None, [], _REASONS[end.reason])
+        return self._envelope(self.chunk_object, [choice]) | {"halfmoon": self._extension([end])}
+
+    def usage_chunk(self, ends: Sequence[ChoiceEnd]) -> dict[str, Any]:
+        return self._envelope(self.chunk_object, []) | {"usage": self.usage(ends)}
+
+    def usage(self, ends: Sequence[ChoiceEnd]) -> dict[str, Any]:
+        """A prompt counts once for all its choices, and so do those of its tokens that the first of them had cached."""
+        num_prompt_tokens = self._generation.num_prompt_tokens
+        num_completion_tokens = sum(end.usage.num_completion_tokens for end in ends)
+        cached = sum(end.usage.num_cached_tokens for end in ends if end.index % self._n == 0)
+        return {
+            "prompt_tokens": num_prompt_tokens,
+            "completion_tokens": num_completion_tokens,
+            "total_tokens": num_prompt_tokens + num_completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def _whole_choice(self, choice: WholeChoice) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _chunk_choice(self, index: int, text: str | None, token_texts: Sequence[TokenText], reason: str | None) -> dict[str, Any]:
+        """text None: the chunk that only says why the choice ended."""
+        raise NotImplementedError
+
+    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        generation = self._generation
+        head = {"id": f"{self.id_prefix}-{generation.request_id}", "object": kind, "created": generation.created}
+        return head | {"model": generation.model, "choices": choices}
+
+    def _extension(self, ends: Sequence[ChoiceEnd]) -> dict[str, Any]:
+        phases = [{"index": end.index, **PhaseRecord.from_proto(end.phases).as_dict()} for end in ends]
+        return {"request_id": self._generation.request_id, "phases": phases}
+
+
+class CompletionShape(Shape):
+    id_prefix = "cmpl"
+    whole_object = "text_completion"
+    chunk_object = "text_completion"
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        return self.chunk(index, self.echoes[index // self._n], []) if self.echoes else None
+
+    def _whole_choice(self, choice: WholeChoice) -> dict[str, Any]:
+        assert choice.end is not None
+        echo = self.echoes[choice.index // self._n] if self.echoes else ""
+        return self._chunk_choice(choice.index, echo + "".join(choice.texts), choice.token_texts, _REASONS[choice.end.reason])
+
+    def _chunk_choice(self, index: int, text: str | None, token_texts: Sequence[TokenText], reason: str | None) -> dict[str, Any]:
+        logprobs = _legacy_logprobs(token_texts) if self.wants_logprobs and text is not None else None
+        return {"index": index, "text": text or "", "logprobs": logprobs, "finish_reason": reason}
+
+
+class ChatShape(Shape):
+    id_prefix = "chatcmpl"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        choice = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        return self._envelope(self.chunk_object, [choice])
+
+    def _whole_choice(self, choice: WholeChoice) -> dict[str, Any]:
+        assert choice.end is not None
+        message = {"role": "assistant", "content": "".join(choice.texts), "refusal": None}
+        logprobs = self._logprobs(choice.token_texts)
+        return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": _REASONS[choice.end.reason]}
+
+    def _chunk_choice(self, index: int, text: str | None, token_texts: Sequence[TokenText], reason: str | None) -> dict[str, Any]:
+        delta: Mapping[str, Any] = {} if text is None else {"content": text}
+        logprobs = None if text is None else self._logprobs(token_texts)
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, token_texts: Sequence[TokenText]) -> dict[str, Any] | None:
+        if not self.wants_logprobs:
+            return None
+        content = [
+            _spelled(token.text, token.raw, token.logprob)
+            | {"top_logprobs": [_spelled(top.text, top.raw, top.logprob) for top in token.top]}
+            for token in token_texts
+        ]
+        return {"content": content, "refusal": None}
+
+
+def _spelled(text: str, raw: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(raw)}
+
+
+def _legacy_logprobs(token_texts: Sequence[TokenText]) -> dict[str, Any]:
+    tops: list[dict[str, float]] = []
+    for token in token_texts:
+        top: dict[str, float] = {}
+        for found in token.top:
+            top.setdefault(found.text, max(found.logprob, LEAST_LOGPROB))  # several tokens may look alike ("�"): the likeliest stays
+        top.setdefault(token.text, max(token.logprob, LEAST_LOGPROB))  # the sampled one is always there, as in OpenAI's
+        tops.append(top)
+    return {
+        "tokens": [token.text for token in token_texts],
+        "token_logprobs": [max(token.logprob, LEAST_LOGPROB) for token in token_texts],
+        "top_logprobs": tops,
+        "text_offset": [token.text_offset for token in token_texts],
+    }

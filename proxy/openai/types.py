@@ -1,0 +1,234 @@
+"""The bodies of OpenAI's two generating routes, checked by pydantic, and their way to an GenerateRequest.
+
+known and meant      its field here                      known, changes nothing   accepted and dropped (IGNORED)
+known, not served    refused, unless empty (REFUSED)     unknown                  refused, with the nearest known name
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, model_validator
+
+from ...protocol.errors import InvalidRequest
+from ...protocol.sampling import MAX_SEED
+from ..requests.generate_request import MAX_CHOICES, GenerateRequest
+from ..text.chat_template import ChatMessage
+
+IGNORED = frozenset(
+    "user store metadata service_tier safety_identifier prompt_cache_key prompt_cache_retention parallel_tool_calls prediction".split()
+)
+# field -> the values that ask for nothing; null and an empty list always do
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "function_call": ("none", "auto"),
+    "functions": (),
+    "modalities": (["text"],),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": (),
+    "verbosity": (),
+    "web_search_options": (),
+}
+MAX_FIELDS = 100
+"""Of a body; there are fewer, known and unknown together, in any honest one."""
+MAX_LENGTHS = {"logit_bias": 1024, "messages": 2**16, "stop_token_ids": 1024}
+_SAMPLING = (
+    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("min_tokens", "ignore_eos", "stop_token_ids"),
+)
+HINTS = {
+    "prompt": "a string, a list of strings, a list of token ids or a list of lists of token ids",
+    "stop": "a string or a list of strings",
+    "logit_bias": "an object from token id to a number",
+}
+"""What a field of several types takes, in words."""
+
+
+class _FirstFault:
+    """pydantic.FailFast, which has no hash and cannot stand in a union."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return {**handler(source), "fail_fast": True}
+
+
+Item = TypeVar("Item")
+Checked = Annotated[list[Item], _FirstFault()]
+"""A list whose first wrong item ends the check: a million complaints take seconds to write."""
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+    """Padding against traffic analysis; there is none here."""
+
+
+class SloBody(BaseModel):
+    """In seconds; what is left out is the proxy's."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    ttft: float | None = None
+    """To the first token."""
+    tpot: float | None = None
+    """Between two tokens."""
+
+
+class GenerateBody(BaseModel):
+    """What both routes take. Everything below `stream_options` is an extension of Halfmoon's, named as vLLM names it where it has it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    model: str | None = None
+    n: int | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: str | Checked[str] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    stop_token_ids: Checked[int] | None = None
+    priority: int | None = None
+    timeout: float | None = None
+    slo: SloBody | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_is_not_served(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        if len(body) > MAX_FIELDS:
+            raise InvalidRequest(f"the body has {len(body)} fields; it may have {MAX_FIELDS}")
+        for name, limit in MAX_LENGTHS.items():
+            value = body.get(name)
+            if isinstance(value, (list, dict)) and len(value) > limit:
+                raise InvalidRequest(f"{name} has {len(value)} items; it may have {limit}", param=name)
+        prompts = body.get("prompt")
+        if isinstance(prompts, list) and len(prompts) > MAX_CHOICES and isinstance(prompts[0], (str, list)):
+            raise InvalidRequest(f"there are {len(prompts)} prompts; a request may have {MAX_CHOICES} choices", param="prompt")
+        for name, harmless in REFUSED.items():
+            value = body.get(name)
+            if value is not None and value != [] and value not in harmless:
+                raise InvalidRequest(f"{name} is not supported; leave it out", param=name)
+        return {name: value for name, value in body.items() if name not in REFUSED and name not in IGNORED}
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def require_consistent(self) -> None:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options needs stream: true; leave it out or stream", param="stream_options")
+
+    def ask_fields(self, num_logprobs: int | None) -> dict[str, Any]:
+        """The keywords of GenerateRequest that both routes share."""
+        sampling: dict[str, Any] = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
+        if self.logit_bias:
+            sampling["logit_bias"] = _token_keys(self.logit_bias)
+        if self.stop_token_ids is not None:
+            sampling["stop_token_ids"] = tuple(self.stop_token_ids)
+        if num_logprobs is not None:
+            sampling["num_logprobs"] = num_logprobs
+        return {
+            "model": self.model or "",
+            "n": 1 if self.n is None else self.n,
+            "seed": _unsigned(self.seed),
+            "max_tokens": self.max_tokens,
+            "stop": [self.stop] if isinstance(self.stop, str) else self.stop or [],
+            "timeout_s": self.timeout,
+            "priority": self.priority or 0,
+            "ttft_slo_s": self.slo.ttft if self.slo is not None else None,
+            "tpot_slo_s": self.slo.tpot if self.slo is not None else None,
+            "sampling": sampling,
+        }
+
+
+class CompletionBody(GenerateBody):
+    prompt: str | Checked[str] | Checked[int] | Checked[Checked[int]]
+    logprobs: int | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]  # pyright: ignore[reportReturnType] - a list of ints: its first item is one
+        return list(self.prompt)  # pyright: ignore[reportReturnType]
+
+    def to_generate_request(self, request_id: str) -> GenerateRequest:
+        self.require_consistent()
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequest("echo together with logprobs is not supported: logprobs of a prompt are not computed", param="echo")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise InvalidRequest(f"best_of is {self.best_of}, other than n, which is not supported; leave it out", param="best_of")
+        return GenerateRequest(request_id=request_id, prompts=self.prompts, **self.ask_fields(self.logprobs))
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
+class MessageBody(BaseModel):
+    """An assistant's message may come back with the empty fields that OpenAI's replies have."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Checked[TextPart] | None = None
+
+    def to_message(self, position: int) -> ChatMessage:
+        for name, value in (self.model_extra or {}).items():
+            if value not in (None, [], {}) and name not in ("name", "annotations"):
+                raise InvalidRequest(f"messages[{position}].{name} is not supported; leave it out", param=f"messages[{position}].{name}")
+        if self.content is None and self.role != "assistant":
+            raise InvalidRequest(f"messages[{position}] has no content; give it a string", param=f"messages[{position}].content")
+        parts = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content or [])
+        # chat templates know OpenAI's newer name for it only rarely
+        return ChatMessage("system" if self.role == "developer" else self.role, parts)
+
+
+class ChatBody(GenerateBody):
+    messages: Checked[MessageBody]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    def to_generate_request(self, request_id: str) -> GenerateRequest:
+        self.require_consistent()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs: true; set it or leave top_logprobs out", param="top_logprobs")
+        messages = [message.to_message(position) for position, message in enumerate(self.messages)]
+        fields = self.ask_fields((self.top_logprobs or 0) if self.logprobs else None)
+        if self.max_completion_tokens is not None:
+            fields["max_tokens"] = self.max_completion_tokens
+        return GenerateRequest(request_id=request_id, messages=messages, **fields)
+
+
+def _token_keys(biases: dict[str, float]) -> dict[int, float]:
+    wrong = next((key for key in biases if not key.isdecimal() or not key.isascii()), None)
+    if wrong is not None:
+        raise InvalidRequest(f"logit_bias has the key {wrong!r}; its keys are token ids", param="logit_bias")
+    return {int(key): bias for key, bias in biases.items()}
+
+
+def _unsigned(seed: int | None) -> int | None:
+    """OpenAI's seeds are signed 64-bit numbers; each has an unsigned one of its own here."""
+    return seed & MAX_SEED if seed is not None and -(2**63) <= seed < 0 else seed

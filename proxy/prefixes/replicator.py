@@ -1,0 +1,146 @@
+"""Copies hot prefixes to further stores ahead of demand, through the stores' Replicate.
+
+placed ─► HotPrefixes ─► plan ─► budget? room in flight? ─► Replicate at the target store ─► its Watch tells the prefix index
+
+A prefix that a placement itself moves (Algorithm 1: best / own over the threshold) is not copied here: the prefill worker loads it
+from the store that the placement names, and keeps it in its own node's store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import grpc.aio
+from prometheus_client import CollectorRegistry
+
+from ...protocol import metrics as specs
+from ...protocol.blocks import div_ceil
+from ...protocol.exporter import counter, gauge
+from ...protocol.grpc_errors import from_rpc_error
+from ...protocol.v1 import kvstore_pb2
+from ..conductor.placement import Placement
+from ..members.cluster import Cluster
+from .hot import MIN_TOKENS, Budget, Copy, HotPrefixes, plan
+from .index import PrefixIndex
+
+logger = logging.getLogger(__name__)
+
+MAX_IN_FLIGHT = 4
+BYTES_PER_S = 500e6
+DEADLINE_S = 30.0  # of one copy
+RETRY_AFTER_S = 30.0  # a copy that failed, or was cut short, is not tried on the same store before
+
+
+class Replicator:
+    """On the event loop. replicate: "never" makes placed() do nothing."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        index: PrefixIndex,
+        registry: CollectorRegistry,
+        *,
+        replicate: Literal["never", "hot"],
+        clock: Callable[[], float] = time.monotonic,
+        prefixes: HotPrefixes | None = None,
+        bytes_per_s: float = BYTES_PER_S,
+        max_in_flight: int = MAX_IN_FLIGHT,
+    ) -> None:
+        self._cluster = cluster
+        self._index = index
+        self._enabled = replicate == "hot"
+        self._clock = clock
+        self._prefixes = prefixes or HotPrefixes()
+        self._budget = Budget(bytes_per_s)
+        self._max_in_flight = max_in_flight
+        self._tasks: dict[asyncio.Task[None], Copy] = {}
+        self._retry_at: dict[tuple[str, bytes], float] = {}  # (target, last key) -> when
+        self._replications = counter(specs.REPLICATIONS, registry)
+        self._bytes = counter(specs.REPLICATION_BYTES, registry)
+        gauge(specs.REPLICATIONS_IN_FLIGHT, registry).set_function(lambda: len(self._tasks))
+
+    def placed(self, placement: Placement, keys: Sequence[bytes]) -> None:
+        """A request with these block keys was placed. Cheap; what it starts runs in the background."""
+        schema = self._cluster.schema
+        if not self._enabled or schema is None:
+            return
+        now_s = self._clock()
+        hot = self._prefixes.hit(keys, div_ceil(MIN_TOKENS, schema.block_size), now_s)
+        if hot is None:
+            return
+        run = keys[: hot.num_blocks]
+        copy = self._plan(run, self._prefixes.num_copies(hot), now_s)
+        if copy is None:
+            return
+        if len(self._tasks) >= self._max_in_flight:
+            self._replications.labels("too_many").inc()
+        elif not self._budget.take(len(run) * schema.block_bytes, now_s):
+            self._replications.labels("over_budget").inc()
+        else:
+            task = asyncio.get_running_loop().create_task(self._copy(copy, hot.num_hits))
+            self._tasks[task] = copy
+            task.add_done_callback(self._tasks.pop)
+
+    async def close(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _plan(self, run: Sequence[bytes], num_copies: int, now_s: float) -> Copy | None:
+        last = run[-1]
+        under_way = list(self._tasks.values())
+        same = {copy.target for copy in under_way if _overlap(copy.keys, run)}
+        self._retry_at = {pair: at for pair, at in self._retry_at.items() if at > now_s}
+        return plan(
+            run,
+            num_copies,
+            holders=[store for store in self._index.holders(last) if self._cluster.store_at(store) is not None],
+            coming={*self._index.promised(last), *same},
+            load_of=self._loads(),
+            copies_from=Counter(copy.source for copy in under_way),
+            avoid={target for target, key in self._retry_at if key == last},
+        )
+
+    def _loads(self) -> dict[str, float]:
+        """The stores beside the workers that prefill, with the tokens that these have to compute."""
+        assert self._cluster.schema is not None
+        seen = self._cluster.snapshot(self._cluster.schema.block_size)
+        loads: dict[str, float] = {}
+        for member in seen.prefill or seen.decode:
+            loads[member.store_address] = loads.get(member.store_address, 0) + member.num_outstanding_tokens
+        return loads
+
+    async def _copy(self, copy: Copy, num_hits: float) -> None:
+        logger.info("copying %d hot blocks (%.0f hits) from %s to %s", len(copy.keys), num_hits, copy.source, copy.target)
+        outcome = "store_unavailable"
+        try:
+            store = self._cluster.store_at(copy.target)
+            if store is not None:
+                request = kvstore_pb2.ReplicateRequest(block_keys=copy.keys, source_address=copy.source, deadline_s=DEADLINE_S)
+                reply = await store.store.Replicate(request, timeout=DEADLINE_S + 1)
+                self._bytes.inc(reply.num_bytes)
+                outcome = "copied" if reply.num_held == len(copy.keys) else "cut_short"
+        except grpc.aio.AioRpcError as error:
+            failure = from_rpc_error(error, f"store {copy.target}")
+            outcome = failure.code
+            logger.warning("copying %d hot blocks to %s failed: %s", len(copy.keys), copy.target, failure.message)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            logger.info("%s left while blocks were copied to it", copy.target)  # its channel's end cancelled the call
+        if outcome != "copied":
+            self._retry_at[copy.target, copy.keys[-1]] = self._clock() + RETRY_AFTER_S
+        self._replications.labels(outcome).inc()
+
+
+def _overlap(run: Sequence[bytes], other: Sequence[bytes]) -> bool:
+    """One is the start of the other: equal keys mean equal chains up to them."""
+    num_blocks = min(len(run), len(other))
+    return run[num_blocks - 1] == other[num_blocks - 1]

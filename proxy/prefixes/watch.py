@@ -1,0 +1,83 @@
+"""Keeps the prefix index true: one Watch stream to every store, from its Join to its end.
+
+store joins ─► Watch ─► snapshot ─► changes 1, 2, 3 ...                 store leaves, or a new process takes its place ─► forgotten
+                 ▲                      └─ a gap, a lost stream ─┐
+                 └── what was known stands until the snapshot ───┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+import grpc.aio
+
+from ...protocol.v1 import kvstore_pb2
+from ..members.cluster import Cluster
+from ..members.member import Member
+from .index import PrefixIndex
+
+logger = logging.getLogger(__name__)
+
+RESUBSCRIBE_INTERVAL_S = 0.2
+
+
+class PrefixWatch:
+    def __init__(self, cluster: Cluster, index: PrefixIndex) -> None:
+        self._index = index
+        self._cluster = cluster
+        self._tasks: dict[Member, asyncio.Task[None]] = {}
+        cluster.on_join(self._joined)
+
+    async def close(self) -> None:
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _joined(self, member: Member) -> None:
+        if member.role == "store":
+            self._tasks[member] = asyncio.get_running_loop().create_task(self._follow(member))
+            member.on_gone(self._left)
+
+    def _left(self, member: Member) -> None:
+        self._tasks.pop(member).cancel()
+        if self._cluster.store_at(member.info.address) is None:  # else a new store has its address, and its own snapshot
+            self._index.drop(member.info.address)
+
+    async def _follow(self, store: Member) -> None:
+        while not store.gone:
+            try:
+                if await self._watch(store):
+                    continue
+                logger.warning("%s ended its Watch stream; subscribing again", store.title)
+            except grpc.aio.AioRpcError as error:
+                logger.warning("%s: Watch failed (%s: %s); subscribing again", store.title, error.code().name, error.details())
+            await asyncio.sleep(RESUBSCRIBE_INTERVAL_S)
+
+    async def _watch(self, store: Member) -> bool:
+        """True where the whole content has to be read again at once; False at the stream's end."""
+        sequence: int | None = None
+        call = store.store.Watch(kvstore_pb2.WatchRequest())
+        try:
+            async for reply in call:
+                if reply.snapshot:
+                    await self._read_all(store, reply.stored)
+                elif sequence is None or reply.sequence != sequence + 1:
+                    logger.warning("%s: change %d does not follow %s; reading all of it again", store.title, reply.sequence, sequence)
+                    return True
+                else:
+                    self._index.change(store.info.address, reply.stored, reply.evicted)
+                    if self._index.is_cut(store.info.address) and self._index.has_room():
+                        return True
+                sequence = reply.sequence
+        finally:
+            call.cancel()
+        return False
+
+    async def _read_all(self, store: Member, keys: Sequence[bytes]) -> None:
+        for _ in self._index.replace_in_parts(store.info.address, keys):
+            await asyncio.sleep(0)  # to serve others
+        if self._index.is_cut(store.info.address):
+            logger.warning("%s holds more than the prefix index has room for; what is left out counts as absent", store.title)

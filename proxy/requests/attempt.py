@@ -1,0 +1,208 @@
+"""One pair of workers at work on a request, under one epoch of its hand-off.
+
+        ┌─► Decode on d ─► Admitted ─► Tokens ... ─► Finished ─┐
+start ──┤                                                       ├─► outcome: Finished | LegFailed
+        └─► Prefill on p ─► state                               │
+   p, d or d's store leaves the cluster, either call fails ────┘
+A local pair has the Decode leg alone, and no hand-off: d computes the prompt, and neither p nor the store is part of it.
+close: both calls cancelled, the store told why, the books released
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+
+from ...protocol.errors import Draining, HalfmoonError, InternalError, StoreUnavailable, WorkerLost
+from ...protocol.grpc_errors import TRAILER, error_to_proto, from_rpc_error
+from ...protocol.v1 import common_pb2, kvstore_pb2, worker_pb2
+from ..members.member import Member
+from .pair import Pair
+
+logger = logging.getLogger(__name__)
+
+CALL_TIMEOUT_S = 5.0  # of Stop and Abort
+DEADLINE_SLACK_S = 1.0  # the request runner's own timer ends the request and says in which state; gRPC's stands behind it
+_background: set[asyncio.Task[None]] = set()  # the loop itself holds tasks weakly
+
+
+class LegFailed(Exception):
+    def __init__(self, member: Member, error: HalfmoonError) -> None:
+        super().__init__(member.title, error)
+        self.member = member
+        self.error = error
+
+
+class AttemptListener(Protocol):
+    def on_prefilled(self, state: common_pb2.HandoffState) -> None: ...
+
+    def on_admitted(self, state: common_pb2.HandoffState) -> None: ...
+
+    def on_tokens(self, tokens: Sequence[common_pb2.TokenOutput]) -> None: ...
+
+
+class Attempt:
+    def __init__(self, pair: Pair, sequence: common_pb2.SequenceSpec, handoff: common_pb2.HandoffId, listener: AttemptListener) -> None:
+        self.pair = pair
+        self.prefilled = False
+        self.admitted = False
+        self.closed = False
+        self.outcome: asyncio.Future[worker_pb2.DecodeReply.Finished] = asyncio.get_running_loop().create_future()
+        self._sequence = sequence
+        self._handoff = handoff
+        self._listener = listener
+        self._calls: list[Any] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._unwatch: list[Callable[[], None]] = []
+
+    def start(self) -> None:
+        """Opens the calls. decode first: it waits for a hand-off, the hand-off does not wait for it."""
+        pair, timeout_s = self.pair, self._sequence.deadline_s + DEADLINE_SLACK_S
+        for member in {pair.decode} if pair.is_local else {pair.prefill, pair.decode, pair.store}:
+            self._unwatch.append(member.on_gone(self._member_gone))
+        request = worker_pb2.DecodeRequest(sequence=self._sequence, handoff=self._handoff, local_prefill=pair.is_local)
+        decode = pair.decode.decode_worker.Decode(request, timeout=timeout_s)
+        self._calls.append(decode)
+        self._tasks.append(self._spawn(self._follow_decode(decode)))
+        if not pair.is_local:
+            prefill = pair.prefill.prefill_worker.Prefill(self._prefill_request(), timeout=timeout_s)
+            self._calls.append(prefill)
+            self._tasks.append(self._spawn(self._follow_prefill(prefill)))
+        for task in self._tasks:
+            task.add_done_callback(self._leg_ended)
+
+    def stop(self, on_unheard: Callable[[], None]) -> None:
+        """Asks decode to end the sequence as finished. on_unheard runs where it does not know it or cannot be asked."""
+        self._spawn(self._stop(on_unheard))
+
+    def close(self, reason: HalfmoonError) -> None:
+        """At once, and once. An attempt that has not finished is aborted with the reason, everywhere."""
+        if self.closed:
+            return
+        self.closed = True
+        self.pair.release()
+        for unwatch in self._unwatch:
+            unwatch()
+        if self._finished:
+            return  # the calls are at their own end
+        for task in self._tasks:
+            task.cancel()
+        for call in self._calls:
+            call.cancel()
+        self.outcome.cancel()
+        if not (self.admitted or self.pair.is_local or self.pair.store.gone):
+            self._spawn(self._abort_handoff(reason))
+
+    @property
+    def _finished(self) -> bool:
+        return self.outcome.done() and not self.outcome.cancelled() and self.outcome.exception() is None
+
+    def _prefill_request(self) -> worker_pb2.PrefillRequest:
+        prefix = self.pair.placement.prefix
+        return worker_pb2.PrefillRequest(
+            sequence=self._sequence,
+            handoff=self._handoff,
+            store_address=self.pair.decode.info.store_address,
+            prefix=worker_pb2.PrefixHint(store_address=prefix.store_address, num_blocks=prefix.num_blocks) if prefix else None,
+        )
+
+    async def _follow_decode(self, call: Any) -> None:
+        member = self.pair.decode
+        try:
+            async for reply in call:
+                if self.closed:
+                    return
+                event = reply.WhichOneof("event")
+                if event == "tokens":
+                    self._listener.on_tokens(reply.tokens.tokens)
+                elif event == "admitted":
+                    self.admitted = True
+                    self.pair.begin_decode()
+                    self._listener.on_admitted(reply.admitted.state)
+                elif event == "finished" and not self.outcome.done():
+                    self.outcome.set_result(reply.finished)
+            self._fail(member, InternalError(f"{member.title} ended the stream of {self._sequence.request_id} without Finished"))
+        except grpc.aio.AioRpcError as error:
+            self._fail(member, _leg_error(error, member))
+        except asyncio.CancelledError:
+            self._interrupted(member)
+
+    async def _follow_prefill(self, call: Any) -> None:
+        member = self.pair.prefill
+        try:
+            reply = await call
+            self.prefilled = True
+            self.pair.end_prefill()
+            if not self.closed:
+                self._listener.on_prefilled(reply.state)
+        except grpc.aio.AioRpcError as error:
+            self._fail(member, _leg_error(error, member))
+        except asyncio.CancelledError:
+            self._interrupted(member)
+
+    def _leg_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (bug := task.exception()) is not None:
+            logger.error("request %s: a leg broke off", self._sequence.request_id, exc_info=bug)
+            if not self.outcome.done():
+                self.outcome.set_exception(bug)  # ends the request; nobody would else
+
+    def _interrupted(self, member: Member) -> None:
+        # not by close(): the channel was closed under the call
+        self._fail(member, WorkerLost(f"{member.title} is gone: its channel was closed", worker=member.id))
+
+    def _member_gone(self, member: Member) -> None:
+        if member is self.pair.store:
+            self._fail(member, StoreUnavailable(f"{member.title} left the cluster", store=member.id))
+        else:
+            self._fail(member, WorkerLost(f"{member.title} is gone: it left the cluster", worker=member.id))
+
+    def _fail(self, member: Member, error: HalfmoonError) -> None:
+        # a sealed hand-off that decode has taken needs neither its prefill worker nor its store; decode itself is always needed
+        pair = self.pair
+        needless = (member is pair.prefill and (self.prefilled or self.admitted)) or (member is pair.store and self.admitted)
+        if (member is pair.decode or not needless) and not self.outcome.done():
+            self.outcome.set_exception(LegFailed(member, error))
+
+    async def _stop(self, on_unheard: Callable[[], None]) -> None:
+        request = worker_pb2.StopRequest(request_id=self._sequence.request_id)
+        try:
+            if (await self.pair.decode.decode_worker.Stop(request, timeout=CALL_TIMEOUT_S)).found:
+                return
+        except grpc.aio.AioRpcError as error:
+            logger.warning("request %s: %s did not take Stop: %s", self._sequence.request_id, self.pair.decode.title, error.details())
+        except asyncio.CancelledError:
+            logger.debug("request %s: %s left before it took Stop", self._sequence.request_id, self.pair.decode.title)
+        on_unheard()
+
+    async def _abort_handoff(self, reason: HalfmoonError) -> None:
+        request = kvstore_pb2.AbortRequest(handoff=self._handoff, reason=error_to_proto(reason))
+        try:
+            await self.pair.store.store.Abort(request, timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            logger.warning("%s did not take the abort of %s: %s", self.pair.store.title, self._handoff.id, error.details())
+        except asyncio.CancelledError:
+            logger.debug("%s left before it took the abort of %s", self.pair.store.title, self._handoff.id)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        _background.add(task)
+        task.add_done_callback(_background.discard)
+        return task
+
+
+def _leg_error(error: grpc.aio.AioRpcError, member: Member) -> HalfmoonError:
+    """A typed error of the worker as it is; what only a dying or leaving worker gives as WorkerLost."""
+    found = from_rpc_error(error, member.title)
+    typed = any(key == TRAILER for key, _ in error.trailing_metadata() or ())
+    details = error.details() or ""
+    # a connection that breaks under a call is mostly UNAVAILABLE, but not always
+    broken = "RST_STREAM" in details or "Stream removed" in details
+    lost = broken or error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+    if (lost and not typed) or isinstance(found, Draining):
+        return WorkerLost(f"{member.title} is gone: {details}", worker=member.id)
+    return found

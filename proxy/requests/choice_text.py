@@ -1,0 +1,83 @@
+"""The text of one choice: what its tokens add to it, where it ends, how likely each token was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ...protocol.v1 import common_pb2
+from ..request import ProxyRequest
+from ..text.detokenizer import Detokenizer, StopStrings
+from ..text.tokenizer import Tokenizer
+
+
+class TopText(NamedTuple):
+    text: str
+    raw: bytes
+    logprob: float
+
+
+class TokenText(NamedTuple):
+    text: str  # of the token by itself; "�" for part of a character
+    raw: bytes
+    logprob: float
+    text_offset: int  # in the choice's text, where the token begins
+    top: list[TopText]  # likeliest first
+
+
+class Pushed(NamedTuple):
+    text: str
+    tokens: list[common_pb2.TokenOutput]
+    token_texts: list[TokenText]
+
+
+class ChoiceText:
+    def __init__(self, tokenizer: Tokenizer, request: ProxyRequest, stop: Sequence[str], eos_token_ids: frozenset[int]) -> None:
+        self.num_tokens = 0
+        self._tokenizer = tokenizer
+        self._params = request.sampling
+        self._detokenizer = Detokenizer(tokenizer, request.token_ids)
+        self._stops = StopStrings(stop)
+        # tokens that end the answer are no part of its text
+        self._silent = frozenset(self._params.stop_token_ids) | (frozenset() if self._params.ignore_eos else eos_token_ids)
+        self._text_len = 0  # of everything decoded, held back or not
+
+    @property
+    def matched_stop(self) -> str | None:
+        return self._stops.matched
+
+    def push(self, tokens: Sequence[common_pb2.TokenOutput]) -> Pushed:
+        """Tokens behind a stop string are left out of everything."""
+        out: list[str] = []
+        used: list[common_pb2.TokenOutput] = []
+        texts: list[TokenText] = []
+        for token in tokens:
+            used.append(token)
+            self.num_tokens += 1
+            if self._params.num_logprobs is not None:
+                texts.append(self._token_text(token))
+            out.append(self._text_of(token.token_id))
+            if self._stops.matched is not None:
+                break
+        return Pushed("".join(out), used, texts)
+
+    def finish(self) -> str:
+        """What was held: half a character, the beginning of a stop string that did not come."""
+        tail = self._stops.push(self._detokenizer.finish())
+        return tail if self._stops.matched is not None else tail + self._stops.finish()
+
+    def _text_of(self, token_id: int) -> str:
+        if token_id in self._silent and self.num_tokens >= self._params.min_tokens:
+            return ""
+        text = self._detokenizer.push([token_id])
+        self._text_len += len(text)
+        # stop strings count from behind the min_tokens-th token, as in vLLM
+        return text if self.num_tokens <= self._params.min_tokens else self._stops.push(text)
+
+    def _token_text(self, token: common_pb2.TokenOutput) -> TokenText:
+        top = [TopText(*self._spelled(found.token_id), found.logprob) for found in token.top_logprobs]
+        return TokenText(*self._spelled(token.token_id), token.logprob, self._text_len, top)
+
+    def _spelled(self, token_id: int) -> tuple[str, bytes]:
+        raw = self._tokenizer.token_bytes(token_id)
+        return raw.decode("utf-8", "replace"), raw

@@ -1,0 +1,105 @@
+"""What was decided for the last requests, and on what grounds: enough to explain each, and cheap to keep.
+
+open ─► RequestDecision ─► decided: AttemptDecision (the snapshot that the Conductor saw, the predictors as they were) ─► ended
+                └─ the ring forgets the oldest. Predictions for those that were not chosen are made only when somebody asks.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from ...protocol.errors import UnknownRequest
+from ...protocol.v1 import common_pb2
+from ..conductor.placement import MemberState, Placement, PlacementRequest, Rejection, Slo, Snapshot
+from ..conductor.predictors.timing import Predictors
+from ..request import MAX_CHOICES, ProxyRequest, RequestState
+
+NUM_KEPT = 16  # candidates of a role: the chosen one, and the least loaded of the others
+
+
+@dataclass(slots=True)
+class AttemptDecision:
+    at_s: float  # since the arrival
+    asked: PlacementRequest
+    seen: Snapshot  # of the candidates that are kept
+    num_prefill: int
+    num_decode: int
+    predictors: Predictors  # frozen
+    answer: Placement | Rejection
+    queue_order: int
+    error: str = ""  # what ended the attempt, where it failed
+
+
+@dataclass(slots=True)
+class RequestDecision:
+    request_id: str
+    num_tokens: int  # of the prompt
+    slo: Slo
+    priority: int
+    arrival: float  # of time.monotonic()
+    attempts: list[AttemptDecision] = field(default_factory=list)
+    state: str = RequestState.QUEUED.value
+    ended: str = ""  # finish reason, or the error's code and words
+    record: common_pb2.PhaseRecord = field(default_factory=common_pb2.PhaseRecord)  # the request's own, as far as it has come
+
+    def decided(
+        self, asked: PlacementRequest, seen: Snapshot, predictors: Predictors, answer: Placement | Rejection, queue_order: int
+    ) -> AttemptDecision:
+        chosen = (answer.prefill.id, answer.decode.id) if isinstance(answer, Placement) else ("", "")
+        kept = Snapshot(_kept(seen.prefill, chosen[0]), _kept(seen.decode, chosen[1]), seen.block_size, seen.now_s)
+        at_s = time.monotonic() - self.arrival
+        attempt = AttemptDecision(at_s, asked, kept, len(seen.prefill), len(seen.decode), predictors, answer, queue_order)
+        self.attempts.append(attempt)
+        return attempt
+
+    def end(self, state: RequestState, reason: str) -> None:
+        self.state, self.ended = state.value, reason
+
+
+class DecisionLog:
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._ring: deque[RequestDecision] = deque()
+        self._by_id: dict[str, RequestDecision] = {}  # the newest of an id
+
+    def __len__(self) -> int:
+        return len(self._ring)
+
+    def open(self, request: ProxyRequest, slo: Slo) -> RequestDecision:
+        decision = RequestDecision(request.request_id, len(request.token_ids), slo, request.priority, request.arrival)
+        self._ring.append(decision)
+        self._by_id[request.request_id] = decision
+        if len(self._ring) > self._size:
+            oldest = self._ring.popleft()
+            if self._by_id[oldest.request_id] is oldest:
+                del self._by_id[oldest.request_id]
+        return decision
+
+    def find(self, request_id: str) -> list[RequestDecision]:
+        """The request, or all of its choices. Raises UnknownRequest."""
+        found = self._by_id.get(request_id)
+        if found is not None:
+            return [found]
+        choices = [self._by_id.get(f"{request_id}-{index}") for index in range(MAX_CHOICES)]
+        known = [choice for choice in choices if choice is not None]
+        if not known:
+            raise UnknownRequest(
+                f"no request {request_id!r} is among the last {len(self)}, which the proxy remembers (of at most {self._size}: "
+                "proxy.num_explained); a request's id stands in its answer and in the x-request-id header",
+                num_remembered=len(self),
+            )
+        return known
+
+
+def _kept(members: tuple[MemberState, ...], chosen: str) -> tuple[MemberState, ...]:
+    if len(members) <= NUM_KEPT:
+        return members
+    others = heapq.nsmallest(NUM_KEPT - 1, (member for member in members if member.id != chosen), key=_load)
+    return (*(member for member in members if member.id == chosen), *others)
+
+
+def _load(member: MemberState) -> tuple[float, int]:
+    return member.busy_until_s or 0.0, member.num_outstanding_tokens

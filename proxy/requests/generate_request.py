@@ -1,0 +1,200 @@
+"""What a user asked for, the same for every face, and its way to validated requests.
+
+GenerateRequest ─► prompts to token ids ─► limits ─► SamplingParams ─► ProxyRequest per choice
+ (prompt text, token ids or messages; n)                    choice p*n+i: prompt p, seed+i
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import time
+import uuid
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...client.options import MAX_TIMEOUT_S
+from ...protocol.errors import InvalidRequest, PromptTooLong, UnknownModel
+from ...protocol.sampling import MAX_SEED, SamplingParams
+from ..model_card import ModelCard
+from ..request import MAX_CHOICES, ProxyRequest
+from ..text.chat_template import ChatMessage
+from ..text.tokenizer import Tokenizer
+
+MAX_STOPS = 16
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default for a prompt; a chat may use what is left
+REQUEST_ID_LEN = 128
+CHARS_COMPOSED = 4  # characters that a tokenizer's Unicode normal form makes one of, at most
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """Types are right, values are as they came. Exactly one of prompts and messages is set."""
+
+    prompts: Sequence[str | Sequence[int]] = ()
+    messages: Sequence[ChatMessage] | None = None
+    model: str = ""  # empty: the served one
+    request_id: str = ""  # empty: made here
+    n: int = 1
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: Sequence[str] = ()
+    timeout_s: float | None = None
+    priority: int = 0
+    ttft_slo_s: float | None = None  # None: the proxy's
+    tpot_slo_s: float | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # SamplingParams' other fields
+    arrival: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """An GenerateRequest that can be run: a request for each choice."""
+
+    request_id: str
+    stop: tuple[str, ...]
+    num_prompt_tokens: int  # of all prompts together
+    requests: list[ProxyRequest]
+
+
+class Planner:
+    def __init__(self, tokenizer: Tokenizer, card: ModelCard, default_timeout_s: float) -> None:
+        self._tokenizer = tokenizer
+        self._card = card
+        self._default_timeout_s = min(default_timeout_s, MAX_TIMEOUT_S)
+
+    async def plan(self, asked: GenerateRequest, max_model_len: int) -> Plan:
+        """Raises InvalidRequest (PromptTooLong, UnknownModel), naming the field, the value and the limit."""
+        _require(
+            asked.model in ("", self._card.name), f"the model {asked.model!r} is not served; {self._card.name!r} is", "model", UnknownModel
+        )
+        _require(1 <= asked.n <= MAX_CHOICES, f"n is {asked.n}; it must be at least 1 and at most {MAX_CHOICES}", "n")
+        num_choices = asked.n * len(asked.prompts)
+        _require(
+            num_choices <= MAX_CHOICES,
+            f"{len(asked.prompts)} prompts with n {asked.n} are {num_choices} choices; a request may have {MAX_CHOICES}",
+            "prompt",
+        )
+        _require(len(asked.request_id) <= REQUEST_ID_LEN and asked.request_id.isprintable(), _BAD_ID, "request_id")
+        _require(len(asked.stop) <= MAX_STOPS, f"stop has {len(asked.stop)} strings; it may have {MAX_STOPS}", "stop")
+        _require(all(asked.stop), "stop has an empty string, which would end every answer at once; leave it out", "stop")
+        _require(-(2**31) <= asked.priority < 2**31, f"priority is {asked.priority}; it must fit 32 bits", "priority")
+        timeout_s = self._default_timeout_s if asked.timeout_s is None else asked.timeout_s
+        _require(
+            0 < timeout_s <= MAX_TIMEOUT_S,  # NaN is neither
+            f"timeout is {timeout_s}; it must be a number of seconds above 0 and at most {MAX_TIMEOUT_S:.0f} (7 days)",
+            "timeout_s",
+        )
+        for name in ("ttft_slo_s", "tpot_slo_s"):
+            slo_s = getattr(asked, name)
+            _require(
+                slo_s is None or 0 < slo_s <= MAX_TIMEOUT_S,
+                f"{name} is {slo_s}; it must be a number of seconds above 0 and at most {MAX_TIMEOUT_S:.0f} (7 days)",
+                name,
+            )
+        prompts = await self._token_ids(asked, max_model_len)
+        param = "prompt" if asked.messages is None else "messages"
+        for token_ids in prompts:
+            self._require_fits(token_ids, param, max_model_len)
+        seed = secrets.randbits(63) if asked.seed is None else asked.seed
+        _require(0 <= seed <= MAX_SEED, f"seed is {seed}; it must be at least 0 and at most {MAX_SEED}", "seed")
+        request_id = asked.request_id or uuid.uuid4().hex
+        params = [self._params(asked, len(token_ids), max_model_len, seed) for token_ids in prompts]
+        requests = [
+            ProxyRequest(
+                request_id=request_id if len(prompts) * asked.n == 1 else f"{request_id}-{prompt * asked.n + choice}",
+                token_ids=token_ids,
+                sampling=dataclasses.replace(params[prompt], seed=(seed + choice) & MAX_SEED),
+                timeout_s=timeout_s,
+                priority=asked.priority,
+                arrival=asked.arrival,
+                ttft_slo_s=asked.ttft_slo_s,
+                tpot_slo_s=asked.tpot_slo_s,
+            )
+            for prompt, token_ids in enumerate(prompts)
+            for choice in range(asked.n)
+        ]
+        return Plan(request_id, tuple(asked.stop), sum(map(len, prompts)), requests)
+
+    async def _token_ids(self, asked: GenerateRequest, max_model_len: int) -> list[list[int]]:
+        if asked.messages is not None:
+            _require(bool(asked.messages), "messages is empty; send at least one", "messages")
+            self._require_text_fits(sum(len(message.content) for message in asked.messages), "messages", max_model_len)
+            text = _clean(await self._tokenizer.render_chat_aside(asked.messages), "messages")
+            return [await self._tokenizer.encode_aside(text, add_special_tokens=False)]
+        _require(bool(asked.prompts), "there is no prompt; send one", "prompt")
+        texts = [prompt for prompt in asked.prompts if isinstance(prompt, str)]
+        for text in texts:
+            self._require_text_fits(len(text), "prompt", max_model_len)
+            _clean(text, "prompt")
+        encoded = iter(await self._tokenizer.encode_all_aside(texts))
+        return [next(encoded) if isinstance(prompt, str) else list(prompt) for prompt in asked.prompts]
+
+    def _require_text_fits(self, num_chars: int, param: str, max_model_len: int) -> None:
+        """Before it is tokenised, which for a text of megabytes takes seconds: no text that fits is as long as the limit,
+        unless the tokenizer drops parts of it, as some do with long runs of blanks.
+        """
+        limit = max_model_len * self._tokenizer.max_token_chars * CHARS_COMPOSED
+        if num_chars > limit:
+            raise PromptTooLong(
+                f"the prompt has {num_chars} characters; this model takes {max_model_len} tokens for prompt and answer together, "
+                f"and a text of at most {limit} characters",
+                param=param,
+                num_prompt_chars=num_chars,
+                max_model_len=max_model_len,
+            )
+
+    def _require_fits(self, token_ids: list[int], param: str, max_model_len: int) -> None:
+        _require(bool(token_ids), "the prompt is empty; it must have at least one token", param)
+        if len(token_ids) >= max_model_len:
+            raise PromptTooLong(
+                f"the prompt has {len(token_ids)} tokens; this model takes {max_model_len} for prompt and answer together, "
+                f"so a prompt may have {max_model_len - 1}",
+                param=param,
+                num_prompt_tokens=len(token_ids),
+                max_model_len=max_model_len,
+            )
+        self._require_known(token_ids, param)
+
+    def _require_known(self, token_ids: Collection[int], param: str) -> None:
+        size = self._card.vocab_size
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < size):
+            wrong = next(token_id for token_id in token_ids if not 0 <= token_id < size)
+            raise InvalidRequest(f"{param} has token id {wrong}; this model's are at least 0 and at most {size - 1}", param=param)
+
+    def _params(self, asked: GenerateRequest, num_prompt_tokens: int, max_model_len: int, seed: int) -> SamplingParams:
+        left = max_model_len - num_prompt_tokens
+        max_tokens = asked.max_tokens
+        if max_tokens is None:
+            max_tokens = left if asked.messages is not None else min(left, COMPLETION_MAX_TOKENS)
+        elif max_tokens > left:
+            raise InvalidRequest(
+                f"the prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}; this model takes {max_model_len} "
+                f"together, so max_tokens may be {left}",
+                param="max_tokens",
+                num_prompt_tokens=num_prompt_tokens,
+                max_model_len=max_model_len,
+            )
+        self._require_known(asked.sampling.get("logit_bias", {}), "logit_bias")
+        self._require_known(asked.sampling.get("stop_token_ids", ()), "stop_token_ids")
+        return SamplingParams(**asked.sampling, seed=seed, max_tokens=max_tokens)
+
+
+_BAD_ID = f"the request id must be printable and at most {REQUEST_ID_LEN} characters long"
+
+
+def _require(holds: bool, message: str, param: str, error: type[InvalidRequest] = InvalidRequest) -> None:
+    if not holds:
+        raise error(message, param=param)
+
+
+def _clean(text: str, param: str) -> str:
+    """JSON can spell half of a surrogate pair, which no encoding of Unicode has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{param} has half a surrogate pair at character {error.start}, which is no Unicode text", param=param
+        ) from error
+    return text

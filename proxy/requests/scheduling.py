@@ -1,0 +1,44 @@
+"""The Conductor and its parts as the configuration names them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from pathlib import Path
+
+from ...protocol.config import ProxyConfig
+from ..conductor.admission import create_admission
+from ..conductor.conductor import Conductor
+from ..conductor.placement import Slo
+from ..conductor.policies import create_policy
+from ..conductor.predictors import CostModel, Predictors
+from ..members.cluster import Cluster
+from ..members.member import Member
+
+PREFIX_LINK = "grpc"  # a prefix that the worker's own store lacks comes from another node
+
+
+def default_slo(config: ProxyConfig) -> Slo:
+    return Slo(config.ttft_slo_s or math.inf, config.tpot_slo_s or math.inf)
+
+
+def create_predictors(config: ProxyConfig, cluster: Cluster) -> Predictors:
+    """Raises ConfigError for a cost model that cannot be read. How many bytes a token has, the cluster's own schema says."""
+    predictors = Predictors(CostModel.load(Path(config.cost_model))) if config.cost_model else Predictors.guess()
+    predictors.transfer.default_link = PREFIX_LINK
+
+    def measure_tokens(_: Member | None = None) -> None:
+        if cluster.schema is not None:
+            num_bytes = cluster.schema.block_bytes // cluster.schema.block_size
+            predictors.model = dataclasses.replace(predictors.model, kv_bytes_per_token=max(num_bytes, 1))
+
+    measure_tokens()
+    cluster.on_join(measure_tokens)
+    return predictors
+
+
+def create_conductor(config: ProxyConfig, predictors: Predictors, rng: random.Random) -> Conductor:
+    slo = default_slo(config)
+    policy = create_policy(config.policy, rng, predictors, slo=slo)
+    return Conductor(policy, create_admission(config.admission, slo, predictors), predictors, local_prefill=config.local_prefill)

@@ -1,0 +1,63 @@
+"""proxy/requests/choice_text.py: tokens to text, stops and logprobs of one choice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from halfmoon.protocol.sampling import SamplingParams
+from halfmoon.protocol.v1 import common_pb2
+from halfmoon.proxy.request import ProxyRequest
+from halfmoon.proxy.requests.choice_text import ChoiceText
+from halfmoon.proxy.text.tokenizer import Tokenizer
+
+EOS = frozenset({1})
+
+
+def choice_text(tokenizer: Tokenizer, stop: tuple[str, ...] = (), **sampling: Any) -> ChoiceText:
+    request = ProxyRequest("r", tokenizer.encode("Hi"), SamplingParams(**{"max_tokens": 100, **sampling}), 10.0)
+    return ChoiceText(tokenizer, request, stop, EOS)
+
+
+def tokens(tokenizer: Tokenizer, text: str) -> list[common_pb2.TokenOutput]:
+    return [common_pb2.TokenOutput(token_id=token_id) for token_id in tokenizer.encode(text, add_special_tokens=False)]
+
+
+def test_tokens_behind_a_stop_string_are_left_out(chat_tokenizer: Tokenizer) -> None:
+    text = choice_text(chat_tokenizer, ("fox",), num_logprobs=0)
+    pushed = text.push(tokens(chat_tokenizer, "The quick brown fox jumps over"))
+    assert (pushed.text, text.matched_stop) == ("The quick brown ", "fox")
+    assert text.num_tokens == len(pushed.tokens) == len(pushed.token_texts) == 4
+    assert text.finish() == ""
+
+
+def test_the_beginning_of_a_stop_string_that_did_not_come_is_given_at_the_end(chat_tokenizer: Tokenizer) -> None:
+    text = choice_text(chat_tokenizer, (" fox jumps",))
+    assert text.push(tokens(chat_tokenizer, "The quick brown fox")).text == "The quick brown"
+    assert text.finish() == " fox"
+
+
+def test_stop_strings_do_not_count_before_min_tokens(chat_tokenizer: Tokenizer) -> None:
+    text = choice_text(chat_tokenizer, ("quick", "lazy"), min_tokens=3)
+    assert text.push(tokens(chat_tokenizer, "The quick brown fox lazy")).text == "The quick brown fox "
+    assert text.matched_stop == "lazy"
+
+
+def test_an_end_token_leaves_no_text_unless_it_is_ignored(chat_tokenizer: Tokenizer) -> None:
+    comma = tokens(chat_tokenizer, ",")[0].token_id
+    assert choice_text(chat_tokenizer, stop_token_ids=(comma,)).push(tokens(chat_tokenizer, "The,")).text == "The"
+    # not yet an end: min_tokens has not been reached
+    assert choice_text(chat_tokenizer, stop_token_ids=(comma,), min_tokens=5).push(tokens(chat_tokenizer, "The,")).text == "The,"
+
+
+def test_an_unfinished_character_is_given_at_the_end(chat_tokenizer: Tokenizer) -> None:
+    text = choice_text(chat_tokenizer)
+    assert text.push(tokens(chat_tokenizer, "The🜚")[:-1]).text == "The"
+    assert text.finish() == "\ufffd"
+
+
+def test_text_offsets_count_characters_of_the_answer(chat_tokenizer: Tokenizer) -> None:
+    text = choice_text(chat_tokenizer, num_logprobs=1)
+    first = text.push(tokens(chat_tokenizer, "The quick"))
+    second = text.push(tokens(chat_tokenizer, " 😀!"))
+    offsets = [token.text_offset for token in [*first.token_texts, *second.token_texts]]
+    assert offsets[:3] == [0, 3, 9] and offsets[-1] == len("The quick 😀")

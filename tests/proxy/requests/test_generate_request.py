@@ -1,0 +1,143 @@
+"""proxy/requests/generate_request.py: from what was asked to requests, and every limit on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halfmoon.protocol.config import ModelOptions
+from halfmoon.protocol.errors import CheckpointError, InvalidRequest, PromptTooLong, UnknownModel
+from halfmoon.protocol.sampling import MAX_SEED
+from halfmoon.proxy.model_card import ModelCard
+from halfmoon.proxy.requests.generate_request import GenerateRequest, Plan, Planner
+from halfmoon.proxy.text.chat_template import ChatMessage
+from halfmoon.proxy.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def planner(chat_model_folder: Path, chat_tokenizer: Tokenizer) -> Planner:
+    return Planner(chat_tokenizer, ModelCard.from_folder(chat_model_folder, ModelOptions(), "float32"), 60.0)
+
+
+async def plan(planner: Planner, **asked: Any) -> Plan:
+    return await planner.plan(GenerateRequest(**{"prompts": ["Hello"], **asked}), 512)
+
+
+async def test_choices_share_the_prompt_and_differ_by_seed(planner: Planner) -> None:
+    found = await plan(planner, prompts=["Hello", [5, 6]], n=3, seed=MAX_SEED - 1, request_id="r", sampling={"top_k": 4})
+    assert [request.request_id for request in found.requests] == [f"r-{index}" for index in range(6)]
+    assert [request.sampling.seed for request in found.requests] == [MAX_SEED - 1, MAX_SEED, 0] * 2
+    assert [request.token_ids for request in found.requests[3:]] == [[5, 6]] * 3
+    assert all(request.sampling.top_k == 4 and request.timeout_s == 60.0 for request in found.requests)
+    assert found.num_prompt_tokens == len(found.requests[0].token_ids) + 2
+
+
+async def test_without_a_seed_one_is_drawn_for_all_choices(planner: Planner) -> None:
+    first, second = [(await plan(planner, n=2)).requests for _ in range(2)]
+    assert first[1].sampling.seed == first[0].sampling.seed + 1
+    assert first[0].sampling.seed != second[0].sampling.seed
+    assert first[0].request_id != second[0].request_id
+
+
+async def test_one_choice_has_the_request_id_itself_and_the_arrival_of_the_ask(planner: Planner) -> None:
+    asked = GenerateRequest(prompts=["Hello"], request_id="mine")
+    (request,) = (await planner.plan(asked, 512)).requests
+    assert (request.request_id, request.arrival) == ("mine", asked.arrival)
+
+
+async def test_a_chat_is_not_given_a_second_bos(planner: Planner, chat_tokenizer: Tokenizer) -> None:
+    (request,) = (await planner.plan(GenerateRequest(messages=[ChatMessage("user", "x")]), 512)).requests
+    assert chat_tokenizer.decode(request.token_ids, skip_special_tokens=False).startswith("<|im_start|>user")
+
+
+@pytest.mark.parametrize(("num_tokens", "max_tokens"), [(500, 12), (496, 16), (511, 1), (3, 16)])
+async def test_the_default_of_16_tokens_shrinks_to_what_is_left(num_tokens: int, max_tokens: int, planner: Planner) -> None:
+    (request,) = (await plan(planner, prompts=[[7] * num_tokens])).requests
+    assert request.sampling.max_tokens == max_tokens
+
+
+async def test_the_limit_itself_is_allowed(planner: Planner) -> None:
+    (request,) = (await plan(planner, prompts=[[7] * 500], max_tokens=12)).requests
+    assert request.sampling.max_tokens == 12
+
+
+@pytest.mark.parametrize(
+    ("ask", "error", "param", "message"),
+    [
+        ({"prompts": [[7] * 512]}, PromptTooLong, "prompt", "512 tokens; this model takes 512"),
+        ({"prompts": [[7] * 500], "max_tokens": 13}, InvalidRequest, "max_tokens", "may be 12"),
+        ({"prompts": [], "messages": [ChatMessage("user", "日" * 600)]}, PromptTooLong, "messages", "takes 512"),
+        ({"model": "other"}, UnknownModel, "model", "'chatty' is"),
+        ({"prompts": [[2**32]]}, InvalidRequest, "prompt", "token id 4294967296"),
+        ({"timeout_s": float("nan")}, InvalidRequest, "timeout_s", "nan"),
+        ({"timeout_s": 0.0}, InvalidRequest, "timeout_s", "above 0"),
+        ({"request_id": "a\nb"}, InvalidRequest, "request_id", "printable"),
+        ({"request_id": "x" * 129}, InvalidRequest, "request_id", "128"),
+        ({"sampling": {"min_tokens": 17}}, InvalidRequest, "min_tokens", "at most 16"),
+        ({"sampling": {"temperature": float("nan")}}, InvalidRequest, "temperature", "nan"),
+        ({"sampling": {"logit_bias": {1: float("nan")}}}, InvalidRequest, "logit_bias", "nan"),
+        ({"stop": ["a"] * 17}, InvalidRequest, "stop", "17 strings; it may have 16"),
+        ({"timeout_s": 604801.0}, InvalidRequest, "timeout_s", r"604801\.0; it must be .* at most 604800 \(7 days\)"),
+        ({"timeout_s": 1e18}, InvalidRequest, "timeout_s", "7 days"),
+        ({"timeout_s": float("inf")}, InvalidRequest, "timeout_s", "7 days"),
+        ({"prompts": ["a"] * 65, "n": 2}, InvalidRequest, "prompt", "65 prompts with n 2 are 130 choices; a request may have 128"),
+        ({"n": 129}, InvalidRequest, "n", "at most 128"),
+    ],
+)
+async def test_what_is_out_of_range_is_named_with_its_limit(
+    ask: dict[str, Any], error: type[InvalidRequest], param: str, message: str, planner: Planner
+) -> None:
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        await plan(planner, **ask)
+    assert type(caught.value) is error and caught.value.fields["param"] == param
+
+
+@pytest.mark.parametrize("ask", [{"prompts": ["a", "b" * 10**6]}, {"prompts": [], "messages": [ChatMessage("user", "b" * 10**6)]}])
+async def test_a_text_that_no_prompt_can_be_is_refused_before_it_is_tokenised(
+    ask: dict[str, Any], planner: Planner, chat_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = 512 * 4 * max(len(token) for token in chat_tokenizer._backend.get_vocab(with_added_tokens=True))
+    encoded: list[str] = []
+    encode = Tokenizer.encode
+
+    def seen(self: Tokenizer, text: str, **options: bool) -> list[int]:
+        encoded.append(text)
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", seen)
+    with pytest.raises(PromptTooLong, match=f"the prompt has 1000000 characters; .* at most {limit} characters"):
+        await plan(planner, **ask)
+    assert encoded == []
+    with pytest.raises(PromptTooLong, match="tokens; this model takes 512"):
+        await plan(planner, prompts=["b" * limit])  # as long as the limit: its tokens decide
+    assert encoded == ["b" * limit]
+
+
+async def test_the_longest_timeout_is_taken_and_a_longer_default_is_cut_to_it(chat_model_folder: Path, chat_tokenizer: Tokenizer) -> None:
+    patient = Planner(chat_tokenizer, ModelCard.from_folder(chat_model_folder, ModelOptions(), "float32"), 1e18)
+    asked, default = [(await plan(patient, timeout_s=timeout_s)).requests[0].timeout_s for timeout_s in (604800.0, None)]
+    assert asked == default == 604800.0
+
+
+def test_the_card_names_the_model_after_its_folder_or_the_option(chat_model_folder: Path) -> None:
+    card = ModelCard.from_folder(chat_model_folder, ModelOptions(), "float32")
+    assert (card.name, card.max_model_len, card.eos_token_ids) == ("chatty", 512, frozenset({1}))
+    card = ModelCard.from_folder(chat_model_folder, ModelOptions(name="mine", max_model_len=100), "float32")
+    assert (card.name, card.max_model_len) == ("mine", 100)
+
+
+def test_generation_config_names_the_tokens_that_end_a_turn(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"vocab_size": 9, "max_position_embeddings": 8, "eos_token_id": 1}')
+    assert ModelCard.from_folder(tmp_path, ModelOptions(), "float32").eos_token_ids == {1}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    assert ModelCard.from_folder(tmp_path, ModelOptions(), "float32").eos_token_ids == {2, 3}
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"vocab_size": "many", "max_position_embeddings": 4}'])
+def test_a_folder_without_limits_is_refused(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        ModelCard.from_folder(tmp_path, ModelOptions(), "float32")

@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..engine.decode_graph import InFlight
 from ..engine.engine import Engine
 from ..engine.sampler import TokenSample
 from ..engine.sequence import Sequence
+from ..engine.step_graphs import InFlight
 from ..engine.step_loop import StepLoop
 from ..protocol.v1 import common_pb2
 from ..protocol.worker_life import WorkerLife

@@ -8,7 +8,7 @@ block_table [[pages of A, 0 …], [pages of B, 0 …]]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,10 +32,14 @@ class StepBatch:
     last_rows: torch.Tensor  # int64 [num_last]: where the last token of each chunk with is_last stands
     max_seqlen_q: int
     max_kv_len: int
+    # Decode tokens that stand before the chunks: row i is a token of decode_table[i]. Above they are sequence 0, with a kv_len of 0.
+    decode_table: torch.Tensor | None = None  # int32 [num_decodes, max_pages]
+    decode_lens: torch.Tensor | None = None  # int32 [num_decodes], 0 where the row is a chunk's
+    usual_num_seqs: int | None = None  # of block_table, where its other rows are room for more
 
     @property
     def is_decode(self) -> bool:
-        return self.max_seqlen_q == 1
+        return self.max_seqlen_q == 1 and self.decode_lens is None
 
 
 def prepare_batch(chunks: Sequence[StepChunk], page_size: int, device: torch.device, staging: Staging | None = None) -> StepBatch:
@@ -46,7 +50,22 @@ def prepare_batch(chunks: Sequence[StepChunk], page_size: int, device: torch.dev
     else:
         tensors = staging.upload(arrays)
     ends = [chunk.start + chunk.num_tokens for chunk in chunks]
-    return StepBatch(**tensors, max_seqlen_q=max(chunk.num_tokens for chunk in chunks), max_kv_len=max(ends))
+    return batch_of(tensors, max_seqlen_q=max(chunk.num_tokens for chunk in chunks), max_kv_len=max(ends))
+
+
+def batch_of(tensors: Mapping[str, torch.Tensor], max_seqlen_q: int, max_kv_len: int) -> StepBatch:
+    """tensors: StepBatch's own, by name."""
+    return StepBatch(
+        token_ids=tensors["token_ids"],
+        positions=tensors["positions"],
+        slot_mapping=tensors["slot_mapping"],
+        block_table=tensors["block_table"],
+        cu_seqlens_q=tensors["cu_seqlens_q"],
+        kv_lens=tensors["kv_lens"],
+        last_rows=tensors["last_rows"],
+        max_seqlen_q=max_seqlen_q,
+        max_kv_len=max_kv_len,
+    )
 
 
 def step_arrays(chunks: Sequence[StepChunk], page_size: int, table_alignment: int = 1) -> dict[str, np.ndarray]:

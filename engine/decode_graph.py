@@ -25,12 +25,11 @@ from .decode_inputs import COLUMNS, DecodeInputs, buffer_bytes, column_offsets, 
 from .decoder import Decoder
 from .kv_cache import PagedKVCache
 from .sequence import Sequence, StepChunk
-from .staging import DTYPES, read_back
+from .staging import DTYPES
 from .weights import Progress
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-NUM_RESULTS = 2  # the host reads one step's tokens while the next one's are still to come
-KERNELS = ("linear", "paged_decode", "kv_write", "rms_norm", "silu_mul", "sampling")
+KERNELS = ("linear", "paged_decode", "flash_prefill", "kv_write", "rms_norm", "silu_mul", "sampling")
 """Some of their torch references read values back to the host, which a graph can't hold."""
 
 
@@ -58,9 +57,9 @@ def likeliest(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.Te
 
 
 def is_plain(chunk: StepChunk) -> bool:
-    """The token follows from logits and columns alone: no penalty, bias, ban or logprob is asked for."""
+    """The next token follows from logits and columns alone: no penalty, bias, ban or logprob is asked for."""
     params = chunk.sequence.sampling
-    num_output_tokens = chunk.start + 1 - chunk.sequence.num_prompt_tokens
+    num_output_tokens = chunk.start + chunk.num_tokens - chunk.sequence.num_prompt_tokens
     return not (params.needs_penalties or params.logit_bias or params.num_logprobs is not None) and num_output_tokens >= params.min_tokens
 
 
@@ -76,53 +75,42 @@ class _Captured(NamedTuple):
     logits: torch.Tensor  # fp32 [batch size, vocab_size]
 
 
-class InFlight:
-    """A step that was launched. To be read on the thread that launched it, at any time: a read one keeps its tokens.
-
-    Args:
-        tokens: int64 [sequences], pinned; they stand there once `copied` is over.
-    """
-
-    def __init__(self, tokens: torch.Tensor, copied: torch.cuda.Event) -> None:
-        self._pinned = tokens
-        self._copied = copied
-        self._tokens: list[int] | None = None
-
-    def tokens(self) -> list[int]:
-        """One for each chunk. Waits for this step alone, not for those behind it."""
-        if self._tokens is None:
-            self._copied.synchronize()
-            self._tokens = self._pinned.tolist()
-        return self._tokens
-
-
 class DecodeGraphs:
-    """Not thread-safe. What run() gives is overwritten by the next run() or launch(), and all happens in one stream.
+    """Not thread-safe, and all happens in one stream.
 
     Args:
         scratch_page: of the cache, for padding rows.
-        max_batch: sequences in a step that a graph must hold, as far as BATCH_SIZES goes.
+        sizes: batch sizes to capture, ascending.
+        num_results: tokens of a step of any kind, at least sizes[-1].
         progress: called with ("capturing graphs", graphs done, graphs in all).
     """
 
     @torch.inference_mode()
     def __init__(
-        self, decoder: Decoder, cache: PagedKVCache, scratch_page: int, max_model_len: int, max_batch: int, progress: Progress | None = None
+        self,
+        decoder: Decoder,
+        cache: PagedKVCache,
+        scratch_page: int,
+        max_model_len: int,
+        sizes: tuple[int, ...],
+        num_results: int,
+        progress: Progress | None = None,
     ) -> None:
         self._decoder = decoder
         self._cache = cache
         self._max_model_len = max_model_len
         self._page_size = cache.page_size
-        self.sizes = batch_sizes(max_batch)
+        self.sizes = sizes
         largest, device = self.sizes[-1], cache.data.device
         max_pages = -(-max_model_len // cache.page_size)
         num_bytes = buffer_bytes(largest, max_pages)
         self._pinned = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
-        start = feed_start(largest)
+        start = feed_start(num_results)
         held = torch.zeros(8 * start + num_bytes, dtype=torch.uint8, device=device)
         self._feed = held[: 8 * (start + largest)].view(torch.int64)
         self._staged = held[8 * start :]
-        self._inputs = DecodeInputs(self._pinned.numpy(), largest, max_pages, cache.page_size, scratch_page * cache.page_size)
+        self.results = self._feed[:num_results]
+        self._inputs = DecodeInputs(self._pinned.numpy(), largest, max_pages, cache.page_size, scratch_page * cache.page_size, num_results)
         offsets, self._table_offset = column_offsets(largest)
         self._columns = {
             name: self._staged[offsets[name] : offsets[name] + dtype.itemsize * largest].view(DTYPES[dtype])
@@ -134,68 +122,27 @@ class DecodeGraphs:
         self._cu_seqlens = torch.arange(largest + 1, dtype=torch.int32, device=device)
         self._rows = torch.arange(largest, dtype=torch.int64, device=device)
         self._copied = torch.cuda.Event()
-        self._results = [torch.zeros(largest, dtype=torch.int64, pin_memory=True) for _ in range(NUM_RESULTS)]
-        self._in_flight: list[InFlight | None] = [None] * NUM_RESULTS
-        self._last_rows: dict[Sequence, int] = {}  # of the last step, where it was launched: its tokens stand in the feed
         self._captured = self._capture_all(progress)
-        self._logits: torch.Tensor | None = None
-        self._tokens: torch.Tensor | None = None
 
-    def launch(self, chunks: Seq[StepChunk]) -> InFlight | None:
-        """Starts a step of plain tokens and waits for nothing. None where it isn't one, or no graph holds it.
-
-        A chunk may begin where its sequence's tokens end: the step launched last gives that token. The pages for it are there.
-        """
-        size = self._size(chunks, self._last_rows)
-        if size is None or not all(is_plain(chunk) for chunk in chunks):
-            return None
-        count = len(chunks)
-        self._replay(chunks, size, self._last_rows)
-        self._last_rows = {chunk.sequence: row for row, chunk in enumerate(chunks)}
-        overwritten = self._in_flight.pop(0)
-        if overwritten is not None:
-            overwritten.tokens()
-        self._results.append(self._results.pop(0))
-        tokens, copied = self._results[-1][:count], torch.cuda.Event()
-        tokens.copy_(self._feed[:count], non_blocking=True)
-        copied.record()
-        launched = InFlight(tokens, copied)
-        self._in_flight.append(launched)
-        return launched
-
-    def run(self, chunks: Seq[StepChunk]) -> torch.Tensor | None:
-        """fp32 logits [len(chunks), vocab_size]; None where the step is not one token for each of a batch that a graph holds."""
-        size = self._size(chunks, {})
-        if size is None:
-            return None
-        self._logits = self._replay(chunks, size, {})
-        self._tokens = self._feed[: len(chunks)] if all(is_plain(chunk) for chunk in chunks) else None
-        self._sequences = [chunk.sequence for chunk in chunks]
-        self._last_rows = {}
-        return self._logits
-
-    def tokens(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> list[int] | None:
-        """The tokens that the last run() drew, where logits and sequences are its own and logits need no change before the draw."""
-        if logits is not self._logits or self._tokens is None or list(sequences) != self._sequences:
-            return None
-        return read_back(self._tokens).tolist()
-
-    def _size(self, chunks: Seq[StepChunk], last_rows: Mapping[Sequence, int]) -> int | None:
-        """Of the graph that holds the step, if one does. last_rows: whose next token the step before gives."""
+    def size(self, chunks: Seq[StepChunk]) -> int | None:
+        """Of the graph that holds the step: one token of each of a batch, the last that it has or one that the step before gives."""
         size = batch_size_for(len(chunks), self.sizes)
         if size is None or not chunks:
             return None
         for sequence, start, num_tokens in chunks:
             num_known, num_all = len(sequence.token_ids), start + 1
-            if num_tokens != 1 or not (num_all == num_known or (num_all == num_known + 1 and sequence in last_rows)):
+            if num_tokens != 1 or num_all not in (num_known, num_known + 1):
                 return None
             if num_all > min(len(sequence.pages) * self._page_size, self._max_model_len):
                 return None
         return size
 
-    def _replay(self, chunks: Seq[StepChunk], size: int, last_rows: Mapping[Sequence, int]) -> torch.Tensor:
-        """The step's logits; its tokens, in the feed."""
-        self._logits = self._tokens = None
+    def replay(self, chunks: Seq[StepChunk], size: int, last_rows: Mapping[Sequence, int]) -> torch.Tensor:
+        """fp32 logits [len(chunks), vocab_size], overwritten by the next replay; the tokens drawn from them stand in the results.
+
+        Args:
+            last_rows: sequences whose next token is a row of the results, and that row.
+        """
         sequences, count = [chunk.sequence for chunk in chunks], len(chunks)
         rows = [last_rows[sequence] if start == len(sequence.token_ids) else None for sequence, start, _ in chunks]
         self._copied.synchronize()  # the last step's copy may not have begun

@@ -37,6 +37,15 @@ class Decoder:
         self, batch: StepBatch, cache: PagedKVCache, before_layer: LayerHook | None = None, after_layer: LayerHook | None = None
     ) -> torch.Tensor:
         """fp32 logits [len(batch.last_rows), vocab_size]; the batch's K and V stand in the cache."""
+        hidden, residual = self.layers(batch, cache, before_layer, after_layer)
+        if len(batch.last_rows) < len(hidden):
+            hidden, residual = hidden[batch.last_rows], residual[batch.last_rows]
+        return self.head(hidden, residual)
+
+    def layers(
+        self, batch: StepBatch, cache: PagedKVCache, before_layer: LayerHook | None = None, after_layer: LayerHook | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the last layer adds to the residual, and the residual before it, both [num_tokens, hidden_size]."""
         eps = self.config.rms_norm_eps
         residual = F.embedding(batch.token_ids, self.weights.embed)
         hidden = cast(torch.Tensor, rms_norm(residual, self.weights.layers[0].input_norm, eps))
@@ -48,12 +57,11 @@ class Decoder:
             hidden = linear(_gated(hidden, layer), layer.down, layer.down_bias)
             if index + 1 < len(self.weights.layers):
                 hidden, residual = rms_norm(hidden, self.weights.layers[index + 1].input_norm, eps, residual)
-        if len(batch.last_rows) < len(hidden):
-            hidden, residual = hidden[batch.last_rows], residual[batch.last_rows]
-        last, _ = rms_norm(hidden, self.weights.norm, eps, residual)
-        return self._logits(last)
+        return hidden, residual
 
-    def _logits(self, last: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """fp32 logits [rows, vocab_size] of rows that layers() gave."""
+        last, _ = rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps, residual)
         lm_head = self.weights.lm_head
         if last.is_cuda and last.dtype != torch.float32:
             # the product's own fp32 sums: neither rounded to the weights' dtype nor written twice
@@ -109,8 +117,26 @@ class Decoder:
                 max_kv_len=batch.max_kv_len,
                 scale=self._scale,
                 sliding_window=config.layer_windows[index],
+                usual_num_seqs=batch.usual_num_seqs,
             )
+            self._attend_decodes(index, q, kv_pages, batch, out)
         return out.view(len(hidden), -1)
+
+    def _attend_decodes(self, index: int, q: torch.Tensor, kv_pages: torch.Tensor, batch: StepBatch, out: torch.Tensor) -> None:
+        """The decode tokens before the chunks, into their rows of out."""
+        if batch.decode_table is None or batch.decode_lens is None or len(batch.decode_lens) == 0:
+            return
+        num_decodes = len(batch.decode_lens)
+        paged_decode(
+            q[:num_decodes],
+            kv_pages,
+            batch.decode_table,
+            batch.decode_lens,
+            max_kv_len=batch.max_kv_len,
+            scale=self._scale,
+            sliding_window=self.config.layer_windows[index],
+            out=out[:num_decodes],
+        )
 
 
 def _gated(hidden: torch.Tensor, layer: LayerWeights) -> torch.Tensor:

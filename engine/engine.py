@@ -18,7 +18,7 @@ from ..protocol.errors import ConfigError
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import control_pb2
 from .batch import prepare_batch
-from .decode_graph import DecodeGraphs, InFlight, can_capture
+from .decode_graph import can_capture
 from .decoder import Decoder
 from .kv_cache import PagedKVCache
 from .kv_schema import kv_schema
@@ -28,10 +28,12 @@ from .rope import rope_table
 from .sampler import TokenSample, sample
 from .sequence import Sequence, StepChunk
 from .staging import Staging
+from .step_graphs import InFlight, StepGraphs
 from .warm_up import warm_up
 from .weights import Progress, dummy_weights, load_weights
 
 CUDA_MEMORY_SHARE = 0.9
+MAX_HEAD_DIM = 256  # of paged_decode, without which there are no graphs
 
 
 class Engine:
@@ -46,7 +48,7 @@ class Engine:
         self.max_model_len = max_model_len
         self._decoder = decoder
         self._staging = Staging(self.device) if self.device.type == "cuda" else None
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
 
     @classmethod
     def load(
@@ -64,7 +66,7 @@ class Engine:
             options: path empty: the model that comes with Halfmoon.
             kv_capacity_tokens: rounded up to pages; 0: 90 % of the memory left on CUDA, twice max_model_len on CPU.
             num_threads: of torch on CPU, for the whole process.
-            max_decode_batch: decode steps of up to so many sequences run as CUDA graphs, as far as graphs go; 0: none do. No use on CPU.
+            max_decode_batch: sequences in a step that decode; 0: none do. No use on CPU.
             progress: called with (what is being done, how much of it is done, how much there is): bytes, kernels, graphs.
 
         Raises CheckpointError, UnsupportedArchitecture, or ConfigError where the options don't fit model or machine.
@@ -101,8 +103,8 @@ class Engine:
         assert self._staging is not None
         scratch_page = self.cache.num_pages
         warm_up(self._decoder, self.cache, scratch_page, self.max_model_len, self._staging, progress)
-        if max_decode_batch > 0:
-            self._graphs = DecodeGraphs(self._decoder, self.cache, scratch_page, self.max_model_len, max_decode_batch, progress)
+        if self.config.head_dim <= MAX_HEAD_DIM:
+            self._graphs = StepGraphs(self._decoder, self.cache, scratch_page, self.max_model_len, max_decode_batch, progress)
 
     @torch.inference_mode()
     def forward(
@@ -124,25 +126,26 @@ class Engine:
 
         Raises ValueError for a chunk without tokens or pages; what a hook raises passes through.
         """
-        if self._graphs is not None and before_layer is None and after_layer is None:
-            logits = self._graphs.run(chunks)
+        if self._graphs is not None and before_layer is None:
+            logits = self._graphs.run(chunks, after_layer)
             if logits is not None:
                 return logits
         batch = prepare_batch(chunks, self.page_size, self.device, self._staging)
         return self._decoder.forward(batch, self.cache, before_layer, after_layer)
 
     @torch.inference_mode()
-    def launch(self, chunks: Seq[StepChunk]) -> InFlight | None:
-        """Starts a decode step, forward and sample in one, and waits for nothing; steps run in the order of these calls.
+    def launch(self, chunks: Seq[StepChunk], *, after_layer: Callable[[int], None] | None = None) -> InFlight | None:
+        """Starts a step, forward and sample in one, and waits for nothing; steps run in the order of these calls.
 
-        None, and nothing begun, where the step isn't one token of each of a batch that a CUDA graph holds and draws for:
+        None, and nothing begun, where the step's buffers don't hold it, or what it samples is more than a draw from the logits:
         penalties, bias, logprobs and min_tokens that are not there yet are sample's.
 
         Args:
-            chunks: one may begin where its sequence's token_ids end: it then computes the token that the step launched last gives
-                the sequence, whether that has been read or not. Its pages hold that token, too.
+            chunks: one of a single token may begin where its sequence's token_ids end: it then computes the token that the step
+                launched last gives the sequence, whether that has been read or not. Its pages hold that token, too.
+            after_layer: as forward's.
         """
-        return None if self._graphs is None else self._graphs.launch(chunks)
+        return None if self._graphs is None else self._graphs.launch(chunks, after_layer)
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> list[TokenSample]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .batch import TABLE_ALIGNMENT, StepBatch
+from .batch import TABLE_ALIGNMENT, StepBatch, batch_of
 from .decoder import Decoder
 from .kv_cache import PagedKVCache
 from .staging import Staging
@@ -65,4 +65,4 @@ def _batch(shape: Shape, cache: PagedKVCache, scratch_page: int, staging: Stagin
             "last_rows": np.arange(1, count + 1, dtype=np.int64) * length - 1,
         }
     )
-    return StepBatch(**tensors, max_seqlen_q=length, max_kv_len=kv_len)
+    return batch_of(tensors, max_seqlen_q=length, max_kv_len=kv_len)

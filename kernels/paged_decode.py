@@ -19,6 +19,7 @@ def paged_decode(
     sliding_window: int = 0,
     logit_soft_cap: float = 0.0,
     kv_scales: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The queries are their sequence's last positions; their KV stands in the pages already.
 
@@ -32,12 +33,13 @@ def paged_decode(
         sliding_window: 0: none; else a query sees the last sliding_window keys up to its own.
         logit_soft_cap: 0: none; else scores become cap * tanh(score / cap).
         kv_scales: fp32 [2, num_kv_heads], contiguous, of keys and of values: what float8_e4m3fn pages hold is value / scale. None: 1.
+        out: like q, contiguous; the result is written there, and rows of sequences of length 0 keep what they hold.
 
     Returns:
-        Like q.
+        Like q; out, where it is given.
     """
     kernel = implementation("paged_decode", q.device) if q.is_cuda else reference.paged_decode
     return kernel(
         q, kv_pages, block_table, kv_lens, max_kv_len=max_kv_len, scale=scale, sliding_window=sliding_window,
-        logit_soft_cap=logit_soft_cap, kv_scales=kv_scales,
+        logit_soft_cap=logit_soft_cap, kv_scales=kv_scales, out=out,
     )  # fmt: skip

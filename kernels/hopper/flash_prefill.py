@@ -117,7 +117,8 @@ def _produce(
     item = gl.atomic_add(counter_ptr, 1)
     while item < num_items:
         sequence, head, row, first_token, q_len, kv_len = _find_item(cu_seqlens_q_ptr, kv_lens_ptr, item, num_seqs, num_heads, section)
-        if row < q_len and head < num_heads:  # else a block that the sequence does not need, or tokens behind the last sequence
+        # else a block that the sequence does not need, tokens behind the last sequence, or rows that another kernel writes
+        if row < q_len and head < num_heads and kv_len > 0:
             position = kv_len - q_len + row
             end = kv_len
             if CAUSAL:
@@ -400,16 +401,16 @@ def _fits(q: torch.Tensor, kv_pages: torch.Tensor, max_seqlen_q: int, special: b
     )
 
 
-def _pays(q: torch.Tensor, kv_pages: torch.Tensor, num_seqs: int, max_kv_len: int) -> bool:
+def _pays(q: torch.Tensor, kv_pages: torch.Tensor, num_seqs: int, max_kv_len: int, usual_num_seqs: int | None) -> bool:
     """Whether this kernel is the faster one: enough items for the SMs, where the portable one would split keys among idle ones, and,
     for fp8, queries enough that its higher rate (about 640 against 400 TFLOP/s) is worth the bytes of widening."""
     num_tokens, num_heads, head_dim = q.shape
-    num_items = max(num_seqs, -(-num_tokens // BLOCK_M.value)) * num_heads
+    num_items = max(usual_num_seqs or num_seqs, -(-num_tokens // BLOCK_M.value)) * num_heads
     if head_dim <= 256 and num_splits(num_items, max_kv_len, num_sms(q.device)) > 1:
         return False
     if kv_pages.dtype != torch.float8_e4m3fn:
         return True
-    rows = num_tokens * (num_heads // kv_pages.shape[2]) // num_seqs
+    rows = num_tokens * (num_heads // kv_pages.shape[2]) // (usual_num_seqs or num_seqs)
     return rows >= WIDENING_ROWS and widened_bytes(kv_pages, num_seqs, max_kv_len) <= WIDENED_BYTES
 
 
@@ -429,6 +430,7 @@ def flash_prefill(
     kv_scales: torch.Tensor | None = None,
     block_mask: torch.Tensor | None = None,
     return_lse: bool = False,
+    usual_num_seqs: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """As kernels/portable/flash_prefill.py, and one thing more: every value in the pages must be finite, also behind a sequence's last key
     (a cache allocated as zeros is, whatever was written since). Keys there are masked, but 0 · NaN is NaN in the product with V.
@@ -437,11 +439,11 @@ def flash_prefill(
     chunks, and few queries over many keys go to the portable kernel. fp8 pages are widened to 16 bits first, or go there, too.
     """
     special = sliding_window > 0 or logit_soft_cap > 0 or block_mask is not None or return_lse
-    if not _fits(q, kv_pages, max_seqlen_q, special) or not _pays(q, kv_pages, kv_lens.shape[0], max_kv_len):
+    if not _fits(q, kv_pages, max_seqlen_q, special) or not _pays(q, kv_pages, kv_lens.shape[0], max_kv_len, usual_num_seqs):
         return portable_flash_prefill(
             q, kv_pages, block_table, cu_seqlens_q, kv_lens, max_seqlen_q=max_seqlen_q, max_kv_len=max_kv_len, scale=scale,
             sliding_window=sliding_window, logit_soft_cap=logit_soft_cap, causal=causal, kv_scales=kv_scales, block_mask=block_mask,
-            return_lse=return_lse,
+            return_lse=return_lse, usual_num_seqs=usual_num_seqs,
         )  # fmt: skip
     if kv_pages.dtype != q.dtype:
         kv_pages, block_table = widened_pages(kv_pages, block_table, kv_lens, kv_scales, max_kv_len, q.dtype)

@@ -144,6 +144,8 @@ def _flash_prefill_kernel(
     if block * NUM_Q >= q_len:
         return
     kv_len = tl.load(kv_lens_ptr + sequence)
+    if kv_len == 0:
+        return
     rows = block * NUM_Q + tl.arange(0, BLOCK_M) // PACK
     columns = tl.arange(0, BLOCK_D)
     positions = kv_len - q_len + rows
@@ -261,6 +263,7 @@ def flash_prefill(
     kv_scales: torch.Tensor | None = None,
     block_mask: torch.Tensor | None = None,
     return_lse: bool = False,
+    usual_num_seqs: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """q [num_tokens, num_heads, head_dim] bf16/fp16 (a view of a fused projection is fine) -> out of the same shape, contiguous.
 
@@ -268,7 +271,7 @@ def flash_prefill(
     cu_seqlens_q int32 [num_seqs + 1]; kv_lens int32 [num_seqs]. The queries of a sequence are its last positions, and their K/V
     stand in the pages. sliding_window 0: none, else position i sees keys j with i - window < j <= i. logit_soft_cap 0: none, else
     scores become cap · tanh(score / cap). scale > 0. causal False: a query sees all keys (from the window's lower bound on).
-    kv_scales, block_mask, return_lse: as in kernels/flash_prefill.py.
+    kv_scales, block_mask, return_lse, usual_num_seqs: as in kernels/flash_prefill.py.
 
     Online softmax: Dao, FlashAttention-2 (arXiv 2307.08691). Block mask: Dao et al., FlashAttention (arXiv 2205.14135), section 3.3.
     """
@@ -292,7 +295,7 @@ def flash_prefill(
         counts, blocks = live_blocks(block_mask, cu_seqlens_q, kv_lens, causal, sliding_window)
     _launch(
         q, kv_pages, fp8, block_table, cu_seqlens_q, kv_lens, out, lse, counts, blocks, kv_scales if fp8 else None,
-        max_seqlen_q, max_kv_len, scale, sliding_window, logit_soft_cap, causal,
+        max_seqlen_q, max_kv_len, scale, sliding_window, logit_soft_cap, causal, usual_num_seqs or kv_lens.shape[0],
     )  # fmt: skip
     return out if lse is None else (out, lse)
 
@@ -315,6 +318,7 @@ def _launch(
     sliding_window: int,
     logit_soft_cap: float,
     causal: bool,
+    usual_num_seqs: int,
 ) -> None:
     """Into out and lse. kv_pages, fp8: as readable() gives them; counts, blocks: as live_blocks() does, None without a mask."""
     num_tokens, num_heads, head_dim = q.shape
@@ -324,7 +328,7 @@ def _launch(
     longest = max_seqlen_q * pack if blocks is None else min(max_seqlen_q, SPARSE_BLOCK)
     tile = tiles(head_dim, longest, q.element_size(), shared_bytes(q.device))
     num_q = tile.block_m // pack
-    num_blocks = max(num_seqs, triton.cdiv(num_tokens, num_q)) * (num_heads // pack)
+    num_blocks = max(usual_num_seqs, triton.cdiv(num_tokens, num_q)) * (num_heads // pack)
     splits = num_splits(num_blocks, max_kv_len, num_sms(q.device))
     parts, parts_lse = out, lse
     if splits > 1:

@@ -199,7 +199,7 @@ def _paged_decode_kernel(
     scale_log2, cap_log2, cap_inverse, window,
     GROUP: tl.constexpr, NUM_Q: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, SEQS_BLOCK: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
-    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, FP8: tl.constexpr, LAZY: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, FP8: tl.constexpr, LAZY: tl.constexpr, PRECISION: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
     sequences = tl.arange(0, SEQS_BLOCK)
     lens = tl.load(kv_lens_ptr + sequences, mask=sequences < num_seqs, other=0)
@@ -261,9 +261,10 @@ def _paged_decode_kernel(
                 tl.store(counter, 0)  # as the next launch expects it
         tile = pair_start + stops
 
-    if tl.min(tl.where(sequences < num_seqs, lens, 1), axis=0) == 0:
-        width = NUM_Q * num_kv_heads * GROUP * HEAD_DIM
-        _zero_padding(kv_lens_ptr, out_ptr, program, tl.num_programs(0), num_seqs, width, ROWS * BLOCK_D)
+    if ZERO:
+        if tl.min(tl.where(sequences < num_seqs, lens, 1), axis=0) == 0:
+            width = NUM_Q * num_kv_heads * GROUP * HEAD_DIM
+            _zero_padding(kv_lens_ptr, out_ptr, program, tl.num_programs(0), num_seqs, width, ROWS * BLOCK_D)
 
 
 class Tiles(NamedTuple):
@@ -315,9 +316,10 @@ def paged_decode(
     sliding_window: int = 0,
     logit_soft_cap: float = 0.0,
     kv_scales: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q [num_seqs, num_heads, head_dim] or [num_seqs, num_q, num_heads, head_dim], bf16/fp16 -> out of the same shape, contiguous.
-    Rows of a sequence of length 0 (padding) are 0. head_dim is 256 at most.
+    Rows of a sequence of length 0 (padding) are 0, or stay as they are in out where that is given. head_dim is 256 at most.
 
     kv_pages [2, num_pages, num_kv_heads, page_size, head_dim], pages contiguous; block_table int32 [num_seqs, max_pages];
     kv_lens int32 [num_seqs], with the new tokens, at most max_kv_len. The queries are the last num_q positions, and see what is not
@@ -330,15 +332,18 @@ def paged_decode(
     if q.shape[-1] > 256:
         raise ValueError(f"paged_decode has no kernel for head_dim {q.shape[-1]}; flash_prefill takes more than 256")
     queries = q.unsqueeze(1) if q.dim() == 3 else q
-    out = torch.empty(queries.shape, dtype=q.dtype, device=q.device)
+    zero = out is None
+    out = torch.empty(queries.shape, dtype=q.dtype, device=q.device) if out is None else out.view(queries.shape)
     num_q = queries.shape[1]
     each = max(1, MOST_ROWS // (queries.shape[2] // kv_pages.shape[2]))  # query tokens a launch
     for first in range(0, num_q if len(q) else 0, each):
         last = min(first + each, num_q)
         whole = last - first == num_q
         lens = kv_lens if last == num_q else (kv_lens - (num_q - last)).clamp_(min=0)
-        part = out if whole else torch.empty_like(out[:, first:last])
-        _launch(queries[:, first:last], kv_pages, block_table, lens, part, max_kv_len, scale, sliding_window, logit_soft_cap, kv_scales)
+        part = out if whole else out[:, first:last].contiguous()
+        _launch(
+            queries[:, first:last], kv_pages, block_table, lens, part, max_kv_len, scale, sliding_window, logit_soft_cap, kv_scales, zero
+        )
         if not whole:
             out[:, first:last] = part
     return out.view(q.shape)
@@ -355,8 +360,9 @@ def _launch(
     sliding_window: int,
     logit_soft_cap: float,
     kv_scales: torch.Tensor | None,
+    zero: bool,
 ) -> None:
-    """q, out [num_seqs, num_q, num_heads, head_dim]; out contiguous."""
+    """q, out [num_seqs, num_q, num_heads, head_dim]; out contiguous. zero: whether rows without keys become 0, or stay."""
     num_seqs, num_q, num_heads, head_dim = q.shape
     num_kv_heads, page_size = kv_pages.shape[2], kv_pages.shape[3]
     kv_pages, fp8 = readable(kv_pages)
@@ -382,5 +388,5 @@ def _launch(
         GROUP=group, NUM_Q=num_q, PAGE=page_size, HEAD_DIM=head_dim, ROWS=rows, BLOCK_N=tile.block_n,
         BLOCK_D=triton.next_power_of_2(head_dim), SEQS_BLOCK=max(16, triton.next_power_of_2(num_seqs)), HEADS=heads, PARTS=parts,
         WINDOW=sliding_window > 0, SOFT_CAP=capped, FP8=fp8, LAZY=sums_lazily(head_dim, rows, num_q, num_pairs, fp8 != NOT_FP8),
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tile.num_warps, num_stages=tile.num_stages,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", ZERO=zero, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

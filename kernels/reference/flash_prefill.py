@@ -26,6 +26,7 @@ def flash_prefill(
     kv_scales: torch.Tensor | None = None,
     block_mask: torch.Tensor | None = None,
     return_lse: bool = False,
+    usual_num_seqs: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """See kernels/flash_prefill.py. Computed in fp32, rounded once."""
     out = torch.zeros_like(q)

@@ -18,6 +18,7 @@ def paged_decode(
     sliding_window: int = 0,
     logit_soft_cap: float = 0.0,
     kv_scales: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See kernels/paged_decode.py. Computed in fp32, rounded once. Pages must hold finite numbers, the unused ones too."""
     num_seqs, head_dim = q.shape[0], q.shape[-1]
@@ -25,7 +26,7 @@ def paged_decode(
     _, _, num_kv_heads, page_size, _ = kv_pages.shape
     num_pages = -(-max_kv_len // page_size)
     if num_pages == 0:
-        return torch.zeros_like(q)
+        return torch.zeros_like(q) if out is None else out
     pages = block_table[:, :num_pages].reshape(-1)
     dense = take_pages(kv_pages, pages, kv_scales).view(2, num_seqs, num_pages, num_kv_heads, page_size, head_dim)
     k, v = dense.transpose(2, 3).reshape(2, num_seqs * num_kv_heads, num_pages * page_size, head_dim).unbind(0)
@@ -38,5 +39,9 @@ def paged_decode(
     ends = kv_lens.view(num_seqs, 1, 1, 1, 1) - torch.arange(num_q - 1, -1, -1, device=q.device).view(1, 1, num_q, 1, 1)
     unseen = key >= ends if sliding_window == 0 else (key >= ends) | (key < ends - sliding_window)
     weights = scores.masked_fill_(unseen, float("-inf")).softmax(dim=-1)
-    out = torch.bmm(weights.view(num_seqs * num_kv_heads, -1, num_pages * page_size), v).view(num_seqs, num_kv_heads, num_q, -1, head_dim)
-    return out.masked_fill_(ends <= 0, 0.0).transpose(1, 2).reshape(q.shape).to(q.dtype).contiguous()
+    found = torch.bmm(weights.view(num_seqs * num_kv_heads, -1, num_pages * page_size), v)
+    found = found.view(num_seqs, num_kv_heads, num_q, -1, head_dim).masked_fill_(ends <= 0, 0.0)
+    found = found.transpose(1, 2).reshape(q.shape).to(q.dtype).contiguous()
+    if out is None:
+        return found
+    return out.copy_(torch.where((kv_lens > 0).view(-1, *[1] * (q.dim() - 1)), found, out))

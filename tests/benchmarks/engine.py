@@ -27,9 +27,9 @@ import measure
 import torch
 from shapes import write_shape
 
-from halfmoon.engine.decode_graph import InFlight
 from halfmoon.engine.engine import Engine
 from halfmoon.engine.sequence import Sequence, StepChunk
+from halfmoon.engine.step_graphs import InFlight
 from halfmoon.protocol.config import ModelOptions
 from halfmoon.protocol.sampling import SamplingParams
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from halfmoon.engine.decode_graph import InFlight
 from halfmoon.engine.engine import Engine
 from halfmoon.engine.page_allocator import PageAllocator
 from halfmoon.engine.sampler import sample
 from halfmoon.engine.sequence import Sequence, StepChunk
+from halfmoon.engine.step_graphs import InFlight
 from halfmoon.protocol.config import ModelOptions
 from halfmoon.protocol.sampling import SamplingParams
 
@@ -221,7 +221,7 @@ def test_a_step_that_no_graph_holds_runs_without_one(small):
     batch = [pages.sequence(20, row, extra=4) for row in range(25)]
     prefill(small, batch)
     assert small._graphs is not None
-    for chunks in (next_chunks(batch), [StepChunk(batch[0], 5, 1)], [*next_chunks(batch[:2]), StepChunk(batch[2], 17, 3)]):
+    for chunks in (next_chunks(batch), [StepChunk(one, 17, 3) for one in batch[:17]]):
         assert small._graphs.run(chunks) is None
         assert len(small.forward(chunks)) == sum(chunk.is_last for chunk in chunks)
     seen: list[int] = []
@@ -312,8 +312,8 @@ def test_what_can_not_be_launched_is_refused_and_runs_the_other_way(small):
     pages = Pages(small)
     one, other = pages.sequence(63, 1, extra=1), pages.sequence(30, 2)
     prefill(small, [one, other])
-    for chunks in ([], [StepChunk(one, 20, 1)], [StepChunk(one, 60, 3)], [StepChunk(one, 63, 1)], next_chunks([other] * 25)):
-        assert small.launch(chunks) is None, "the prompt's, or a token that no step gives"
+    for chunks in ([], [StepChunk(one, 60, 4)], [StepChunk(one, 63, 1)], next_chunks([other] * 25)):
+        assert small.launch(chunks) is None, "too many, or a token that no step gives"
     first = small.launch(next_chunks([one]))
     assert first is not None
     assert small.launch([StepChunk(other, 30, 1)]) is None, "the step before gives it none"

@@ -63,3 +63,10 @@ def test_tokens_before_a_sequences_first_give_zeros(paged):
     q = torch.randn(1, 4, 4, 16)
     out = paged_decode(q, inputs.kv_pages, inputs.block_table, inputs.kv_lens, max_kv_len=2, scale=0.25)
     assert not out[:, :2].any() and out[:, 2:].any(dim=-1).all()
+
+
+def test_written_into_another_s_result_rows_of_padding_stay_as_they_are(paged):
+    inputs = paged([1, 1, 1], [7, 0, 5], (4, 2), 16, 4, torch.float32)
+    wanted, rows = run(inputs, scale=0.25), torch.full_like(inputs.q, 9.0)
+    assert run(inputs, scale=0.25, out=rows) is rows
+    assert torch.equal(rows[[0, 2]], wanted[[0, 2]]) and (rows[1] == 9.0).all()

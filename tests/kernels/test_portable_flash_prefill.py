@@ -112,6 +112,21 @@ def test_heads_are_packed_where_queries_are_few_and_a_group_fills_rows_evenly() 
     assert packed_heads(4, 65) == packed_heads(1, 16) == packed_heads(3, 16) == packed_heads(32, 1) == 1
 
 
+@pytest.mark.parametrize("usual_num_seqs", [None, 1])
+def test_rows_of_a_sequence_without_keys_are_nobody_s_and_change_no_other(usual_num_seqs: int | None) -> None:
+    """As where another kernel writes them: decode tokens that stand before the chunks. usual_num_seqs changes no result."""
+    q, pages, table = build(64, 16, torch.float32)
+    others = torch.randn(5, *q.shape[1:])
+    bounds = torch.tensor([0, len(others), *Q_LENS, 0]).cumsum(0).int()
+    nobody = torch.zeros_like(table[:1])
+    out = flash_prefill(
+        torch.cat([others, q]).to(DEVICE), pages.to(DEVICE), torch.cat([nobody, table, nobody]).to(DEVICE), bounds.to(DEVICE),
+        torch.tensor([0, *KV_LENS, 0], dtype=torch.int32).to(DEVICE), max_seqlen_q=len(others) + len(q), max_kv_len=max(KV_LENS),
+        scale=q.shape[2] ** -0.5, usual_num_seqs=usual_num_seqs,
+    )  # fmt: skip
+    assert error(out[len(others) :].cpu(), expected(q, pages, table)) < TOLERANCE[torch.float32]
+
+
 def test_no_tokens_give_no_rows() -> None:
     q, pages, table = build(64, 16, torch.float16)
     none = torch.zeros(1, dtype=torch.int32)

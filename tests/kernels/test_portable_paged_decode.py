@@ -81,6 +81,21 @@ def test_any_lengths_are_shared_out_whole_and_padding_rows_are_zero(lens: list[i
     assert all(out[s].eq(0).all() for s, kv_len in enumerate(lens) if kv_len == 0)
 
 
+@settings(max_examples=8, deadline=None)
+@given(lens=st.lists(st.integers(0, 150), min_size=1, max_size=5).filter(any), num_q=st.sampled_from([1, 3]))
+def test_written_into_rows_of_another_s_result_it_leaves_those_of_sequences_without_keys(lens: list[int], num_q: int) -> None:
+    q, pages, table = build(lens, 64, 16, torch.float32)
+    if num_q > 1:
+        q = torch.randn(len(lens), num_q, *q.shape[1:])
+    arguments = (q.to(DEVICE), pages.to(DEVICE), table.to(DEVICE), torch.tensor(lens, dtype=torch.int32).to(DEVICE))
+    options = {"max_kv_len": max(lens), "scale": 0.1}
+    rows = torch.full((len(lens) + 2, *q.shape[1:]), 7.0, device=DEVICE)
+    assert paged_decode(*arguments, **options, out=rows[: len(lens)]).data_ptr() == rows.data_ptr()
+    wanted = paged_decode(*arguments, **options)
+    for row, kv_len in enumerate([*lens, 0, 0]):
+        assert torch.equal(rows[row], wanted[row]) if kv_len else (rows[row] == 7.0).all()
+
+
 @pytest.mark.parametrize("window", [1, 31, 64, 100])
 def test_a_sliding_window_sees_the_last_keys_only(window: int) -> None:
     lens = (150, 20, 64)

@@ -8,7 +8,7 @@ begin_prefill stands in admit's place where there is no hand-off: the prompt beh
 A preempted sequence gave up its pages: once it has pages again its KV is computed here. Both go in chunks beside the others' tokens.
 abort at any point takes a sequence out; its pages are free once it is out of the steps under way and released.
 
-The step behind one that still runs may be scheduled ahead of its record, as if nobody ended in it:
+The step behind one that still runs may be scheduled ahead of its record, as if nobody ended in it, whatever either computes:
     schedule ─► step n ──schedule_ahead──► step n+1 ─► record(n) ──schedule_ahead──► step n+2 ─► record(n+1) ─► …
 Who did end in step n has its token of step n+1 thrown away. Nobody is preempted while a step runs.
 """
@@ -37,11 +37,6 @@ class Step(NamedTuple):
     def num_tokens(self) -> int:
         return sum(chunk.num_tokens for chunk in self.chunks)
 
-    @property
-    def is_decode(self) -> bool:
-        """One token of each sequence, and the next one of each is sampled."""
-        return len(self.sampled) == len(self.chunks) == self.num_tokens
-
 
 class Generated(NamedTuple):
     """A token that a step gave, and why it was the last one if it was."""
@@ -58,6 +53,8 @@ class _Entry:
     held: bool = False  # the caller may read and write the pages: from start() to admit(), from the last token to release()
     admitted: bool = False  # its hand-off or cached prefix was taken in: whatever it lacks is computed here
     num_steps: int = 0  # scheduled and not recorded yet, that it is in
+    num_pending: int = 0  # tokens that those compute
+    num_coming: int = 0  # tokens that those give it
     left: bool = False  # finished or aborted
     num_preemptions: int = 0
 
@@ -195,48 +192,43 @@ class DecodeScheduler:
             sequence = entry.sequence
             if not sequence.pages:  # preempted by one before it
                 continue
-            missing = sequence.num_tokens - sequence.num_computed_tokens
-            size = 1 if missing == 1 else min(missing, budget)
+            size = _chunk_size(entry, budget)
             if size == 0 or not self._grow(entry, preempted):
                 continue
-            if missing > 1:
-                budget -= size
-            entry.num_steps += 1
-            chunks.append(StepChunk(sequence, sequence.num_computed_tokens, size))
+            budget -= size if _num_missing(entry) > 1 else 0
+            chunks.append(_take(entry, size))
         return Step(chunks, preempted, [chunk.sequence for chunk in chunks if chunk.is_last])
 
-    def schedule_ahead(self, step: Step) -> Step | None:
-        """The step behind `step`, the only one that is not recorded yet, of a token each; record(step) comes before its own record.
+    def schedule_ahead(self) -> Step | None:
+        """The step behind the one that runs, which is the only one that is not recorded yet; its record comes before this one's.
 
-        A chunk may begin at the token that its sequence gets in `step`. Who is sure to end there has none, and others have its place.
-        None where that can't be decided yet: there are prompts to compute, pages are short, or nobody is left.
+        A chunk may begin at the token that its sequence gets in the step that runs. Who is sure to end there has none, and others have
+        its place. None where that can't be decided yet, because pages are short, or where nobody is left.
         """
-        if not step.is_decode:
-            return None
-        chosen: list[_Entry] = []
+        chosen: list[tuple[_Entry, int]] = []
+        budget = self.max_prefill_tokens_per_step
         for entry in self._running:
             if len(chosen) == self.max_running:
                 break
-            sequence = entry.sequence
-            if sequence.num_tokens - sequence.num_computed_tokens > 1:
-                return None
-            if entry.num_steps == 0 or sequence.num_output_tokens + entry.num_steps < sequence.sampling.max_tokens:
-                chosen.append(entry)
-        lacking = [entry for entry in chosen if len(entry.sequence.pages) < self._num_pages_ahead(entry)]
+            size = 0 if _surely_ends(entry) else _chunk_size(entry, budget)
+            if size > 0:
+                chosen.append((entry, size))
+                budget -= size if _num_missing(entry) > 1 else 0
+        lacking = [entry for entry, _ in chosen if len(entry.sequence.pages) < self._num_pages_ahead(entry)]
         if not chosen or not self.allocator.can_allocate(len(lacking)):
             return None
         for entry in lacking:
             entry.sequence.pages += self.allocator.allocate(1)
-        chunks = [StepChunk(entry.sequence, entry.sequence.num_tokens + entry.num_steps - 1, 1) for entry in chosen]
-        for entry in chosen:
-            entry.num_steps += 1
-        return Step(chunks, [], [chunk.sequence for chunk in chunks])
+        # before _take, which counts these tokens in
+        sampled = [entry.sequence for entry, size in chosen if size == _num_missing(entry)]
+        return Step([_take(entry, size) for entry, size in chosen], [], sampled)
 
     def withdraw(self, step: Step) -> None:
         """It does not run after all. Pages that it was given for stay with their sequences."""
+        sampled = set(step.sampled)
         for chunk in step.chunks:
             entry = self._entries[chunk.sequence]
-            entry.num_steps -= 1
+            _give_back(entry, chunk, chunk.sequence in sampled)
             self._free_if_done(entry)
 
     def record(self, step: Step, token_ids: Items[int]) -> list[Generated]:
@@ -251,12 +243,12 @@ class DecodeScheduler:
         rows = {sequence: row for row, sequence in enumerate(step.sampled)}
         for chunk in step.chunks:
             entry, sequence = self._entries[chunk.sequence], chunk.sequence
-            entry.num_steps -= 1
+            row = rows.get(sequence)
+            _give_back(entry, chunk, row is not None)
             if entry.left:
                 self._free_if_done(entry)
                 continue
             sequence.num_computed_tokens += chunk.num_tokens
-            row = rows.get(sequence)
             if row is not None:
                 sequence.token_ids.append(token_ids[row])
                 reason = sequence.finish_reason(self.eos_token_ids)
@@ -301,7 +293,7 @@ class DecodeScheduler:
 
     def _num_pages_ahead(self, entry: _Entry) -> int:
         """That hold its tokens, those it gets in steps under way among them."""
-        return div_ceil(entry.sequence.num_tokens + entry.num_steps, self.block_size)
+        return div_ceil(entry.sequence.num_tokens + entry.num_coming, self.block_size)
 
     def _grow(self, entry: _Entry, preempted: list[Sequence]) -> bool:
         """A page for the next token where the last one is full. False where that took the sequence's own pages."""
@@ -344,3 +336,37 @@ class DecodeScheduler:
 
 def _order(entry: _Entry) -> tuple[int, int]:
     return entry.order
+
+
+def _num_missing(entry: _Entry) -> int:
+    """Tokens whose KV is neither there nor computed by the steps under way, those that the steps give it among them."""
+    sequence = entry.sequence
+    return sequence.num_tokens + entry.num_coming - sequence.num_computed_tokens - entry.num_pending
+
+
+def _chunk_size(entry: _Entry, budget: int) -> int:
+    """Of its next chunk. A sequence that lacks one token gets it from no budget."""
+    missing = _num_missing(entry)
+    return 1 if missing == 1 else min(missing, budget)
+
+
+def _surely_ends(entry: _Entry) -> bool:
+    """With the token that a step under way gives it."""
+    return entry.num_coming > 0 and entry.sequence.num_output_tokens + entry.num_coming >= entry.sequence.sampling.max_tokens
+
+
+def _take(entry: _Entry, size: int) -> StepChunk:
+    """The next size tokens, as a chunk of a step that is under way from now on."""
+    start = entry.sequence.num_computed_tokens + entry.num_pending
+    gives_token = size == _num_missing(entry)
+    entry.num_steps += 1
+    entry.num_pending += size
+    entry.num_coming += gives_token
+    return StepChunk(entry.sequence, start, size)
+
+
+def _give_back(entry: _Entry, chunk: StepChunk, gave_token: bool) -> None:
+    """The step is over, or does not run after all."""
+    entry.num_steps -= 1
+    entry.num_pending -= chunk.num_tokens
+    entry.num_coming -= gave_token

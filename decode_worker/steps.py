@@ -81,7 +81,7 @@ class DecodeSteps(StepLoop[Step]):
         if launched is None:
             self._end(step, self._compute(step, began), began)
         while launched is not None:
-            ahead = self._launch_behind(launched.step)
+            ahead = self._launch_behind()
             began = self._land(launched, began)
             launched = ahead
 
@@ -93,10 +93,10 @@ class DecodeSteps(StepLoop[Step]):
         self._local.stepping(step, time.monotonic())
         return _Launched(step, in_flight)
 
-    def _launch_behind(self, step: Step) -> _Launched | None:
+    def _launch_behind(self) -> _Launched | None:
         """The step after the one that runs, where it can be told before that one has ended."""
         with self.changed:
-            ahead = None if self._stopping else self._scheduler.schedule_ahead(step)
+            ahead = None if self._stopping else self._scheduler.schedule_ahead()
         if ahead is None:
             return None
         launched = self._launch(ahead)

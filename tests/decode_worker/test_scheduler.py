@@ -301,7 +301,7 @@ def test_a_step_ahead_gives_each_sequence_the_token_after_the_one_on_its_way() -
     step = scheduler.schedule()
     scheduler.add(joining)
     admit_all(scheduler)
-    ahead = scheduler.schedule_ahead(step)
+    ahead = scheduler.schedule_ahead()
     assert ahead is not None and ahead.preempted == []
     assert ahead.chunks == [(first, 8, 1), (joining, 5, 1)], "ending has its last token with the step before"
     assert len(first.pages) == 3, "the token on its way fills the second page"
@@ -318,14 +318,14 @@ def test_who_ended_in_a_step_loses_its_token_of_the_step_ahead_and_keeps_its_pag
         scheduler.add(sequence)
     admit_all(scheduler)
     step = scheduler.schedule()
-    assert scheduler.schedule_ahead(step) is None, "three pages for the fifth tokens are not there, and nobody is preempted"
+    assert scheduler.schedule_ahead() is None, "three pages for the fifth tokens are not there, and nobody is preempted"
     assert scheduler.num_running == 3
     scheduler.record(step, [1, 2, 3])
     scheduler.abort(aborted)
     scheduler.release(aborted)
     step = scheduler.schedule()
     assert [chunk.sequence for chunk in step.chunks] == [ended, going_on]
-    ahead = scheduler.schedule_ahead(step)
+    ahead = scheduler.schedule_ahead()
     assert ahead is not None
     assert [item.finish_reason for item in scheduler.record(step, [EOS, 4])] == [common_pb2.FINISH_REASON_STOP, None]
     scheduler.release(ended)
@@ -335,23 +335,43 @@ def test_who_ended_in_a_step_loses_its_token_of_the_step_ahead_and_keeps_its_pag
     assert scheduler.allocator.num_free == 2
 
 
-def test_nothing_goes_ahead_of_a_prompt_or_with_one() -> None:
+def test_a_prompt_s_chunks_go_ahead_one_behind_the_other_and_its_first_token_behind_the_last() -> None:
     scheduler = make_scheduler(recompute=4)
-    decoding, prompt = make_sequence(3, max_tokens=30), make_sequence(9)
+    decoding, prompt = make_sequence(3, max_tokens=30), make_sequence(9, max_tokens=30)
     scheduler.add(decoding)
     admit_all(scheduler)
-    step = scheduler.schedule()
+    running = scheduler.schedule()
     scheduler.add(prompt)
     begin_all(scheduler)
-    assert scheduler.schedule_ahead(step) is None
-    scheduler.record(step, [1])
-    for num_chunks in (2, 2, 2):
-        step = scheduler.schedule()
-        assert len(step.chunks) == num_chunks
-        assert scheduler.schedule_ahead(step) is None or prompt.num_computed_tokens == 8
-        scheduler.record(step, [next_token(sequence) for sequence in step.sampled])
-    step = scheduler.schedule()
-    assert scheduler.schedule_ahead(step) is not None
+    spans: list[tuple[int, int]] = []
+    for _ in range(5):
+        ahead = scheduler.schedule_ahead()
+        assert ahead is not None
+        spans += [(chunk.start, chunk.num_tokens) for chunk in ahead.chunks if chunk.sequence is prompt]
+        assert [chunk.sequence for chunk in ahead.chunks] == [decoding, prompt]
+        scheduler.record(running, list(range(11, 11 + len(running.sampled))))
+        running = ahead
+    assert spans == [(0, 4), (4, 4), (8, 1), (9, 1), (10, 1)], "whole chunks, the prompt's end, and two tokens of its answer"
+    assert prompt.num_output_tokens == 2 and running.sampled == [decoding, prompt]
+
+
+def test_a_prompt_that_is_aborted_with_a_chunk_under_way_and_one_ahead_keeps_its_pages_until_both_are_over() -> None:
+    scheduler = make_scheduler(recompute=4)
+    decoding, prompt = make_sequence(3, max_tokens=30), make_sequence(20)
+    scheduler.add(decoding)
+    admit_all(scheduler)
+    scheduler.add(prompt)
+    begin_all(scheduler)
+    num_free = scheduler.allocator.num_free
+    running = scheduler.schedule()
+    ahead = scheduler.schedule_ahead()
+    assert ahead is not None and {chunk.sequence for chunk in ahead.chunks} == {decoding, prompt}
+    scheduler.abort(prompt)
+    scheduler.release(prompt)
+    for step in (running, ahead):
+        assert prompt.pages, "a step still writes to them"
+        scheduler.record(step, [1] * len(step.sampled))
+    assert prompt.pages == [] and scheduler.allocator.num_free > num_free
 
 
 def test_a_step_that_was_withdrawn_leaves_nothing_behind() -> None:
@@ -361,7 +381,7 @@ def test_a_step_that_was_withdrawn_leaves_nothing_behind() -> None:
         scheduler.add(sequence)
     admit_all(scheduler)
     step = scheduler.schedule()
-    ahead = scheduler.schedule_ahead(step)
+    ahead = scheduler.schedule_ahead()
     assert ahead is not None
     scheduler.abort(aborted)
     scheduler.record(step, [1, 2])

@@ -86,18 +86,27 @@ class Rig:
             running = [sequence for sequence in self.live if sequence.pages and sequence not in self.loading]
             step = self.scheduler.schedule()
             self.check_fairness(step, [sequence for sequence in running if sequence.pages])
-            sizes = [size for sequence, _, size in step.chunks if sequence.num_tokens - sequence.num_computed_tokens > 1]
-            assert sum(sizes) <= self.recompute, "prefill past its budget"
-            assert all(start == sequence.num_computed_tokens for sequence, start, _ in step.chunks)
+            self.check_budget(step)
             self.launch(step)
+
+    def check_budget(self, step: Step) -> None:
+        """Chunks begin where the steps under way end; those of sequences that lack more than one token share the budget."""
+        under_way, num_prefill_tokens = self.steps[0] if self.steps else (Step([], [], []), {}), 0
+        for sequence, start, size in step.chunks:
+            pending = sum(chunk.num_tokens for chunk in under_way[0].chunks if chunk.sequence is sequence)
+            assert start == sequence.num_computed_tokens + pending
+            num_tokens = sequence.num_tokens + (sequence in under_way[0].sampled)
+            num_prefill_tokens += size if num_tokens - start > 1 else 0
+        assert num_prefill_tokens <= self.recompute, "prefill past its budget"
 
     def schedule_ahead(self) -> None:
         if len(self.steps) == 1:
             num_preemptions = [self.scheduler.num_preemptions(sequence) for sequence in self.live]
-            step = self.scheduler.schedule_ahead(self.steps[0][0])
+            step = self.scheduler.schedule_ahead()
             assert num_preemptions == [self.scheduler.num_preemptions(sequence) for sequence in self.live]
             if step is not None:
-                assert step.chunks and step.is_decode
+                assert step.chunks and not step.preempted
+                self.check_budget(step)
                 self.launch(step)
 
     def withdraw(self) -> None:
@@ -108,7 +117,7 @@ class Rig:
     def launch(self, step: Step) -> None:
         """Computes what the step does from the tokens that are there and those on their way."""
         assert len(step.chunks) <= self.max_running
-        on_their_way = self.steps[0][1] if self.steps else {}
+        on_their_way = {sequence: self.steps[0][1][sequence] for sequence in self.steps[0][0].sampled} if self.steps else {}
         tokens: dict[Sequence, int] = {}
         for sequence, start, num_tokens in step.chunks:
             known = [*sequence.token_ids, *([on_their_way[sequence]] if sequence in on_their_way else [])]

@@ -14,44 +14,19 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
-from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from ..protocol.errors import HalfmoonError, RequestCancelled
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import common_pb2
+from .executor import PageTransfer, Slice, Writer
 from .kv_cache import PagedKVCache
-from .transfer import Landing, TransferThread
+from .transfer import Landing
 
 MAX_SLICES = 4  # of one reader or writer on their way
 PUSH_BYTES = 32 * 2**20  # layers of fewer go together: a push costs the host as much whatever it carries, and the engine's thread waits
-
-
-class Rows(Protocol):
-    """uint8 [bytes of some layers] for each of some blocks; runs: the same as few arrays [blocks of a run, bytes of the layers]."""
-
-    @property
-    def runs(self) -> list[np.ndarray]: ...
-    def __len__(self) -> int: ...
-
-
-class Slice(Protocol):
-    """Layers from layer on of a run of blocks."""
-
-    @property
-    def layer(self) -> int: ...
-    @property
-    def first_block(self) -> int: ...
-    @property
-    def blocks(self) -> Any:
-        """Rows, of num_layers layers each."""
-        ...
-
-    @property
-    def num_layers(self) -> int: ...
 
 
 class Reader(Protocol):
@@ -62,33 +37,13 @@ class Reader(Protocol):
         ...
 
 
-class Writer(Protocol):
-    present: list[bool]
-
-    @property
-    def memory(self) -> np.ndarray | None: ...
-
-    def push(self, layer: int, first_block: int, blocks: np.ndarray) -> None: ...
-
-    def rows(self, layer: int, first_block: int, last_block: int, num_layers: int = 1) -> Rows: ...
-
-    def pushed(self, layer: int, first_block: int, last_block: int, num_layers: int = 1) -> None: ...
-
-    def dropped(self) -> None: ...
-
-    async def seal(self, state: common_pb2.HandoffState) -> None: ...
-
-    async def abort(self, reason: HalfmoonError) -> None: ...
-
-
 class PageLoad:
     """A reader's slices on their way to pages. On the event loop.
 
     Where it is given up, the transfer thread may still read the slices' memory until it is drained.
     """
 
-    def __init__(self, cache: PagedKVCache, transfer: TransferThread) -> None:
-        self._cache = cache
+    def __init__(self, transfer: PageTransfer) -> None:
         self._transfer = transfer
         self._under_way: deque[Future[None]] = deque()
 
@@ -96,7 +51,7 @@ class PageLoad:
         """pages: of the whole sequence. Waits while MAX_SLICES slices are under way; returns before this one is written."""
         if len(self._under_way) == MAX_SLICES:
             await _over(self._under_way.popleft())
-        self._under_way.append(self._transfer.start(partial(write_slice, self._cache, pages, piece)))
+        self._under_way.append(self._transfer.load(pages, piece))
 
     async def finished(self) -> None:
         """Until every slice is written."""
@@ -108,9 +63,9 @@ async def _over(call: Future[None]) -> None:
     await asyncio.shield(asyncio.wrap_future(call))
 
 
-async def load_pages(cache: PagedKVCache, transfer: TransferThread, pages: Sequence[int], reader: Reader) -> None:
+async def load_pages(transfer: PageTransfer, pages: Sequence[int], reader: Reader) -> None:
     """pages: one a block at least. Raises what the reader raises: the pages must not be used then."""
-    load = PageLoad(cache, transfer)
+    load = PageLoad(transfer)
     async for piece in reader.slices():
         await load.write(pages, piece)
     await load.finished()
@@ -214,16 +169,14 @@ def _require_held(are_held: Callable[[], bool] | None) -> None:
         raise RequestCancelled("the sequence lost its pages while they were read")
 
 
-async def keep_pages(
-    cache: PagedKVCache, transfer: TransferThread, pages: Sequence[int], writer: Writer, are_held: Callable[[], bool] | None = None
-) -> None:
+async def keep_pages(transfer: PageTransfer, pages: Sequence[int], writer: Writer, are_held: Callable[[], bool] | None = None) -> None:
     """Every layer of all of the writer's blocks, and the seal. As push_pages; gives the lease up before it raises."""
     pushing: deque[Future[None]] = deque()
     try:
-        for layers in layer_groups(cache.schema, len(writer.present)):
+        for layers in layer_groups(transfer.schema, len(writer.present)):
             if len(pushing) == MAX_SLICES:
                 await _over(pushing.popleft())
-            pushing.append(transfer.start(partial(push_pages, cache, pages, writer, layers, 0, len(writer.present), are_held)))
+            pushing.append(transfer.store(pages, writer, layers, are_held))
         while pushing:
             await _over(pushing.popleft())
         await writer.seal(common_pb2.HandoffState())

@@ -51,6 +51,9 @@ class PrefillScheduler:
 
     Args:
         max_tokens_per_step: at least block_size (ConfigError), for chunks end at block boundaries except a prompt's last.
+
+    Attributes:
+        num_reserved_pages: that its prompts leave to others of the allocator, unless one alone needs more than the rest.
     """
 
     def __init__(self, allocator: PageAllocator, block_size: int, max_tokens_per_step: int) -> None:
@@ -62,6 +65,8 @@ class PrefillScheduler:
         self.allocator = allocator
         self.block_size = block_size
         self.max_tokens_per_step = max_tokens_per_step
+        self.num_reserved_pages = 0
+        self._num_pages = 0  # of its prompts
         self._arrivals = itertools.count()
         self._entries: dict[Sequence, _Entry] = {}  # until the pages are free
         self._waiting: list[_Entry] = []  # both sorted by order
@@ -75,6 +80,10 @@ class PrefillScheduler:
     def num_running(self) -> int:
         """Started and not finished."""
         return len(self._started)
+
+    @property
+    def has_runnable(self) -> bool:
+        return any(entry.runnable for entry in self._started)
 
     @property
     def num_outstanding_tokens(self) -> int:
@@ -110,9 +119,10 @@ class PrefillScheduler:
         while self._waiting:
             entry = self._waiting[0]
             num_pages = div_ceil(entry.sequence.num_tokens, self.block_size)
-            if not self.allocator.can_allocate(num_pages):
+            if not self._may_take(num_pages):
                 break
             del self._waiting[0]
+            self._num_pages += num_pages
             entry.sequence.pages = self.allocator.allocate(num_pages)
             entry.held = True
             insort(self._started, entry, key=_order)
@@ -129,10 +139,13 @@ class PrefillScheduler:
         sequence.num_computed_tokens = num_cached_tokens
         entry.runnable = True
 
-    def schedule(self) -> Step:
-        """The chunks of the next step, none if nothing is runnable. record() has to follow before the next schedule()."""
+    def schedule(self, budget: int | None = None) -> Step:
+        """The chunks of the next step, none if nothing is runnable. record() has to follow before the next schedule().
+
+        budget: of its tokens, at most max_tokens_per_step; None: that.
+        """
         runnable = [entry for entry in self._started if entry.runnable]
-        budget = self.max_tokens_per_step
+        budget = self.max_tokens_per_step if budget is None else min(budget, self.max_tokens_per_step)
         sizes: dict[_Entry, int] = {}
         for _, urgency in itertools.groupby(runnable, key=lambda entry: entry.order[0]):
             budget = self._share(list(urgency), budget, sizes)
@@ -171,6 +184,10 @@ class PrefillScheduler:
             entry.held = False
             self._free_if_done(entry)
 
+    def _may_take(self, num_pages: int) -> bool:
+        within = self._num_pages == 0 or self._num_pages + num_pages <= self.allocator.num_pages - self.num_reserved_pages
+        return within and self.allocator.can_allocate(num_pages)
+
     def _share(self, entries: list[_Entry], budget: int, sizes: dict[_Entry, int]) -> int:
         """Divides budget, adds the chunks' sizes to sizes and returns what is left."""
         fair = max(budget // len(entries), self.block_size) if entries else 0
@@ -198,6 +215,7 @@ class PrefillScheduler:
 
     def _free_if_done(self, entry: _Entry) -> None:
         if entry.left and not entry.held and not entry.in_step:
+            self._num_pages -= len(entry.sequence.pages)
             self.allocator.free(entry.sequence.pages)
             entry.sequence.pages = []
             del self._entries[entry.sequence]

@@ -168,13 +168,13 @@ async def test_a_cancelled_request_frees_its_pages_once_no_step_writes_to_them(l
 async def test_a_step_launched_behind_another_is_timed_from_the_end_of_that(launching: Any) -> None:
     """No second is counted twice."""
     cluster, launcher = await launching()
-    note, spans = cluster.decode._samples.note, []
+    note, spans = cluster.decode.half._samples.note, []
 
     def seen(chunks: list[StepChunk], began: float, ended: float) -> None:
         spans.append((began, ended))
         note(chunks, began, ended)
 
-    cluster.decode._samples.note = seen
+    cluster.decode.half._samples.note = seen
     await cluster.run(prompt(30), max_tokens=20)
     assert launcher.num_ahead == 18 and len(spans) == 19
     assert all(earlier[1] == later[0] < later[1] for earlier, later in itertools.pairwise(spans))
@@ -187,8 +187,8 @@ async def test_steps_that_are_stopped_read_what_they_launched_and_launch_no_more
     running = asyncio.create_task(cluster.run(prompt(30), max_tokens=200))
     while launcher.num_launched < 5:
         await asyncio.sleep(0.001)
-    stopped = asyncio.create_task(asyncio.to_thread(cluster.decode._steps.stop))
-    while not cluster.decode._steps._stopping:
+    stopped = asyncio.create_task(asyncio.to_thread(cluster.decode.worker.steps.stop))
+    while not cluster.decode.worker.steps._stopping:
         await asyncio.sleep(0.001)
     stopping.set()
     await stopped

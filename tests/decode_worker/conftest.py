@@ -106,7 +106,7 @@ class Members(control_pb2_grpc.ControlServicer):
 
 
 class Cluster:
-    """One store, one prefill and one decode worker. Plays the proxy: speaks to the workers by gRPC alone."""
+    """One store, one prefill and one decode worker, or some of both roles. Plays the proxy: speaks to the workers by gRPC alone."""
 
     def __init__(self, folder: Path, transport: str, members: Members, views: Any) -> None:
         self.views = views
@@ -124,7 +124,9 @@ class Cluster:
         arena_bytes: int = 4 * 2**20,
         port: int = 0,
         flip_pushed_bytes: bool = False,
+        both: int = 0,
     ) -> Cluster:
+        """both: so many workers of both roles in the place of the two. Prompts go to the first one, answers come from the last."""
         self.store = StoreServer(StoreConfig(arena_bytes=arena_bytes), node_id="node-a")
         await self.store.start("127.0.0.1", port)
         configs: Any = {
@@ -132,16 +134,21 @@ class Cluster:
             "prefill": PrefillConfig(transport=self.transport, **{"max_tokens_per_step": 64, **(prefill or {})}),
             "decode": DecodeConfig(transport=self.transport, **(decode or {})),
         }
-        self.workers = [make_worker(self.worker_address(f"{role}-0"), role=role, **configs) for role in ("prefill", "decode")]
+        names: Any = [(f"both-{number}", "both") for number in range(both)] or [("prefill-0", "prefill"), ("decode-0", "decode")]
+        self.workers = [make_worker(self.worker_address(name), role=role, **configs) for name, role in names]
         for worker in self.workers:
             await worker.start()
         self.prefill = self.views.WorkerView(self.workers[0], self.workers[0].prefill)
-        self.decode = self.views.WorkerView(self.workers[1], self.workers[1].decode)
+        self.decode = self.views.WorkerView(self.workers[-1], self.workers[-1].decode)
         if flip_pushed_bytes:
             self.views.flip_pushed_bytes(self.workers[0].stores.own.client)
-        self.prefill_stub: Any = worker_pb2_grpc.PrefillWorkerStub(await self._channel(self.prefill.address))
-        self.decode_stub: Any = worker_pb2_grpc.DecodeWorkerStub(await self._channel(self.decode.address))
+        self._channels = {worker: await self._channel(worker.address) for worker in self.workers}
+        self.prefill_stub, self.decode_stub = self.stub_pair(self.workers[0], self.workers[-1])
         return self
+
+    def stub_pair(self, prefill: Any, decode: Any) -> tuple[Any, Any]:
+        """Which worker computes prompts, and which one answers."""
+        return worker_pb2_grpc.PrefillWorkerStub(self._channels[prefill]), worker_pb2_grpc.DecodeWorkerStub(self._channels[decode])
 
     async def stop(self) -> None:
         await self._exits.aclose()
@@ -219,10 +226,10 @@ class Cluster:
 
     def held(self) -> dict[str, Any]:
         stats, found = self.store.stats(), {}
-        for name, worker in (("prefill", self.prefill), ("decode", self.decode)):
-            allocator = worker.scheduler.allocator
-            if not worker.scheduler.at_rest or allocator.num_free != allocator.num_pages:
-                found[name] = allocator.num_pages - allocator.num_free
+        for worker in self.workers:
+            halves = (worker.prefill.scheduler.at_rest, worker.decode.scheduler.at_rest)
+            if not all(halves) or worker.allocator.num_free != worker.allocator.num_pages:
+                found[worker.worker_id] = worker.allocator.num_pages - worker.allocator.num_free
         if stats.num_leases or stats.num_handoffs or stats.num_bytes_leased:
             found["store"] = (stats.num_leases, stats.num_handoffs, stats.num_bytes_leased)
         assert stats.num_bytes_arena == stats.num_bytes_leased + stats.num_bytes_cached + stats.num_bytes_free

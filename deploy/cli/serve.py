@@ -69,7 +69,7 @@ async def _drain(supervisor: Supervisor, timeout_s: float, interrupted: asyncio.
 
 def _print_endpoints(supervisor: Supervisor, config: ClusterConfig) -> None:
     counts = {"prefill": config.prefill.num_workers, "decode": config.decode.num_workers, "prefill-and-decode": config.both.num_workers}
-    workers = " and ".join(f"{count} {name} workers" for name, count in counts.items() if count)
+    workers = " and ".join(f"{count} {name}" for name, count in counts.items() if count) + " workers"
     if not counts["prefill"] and not counts["prefill-and-decode"]:
         workers += ", which prefill too"
     console.print(

@@ -48,6 +48,8 @@ def serve(
     """Start or join a cluster and serve a model until interrupted; then drain."""
     if both:
         prefill, decode = prefill or 0, decode or 0
+    elif decode == 0:
+        raise typer.BadParameter("0 decode workers answer nobody; give --decode 1 or more, or --both", param_hint="--decode")
     flags = {
         "model.path": model,
         "model.device": device,

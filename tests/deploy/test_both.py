@@ -11,6 +11,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from halfmoon.client import Delta
 from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.ray_session import RayNode
 from halfmoon.protocol.config import BothConfig, ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
@@ -75,15 +76,27 @@ async def test_the_next_turn_finds_the_blocks_of_the_last(cluster, reference, pr
     assert result.usage.num_cached_tokens == (len(first) + NUM_TOKENS - 1) // 64 * 64
 
 
+async def stream_worker(cluster: Any) -> str:
+    """Whose report says that it decodes."""
+    async with asyncio.timeout(2.0):
+        while True:
+            for member in (await cluster.status()).members:
+                if member.role == control_pb2.ROLE_BOTH and member.load.num_running:
+                    return member.info.id
+            await asyncio.sleep(0.01)
+
+
 async def test_one_that_dies_costs_a_replay_on_the_other(cluster, reference, prompt_of) -> None:
     prompt = prompt_of(300, seed=4)
-    stream = cluster.client.stream(token_ids=list(prompt), max_tokens=200, temperature=0.0, ignore_eos=True)
-    token_ids = list((await anext(stream)).token_ids)
-    busy = [member.info.id for member in (await cluster.status()).members if member.load.num_running]
-    await cluster.kill(busy[0] if busy else "both-0")
+    stream = cluster.client.stream(token_ids=list(prompt), max_tokens=800, temperature=0.0, ignore_eos=True)
+    token_ids: list[int] = []
     async for event in stream:
-        token_ids += getattr(event, "token_ids", [])
-    assert token_ids == reference.generate(prompt, 200)
+        if isinstance(event, Delta):
+            if not token_ids:
+                await cluster.kill(await stream_worker(cluster))
+            token_ids += event.token_ids
+    assert token_ids == reference.generate(prompt, 800)
+    assert (await stream.completion()).phases.num_attempts == 2
     await cluster.all_joined(3)
 
 

@@ -19,7 +19,8 @@ import numpy as np
 from ..protocol.errors import HalfmoonError
 from .executor import BlockPush, Slice, Writer
 from .kv_cache import PagedKVCache
-from .page_copy import PUSH_BYTES, push_pages, write_slice
+from .page_copy import PUSH_BYTES
+from .slice_copy import push_pages, write_slice
 from .transfer import Landing, TransferThread
 
 MIN_LAYERS = 4  # that go together even where they have more than PUSH_BYTES

@@ -145,6 +145,14 @@ def test_what_the_simulator_runs_imports_neither_torch_nor_ray(module: str) -> N
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize(
+    "module", ["halfmoon.engine.executor", "halfmoon.engine.worker", "halfmoon.prefill_worker.worker", "halfmoon.decode_worker.worker"]
+)
+def test_what_stands_above_the_executor_imports_no_torch(module: str) -> None:
+    code = f"import sys; sys.modules['torch'] = sys.modules['ray'] = None; import {module}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_conductor_imports_neither_grpc_nor_torch_nor_ray() -> None:
     names = [".".join(["halfmoon", *path.relative_to(ROOT).with_suffix("").parts]) for path in modules("proxy/conductor")]
     code = f"import sys, {', '.join(names)}; found = {{'grpc', 'torch', 'ray'}} & set(sys.modules); sys.exit(str(found) if found else 0)"

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfmoon.engine.executor import BlockPush
-from halfmoon.engine.page_copy import missing_runs
 from halfmoon.engine.page_transfer import LocalPageTransfer
 from halfmoon.engine.sequence import Sequence, StepChunk
+from halfmoon.engine.slice_copy import missing_runs
 from halfmoon.prefill_worker.pusher import finished_blocks
 from halfmoon.protocol.sampling import SamplingParams
 

@@ -6,14 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..protocol.roles import ROLE_NAMES
 from ..protocol.v1 import control_pb2, inference_pb2
 
-Role = Literal["prefill", "decode", "store", "unknown"]
-_ROLES: dict[int, Role] = {
-    control_pb2.ROLE_PREFILL: "prefill",
-    control_pb2.ROLE_DECODE: "decode",
-    control_pb2.ROLE_STORE: "store",
-}
+Role = Literal["prefill", "decode", "both", "store", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +28,7 @@ class Model:
 class Member:
     id: str
     role: Role
+    """That it has now."""
     address: str
     node_id: str
     device: str
@@ -40,7 +37,7 @@ class Member:
     num_running: int
     num_waiting: int
     num_outstanding_tokens: int
-    """Prefill: still to compute; decode: of context held."""
+    """Role prefill: still to compute; else of context held."""
     kv_usage_ratio: float
     """Of a worker's pages, or of a store's arena."""
 
@@ -110,7 +107,7 @@ def _member(message: control_pb2.StatusReply.Member) -> Member:
     info, load = message.info, message.load
     return Member(
         id=info.id,
-        role=_ROLES.get(info.role, "unknown"),
+        role=ROLE_NAMES.get(message.role or info.role, "unknown"),
         address=info.address,
         node_id=info.node_id,
         device=info.device,

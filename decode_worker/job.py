@@ -12,9 +12,10 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+from ..engine.prefix_loader import CachedPrefix
 from ..engine.sequence import Sequence
 from ..kvstore.client import BlockReader
-from ..protocol.errors import DeadlineExceeded, HalfmoonError, PromptTooLong
+from ..protocol.errors import DeadlineExceeded, HalfmoonError
 from ..protocol.v1 import common_pb2, worker_pb2
 
 
@@ -44,9 +45,7 @@ class DecodeJob:
     second_token_at: float = 0.0
     last_token_at: float = 0.0
     # local prefill's
-    num_cached_tokens: int = 0
-    num_bytes_loaded: int = 0
-    prefix_load_s: float = 0.0
+    prefix: CachedPrefix = field(default_factory=CachedPrefix)
     first_chunk_at: float = 0.0
     compute_s: float = 0.0  # of its steps' seconds, by its share of their tokens
 
@@ -127,16 +126,3 @@ class DecodeJob:
             where = "waiting for its hand-off"
         waited_s = time.monotonic() - self.arrived_at
         return DeadlineExceeded(f"request {self.sequence.request_id} ran out of time {where}, {waited_s:.3f} s after it came")
-
-
-def check_sequence(sequence: Sequence, vocab_size: int, max_model_len: int) -> None:
-    """Raises InvalidRequest for tokens that the model does not have, PromptTooLong."""
-    sequence.check_tokens(vocab_size)
-    longest = sequence.num_prompt_tokens + sequence.sampling.max_tokens
-    if longest > max_model_len or sequence.num_tokens >= max_model_len:
-        raise PromptTooLong(
-            f"prompt and max_tokens are {sequence.num_prompt_tokens} + {sequence.sampling.max_tokens} tokens; "
-            f"the model takes {max_model_len}",
-            num_tokens=longest,
-            limit=max_model_len,
-        )

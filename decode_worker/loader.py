@@ -1,7 +1,7 @@
 """Takes a hand-off into a sequence's pages, and refuses what must not be decoded.
 
 fetch ─► layout: as many blocks as the tokens make, keys those of the tokens ─► slices ─► sealed: checksums, state
-                                                                       └─ transfer thread ─► pages, once granted
+                                                                       └─ transfers ─► pages, once granted
 
 Slices of a sequence that waits for pages are held back here; they are bounded by the store's arena, where they stay leased.
 """
@@ -12,16 +12,15 @@ import asyncio
 import logging
 import time
 
-from ..engine.kv_cache import PagedKVCache
+from ..engine.executor import PageTransfer
 from ..engine.page_copy import PageLoad
-from ..engine.transfer import TransferThread
+from ..engine.stores import Stores
+from ..engine.worker_metrics import WorkerMetrics
 from ..kvstore.reader import BlockReader, BlockSlice
-from ..kvstore.store_link import StoreLink
 from ..protocol.blocks import div_ceil
 from ..protocol.errors import HalfmoonError, HandoffCorrupt, HandoffIncomplete, RequestCancelled
 from ..protocol.v1 import common_pb2
 from .job import DecodeJob
-from .metrics import DecodeMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +28,9 @@ logger = logging.getLogger(__name__)
 class HandoffLoader:
     """On the event loop."""
 
-    def __init__(self, cache: PagedKVCache, store: StoreLink, transfer: TransferThread, metrics: DecodeMetrics, vocab_size: int) -> None:
-        self._cache = cache
-        self._store = store
-        self._transfer = transfer
+    def __init__(self, pages: PageTransfer, stores: Stores, metrics: WorkerMetrics, vocab_size: int) -> None:
+        self._pages = pages
+        self._stores = stores
         self._metrics = metrics
         self._vocab_size = vocab_size
 
@@ -42,11 +40,11 @@ class HandoffLoader:
         Raises HandoffIncomplete, HandoffCorrupt, HandoffAborted, StaleEpoch, DeadlineExceeded, StoreUnavailable.
         """
         handoff = job.request.handoff
-        client = self._store.client
+        client = self._stores.own.client
         job.transport = client.transport
         job.reader = await client.fetch(handoff.id, handoff.epoch, job.sequence.remaining_s)
         if not job.ended:
-            check_layout(job, job.reader, self._cache.page_size)
+            check_layout(job, job.reader, self._pages.schema.block_size)
 
     async def load(self, job: DecodeJob) -> common_pb2.HandoffState:
         """Returns once the pages hold the whole hand-off and it was verified.
@@ -54,7 +52,7 @@ class HandoffLoader:
         Raises HandoffIncomplete, HandoffCorrupt, HandoffAborted, StoreUnavailable.
         """
         assert job.reader is not None
-        load = PageLoad(self._cache, self._transfer)
+        load = PageLoad(self._pages)
         unwritten: list[BlockSlice] = []
         num_slices = 0
         async for piece in job.reader.slices():
@@ -63,7 +61,7 @@ class HandoffLoader:
             if job.granted.done():
                 await _write(load, job, unwritten)
         job.sealed_at = time.monotonic()
-        state = check_state(job, job.reader, num_slices, self._cache.schema.num_layers, self._vocab_size)
+        state = check_state(job, job.reader, num_slices, self._pages.schema.num_layers, self._vocab_size)
         await job.granted
         await _write(load, job, unwritten)
         await load.finished()
@@ -78,7 +76,7 @@ class HandoffLoader:
         """Before the intake ends: the store would have to make up a reason. Raises StoreUnavailable."""
         handoff = job.request.handoff
         reason = job.error or RequestCancelled(f"request {job.sequence.request_id} was stopped before its hand-off was there")
-        await self._store.client.abort(handoff.id, handoff.epoch, reason)
+        await self._stores.own.client.abort(handoff.id, handoff.epoch, reason)
         job.given_up = True
 
     async def end_intake(self, job: DecodeJob) -> None:
@@ -94,7 +92,7 @@ class HandoffLoader:
         """Lets go of the job's reader, if it has one. Idempotent."""
         if job.reader is None:
             return
-        await self._transfer.drained()  # a cancelled intake may still be copying out of the reader's memory
+        await self._pages.drained()  # a cancelled intake may still be copying out of the reader's memory
         try:
             await job.reader.release()
         except HalfmoonError as error:

@@ -203,7 +203,7 @@ class DecodeScheduler:
         """The step behind the one that runs, which is the only one that is not recorded yet; its record comes before this one's.
 
         A chunk may begin at the token that its sequence gets in the step that runs. Who is sure to end there has none, and others have
-        its place. None where that can't be decided yet, because pages are short, or where nobody is left.
+        its place. No chunks where nobody is left; None where that can't be decided yet, because pages are short.
         """
         chosen: list[tuple[_Entry, int]] = []
         budget = self.max_prefill_tokens_per_step
@@ -215,7 +215,7 @@ class DecodeScheduler:
                 chosen.append((entry, size))
                 budget -= size if _num_missing(entry) > 1 else 0
         lacking = [entry for entry, _ in chosen if len(entry.sequence.pages) < self._num_pages_ahead(entry)]
-        if not chosen or not self.allocator.can_allocate(len(lacking)):
+        if not self.allocator.can_allocate(len(lacking)):
             return None
         for entry in lacking:
             entry.sequence.pages += self.allocator.allocate(1)

@@ -1,4 +1,4 @@
-"""The decode worker's gRPC face."""
+"""The decode half's gRPC face."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from typing import Any, Protocol
 
 import grpc.aio
 
-from ..protocol.address import join_address
-from ..protocol.channel import create_server
 from ..protocol.grpc_errors import stream_boundary, unary_boundary
 from ..protocol.v1 import worker_pb2, worker_pb2_grpc
 from .job import DecodeJob
 
 
 class Decoder(Protocol):
-    """The worker, as its face sees it."""
+    """The decode half, as its face sees it."""
 
     def open(self, request: worker_pb2.DecodeRequest) -> DecodeJob: ...
 
@@ -43,11 +41,3 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     @unary_boundary
     async def Stop(self, request: worker_pb2.StopRequest, context: grpc.aio.ServicerContext) -> worker_pb2.StopReply:
         return worker_pb2.StopReply(found=self._worker.stop_sequence(request.request_id))
-
-
-async def start_server(worker: Decoder, host: str) -> tuple[grpc.aio.Server, str]:
-    """A running server on a free port of host, and its "host:port"."""
-    server, port = create_server(host, 0)
-    worker_pb2_grpc.add_DecodeWorkerServicer_to_server(DecodeService(worker), server)
-    await server.start()
-    return server, join_address(host, port)

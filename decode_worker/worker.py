@@ -1,11 +1,9 @@
-"""The decode worker: hand-offs taken in, sequences batched continuously on an engine on a thread of its own, tokens streamed.
+"""The decode half of a worker: hand-offs taken in, sequences batched continuously, tokens streamed.
 
-event loop       Decode ─► fetch ─► add ─► start ─► verify ─► admit ┐     ┌─► tokens ─► reply stream      finished ─► keep
-                   └─ local prefill: ─► add ─► start ─► prefix ─► begin_prefill
-engine thread                                   schedule ─► compute ─► record    sleeps when there is nothing to do
-transfer thread              copies slices into pages ──────────────┘                          pages ─► store ────────┘
-
-Threads share the scheduler under one condition; what a step gave comes to the loop with one call_soon_threadsafe.
+event loop     Decode ─► fetch ─► add ─► start ─► verify ─► admit ┐     ┌─► tokens ─► reply stream      finished ─► keep
+                 └─ local prefill: ─► add ─► start ─► prefix ─► begin_prefill
+step loop                                       schedule ─► compute ─► record
+transfers                 slices into pages ────────────────┘                              pages ─► store ────────┘
 """
 
 from __future__ import annotations
@@ -15,17 +13,14 @@ import logging
 import time
 from functools import partial
 
-from ..engine.arena_pins import ArenaPins
-from ..engine.engine import Engine
-from ..engine.model_config import ModelConfig
-from ..engine.page_allocator import PageAllocator
-from ..engine.resolve import resolve_device, resolve_folder, resolve_max_model_len
+import grpc.aio
+
+from ..engine.executor import PageTransfer
 from ..engine.sequence import Sequence
-from ..engine.transfer import TransferThread
+from ..engine.worker import HalfLoad, Worker
 from ..kvstore.client import StoreClient
-from ..kvstore.store_link import StoreLink
-from ..protocol.blocks import block_keys, root_key
-from ..protocol.config import DecodeConfig, ModelOptions
+from ..protocol.blocks import block_keys
+from ..protocol.config import DecodeConfig
 from ..protocol.errors import (
     HalfmoonError,
     HandoffAborted,
@@ -35,117 +30,81 @@ from ..protocol.errors import (
     StoreUnavailable,
     WorkerLost,
 )
-from ..protocol.v1 import common_pb2, control_pb2, worker_pb2
-from ..protocol.worker_life import WorkerAddress, WorkerLife
-from .job import DecodeJob, check_sequence
+from ..protocol.roles import WorkerRole
+from ..protocol.v1 import common_pb2, worker_pb2, worker_pb2_grpc
+from .answer_keeper import AnswerKeeper
+from .job import DecodeJob
 from .loader import HandoffLoader
 from .local_prefill import LocalPrefill, local_state
 from .metrics import DecodeMetrics
-from .pusher import BlockPusher
 from .scheduler import DecodeScheduler
-from .service import start_server
+from .service import DecodeService
 from .step_samples import StepSamples
 from .steps import DecodeSteps, StepResult
 
 logger = logging.getLogger(__name__)
 
 KEEP_PATIENCE_S = 0.1  # how long an answer's end waits for its blocks to be kept; a slow store costs the next turn its prefix and no more
-CPU_CAPACITY = 8  # times max_model_len, where no capacity is configured
 
 
-class DecodeWorker:
-    """Everything but the engine's and the transfer thread's calls happens on the event loop that start() runs on."""
+class DecodeHalf:
+    """On the worker's event loop, but for its steps."""
 
-    def __init__(self, worker_address: WorkerAddress, *, options: ModelOptions, config: DecodeConfig) -> None:
-        self.worker_id = worker_address.worker_id
-        self.life = WorkerLife(worker_address, self._fail_all)
-        self._options = options
+    def __init__(self, config: DecodeConfig) -> None:
         self._config = config
         self._jobs: dict[Sequence, DecodeJob] = {}
         self._samples = StepSamples()
 
-    async def start(self) -> str:
-        """Loads the model, attaches to the store, listens and joins the proxy. Returns "host:port".
-
-        Raises CheckpointError, ConfigError, StoreUnavailable, SchemaMismatch.
-        """
-        life, worker_address = self.life, self.life.worker_address
-        self.engine = await life.load(self._load_engine)
-        cache = self.engine.cache
+    def mount(self, worker: Worker) -> DecodeSteps:
+        """Raises ConfigError."""
+        facts, config = worker.facts, self._config
         self.scheduler = DecodeScheduler(
-            PageAllocator(cache.num_pages),
-            cache.page_size,
-            eos_token_ids=self.engine.config.eos_token_ids,
-            max_running=self._config.max_running,
-            max_prefill_tokens_per_step=self._config.max_prefill_tokens_per_step,
+            worker.allocator,
+            facts.page_size,
+            eos_token_ids=facts.eos_token_ids,
+            max_running=config.max_running,
+            max_prefill_tokens_per_step=config.max_prefill_tokens_per_step,
         )
-        self.metrics = DecodeMetrics(self.scheduler)
-        self._root = root_key(self.engine.schema.fingerprint)
-        self._transfer = TransferThread(f"{self.worker_id}-transfer", self.engine.device, life.crashed)
-        self._pins = ArenaPins(cache, self._transfer)
-        self.store = StoreLink(
-            worker_address.store_address,
-            client_id=self.worker_id,
-            node_id=worker_address.node_id,
-            schema=self.engine.schema,
-            transport=self._config.transport,
-            on_lost=self._store_lost,
-            on_attached=self._pins.attached,
-        )
-        await self.store.attach()
-        self._loader = HandoffLoader(cache, self.store, self._transfer, self.metrics, self.engine.config.vocab_size)
-        self._local = LocalPrefill(cache, self.store, self._transfer, self.metrics, life.spawn, self._loader.release)
-        self._steps = DecodeSteps(self.engine, self.scheduler, self._jobs, self._local, self._samples, life, self._stepped)
-        self._changed = self._steps.changed  # guards the scheduler
-        self._pusher = BlockPusher(cache, self.store, self._transfer, self.metrics, self.scheduler, self._changed)
-        self._steps.start()
-        server, self.address = await start_server(self, worker_address.host)
-        life.tend(self.store.stay_attached())
-        await life.serve(server, self.metrics.registry, self._info(), self.load)
-        return self.address
+        self._worker = worker
+        self._life = worker.life
+        self._facts = facts
+        self._changed = worker.changed
+        self._pages: PageTransfer = worker.executor.pages
+        self._metrics = DecodeMetrics(worker.metrics.registry)
+        self._loader = HandoffLoader(self._pages, worker.stores, worker.metrics, facts.vocab_size)
+        self._local = LocalPrefill(worker.prefixes)
+        self._keeper = AnswerKeeper(worker.blocks, worker.stores, self.scheduler, worker.changed)
+        return DecodeSteps(self.scheduler, self._jobs, self._local, self._samples, worker.changed, worker.life.tell, self._stepped)
 
-    async def serve_until_stopped(self) -> None:
-        """Raises what broke the worker."""
-        await self.life.stopped()
+    def register(self, server: grpc.aio.Server) -> None:
+        worker_pb2_grpc.add_DecodeWorkerServicer_to_server(DecodeService(self), server)
 
-    async def stop(self, grace_s: float) -> None:
-        """Leaves the proxy, gives running calls grace_s, then ends them and everything else. Idempotent."""
-        if not await self.life.leave(grace_s):
-            return
-        await asyncio.to_thread(self._steps.stop)
-        await self.life.settle(grace_s)
-        await self.store.close()
-        await asyncio.to_thread(self._transfer.close)
-        await self._pins.close()
-        await self.life.end()
+    def take_role(self, role: WorkerRole) -> None:
+        """What is sent here is served in every role."""
 
-    def load(self) -> control_pb2.MemberLoad:
+    def load(self) -> HalfLoad:
         """Calls whose hand-off has not begun count as waiting, too."""
-        with self._changed:
-            num_running = self.scheduler.num_running
-            return control_pb2.MemberLoad(
-                num_running=num_running,
-                num_waiting=len(self._jobs) - num_running,
-                num_outstanding_tokens=sum(sequence.num_tokens for sequence in self._jobs),
-                kv_usage_ratio=self.scheduler.allocator.usage_ratio,
-                steps=self._samples.take(),
-                num_prefill_tokens=sum(
-                    job.sequence.num_tokens - job.sequence.num_computed_tokens
-                    for job in self._jobs.values()
-                    if job.is_local and job.state is None
-                ),
-            )
+        num_running = self.scheduler.num_running
+        computing = (job.sequence for job in self._jobs.values() if job.is_local and job.state is None)
+        return HalfLoad(
+            num_running,
+            len(self._jobs) - num_running,
+            sum(sequence.num_tokens for sequence in self._jobs),
+            sum(sequence.num_tokens - sequence.num_computed_tokens for sequence in computing),
+            self._samples.take(),
+        )
 
     def open(self, request: worker_pb2.DecodeRequest) -> DecodeJob:
         """Waits for the hand-off from now on, or computes the prompt; what comes is read from the job. close() has to follow.
 
         Raises InvalidRequest, PromptTooLong, WorkerLost.
         """
-        self.life.require_sound()
+        self._life.require_sound()
         sequence = Sequence.from_proto(request.sequence)
-        check_sequence(sequence, self.engine.config.vocab_size, self.engine.max_model_len)
+        sequence.check_tokens(self._facts.vocab_size)
+        sequence.check_len(self._facts.max_model_len, with_answer=True)
         self.scheduler.check(sequence)
-        keys = block_keys(self._root, sequence.token_ids, self.engine.page_size)
+        keys = block_keys(self._worker.root, sequence.token_ids, self._facts.page_size)
         loop = asyncio.get_running_loop()
         job = DecodeJob(request, sequence, keys, loop.create_future())
         job.timer = loop.call_later(max(sequence.remaining_s, 0.0), self._time_out, job)
@@ -175,31 +134,31 @@ class DecodeWorker:
                 return
             with self._changed:
                 self.scheduler.add(job.sequence)
-            self._start_waiting()
+            self.start_waiting()
             state = await self._loader.load(job)
         except HalfmoonError as error:
             if isinstance(error, HandoffError) and not isinstance(error, HandoffAborted):
                 logger.warning("request %s refused: %s", job.sequence.request_id, error)
-                self.metrics.handoff_refused(error.code)
+                self._metrics.handoff_refused(error.code)
             self._fail(job, error)
             return
         if job.ended:
             return
         self._admit(job, state)
         self._loader.count(job)
-        self.life.spawn(self._loader.release(job))
+        self._life.spawn(self._loader.release(job))
 
     async def _prefill(self, job: DecodeJob) -> None:
         """Without a hand-off: to the moment from which the engine's steps compute the prompt."""
         with self._changed:
             self.scheduler.add(job.sequence)
-        self._start_waiting()
+        self.start_waiting()
         await job.granted
         await self._local.load(job)
         if job.ended:
             return
         with self._changed:
-            self.scheduler.begin_prefill(job.sequence, job.num_cached_tokens)
+            self.scheduler.begin_prefill(job.sequence, job.prefix.num_tokens)
             self._changed.notify()
 
     def _intake_done(self, job: DecodeJob, task: asyncio.Task[None]) -> None:
@@ -216,8 +175,7 @@ class DecodeWorker:
         if reason is not None:
             self._finish(job, reason)
 
-    def _start_waiting(self) -> None:
-        """Whenever pages may have become free, or somebody came."""
+    def start_waiting(self) -> None:
         with self._changed:
             started = self.scheduler.start()
             self._changed.notify()  # those that were preempted run again
@@ -230,9 +188,10 @@ class DecodeWorker:
     def _time_out(self, job: DecodeJob) -> None:
         self._fail(job, job.timeout_error())
 
-    def _store_lost(self, client: StoreClient) -> None:
-        """Who has its hand-off, or needs none, needs no store any more."""
-        self._pins.lost(client)
+    def store_lost(self, client: StoreClient) -> None:
+        """Who has its hand-off, or needs none, needs no store any more; hand-offs to this worker lie in its own."""
+        if client.address != self._worker.stores.own.address:
+            return
         for job in list(self._jobs.values()):
             if not (job.sealed_at or job.is_local):
                 self._fail(job, StoreUnavailable(f"the KV store at {client.address} is gone; the hand-off with it", address=client.address))
@@ -261,7 +220,7 @@ class DecodeWorker:
         if job.timer is not None:
             job.timer.cancel()
         job.changed.set()
-        self.life.spawn(self._let_go(job))
+        self._life.spawn(self._let_go(job))
 
     async def _let_go(self, job: DecodeJob) -> None:
         """Keeps the blocks, or tells the store of a hand-off that nobody takes; frees the pages once no thread touches them."""
@@ -271,20 +230,21 @@ class DecodeWorker:
             if job.state is None and not job.is_local:
                 await self._loader.give_up(job)
             elif job.finish_reason is not None:
-                await self._pusher.keep(job, self._root)
+                await self._keeper.keep(job, self._worker.root)
         except HalfmoonError as failure:
             logger.info("request %s: after its end, %s", job.sequence.request_id, failure)
         finally:
             job.let_finish()
             await self._loader.end_intake(job)
-            await self._transfer.drained()
+            await self._pages.drained()
             with self._changed:
                 self.scheduler.release(job.sequence)
-            self._start_waiting()
+            self._worker.start_waiting()
         await self._loader.release(job)
 
     def _stepped(self, result: StepResult) -> None:
-        self.metrics.stepped(result.seconds, result.num_tokens, len(result.preempted))
+        self._worker.metrics.stepped("decode", result.seconds, result.num_tokens)
+        self._metrics.preempted(len(result.preempted))
         for sequence in result.preempted:
             if sequence in self._jobs:
                 self._local.preempted(self._jobs[sequence])
@@ -293,33 +253,13 @@ class DecodeWorker:
                 continue
             if job.state is None:
                 job.admit(local_state(job, token))
-                job.publishing = self.life.spawn(self._pusher.publish(job)) if reason is None else None
+                job.publishing = self._life.spawn(self._keeper.publish(job)) if reason is None else None
             else:
                 job.push(token)
             if reason is not None:
                 self._finish(job, reason)
-        self._start_waiting()
+        self._worker.start_waiting()
 
-    # what the life around it asks for
-
-    def _load_engine(self) -> Engine:
-        config, num_tokens = self._config, self._config.kv_capacity_tokens
-        if num_tokens == 0 and resolve_device(self._options) == "cpu":
-            model = ModelConfig.from_folder(resolve_folder(self._options))
-            num_tokens = CPU_CAPACITY * resolve_max_model_len(model, self._options)
-        return Engine.load(
-            self._options,
-            kv_capacity_tokens=num_tokens,
-            num_threads=config.num_threads,
-            max_decode_batch=config.max_running,
-            progress=self.life.progress.report,
-        )
-
-    def _fail_all(self, error: WorkerLost) -> None:
+    def fail_all(self, error: WorkerLost) -> None:
         for job in list(self._jobs.values()):
             self._fail(job, error)
-
-    def _info(self) -> control_pb2.MemberInfo:
-        info = self.engine.member_info()
-        info.role, info.address, info.store_id = control_pb2.ROLE_DECODE, self.address, self.store.client.store_id
-        return info

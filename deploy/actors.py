@@ -14,10 +14,12 @@ from typing import Any
 
 from ..kvstore.server import StoreServer
 from ..protocol.config import ModelOptions, ProxyConfig, StoreConfig
+from ..protocol.load_progress import Numbered
 from ..protocol.membership import stay_joined
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import control_pb2
 from ..proxy.server import ProxyServer
+from .worker import make_worker
 
 
 def configure_logging() -> None:
@@ -80,6 +82,32 @@ class StoreActor:
     def _load(self) -> control_pb2.MemberLoad:
         load = self._server.load()
         return control_pb2.MemberLoad(num_running=load.num_leases, kv_usage_ratio=load.usage_ratio)
+
+
+class WorkerActor:
+    """kwargs: make_worker's. Every worker is one of these, whatever its role."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        configure_logging()
+        self._worker = make_worker(**kwargs)
+        self._life = self._worker.life
+
+    async def start(self) -> str:
+        """The gRPC address, once requests are taken and the proxy sends some."""
+        address = await self._worker.start()
+        await self._life.joined.wait()
+        return address
+
+    async def progress(self, seen: int) -> Numbered | None:
+        """How far start() has come, as soon as that is news to who has seen number `seen`; None once it is over."""
+        return await self._life.progress.next(seen)
+
+    async def run(self) -> None:
+        """Returns when stopped; raises what broke the worker."""
+        await self._worker.serve_until_stopped()
+
+    async def stop(self, grace_s: float) -> None:
+        await self._worker.stop(grace_s)
 
 
 def remote(actor_class: type, *, node_id: str, num_gpus: float = 0.0) -> Any:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 from ..engine.kv_schema import kv_schema
 from ..engine.model_config import ModelConfig
@@ -47,10 +46,9 @@ async def running_cluster(
     config: ClusterConfig,
     nodes: Sequence[RayNode],
     notify: Notify = lambda member_id, event: None,
-    faults: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> AsyncIterator[Supervisor]:
-    """Yields once every member serves; stops them all on the way out, whatever happened. faults: see Supervisor."""
-    supervisor = Supervisor(make_spec(config, nodes), notify, faults)
+    """Yields once every member serves; stops them all on the way out, whatever happened."""
+    supervisor = Supervisor(make_spec(config, nodes), notify)
     try:
         await supervisor.start()
         yield supervisor

@@ -3,8 +3,9 @@
     node 0   proxy   store-0   prefill-0  prefill-2 …   decode-1 …
     node 1           store-1   prefill-1            …   decode-0 …
 
-Prefill goes round the nodes from the first, decode from the last, so that with two nodes and 1P1D each has its own.
-Every node that holds a worker has a store. Without prefill workers the decode workers compute prompts themselves.
+Prefill goes round the nodes from the first, decode from the last, so that with two nodes and 1P1D each has its own; workers of both
+roles go round from where prefill has ended. Every node that holds a worker has a store. With nobody to prefill the decode workers
+compute prompts themselves.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from ..protocol.address import reachable_host
 from ..protocol.config import ClusterConfig
 from ..protocol.errors import ConfigError
+from ..protocol.roles import WorkerRole
 from .ray_session import RayNode
 
 
@@ -30,8 +32,14 @@ class ClusterPlan:
     stores: tuple[Placed, ...]
     prefill: tuple[Placed, ...]
     decode: tuple[Placed, ...]
+    both: tuple[Placed, ...]
     device: str  # "cpu" | "cuda", of every worker
     proxy_host: str  # where members, and clients on other machines, reach the proxy; it may listen on more
+
+    @property
+    def workers(self) -> dict[WorkerRole, tuple[Placed, ...]]:
+        """By the role that they start with."""
+        return {"prefill": self.prefill, "decode": self.decode, "both": self.both}
 
     def store_on(self, node: RayNode) -> Placed:
         return next(store for store in self.stores if store.node == node)
@@ -39,27 +47,31 @@ class ClusterPlan:
 
 def make_plan(config: ClusterConfig, nodes: Sequence[RayNode]) -> ClusterPlan:
     """Raises ConfigError for a cluster that could not serve, too few GPUs, or a proxy that nodes cannot reach."""
-    if config.decode.num_workers < 1:
-        raise ConfigError(f"decode.num_workers is {config.decode.num_workers}; a cluster needs at least one decode worker")
-    if config.prefill.num_workers < 1 and config.proxy.local_prefill == "never":
+    num_prefill, num_decode, num_both = config.prefill.num_workers, config.decode.num_workers, config.both.num_workers
+    if num_decode + num_both < 1:
         raise ConfigError(
-            f"prefill.num_workers is {config.prefill.num_workers} and proxy.local_prefill is 'never', so nobody would compute prompts; "
+            f"decode.num_workers is {num_decode} and both.num_workers is {num_both}; a cluster needs at least one worker that decodes"
+        )
+    if num_prefill + num_both < 1 and config.proxy.local_prefill == "never":
+        raise ConfigError(
+            f"prefill.num_workers is {num_prefill} and proxy.local_prefill is 'never', so nobody would compute prompts; "
             "set proxy.local_prefill to 'fallback', or have at least one prefill worker"
         )
-    num_workers = config.prefill.num_workers + config.decode.num_workers
+    num_workers = num_prefill + num_decode + num_both
     num_gpus = sum(node.num_gpus for node in nodes)
     device = config.model.device if config.model.device != "auto" else ("cuda" if num_gpus >= num_workers else "cpu")
     if device == "cuda" and num_gpus < num_workers:
         raise ConfigError(f"{num_workers} workers need a GPU each and Ray has {num_gpus:g}; ask for fewer, or --device cpu")
 
     hosts = _spread(nodes, device)
-    prefill = tuple(Placed(f"prefill-{i}", hosts[i % len(hosts)]) for i in range(config.prefill.num_workers))
-    decode = tuple(Placed(f"decode-{i}", hosts[-1 - i % len(hosts)]) for i in range(config.decode.num_workers))
-    used = [node for node in nodes if any(worker.node == node for worker in (*prefill, *decode))]
+    prefill = tuple(Placed(f"prefill-{i}", hosts[i % len(hosts)]) for i in range(num_prefill))
+    decode = tuple(Placed(f"decode-{i}", hosts[-1 - i % len(hosts)]) for i in range(num_decode))
+    both = tuple(Placed(f"both-{i}", hosts[(num_prefill + i) % len(hosts)]) for i in range(num_both))
+    used = [node for node in nodes if any(worker.node == node for worker in (*prefill, *decode, *both))]
     proxy_host = reachable_host(config.proxy.host, nodes[0].host)
     _require_reachable(proxy_host, used)
     stores = tuple(Placed(f"store-{i}", node) for i, node in enumerate(used))
-    return ClusterPlan(nodes[0], stores, prefill, decode, device, proxy_host)
+    return ClusterPlan(nodes[0], stores, prefill, decode, both, device, proxy_host)
 
 
 def _spread(nodes: Sequence[RayNode], device: str) -> list[RayNode]:

@@ -10,6 +10,7 @@ from ..client import AsyncClient
 from ..protocol.channel import open_channel
 from ..protocol.errors import ConfigError, Overloaded
 from ..protocol.grpc_errors import from_rpc_error
+from ..protocol.roles import ROLE_NAMES
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import control_pb2, control_pb2_grpc, kvstore_pb2, kvstore_pb2_grpc
 from .profile_fit import Facts
@@ -37,14 +38,12 @@ async def look(client: AsyncClient) -> Target:
         raise Overloaded(
             f"{status.num_queued} requests wait and {status.num_running} run at {client.address}; profile a cluster that is idle"
         )
-    infos = [member.info for member in status.members]
-    prefill = [info for info in infos if info.role == control_pb2.ROLE_PREFILL]
-    decode = [info for info in infos if info.role == control_pb2.ROLE_DECODE]
-    stores = [info for info in infos if info.role == control_pb2.ROLE_STORE]
+    infos = {role: [member.info for member in status.members if member.role == role] for role in ROLE_NAMES}
+    prefill, decode, stores = infos[control_pb2.ROLE_PREFILL], infos[control_pb2.ROLE_DECODE], infos[control_pb2.ROLE_STORE]
     if not (prefill and decode and stores):
         raise ConfigError(
             f"{client.address} has {len(prefill)} prefill workers, {len(decode)} decode workers and {len(stores)} stores; a profile needs "
-            "one of each, for hand-offs are measured too"
+            "one of each, for hand-offs are measured too (workers of both roles do not tell what was which)"
         )
     schema = KVSchema.from_proto(decode[0].schema)
     max_model_len = min(info.max_model_len for info in (*prefill, *decode))

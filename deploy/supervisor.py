@@ -12,24 +12,23 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
 
-from ..decode_worker.actor import DecodeActor
-from ..prefill_worker.actor import PrefillActor
+from ..engine.worker_life import WorkerAddress
 from ..protocol.address import join_address, split_address
 from ..protocol.channel import open_channel
 from ..protocol.config import ClusterConfig
 from ..protocol.errors import HalfmoonError, InternalError
 from ..protocol.load_progress import LoadProgress
+from ..protocol.roles import WorkerRole
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import control_pb2, control_pb2_grpc
-from ..protocol.worker_life import WorkerAddress
-from .actors import ProxyActor, StoreActor, remote
+from .actors import ProxyActor, StoreActor, WorkerActor, remote
 from .plan import ClusterPlan, Placed
 
 logger = logging.getLogger(__name__)
@@ -66,17 +65,9 @@ class ClusterSpec:
 
 
 class Supervisor:
-    """faults: member id -> further arguments of its process, for tests that break something on purpose."""
-
-    def __init__(
-        self,
-        spec: ClusterSpec,
-        notify: Notify = lambda member_id, event: None,
-        faults: Mapping[str, Mapping[str, Any]] | None = None,
-    ) -> None:
+    def __init__(self, spec: ClusterSpec, notify: Notify = lambda member_id, event: None) -> None:
         self._spec = spec
         self._notify = notify
-        self._faults = faults or {}
         self._members: dict[str, Member] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
 
@@ -102,9 +93,7 @@ class Supervisor:
         plan = self._spec.plan
         await self._start_all([self._proxy()])
         await self._start_all([self._store(placed) for placed in plan.stores])
-        prefill = [self._worker(placed, PrefillActor) for placed in plan.prefill]
-        decode = [self._worker(placed, DecodeActor) for placed in plan.decode]
-        await self._start_all([*prefill, *decode])
+        await self._start_all([self._worker(placed, role) for role, workers in plan.workers.items() for placed in workers])
 
     async def watch(self) -> None:
         """Until cancelled. Raises what a keeper could not mend (a bug: deaths are mended)."""
@@ -124,9 +113,8 @@ class Supervisor:
         for keeper in self._keepers.values():
             keeper.cancel()
         await asyncio.gather(*self._keepers.values(), return_exceptions=True)
-        classes = {member.actor_class for member in self._members.values()}
-        for going in (classes - {StoreActor, ProxyActor}, {StoreActor}, {ProxyActor}):
-            await asyncio.gather(*(self._stop(member) for member in self._members.values() if member.actor_class in going))
+        for going in (WorkerActor, StoreActor, ProxyActor):
+            await asyncio.gather(*(self._stop(member) for member in self._members.values() if member.actor_class is going))
 
     async def _start_all(self, members: Sequence[Member]) -> None:
         for member in members:
@@ -235,7 +223,7 @@ class Supervisor:
         member = Member(placed.member_id, StoreActor, placed.node.node_id, arguments)
         return member
 
-    def _worker(self, placed: Placed, actor_class: type) -> Member:
+    def _worker(self, placed: Placed, role: WorkerRole) -> Member:
         spec = self._spec
         store = spec.plan.store_on(placed.node)
 
@@ -249,8 +237,9 @@ class Supervisor:
                     proxy_address=self.grpc_address,
                 ),
                 "options": spec.config.model,
-                "config": spec.config.prefill if actor_class is PrefillActor else spec.config.decode,
-                **self._faults.get(placed.member_id, {}),
+                "role": role,
+                "prefill": spec.config.prefill,
+                "decode": spec.config.decode,
             }
 
-        return Member(placed.member_id, actor_class, placed.node.node_id, arguments, num_gpus=1.0 if spec.plan.device == "cuda" else 0.0)
+        return Member(placed.member_id, WorkerActor, placed.node.node_id, arguments, num_gpus=1.0 if spec.plan.device == "cuda" else 0.0)

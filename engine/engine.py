@@ -16,7 +16,6 @@ import torch
 from ..protocol.config import ModelOptions
 from ..protocol.errors import ConfigError
 from ..protocol.schema import KVSchema
-from ..protocol.v1 import control_pb2
 from .batch import prepare_batch
 from .decode_graph import can_capture
 from .decoder import Decoder
@@ -89,15 +88,6 @@ class Engine:
         if can_capture(device):
             engine._get_ready(max_decode_batch, progress)
         return engine
-
-    def member_info(self) -> control_pb2.MemberInfo:
-        """What the proxy is told of a worker's engine when it joins; the worker adds the rest."""
-        return control_pb2.MemberInfo(
-            schema=self.schema.to_proto(),
-            max_model_len=self.max_model_len,
-            kv_capacity_tokens=self.cache.num_pages * self.page_size,
-            device=str(self.device),
-        )
 
     def _get_ready(self, max_decode_batch: int, progress: Progress | None) -> None:
         assert self._staging is not None

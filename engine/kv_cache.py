@@ -30,11 +30,11 @@ class PagedKVCache:
         self.num_pages = num_pages
         self.page_size = schema.block_size
         num_all = num_pages + num_scratch_pages
-        shape = (schema.num_layers, 2, num_all, schema.num_kv_heads, schema.block_size, schema.head_dim)
-        self.data = torch.zeros(shape, dtype=getattr(torch, schema.dtype), device=device)
+        both, *page_shape = schema.layer_shape
+        self.data = torch.zeros((schema.num_layers, both, num_all, *page_shape), dtype=getattr(torch, schema.dtype), device=device)
         self._layers = list(self.data.unbind(0))
         # bytes, for numpy knows no bfloat16: [layer, k|v, page, bytes of K or V of a page]
-        self._bytes = self.data.view(torch.uint8).view(schema.num_layers, 2, num_all, -1)
+        self._bytes = self.data.view(torch.uint8).view(schema.num_layers, both, num_all, -1)
         self.on_cpu = device.type == "cpu"
         self.pinned = PinnedMemory(device)  # what blocks may be copied from and into directly
 
@@ -92,7 +92,7 @@ class PagedKVCache:
         if any(run.shape[1] != width for run in runs):
             raise ValueError(f"a slice of {len(layers)} layers of a block has {runs[0].shape[1]} bytes; this cache takes {width}")
         staged = to_device(runs, self.pinned, self.data.device)
-        shape = (len(staged), len(layers), 2, schema.num_kv_heads, schema.block_size, schema.head_dim)
+        shape = (len(staged), len(layers), *schema.layer_shape)
         blocks, index = staged.view(self.data.dtype).view(shape), self._index(pages)
         for place, layer in enumerate(layers):
             kv_unpack(blocks[:, place], self._layers[layer], index)
@@ -100,7 +100,7 @@ class PagedKVCache:
     def _packed(self, layers: range, pages: Sequence[int]) -> torch.Tensor:
         """uint8 [n, len(layers) * layer_bytes] on the device."""
         schema, index = self.schema, self._index(pages)
-        shape = (len(pages), len(layers), 2, schema.num_kv_heads, schema.block_size, schema.head_dim)
+        shape = (len(pages), len(layers), *schema.layer_shape)
         packed = torch.empty(shape, dtype=self.data.dtype, device=self.data.device)
         for place, layer in enumerate(layers):
             kv_pack(self._layers[layer], index, packed[:, place])
@@ -123,5 +123,4 @@ def block_bytes(blocks: torch.Tensor) -> np.ndarray:
 
 def blocks_from_bytes(data: np.ndarray, schema: KVSchema) -> torch.Tensor:
     """The inverse: writable uint8 [n, layer_bytes] as a CPU tensor that shares its memory."""
-    shape = (len(data), 2, schema.num_kv_heads, schema.block_size, schema.head_dim)
-    return torch.from_numpy(data).view(getattr(torch, schema.dtype)).reshape(shape)
+    return torch.from_numpy(data).view(getattr(torch, schema.dtype)).reshape(len(data), *schema.layer_shape)

@@ -1,11 +1,7 @@
-"""Copies between a sequence's pages and the blocks of a KV store. The store's side is known by its shape alone.
+"""Whole sequences between pages and the blocks of a KV store, slice by slice. On the event loop; the store is known by its shape alone.
 
-PageLoad     reader's slices ─► transfer thread ─► pages, several slices under way
-push_pages   pages ─► writer: some layers, less what the store has already
-keep_pages   pages ─► transfer thread ─► writer: every layer ─► sealed
-
-On CUDA a slice of a pinned arena is copied by the device itself, in both directions; what it left to do is the landing's. Other
-slices go by a pinned buffer. On a CPU they are plain copies.
+load_pages   a reader's slices ─► pages, several under way
+keep_pages   pages ─► a writer: every layer ─► sealed
 """
 
 from __future__ import annotations
@@ -14,44 +10,15 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
-from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
-import torch
-
-from ..protocol.errors import HalfmoonError, RequestCancelled
+from ..protocol.errors import HalfmoonError
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import common_pb2
-from .kv_cache import PagedKVCache
-from .transfer import Landing, TransferThread
+from .executor import PageTransfer, Slice, Writer
 
 MAX_SLICES = 4  # of one reader or writer on their way
 PUSH_BYTES = 32 * 2**20  # layers of fewer go together: a push costs the host as much whatever it carries, and the engine's thread waits
-
-
-class Rows(Protocol):
-    """uint8 [bytes of some layers] for each of some blocks; runs: the same as few arrays [blocks of a run, bytes of the layers]."""
-
-    @property
-    def runs(self) -> list[np.ndarray]: ...
-    def __len__(self) -> int: ...
-
-
-class Slice(Protocol):
-    """Layers from layer on of a run of blocks."""
-
-    @property
-    def layer(self) -> int: ...
-    @property
-    def first_block(self) -> int: ...
-    @property
-    def blocks(self) -> Any:
-        """Rows, of num_layers layers each."""
-        ...
-
-    @property
-    def num_layers(self) -> int: ...
 
 
 class Reader(Protocol):
@@ -62,33 +29,13 @@ class Reader(Protocol):
         ...
 
 
-class Writer(Protocol):
-    present: list[bool]
-
-    @property
-    def memory(self) -> np.ndarray | None: ...
-
-    def push(self, layer: int, first_block: int, blocks: np.ndarray) -> None: ...
-
-    def rows(self, layer: int, first_block: int, last_block: int, num_layers: int = 1) -> Rows: ...
-
-    def pushed(self, layer: int, first_block: int, last_block: int, num_layers: int = 1) -> None: ...
-
-    def dropped(self) -> None: ...
-
-    async def seal(self, state: common_pb2.HandoffState) -> None: ...
-
-    async def abort(self, reason: HalfmoonError) -> None: ...
-
-
 class PageLoad:
     """A reader's slices on their way to pages. On the event loop.
 
     Where it is given up, the transfer thread may still read the slices' memory until it is drained.
     """
 
-    def __init__(self, cache: PagedKVCache, transfer: TransferThread) -> None:
-        self._cache = cache
+    def __init__(self, transfer: PageTransfer) -> None:
         self._transfer = transfer
         self._under_way: deque[Future[None]] = deque()
 
@@ -96,7 +43,7 @@ class PageLoad:
         """pages: of the whole sequence. Waits while MAX_SLICES slices are under way; returns before this one is written."""
         if len(self._under_way) == MAX_SLICES:
             await _over(self._under_way.popleft())
-        self._under_way.append(self._transfer.start(partial(write_slice, self._cache, pages, piece)))
+        self._under_way.append(self._transfer.load(pages, piece))
 
     async def finished(self) -> None:
         """Until every slice is written."""
@@ -108,122 +55,22 @@ async def _over(call: Future[None]) -> None:
     await asyncio.shield(asyncio.wrap_future(call))
 
 
-async def load_pages(cache: PagedKVCache, transfer: TransferThread, pages: Sequence[int], reader: Reader) -> None:
+async def load_pages(transfer: PageTransfer, pages: Sequence[int], reader: Reader) -> None:
     """pages: one a block at least. Raises what the reader raises: the pages must not be used then."""
-    load = PageLoad(cache, transfer)
+    load = PageLoad(transfer)
     async for piece in reader.slices():
         await load.write(pages, piece)
     await load.finished()
 
 
-def write_slice(cache: PagedKVCache, pages: Sequence[int], piece: Slice) -> None:
-    """On the transfer thread; on CUDA asynchronous, and the slice's memory has to stay until it has landed."""
-    into = pages[piece.first_block : piece.first_block + len(piece.blocks)]
-    layers = range(piece.layer, piece.layer + piece.num_layers)
-    if not cache.on_cpu:
-        cache.copy_in(layers, into, piece.blocks.runs)
-        return
-    width = cache.schema.layer_bytes
-    for place, layer in enumerate(layers):
-        cache.write_bytes(layer, into, [block[place * width : (place + 1) * width] for block in piece.blocks])
-
-
-def push_pages(
-    cache: PagedKVCache,
-    pages: Sequence[int],
-    writer: Writer,
-    layers: range,
-    first: int,
-    last: int,
-    are_held: Callable[[], bool] | None = None,
-) -> Landing | None:
-    """Layers of blocks [first, last), on the transfer thread; the landing hands what the device copied over to the writer.
-
-    are_held: asked after each read, whether the pages were the sequence's until now. None: nobody takes them away.
-    Call and landing raise what the writer raises, RequestCancelled where the pages are not held any more.
-    """
-    runs = missing_runs(writer.present, first, last)
-    if not runs:
-        return None
-    if not cache.on_cpu:
-        push = _push_rows if cache.pinned.tensor(writer.memory) is not None else _push_buffers
-        return push(cache, pages, writer, layers, runs, are_held)
-    for layer in layers:
-        for start, end in runs:
-            read = cache.read_bytes(layer, pages[start:end])
-            _require_held(are_held)
-            writer.push(layer, start, read)
-    return None
-
-
-def _push_rows(
-    cache: PagedKVCache,
-    pages: Sequence[int],
-    writer: Writer,
-    layers: range,
-    runs: Sequence[tuple[int, int]],
-    are_held: Callable[[], bool] | None,
-) -> Landing:
-    """The device writes into the store's memory itself."""
-    open_runs: deque[tuple[int, int]] = deque()
-
-    def land() -> None:
-        try:
-            _require_held(are_held)
-            while open_runs:
-                writer.pushed(layers.start, *open_runs.popleft(), len(layers))
-        finally:
-            while open_runs:
-                open_runs.popleft()
-                writer.dropped()
-
-    try:
-        for start, end in runs:
-            rows = writer.rows(layers.start, start, end, len(layers))
-            open_runs.append((start, end))
-            cache.copy_out(layers, pages[start:end], rows.runs)
-    except BaseException:
-        torch.cuda.current_stream(cache.data.device).synchronize()
-        for _ in open_runs:
-            writer.dropped()
-        raise
-    return land
-
-
-def _push_buffers(
-    cache: PagedKVCache,
-    pages: Sequence[int],
-    writer: Writer,
-    layers: range,
-    runs: Sequence[tuple[int, int]],
-    are_held: Callable[[], bool] | None,
-) -> Landing:
-    """By a pinned buffer, for a writer that takes arrays, or whose memory could not be pinned."""
-    buffers = [(layer, start, cache.copy_to_buffer(layer, pages[start:end])) for layer in layers for start, end in runs]
-
-    def land() -> None:
-        _require_held(are_held)
-        for layer, start, buffer in buffers:
-            writer.push(layer, start, buffer.numpy())
-
-    return land
-
-
-def _require_held(are_held: Callable[[], bool] | None) -> None:
-    if are_held is not None and not are_held():
-        raise RequestCancelled("the sequence lost its pages while they were read")
-
-
-async def keep_pages(
-    cache: PagedKVCache, transfer: TransferThread, pages: Sequence[int], writer: Writer, are_held: Callable[[], bool] | None = None
-) -> None:
+async def keep_pages(transfer: PageTransfer, pages: Sequence[int], writer: Writer, are_held: Callable[[], bool] | None = None) -> None:
     """Every layer of all of the writer's blocks, and the seal. As push_pages; gives the lease up before it raises."""
     pushing: deque[Future[None]] = deque()
     try:
-        for layers in layer_groups(cache.schema, len(writer.present)):
+        for layers in layer_groups(transfer.schema, len(writer.present)):
             if len(pushing) == MAX_SLICES:
                 await _over(pushing.popleft())
-            pushing.append(transfer.start(partial(push_pages, cache, pages, writer, layers, 0, len(writer.present), are_held)))
+            pushing.append(transfer.store(pages, writer, layers, are_held))
         while pushing:
             await _over(pushing.popleft())
         await writer.seal(common_pb2.HandoffState())
@@ -236,16 +83,3 @@ def layer_groups(schema: KVSchema, num_blocks: int) -> list[range]:
     """The layers in order, as many together as have PUSH_BYTES."""
     size = max(1, PUSH_BYTES // max(1, num_blocks * schema.layer_bytes))
     return [range(first, min(first + size, schema.num_layers)) for first in range(0, schema.num_layers, size)]
-
-
-def missing_runs(present: Sequence[bool], first: int, last: int) -> list[tuple[int, int]]:
-    """The maximal runs [start, end) of blocks within [first, last) that are not present."""
-    runs: list[tuple[int, int]] = []
-    for block in range(first, last):
-        if present[block]:
-            continue
-        if runs and runs[-1][1] == block:
-            runs[-1] = (runs[-1][0], block + 1)
-        else:
-            runs.append((block, block + 1))
-    return runs

@@ -7,28 +7,15 @@ raw logits ─┬─► log_softmax ─► logprobs
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from ..kernels.sampling import sampling
 from ..protocol.sampling import SamplingParams
-from ..protocol.v1 import common_pb2
+from .executor import TokenSample
 from .sequence import Sequence
 from .staging import read_back
-
-
-class TokenSample(NamedTuple):
-    """logprob and top are those of the model's own distribution: before penalties, bias, temperature and filters."""
-
-    token_id: int
-    logprob: float | None  # None where the request asked for none
-    top: list[tuple[int, float]]  # (token id, logprob), likeliest first
-
-    def to_proto(self) -> common_pb2.TokenOutput:
-        top = [common_pb2.TokenLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in self.top]
-        return common_pb2.TokenOutput(token_id=self.token_id, logprob=self.logprob, top_logprobs=top)
 
 
 def sample(logits: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int]) -> list[TokenSample]:

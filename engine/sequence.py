@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..protocol.errors import InvalidRequest
+from ..protocol.errors import InvalidRequest, PromptTooLong
 from ..protocol.sampling import SamplingParams
 from ..protocol.v1 import common_pb2
 
@@ -50,6 +50,22 @@ class Sequence:
         if largest >= vocab_size:
             raise InvalidRequest(
                 f"token {largest} is not of the model's {vocab_size} tokens; use the model's own tokenizer", param="token_ids"
+            )
+
+    def check_len(self, max_model_len: int, *, with_answer: bool) -> None:
+        """Raises PromptTooLong where the model does not take the tokens and at least one more; with_answer: all of max_tokens."""
+        longest = self.num_prompt_tokens + self.sampling.max_tokens
+        if with_answer and (longest > max_model_len or self.num_tokens >= max_model_len):
+            raise PromptTooLong(
+                f"prompt and max_tokens are {self.num_prompt_tokens} + {self.sampling.max_tokens} tokens; the model takes {max_model_len}",
+                num_tokens=longest,
+                limit=max_model_len,
+            )
+        if self.num_tokens >= max_model_len:
+            raise PromptTooLong(
+                f"the prompt has {self.num_tokens} tokens; with at least one of the answer the model takes {max_model_len}",
+                num_tokens=self.num_tokens,
+                limit=max_model_len - 1,
             )
 
     def finish_reason(self, eos_token_ids: frozenset[int]) -> common_pb2.FinishReason | None:

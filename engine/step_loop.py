@@ -1,62 +1,164 @@
-"""The thread that runs an engine, step after step, and sleeps while there is nothing to do.
+"""The thread that runs a worker's steps, one after another, and sleeps while there is nothing to do.
 
-with loop.changed: scheduler.…; notify ─► schedule (under the lock) ─► run ─► schedule ─► … ─► None: sleep
+with changed: scheduler.…; notify ─► schedule (under the lock) ─► begin ─► run ─► end: recorded, told ─► schedule ─► … ─► None: sleep
+
+Where the executor can launch a step without waiting for it, the next one is on its way before this one's tokens are read:
+host    schedule n │ launch n │ schedule n+1 │ launch n+1 │ read n, record n │ schedule n+2 │ launch n+2 │ read n+1, record n+1 │ …
+device                        └─ step n ──────────────────┴─ step n+1 ────────────────────────────────┴─ step n+2 ─ …
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from abc import ABC, abstractmethod
+import time
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, NamedTuple, Protocol
+
+from .combined_scheduler import CombinedScheduler, CombinedStep
+from .executor import BlockPush, Executor, InFlightStep, TokenSample
+from .sequence import StepChunk
 
 logger = logging.getLogger(__name__)
 
-StepT = TypeVar("StepT")
+
+class StepRun(NamedTuple):
+    """How a step went, whoever's chunks it held."""
+
+    chunks: list[StepChunk]
+    began: float  # of time.monotonic(): its launch, or the end of the step it was launched behind
+    ended: float
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.began
+
+    @property
+    def seconds_per_token(self) -> float:
+        return self.seconds / max(sum(chunk.num_tokens for chunk in self.chunks), 1)
 
 
-class StepLoop(ABC, Generic[StepT]):
-    """on_crash: told, on this thread, what schedule or run raised; no step follows."""
+class StepHalf(Protocol):
+    """What a half does about its part of a step, on the loop's thread."""
 
-    def __init__(self, name: str, on_crash: Callable[[BaseException], None]) -> None:
-        self.changed = threading.Condition()  # guards the scheduler; notified when there may be a step
+    def begin(self, part: Any, now: float) -> list[BlockPush]:
+        """Before it runs, or as soon as it is launched. What of it is to be pushed."""
+        ...
+
+    def end(self, part: Any, samples: list[TokenSample], run: StepRun) -> None:
+        """Records it, with the lock, and tells the event loop. samples: of the part's chunks with is_last as they were scheduled."""
+        ...
+
+
+class _Launched(NamedTuple):
+    step: CombinedStep
+    in_flight: InFlightStep
+
+
+class StepLoop:
+    """Args:
+    changed: guards the scheduler; notified when there may be a step.
+    on_crash: told, on this thread, what broke it; no step follows.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        executor: Executor,
+        scheduler: CombinedScheduler,
+        changed: threading.Condition,
+        *,
+        decode: StepHalf,
+        prefill: StepHalf,
+        on_crash: Callable[[BaseException], None],
+    ) -> None:
+        self._executor = executor
+        self._scheduler = scheduler
+        self._changed = changed
+        self._decode = decode
+        self._prefill = prefill
         self._on_crash = on_crash
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
-
-    @abstractmethod
-    def schedule(self) -> StepT | None:
-        """With `changed` held: the next step, or None where there is none now."""
-
-    @abstractmethod
-    def run(self, step: StepT) -> None:
-        """Without it."""
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
         """Waits for the step under way."""
-        with self.changed:
+        with self._changed:
             self._stopping = True
-            self.changed.notify()
+            self._changed.notify()
         self._thread.join()
 
     def _loop(self) -> None:
         try:
             while (step := self._next()) is not None:
-                self.run(step)
+                self._run(step)
         except Exception as error:  # the thread's boundary: the event loop has to hear of it, or every call would hang
             logger.exception("%s broke", self._thread.name)
             self._on_crash(error)
 
-    def _next(self) -> StepT | None:
+    def _next(self) -> CombinedStep | None:
         """Sleeps until there is one; None when stopping."""
-        with self.changed:
+        with self._changed:
             while not self._stopping:
-                step = self.schedule()
+                step = self._scheduler.schedule()
                 if step is not None:
                     return step
-                self.changed.wait()
+                self._changed.wait()
         return None
+
+    def _run(self, step: CombinedStep) -> None:
+        began = time.monotonic()
+        launched = self._launch(step, began)
+        if launched is None:
+            self._end(step, self._compute(step, began), began)
+        while launched is not None:
+            ahead = self._launch_behind()
+            began = self._land(launched, began)
+            launched = ahead
+
+    def _launch(self, step: CombinedStep, now: float) -> _Launched | None:
+        """None where its tokens can't be had without waiting for it."""
+        in_flight = self._executor.launch(step.chunks, self._begin(step, now)) if step.chunks else None
+        return None if in_flight is None else _Launched(step, in_flight)
+
+    def _launch_behind(self) -> _Launched | None:
+        """The step after the one that runs, where it can be told before that one has ended."""
+        with self._changed:
+            ahead = None if self._stopping else self._scheduler.schedule_ahead()
+        if ahead is None:
+            return None
+        launched = self._launch(ahead, time.monotonic())
+        if launched is None:
+            with self._changed:
+                self._scheduler.withdraw(ahead)
+        return launched
+
+    def _begin(self, step: CombinedStep, now: float) -> list[BlockPush]:
+        """May come twice for a step: for a launch that is not to be had, and when it runs. What is to be pushed."""
+        pushes: list[BlockPush] = []
+        if step.decode.chunks:
+            pushes += self._decode.begin(step.decode, now)
+        if step.prefill is not None:
+            pushes += self._prefill.begin(step.prefill, now)
+        return pushes
+
+    def _land(self, launched: _Launched, began: float) -> float:
+        """When its tokens were there. A page that the record frees may be another's at once: no step that is under way uses it."""
+        samples = [TokenSample(token_id, None, []) for token_id in launched.in_flight.tokens()]
+        return self._end(launched.step, samples, began)
+
+    def _compute(self, step: CombinedStep, began: float) -> list[TokenSample]:
+        return self._executor.run(step.chunks, self._begin(step, began)) if step.chunks else []
+
+    def _end(self, step: CombinedStep, samples: list[TokenSample], began: float) -> float:
+        """Returns when it was over."""
+        run = StepRun(step.chunks, began, time.monotonic())
+        num_decode = len(step.decode.sampled)
+        if step.decode.chunks or step.decode.preempted:
+            self._decode.end(step.decode, samples[:num_decode], run)
+        if step.prefill is not None:
+            self._prefill.end(step.prefill, samples[num_decode:], run)
+        return run.ended

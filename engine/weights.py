@@ -8,7 +8,7 @@ lm_head (or embed_tokens where tied)  ───►    lm_head
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,8 @@ from safetensors import safe_open
 
 from ..protocol.errors import CheckpointError
 from .checkpoint import TensorInfo, list_tensors
+from .executor import Progress
 from .model_config import ModelConfig
-
-Progress = Callable[[str, int, int], None]
-"""(what is being done, bytes done, bytes in all)"""
 
 DUMMY_SEED = 20_000
 DUMMY_STD = 0.02

@@ -9,10 +9,11 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
-from ..engine.sampler import TokenSample
+from ..engine.executor import TokenSample
+from ..engine.prefix_loader import CachedPrefix
 from ..engine.sequence import Sequence
 from ..kvstore.client import BlockWriter, StoreClient
-from ..protocol.errors import DeadlineExceeded, HalfmoonError, PromptTooLong
+from ..protocol.errors import DeadlineExceeded, HalfmoonError
 from ..protocol.v1 import common_pb2, worker_pb2
 
 
@@ -29,13 +30,8 @@ class PrefillJob:
     client: StoreClient | None = None
     writer: BlockWriter | None = None
     sample: TokenSample | None = None
-    num_cached_tokens: int = 0
-    corrupt_in: StoreClient | None = None  # the store whose cached blocks did not match their checksums
-    corrupt_blocks: list[int] = field(default_factory=list)
-    num_bytes_loaded: int = 0
-    load_transport: str = ""
+    prefix: CachedPrefix = field(default_factory=CachedPrefix)
     arrived: float = field(default_factory=time.monotonic)
-    prefix_load_s: float = 0.0
     first_chunk: float = 0.0
     sampled: float = 0.0
     compute_s: float = 0.0  # of its steps' seconds, by its share of their tokens
@@ -45,6 +41,18 @@ class PrefillJob:
         if not self.closed and self.error is None:
             self.error = error
             self.task.cancel()
+
+    def push_failed(self, error: HalfmoonError) -> None:
+        """Any thread."""
+        self.task.get_loop().call_soon_threadsafe(self.fail, error)
+
+    def tell_pushed(self) -> None:
+        """Any thread."""
+        self.task.get_loop().call_soon_threadsafe(self._set_pushed)
+
+    def _set_pushed(self) -> None:
+        if not self.pushed.done():
+            self.pushed.set_result(None)
 
     def time_out(self) -> None:
         if not self.started.done():
@@ -62,30 +70,19 @@ class PrefillJob:
         """As of now: push_s is the time since the first token was sampled."""
         assert self.sample is not None and self.writer is not None and self.client is not None
         phases = common_pb2.PrefillPhases(
-            queue_s=self.first_chunk - self.arrived - self.prefix_load_s,
-            prefix_load_s=self.prefix_load_s,
+            queue_s=self.first_chunk - self.arrived - self.prefix.load_s,
+            prefix_load_s=self.prefix.load_s,
             prefill_s=self.sampled - self.first_chunk,
             push_s=time.monotonic() - self.sampled,
             num_bytes_pushed=self.writer.num_bytes,
-            num_bytes_loaded=self.num_bytes_loaded,
+            num_bytes_loaded=self.prefix.num_bytes,
             transport=self.client.transport,
             compute_s=self.compute_s,
-            load_transport=self.load_transport,
+            load_transport=self.prefix.transport,
         )
         return common_pb2.HandoffState(
             num_tokens=self.sequence.num_tokens,
-            num_cached_tokens=self.num_cached_tokens,
+            num_cached_tokens=self.prefix.num_tokens,
             first_token=self.sample.to_proto(),
             phases=phases,
-        )
-
-
-def check_sequence(sequence: Sequence, vocab_size: int, max_model_len: int) -> None:
-    """Raises InvalidRequest for tokens that the model does not have, PromptTooLong."""
-    sequence.check_tokens(vocab_size)
-    if sequence.num_tokens >= max_model_len:
-        raise PromptTooLong(
-            f"the prompt has {sequence.num_tokens} tokens; with at least one of the answer the model takes {max_model_len}",
-            num_tokens=sequence.num_tokens,
-            limit=max_model_len - 1,
         )

@@ -39,7 +39,8 @@ class _Entry:
     order: tuple[int, int]  # queue_order, arrival
     held: bool = False  # the caller may read and write the pages: from start() to release()
     runnable: bool = False
-    in_step: bool = False
+    num_steps: int = 0  # scheduled and not recorded yet, that it is in
+    num_pending: int = 0  # tokens that those compute
     left: bool = False  # finished or aborted
 
 
@@ -51,6 +52,9 @@ class PrefillScheduler:
 
     Args:
         max_tokens_per_step: at least block_size (ConfigError), for chunks end at block boundaries except a prompt's last.
+
+    Attributes:
+        num_reserved_pages: that its prompts leave to others of the allocator, unless one alone needs more than the rest.
     """
 
     def __init__(self, allocator: PageAllocator, block_size: int, max_tokens_per_step: int) -> None:
@@ -62,6 +66,8 @@ class PrefillScheduler:
         self.allocator = allocator
         self.block_size = block_size
         self.max_tokens_per_step = max_tokens_per_step
+        self.num_reserved_pages = 0
+        self._num_pages = 0  # of its prompts
         self._arrivals = itertools.count()
         self._entries: dict[Sequence, _Entry] = {}  # until the pages are free
         self._waiting: list[_Entry] = []  # both sorted by order
@@ -75,6 +81,10 @@ class PrefillScheduler:
     def num_running(self) -> int:
         """Started and not finished."""
         return len(self._started)
+
+    @property
+    def has_runnable(self) -> bool:
+        return any(entry.runnable and _num_missing(entry) for entry in self._started)
 
     @property
     def num_outstanding_tokens(self) -> int:
@@ -110,9 +120,10 @@ class PrefillScheduler:
         while self._waiting:
             entry = self._waiting[0]
             num_pages = div_ceil(entry.sequence.num_tokens, self.block_size)
-            if not self.allocator.can_allocate(num_pages):
+            if not self._may_take(num_pages):
                 break
             del self._waiting[0]
+            self._num_pages += num_pages
             entry.sequence.pages = self.allocator.allocate(num_pages)
             entry.held = True
             insort(self._started, entry, key=_order)
@@ -129,25 +140,36 @@ class PrefillScheduler:
         sequence.num_computed_tokens = num_cached_tokens
         entry.runnable = True
 
-    def schedule(self) -> Step:
-        """The chunks of the next step, none if nothing is runnable. record() has to follow before the next schedule()."""
-        runnable = [entry for entry in self._started if entry.runnable]
-        budget = self.max_tokens_per_step
+    def schedule(self, budget: int | None = None) -> Step:
+        """The chunks of the next step, none if nothing is runnable. Steps are recorded in the order in which they were scheduled.
+
+        budget: of its tokens, at most max_tokens_per_step; None: that.
+        """
+        runnable = [entry for entry in self._started if entry.runnable and _num_missing(entry)]
+        budget = self.max_tokens_per_step if budget is None else min(budget, self.max_tokens_per_step)
         sizes: dict[_Entry, int] = {}
         for _, urgency in itertools.groupby(runnable, key=lambda entry: entry.order[0]):
             budget = self._share(list(urgency), budget, sizes)
         chunks: list[StepChunk] = []
         for entry, size in sizes.items():
-            entry.in_step = True
-            chunks.append(StepChunk(entry.sequence, entry.sequence.num_computed_tokens, size))
+            chunks.append(StepChunk(entry.sequence, entry.sequence.num_computed_tokens + entry.num_pending, size))
+            entry.num_steps += 1
+            entry.num_pending += size
         return Step(chunks)
+
+    def withdraw(self, step: Step) -> None:
+        """The step that was scheduled last does not run after all."""
+        for chunk in step.chunks:
+            entry = self._entries[chunk.sequence]
+            _give_back(entry, chunk)
+            self._free_if_done(entry)
 
     def record(self, step: Step) -> list[Sequence]:
         """The prompts that the step completed, in the order of step.sampled less the aborted; their pages stand until release()."""
         finished: list[Sequence] = []
         for chunk in step.chunks:
             entry = self._entries[chunk.sequence]
-            entry.in_step = False
+            _give_back(entry, chunk)
             if entry.left:
                 self._free_if_done(entry)
                 continue
@@ -171,6 +193,10 @@ class PrefillScheduler:
             entry.held = False
             self._free_if_done(entry)
 
+    def _may_take(self, num_pages: int) -> bool:
+        within = self._num_pages == 0 or self._num_pages + num_pages <= self.allocator.num_pages - self.num_reserved_pages
+        return within and self.allocator.can_allocate(num_pages)
+
     def _share(self, entries: list[_Entry], budget: int, sizes: dict[_Entry, int]) -> int:
         """Divides budget, adds the chunks' sizes to sizes and returns what is left."""
         fair = max(budget // len(entries), self.block_size) if entries else 0
@@ -178,17 +204,17 @@ class PrefillScheduler:
         for limit in (fair, budget):
             for entry in entries:
                 num_scheduled = sizes.get(entry, 0)
-                size = self._chunk_size(entry.sequence, num_scheduled + min(budget, limit))
+                size = self._chunk_size(entry, num_scheduled + min(budget, limit))
                 if size > num_scheduled:
                     sizes[entry] = size
                     budget -= size - num_scheduled
         return budget
 
-    def _chunk_size(self, sequence: Sequence, limit: int) -> int:
+    def _chunk_size(self, entry: _Entry, limit: int) -> int:
         """At most limit tokens, ending at a block boundary or at the prompt's end."""
-        start = sequence.num_computed_tokens
-        if sequence.num_tokens - start <= limit:
-            return sequence.num_tokens - start
+        start, missing = entry.sequence.num_computed_tokens + entry.num_pending, _num_missing(entry)
+        if missing <= limit:
+            return missing
         return max((start + limit) // self.block_size * self.block_size - start, 0)
 
     def _leave(self, entry: _Entry) -> None:
@@ -197,7 +223,8 @@ class PrefillScheduler:
         _discard(self._started, entry)
 
     def _free_if_done(self, entry: _Entry) -> None:
-        if entry.left and not entry.held and not entry.in_step:
+        if entry.left and not entry.held and not entry.num_steps:
+            self._num_pages -= len(entry.sequence.pages)
             self.allocator.free(entry.sequence.pages)
             entry.sequence.pages = []
             del self._entries[entry.sequence]
@@ -210,3 +237,14 @@ def _order(entry: _Entry) -> tuple[int, int]:
 def _discard(entries: list[_Entry], entry: _Entry) -> None:
     if entry in entries:
         entries.remove(entry)
+
+
+def _num_missing(entry: _Entry) -> int:
+    """Tokens that neither stand in the pages nor are computed by the steps under way."""
+    return entry.sequence.num_tokens - entry.sequence.num_computed_tokens - entry.num_pending
+
+
+def _give_back(entry: _Entry, chunk: StepChunk) -> None:
+    """The step is over, or does not run after all."""
+    entry.num_steps -= 1
+    entry.num_pending -= chunk.num_tokens

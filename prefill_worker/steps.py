@@ -1,80 +1,67 @@
-"""The steps of a prefill worker, on the engine's thread: what the scheduler decided is computed, pushed, sampled and recorded.
+"""What the prefill half does about its part of a step, on the step loop's thread.
 
-schedule ─► forward ─► sample ─► record ─► on_stepped, on the event loop
-               └─ each layer's finished blocks go to the transfer thread
+begin: whose first chunk this is, which blocks it finishes ─► executor ─► end: sampled, recorded, told
 """
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 
-import torch
-
-from ..engine.engine import Engine
-from ..engine.sequence import Sequence, StepChunk
-from ..engine.step_loop import StepLoop
-from ..protocol.worker_life import WorkerLife
+from ..engine.executor import BlockPush, PageTransfer, TokenSample
+from ..engine.sequence import Sequence
+from ..engine.step_loop import StepRun
 from .job import PrefillJob
-from .pusher import BlockPusher, finished_blocks
+from .pusher import finished_blocks
 from .scheduler import PrefillScheduler, Step
 
 
-class PrefillSteps(StepLoop[Step]):
-    """on_stepped: told the seconds and tokens of each step, on the event loop."""
+class PrefillSteps:
+    """Args:
+    changed: guards the scheduler.
+    tell: runs a call on the event loop. on_stepped: told the seconds and tokens of each step, there.
+    """
 
     def __init__(
         self,
-        engine: Engine,
         scheduler: PrefillScheduler,
         jobs: Mapping[Sequence, PrefillJob],
-        pusher: BlockPusher,
-        life: WorkerLife,
+        pages: PageTransfer,
+        changed: threading.Condition,
+        tell: Callable[[Callable[[], None]], None],
         on_stepped: Callable[[float, int], None],
     ) -> None:
-        super().__init__(f"{life.worker_address.worker_id}-engine", life.crashed)
-        self._engine = engine
         self._scheduler = scheduler
         self._jobs = jobs
-        self._pusher = pusher
-        self._life = life
+        self._pages = pages
+        self._changed = changed
+        self._tell = tell
         self._on_stepped = on_stepped
 
-    def schedule(self) -> Step | None:
-        step = self._scheduler.schedule()
-        return step if step.chunks else None
+    def begin(self, part: Step, now: float) -> list[BlockPush]:
+        pushes: list[BlockPush] = []
+        for chunk in part.chunks:
+            job = self._jobs.get(chunk.sequence)
+            if job is not None:  # its call has not ended since the step was scheduled
+                job.first_chunk = job.first_chunk or now
+                pushes.append(finished_blocks(job, chunk, self._scheduler.block_size))
+        return pushes
 
-    def run(self, step: Step) -> None:
-        began = time.monotonic()
-        jobs = self._jobs_of(step, began)
-        runs = [finished_blocks(job, chunk, self._engine.page_size) for job, chunk in jobs]
-        logits = self._engine.forward(step.chunks, after_layer=self._pusher.step(runs))
-        sampled, num_tokens = step.sampled, step.num_tokens
-        samples = self._engine.sample(logits, sampled) if sampled else []
-        if self._engine.device.type == "cuda":
-            # a page that record() frees may be another's at once
-            torch.cuda.current_stream(self._engine.device).synchronize()
-        now = time.monotonic()
-        for job, chunk in jobs:
-            job.compute_s += (now - began) * chunk.num_tokens / num_tokens
-        done: list[PrefillJob] = []
-        for sequence, sample in zip(sampled, samples, strict=True):
-            job = self._jobs.get(sequence)
-            if job is not None:
-                job.sample, job.sampled = sample, now
-                done.append(job)
-        with self.changed:
-            self._scheduler.record(step)
-        self._pusher.finish(done)
-        self._life.tell(partial(self._on_stepped, now - began, num_tokens))
-
-    def _jobs_of(self, step: Step, now: float) -> list[tuple[PrefillJob, StepChunk]]:
-        """Less the calls that have ended since the step was scheduled."""
-        found: list[tuple[PrefillJob, StepChunk]] = []
-        for chunk in step.chunks:
+    def end(self, part: Step, samples: list[TokenSample], run: StepRun) -> None:
+        for chunk in part.chunks:
             job = self._jobs.get(chunk.sequence)
             if job is not None:
-                job.first_chunk = job.first_chunk or now
-                found.append((job, chunk))
-        return found
+                job.compute_s += run.seconds_per_token * chunk.num_tokens
+        done: list[PrefillJob] = []
+        for sequence, sample in zip(part.sampled, samples, strict=True):
+            job = self._jobs.get(sequence)
+            if job is not None:
+                job.sample, job.sampled = sample, run.ended
+                done.append(job)
+        num_tokens = part.num_tokens
+        with self._changed:
+            self._scheduler.record(part)
+        for job in done:
+            self._pages.when_landed(job.tell_pushed)  # there is no more to push for it
+        self._tell(partial(self._on_stepped, run.seconds, num_tokens))

@@ -1,115 +1,68 @@
-"""The prefill worker: a queue of prompts, an engine on a thread of its own, and the stores it reads from and pushes to.
+"""The prefill half of a worker: a queue of prompts, and the hand-offs that they are computed into.
 
 event loop       Prefill ─► add ─► start ─► reserve, load prefix ─► ready ┐           ┌─► seal ─► reply
-engine thread                                        schedule ─► forward ─► record    │   sleeps when there is nothing to do
-transfer thread                                   copies prefixes in, pushes layers ──┘
-
-Threads share the scheduler under one condition, and tell the loop what happened with call_soon_threadsafe.
+step loop                                             schedule ─► forward ─► record    │
+transfers                                         prefixes in, finished layers out ───┘
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from functools import partial
 
-from ..engine.arena_pins import ArenaPins
-from ..engine.engine import Engine
-from ..engine.page_allocator import PageAllocator
+import grpc.aio
+
+from ..engine.executor import PageTransfer
 from ..engine.sequence import Sequence
-from ..engine.transfer import TransferThread
+from ..engine.worker import HalfLoad, Worker
 from ..kvstore.client import StoreClient
-from ..protocol.blocks import block_keys, div_ceil, root_key
-from ..protocol.config import ModelOptions, PrefillConfig
+from ..protocol.blocks import block_keys, div_ceil
+from ..protocol.config import PrefillConfig
 from ..protocol.errors import HalfmoonError, HandoffCorrupt, InternalError, RequestCancelled, StoreUnavailable, WorkerLost
-from ..protocol.v1 import common_pb2, control_pb2, worker_pb2
-from ..protocol.worker_life import WorkerAddress, WorkerLife
-from .fault import flip_pushed_bytes
-from .job import PrefillJob, check_sequence
-from .loader import PrefixLoader
-from .metrics import PrefillMetrics
-from .pusher import BlockPusher
+from ..protocol.roles import WorkerRole
+from ..protocol.v1 import common_pb2, worker_pb2, worker_pb2_grpc
+from .job import PrefillJob
+from .pusher import push_prefix
 from .scheduler import PrefillScheduler
-from .service import start_server
+from .service import PrefillService
 from .steps import PrefillSteps
-from .stores import Stores
 
 logger = logging.getLogger(__name__)
 
 
-class PrefillWorker:
-    """Everything but the engine's and the transfer thread's calls happens on the event loop that start() runs on.
+class PrefillHalf:
+    """On the worker's event loop, but for its steps."""
 
-    Args:
-        flip_pushed_bytes: a fault for tests: bytes are altered on their way to the store.
-    """
-
-    def __init__(
-        self, worker_address: WorkerAddress, *, options: ModelOptions, config: PrefillConfig, flip_pushed_bytes: bool = False
-    ) -> None:
-        self.worker_id = worker_address.worker_id
-        self.life = WorkerLife(worker_address, self._fail_all)
-        self._options = options
+    def __init__(self, config: PrefillConfig) -> None:
         self._config = config
-        self._flip_pushed_bytes = flip_pushed_bytes
         self._jobs: dict[Sequence, PrefillJob] = {}
 
-    async def start(self) -> str:
-        """Loads the model, attaches to the store, listens and joins the proxy. Returns "host:port".
+    def mount(self, worker: Worker) -> PrefillSteps:
+        """Raises ConfigError."""
+        facts = worker.facts
+        self.scheduler = PrefillScheduler(worker.allocator, facts.page_size, self._config.max_tokens_per_step)
+        self._worker = worker
+        self._life = worker.life
+        self._facts = facts
+        self._stores = worker.stores
+        self._changed = worker.changed
+        self._pages: PageTransfer = worker.executor.pages
+        return PrefillSteps(self.scheduler, self._jobs, self._pages, worker.changed, worker.life.tell, self._stepped)
 
-        Raises CheckpointError, ConfigError, StoreUnavailable, SchemaMismatch.
-        """
-        life, worker_address = self.life, self.life.worker_address
-        self.engine = await life.load(self._load_engine)
-        cache = self.engine.cache
-        self.scheduler = PrefillScheduler(PageAllocator(cache.num_pages), cache.page_size, self._config.max_tokens_per_step)
-        self.metrics = PrefillMetrics(self.scheduler)
-        self._root = root_key(self.engine.schema.fingerprint)
-        self._transfer = TransferThread(f"{self.worker_id}-transfer", self.engine.device, life.crashed)
-        self._pins = ArenaPins(cache, self._transfer)
-        self.stores = Stores(
-            worker_address.store_address,
-            client_id=self.worker_id,
-            node_id=worker_address.node_id,
-            schema=self.engine.schema,
-            transport=self._config.transport,
-            on_lost=self._store_lost,
-            on_attached=self._pins.attached,
-        )
-        await self.stores.own.attach()
-        self._loader = PrefixLoader(cache, self.stores, self._transfer, self.metrics, life.spawn)
-        self._pusher = BlockPusher(cache, self._transfer, self.metrics)
-        self._steps = PrefillSteps(self.engine, self.scheduler, self._jobs, self._pusher, life, self._stepped)
-        self._changed = self._steps.changed  # guards the scheduler
-        self._steps.start()
-        server, self.address = await start_server(self, worker_address.host)
-        life.tend(self.stores.own.stay_attached())
-        await life.serve(server, self.metrics.registry, self._info(), self.load)
-        return self.address
+    def register(self, server: grpc.aio.Server) -> None:
+        worker_pb2_grpc.add_PrefillWorkerServicer_to_server(PrefillService(self), server)
 
-    async def serve_until_stopped(self) -> None:
-        """Raises what broke the worker."""
-        await self.life.stopped()
-
-    async def stop(self, grace_s: float) -> None:
-        """Leaves the proxy, gives running calls grace_s, then ends them and everything else. Idempotent."""
-        if not await self.life.leave(grace_s):
-            return
-        await asyncio.to_thread(self._steps.stop)
-        await self.life.settle(grace_s)
-        await self.stores.close()
-        await asyncio.to_thread(self._transfer.close)
-        await self._pins.close()
-        await self.life.end()
-
-    def load(self) -> control_pb2.MemberLoad:
+    def take_role(self, role: WorkerRole) -> None:
+        """Beside a decode half that is in use it leaves pages to that: room for a sequence of the model's length."""
+        facts = self._facts
+        room = min(div_ceil(facts.max_model_len, facts.page_size), facts.num_pages // 2)
         with self._changed:
-            return control_pb2.MemberLoad(
-                num_running=self.scheduler.num_running,
-                num_waiting=self.scheduler.num_waiting,
-                num_outstanding_tokens=self.scheduler.num_outstanding_tokens,
-                kv_usage_ratio=self.scheduler.allocator.usage_ratio,
-            )
+            self.scheduler.num_reserved_pages = room if role == "both" else 0
+        self.start_waiting()
+
+    def load(self) -> HalfLoad:
+        scheduler = self.scheduler
+        return HalfLoad(scheduler.num_running, scheduler.num_waiting, 0, scheduler.num_outstanding_tokens, [])
 
     async def prefill(self, request: worker_pb2.PrefillRequest) -> common_pb2.HandoffState:
         """Computes the prompt's KV into the hand-off and samples the first token; returns once the hand-off is sealed.
@@ -143,33 +96,34 @@ class PrefillWorker:
 
     def _open(self, request: worker_pb2.PrefillRequest, task: asyncio.Task[None]) -> PrefillJob:
         """Raises InvalidRequest, PromptTooLong, WorkerLost."""
-        self.life.require_sound()
+        self._life.require_sound()
         sequence = Sequence.from_proto(request.sequence)
-        check_sequence(sequence, self.engine.config.vocab_size, self.engine.max_model_len)
-        keys = block_keys(self._root, sequence.token_ids, self.engine.page_size)
+        sequence.check_tokens(self._facts.vocab_size)
+        sequence.check_len(self._facts.max_model_len, with_answer=False)
+        keys = block_keys(self._worker.root, sequence.token_ids, self._facts.page_size)
         loop = asyncio.get_running_loop()
         job = PrefillJob(request, sequence, keys, task, loop.create_future(), loop.create_future())
         with self._changed:
             self.scheduler.add(sequence)
         self._jobs[sequence] = job
-        self._start_waiting()
+        self.start_waiting()
         return job
 
     async def _prefill(self, job: PrefillJob) -> common_pb2.HandoffState:
         await job.started
-        if tail := job.sequence.num_tokens % self.engine.page_size:
-            # an earlier owner's KV must not travel in the rest of the last page; pushes come behind this on the same thread
-            self._transfer.submit(partial(self.engine.cache.zero_tail, job.sequence.pages[-1], tail))
+        if tail := job.sequence.num_tokens % self._facts.page_size:
+            # an earlier owner's KV must not travel in the rest of the last page; pushes come behind this
+            self._pages.zero_tail(job.sequence.pages[-1], tail)
         await self._prepare(job)
         assert job.client is not None and job.writer is not None
-        self._pusher.push_prefix(job)
+        push_prefix(self._pages, job)
         with self._changed:
-            self.scheduler.ready(job.sequence, job.num_cached_tokens)
+            self.scheduler.ready(job.sequence, job.prefix.num_tokens)
             self._changed.notify()
         await job.pushed
         await job.writer.seal(job.state())
         state = job.state()
-        self.metrics.transferred(job.client.transport, "push", job.writer.num_bytes, state.phases.push_s)
+        self._worker.metrics.transferred(job.client.transport, "push", job.writer.num_bytes, state.phases.push_s)
         return state
 
     async def _prepare(self, job: PrefillJob) -> None:
@@ -177,7 +131,7 @@ class PrefillWorker:
 
         Raises what the reserve raises; HandoffCorrupt where it was promised a block that the load found corrupt, which is gone now.
         """
-        preparing = [asyncio.ensure_future(self._loader.load(job)), asyncio.ensure_future(self._reserve(job))]
+        preparing = [asyncio.ensure_future(self._load_prefix(job)), asyncio.ensure_future(self._reserve(job))]
         try:
             await asyncio.gather(*preparing)
         finally:
@@ -185,18 +139,19 @@ class PrefillWorker:
                 task.cancel()
             await asyncio.wait(preparing)
         assert job.writer is not None
-        if job.corrupt_in is job.client and any(job.writer.present[block] for block in job.corrupt_blocks):
+        if job.prefix.corrupt_in is job.client and any(job.writer.present[block] for block in job.prefix.corrupt_blocks):
             raise HandoffCorrupt(
                 f"cached blocks of {job.sequence.request_id} do not match their checksums and were dropped; the next attempt computes them"
             )
 
+    async def _load_prefix(self, job: PrefillJob) -> None:
+        job.prefix = await self._worker.prefixes.load(job.sequence, job.block_keys, job.request.prefix)
+
     async def _reserve(self, job: PrefillJob) -> None:
         """Sets the job's client and writer."""
-        client = await self.stores.client(job.request.store_address)
-        if self._flip_pushed_bytes:
-            flip_pushed_bytes(client)
+        client = await self._stores.client(job.request.store_address)
         handoff = job.request.handoff
-        num_blocks = div_ceil(job.sequence.num_tokens, self.engine.page_size)
+        num_blocks = div_ceil(job.sequence.num_tokens, self._facts.page_size)
         writer = await client.reserve(handoff.id, handoff.epoch, job.block_keys, num_blocks, job.sequence.remaining_s)
         job.client, job.writer = client, writer
 
@@ -205,32 +160,33 @@ class PrefillWorker:
         with self._changed:
             self.scheduler.abort(job.sequence)
         del self._jobs[job.sequence]
-        self.life.spawn(self._release(job, error))
+        self._life.spawn(self._release(job, error))
 
     async def _release(self, job: PrefillJob, error: HalfmoonError | None) -> None:
         """Tells the store of a failure, or keeps the blocks; frees the pages once no thread touches them."""
         try:
             if error is not None:
                 await self._abort(job, error)
-            elif not self.stores.is_own(job.request.store_address) and job.block_keys:
-                await self._pusher.keep(job, self.stores.own.client)
+            elif not self._stores.is_own(job.request.store_address) and job.block_keys:
+                await self._worker.blocks.keep(self._stores.own.client, job.block_keys, job.sequence.pages)
         except HalfmoonError as failure:
             logger.info("request %s: after its end, %s", job.sequence.request_id, failure)
         finally:
-            await self._transfer.drained()
+            await self._pages.drained()
             with self._changed:
                 self.scheduler.release(job.sequence)
-            self._start_waiting()
+            self._worker.start_waiting()
 
     async def _abort(self, job: PrefillJob, error: HalfmoonError) -> None:
         if job.writer is not None:
             await job.writer.abort(error)
             return
-        client = await self.stores.client(job.request.store_address)
+        client = await self._stores.client(job.request.store_address)
         await client.abort(job.request.handoff.id, job.request.handoff.epoch, error)
 
-    def _start_waiting(self) -> None:
-        """Whenever pages may have become free, or somebody came."""
+    def start_waiting(self) -> None:
+        if not self.scheduler.num_waiting:
+            return
         with self._changed:
             started = self.scheduler.start()
         for sequence in started:
@@ -238,27 +194,15 @@ class PrefillWorker:
             if job is not None and not job.started.done():
                 job.started.set_result(None)
 
-    def _store_lost(self, client: StoreClient) -> None:
-        self._pins.lost(client)
+    def store_lost(self, client: StoreClient) -> None:
         for job in list(self._jobs.values()):
             if job.client is client:
                 job.fail(StoreUnavailable(f"the KV store at {client.address} is gone; the hand-off with it", address=client.address))
 
-    def _stepped(self, seconds: float, num_tokens: int) -> None:
-        self.metrics.stepped(seconds, num_tokens)
-        self._start_waiting()
-
-    # what the life around it asks for
-
-    def _load_engine(self) -> Engine:
-        config, progress = self._config, self.life.progress.report
-        return Engine.load(self._options, kv_capacity_tokens=config.kv_capacity_tokens, num_threads=config.num_threads, progress=progress)
-
-    def _fail_all(self, error: WorkerLost) -> None:
+    def fail_all(self, error: WorkerLost) -> None:
         for job in list(self._jobs.values()):
             job.fail(error)
 
-    def _info(self) -> control_pb2.MemberInfo:
-        info = self.engine.member_info()
-        info.role, info.address, info.store_id = control_pb2.ROLE_PREFILL, self.address, self.stores.own.client.store_id
-        return info
+    def _stepped(self, seconds: float, num_tokens: int) -> None:
+        self._worker.metrics.stepped("prefill", seconds, num_tokens)
+        self._worker.start_waiting()

@@ -1,7 +1,8 @@
 """Configuration: one frozen dataclass a process role, all from one YAML file and the command line.
 
 model:    what is served          store:   one process a node
-proxy:    the front door          prefill: the prefill workers        decode: the decode workers
+proxy:    the front door          prefill: that half of a worker      decode: that half of a worker
+                                  num_workers in prefill, decode and both: how many start with that role
 """
 
 from __future__ import annotations
@@ -71,11 +72,18 @@ class DecodeConfig:
     max_running: int = 256
     """Sequences in one step."""
     max_prefill_tokens_per_step: int = 512
-    """Computed in one step beside the decode tokens, for local prefill and preempted sequences."""
+    """Computed in one step beside the decode tokens, for local prefill, preempted sequences and prompts to hand off."""
     kv_capacity_tokens: int = 0
     """As in prefill; 0: eight times max_model_len on CPU."""
     num_threads: int = 1
     transport: Literal["auto", "grpc"] = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BothConfig:
+    """Of workers that start with both roles; all else is prefill's and decode's, and what both have, decode's."""
+
+    num_workers: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +133,7 @@ class ClusterConfig:
     store: StoreConfig = field(default_factory=StoreConfig)
     prefill: PrefillConfig = field(default_factory=PrefillConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    both: BothConfig = field(default_factory=BothConfig)
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from dataclasses import dataclass
 
 from .errors import SchemaMismatch
@@ -25,9 +26,14 @@ class KVSchema:
     scales: str = ""
 
     @property
+    def layer_shape(self) -> tuple[int, int, int, int]:
+        """Of one layer of one block: (K and V, heads, tokens, head_dim)."""
+        return 2, self.num_kv_heads, self.block_size, self.head_dim
+
+    @property
     def layer_bytes(self) -> int:
         """Of one layer of one block: K, then V."""
-        return 2 * self.num_kv_heads * self.block_size * self.head_dim * DTYPE_BYTES[self.dtype]
+        return math.prod(self.layer_shape) * DTYPE_BYTES[self.dtype]
 
     @property
     def block_bytes(self) -> int:

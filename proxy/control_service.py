@@ -9,6 +9,7 @@ import grpc.aio
 
 from ..protocol.errors import InvalidRequest
 from ..protocol.grpc_errors import unary_boundary
+from ..protocol.roles import ROLE_NUMBERS
 from ..protocol.v1 import control_pb2, control_pb2_grpc
 from .requests.explanation import explain
 from .requests.router import Router
@@ -27,15 +28,20 @@ class ControlService(control_pb2_grpc.ControlServicer):
         first = await anext(aiter(reports), None)
         if first is None or not first.HasField("info"):
             raise InvalidRequest("the first report of a Join stream says who the member is; send MemberReport.info")
-        member = self._cluster.join(first.info, first.load)
+        member = self._cluster.join(first.info, first.load, first.role)
         stream = member.stream
         try:
             await context.write(control_pb2.MemberOrder(accepted=True))
+            member.orders.opened(context.write)
             async for report in reports:
                 if member.gone or member.stream != stream:
                     return  # a newer process, or a newer stream of this one, has taken its place
-                self._cluster.report(member, report.load)
+                if report.HasField("answer"):
+                    member.orders.answered(report.answer)
+                self._cluster.report(member, report.load, report.role)
         finally:
+            if member.stream == stream:
+                member.orders.closed()
             self._cluster.leave(member, stream)
 
     @unary_boundary
@@ -43,7 +49,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
         router, metrics = self._router, self._router.metrics
         return control_pb2.StatusReply(
             members=[
-                control_pb2.StatusReply.Member(info=member.info, load=member.load, up_s=member.up_s)
+                control_pb2.StatusReply.Member(info=member.info, load=member.load, up_s=member.up_s, role=ROLE_NUMBERS[member.role])
                 for member in sorted(self._cluster.members.values(), key=lambda member: (member.info.role, member.id))
             ],
             model=self._model_name,

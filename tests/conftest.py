@@ -52,6 +52,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="session")
+def worker_views() -> Any:
+    return _load("worker_views")
+
+
+@pytest.fixture(scope="session")
 def faces() -> Any:
     return _load("faces")
 

@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
     "client": {"protocol"},
     "kvstore": {"protocol"},
-    "engine": {"kernels", "protocol"},
+    "engine": {"kernels", "kvstore", "protocol"},
     "prefill_worker": {"engine", "kvstore", "kernels", "protocol"},
     "decode_worker": {"engine", "kvstore", "kernels", "protocol"},
     "proxy": {"client", "kvstore", "protocol"},
@@ -136,11 +136,20 @@ def test_a_transformers_model_imports_in_a_process_started_in_the_root() -> None
 
 @pytest.mark.parametrize(
     "module",
-    ["halfmoon.engine.sequence", "halfmoon.engine.page_allocator", "halfmoon.prefill_worker.scheduler", "halfmoon.decode_worker.scheduler",
+    ["halfmoon.engine.sequence", "halfmoon.engine.page_allocator", "halfmoon.engine.combined_scheduler",
+     "halfmoon.prefill_worker.scheduler", "halfmoon.decode_worker.scheduler",
      "halfmoon.proxy.conductor.conductor", "halfmoon.kvstore.eviction"],
 )  # fmt: skip
 def test_what_the_simulator_runs_imports_neither_torch_nor_ray(module: str) -> None:
     code = f"import sys, {module}; found = {{'torch', 'ray'}} & set(sys.modules); sys.exit(str(found) if found else 0)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "module", ["halfmoon.engine.executor", "halfmoon.engine.worker", "halfmoon.prefill_worker.worker", "halfmoon.decode_worker.worker"]
+)
+def test_what_stands_above_the_executor_imports_no_torch(module: str) -> None:
+    code = f"import sys; sys.modules['torch'] = sys.modules['ray'] = None; import {module}"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -151,7 +160,7 @@ def test_the_conductor_imports_neither_grpc_nor_torch_nor_ray() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["halfmoon.engine.engine", "halfmoon.kvstore.server", "halfmoon.prefill_worker.worker", "halfmoon.decode_worker.worker"]
+    "module", ["halfmoon.engine.engine", "halfmoon.engine.worker", "halfmoon.kvstore.server", "halfmoon.deploy.worker"]
 )
 def test_what_runs_on_a_gpu_machine_imports_without_ray(module: str) -> None:
     code = f"import sys; sys.modules['ray'] = None; import {module}"

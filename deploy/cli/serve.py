@@ -68,8 +68,10 @@ async def _drain(supervisor: Supervisor, timeout_s: float, interrupted: asyncio.
 
 
 def _print_endpoints(supervisor: Supervisor, config: ClusterConfig) -> None:
-    num_prefill, num_decode = config.prefill.num_workers, config.decode.num_workers
-    workers = f"{num_prefill} prefill and {num_decode} decode workers" if num_prefill else f"{num_decode} decode workers, which prefill too"
+    counts = {"prefill": config.prefill.num_workers, "decode": config.decode.num_workers, "prefill-and-decode": config.both.num_workers}
+    workers = " and ".join(f"{count} {name}" for name, count in counts.items() if count) + " workers"
+    if not counts["prefill"] and not counts["prefill-and-decode"]:
+        workers += ", which prefill too"
     console.print(
         f"[bold green]serving[/bold green] with {workers}\n"
         f"  OpenAI HTTP  http://{supervisor.http_address}/v1\n"

@@ -26,9 +26,10 @@ class LogLevel(enum.StrEnum):
 def serve(
     model: Annotated[str | None, Flag(help="Folder in Hugging Face format. Without it: the demo model of the package.")] = None,
     prefill: Annotated[int | None, Flag(help="Prefill workers; 0: decode workers compute prompts themselves.", min=0)] = None,
-    decode: Annotated[int | None, Flag(help="Decode workers.", min=1)] = None,
+    decode: Annotated[int | None, Flag(help="Decode workers.", min=0)] = None,
+    both: Annotated[int | None, Flag(help="Workers that do both; --prefill and --decode are 0 then where not given.", min=0)] = None,
     address: Annotated[str | None, Flag(help="Of the Ray cluster to join, or auto. Without it: a Ray of its own.")] = None,
-    config: Annotated[Path | None, Flag(help="YAML file with the sections model, store, proxy, prefill and decode.")] = None,
+    config: Annotated[Path | None, Flag(help="YAML file with the sections model, store, proxy, prefill, decode and both.")] = None,
     host: Annotated[str | None, Flag(help="Address that the proxy listens on.")] = None,
     http_port: Annotated[int | None, Flag(help="Of the OpenAI face; 0: any free one.")] = None,
     grpc_port: Annotated[int | None, Flag(help="Of the gRPC face; 0: any free one.")] = None,
@@ -45,6 +46,10 @@ def serve(
     log_level: Annotated[LogLevel, Flag(help="Of the supervisor's own log, on standard error.")] = LogLevel.WARNING,
 ) -> None:
     """Start or join a cluster and serve a model until interrupted; then drain."""
+    if both:
+        prefill, decode = prefill or 0, decode or 0
+    elif decode == 0:
+        raise typer.BadParameter("0 decode workers answer nobody; give --decode 1 or more, or --both", param_hint="--decode")
     flags = {
         "model.path": model,
         "model.device": device,
@@ -52,6 +57,7 @@ def serve(
         "model.max_model_len": max_model_len,
         "prefill.num_workers": prefill,
         "decode.num_workers": decode,
+        "both.num_workers": both,
         "proxy.host": host,
         "proxy.http_port": http_port,
         "proxy.grpc_port": grpc_port,

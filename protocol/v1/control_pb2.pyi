@@ -13,13 +13,15 @@ class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROLE_PREFILL: _ClassVar[Role]
     ROLE_DECODE: _ClassVar[Role]
     ROLE_STORE: _ClassVar[Role]
+    ROLE_BOTH: _ClassVar[Role]
 ROLE_UNSPECIFIED: Role
 ROLE_PREFILL: Role
 ROLE_DECODE: Role
 ROLE_STORE: Role
+ROLE_BOTH: Role
 
 class MemberInfo(_message.Message):
-    __slots__ = ("id", "incarnation", "role", "address", "metrics_address", "node_id", "store_id", "store_address", "schema", "max_model_len", "kv_capacity_tokens", "pid", "device")
+    __slots__ = ("id", "incarnation", "role", "address", "metrics_address", "node_id", "store_id", "store_address", "schema", "max_model_len", "kv_capacity_tokens", "pid", "device", "roles")
     ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +35,7 @@ class MemberInfo(_message.Message):
     KV_CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    ROLES_FIELD_NUMBER: _ClassVar[int]
     id: str
     incarnation: str
     role: Role
@@ -46,7 +49,8 @@ class MemberInfo(_message.Message):
     kv_capacity_tokens: int
     pid: int
     device: str
-    def __init__(self, id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., node_id: _Optional[str] = ..., store_id: _Optional[str] = ..., store_address: _Optional[str] = ..., schema: _Optional[_Union[_common_pb2.KVSchema, _Mapping]] = ..., max_model_len: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
+    roles: _containers.RepeatedScalarFieldContainer[Role]
+    def __init__(self, id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., node_id: _Optional[str] = ..., store_id: _Optional[str] = ..., store_address: _Optional[str] = ..., schema: _Optional[_Union[_common_pb2.KVSchema, _Mapping]] = ..., max_model_len: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ...) -> None: ...
 
 class MemberLoad(_message.Message):
     __slots__ = ("num_running", "num_waiting", "num_outstanding_tokens", "kv_usage_ratio", "steps", "num_prefill_tokens")
@@ -77,18 +81,34 @@ class StepSample(_message.Message):
     def __init__(self, num_sequences: _Optional[int] = ..., num_kv_tokens: _Optional[int] = ..., num_prefill_tokens: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class MemberReport(_message.Message):
-    __slots__ = ("info", "load")
+    __slots__ = ("info", "load", "role", "answer")
     INFO_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
     info: MemberInfo
     load: MemberLoad
-    def __init__(self, info: _Optional[_Union[MemberInfo, _Mapping]] = ..., load: _Optional[_Union[MemberLoad, _Mapping]] = ...) -> None: ...
+    role: Role
+    answer: OrderAnswer
+    def __init__(self, info: _Optional[_Union[MemberInfo, _Mapping]] = ..., load: _Optional[_Union[MemberLoad, _Mapping]] = ..., role: _Optional[_Union[Role, str]] = ..., answer: _Optional[_Union[OrderAnswer, _Mapping]] = ...) -> None: ...
+
+class OrderAnswer(_message.Message):
+    __slots__ = ("number", "refusal")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    refusal: _common_pb2.Error
+    def __init__(self, number: _Optional[int] = ..., refusal: _Optional[_Union[_common_pb2.Error, _Mapping]] = ...) -> None: ...
 
 class MemberOrder(_message.Message):
-    __slots__ = ("accepted",)
+    __slots__ = ("accepted", "number", "role")
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
     accepted: bool
-    def __init__(self, accepted: bool = ...) -> None: ...
+    number: int
+    role: Role
+    def __init__(self, accepted: bool = ..., number: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()
@@ -97,14 +117,16 @@ class StatusRequest(_message.Message):
 class StatusReply(_message.Message):
     __slots__ = ("members", "model", "num_queued", "num_running", "draining", "ttft_s", "tpot_s", "outcomes", "up_s", "policy", "admission", "order", "prediction_errors", "rejections", "num_in_slo", "num_outside_slo")
     class Member(_message.Message):
-        __slots__ = ("info", "load", "up_s")
+        __slots__ = ("info", "load", "up_s", "role")
         INFO_FIELD_NUMBER: _ClassVar[int]
         LOAD_FIELD_NUMBER: _ClassVar[int]
         UP_S_FIELD_NUMBER: _ClassVar[int]
+        ROLE_FIELD_NUMBER: _ClassVar[int]
         info: MemberInfo
         load: MemberLoad
         up_s: float
-        def __init__(self, info: _Optional[_Union[MemberInfo, _Mapping]] = ..., load: _Optional[_Union[MemberLoad, _Mapping]] = ..., up_s: _Optional[float] = ...) -> None: ...
+        role: Role
+        def __init__(self, info: _Optional[_Union[MemberInfo, _Mapping]] = ..., load: _Optional[_Union[MemberLoad, _Mapping]] = ..., up_s: _Optional[float] = ..., role: _Optional[_Union[Role, str]] = ...) -> None: ...
     class Percentiles(_message.Message):
         __slots__ = ("p50", "p90", "p99", "count")
         P50_FIELD_NUMBER: _ClassVar[int]

@@ -21,7 +21,7 @@ class Backlog:
 
     def __init__(self, assigned: AssignedLoad, *, shares: bool) -> None:
         self.assigned = assigned
-        self._shares = shares
+        self.shares = shares
         self._tasks: list[PrefillTask] = []  # by queue_order, then arrival
         self._numbers = itertools.count()
         self._now_s = 0.0  # to which the clock has been followed
@@ -62,7 +62,7 @@ class Backlog:
             if task.order[0] > queue_order:
                 break
             left_s = task.left * task.seconds
-            found += min(left_s, work_s) if self._shares and task.order[0] == queue_order else left_s
+            found += min(left_s, work_s) if self.shares and task.order[0] == queue_order else left_s
         return found
 
     def _follow(self, now_s: float) -> None:

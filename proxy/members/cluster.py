@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from ...protocol.errors import InvalidRequest
+from ...protocol.errors import DeadlineExceeded, InvalidRequest
+from ...protocol.roles import ROLE_NAMES, ROLE_NUMBERS, WORKER_ROLES, WorkerRole, decodes, prefills
 from ...protocol.schema import KVSchema
 from ...protocol.v1 import control_pb2
 from ..conductor.placement import MemberState, Snapshot
 from ..metrics import ProxyMetrics
-from .member import ROLE_NAMES, Member
+from .member import Member
 
-WORKER_ROLES = ("prefill", "decode")
 JoinCallback = Callable[[Member], None]
 ReportCallback = Callable[[Member, control_pb2.MemberLoad], None]
 BusyUntil = Callable[[Member], float]
@@ -54,13 +54,51 @@ class Cluster:
         """callback runs for every load report from now on."""
         self._report_callbacks.append(callback)
 
-    def report(self, member: Member, load: control_pb2.MemberLoad) -> None:
+    def report(self, member: Member, load: control_pb2.MemberLoad, role: control_pb2.Role = control_pb2.ROLE_UNSPECIFIED) -> None:
+        """role: that it has now; unspecified: as before."""
+        self._heard_role(member, role)
         member.report(load)
         for callback in self._report_callbacks:
             callback(member, load)
 
-    def join(self, info: control_pb2.MemberInfo, load: control_pb2.MemberLoad) -> Member:
+    async def set_role(self, member: Member, role: WorkerRole, timeout_s: float) -> None:
+        """Has a worker take on a role; returns once it has confirmed it. Placements go by the new role from the call on.
+
+        What was placed on it ends there. Whatever this raises, the role is the former one again: InvalidRequest for a role that the
+        worker does not have, its own refusal, DeadlineExceeded where it does not answer, WorkerLost where it leaves.
+        """
+        if ROLE_NUMBERS[role] not in member.info.roles:
+            found = ", ".join(sorted(ROLE_NAMES[number] for number in member.info.roles)) or "none but its own"
+            raise InvalidRequest(f"{member.title} can't take on the role {role}; it can take {found}")
+        async with member.orders.one_at_a_time:
+            former = member.role
+            self._change_role(member, role)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await member.orders.give(control_pb2.MemberOrder(role=ROLE_NUMBERS[role]))
+            except TimeoutError as error:
+                self._change_role(member, former)
+                raise DeadlineExceeded(f"{member.title} did not say within {timeout_s:g} s that it takes on the role {role}") from error
+            except BaseException:
+                self._change_role(member, former)
+                raise
+
+    def _heard_role(self, member: Member, role: control_pb2.Role) -> None:
+        """It may have taken on a role whose order was given up meanwhile."""
+        if role and ROLE_NAMES[role] != member.role and not member.orders.pending:
+            self._change_role(member, ROLE_NAMES[role])
+
+    def _change_role(self, member: Member, role: str) -> None:
+        member.role = role
+        if not member.gone:
+            self._count()
+
+    def join(
+        self, info: control_pb2.MemberInfo, load: control_pb2.MemberLoad, role: control_pb2.Role = control_pb2.ROLE_UNSPECIFIED
+    ) -> Member:
         """The member, new or (same incarnation, a second stream) as it was. Its `stream` names this Join stream.
+
+        role: that it has now; unspecified: info's.
 
         Raises InvalidRequest for an incomplete info or a process that a newer one has replaced, SchemaMismatch for
         another KV format than the cluster's.
@@ -69,12 +107,13 @@ class Cluster:
         known = self.members.get(info.id)
         if known is not None and known.incarnation == info.incarnation:
             known.stream += 1
+            self._heard_role(known, role)
             known.report(load)
             return known
         if known is not None:
             self._superseded.add(known.incarnation)
             self._remove(known)
-        member = self.members[info.id] = Member(info, load)
+        member = self.members[info.id] = Member(info, load, role or info.role)
         self._count()
         for callback in self._join_callbacks:
             callback(member)
@@ -92,7 +131,7 @@ class Cluster:
     def snapshot(self, block_size: int, now_s: float = 0.0, busy_until: BusyUntil | None = None) -> Snapshot:
         """busy_until: of a worker that has prefills to do, on the clock of now_s, for the request to be placed; None: not asked."""
         if self._pools is None:
-            self._pools = self._live("prefill"), self._live("decode")
+            self._pools = self._live(prefills), self._live(decodes)
 
         def states(members: list[Member]) -> tuple[MemberState, ...]:
             return tuple(
@@ -102,10 +141,10 @@ class Cluster:
         prefill, decode = self._pools
         return Snapshot(states(prefill), states(decode), block_size, now_s)
 
-    def _live(self, role: str) -> list[Member]:
-        """Those whose own store lives, too, by id."""
+    def _live(self, does: Callable[[str], bool]) -> list[Member]:
+        """does: what is asked of their roles. Those whose own store lives, too, by id."""
         stores = {member.info.address for member in self.members.values() if member.role == "store"}
-        found = (member for member in self.members.values() if member.role == role and member.info.store_address in stores)
+        found = (member for member in self.members.values() if does(member.role) and member.info.store_address in stores)
         return sorted(found, key=lambda member: member.id)
 
     async def close(self) -> None:

@@ -12,34 +12,36 @@ from collections.abc import Callable
 from typing import Any
 
 from ...protocol.channel import open_channel
+from ...protocol.roles import ROLE_NAMES
 from ...protocol.schema import KVSchema
 from ...protocol.v1 import control_pb2, kvstore_pb2_grpc, worker_pb2_grpc
 from ..conductor.placement import MemberState
 from .assigned_load import AssignedLoad
 from .backlog import Backlog
+from .orders import OrderBook
 
-ROLE_NAMES = {control_pb2.ROLE_PREFILL: "prefill", control_pb2.ROLE_DECODE: "decode", control_pb2.ROLE_STORE: "store"}
+STATE_ROLES = {"both": "coupled"}  # as the Conductor calls it
 CLOSE_GRACE_S = 1.0  # for calls that are being cancelled
 
 GoneCallback = Callable[["Member"], None]
 
 
 class Member:
-    """Made in a running event loop (its channel belongs to it)."""
+    """Made in a running event loop (its channel belongs to it). role: as a number of the protocol, what it has now."""
 
-    def __init__(self, info: control_pb2.MemberInfo, load: control_pb2.MemberLoad) -> None:
+    def __init__(self, info: control_pb2.MemberInfo, load: control_pb2.MemberLoad, role: control_pb2.Role) -> None:
         self.info = info
         # asked for at every placement, and an attribute of a message is slow
         self._id, self._incarnation, self.store_address, self._kv_capacity_tokens = (
             info.id, info.incarnation, info.store_address, info.kv_capacity_tokens,
         )  # fmt: skip
-        self.role = ROLE_NAMES[info.role]
-        self.assigned = AssignedLoad()  # prefill: tokens to compute; decode: of context
-        is_prefill = self.role == "prefill"  # a decode worker has a backlog of the prompts that it computes itself
-        self.backlog = Backlog(self.assigned if is_prefill else AssignedLoad(), shares=is_prefill)
+        self._context = AssignedLoad()  # tokens of context, of what it decodes or will
+        self.backlog = Backlog(AssignedLoad(), shares=False)  # prompts that it computes, its own or to hand off
+        self._set_role(ROLE_NAMES[role])
         self.num_loads = 0  # prefixes that it is to load, of prefills not done
         self.schema = KVSchema.from_proto(info.schema) if info.HasField("schema") else None
         self.stream = 0  # which of its process's Join streams is the present one
+        self.orders = OrderBook(self)
         self.gone = False
         self._joined = time.monotonic()
         self._channel = open_channel(info.address)
@@ -70,10 +72,29 @@ class Member:
     def up_s(self) -> float:
         return time.monotonic() - self._joined
 
+    @property
+    def role(self) -> str:
+        return self._role
+
+    @role.setter
+    def role(self, role: str) -> None:
+        """What runs ends where it is, and in the books that it was written in."""
+        self._set_role(role)
+        self._state = None
+
+    def _set_role(self, role: str) -> None:
+        self._role = role
+        self.backlog.shares = role != "decode"
+
+    @property
+    def assigned(self) -> AssignedLoad:
+        """Role prefill: tokens to compute; else of context."""
+        return self.backlog.assigned if self._role == "prefill" else self._context
+
     def report(self, load: control_pb2.MemberLoad) -> None:
         self.load = load
         self.assigned.report(load.num_outstanding_tokens)
-        if self.backlog.assigned is not self.assigned:
+        if self._role != "prefill":
             self.backlog.assigned.report(load.num_prefill_tokens)
         self.backlog.report(time.monotonic())
 
@@ -91,13 +112,13 @@ class Member:
             self._id,
             self._incarnation,
             self.store_address,
-            assigned.num_left_tokens if self.role == "prefill" else assigned.num_tokens,
+            assigned.num_left_tokens if self._role == "prefill" else assigned.num_tokens,
             self._kv_capacity_tokens,
             busy_until_s,
             assigned.num_requests,
             assigned.num_running,
             assigned.num_running_tokens,
-            self.role,
+            STATE_ROLES.get(self._role, self._role),
         )
 
     def on_gone(self, callback: GoneCallback) -> Callable[[], None]:
@@ -108,6 +129,7 @@ class Member:
 
     def leave(self) -> None:
         self.gone = True
+        self.orders.closed()
         callbacks, self._gone_callbacks = self._gone_callbacks, {}
         for callback in callbacks.values():
             callback(self)

@@ -34,20 +34,17 @@ import torch
 import xxhash
 from shapes import write_shape
 
-from halfmoon.engine.arena_pins import ArenaPins
 from halfmoon.engine.engine import Engine
 from halfmoon.engine.kv_cache import PagedKVCache
-from halfmoon.engine.page_allocator import PageAllocator
 from halfmoon.engine.page_copy import keep_pages, load_pages
+from halfmoon.engine.page_transfer import LocalPageTransfer
 from halfmoon.engine.sequence import Sequence, StepChunk
 from halfmoon.engine.transfer import TransferThread
 from halfmoon.kvstore import checksums
 from halfmoon.kvstore.client import StoreClient
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.prefill_worker.job import PrefillJob
-from halfmoon.prefill_worker.metrics import PrefillMetrics
-from halfmoon.prefill_worker.pusher import BlockPusher, finished_blocks
-from halfmoon.prefill_worker.scheduler import PrefillScheduler
+from halfmoon.prefill_worker.pusher import finished_blocks
 from halfmoon.protocol.blocks import KEY_BYTES
 from halfmoon.protocol.config import ModelOptions, StoreConfig
 from halfmoon.protocol.sampling import SamplingParams
@@ -65,18 +62,18 @@ class Side:
     def __init__(self, cache: PagedKVCache, name: str) -> None:
         self.cache = cache
         self.device = cache.data.device
-        self.transfer = TransferThread(name, self.device, self._crashed)
-        self.pins = ArenaPins(cache, self.transfer)
+        self.pages = LocalPageTransfer(cache, TransferThread(name, self.device, self._crashed))
         self._name = name
 
     async def attach(self, address: str) -> None:
         self.client = await StoreClient.attach(address, client_id=self._name, node_id=NODE, schema=self.cache.schema)
-        await self.pins.attached(self.client)
+        if self.client.arena is not None:
+            await asyncio.to_thread(self.pages.pin, self.client.arena.memory)
 
     async def load(self, name: str, pages: list[int]) -> None:
         """As a decode worker takes a hand-off in: returns when the pages hold it and every checksum matched."""
         reader = await self.client.fetch(name, 1, DEADLINE_S)
-        await load_pages(self.cache, self.transfer, pages, reader)
+        await load_pages(self.pages, pages, reader)
         self.loaded_at = time.monotonic()
         await reader.release()
 
@@ -86,8 +83,7 @@ class Side:
 
     async def close(self) -> None:
         await self.client.close()
-        await asyncio.to_thread(self.transfer.close)
-        await self.pins.close()
+        await asyncio.to_thread(self.pages.close)
 
     def _crashed(self, error: BaseException) -> None:
         measure.show(f"{self._name}: {type(error).__name__}: {error}")
@@ -224,7 +220,7 @@ async def measure_legs(side: Side, pages: list[int], others: list[int], rates: d
         num_copies = len(writer.rows(0, 0, len(pages)).runs)
         writer.dropped()
         began = time.monotonic()
-        await keep_pages(side.cache, side.transfer, pages, writer)
+        await keep_pages(side.pages, pages, writer)
         sealed = time.monotonic()
         await side.load(name, others)
         return sealed - began, side.loaded_at - sealed, num_copies
@@ -256,8 +252,6 @@ class Prefill:
         self._engine = engine
         self._side = side
         self._sequence = sequence
-        scheduler = PrefillScheduler(PageAllocator(engine.cache.num_pages), engine.page_size, sequence.num_tokens)
-        self._pusher = BlockPusher(engine.cache, side.transfer, PrefillMetrics(scheduler))
 
     def step(self, push: Callable[[int], None] | None = None) -> common_pb2.TokenOutput:
         """Sets seconds and ended_at: everything up to the sampled token."""
@@ -280,9 +274,9 @@ class Prefill:
         request = worker_pb2.PrefillRequest()
         job: Any = PrefillJob(request, self._sequence, keys, task, loop.create_future(), loop.create_future())  # pyright: ignore[reportArgumentType]
         job.client, job.writer = self._side.client, await self._side.client.reserve(name, 1, keys, num_blocks, DEADLINE_S)
-        runs = [finished_blocks(job, StepChunk(self._sequence, 0, self._sequence.num_tokens), self._engine.page_size)]
-        token = await asyncio.to_thread(self.step, self._pusher.step(runs))
-        self._pusher.finish([job])
+        pushes = [finished_blocks(job, StepChunk(self._sequence, 0, self._sequence.num_tokens), self._engine.page_size)]
+        token = await asyncio.to_thread(self.step, self._side.pages.after_layer(pushes))
+        self._side.pages.when_landed(job.tell_pushed)
         await job.pushed
         await job.writer.seal(common_pb2.HandoffState(num_tokens=self._sequence.num_tokens, first_token=token))
         self.sealed_at = time.monotonic()

@@ -14,14 +14,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from halfmoon.decode_worker.worker import DecodeWorker
+from halfmoon.deploy.worker import make_worker
+from halfmoon.engine.worker_life import WorkerAddress
 from halfmoon.kvstore.server import StoreServer
-from halfmoon.prefill_worker.worker import PrefillWorker
 from halfmoon.protocol.channel import create_server, open_channel
 from halfmoon.protocol.config import DecodeConfig, ModelOptions, PrefillConfig, StoreConfig
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.v1 import common_pb2, control_pb2, control_pb2_grpc, worker_pb2, worker_pb2_grpc
-from halfmoon.protocol.worker_life import WorkerAddress
 
 BLOCK_SIZE = 8
 VOCAB_SIZE = 160
@@ -107,9 +106,10 @@ class Members(control_pb2_grpc.ControlServicer):
 
 
 class Cluster:
-    """One store, one prefill and one decode worker. Plays the proxy: speaks to the workers by gRPC alone."""
+    """One store, one prefill and one decode worker, or some of both roles. Plays the proxy: speaks to the workers by gRPC alone."""
 
-    def __init__(self, folder: Path, transport: str, members: Members) -> None:
+    def __init__(self, folder: Path, transport: str, members: Members, views: Any) -> None:
+        self.views = views
         self.options = ModelOptions(path=str(folder), device="cpu", block_size=BLOCK_SIZE, max_model_len=MAX_MODEL_LEN)
         self.transport: Any = transport
         self.members = members
@@ -124,30 +124,37 @@ class Cluster:
         arena_bytes: int = 4 * 2**20,
         port: int = 0,
         flip_pushed_bytes: bool = False,
+        both: int = 0,
     ) -> Cluster:
+        """both: so many workers of both roles in the place of the two. Prompts go to the first one, answers come from the last."""
         self.store = StoreServer(StoreConfig(arena_bytes=arena_bytes), node_id="node-a")
         await self.store.start("127.0.0.1", port)
-        self.prefill = PrefillWorker(
-            self._worker_address("prefill-0"),
-            options=self.options,
-            config=PrefillConfig(transport=self.transport, **{"max_tokens_per_step": 64, **(prefill or {})}),
-            flip_pushed_bytes=flip_pushed_bytes,
-        )
-        self.decode = DecodeWorker(
-            self._worker_address("decode-0"), options=self.options, config=DecodeConfig(transport=self.transport, **(decode or {}))
-        )
-        self.workers = [self.prefill, self.decode]
+        configs: Any = {
+            "options": self.options,
+            "prefill": PrefillConfig(transport=self.transport, **{"max_tokens_per_step": 64, **(prefill or {})}),
+            "decode": DecodeConfig(transport=self.transport, **(decode or {})),
+        }
+        names: Any = [(f"both-{number}", "both") for number in range(both)] or [("prefill-0", "prefill"), ("decode-0", "decode")]
+        self.workers = [make_worker(self.worker_address(name), role=role, **configs) for name, role in names]
         for worker in self.workers:
             await worker.start()
-        self.prefill_stub: Any = worker_pb2_grpc.PrefillWorkerStub(await self._channel(self.prefill.address))
-        self.decode_stub: Any = worker_pb2_grpc.DecodeWorkerStub(await self._channel(self.decode.address))
+        self.prefill = self.views.WorkerView(self.workers[0], self.workers[0].prefill)
+        self.decode = self.views.WorkerView(self.workers[-1], self.workers[-1].decode)
+        if flip_pushed_bytes:
+            self.views.flip_pushed_bytes(self.workers[0].stores.own.client)
+        self._channels = {worker: await self._channel(worker.address) for worker in self.workers}
+        self.prefill_stub, self.decode_stub = self.stub_pair(self.workers[0], self.workers[-1])
         return self
+
+    def stub_pair(self, prefill: Any, decode: Any) -> tuple[Any, Any]:
+        """Which worker computes prompts, and which one answers."""
+        return worker_pb2_grpc.PrefillWorkerStub(self._channels[prefill]), worker_pb2_grpc.DecodeWorkerStub(self._channels[decode])
 
     async def stop(self) -> None:
         await self._exits.aclose()
         await asyncio.gather(*(worker.stop(0.0) for worker in self.workers), self.store.stop(0.0))
 
-    def _worker_address(self, worker_id: str) -> WorkerAddress:
+    def worker_address(self, worker_id: str) -> WorkerAddress:
         return WorkerAddress(
             worker_id=worker_id,
             node_id="node-a",
@@ -219,10 +226,10 @@ class Cluster:
 
     def held(self) -> dict[str, Any]:
         stats, found = self.store.stats(), {}
-        for name, worker in (("prefill", self.prefill), ("decode", self.decode)):
-            allocator = worker.scheduler.allocator
-            if not worker.scheduler.at_rest or allocator.num_free != allocator.num_pages:
-                found[name] = allocator.num_pages - allocator.num_free
+        for worker in self.workers:
+            halves = (worker.prefill.scheduler.at_rest, worker.decode.scheduler.at_rest)
+            if not all(halves) or worker.allocator.num_free != worker.allocator.num_pages:
+                found[worker.worker_id] = worker.allocator.num_pages - worker.allocator.num_free
         if stats.num_leases or stats.num_handoffs or stats.num_bytes_leased:
             found["store"] = (stats.num_leases, stats.num_handoffs, stats.num_bytes_leased)
         assert stats.num_bytes_arena == stats.num_bytes_leased + stats.num_bytes_cached + stats.num_bytes_free
@@ -241,12 +248,12 @@ async def members() -> AsyncIterator[Members]:
 
 
 @pytest.fixture
-async def make_cluster(model: tuple[Path, LlamaForCausalLM], members: Members) -> AsyncIterator[Callable[..., Any]]:
+async def make_cluster(model: tuple[Path, LlamaForCausalLM], members: Members, worker_views: Any) -> AsyncIterator[Callable[..., Any]]:
     """make_cluster(transport="auto", folder=the model's, **Cluster.start's) -> a running Cluster, stopped after the test."""
     async with contextlib.AsyncExitStack() as exits:
 
         async def make(transport: str = "auto", folder: Path | None = None, **settings: Any) -> Cluster:
-            cluster = await Cluster(folder or model[0], transport, members).start(**settings)
+            cluster = await Cluster(folder or model[0], transport, members, worker_views).start(**settings)
             exits.push_async_callback(cluster.stop)
             return cluster
 

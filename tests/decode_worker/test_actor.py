@@ -1,4 +1,4 @@
-"""DecodeActor, as Ray would drive it."""
+"""WorkerActor, as Ray would drive it, in every role."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import asyncio
 import dataclasses
 from typing import Any
 
-from halfmoon.decode_worker.actor import DecodeActor
-from halfmoon.protocol.config import DecodeConfig
+import pytest
+
+from halfmoon.deploy.actors import WorkerActor
+from halfmoon.protocol.config import DecodeConfig, PrefillConfig
 
 
 async def every_progress(actor: Any) -> list[Any]:
@@ -18,12 +20,15 @@ async def every_progress(actor: Any) -> list[Any]:
     return seen
 
 
-async def test_an_actor_runs_from_start_to_stop(make_cluster: Any) -> None:
+@pytest.mark.parametrize("role", ["prefill", "decode", "both"])
+async def test_an_actor_runs_from_start_to_stop(make_cluster: Any, role: Any) -> None:
     cluster = await make_cluster()
-    actor = DecodeActor(
-        worker_address=dataclasses.replace(cluster.decode.life.worker_address, worker_id="decode-1"),
+    actor = WorkerActor(
+        worker_address=dataclasses.replace(cluster.decode.life.worker_address, worker_id="worker-1"),
+        role=role,
         options=cluster.options,
-        config=DecodeConfig(),
+        prefill=PrefillConfig(),
+        decode=DecodeConfig(),
     )
     watched = asyncio.create_task(every_progress(actor))
     host, _, port = (await actor.start()).rpartition(":")

@@ -309,7 +309,7 @@ async def test_cancelling_frees_everything_within_a_second(make_cluster: Any, ph
         others = [cluster.start_decode(cluster.sequence(prompt(100, 1), max_tokens=4), local=True)]
         await until(lambda: scheduler.num_running == 1)
     if phase == "loading its prefix":
-        cluster.decode._transfer.submit(lambda: time.sleep(0.3))  # copies wait behind it
+        cluster.decode.transfer.submit(lambda: time.sleep(0.3))  # copies wait behind it
     token_ids = {"loading its prefix": prompt(200), "waiting for a chunk": prompt(120, 2)}.get(phase, prompt(200, 2))
     answer = cluster.answer()
     call = cluster.start_decode(cluster.sequence(token_ids, max_tokens=40), local=True)
@@ -320,9 +320,9 @@ async def test_cancelling_frees_everything_within_a_second(make_cluster: Any, ph
         await until(lambda: cluster.store.stats().num_leases == 1)
     elif phase == "waiting for a chunk":
         await until(lambda: scheduler.num_running == 2)
-        assert len(cluster.decode._local._unbegun) == 1
+        assert len(cluster.decode.half._local._unbegun) == 1
     elif phase == "prefill":
-        await until(lambda: any(0 < sequence.num_computed_tokens < 200 for sequence in cluster.decode._jobs))
+        await until(lambda: any(0 < sequence.num_computed_tokens < 200 for sequence in cluster.decode.half._jobs))
     else:
         await until(lambda: len(answer.token_ids) > 1)
     assert cluster.held()
@@ -334,7 +334,7 @@ async def test_cancelling_frees_everything_within_a_second(make_cluster: Any, ph
     load = cluster.decode.load()
     del load.steps[:]
     assert load == control_pb2.MemberLoad()
-    assert cluster.decode._local._unbegun == {}
+    assert cluster.decode.half._local._unbegun == {}
 
 
 async def test_stop_before_the_first_token_ends_it_and_keeps_what_was_computed(make_cluster: Any) -> None:
@@ -343,7 +343,7 @@ async def test_stop_before_the_first_token_ends_it_and_keeps_what_was_computed(m
     sequence = cluster.sequence(prompt(200), max_tokens=40)
     answer = cluster.answer()
     reading = asyncio.create_task(cluster.read(cluster.start_decode(sequence, local=True), answer))
-    await until(lambda: any(held.num_computed_tokens >= 32 for held in cluster.decode._jobs))
+    await until(lambda: any(held.num_computed_tokens >= 32 for held in cluster.decode.half._jobs))
     assert (await cluster.decode_stub.Stop(worker_pb2.StopRequest(request_id=sequence.request_id))).found
     await reading
     assert (answer.token_ids, answer.finished.reason) == ([], common_pb2.FINISH_REASON_STOP)

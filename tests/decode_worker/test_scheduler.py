@@ -113,6 +113,18 @@ def test_only_a_loading_sequence_is_admitted() -> None:
         scheduler.admit(sequence, 1)
 
 
+def test_a_start_leaves_a_free_page_for_each_running_sequence() -> None:
+    """Without one, the start would preempt whoever fills its last page next."""
+    scheduler = make_scheduler(num_pages=6)
+    for name in ("a", "b"):
+        scheduler.add(make_sequence(4, name=name))
+    admit_all(scheduler)  # two run, in a page each; four are free
+    scheduler.add(make_sequence(12, name="c"))  # three pages
+    assert scheduler.start() == [] and scheduler.num_waiting == 1
+    step, _ = run_step(scheduler)
+    assert step.preempted == [] and len(step.chunks) == 2 and scheduler.allocator.num_free == 2
+
+
 def test_a_finished_sequence_keeps_its_pages_until_they_were_read() -> None:
     scheduler = make_scheduler(num_pages=2)
     sequence = make_sequence(4, max_tokens=3)

@@ -104,8 +104,8 @@ class Rig:
             num_preemptions = [self.scheduler.num_preemptions(sequence) for sequence in self.live]
             step = self.scheduler.schedule_ahead()
             assert num_preemptions == [self.scheduler.num_preemptions(sequence) for sequence in self.live]
-            if step is not None:
-                assert step.chunks and not step.preempted
+            if step is not None and step.chunks:
+                assert not step.preempted
                 self.check_budget(step)
                 self.launch(step)
 

@@ -42,22 +42,25 @@ class Launcher:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.num_unread = self.num_launched = self.num_ahead = self.num_refused = 0
+        self.num_unread = self.num_launched = self.num_ahead = self.num_refused = self.num_chunks_ahead = 0
         self.reading: Callable[[], object] = lambda: None  # called when a step is read, before its tokens are there
         self._last: dict[Sequence, int] = {}
         self._compute = engine.forward
 
-    def launch(self, chunks: list[StepChunk]) -> Launched | None:
-        plain = all(one.num_tokens == 1 and one.start + 1 >= one.sequence.num_tokens for one in chunks)
-        if not plain or any(one.sequence.sampling.needs_penalties for one in chunks):
+    def launch(self, chunks: list[StepChunk], *, after_layer: Callable[[int], None] | None = None) -> Launched | None:
+        sampled = [one for one in chunks if one.start + one.num_tokens >= one.sequence.num_tokens]
+        if any(one.sequence.sampling.needs_penalties for one in sampled):
             self.num_refused += self.num_unread
             return None
-        shadows = [self._with_all_tokens(chunk) for chunk in chunks]
-        logits = self._compute([StepChunk(one, one.num_tokens - 1, 1) for one in shadows])
-        token_ids = [sample.token_id for sample in self.engine.sample(logits, shadows)]
-        self._last = {chunk.sequence: token for chunk, token in zip(chunks, token_ids, strict=True)}
+        shadows = {one.sequence: self._with_all_tokens(one) for one in chunks}
+        logits = self._compute([StepChunk(shadows[one.sequence], one.start, one.num_tokens) for one in chunks], after_layer=after_layer)
+        token_ids = (
+            [sample.token_id for sample in self.engine.sample(logits, [shadows[one.sequence] for one in sampled])] if sampled else []
+        )
+        self._last = {chunk.sequence: token for chunk, token in zip(sampled, token_ids, strict=True)}
         self.num_launched += 1
         self.num_ahead += self.num_unread > 0
+        self.num_chunks_ahead += self.num_unread > 0 and any(one.num_tokens > 1 for one in chunks)
         self.num_unread += 1
         assert self.num_unread <= 2
         return Launched(self, token_ids)
@@ -104,7 +107,7 @@ async def test_many_requests_at_once_each_get_their_own_tokens(launching: Any, g
     for index, token_ids in enumerate(prompts):
         assert answers[index].token_ids == greedy(token_ids, 10 + 2 * index)
         assert answers[index].finished.reason == common_pb2.FINISH_REASON_LENGTH
-    assert launcher.num_ahead > 0
+    assert launcher.num_ahead > 0 and launcher.num_chunks_ahead > 0
     await cluster.at_rest()
 
 
@@ -168,13 +171,13 @@ async def test_a_cancelled_request_frees_its_pages_once_no_step_writes_to_them(l
 async def test_a_step_launched_behind_another_is_timed_from_the_end_of_that(launching: Any) -> None:
     """No second is counted twice."""
     cluster, launcher = await launching()
-    note, spans = cluster.decode._samples.note, []
+    note, spans = cluster.decode.half._samples.note, []
 
     def seen(chunks: list[StepChunk], began: float, ended: float) -> None:
         spans.append((began, ended))
         note(chunks, began, ended)
 
-    cluster.decode._samples.note = seen
+    cluster.decode.half._samples.note = seen
     await cluster.run(prompt(30), max_tokens=20)
     assert launcher.num_ahead == 18 and len(spans) == 19
     assert all(earlier[1] == later[0] < later[1] for earlier, later in itertools.pairwise(spans))
@@ -187,8 +190,8 @@ async def test_steps_that_are_stopped_read_what_they_launched_and_launch_no_more
     running = asyncio.create_task(cluster.run(prompt(30), max_tokens=200))
     while launcher.num_launched < 5:
         await asyncio.sleep(0.001)
-    stopped = asyncio.create_task(asyncio.to_thread(cluster.decode._steps.stop))
-    while not cluster.decode._steps._stopping:
+    stopped = asyncio.create_task(asyncio.to_thread(cluster.decode.worker.steps.stop))
+    while not cluster.decode.worker.steps._stopping:
         await asyncio.sleep(0.001)
     stopping.set()
     await stopped

@@ -17,11 +17,11 @@ import grpc.aio
 import numpy as np
 import pytest
 
-from halfmoon.decode_worker.worker import DecodeWorker
+from halfmoon.deploy.worker import make_worker
 from halfmoon.kvstore.client import BlockWriter, StoreClient
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.blocks import block_keys, root_key
-from halfmoon.protocol.config import DecodeConfig, StoreConfig
+from halfmoon.protocol.config import DecodeConfig, PrefillConfig, StoreConfig
 from halfmoon.protocol.errors import (
     DeadlineExceeded,
     HalfmoonError,
@@ -141,7 +141,7 @@ async def test_a_store_that_does_not_take_the_blocks_in_time_does_not_hold_up_th
     decode = cluster.start_decode(sequence)
     await cluster.start_prefill(sequence)
     await until(lambda: cluster.decode.scheduler.num_running == 1)
-    cluster.decode._transfer.submit(stuck.wait)  # what is kept waits behind it
+    cluster.decode.transfer.submit(stuck.wait)  # what is kept waits behind it
     assert (await cluster.read(decode, cluster.answer())).finished is not None
     assert not cluster.decode.scheduler.at_rest
     stuck.set()
@@ -390,10 +390,12 @@ async def test_a_hand_off_that_is_never_sealed_is_not_decoded(make_cluster: Any)
 
 async def test_a_worker_with_another_kv_format_does_not_start(make_cluster: Any) -> None:
     cluster = await make_cluster()
-    worker = DecodeWorker(
+    worker = make_worker(
         dataclasses.replace(cluster.decode.life.worker_address, worker_id="decode-1"),
+        role="decode",
         options=dataclasses.replace(cluster.options, block_size=16),
-        config=DecodeConfig(),
+        prefill=PrefillConfig(),
+        decode=DecodeConfig(),
     )
     with pytest.raises(SchemaMismatch, match="block_size"):
         await worker.start()

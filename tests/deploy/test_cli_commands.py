@@ -100,6 +100,29 @@ def test_serve_takes_no_prefill_worker_and_at_least_one_decode_worker(monkeypatc
     assert run("serve", "--decode", "0").exit_code == 2 and len(calls) == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "counts"),
+    [
+        (["--both", "2"], (0, 0, 2)),
+        (["--both", "2", "--decode", "1"], (0, 1, 2)),
+        (["--both", "1", "--prefill", "1", "--decode", "0"], (1, 0, 1)),
+        (["--both", "0"], (1, 1, 0)),
+        (["--set", "both.num_workers=1"], (1, 1, 1)),
+    ],
+)
+def test_workers_of_both_roles_come_in_the_place_of_those_that_are_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch, flags: list[str], counts: tuple[int, int, int]
+) -> None:
+    import halfmoon.deploy.cli.serve as module
+
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(module, "serve", lambda *arguments: calls.append(arguments))
+    result = run("serve", *flags)
+    assert result.exit_code == 0, result.output
+    ((config, _, _),) = calls
+    assert (config.prefill.num_workers, config.decode.num_workers, config.both.num_workers) == counts
+
+
 def test_serve_says_who_prefills(monkeypatch: pytest.MonkeyPatch) -> None:
     import io
     from types import SimpleNamespace

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from halfmoon.deploy.plan import make_plan
 from halfmoon.deploy.ray_session import RayNode
-from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
+from halfmoon.protocol.config import BothConfig, ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
 from halfmoon.protocol.errors import ConfigError
 
 
@@ -16,11 +16,12 @@ def nodes(count: int, num_gpus: float = 0.0, host: str = "127.0.0.2") -> list[Ra
     return [RayNode(f"node-{i}", host, num_gpus) for i in range(count)]
 
 
-def config(num_prefill: int, num_decode: int, **model: str) -> ClusterConfig:
+def config(num_prefill: int, num_decode: int, num_both: int = 0, **model: str) -> ClusterConfig:
     return ClusterConfig(
         model=ModelOptions(**model),  # type: ignore[arg-type]
         prefill=PrefillConfig(num_workers=num_prefill),
         decode=DecodeConfig(num_workers=num_decode),
+        both=BothConfig(num_workers=num_both),
     )
 
 
@@ -41,6 +42,25 @@ def test_workers_are_spread_evenly_and_every_node_with_a_worker_has_one_store(nu
     used = {worker.node.node_id for worker in (*plan.prefill, *plan.decode)}
     assert sorted(store.node.node_id for store in plan.stores) == sorted(used)
     assert all(plan.store_on(worker.node).node == worker.node for worker in plan.decode)
+
+
+@given(st.integers(1, 5), st.integers(1, 8))
+def test_workers_of_both_roles_are_a_whole_cluster_and_go_round_the_nodes(num_nodes: int, num_both: int) -> None:
+    never = dataclasses.replace(config(0, 0, num_both), proxy=ProxyConfig(local_prefill="never"))
+    for found in (make_plan(config(0, 0, num_both), nodes(num_nodes)), make_plan(never, nodes(num_nodes))):
+        assert (found.prefill, found.decode) == ((), ()) and [worker.member_id for worker in found.both] == [
+            f"both-{i}" for i in range(num_both)
+        ]
+        counts = [sum(worker.node == node for worker in found.both) for node in nodes(num_nodes)]
+        assert max(counts) - min(counts) <= 1 and len(found.stores) == min(num_nodes, num_both)
+
+
+def test_workers_of_both_roles_need_gpus_too() -> None:
+    with pytest.raises(ConfigError, match="4 workers need a GPU each and Ray has 3"):
+        make_plan(config(1, 1, 2, device="cuda"), nodes(1, num_gpus=3))
+    plan = make_plan(config(1, 1, 2), nodes(2, num_gpus=2))
+    placed = [worker.node.node_id for worker in (*plan.prefill, *plan.decode, *plan.both)]
+    assert plan.device == "cuda" and placed.count("node-0") == placed.count("node-1") == 2
 
 
 @given(st.integers(1, 4), st.integers(1, 4))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from halfmoon.decode_worker.actor import DecodeActor
 from halfmoon.deploy.cluster import make_spec
 from halfmoon.deploy.ray_session import RayNode
 from halfmoon.deploy.supervisor import Member, Supervisor
@@ -32,7 +31,7 @@ async def test_members_of_a_proxy_that_listens_on_everything_are_given_its_nodes
     assert (found.http_address, found.grpc_address) == ("10.1.2.3:8000", "10.1.2.3:50051")
     assert store.arguments()["proxy_address"] == "10.1.2.3:50051"
     started(found, store, "10.1.2.3:4711")
-    worker_address = found._worker(found._spec.plan.decode[0], DecodeActor).arguments()["worker_address"]
+    worker_address = found._worker(found._spec.plan.decode[0], "decode").arguments()["worker_address"]
     assert (worker_address.proxy_address, worker_address.store_address, worker_address.host) == (
         "10.1.2.3:50051",
         "10.1.2.3:4711",

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from halfmoon.engine import pinned_memory, row_copy
-from halfmoon.engine.arena_pins import ArenaPins
 from halfmoon.engine.kv_cache import PagedKVCache
 from halfmoon.engine.page_copy import keep_pages, load_pages
+from halfmoon.engine.page_transfer import LocalPageTransfer
 from halfmoon.engine.transfer import TransferThread
 from halfmoon.kvstore.client import StoreClient
 from halfmoon.kvstore.server import StoreServer
@@ -35,7 +35,7 @@ class Site:
         view.copy_(torch.randint(0, 100, view.shape, dtype=torch.uint8, device=DEVICE))
         self.crashes: list[BaseException] = []
         self.transfer = TransferThread("transfer", DEVICE, self.crashes.append)
-        self.pins = ArenaPins(self.cache, self.transfer)
+        self.pages = LocalPageTransfer(self.cache, self.transfer)
 
     async def start(self, transport: str) -> None:
         self.store = StoreServer(StoreConfig(arena_bytes=NUM_SLOTS * self.schema.block_bytes), node_id="n")
@@ -44,12 +44,15 @@ class Site:
             self.store.address, client_id="worker", node_id="n" if transport == "shm" else "", schema=self.schema
         )
         assert self.client.transport == transport
-        await self.pins.attached(self.client)
+        self.pin()
+
+    def pin(self) -> None:
+        if self.client.arena is not None:
+            self.pages.pin(self.client.arena.memory)
 
     async def stop(self) -> None:
         await self.client.close()
-        await asyncio.to_thread(self.transfer.close)
-        await self.pins.close()
+        await asyncio.to_thread(self.pages.close)
         await self.store.stop(0)
         assert not self.crashes and not self.cache.pinned._held
 
@@ -57,12 +60,12 @@ class Site:
         return np.stack([self.cache.read_bytes(layer, pages) for layer in range(self.schema.num_layers)])
 
     async def keep(self, keys: list[bytes], pages: list[int], **options) -> None:
-        await keep_pages(self.cache, self.transfer, pages, await self.client.keep(keys, 0.0), **options)
+        await keep_pages(self.pages, pages, await self.client.keep(keys, 0.0), **options)
 
     async def load(self, keys: list[bytes], pages: list[int]) -> None:
         reader = await self.client.fetch_prefix(keys)
         assert reader.num_blocks == len(keys)
-        await load_pages(self.cache, self.transfer, pages, reader)
+        await load_pages(self.pages, pages, reader)
         await reader.release()
 
 
@@ -131,12 +134,13 @@ async def test_a_lost_stores_arena_is_unpinned_and_what_is_left_in_it_can_still_
     before = site.bytes_of([3, 1, 2])
     await site.keep(keys_of("x", 3), [3, 1, 2])
     reader = await site.client.fetch_prefix(keys_of("x", 3))
-    site.pins.lost(site.client)
-    await load_pages(site.cache, site.transfer, [9, 30, 10], reader)
+    assert site.client.arena is not None
+    site.pages.unpin(site.client.arena.memory)
+    await load_pages(site.pages, [9, 30, 10], reader)
     assert not site.cache.pinned._held
     assert np.array_equal(site.bytes_of([9, 30, 10]), before)
     await reader.release()
-    await site.pins.attached(site.client)  # unregistered: it can be registered anew
+    site.pin()  # unregistered: it can be registered anew
     assert len(site.cache.pinned._held) == 1
     await round_trip(site)
     await site.stop()
@@ -153,7 +157,7 @@ async def test_a_lease_lost_during_a_push_fails_it_and_frees_its_slots(site: Sit
     writer = await site.client.reserve("h", 1, keys_of("h", 4), 4, 30.0)
     await site.client.abort("h", 1, RequestCancelled("the user closed the window"))
     with pytest.raises(HalfmoonError):
-        await keep_pages(site.cache, site.transfer, [5, 4, 7, 6], writer)
+        await keep_pages(site.pages, [5, 4, 7, 6], writer)
     async with asyncio.timeout(5):
         while site.store.accounting().num_free != NUM_SLOTS:
             await asyncio.sleep(0.005)

@@ -12,17 +12,17 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from halfmoon.deploy.worker import make_worker
 from halfmoon.engine.engine import Engine
 from halfmoon.engine.sequence import Sequence, StepChunk
+from halfmoon.engine.worker_life import WorkerAddress
 from halfmoon.kvstore.client import StoreClient
 from halfmoon.kvstore.server import StoreServer
-from halfmoon.prefill_worker.worker import PrefillWorker
 from halfmoon.protocol.blocks import block_keys, root_key
 from halfmoon.protocol.channel import create_server, open_channel
-from halfmoon.protocol.config import ModelOptions, PrefillConfig, StoreConfig
+from halfmoon.protocol.config import DecodeConfig, ModelOptions, PrefillConfig, StoreConfig
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.v1 import common_pb2, control_pb2, control_pb2_grpc, worker_pb2, worker_pb2_grpc
-from halfmoon.protocol.worker_life import WorkerAddress
 
 BLOCK_SIZE = 8
 
@@ -63,7 +63,7 @@ class Handoff(NamedTuple):
 class Site:
     """One store and one prefill worker beside it."""
 
-    def __init__(self, store: StoreServer, worker: PrefillWorker, stub: Any) -> None:
+    def __init__(self, store: StoreServer, worker: Any, stub: Any) -> None:
         self.store = store
         self.worker = worker
         self.stub = stub
@@ -128,7 +128,7 @@ async def proxy_address() -> AsyncIterator[str]:
 
 
 @pytest.fixture
-async def make_site(options: ModelOptions, proxy_address: str) -> AsyncIterator[Any]:
+async def make_site(options: ModelOptions, proxy_address: str, worker_views: Any) -> AsyncIterator[Any]:
     """make_site(node_id="node-t", store=None, transport="auto", **PrefillConfig fields) -> a running Site."""
     running: list[Any] = []
     async with contextlib.AsyncExitStack() as exits:
@@ -145,7 +145,7 @@ async def make_site(options: ModelOptions, proxy_address: str) -> AsyncIterator[
                 store = StoreServer(StoreConfig(arena_bytes=4 * 2**20), node_id=node_id)
                 await store.start("127.0.0.1")
                 running.append(store)
-            worker = PrefillWorker(
+            worker = make_worker(
                 WorkerAddress(
                     worker_id=name,
                     node_id=node_id,
@@ -153,14 +153,17 @@ async def make_site(options: ModelOptions, proxy_address: str) -> AsyncIterator[
                     store_address=store.address,
                     proxy_address=proxy_address,
                 ),
+                role="prefill",
                 options=options,
-                config=PrefillConfig(**{"max_tokens_per_step": 64, **config}),
-                flip_pushed_bytes=flip_pushed_bytes,
+                prefill=PrefillConfig(**{"max_tokens_per_step": 64, **config}),
+                decode=DecodeConfig(),
             )
             await worker.start()
+            if flip_pushed_bytes:
+                worker_views.flip_pushed_bytes(worker.stores.own.client)
             running.append(worker)
             channel = await exits.enter_async_context(open_channel(worker.address))
-            return Site(store, worker, worker_pb2_grpc.PrefillWorkerStub(channel))
+            return Site(store, worker_views.WorkerView(worker, worker.prefill), worker_pb2_grpc.PrefillWorkerStub(channel))
 
         yield make
     await asyncio.gather(*(server.stop(0.0) for server in running))

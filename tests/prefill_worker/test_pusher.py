@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfmoon.engine.page_copy import missing_runs
+from halfmoon.engine.executor import BlockPush
+from halfmoon.engine.page_transfer import LocalPageTransfer
 from halfmoon.engine.sequence import Sequence, StepChunk
-from halfmoon.prefill_worker.pusher import BlockPusher, BlockRun, finished_blocks
+from halfmoon.engine.slice_copy import missing_runs
+from halfmoon.prefill_worker.pusher import finished_blocks
 from halfmoon.protocol.sampling import SamplingParams
 
 
@@ -36,7 +38,7 @@ def test_prefix_and_chunks_finish_every_block_exactly_once(num_tokens: int, num_
     sequence = Sequence("r", [0] * num_tokens, num_tokens, SamplingParams())
     start = min(num_cached_blocks * block_size, num_tokens - 1)
     finished = list(range(start // block_size))
-    job: Any = None  # passed through
+    job: Any = SimpleNamespace(sequence=sequence, writer=object())  # passed through
     while start < num_tokens:
         end = min(start // block_size * block_size + sizes.pop() * block_size, num_tokens)
         run = finished_blocks(job, StepChunk(sequence, start, end - start), block_size)
@@ -49,9 +51,9 @@ def pushed_ranges(num_layers: int, num_blocks: int, layer_bytes: int) -> list[ra
     """The layers that a step of num_layers layers gives the transfer thread at a time."""
     found: list[range] = []
     schema = SimpleNamespace(num_layers=num_layers, layer_bytes=layer_bytes)
-    transfer = SimpleNamespace(submit=lambda call, after: found.append(call.args[1]), event=lambda: None)
-    pusher = BlockPusher(SimpleNamespace(schema=schema), transfer, None)  # type: ignore[arg-type]
-    layer_done = pusher.step([BlockRun(None, 0, num_blocks)])  # type: ignore[arg-type]
+    transfer = SimpleNamespace(submit=lambda call, after: found.append(call.args[2]), event=lambda: None)
+    pages = LocalPageTransfer(SimpleNamespace(schema=schema), transfer)  # type: ignore[arg-type]
+    layer_done = pages.after_layer([BlockPush([], None, 0, num_blocks, None)])  # type: ignore[arg-type]
     for layer in range(num_layers):
         layer_done(layer)
     return found

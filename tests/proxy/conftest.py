@@ -23,6 +23,7 @@ from halfmoon.protocol.config import ProxyConfig
 from halfmoon.protocol.errors import HalfmoonError, HandoffAborted
 from halfmoon.protocol.grpc_errors import error_from_proto, stream_boundary, unary_boundary
 from halfmoon.protocol.membership import stay_joined
+from halfmoon.protocol.roles import ROLE_NAMES, ROLE_NUMBERS
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import common_pb2, control_pb2, control_pb2_grpc, kvstore_pb2, kvstore_pb2_grpc, worker_pb2, worker_pb2_grpc
@@ -35,7 +36,6 @@ from halfmoon.proxy.requests.token_stream import TokenStream
 
 EOS = 2
 SCHEMA = KVSchema(model_fingerprint="test", dtype="float32", num_layers=2, num_kv_heads=2, head_dim=8, block_size=4)
-ROLES = {"prefill": control_pb2.ROLE_PREFILL, "decode": control_pb2.ROLE_DECODE, "store": control_pb2.ROLE_STORE}
 incarnations = itertools.count(1)
 
 
@@ -76,6 +76,9 @@ class Peer:
         self.cancelled = asyncio.Event()  # a call was cancelled under its handler
         self.joined = asyncio.Event()
         self.max_model_len = 512
+        self.roles: list[control_pb2.Role] = []  # that it can take on
+        self.taken: list[str] = []
+        self.refusal: HalfmoonError | None = None  # of every order
 
     async def start(self, proxy_address: str) -> None:
         self.server, port = create_server("127.0.0.1", 0)
@@ -86,7 +89,8 @@ class Peer:
         info = control_pb2.MemberInfo(
             id=self.id,
             incarnation=f"{self.id}.{next(incarnations)}",
-            role=ROLES[self.role],
+            role=ROLE_NUMBERS[self.role],
+            roles=self.roles,
             address=self.address,
             node_id="node",
             store_id=store.id,
@@ -95,10 +99,15 @@ class Peer:
             schema=self.schema.to_proto() if self.role != "store" else None,
         )
         self.info = info
-        self.member = asyncio.create_task(stay_joined(proxy_address, info, lambda: self.load, self.joined.set))
+        self.member = asyncio.create_task(stay_joined(proxy_address, info, lambda: self.load, self.joined.set, self._take_role))
 
     def register(self, server: grpc.aio.Server) -> None:
         raise NotImplementedError
+
+    def _take_role(self, role: control_pb2.Role) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        self.taken.append(ROLE_NAMES[role])
 
     async def leave(self) -> None:
         """The Join stream ends; the gRPC server lives on."""
@@ -126,6 +135,7 @@ class PrefillPeer(Peer, worker_pb2_grpc.PrefillWorkerServicer):
     phases = common_pb2.PrefillPhases(queue_s=0.25, prefix_load_s=0.5, prefill_s=0.75, push_s=0.125, num_bytes_pushed=1000, transport="shm")
     num_cached_tokens = 4
     before_seal: Callable[[worker_pb2.PrefillRequest], Awaitable[None]] = staticmethod(nothing)
+    before_reply: Callable[[], Awaitable[None]] = staticmethod(nothing)  # the hand-off is sealed
 
     def register(self, server: grpc.aio.Server) -> None:
         worker_pb2_grpc.add_PrefillWorkerServicer_to_server(self, server)
@@ -143,6 +153,7 @@ class PrefillPeer(Peer, worker_pb2_grpc.PrefillWorkerServicer):
         handoff = self.board.at(request.handoff)
         if not handoff.done():
             handoff.set_result(state)
+        await self.before_reply()
         return worker_pb2.PrefillReply(state=state)
 
 
@@ -195,6 +206,18 @@ class DecodePeer(Peer, worker_pb2_grpc.DecodeWorkerServicer):
         if stop is not None:
             stop.set()
         return worker_pb2.StopReply(found=stop is not None)
+
+
+class BothPeer(PrefillPeer, DecodePeer):
+    """A worker of both halves, as every real one is."""
+
+    def __init__(self, role: str, number: int, board: Board, store: StorePeer | None = None) -> None:
+        super().__init__(role, number, board, store)
+        self.roles = [ROLE_NUMBERS[name] for name in ("prefill", "decode", "both")]
+
+    def register(self, server: grpc.aio.Server) -> None:
+        PrefillPeer.register(self, server)
+        DecodePeer.register(self, server)
 
 
 class StorePeer(Peer, kvstore_pb2_grpc.KVStoreServicer):
@@ -253,6 +276,7 @@ class Bench:
         self.stores: list[StorePeer] = []
         self.prefills: list[PrefillPeer] = []
         self.decodes: list[DecodePeer] = []
+        self.boths: list[BothPeer] = []
         self._ids = itertools.count(1)
 
     async def start(self) -> None:
@@ -265,6 +289,7 @@ class Bench:
         kind, known = {
             "prefill": (PrefillPeer, self.prefills),
             "decode": (DecodePeer, self.decodes),
+            "both": (BothPeer, self.boths),
             "store": (StorePeer, self.stores),
         }[role]
         peer = kind(role, len(known), self.board, store)
@@ -305,7 +330,8 @@ class Bench:
     def assert_at_rest(self) -> None:
         """No request under way, no token in any member's books."""
         assert (self.router.num_queued, self.router.num_running) == (0, 0)
-        assert {member.id: member.assigned.num_tokens for member in self.cluster.members.values() if member.assigned.num_tokens} == {}
+        for books in (lambda member: member.assigned, lambda member: member.backlog.assigned):
+            assert {member.id: books(member).num_tokens for member in self.cluster.members.values() if books(member).num_tokens} == {}
 
 
 async def read(stream: TokenStream) -> tuple[list[int], Finished]:
@@ -331,10 +357,12 @@ MakeBench = Callable[..., Awaitable[Bench]]
 
 @pytest.fixture
 async def make_bench() -> AsyncIterator[MakeBench]:
-    """make_bench(num_prefill, num_decode, policy=..., **proxy config) -> Bench, with one store for all its workers."""
+    """make_bench(num_prefill, num_decode, num_both, policy=..., **proxy config) -> Bench, with one store for all its workers."""
     benches: list[Bench] = []
 
-    async def make(num_prefill: int = 1, num_decode: int = 1, eos_token_ids: frozenset[int] = frozenset({EOS}), **config: Any) -> Bench:
+    async def make(
+        num_prefill: int = 1, num_decode: int = 1, num_both: int = 0, eos_token_ids: frozenset[int] = frozenset({EOS}), **config: Any
+    ) -> Bench:
         bench = Bench(ProxyConfig(**{"policy": "least_loaded", **config}), eos_token_ids)
         benches.append(bench)
         await bench.start()
@@ -343,6 +371,8 @@ async def make_bench() -> AsyncIterator[MakeBench]:
             await bench.add("prefill", store)
         for _ in range(num_decode):
             await bench.add("decode", store)
+        for _ in range(num_both):
+            await bench.add("both", store)
         return bench
 
     yield make

@@ -192,6 +192,26 @@ async def test_a_prefill_worker_that_leaves_after_its_hand_off_was_taken_does_no
     assert rest == peers.answer(request)[1:] and finished.phases.num_attempts == 1
 
 
+async def test_a_prefill_worker_that_dies_between_the_admission_and_its_reply_does_no_harm(bench: Any, peers: Any) -> None:
+    """Decode has the hand-off: nothing is missing but the word that it is there."""
+    gate = asyncio.Event()
+
+    async def pause(index: int) -> None:
+        if index == 2:
+            await gate.wait()
+
+    bench.prefills[0].before_reply = peers.forever
+    bench.decodes[0].before_token = pause
+    request = bench.request()
+    stream = bench.router.open(request)
+    await within(2, anext(stream))
+    await bench.prefills[0].kill()
+    gate.set()
+    rest, finished = await within(2, peers.read(stream))
+    assert rest == peers.answer(request)[1:] and finished.phases.num_attempts == 1
+    bench.assert_at_rest()
+
+
 async def test_the_store_s_death_before_the_hand_off_was_taken_fails_with_its_name(bench: Any, peers: Any) -> None:
     bench.prefills[0].before_seal = peers.forever
     stream = bench.router.open(bench.request())

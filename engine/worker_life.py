@@ -1,4 +1,4 @@
-"""The life of a worker around its work, the same for both kinds: how it starts, what runs beside its calls, what breaks it, how it ends.
+"""The life of a worker around its work: how it starts, what runs beside its calls, what breaks it, how it ends.
 
 load ─► serve ─► joined ─► … ─► leave ─► settle ─► end
                              └─ broken, by what no request caused: it leaves the proxy, and stopped() raises what broke it
@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 import grpc.aio
 from prometheus_client import CollectorRegistry
 
-from .errors import WorkerLost
-from .exporter import serve_metrics
-from .load_progress import ProgressFeed
-from .membership import stay_joined
-from .v1 import control_pb2
+from ..protocol.errors import WorkerLost
+from ..protocol.exporter import serve_metrics
+from ..protocol.load_progress import ProgressFeed
+from ..protocol.membership import stay_joined
+from ..protocol.v1 import control_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +75,14 @@ class WorkerLife:
         registry: CollectorRegistry,
         info: control_pb2.MemberInfo,
         load: Callable[[], control_pb2.MemberLoad],
+        take_role: Callable[[control_pb2.Role], None],
     ) -> None:
-        """Serves metrics and joins the proxy. info: role, address, store_id and what the engine says of itself."""
+        """Serves metrics and joins the proxy.
+
+        Args:
+            info: roles, address, store_id and what the executor says of itself.
+            take_role: as stay_joined's.
+        """
         self._server = server
         worker_address = self.worker_address
         metrics_address, self._stop_metrics = serve_metrics(registry, worker_address.host)
@@ -89,7 +95,7 @@ class WorkerLife:
             pid=os.getpid(),
         )
         ours.MergeFrom(info)
-        self._membership = asyncio.create_task(stay_joined(worker_address.proxy_address, ours, load, self.joined.set))
+        self._membership = asyncio.create_task(stay_joined(worker_address.proxy_address, ours, load, self.joined.set, take_role))
         logger.info("%s serves on %s", worker_address.worker_id, info.address)
 
     async def stopped(self) -> None:

@@ -1,4 +1,4 @@
-"""The stores that a prefill worker talks to: its node's own, for good, and others from their first use on.
+"""The stores that a worker talks to: its node's own, for good, and others from their first use on.
 
 own        ─ StoreLink, attached again when lost
 the others ─ a hand-off's store or a prefix's, attached on demand and kept until lost

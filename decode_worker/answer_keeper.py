@@ -1,44 +1,29 @@
 """Puts what a sequence has computed into the node's store: a local prompt's blocks as soon as they stand, all of them at the end.
 
-pages ─► transfer thread ─► store       blocks that are there already, from a hand-off or a prefix, are left out
+pages ─► transfers ─► store       blocks that are there already, from a hand-off or a prefix, are left out
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections.abc import Callable
 
-from ..engine.kv_cache import PagedKVCache
-from ..engine.page_copy import keep_pages
-from ..engine.transfer import TransferThread
-from ..kvstore.store_link import StoreLink
+from ..engine.block_keeper import BlockKeeper
+from ..engine.stores import Stores
 from ..protocol.blocks import block_keys, div_ceil
 from ..protocol.errors import HalfmoonError
 from .job import DecodeJob
-from .metrics import DecodeMetrics
 from .scheduler import DecodeScheduler
 
 logger = logging.getLogger(__name__)
 
 
-class BlockPusher:
-    """changed: guards the scheduler."""
+class AnswerKeeper:
+    """On the event loop. changed: guards the scheduler."""
 
-    def __init__(
-        self,
-        cache: PagedKVCache,
-        store: StoreLink,
-        transfer: TransferThread,
-        metrics: DecodeMetrics,
-        scheduler: DecodeScheduler,
-        changed: threading.Condition,
-    ) -> None:
-        self._cache = cache
-        self._store = store
-        self._transfer = transfer
-        self._metrics = metrics
+    def __init__(self, blocks: BlockKeeper, stores: Stores, scheduler: DecodeScheduler, changed: threading.Condition) -> None:
+        self._blocks = blocks
+        self._stores = stores
         self._scheduler = scheduler
         self._changed = changed
 
@@ -48,11 +33,11 @@ class BlockPusher:
         The sequence goes on meanwhile; where it is preempted or ends, and others write into its pages, nothing is stored.
         Never fails: what is not published now is kept at the end.
         """
-        num_blocks, page_size, sequence = len(job.block_keys), self._cache.page_size, job.sequence
+        num_blocks, page_size, sequence = len(job.block_keys), self._scheduler.block_size, job.sequence
         with self._changed:
             pages = sequence.pages[:num_blocks]
             num_preemptions = self._scheduler.num_preemptions(sequence)
-            if sequence.num_computed_tokens < num_blocks * page_size or num_blocks <= div_ceil(job.num_cached_tokens, page_size):
+            if sequence.num_computed_tokens < num_blocks * page_size or num_blocks <= div_ceil(job.prefix.num_tokens, page_size):
                 return  # it was preempted already, or there is nothing new
 
         def are_held() -> bool:
@@ -60,7 +45,7 @@ class BlockPusher:
                 return sequence.pages[:num_blocks] == pages and self._scheduler.num_preemptions(sequence) == num_preemptions
 
         try:
-            await self._keep(job.block_keys, pages, are_held)
+            await self._blocks.keep(self._stores.own.client, job.block_keys, pages, are_held)
         except HalfmoonError as failure:
             logger.info("request %s: its prompt's blocks are not published yet: %s", sequence.request_id, failure)
 
@@ -69,15 +54,8 @@ class BlockPusher:
 
         Raises StoreFull, StoreUnavailable, HandoffError.
         """
-        if keys := computed_keys(job, root, self._cache.page_size):
-            await self._keep(keys, job.sequence.pages)
-
-    async def _keep(self, keys: list[bytes], pages: list[int], are_held: Callable[[], bool] | None = None) -> None:
-        began = time.monotonic()
-        client = self._store.client
-        writer = await client.keep(keys, 0.0)
-        await keep_pages(self._cache, self._transfer, pages, writer, are_held)
-        self._metrics.transferred(client.transport, "keep", writer.num_bytes, time.monotonic() - began)
+        if keys := computed_keys(job, root, self._scheduler.block_size):
+            await self._blocks.keep(self._stores.own.client, keys, job.sequence.pages)
 
 
 def computed_keys(job: DecodeJob, root: bytes, block_size: int) -> list[bytes]:

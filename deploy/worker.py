@@ -1,0 +1,42 @@
+"""A worker as a cluster has it: both halves on one executor. Roles differ in how a worker starts, never in what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..decode_worker.worker import DecodeHalf
+from ..engine.executor import Progress
+from ..engine.local_executor import LocalExecutor
+from ..engine.model_config import ModelConfig
+from ..engine.resolve import resolve_device, resolve_folder, resolve_max_model_len
+from ..engine.worker import Worker
+from ..engine.worker_life import WorkerAddress
+from ..prefill_worker.worker import PrefillHalf
+from ..protocol.config import DecodeConfig, ModelOptions, PrefillConfig
+from ..protocol.roles import WorkerRole
+
+CPU_CAPACITY = 8  # times max_model_len, of a worker that decodes, where no capacity is configured
+
+
+def make_worker(
+    worker_address: WorkerAddress, *, role: WorkerRole, options: ModelOptions, prefill: PrefillConfig, decode: DecodeConfig
+) -> Worker:
+    """Its pages, threads and transport are those of the role that it starts with; `both` has decode's."""
+    config = prefill if role == "prefill" else decode
+
+    def load(*, name: str, progress: Progress, on_crash: Callable[[BaseException], None]) -> LocalExecutor:
+        num_tokens = config.kv_capacity_tokens
+        if num_tokens == 0 and role != "prefill" and resolve_device(options) == "cpu":
+            model = ModelConfig.from_folder(resolve_folder(options))
+            num_tokens = CPU_CAPACITY * resolve_max_model_len(model, options)
+        return LocalExecutor.load(
+            options,
+            kv_capacity_tokens=num_tokens,
+            num_threads=config.num_threads,
+            max_decode_batch=decode.max_running,
+            name=name,
+            progress=progress,
+            on_crash=on_crash,
+        )
+
+    return Worker(worker_address, role=role, load=load, transport=config.transport, prefill=PrefillHalf(prefill), decode=DecodeHalf(decode))

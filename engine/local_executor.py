@@ -1,0 +1,73 @@
+"""The executor of one process: an Engine, its page cache, and the threads that copy pages in and out.
+
+run:      forward, with after_layer where blocks are pushed ─► sample ─► the device is done
+launch:   a CUDA graph, where one holds the step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+import torch
+
+from ..protocol.config import ModelOptions
+from .engine import Engine
+from .executor import BlockPush, ExecutorFacts, InFlightStep, PageTransfer, Progress, TokenSample
+from .page_transfer import LocalPageTransfer
+from .sequence import StepChunk
+from .transfer import TransferThread
+
+
+class LocalExecutor:
+    def __init__(self, engine: Engine, name: str, on_crash: Callable[[BaseException], None]) -> None:
+        """name: of the threads. on_crash: told, on one of them, what broke a transfer."""
+        self.engine = engine
+        config = engine.config
+        self.facts = ExecutorFacts(
+            schema=engine.schema,
+            vocab_size=config.vocab_size,
+            eos_token_ids=config.eos_token_ids,
+            max_model_len=engine.max_model_len,
+            num_pages=engine.cache.num_pages,
+            device=str(engine.device),
+        )
+        self._pages = LocalPageTransfer(engine.cache, TransferThread(f"{name}-transfer", engine.device, on_crash))
+        self.pages: PageTransfer = self._pages
+
+    @classmethod
+    def load(
+        cls,
+        options: ModelOptions,
+        *,
+        kv_capacity_tokens: int,
+        num_threads: int,
+        max_decode_batch: int,
+        name: str,
+        progress: Progress,
+        on_crash: Callable[[BaseException], None],
+    ) -> LocalExecutor:
+        """Raises what Engine.load raises."""
+        engine = Engine.load(
+            options,
+            kv_capacity_tokens=kv_capacity_tokens,
+            num_threads=num_threads,
+            max_decode_batch=max_decode_batch,
+            progress=progress,
+        )
+        return cls(engine, name, on_crash)
+
+    def run(self, chunks: Seq[StepChunk], pushes: Seq[BlockPush] = ()) -> list[TokenSample]:
+        engine, sampled = self.engine, [chunk.sequence for chunk in chunks if chunk.is_last]
+        logits = engine.forward(chunks, after_layer=self._pages.after_layer(pushes)) if pushes else engine.forward(chunks)
+        samples = engine.sample(logits, sampled) if sampled else []
+        if engine.device.type == "cuda":
+            # a page that is freed after the step may be another's at once
+            torch.cuda.current_stream(engine.device).synchronize()
+        return samples
+
+    def launch(self, chunks: Seq[StepChunk], pushes: Seq[BlockPush] = ()) -> InFlightStep | None:
+        return self.engine.launch(chunks, after_layer=self._pages.after_layer(pushes) if pushes else None)
+
+    def close(self) -> None:
+        self.pages.close()

@@ -1,0 +1,137 @@
+"""Loads the longest cached prefix of a prompt into its pages, so that it is not computed.
+
+own store: the longest run of leading blocks ─┐
+a store that the proxy names, if longer there ─┴─► slices ─► transfer thread ─► pages
+
+Computing begins when every slice has arrived and every checksum matched, not layer by layer: what had been computed from a
+block that turns out corrupt would have been pushed or decoded by then. Other prompts' chunks run meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..kvstore.client import BlockReader, StoreClient
+from ..protocol.errors import HalfmoonError, HandoffCorrupt
+from ..protocol.v1 import worker_pb2
+from .executor import PageTransfer
+from .page_copy import load_pages
+from .sequence import Sequence
+from .stores import Stores
+from .worker_metrics import WorkerMetrics
+
+logger = logging.getLogger(__name__)
+
+NO_HINT = worker_pb2.PrefixHint()
+
+
+@dataclass(slots=True)
+class CachedPrefix:
+    """What was loaded of a prompt."""
+
+    num_tokens: int = 0  # whose KV stands in the pages: less than all, for the last one gives the first logits
+    load_s: float = 0.0  # looking for it included
+    num_bytes: int = 0
+    transport: str = ""
+    corrupt_in: StoreClient | None = None  # the store whose cached blocks did not match their checksums
+    corrupt_blocks: list[int] = field(default_factory=list)
+
+
+class PrefixLoader:
+    """On the event loop. spawn: runs a coroutine in the background until the worker stops."""
+
+    def __init__(
+        self,
+        pages: PageTransfer,
+        stores: Stores,
+        metrics: WorkerMetrics,
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+    ) -> None:
+        self._pages = pages
+        self._stores = stores
+        self._metrics = metrics
+        self._spawn = spawn
+
+    async def load(self, sequence: Sequence, block_keys: list[bytes], hint: worker_pb2.PrefixHint = NO_HINT) -> CachedPrefix:
+        """block_keys: of the prompt's full blocks. hint: a store beside the own one that may hold more of them.
+
+        Never fails: a prefix that is corrupt or gone is computed, with a warning and a count. What was corrupt is not in its
+        store any more when this returns, and noted: others may have been promised it meanwhile.
+        """
+        began, found, failed = time.monotonic(), CachedPrefix(), False
+        readers: list[BlockReader] = []
+        num_blocks = 0
+        try:
+            if block_keys:
+                num_blocks = await self._load(sequence, block_keys, hint, found, readers)
+        except HalfmoonError as error:
+            failed = True
+            self._count_failure(sequence, error)
+        finally:
+            released = self._spawn(self._release(readers))  # also where this call is cancelled
+        if failed:  # slices may still be on their way into the pages
+            await asyncio.wait({released})
+        found.num_tokens = min(num_blocks * self._pages.schema.block_size, sequence.num_tokens - 1)
+        found.load_s = time.monotonic() - began
+        return found
+
+    async def _load(
+        self, sequence: Sequence, keys: list[bytes], hint: worker_pb2.PrefixHint, found: CachedPrefix, readers: list[BlockReader]
+    ) -> int:
+        """Returns how many blocks stand in the pages."""
+        client, reader = await self._find(sequence, keys, hint, readers)
+        if client is None or reader is None or reader.num_blocks == 0:
+            return 0
+        began = time.monotonic()
+        try:
+            await load_pages(self._pages, sequence.pages, reader)
+        except HandoffCorrupt as error:
+            found.corrupt_in, found.corrupt_blocks = client, error.fields["blocks"]
+            raise
+        found.num_bytes, found.transport = reader.num_bytes, client.transport
+        self._metrics.transferred(client.transport, "load", reader.num_bytes, time.monotonic() - began)
+        return reader.num_blocks
+
+    async def _find(
+        self, sequence: Sequence, keys: list[bytes], hint: worker_pb2.PrefixHint, readers: list[BlockReader]
+    ) -> tuple[StoreClient | None, BlockReader | None]:
+        """The reader with the longest run; all that are opened are added to readers."""
+        own, found = await self._fetch(sequence, keys, self._stores.own.address, "local", readers)
+        held = found.num_blocks if found is not None else 0
+        if hint.num_blocks <= held or self._stores.is_own(hint.store_address):
+            return own, found
+        remote, hinted = await self._fetch(sequence, keys, hint.store_address, "remote", readers)
+        if hinted is not None and hinted.num_blocks > held:
+            return remote, hinted
+        return own, found
+
+    async def _fetch(
+        self, sequence: Sequence, keys: list[bytes], address: str, tier: str, readers: list[BlockReader]
+    ) -> tuple[StoreClient | None, BlockReader | None]:
+        try:
+            client = await self._stores.client(address)
+            reader = await client.fetch_prefix(keys)
+        except HalfmoonError as error:
+            self._count_failure(sequence, error)
+            return None, None
+        readers.append(reader)
+        block_size = self._pages.schema.block_size
+        self._metrics.prefix(tier, len(keys) * block_size, reader.num_blocks * block_size)
+        return client, reader
+
+    async def _release(self, readers: list[BlockReader]) -> None:
+        await self._pages.drained()  # a load that was given up may still be copying out of the readers' memory
+        for reader in readers:
+            try:
+                await reader.release()
+            except HalfmoonError as error:
+                logger.warning("the lease on a prefix could not be released: %s", error)
+
+    def _count_failure(self, sequence: Sequence, error: HalfmoonError) -> None:
+        logger.warning("request %s: its prefix is computed, for loading failed: %s", sequence.request_id, error)
+        self._metrics.prefix_failed(error.code)

@@ -1,0 +1,225 @@
+"""A worker: one executor, one page cache, one step loop, on which a prefill half and a decode half are mounted.
+
+event loop       calls ─► the halves: queues, hand-offs, replies          Join: load ─► proxy, ◄─ role
+step loop        both halves' chunks in one step ─► executor ─► recorded by each half
+transfers        pages ◄─► the node's store, and others
+
+Both gRPC services are served by every worker, whatever its role: the role says what the proxy is to place here, and what runs when
+it changes ends where it is. Threads share the schedulers under one condition, and tell the loop what happened with life.tell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol
+
+import grpc.aio
+
+from ..kvstore.client import StoreClient
+from ..protocol.address import join_address
+from ..protocol.blocks import root_key
+from ..protocol.channel import create_server
+from ..protocol.errors import InvalidRequest, WorkerLost
+from ..protocol.roles import ROLE_NAMES, ROLE_NUMBERS, WORKER_ROLES, WorkerRole, decodes, prefills
+from ..protocol.v1 import control_pb2
+from .block_keeper import BlockKeeper
+from .combined_scheduler import CombinedScheduler
+from .executor import Executor, Progress
+from .page_allocator import PageAllocator
+from .prefix_loader import PrefixLoader
+from .step_loop import StepHalf, StepLoop
+from .stores import Stores
+from .worker_life import WorkerAddress, WorkerLife
+from .worker_metrics import WorkerMetrics
+
+
+class LoadExecutor(Protocol):
+    def __call__(self, *, name: str, progress: Progress, on_crash: Callable[[BaseException], None]) -> Executor: ...
+
+
+class HalfLoad(NamedTuple):
+    """What a half has to do."""
+
+    num_running: int
+    num_waiting: int
+    num_context_tokens: int  # of sequences that it decodes, or is to
+    num_prefill_tokens: int  # still to compute
+    steps: list[control_pb2.StepSample]
+
+
+class Half(Protocol):
+    """The prefill half or the decode half, on the event loop where nothing else is said."""
+
+    scheduler: Any
+
+    def mount(self, worker: Worker) -> StepHalf:
+        """The worker has its executor and its stores now. What the half does about steps."""
+        ...
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Adds its service."""
+        ...
+
+    def take_role(self, role: WorkerRole) -> None: ...
+
+    def start_waiting(self) -> None:
+        """Pages may have become free."""
+        ...
+
+    def load(self) -> HalfLoad:
+        """With the lock held."""
+        ...
+
+    def store_lost(self, client: StoreClient) -> None: ...
+
+    def fail_all(self, error: WorkerLost) -> None: ...
+
+
+class Worker:
+    """Everything but the executor's and the step loop's calls happens on the event loop that start() runs on.
+
+    Args:
+        role: that it starts with.
+        load: makes the executor, in a thread.
+    """
+
+    def __init__(
+        self,
+        worker_address: WorkerAddress,
+        *,
+        role: WorkerRole,
+        load: LoadExecutor,
+        transport: Literal["auto", "grpc"],
+        prefill: Half,
+        decode: Half,
+    ) -> None:
+        self.worker_id = worker_address.worker_id
+        self.life = WorkerLife(worker_address, self._fail_all)
+        self.role: WorkerRole = role
+        self.prefill = prefill
+        self.decode = decode
+        self.changed = threading.Condition()  # guards the schedulers; notified when there may be a step
+        self._halves = {"decode": decode, "prefill": prefill}  # in this order pages that became free are given
+        self._load_executor = load
+        self._transport: Literal["auto", "grpc"] = transport
+
+    async def start(self) -> str:
+        """Loads the model, attaches to the store, listens and joins the proxy. Returns "host:port".
+
+        Raises CheckpointError, ConfigError, StoreUnavailable, SchemaMismatch.
+        """
+        life, worker_address = self.life, self.life.worker_address
+        self.executor = await life.load(
+            lambda: self._load_executor(name=self.worker_id, progress=life.progress.report, on_crash=life.crashed)
+        )
+        facts = self.facts = self.executor.facts
+        self.root = root_key(facts.schema.fingerprint)
+        self.allocator = PageAllocator(facts.num_pages)
+        self.metrics = WorkerMetrics()
+        self.stores = Stores(
+            worker_address.store_address,
+            client_id=self.worker_id,
+            node_id=worker_address.node_id,
+            schema=facts.schema,
+            transport=self._transport,
+            on_lost=self._store_lost,
+            on_attached=self._store_attached,
+        )
+        await self.stores.own.attach()
+        self.prefixes = PrefixLoader(self.executor.pages, self.stores, self.metrics, life.spawn)
+        self.blocks = BlockKeeper(self.executor.pages, self.metrics)
+        self.steps = self._mount()
+        self._take_role(self.role)
+        self.steps.start()
+        server, port = create_server(worker_address.host, 0)
+        for half in self._halves.values():
+            half.register(server)
+        await server.start()
+        self.address = join_address(worker_address.host, port)
+        life.tend(self.stores.own.stay_attached())
+        await life.serve(server, self.metrics.registry, self._info(), self.load, self._obey)
+        return self.address
+
+    async def serve_until_stopped(self) -> None:
+        """Raises what broke the worker."""
+        await self.life.stopped()
+
+    async def stop(self, grace_s: float) -> None:
+        """Leaves the proxy, gives running calls grace_s, then ends them and everything else. Idempotent."""
+        if not await self.life.leave(grace_s):
+            return
+        await asyncio.to_thread(self.steps.stop)
+        await self.life.settle(grace_s)
+        await self.stores.close()
+        await asyncio.to_thread(self.executor.close)
+        await self.life.end()
+
+    def load(self) -> control_pb2.MemberLoad:
+        with self.changed:
+            prefill, decode = self.prefill.load(), self.decode.load()
+            usage_ratio = self.allocator.usage_ratio
+        num_prefill_tokens = prefill.num_prefill_tokens + decode.num_prefill_tokens
+        return control_pb2.MemberLoad(
+            num_running=prefill.num_running + decode.num_running,
+            num_waiting=prefill.num_waiting + decode.num_waiting,
+            num_outstanding_tokens=decode.num_context_tokens if decodes(self.role) else num_prefill_tokens,
+            kv_usage_ratio=usage_ratio,
+            steps=decode.steps,
+            num_prefill_tokens=num_prefill_tokens if decodes(self.role) else 0,
+        )
+
+    def start_waiting(self) -> None:
+        """Whenever pages may have become free, or somebody came: who waits for pages gets them, who decodes first."""
+        for half in self._halves.values():
+            half.start_waiting()
+
+    def _mount(self) -> StepLoop:
+        steps = {name: half.mount(self) for name, half in self._halves.items()}
+        scheduler = CombinedScheduler(self.decode.scheduler, self.prefill.scheduler)
+        name = f"{self.worker_id}-engine"
+        return StepLoop(name, self.executor, scheduler, self.changed, **steps, on_crash=self.life.crashed)
+
+    def _obey(self, role: control_pb2.Role) -> None:
+        """Raises InvalidRequest for what is no role of a worker."""
+        for name in WORKER_ROLES:
+            if ROLE_NUMBERS[name] == role:
+                return self._take_role(name)
+        raise InvalidRequest(f"{self.worker_id} can't take on the role {ROLE_NAMES.get(role, role)}; it takes {', '.join(WORKER_ROLES)}")
+
+    def _take_role(self, role: WorkerRole) -> None:
+        self.role = role
+        for name, takes in (("prefill", prefills(role)), ("decode", decodes(role))):
+            half = self._halves[name]
+            if takes:
+                self.metrics.watch(name, half.scheduler)
+            half.take_role(role)
+
+    def _info(self) -> control_pb2.MemberInfo:
+        facts = self.facts
+        return control_pb2.MemberInfo(
+            role=ROLE_NUMBERS[self.role],
+            roles=[ROLE_NUMBERS[role] for role in WORKER_ROLES],
+            address=self.address,
+            store_id=self.stores.own.client.store_id,
+            schema=facts.schema.to_proto(),
+            max_model_len=facts.max_model_len,
+            kv_capacity_tokens=facts.num_pages * facts.page_size,
+            device=facts.device,
+        )
+
+    async def _store_attached(self, client: StoreClient) -> None:
+        if client.arena is not None:
+            await asyncio.to_thread(self.executor.pages.pin, client.arena.memory)
+
+    def _store_lost(self, client: StoreClient) -> None:
+        """Before the session is closed: hand-offs that came before may still be copied out of its memory."""
+        if client.arena is not None:
+            self.executor.pages.unpin(client.arena.memory)
+        for half in self._halves.values():
+            half.store_lost(client)
+
+    def _fail_all(self, error: WorkerLost) -> None:
+        for half in self._halves.values():
+            half.fail_all(error)

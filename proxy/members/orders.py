@@ -1,0 +1,87 @@
+"""Orders to a member, on its Join stream, and its answers.
+
+role ─► order, with a number ─► member ─► answer ─► done | refusal        the stream ends ─► WorkerLost
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import grpc.aio
+
+from ...protocol.errors import HalfmoonError, WorkerLost
+from ...protocol.grpc_errors import error_from_proto
+from ...protocol.v1 import control_pb2
+
+Write = Callable[[control_pb2.MemberOrder], Awaitable[None]]
+
+
+class Titled(Protocol):
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def title(self) -> str: ...
+
+
+class OrderBook:
+    """Of one member. one_at_a_time: held by who gives an order, until it has been obeyed or undone."""
+
+    def __init__(self, member: Titled) -> None:
+        self.one_at_a_time = asyncio.Lock()
+        self._member = member
+        self._numbers = itertools.count(1)
+        self._write: Write | None = None
+        self._unanswered: dict[int, asyncio.Future[None]] = {}
+
+    @property
+    def pending(self) -> bool:
+        """An order is on its way, or its answer."""
+        return bool(self._unanswered)
+
+    def opened(self, write: Write) -> None:
+        """A stream of the member is the present one, and orders go on it. Those of an older one are not answered any more."""
+        self._fail_all()
+        self._write = write
+
+    def closed(self) -> None:
+        self._write = None
+        self._fail_all()
+
+    async def give(self, order: control_pb2.MemberOrder) -> None:
+        """Returns once it is obeyed. Raises the member's refusal; WorkerLost where its stream ends before that."""
+        write = self._write
+        if write is None:
+            raise self._lost()
+        order.number = next(self._numbers)
+        answered = self._unanswered[order.number] = asyncio.get_running_loop().create_future()
+        try:
+            await write(order)
+            await answered
+        except grpc.aio.AioRpcError as error:
+            raise self._lost() from error
+        except asyncio.InvalidStateError as error:  # what grpc.aio has for a write on a call that is over
+            raise self._lost() from error
+        finally:
+            self._unanswered.pop(order.number, None)
+
+    def answered(self, answer: control_pb2.OrderAnswer) -> None:
+        """An answer to what nobody waits for is dropped."""
+        future = self._unanswered.get(answer.number)
+        if future is None or future.done():
+            return
+        if answer.HasField("refusal"):
+            future.set_exception(error_from_proto(answer.refusal))
+        else:
+            future.set_result(None)
+
+    def _fail_all(self) -> None:
+        for future in self._unanswered.values():
+            if not future.done():
+                future.set_exception(self._lost())
+
+    def _lost(self) -> HalfmoonError:
+        return WorkerLost(f"{self._member.title} is gone: its stream ended before it answered", worker=self._member.id)

@@ -1,0 +1,194 @@
+"""Workers of both roles, end to end on loopback, against transformers' greedy generate."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from halfmoon.protocol.channel import create_server
+from halfmoon.protocol.config import ProxyConfig
+from halfmoon.protocol.errors import RequestCancelled
+from halfmoon.protocol.v1 import control_pb2, control_pb2_grpc
+from halfmoon.proxy.control_service import ControlService
+from halfmoon.proxy.members.cluster import Cluster as ProxyCluster
+from halfmoon.proxy.metrics import ProxyMetrics
+from halfmoon.proxy.requests.router import Router
+
+Greedy = Callable[[list[int], int], list[int]]
+
+
+def prompt(num_tokens: int, seed: int = 0) -> list[int]:
+    return random.Random(f"{num_tokens}/{seed}").choices(range(3, 160), k=num_tokens)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5.0):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def forwards(engine: Any, seconds: float = 0.0) -> list[list[tuple[str, int, int]]]:
+    """(request id, start, tokens) of every chunk of the steps that follow, each of which takes that much longer."""
+    forward, found = engine.forward, []
+
+    def recorded(chunks: Any, **hooks: Any) -> Any:
+        time.sleep(seconds)
+        found.append([(chunk.sequence.request_id, chunk.start, chunk.num_tokens) for chunk in chunks])
+        return forward(chunks, **hooks)
+
+    engine.forward = recorded
+    return found
+
+
+@pytest.mark.parametrize("transport", ["auto", "grpc"])
+@pytest.mark.parametrize("num_workers", [1, 2])
+async def test_tokens_are_those_of_transformers_with_and_without_a_hand_off(
+    make_cluster: Any, greedy: Greedy, transport: str, num_workers: int
+) -> None:
+    """One worker hands off to itself, by way of its store."""
+    cluster = await make_cluster(transport, both=num_workers)
+    for num_tokens in (1, 8, 75, 200):
+        assert (await cluster.run(prompt(num_tokens), max_tokens=20)).token_ids == greedy(prompt(num_tokens), 20)
+        assert (await cluster.run_local(prompt(num_tokens, 1), max_tokens=20)).token_ids == greedy(prompt(num_tokens, 1), 20)
+    await cluster.at_rest()
+
+
+async def test_one_step_holds_decode_tokens_a_prompt_of_its_own_and_one_to_hand_off(make_cluster: Any, greedy: Greedy) -> None:
+    cluster = await make_cluster(both=1, decode={"max_prefill_tokens_per_step": 24})
+    steps = forwards(cluster.decode.engine, 0.01)
+    decoding = asyncio.create_task(cluster.run(prompt(20), max_tokens=100))  # r1
+    await until(lambda: cluster.decode.scheduler.num_running == 1)
+    answers = await asyncio.gather(cluster.run(prompt(90, 1), max_tokens=4), cluster.run_local(prompt(9, 2), max_tokens=4))  # r2, r3
+    assert [answer.token_ids for answer in answers] == [greedy(prompt(90, 1), 4), greedy(prompt(9, 2), 4)]
+    assert (await decoding).token_ids == greedy(prompt(20), 100)
+    mixed = [{name: size for name, _, size in step} for step in steps]
+    assert any({"r1", "r2", "r3"} <= set(step) and step["r1"] == 1 for step in mixed), "all three in one forward"
+    beside = [sum(size for size in step.values() if size > 1) for step in mixed if step.get("r1") == 1]
+    assert max(beside) == 24, "the budget beside decode tokens, used and not passed"
+    computed = [position for step in steps for name, start, size in step if name == "r2" for position in range(start, start + size)]
+    assert computed[:90] == list(range(90)), "each token of the prompt once"
+    await cluster.at_rest()
+
+
+async def test_many_requests_of_every_kind_at_once_each_get_their_own_tokens(make_cluster: Any, greedy: Greedy) -> None:
+    cluster = await make_cluster(both=1, prefill={"max_tokens_per_step": 48}, decode={"max_running": 6, "kv_capacity_tokens": 512})
+    prompts = [prompt(5 + 9 * index, index) for index in range(16)]
+    runs = [cluster.run_local if index % 3 == 0 else cluster.run for index in range(16)]
+    answers = await asyncio.gather(
+        *(run(tokens, max_tokens=8 + index) for index, (run, tokens) in enumerate(zip(runs, prompts, strict=True)))
+    )
+    for index, (tokens, answer) in enumerate(zip(prompts, answers, strict=True)):
+        assert answer.token_ids == greedy(tokens, 8 + index)
+    await cluster.at_rest()
+
+
+async def test_any_mix_of_cancelled_calls_returns_to_rest(make_cluster: Any, greedy: Greedy) -> None:
+    cluster = await make_cluster(both=1, arena_bytes=2**19, prefill={"max_tokens_per_step": 24}, decode={"kv_capacity_tokens": 512})
+    rng = random.Random(11)
+    client = cluster.decode.worker.stores.own.client
+
+    async def cancelled(index: int) -> None:
+        sequence = cluster.sequence(prompt(rng.randrange(1, 120), index % 5), max_tokens=rng.randrange(1, 60))
+        local = index % 3 == 0
+        calls = [cluster.start_decode(sequence, local=local), *([] if local else [cluster.start_prefill(sequence)])]
+        rng.shuffle(calls)
+        for call in calls:
+            await asyncio.sleep(rng.random() * 0.1)
+            call.cancel()
+        # it may have been sealed before either call was cancelled, and decode may never have come
+        await client.abort(sequence.request_id, 1, RequestCancelled("the client went away"))
+
+    async def finished(index: int) -> None:
+        tokens = prompt(30 + index, index)
+        assert (await cluster.run(tokens, max_tokens=15)).token_ids == greedy(tokens, 15)
+
+    async with asyncio.timeout(20.0):
+        await asyncio.gather(*(cancelled(index) for index in range(30)), *(finished(index) for index in range(6)))
+    await cluster.at_rest()
+
+
+async def test_hand_offs_that_fill_the_store_do_not_lock_the_halves_out_of_pages(make_cluster: Any, greedy: Greedy) -> None:
+    """Prompts that hold pages wait for room in the store, which is full of hand-offs that wait for pages."""
+    cluster = await make_cluster(both=1, arena_bytes=2**17, decode={"kv_capacity_tokens": 320, "max_running": 2})
+    blocks = 2**17 // cluster.decode.engine.schema.block_bytes
+    assert blocks < 40, "a few prompts fill the store"
+    prompts = [prompt(80, index) for index in range(10)]
+    async with asyncio.timeout(25.0):
+        answers = await asyncio.gather(*(cluster.run(tokens, max_tokens=10) for tokens in prompts))
+    assert [answer.token_ids for answer in answers] == [greedy(tokens, 10) for tokens in prompts]
+    await cluster.at_rest()
+
+
+async def test_load_tells_of_prompts_and_of_context_apart(make_cluster: Any, members: Any) -> None:
+    cluster = await make_cluster(both=1, prefill={"max_tokens_per_step": 8})
+    await cluster.decode.life.joined.wait()
+    assert members.infos["both-0"].role == control_pb2.ROLE_BOTH
+    assert set(members.infos["both-0"].roles) == {control_pb2.ROLE_PREFILL, control_pb2.ROLE_DECODE, control_pb2.ROLE_BOTH}
+    stuck = threading.Event()
+    cluster.decode.engine.forward = lambda *_, **__: stuck.wait(5)  # nothing is computed until the test has looked
+    calls = [cluster.start_prefill(cluster.sequence(prompt(100))), cluster.start_decode(cluster.sequence(prompt(30)), local=True)]
+    await until(lambda: cluster.decode.load().num_running == 2)
+    load = cluster.decode.load()
+    assert (load.num_outstanding_tokens, load.num_prefill_tokens) == (30, 130)
+    assert load.kv_usage_ratio == (13 + 4) / cluster.decode.worker.facts.num_pages, "one pool of pages"
+    for call in calls:
+        call.cancel()
+    stuck.set()
+
+
+async def test_both_halves_export_under_their_own_label(make_cluster: Any) -> None:
+    cluster = await make_cluster(both=1)
+    await cluster.run(prompt(30), max_tokens=5)
+    sample = cluster.decode.metrics.registry.get_sample_value
+    assert sample("halfmoon_step_tokens_total", {"role": "prefill"}) == 30
+    assert sample("halfmoon_step_tokens_total", {"role": "decode"}) == 4
+    alone = await make_cluster()
+    await alone.decode.life.joined.wait()
+    page = await asyncio.to_thread(
+        lambda: urllib.request.urlopen(f"http://{alone.members.infos['decode-0'].metrics_address}/metrics").read().decode()
+    )
+    assert 'role="decode"' in page and 'role="prefill"' not in page, "a worker exports the halves of its role"
+
+
+@pytest.fixture
+async def proxy(members: Any) -> AsyncIterator[ProxyCluster]:
+    """The real end of Join, in the place of the fake one."""
+    metrics = ProxyMetrics(CollectorRegistry())
+    found = ProxyCluster(metrics)
+    router = Router(ProxyConfig(), found, metrics, eos_token_ids=frozenset())
+    server, port = create_server("127.0.0.1", 0)
+    control_pb2_grpc.add_ControlServicer_to_server(ControlService(router, "tiny"), server)
+    await server.start()
+    members.address = f"127.0.0.1:{port}"
+    yield found
+    await router.close()
+    await found.close()
+    await server.stop(0.0)
+
+
+async def test_a_real_worker_takes_on_every_role_and_what_runs_ends_where_it_is(
+    proxy: ProxyCluster, make_cluster: Any, greedy: Greedy
+) -> None:
+    cluster = await make_cluster()
+    await asyncio.gather(cluster.prefill.life.joined.wait(), cluster.decode.life.joined.wait())
+    forwards(cluster.decode.engine, 0.005)
+    decoding = asyncio.create_task(cluster.run(prompt(20), max_tokens=100))
+    await until(lambda: cluster.decode.scheduler.num_running == 1)
+    for role in ("prefill", "both", "decode", "prefill"):
+        await proxy.set_role(proxy.members["decode-0"], role, 2.0)
+        assert cluster.decode.worker.role == proxy.members["decode-0"].role == role
+    assert not decoding.done() and (await decoding).token_ids == greedy(prompt(20), 100)
+    await proxy.set_role(proxy.members["prefill-0"], "decode", 2.0)
+    cluster.prefill_stub, cluster.decode_stub = cluster.stub_pair(cluster.workers[1], cluster.workers[0])
+    assert (await cluster.run(prompt(70, 1), max_tokens=20)).token_ids == greedy(prompt(70, 1), 20), "the two have changed places"
+    assert cluster.workers[1].prefill.scheduler.num_reserved_pages == 0
+    assert cluster.decode.metrics.registry.get_sample_value("halfmoon_step_tokens_total", {"role": "prefill"}) == 70
+    await cluster.at_rest()

@@ -1,0 +1,86 @@
+"""A worker as tests look at it: one of its halves, and what it stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from halfmoon.engine.worker import Worker
+from halfmoon.kvstore.block_rows import BlockRows
+from halfmoon.kvstore.client import StoreClient
+from halfmoon.kvstore.transport import Transport
+from halfmoon.protocol.v1 import control_pb2, kvstore_pb2
+
+
+@dataclass
+class WorkerView:
+    worker: Worker
+    half: Any  # PrefillHalf | DecodeHalf
+
+    @property
+    def engine(self) -> Any:
+        executor: Any = self.worker.executor
+        return executor.engine
+
+    @property
+    def scheduler(self) -> Any:
+        return self.half.scheduler
+
+    @property
+    def metrics(self) -> Any:
+        return self.worker.metrics
+
+    @property
+    def life(self) -> Any:
+        return self.worker.life
+
+    @property
+    def address(self) -> str:
+        return self.worker.address
+
+    @property
+    def transfer(self) -> Any:
+        """The thread that copies, whatever else is asked of the executor's pages."""
+        executor: Any = self.worker.executor
+        return executor.pages._transfer
+
+    def load(self) -> control_pb2.MemberLoad:
+        return self.worker.load()
+
+    async def serve_until_stopped(self) -> None:
+        await self.worker.serve_until_stopped()
+
+    async def stop(self, grace_s: float) -> None:
+        await self.worker.stop(grace_s)
+
+
+class FlippingTransport:
+    """Passes everything on, with the first byte of every slice inverted after its checksum was taken."""
+
+    memory: np.ndarray | None = None  # so that every slice comes as an array
+
+    def __init__(self, inner: Transport) -> None:
+        self._inner = inner
+
+    @property
+    def name(self) -> Literal["shm", "grpc"]:
+        return self._inner.name
+
+    def push(self, slots: Sequence[int], layer: int, first_block: int, blocks: np.ndarray) -> Iterator[kvstore_pb2.PushRequest]:
+        altered = blocks.copy()
+        altered[0, 0] ^= 0xFF
+        return self._inner.push(slots, layer, first_block, altered)
+
+    def rows(self, slots: Sequence[int], layer: int, num_layers: int = 1) -> BlockRows:
+        return self._inner.rows(slots, layer, num_layers)
+
+    def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:
+        return self._inner.fetch(slots, part)
+
+
+def flip_pushed_bytes(client: StoreClient) -> None:
+    """Of a session, from the next reserve or keep on."""
+    client._transport = FlippingTransport(client._transport)

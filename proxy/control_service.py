@@ -31,8 +31,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
         member = self._cluster.join(first.info, first.load, first.role)
         stream = member.stream
         try:
-            await context.write(control_pb2.MemberOrder(accepted=True))
-            member.orders.opened(context.write)
+            await member.orders.open(context.write)
             async for report in reports:
                 if member.gone or member.stream != stream:
                     return  # a newer process, or a newer stream of this one, has taken its place

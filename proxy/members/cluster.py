@@ -84,7 +84,9 @@ class Cluster:
                 raise
 
     def _heard_role(self, member: Member, role: control_pb2.Role) -> None:
-        """It may have taken on a role whose order was given up meanwhile."""
+        """It may have taken on a role whose order was given up meanwhile. Raises InvalidRequest for what is no role."""
+        if role not in (control_pb2.ROLE_UNSPECIFIED, *ROLE_NAMES):
+            raise InvalidRequest(f"{member.title} reports role number {role}, which this proxy does not know; run one version on both")
         if role and ROLE_NAMES[role] != member.role and not member.orders.pending:
             self._change_role(member, ROLE_NAMES[role])
 
@@ -103,7 +105,7 @@ class Cluster:
         Raises InvalidRequest for an incomplete info or a process that a newer one has replaced, SchemaMismatch for
         another KV format than the cluster's.
         """
-        self._require_valid(info)
+        self._require_valid(info, role)
         known = self.members.get(info.id)
         if known is not None and known.incarnation == info.incarnation:
             known.stream += 1
@@ -152,9 +154,9 @@ class Cluster:
             self._remove(member)
         await asyncio.gather(*self._closing)
 
-    def _require_valid(self, info: control_pb2.MemberInfo) -> None:
+    def _require_valid(self, info: control_pb2.MemberInfo, present: control_pb2.Role) -> None:
         role = ROLE_NAMES.get(info.role)
-        if role is None or not (info.id and info.incarnation and info.address):
+        if role is None or (present and present not in ROLE_NAMES) or not (info.id and info.incarnation and info.address):
             raise InvalidRequest(f"a member must join with a role, an id, an incarnation and an address; got {info}")
         if info.incarnation in self._superseded:
             raise InvalidRequest(f"{role} {info.id} of process {info.incarnation} has been replaced by a newer process; end this one")

@@ -35,6 +35,7 @@ class OrderBook:
         self._member = member
         self._numbers = itertools.count(1)
         self._write: Write | None = None
+        self._writing = asyncio.Lock()
         self._unanswered: dict[int, asyncio.Future[None]] = {}
 
     @property
@@ -42,10 +43,11 @@ class OrderBook:
         """An order is on its way, or its answer."""
         return bool(self._unanswered)
 
-    def opened(self, write: Write) -> None:
-        """A stream of the member is the present one, and orders go on it. Those of an older one are not answered any more."""
+    async def open(self, write: Write) -> None:
+        """A stream of the member is the present one: it is accepted, and orders go on it. None on an older one is answered any more."""
         self._fail_all()
         self._write = write
+        await self._send(write, control_pb2.MemberOrder(accepted=True))
 
     def closed(self) -> None:
         self._write = None
@@ -59,7 +61,7 @@ class OrderBook:
         order.number = next(self._numbers)
         answered = self._unanswered[order.number] = asyncio.get_running_loop().create_future()
         try:
-            await write(order)
+            await self._send(write, order)
             await answered
         except grpc.aio.AioRpcError as error:
             raise self._lost() from error
@@ -77,6 +79,10 @@ class OrderBook:
             future.set_exception(error_from_proto(answer.refusal))
         else:
             future.set_result(None)
+
+    async def _send(self, write: Write, order: control_pb2.MemberOrder) -> None:
+        async with self._writing:  # a stream takes one message at a time
+            await write(order)
 
     def _fail_all(self) -> None:
         for future in self._unanswered.values():

@@ -35,12 +35,13 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-def forwards(engine: Any, seconds: float = 0.0) -> list[list[tuple[str, int, int]]]:
-    """(request id, start, tokens) of every chunk of the steps that follow, each of which takes that much longer."""
+def forwards(engine: Any, seconds: float = 0.0, gate: threading.Event | None = None) -> list[list[tuple[str, int, int]]]:
+    """(request id, start, tokens) of every chunk of the steps that follow, each of which takes that much longer and waits for the gate."""
     forward, found = engine.forward, []
 
     def recorded(chunks: Any, **hooks: Any) -> Any:
         time.sleep(seconds)
+        assert gate is None or gate.wait(5)
         found.append([(chunk.sequence.request_id, chunk.start, chunk.num_tokens) for chunk in chunks])
         return forward(chunks, **hooks)
 
@@ -63,14 +64,22 @@ async def test_tokens_are_those_of_transformers_with_and_without_a_hand_off(
 
 async def test_one_step_holds_decode_tokens_a_prompt_of_its_own_and_one_to_hand_off(make_cluster: Any, greedy: Greedy) -> None:
     cluster = await make_cluster(both=1, decode={"max_prefill_tokens_per_step": 24})
-    steps = forwards(cluster.decode.engine, 0.01)
+    gate = threading.Event()
+    gate.set()
+    steps = forwards(cluster.decode.engine, 0.002, gate)
     decoding = asyncio.create_task(cluster.run(prompt(20), max_tokens=100))  # r1
     await until(lambda: cluster.decode.scheduler.num_running == 1)
-    answers = await asyncio.gather(cluster.run(prompt(90, 1), max_tokens=4), cluster.run_local(prompt(9, 2), max_tokens=4))  # r2, r3
+    gate.clear()
+    others = [asyncio.create_task(cluster.run(prompt(90, 1), max_tokens=4))]  # r2
+    await until(lambda: cluster.decode.worker.prefill.scheduler.has_runnable)
+    others.append(asyncio.create_task(cluster.run_local(prompt(9, 2), max_tokens=4)))  # r3
+    await until(lambda: cluster.decode.scheduler.num_running == 2)
+    gate.set()
+    answers = await asyncio.gather(*others)
     assert [answer.token_ids for answer in answers] == [greedy(prompt(90, 1), 4), greedy(prompt(9, 2), 4)]
     assert (await decoding).token_ids == greedy(prompt(20), 100)
     mixed = [{name: size for name, _, size in step} for step in steps]
-    assert any({"r1", "r2", "r3"} <= set(step) and step["r1"] == 1 for step in mixed), "all three in one forward"
+    assert {"r1": 1, "r3": 9, "r2": 8} in mixed, "all three in one forward: 24 - 9 tokens hold one block of 8"
     beside = [sum(size for size in step.values() if size > 1) for step in mixed if step.get("r1") == 1]
     assert max(beside) == 24, "the budget beside decode tokens, used and not passed"
     computed = [position for step in steps for name, start, size in step if name == "r2" for position in range(start, start + size)]

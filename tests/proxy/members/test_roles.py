@@ -141,6 +141,29 @@ async def test_a_worker_that_does_not_answer_has_its_former_role_again_and_a_lat
     assert member.role == "decode", "it took the role on after all, and says so"
 
 
+async def test_a_role_that_nobody_knows_is_refused(make_bench: Any) -> None:
+    bench = await make_bench(1, 1, num_both=1)
+    cluster, member = bench.cluster, bench.cluster.members["both-0"]
+    with pytest.raises(InvalidRequest, match="role number 9"):
+        cluster.report(member, control_pb2.MemberLoad(), 9)
+    newcomer = control_pb2.MemberInfo()
+    newcomer.CopyFrom(member.info)
+    newcomer.incarnation = "other"
+    with pytest.raises(InvalidRequest, match="must join with a role"):
+        cluster.join(newcomer, control_pb2.MemberLoad(), 9)
+    assert member.role == "both" and not member.gone
+
+
+async def test_a_worker_that_comes_back_says_which_role_it_has_now(make_bench: Any) -> None:
+    bench = await make_bench(1, 1, num_both=1)
+    cluster, member = bench.cluster, bench.cluster.members["both-0"]
+    assert cluster.join(member.info, control_pb2.MemberLoad(), control_pb2.ROLE_DECODE) is member and member.role == "decode"
+    newcomer = control_pb2.MemberInfo()
+    newcomer.CopyFrom(member.info)
+    newcomer.incarnation = "other"
+    assert cluster.join(newcomer, control_pb2.MemberLoad(), control_pb2.ROLE_PREFILL).role == "prefill", "to a new proxy, say"
+
+
 async def test_two_who_set_a_role_at_once_do_it_one_after_the_other(make_bench: Any) -> None:
     bench = await make_bench(1, 1, num_both=1)
     cluster, member = bench.cluster, bench.cluster.members["both-0"]
@@ -152,6 +175,38 @@ async def test_a_store_refuses_a_role(make_bench: Any) -> None:
     bench = await make_bench(1, 1)
     with pytest.raises(InvalidRequest, match="store-0"):
         await bench.cluster.set_role(bench.cluster.members["store-0"], "decode", 1.0)
+
+
+async def test_orders_go_behind_the_acceptance_and_one_after_the_other() -> None:
+    """A stream takes no message while another one is being written."""
+    sent: list[control_pb2.MemberOrder] = []
+    writing: control_pb2.MemberOrder | None = None
+
+    class Somebody:
+        id, title = "both-0", "both worker both-0"
+
+    async def write(order: control_pb2.MemberOrder) -> None:
+        nonlocal writing
+        assert writing is None
+        writing = order
+        await asyncio.sleep(0)
+        sent.append(order)
+        writing = None
+
+    book = OrderBook(Somebody())
+    opening = asyncio.create_task(book.open(write))
+    await asyncio.sleep(0)
+    giving = [
+        asyncio.create_task(book.give(control_pb2.MemberOrder(role=role))) for role in (control_pb2.ROLE_BOTH, control_pb2.ROLE_DECODE)
+    ]
+    await opening
+    while len(sent) < 3:
+        await asyncio.sleep(0)
+    assert [order.accepted for order in sent] == [True, False, False] and [order.number for order in sent] == [0, 1, 2]
+    for number in (2, 1):
+        book.answered(control_pb2.OrderAnswer(number=number))
+    await asyncio.gather(*giving)
+    assert not book.pending
 
 
 async def test_without_a_stream_there_is_nobody_to_order() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import faulthandler
 import importlib
 import importlib.util
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+EXIT_S = 60  # from the last test to the end of the process
+
+
 def _load(name: str) -> Any:
     """tests/<name>.py; importlib mode has no name to import it by."""
     spec = importlib.util.spec_from_file_location(f"halfmoon_test_{name}", Path(__file__).with_name(f"{name}.py"))
@@ -30,6 +35,35 @@ def _load(name: str) -> Any:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+_leaks = _load("leaks")
+_open_objects = _leaks.OpenObjects()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import grpc.aio
+
+    # gRPC's poller lives as long as the process: else it starts and ends with each test's first and last channel, and the end is a
+    # wait without a limit, which at exit is the garbage collector's
+    grpc.aio.init_grpc_aio()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """A process that hangs at its exit shows where, and fails."""
+    faulthandler.dump_traceback_later(EXIT_S, exit=True, file=sys.__stderr__)
+
+
+@pytest.fixture(autouse=True)
+async def leaves_nothing_open() -> AsyncIterator[None]:
+    """Set up before a test's other fixtures and torn down after them; what fixtures of a wider scope hold stays."""
+    found, tasks = await _open_objects.find(), asyncio.all_tasks()
+    yield
+    await _leaks.cancel_tasks(tasks)
+    left = await _open_objects.find() - found
+    if left:
+        pytest.fail(f"left behind by the test or its fixtures:\n{_open_objects.describe(left)}", pytrace=False)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.ray_session import RayNode
 from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
 NUM_TOKENS = 32
 
@@ -28,7 +28,7 @@ def config(model_folder: Path, num_prefill: int) -> ClusterConfig:
     )
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module")
 async def coupled(ray_nodes: list[RayNode], model_folder: Path, cluster_type: type) -> AsyncIterator[object]:
     async with running_cluster(config(model_folder, 0), ray_nodes) as supervisor, cluster_type.open(supervisor) as opened:
         yield opened

@@ -17,12 +17,12 @@ from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, 
 from halfmoon.protocol.errors import Unavailable
 from halfmoon.protocol.v1 import control_pb2
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
 NUM_MEMBERS = 5  # store, 2 prefill, 2 decode
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module")
 async def cluster(ray_nodes: list[RayNode], model_folder: Path, cluster_type: type) -> AsyncIterator[object]:
     config = ClusterConfig(
         model=ModelOptions(path=str(model_folder), name="demo"),

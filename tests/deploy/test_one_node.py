@@ -23,13 +23,13 @@ from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import control_pb2
 from halfmoon.proxy.conductor.predictors import CostModel
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
 NUM_TOKENS = 64
 NUM_TOKENS_EACH_OF_MANY = 24
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module")
 async def cluster(ray_nodes: list[RayNode], model_folder: Path, cluster_type: type) -> AsyncIterator[object]:
     config = ClusterConfig(
         model=ModelOptions(path=str(model_folder), name="demo"),

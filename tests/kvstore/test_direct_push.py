@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from halfmoon.kvstore import checksums
 from halfmoon.protocol.errors import HalfmoonError, HandoffIncomplete, InvalidRequest, WorkerLost
 from halfmoon.protocol.v1 import common_pb2
 
@@ -63,6 +66,32 @@ async def test_layers_may_be_written_and_closed_together(kv, client) -> None:
     reader = await client.fetch("r1", 1, 5)
     assert np.array_equal(await kv.read(reader), blocks)
     await reader.release()
+
+
+async def test_a_seal_waits_for_the_threads_that_still_hash(kv, client, monkeypatch) -> None:
+    gate, lanes = threading.Event(), tuple(ThreadPoolExecutor(1) for _ in range(2))
+    monkeypatch.setattr(checksums, "lanes", lambda: lanes)  # there are none on a machine of few cores
+    monkeypatch.setattr(checksums, "MIN_PARALLEL_BYTES", 0)
+    try:
+        for lane in lanes:
+            lane.submit(gate.wait)
+        blocks = kv.blocks("r1", 4)
+        writer = await client.reserve("r1", 1, kv.keys("r1", 4), 4, 30)
+        write(writer.rows(0, 0, 4, 3), blocks.reshape(4, -1))
+        writer.pushed(0, 0, 4, 3)
+        sealing = asyncio.create_task(writer.seal(kv.state))
+        await asyncio.wait({writer._stream})  # the store knows of every layer
+        await client.stats()  # and would have the seal by now
+        assert not sealing.done()
+        gate.set()
+        await sealing
+        reader = await client.fetch("r1", 1, 5)
+        assert np.array_equal(await kv.read(reader), blocks)
+        await reader.release()
+    finally:
+        gate.set()
+        for lane in lanes:
+            await asyncio.to_thread(lane.shutdown)
 
 
 async def test_layers_beyond_the_last_or_out_of_order_are_refused_and_their_rows_closed(kv, client) -> None:

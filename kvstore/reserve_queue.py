@@ -1,8 +1,8 @@
 """Who waits for room in the arena, in order of arrival. Room that becomes free wakes the first alone: nobody else could take it.
 
-        first ◄── woken by freed room                 a request that can wait no longer takes room that the first
-          2                                           can't use yet, until those that passed the first have taken
-          3 ──leaves──► nobody is woken               as much as the first itself asks for
+first ◄── woken by freed room                 a request that can wait no longer takes room that the first
+  2                                           can't use yet, until those that passed the first have taken
+  3 ──leaves──► nobody is woken               as much as the first itself asks for
 """
 
 from __future__ import annotations

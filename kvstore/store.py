@@ -126,7 +126,7 @@ class Store:
     def push(self, lease_id: str, message: kvstore_pb2.PushRequest) -> int:
         """Writes a slice, or notes that a client of the arena wrote it. Returns its bytes.
 
-        Raises LeaseExpired, StaleEpoch, InvalidRequest.
+        Raises LeaseExpired, HandoffAborted, InvalidRequest.
         """
         manager, layout = self._manager(), self._layout()
         lease = manager.writer(lease_id)
@@ -148,7 +148,7 @@ class Store:
         return num_bytes
 
     def seal(self, request: kvstore_pb2.SealRequest) -> None:
-        """Raises HandoffIncomplete, LeaseExpired, StaleEpoch, InvalidRequest."""
+        """Raises HandoffIncomplete, LeaseExpired, HandoffAborted, InvalidRequest."""
         self._manager().seal(request.lease_id, request.state, request.checksums)
 
     # reading
@@ -204,7 +204,7 @@ class Store:
     def ending(self, lease_id: str) -> asyncio.Future[HalfmoonError | None]:
         """Set when the lease ends: None where it was released or sealed, else why it was taken away.
 
-        Raises LeaseExpired, StaleEpoch for a lease that has ended already.
+        Raises LeaseExpired, HandoffAborted for a lease that has ended already.
         """
         found = self._endings.get(lease_id)
         if found is None:

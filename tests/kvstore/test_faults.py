@@ -7,13 +7,16 @@ import os
 import signal
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from halfmoon.kvstore import checksums
 from halfmoon.kvstore.arena import FOLDER, PREFIX, remove_abandoned
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.config import StoreConfig
@@ -249,6 +252,45 @@ async def test_a_byte_altered_on_the_wire_is_found(kv, store, attach_to, monkeyp
     monkeypatch.setattr(reader._transport, "fetch", altered)
     with pytest.raises(HandoffCorrupt, match="checksum of block 2 "):
         await kv.read(reader)
+
+
+async def test_a_seal_without_a_checksum_for_each_block_is_incomplete(kv, store, attach_to) -> None:
+    client = await attach_to(store.address, "decode-0")
+    await kv.hand_off(client, "r1", 3)
+    reader = await client.fetch("r1", 1, 5)
+    verify = reader._verify
+
+    def verify_fewer(sealed: kvstore_pb2.FetchReply.Sealed) -> None:
+        del sealed.checksums[-1]
+        verify(sealed)
+
+    reader._verify = verify_fewer
+    with pytest.raises(HandoffIncomplete, match="3 blocks and 2 checksums"):
+        await kv.read(reader)
+    assert reader.state is None
+
+
+async def test_a_reader_waits_for_the_threads_that_still_hash(kv, store, attach_to, monkeypatch) -> None:
+    client = await attach_to(store.address, "decode-0")
+    sent = await kv.hand_off(client, "r1", 3)
+    gate, lanes = threading.Event(), tuple(ThreadPoolExecutor(1) for _ in range(2))
+    monkeypatch.setattr(checksums, "lanes", lambda: lanes)  # there are none on a machine of few cores
+    monkeypatch.setattr(checksums, "MIN_PARALLEL_BYTES", 0)
+    try:
+        for lane in lanes:
+            lane.submit(gate.wait)
+        reader = await client.fetch("r1", 1, 5)
+        reading = asyncio.create_task(kv.read(reader))
+        await until(lambda: reader._progress.is_complete)
+        for _ in range(3):  # the seal is here, and would have been compared by now
+            await client.stats()
+        assert not reading.done()
+        gate.set()
+        assert np.array_equal(await reading, sent)
+    finally:
+        gate.set()
+        for lane in lanes:
+            await asyncio.to_thread(lane.shutdown)
 
 
 async def test_a_slice_cut_short_on_the_wire_is_incomplete(kv, store, attach_to, monkeypatch) -> None:

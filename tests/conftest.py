@@ -19,6 +19,10 @@ import pytest
 if not Path("/dev/nvidiactl").exists():
     # triton reads it when it is first imported, and a test of another room may be the first to do that
     os.environ.setdefault("TRITON_INTERPRET", "1")
+NUM_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if NUM_WORKERS > 1:
+    # torch, numpy and Triton's interpreter take all cores each; the workers of one run share them
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // NUM_WORKERS)))
 # Ray forks to start its processes; gRPC's handlers for that, in a process whose threads call it, now and then crash the child
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 # a shell that runs the suite in the background has it ignored, and so would have every process that a test starts and interrupts
@@ -47,6 +51,26 @@ def pytest_configure(config: pytest.Config) -> None:
     # gRPC's poller lives as long as the process: else it starts and ends with each test's first and last channel, and the end is a
     # wait without a limit, which at exit is the garbage collector's
     grpc.aio.init_grpc_aio()
+
+
+LONGEST = ("deploy", "kernels/test_compile_ahead.py", "engine/test_weights.py", "decode_worker/test_worker.py")
+"""Folders and files that take longest: begun first, or one worker would be left alone with them at the end."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For `pytest -n`: a file's tests stay together, and all of deploy/, whose Ray and whose bounds in time are one machine's."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    folder = Path(__file__).parent
+    for item in items:
+        path = item.path.relative_to(folder)
+        item.add_marker(pytest.mark.xdist_group("deploy" if path.parts[0] == "deploy" else str(path)))
+    if config.getoption("numprocesses", None) or NUM_WORKERS > 1:
+        items.sort(key=lambda item: _rank(str(item.path.relative_to(folder))))
+
+
+def _rank(path: str) -> int:
+    return next((index for index, prefix in enumerate(LONGEST) if path.startswith(prefix)), len(LONGEST))
 
 
 @pytest.hookimpl(trylast=True)

@@ -152,7 +152,7 @@ def face(shared_face: Any) -> Iterator[Any]:
     shared_face.reset()
     yield shared_face
     shared_face.open_gate()
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 60
     while shared_face.num_under_way and time.monotonic() < deadline:
         time.sleep(0.01)
     assert shared_face.num_under_way == 0

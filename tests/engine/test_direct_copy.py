@@ -154,7 +154,7 @@ async def test_a_lease_lost_during_a_push_fails_it_and_frees_its_slots(site: Sit
     await site.client.abort("h", 1, RequestCancelled("the user closed the window"))
     with pytest.raises(HalfmoonError):
         await keep_pages(site.cache, site.transfer, [5, 4, 7, 6], writer)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while site.store.accounting().num_free != NUM_SLOTS:
             await asyncio.sleep(0.005)
     await round_trip(site)

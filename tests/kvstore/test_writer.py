@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -52,12 +51,10 @@ async def test_a_push_that_waits_for_room_stops_when_the_lease_is_gone(kv, start
     pushing = asyncio.ensure_future(asyncio.to_thread(writer.push, 0, 0, blocks[:, 0]))
     await asyncio.sleep(0.05)
     assert not pushing.done()
-    before = time.monotonic()
     # the Push stream has not begun, so it is the writer's own abort that ends the wait
     aborting = asyncio.ensure_future(writer.abort(WorkerLost("the request was cancelled")))
     with pytest.raises(WorkerLost, match="the request was cancelled"):
         await pushing
-    assert time.monotonic() - before < 5
     aborting.cancel()
 
 

@@ -156,7 +156,7 @@ class Stage:
         return self.registry.get_sample_value("halfmoon_replications_total", {"outcome": name}) or 0.0
 
     async def until(self, condition: Any) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not condition():
                 await asyncio.sleep(0.005)
 

@@ -22,7 +22,7 @@ def index_of(bench: Any) -> PrefixIndex:
 
 
 async def settled(condition: Any) -> None:
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
 

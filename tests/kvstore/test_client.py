@@ -251,9 +251,9 @@ async def test_a_released_hand_off_can_not_be_fetched_again(kv, attach) -> None:
         await decode.fetch("r1", 1, 5)
 
 
-async def test_a_sealed_hand_off_that_nobody_fetches_ends_at_its_deadline(kv, store, attach) -> None:
-    prefill = await attach("prefill-0")
-    await kv.hand_off(prefill, "r1", 3, deadline_s=0.1)
+async def test_a_sealed_hand_off_that_nobody_fetches_ends_at_its_deadline(kv, store, attach_to) -> None:
+    prefill = await attach_to(store.address, "prefill-0")
+    await kv.hand_off(prefill, "r1", 3, deadline_s=3)  # enough for a slow machine to seal it
     assert store.accounting().num_leased == 3
     await until(lambda: store.accounting().num_leased == 0)
     assert store.accounting().num_cached == 2 and store.stats().num_expired_leases == 1

@@ -315,11 +315,11 @@ async def test_a_deadline_ends_the_request_and_frees_both_workers(bench: Any, pe
         bench.prefills[0].before_seal = peers.forever
     else:
         bench.decodes[0].before_token = peers.forever
-    stream = bench.router.open(bench.request(timeout_s=0.4))
+    stream = bench.router.open(bench.request(timeout_s=2.0))
     started = time.monotonic()
-    with pytest.raises(DeadlineExceeded, match=f"0.4 s ran out in state {where}"):
+    with pytest.raises(DeadlineExceeded, match=f"2 s ran out in state {where}"):
         await within(2, peers.read(stream))
-    assert time.monotonic() - started > 0.2
+    assert time.monotonic() - started > 1.0
     await within(1, bench.decodes[0].cancelled.wait())
     if where == "prefill":
         await within(1, bench.prefills[0].cancelled.wait())

@@ -39,7 +39,7 @@ class Client:
     session_id: str
     client_id: str
     shares_arena: bool  # it may touch slots that it holds behind the store's back
-    leases: dict[str, Lease] = field(default_factory=dict)
+    leases: dict[str, Lease] = field(default_factory=dict[str, "Lease"])
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +54,7 @@ class Lease:
     present: list[bool]  # WRITE: found under its key, so not written by this lease
     progress: Progress
     handoff: Handoff | None = None
-    checksums: list[int] = field(default_factory=list)  # known once sealed
+    checksums: list[int] = field(default_factory=list[int])  # known once sealed
     revoked: HalfmoonError | None = None  # why it counts no more; slots that its client may still touch stay pinned
 
 
@@ -65,7 +65,7 @@ class Handoff:
     deadline: float  # for somebody to fetch it, on the ledger's clock
     reader: Lease | None = None
     state: common_pb2.HandoffState | None = None  # set by the seal
-    checksums: list[int] = field(default_factory=list)
+    checksums: list[int] = field(default_factory=list[int])
 
     @property
     def is_sealed(self) -> bool:

@@ -40,8 +40,10 @@ class Job:
     wasted_prefill_s: float = 0.0  # of attempts that failed, of a rejection after the prefill
     outcome: Outcome = ""
     reason: str = ""
-    token_runs: list[tuple[str, int, int]] = field(default_factory=list)  # steps of an instance, each of which gave it a token
-    starts: list[float] = field(default_factory=list)  # of decoding, each with a token from the prefill: one, and one a failure
+    token_runs: list[tuple[str, int, int]] = field(
+        default_factory=list[tuple[str, int, int]]
+    )  # steps of an instance, each of which gave it a token
+    starts: list[float] = field(default_factory=list[float])  # of decoding, each with a token from the prefill: one, and one a failure
 
     @property
     def num_output_tokens_sent(self) -> int:

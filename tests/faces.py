@@ -224,7 +224,7 @@ class Face:
         self.server = ProxyServer(config=self._config, options=ModelOptions(), model_folder=self._folder, schema=FACE_SCHEMA)
         endpoints = await self.server.start()
         self.http, self.grpc = f"http://{endpoints.http}", endpoints.grpc
-        self.workers = ScriptedWorkers(lambda sequence: [])
+        self.workers = ScriptedWorkers(lambda sequence: [*self.answer, 1])
         await self.workers.start(self.grpc)
 
     async def _reset(self) -> None:

@@ -75,7 +75,7 @@ class BlockPusher:
     async def _keep(self, keys: list[bytes], pages: list[int], are_held: Callable[[], bool] | None = None) -> None:
         began = time.monotonic()
         client = self._store.client
-        writer = await client.keep(keys, 0.0)
+        writer = await client.cache(keys, 0.0)
         await keep_pages(self._cache, self._transfer, pages, writer, are_held)
         self._metrics.transferred(client.transport, "keep", writer.num_bytes, time.monotonic() - began)
 

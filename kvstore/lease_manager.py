@@ -142,7 +142,7 @@ class LeaseManager:
     ) -> Lease | None:
         """A lease to write num_blocks; None where there is no room now.
 
-        handoff_id: None for blocks to keep. An earlier epoch still under way is aborted. deadline: for somebody to fetch.
+        handoff_id: None for blocks to cache. An earlier epoch still under way is aborted. deadline: for somebody to fetch.
         Raises LeaseExpired (the session ended), StaleEpoch, InvalidRequest, StoreFull (it can never fit).
         """
         client = self.client(session_id)
@@ -190,7 +190,7 @@ class LeaseManager:
         known = zip(lease.slots, lease.present, lease.checksums, checksums, strict=True)
         lease.checksums = [old if present else new for _, present, old, new in known]
         keyed = zip(lease.block_keys, lease.slots, lease.checksums, lease.present, strict=False)
-        self.content.publish((key, slot, checksum) for key, slot, checksum, present in keyed if not present)
+        self.content.add((key, slot, checksum) for key, slot, checksum, present in keyed if not present)
         handoff = lease.handoff
         if handoff is None:
             self._end_lease(lease, None)

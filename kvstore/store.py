@@ -102,8 +102,8 @@ class Store:
         Raises StoreFull, StaleEpoch, HandoffAborted (while it waited), LeaseExpired, InvalidRequest, StoreUnavailable.
         """
         handoff_id = _handoff_id(request.handoff) if request.purpose == kvstore_pb2.ReserveRequest.PURPOSE_HANDOFF else None
-        if handoff_id is None and request.purpose != kvstore_pb2.ReserveRequest.PURPOSE_KEEP:
-            raise InvalidRequest("Reserve without a purpose; set PURPOSE_HANDOFF or PURPOSE_KEEP")
+        if handoff_id is None and request.purpose != kvstore_pb2.ReserveRequest.PURPOSE_CACHE:
+            raise InvalidRequest("Reserve without a purpose; set PURPOSE_HANDOFF or PURPOSE_CACHE")
         deadline, can_wait = _deadline(request.deadline_s), request.deadline_s > 0
         ticket = self._reserving.join(request.session_id, handoff_id.id if handoff_id else "", request.num_blocks)
         try:

@@ -80,7 +80,7 @@ class BlockPusher:
         Raises StoreFull, StoreUnavailable, HandoffError.
         """
         began = time.monotonic()
-        writer = await client.keep(job.block_keys, 0.0)
+        writer = await client.cache(job.block_keys, 0.0)
         await keep_pages(self._cache, self._transfer, job.sequence.pages, writer)
         self._metrics.transferred(client.transport, "keep", writer.num_bytes, time.monotonic() - began)
 

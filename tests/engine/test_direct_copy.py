@@ -57,7 +57,7 @@ class Site:
         return np.stack([self.cache.read_bytes(layer, pages) for layer in range(self.schema.num_layers)])
 
     async def keep(self, keys: list[bytes], pages: list[int], **options) -> None:
-        await keep_pages(self.cache, self.transfer, pages, await self.client.keep(keys, 0.0), **options)
+        await keep_pages(self.cache, self.transfer, pages, await self.client.cache(keys, 0.0), **options)
 
     async def load(self, keys: list[bytes], pages: list[int]) -> None:
         reader = await self.client.fetch_prefix(keys)

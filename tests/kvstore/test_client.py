@@ -100,7 +100,7 @@ async def test_a_fetch_that_is_not_sealed_ends_at_its_deadline_and_tells_the_wri
 
 async def test_cached_blocks_are_shared_and_not_pushed_again(kv, store, attach) -> None:
     prefill, decode = await attach("prefill-0"), await attach("decode-0")
-    first = await kv.keep(prefill, "p", 2)
+    first = await kv.cache(prefill, "p", 2)
     blocks = np.concatenate([first, kv.blocks("rest", 2)])
     keys = [*kv.keys("p", 2), *kv.keys("rest", 1)]
     writer = await prefill.reserve("r1", 1, keys, 4, 5)
@@ -114,7 +114,7 @@ async def test_cached_blocks_are_shared_and_not_pushed_again(kv, store, attach) 
 
 async def test_fetch_prefix_gives_the_longest_leading_run_and_pins_it(kv, store, attach) -> None:
     client = await attach("prefill-0")
-    kept = await kv.keep(client, "p", 3)
+    kept = await kv.cache(client, "p", 3)
     reader = await client.fetch_prefix([*kv.keys("p", 3)[:2], *kv.keys("other", 2)])
     assert reader.num_blocks == 2 and reader.block_keys == kv.keys("p", 2)
     assert store.accounting()[1:] == (2, 1, 5)
@@ -135,7 +135,7 @@ async def test_a_prefix_that_is_not_held_has_no_blocks(kv, attach) -> None:
 
 async def test_lookup_counts_leading_keys(kv, attach) -> None:
     client = await attach("prefill-0")
-    await kv.keep(client, "p", 3)
+    await kv.cache(client, "p", 3)
     assert await client.lookup(kv.keys("p", 5)) == 3
     assert await client.lookup(kv.keys("p", 3)[1:]) == 2
     assert await client.lookup(kv.keys("q", 3)) == 0
@@ -315,7 +315,7 @@ async def test_reserve_says_store_full_at_its_deadline_with_the_numbers(kv, atta
     with pytest.raises(StoreFull, match=r"no room for 4 blocks of hand-off r2 epoch 1.*of 8 slots 6 are leased, 0 cached, 2 free"):
         await prefill.reserve("r2", 1, kv.keys("r2", 4), 4, 0.05)
     with pytest.raises(StoreFull, match="4 blocks of a cache entry"):
-        await prefill.keep(kv.keys("k", 4), 0)
+        await prefill.cache(kv.keys("k", 4), 0)
     with pytest.raises(StoreFull, match="can never fit"):
         await prefill.reserve("r4", 1, kv.keys("r4", 9), 9, 60)
 
@@ -346,7 +346,7 @@ async def test_a_cancelled_reserve_leaves_nothing_behind(kv, store, attach) -> N
     prefill = await attach("prefill-0")
     holder = await prefill.reserve("r1", 1, kv.keys("r1", 8), 8, 30)
     waiting = asyncio.ensure_future(prefill.reserve("r2", 1, kv.keys("r2", 2), 2, 30))
-    keeping = asyncio.ensure_future(prefill.keep(kv.keys("k", 2), 30))
+    keeping = asyncio.ensure_future(prefill.cache(kv.keys("k", 2), 30))
     await until(lambda: num_reserving(store) == 2)
     waiting.cancel()
     keeping.cancel()
@@ -357,7 +357,7 @@ async def test_a_cancelled_reserve_leaves_nothing_behind(kv, store, attach) -> N
 
 async def test_a_cancelled_fetch_leaves_nothing_behind(kv, store, attach) -> None:
     client = await attach("prefill-0")
-    await kv.keep(client, "p", 4)
+    await kv.cache(client, "p", 4)
     for turns in range(6):
         fetching = asyncio.ensure_future(client.fetch_prefix(kv.keys("p", 4)))
         for _ in range(turns):
@@ -371,17 +371,17 @@ async def test_a_cancelled_fetch_leaves_nothing_behind(kv, store, attach) -> Non
 
 async def test_eviction_takes_the_oldest_cached_blocks_and_never_leased_ones(kv, store, attach) -> None:
     prefill = await attach("prefill-0")
-    await kv.keep(prefill, "old", 2)
-    await kv.keep(prefill, "pinned", 2)
-    await kv.keep(prefill, "new", 2)
+    await kv.cache(prefill, "old", 2)
+    await kv.cache(prefill, "pinned", 2)
+    await kv.cache(prefill, "new", 2)
     pinned = await prefill.fetch_prefix(kv.keys("pinned", 2))
     unsealed = await prefill.reserve("r1", 1, kv.keys("r1", 3), 3, 5)  # 2 free, 1 evicted
     assert await prefill.lookup(kv.keys("old", 2)) == 1  # the end of the oldest chain goes first
     assert await prefill.lookup(kv.keys("new", 2)) == 2
     with pytest.raises(StoreFull):
-        await prefill.keep(kv.keys("k", 4), 0)
+        await prefill.cache(kv.keys("k", 4), 0)
     assert await prefill.lookup(kv.keys("old", 2)) == 1  # nothing was evicted in vain
-    await prefill.keep(kv.keys("k", 3), 0)
+    await prefill.cache(kv.keys("k", 3), 0)
     assert await prefill.lookup(kv.keys("pinned", 2)) == 2 and unsealed.failed is None
     assert np.array_equal(await kv.read(pinned), kv.blocks("pinned", 2))
     assert store.stats().num_evicted_blocks == 4
@@ -389,12 +389,12 @@ async def test_eviction_takes_the_oldest_cached_blocks_and_never_leased_ones(kv,
 
 async def test_watch_gives_a_snapshot_and_then_every_change_without_gaps(kv, attach) -> None:
     client = await attach("prefill-0")
-    await kv.keep(client, "a", 2)
+    await kv.cache(client, "a", 2)
     watch = client.watch()
     snapshot = await anext(watch)
     assert snapshot.snapshot and set(snapshot.stored) == set(kv.keys("a", 2))
-    await kv.keep(client, "b", 6)
-    await client.keep(kv.keys("c", 1), 0)
+    await kv.cache(client, "b", 6)
+    await client.cache(kv.keys("c", 1), 0)
     stored, evicted = await anext(watch), await anext(watch)
     assert list(stored.stored) == kv.keys("b", 6) and not stored.snapshot
     assert list(evicted.evicted) == kv.keys("a", 2)[1:]
@@ -444,7 +444,7 @@ async def test_a_client_that_can_not_map_the_arena_falls_back_to_grpc(kv, store,
     monkeypatch.setattr("halfmoon.kvstore.client.open_arena", no_such_file)
     client = await attach_to(store.address, "prefill-0")
     assert client.transport == "grpc"
-    kept = await kv.keep(client, "p", 2)
+    kept = await kv.cache(client, "p", 2)
     assert np.array_equal(await kv.read(await client.fetch_prefix(kv.keys("p", 2))), kept)
 
 

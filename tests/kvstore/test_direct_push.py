@@ -145,7 +145,7 @@ async def test_dropped_rows_do_not_count_as_pushed(kv, client) -> None:
 
 
 async def test_rows_of_present_blocks_and_of_none_are_refused(kv, client) -> None:
-    await kv.keep(client, "p", 2)
+    await kv.cache(client, "p", 2)
     writer = await client.reserve("r1", 1, kv.keys("p", 2), 3, 30)
     assert writer.present == [True, True, False]
     for first, last in ((0, 3), (1, 2), (2, 4), (2, 2), (-1, 1)):
@@ -167,7 +167,7 @@ async def test_layers_closed_out_of_order_are_refused_and_closed(kv, store, clie
 
 async def test_a_writer_over_grpc_has_no_memory_to_write_into(kv, store, attach_to) -> None:
     client = await attach_to(store.address, "prefill-0", transport="grpc")
-    writer = await client.keep(kv.keys("p", 2), 0)
+    writer = await client.cache(kv.keys("p", 2), 0)
     assert writer.memory is None
     with pytest.raises(RuntimeError, match="push them"):
         writer.rows(0, 0, 2)

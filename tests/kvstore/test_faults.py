@@ -162,7 +162,7 @@ async def test_heartbeats_keep_an_idle_session_alive(kv, start_store, attach_to)
     (session,) = store._running().sessions._open.values()
     attached = session.last_seen
     await until(lambda: session.last_seen > attached + 2.5)  # longer than the TTL, by heartbeats alone
-    await kv.keep(client, "p", 1)
+    await kv.cache(client, "p", 1)
     assert not client.lost.is_set()
 
 
@@ -215,7 +215,7 @@ async def test_a_byte_altered_in_the_arena_is_found_and_the_block_is_named(kv, s
 
 async def test_a_corrupt_cached_block_is_found_once_and_never_again(kv, store, attach_to) -> None:
     client = await attach_to(store.address, "prefill-0")
-    await kv.keep(client, "p", 3)
+    await kv.cache(client, "p", 3)
     watch = client.watch()
     await anext(watch)
     flip_byte(store, 1, 1)
@@ -226,7 +226,7 @@ async def test_a_corrupt_cached_block_is_found_once_and_never_again(kv, store, a
     assert await client.lookup(kv.keys("p", 3)) == 1
     assert list((await anext(watch)).evicted) == kv.keys("p", 3)[1:2]
     assert store.accounting()[1:] == (0, 2, 6)
-    await kv.keep(client, "p", 3)
+    await kv.cache(client, "p", 3)
     assert np.array_equal(await kv.read(await client.fetch_prefix(kv.keys("p", 3))), kv.blocks("p", 3))
 
 
@@ -344,7 +344,7 @@ async def test_the_store_itself_refuses_an_incomplete_seal_and_a_slice_of_a_wron
 
 async def test_a_process_that_was_stopped_past_its_ttl_does_not_trust_what_it_read(kv, store, attach_to) -> None:
     client = await attach_to(store.address, "decode-0")
-    await kv.keep(client, "p", 1)
+    await kv.cache(client, "p", 1)
     client._connection._alive_until = 0.0  # as after a stop: the heartbeats are overdue
     reader = await client.fetch_prefix(kv.keys("p", 1))
     assert np.array_equal(await kv.read(reader), kv.blocks("p", 1))  # a round trip showed that the session lives

@@ -60,7 +60,7 @@ class Site:
     async def cache(self, name: str, num_blocks: int, deadline_s: float = 0.0) -> Lease:
         request = kvstore_pb2.ReserveRequest(
             session_id=self.session_id,
-            purpose=kvstore_pb2.ReserveRequest.PURPOSE_KEEP,
+            purpose=kvstore_pb2.ReserveRequest.PURPOSE_CACHE,
             block_keys=self.kv.keys(name, num_blocks),
             num_blocks=num_blocks,
             deadline_s=deadline_s,

@@ -132,7 +132,7 @@ async def test_a_cancelled_seal_gives_the_hand_off_up(kv, store, attach) -> None
 
 async def test_a_kept_lease_that_is_aborted_is_freed(kv, store, attach) -> None:
     client = await attach("prefill-0")
-    writer = await client.keep(kv.keys("p", 4), 0)
+    writer = await client.cache(kv.keys("p", 4), 0)
     await writer.abort(WorkerLost("changed its mind"))
     while store.accounting().num_free != 8:
         await asyncio.sleep(0.005)

@@ -140,7 +140,7 @@ class Stage:
 
     async def keep(self, store: StoreServer, keys: list[bytes]) -> None:
         client = await StoreClient.attach(store.address, client_id="c", node_id="elsewhere", schema=self.schema)
-        writer = await client.keep(keys, 0)
+        writer = await client.cache(keys, 0)
         for layer in range(self.schema.num_layers):
             blocks = np.full((len(keys), self.schema.layer_bytes), layer, dtype=np.uint8)
             await asyncio.to_thread(writer.push, layer, 0, blocks)

@@ -1,4 +1,4 @@
-"""A hand-off and the leases on it, as values; kvstore/manager.py moves them.
+"""A hand-off and the leases on it, as values; lease_manager.py moves them.
 
 reserve ─► OPEN ──seal──► SEALED ──release by the fetcher──► ended
              └──abort, writer or fetcher gone, deadline──┴──► ended, with a reason
@@ -34,11 +34,11 @@ class Access(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Client:
-    """One session, as the books see it."""
+    """One session, as the lease manager sees it."""
 
     session_id: str
     client_id: str
-    shares_arena: bool  # it may touch slots that it holds behind the store's back
+    shares_arena: bool  # it reads and writes the slots that it holds in shared memory, unseen by the store
     leases: dict[str, Lease] = field(default_factory=dict[str, "Lease"])
 
 
@@ -50,7 +50,7 @@ class Lease:
     client: Client
     access: Access
     slots: list[int]
-    block_keys: list[bytes]  # of the full blocks; one slot more where the last block is partial
+    block_keys: list[bytes]  # keys of the full blocks; a partial last block has a slot and no key
     present: list[bool]  # WRITE: found under its key, so not written by this lease
     progress: Progress
     handoff: Handoff | None = None
@@ -62,7 +62,7 @@ class Lease:
 class Handoff:
     handoff_id: HandoffId
     writer: Lease
-    deadline: float  # for somebody to fetch it, on the ledger's clock
+    deadline: float  # until then somebody has to fetch it; on the lease manager's clock
     reader: Lease | None = None
     state: common_pb2.HandoffState | None = None  # set by the seal
     checksums: list[int] = field(default_factory=list[int])

@@ -142,7 +142,8 @@ class LeaseManager:
     ) -> Lease | None:
         """A lease to write num_blocks; None where there is no room now.
 
-        handoff_id: None for blocks to cache. An earlier epoch still under way is aborted. deadline: for somebody to fetch.
+        handoff_id: None for blocks to cache; an earlier epoch still under way is aborted. deadline: when a hand-off ends that
+        nobody has fetched.
         Raises LeaseExpired (the session ended), StaleEpoch, InvalidRequest, StoreFull (it can never fit).
         """
         client = self.client(session_id)

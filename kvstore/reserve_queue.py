@@ -1,4 +1,4 @@
-"""Who waits for room in the arena, in order of arrival. Room that becomes free wakes the first alone: nobody else could take it.
+"""The requests that wait for room in the arena, in order of arrival. Freed room wakes the first alone: no other one could take it.
 
 first ◄── woken by freed room                 a request that can wait no longer takes room that the first
   2                                           can't use yet, until those that passed the first have taken

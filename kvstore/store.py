@@ -172,7 +172,10 @@ class Store:
             self._raise_if_ended(handoff_id)
 
     async def slices(self, lease: Lease, deadline: float) -> AsyncIterator[kvstore_pb2.FetchReply.Slice]:
-        """What is written, then what will be, until the seal. Raises DeadlineExceeded. Ended from outside by ending()."""
+        """Yields what is written already, then what is written next, until the seal. The caller stops it when ending() is set.
+
+        Raises DeadlineExceeded.
+        """
         layout = self._layout()
         layer_bytes = layout.memory.shape[1]
         in_arena = lease.client.shares_arena
@@ -218,7 +221,7 @@ class Store:
     # replicas: blocks that the store itself writes, out of another one (kvstore/replication.py)
 
     def missing(self, block_keys: Sequence[bytes]) -> list[bytes]:
-        """Those not held here, of as many leading ones as fit. Raises InvalidRequest, StoreUnavailable (stopping)."""
+        """The keys that this store lacks, among as many leading ones as it has room for. Raises InvalidRequest, StoreUnavailable (stopping)."""
         self._require_running()
         check_keys(block_keys)
         manager = self._manager()
@@ -228,7 +231,7 @@ class Store:
         return self._manager().content.slot(block_key) is not None
 
     def reserve_replica(self, name: str, block_keys: Sequence[bytes]) -> Lease:
-        """A lease to write as many leading blocks as fit now, in a session of its own that close_replica ends. name: of who holds it."""
+        """A lease to write as many leading blocks as fit now, in a session of its own that close_replica ends. name: the holder's, for errors."""
         self._require_running()
         manager = self._manager()
         num_blocks = manager.num_fitting(block_keys)
@@ -250,7 +253,7 @@ class Store:
         self._manager().seal(lease.lease_id, common_pb2.HandoffState(), checksums)
 
     def close_replica(self, lease: Lease) -> None:
-        """What was not sealed is free again. Idempotent."""
+        """Frees what was not sealed. Idempotent."""
         manager = self._manager()
         manager.release(lease.lease_id)
         manager.end_session(lease.client.session_id, "is done")
@@ -316,7 +319,7 @@ class Store:
         reply.schema.CopyFrom(schema.to_proto())
         return reply
 
-    # Observer: what the ledger tells
+    # Observer: what the lease manager reports
 
     def lease_ended(self, lease_id: str, error: HalfmoonError | None) -> None:
         ending = self._endings.pop(lease_id, None)

@@ -26,7 +26,7 @@ class KVSchema:
 
     @property
     def layer_bytes(self) -> int:
-        """Of one layer of one block: K, then V."""
+        """Bytes of one layer of one block: K, then V."""
         return 2 * self.num_kv_heads * self.block_size * self.head_dim * DTYPE_BYTES[self.dtype]
 
     @property

@@ -17,7 +17,7 @@ Change = Callable[[list[bytes], list[bytes]], None]
 
 
 class Run(NamedTuple):
-    slots: list[int]  # of DRAM, pinned until release
+    slots: list[int]  # DRAM slots, pinned until release
     num_ssd: int  # blocks behind them that stand on SSD only
     num_wanted: int  # that were asked for
 

@@ -26,7 +26,7 @@ class ReplayOptions:
     dequantise: bool = False
     """Adds U(0, 3 s) to every arrival: the trace's clock ticks every 3 s."""
     start_s: float = 0.0
-    """Of the window in trace time; requests before it are not replayed."""
+    """Start of the window in trace time; requests before it are not replayed."""
     duration_s: float = float("inf")
     warm_s: float = 1200.0
     """Blocks of the requests in this time before the window are in the caches when it opens."""

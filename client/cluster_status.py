@@ -78,7 +78,7 @@ class ClusterStatus:
     rejections: dict[str, int]
     """Requests refused, by what refused them ("queue" or the name of an admission)."""
     num_in_slo: int
-    """Share of the finished requests with an SLO that met it."""
+    """Finished requests that had an SLO and met it."""
     num_outside_slo: int
 
     @classmethod

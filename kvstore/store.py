@@ -221,7 +221,7 @@ class Store:
     # replicas: blocks that the store itself writes, out of another one (kvstore/replication.py)
 
     def missing(self, block_keys: Sequence[bytes]) -> list[bytes]:
-        """The keys that this store lacks, among as many leading ones as it has room for. Raises InvalidRequest, StoreUnavailable (stopping)."""
+        """The keys that this store lacks, of as many leading ones as fit. Raises InvalidRequest, StoreUnavailable (stopping)."""
         self._require_running()
         check_keys(block_keys)
         manager = self._manager()
@@ -231,7 +231,10 @@ class Store:
         return self._manager().content.slot(block_key) is not None
 
     def reserve_replica(self, name: str, block_keys: Sequence[bytes]) -> Lease:
-        """A lease to write as many leading blocks as fit now, in a session of its own that close_replica ends. name: the holder's, for errors."""
+        """A lease to write as many leading blocks as fit now, in a session of its own that close_replica ends.
+
+        name: the holder's, for errors.
+        """
         self._require_running()
         manager = self._manager()
         num_blocks = manager.num_fitting(block_keys)

@@ -38,7 +38,7 @@ class Transport(Protocol):
         ...
 
     def rows(self, slots: Sequence[int], layer: int, num_layers: int = 1) -> BlockRows:
-        """The place where the caller writes layers of these blocks itself, instead of push; a PushRequest without data then tells the store."""
+        """The place where the caller writes layers of these blocks itself, instead of push. It then sends a PushRequest without data."""
         ...
 
     def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:

@@ -93,8 +93,8 @@ class BlockWriter:
         return self._transport.memory
 
     def rows(self, layer: int, first_block: int, last_block: int, num_layers: int = 1) -> BlockRows:
-        """The place where the caller itself writes num_layers layers of blocks [first_block, last_block), none of them present, instead of push:
-        uint8 [num_layers * layer_bytes] a block.
+        """The place where the caller itself writes num_layers layers of blocks [first_block, last_block), instead of push. None of the
+        blocks may be present. uint8 [num_layers * layer_bytes] a block.
 
         pushed() or dropped() has to follow once no copy into the rows is under way any more; several may be open at a time.
         Raises `failed` once the lease is gone, InvalidRequest for what is outside or present.

@@ -33,7 +33,8 @@ class ModelOptions:
     dtype: Dtype = "auto"
     """Data type of weights, activations and KV; auto: the checkpoint's own on CUDA, float32 on CPU."""
     kv_dtype: Literal["auto", "fp8"] = "auto"
-    """Data type of KV in pages, stores and hand-offs; auto: model.dtype; fp8: e4m3, half the bytes, each value rounded to 4 significant bits."""
+    """Data type of KV in pages, stores and hand-offs; auto: model.dtype; fp8: e4m3, half the bytes, each value rounded to 4
+    significant bits."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where workers compute; auto: on CUDA where there are GPUs for all of them, else on CPU."""
     load_format: Literal["auto", "dummy"] = "auto"
@@ -65,7 +66,7 @@ class PrefillConfig:
     num_threads: int = 1
     """Torch threads of a prefill worker on CPU."""
     transport: Literal["auto", "grpc"] = "auto"
-    """How a prefill worker exchanges KV with stores; auto: shared memory on its own node, gRPC to others; grpc: gRPC everywhere."""
+    """How a prefill worker exchanges KV with stores; auto: shared memory on its own node, gRPC to others; grpc: always gRPC."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +76,7 @@ class DecodeConfig:
     max_running: int = 256
     """Sequences that one decode worker runs at a time."""
     max_prefill_tokens_per_step: int = 512
-    """Prompt tokens that a decode worker computes in one step beside its decode tokens, for local prefill and for preempted sequences."""
+    """Prompt tokens that a decode worker computes in one step beside its decode tokens: local prefill and preempted sequences."""
     kv_capacity_tokens: int = 0
     """Tokens that a decode worker's pages hold; 0: eight times max_model_len on CPU, 90 % of the free memory on CUDA."""
     num_threads: int = 1
@@ -116,9 +117,9 @@ class ProxyConfig:
     max_attempts: int = 3
     """Worker pairs that one request is tried on before the client gets its error."""
     local_prefill: Literal["never", "fallback", "always"] = "fallback"
-    """When decode workers compute prompts themselves; fallback: while no prefill worker is alive, which includes having none configured."""
+    """When decode workers compute prompts themselves; fallback: while no prefill worker is alive, or none is configured."""
     replicate: Literal["never", "hot"] = "hot"
-    """Whether a prefix that many requests share is copied to more stores ahead of demand; hot: yes."""
+    """Whether a prefix that many requests share is copied to more stores ahead of demand; never: blocks are copied for nobody."""
     drain_timeout_s: float = 30.0
     """Seconds that running requests have to finish when the proxy stops; after that they are cancelled."""
 

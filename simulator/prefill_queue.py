@@ -26,7 +26,7 @@ NO_SAMPLING = SamplingParams(max_tokens=1, ignore_eos=True)
 
 
 class PrefillQueue:
-    """The queue of one process; a restarted process has a new one. on_ready is called when something can be computed that could not before."""
+    """The queue of one process; a restarted process has a new one. on_ready: called when something new can be computed."""
 
     def __init__(self, allocator: PageAllocator, cost: CostModel, options: InstanceOptions, predictors: Predictors, owner: Owner,
                  loop: EventLoop, on_ready: Callable[[], None]) -> None:  # fmt: skip

@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
+# tests that run at the same time; auto: a worker a core
+WORKERS ?= auto
+# tests of one file, and all of tests/deploy, stay on one worker, the longest files first (tests/conftest.py)
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 # spawned processes must not find kernels/ or proxy/ as top-level packages
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test lint proto clean
+.PHONY: demo test check lint proto clean
 
 $(VENV)/server.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,7 +25,10 @@ demo: $(VENV)/server.stamp  ## a local cluster, a request through prefill -> sto
 	$(BIN)/python -m halfmoon.deploy.demo
 
 test: $(VENV)/dev.stamp  ## the whole suite, no GPU needed
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+check: lint  ## lint, types and the fast tests: without tests/kernels, tests/engine, both workers, tests/deploy and what is marked slow
+	$(PYTEST) -m "not slow" tests/protocol tests/kvstore tests/client tests/proxy tests/simulator tests/test_floors.py
 
 lint: $(VENV)/dev.stamp  ## ruff, pyright, and the stubs against the .proto files
 	$(BIN)/ruff check .

@@ -39,7 +39,7 @@ class Member:
     num_outstanding_tokens: int
     """Role prefill: still to compute; else of context held."""
     kv_usage_ratio: float
-    """Of a worker's pages, or of a store's arena."""
+    """Share of a worker's pages, or of a store's arena, that is in use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,9 @@ class ClusterStatus:
     prediction_errors: dict[str, float]
     """Predictor -> recent mean of |predicted - measured| / measured."""
     rejections: dict[str, int]
-    """Who refused ("queue", an admission) -> requests."""
+    """Requests refused, by what refused them ("queue" or the name of an admission)."""
     num_in_slo: int
-    """Of finished requests that had an SLO."""
+    """Finished requests that had an SLO and met it."""
     num_outside_slo: int
 
     @classmethod

@@ -126,7 +126,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Of n choices. The properties are the first choice's, which is the only one unless n was given."""
+    """An answer with its n choices. The properties are those of the first choice, the only one unless n was given."""
 
     request_id: str
     model: str
@@ -154,7 +154,7 @@ class Completion:
 
     @property
     def usage(self) -> Usage:
-        """Of all choices: the prompt counts once, the answers add up."""
+        """Tokens of all choices together: the prompt counts once, the answers add up."""
         first = self.choices[0].usage
         answered = sum(choice.usage.num_completion_tokens for choice in self.choices)
         return Usage(first.num_prompt_tokens, answered, first.num_cached_tokens)

@@ -53,16 +53,16 @@ class DecisionAttempt:
     """Candidates there were; of many, the chosen and the least loaded are listed."""
     num_decode: int
     reason: str
-    """Of the placement, or of the rejection."""
+    """Why the request was placed so, or why it was rejected."""
     rejection_code: str
     """Empty where it was placed."""
     retry_after_s: float
     num_cached_tokens: int
     prefix_store: str
-    """Where more of the prefix lay than in the prefill worker's own store; empty: nowhere, or not used."""
+    """The store that held more of the prefix than the prefill worker's own; empty: none did, or it was not used."""
     prefix_blocks: int
     error: str
-    """What ended the attempt, where it failed."""
+    """The error that ended the attempt; empty if it did not fail."""
     queue_order: int
     """Its place in the workers' queues; lower is sooner."""
     predictions: tuple[Prediction, ...]

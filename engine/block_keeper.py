@@ -24,6 +24,6 @@ class BlockKeeper:
         are_held: as PageTransfer.store's. Raises StoreFull, StoreUnavailable, HandoffError, RequestCancelled.
         """
         began = time.monotonic()
-        writer = await client.keep(keys, 0.0)
+        writer = await client.cache(keys, 0.0)
         await keep_pages(self._pages, pages, writer, are_held)
         self._metrics.transferred(client.transport, "keep", writer.num_bytes, time.monotonic() - began)

@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 MAX_LANES = 8  # hash some 10 GB/s each, memory permitting
-MIN_PARALLEL_BYTES = 2**20  # of a layer of all blocks: below, handing it over costs more than hashing it
+MIN_PARALLEL_BYTES = 2**20  # one layer of all blocks; for less, handing it to a thread costs more than hashing it
 
 
 @cache
@@ -57,11 +57,11 @@ class Checksums:
         self._under_way.clear()
 
     async def finished(self) -> None:
-        """As wait, on an event loop."""
+        """Waits without blocking the event loop until everything added is hashed."""
         await asyncio.gather(*map(asyncio.wrap_future, self._under_way))
 
     def digest(self, block: int) -> int:
-        """Of what was added and is hashed."""
+        """The checksum of all that was added to the block; wait() or finished() has to come first."""
         return self._hashes[block].intdigest()
 
 

@@ -1,6 +1,6 @@
 """StoreClient: a worker's way into one node's store. It chooses shared memory by itself where both sides map the same arena.
 
-attach ─► reserve | keep ─► BlockWriter      fetch | fetch_prefix ─► BlockReader      lookup · abort · watch · stats
+attach ─► reserve | cache ─► BlockWriter     fetch | fetch_prefix ─► BlockReader      lookup · abort · watch · stats
        └► lost: the session ended from the other side; every pending call has raised StoreUnavailable
 """
 
@@ -87,11 +87,11 @@ class StoreClient:
         )
         return self._writer(await self._reserve(request), handoff)
 
-    async def keep(self, block_keys: Sequence[bytes], deadline_s: float) -> BlockWriter:
+    async def cache(self, block_keys: Sequence[bytes], deadline_s: float) -> BlockWriter:
         """Space for full blocks that are cached at the seal. deadline_s: to wait for room; 0: not at all. Raises StoreFull."""
         request = kvstore_pb2.ReserveRequest(
             session_id=self._connection.session_id,
-            purpose=kvstore_pb2.ReserveRequest.PURPOSE_KEEP,
+            purpose=kvstore_pb2.ReserveRequest.PURPOSE_CACHE,
             block_keys=block_keys,
             num_blocks=len(block_keys),
             deadline_s=deadline_s,
@@ -131,7 +131,7 @@ class StoreClient:
         """The store copies what it lacks of the leading blocks out of the store at source_address, and caches it.
 
         Raises StoreUnavailable (this store or the source), SchemaMismatch, HandoffCorrupt, HandoffIncomplete, DeadlineExceeded:
-        nothing was kept then.
+        nothing is cached then.
         """
         request = kvstore_pb2.ReplicateRequest(block_keys=block_keys, source_address=source_address, deadline_s=deadline_s)
         return await self._connection.call(self._connection.stub.Replicate, request)

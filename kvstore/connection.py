@@ -155,10 +155,12 @@ class Connection:
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        if self._attach is not None:
-            self._attach.cancel()
-        await self._channel.close()
+        try:
+            await asyncio.gather(*tasks, return_exceptions=True)
+        finally:  # also where the caller is cancelled meanwhile
+            if self._attach is not None:
+                self._attach.cancel()
+            await self._channel.close()
 
     async def _send_heartbeats(self) -> None:
         while True:

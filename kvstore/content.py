@@ -1,6 +1,6 @@
 """What the arena holds under block keys: key -> slot, pins, eviction.
 
-publish(key, slot) ─► found by key ─► pinned by leases ─► unpinned: evictable ─► evicted when room is needed
+add(key, slot) ─► found by key ─► pinned by leases ─► unpinned: evictable ─► evicted when room is needed
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ContentIndex:
         return self._slot_of.get(key)
 
     def checksum(self, slot: int) -> int:
-        """xxh3-64 of a published slot's bytes."""
+        """xxh3-64 of a cached slot's bytes."""
         return self._checksums[slot]
 
     def find_run(self, keys: Sequence[bytes]) -> list[int]:
@@ -74,7 +74,7 @@ class ContentIndex:
             if self._slots.unpin(slot) and slot in self._key_of:
                 self._policy.add(self._key_of[slot])
 
-    def publish(self, blocks: Iterable[tuple[bytes, int, int]]) -> None:
+    def add(self, blocks: Iterable[tuple[bytes, int, int]]) -> None:
         """(key, pinned slot, checksum): found by key from now on. The first slot of a key wins, a duplicate stays nameless."""
         stored: list[bytes] = []
         for key, slot, checksum in blocks:

@@ -1,4 +1,4 @@
-"""A hand-off and the leases on it, as values; kvstore/manager.py moves them.
+"""A hand-off and the leases on it, as values; lease_manager.py moves them.
 
 reserve ─► OPEN ──seal──► SEALED ──release by the fetcher──► ended
              └──abort, writer or fetcher gone, deadline──┴──► ended, with a reason
@@ -34,12 +34,12 @@ class Access(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Client:
-    """One session, as the books see it."""
+    """One session, as the lease manager sees it."""
 
     session_id: str
     client_id: str
-    shares_arena: bool  # it may touch slots that it holds behind the store's back
-    leases: dict[str, Lease] = field(default_factory=dict)
+    shares_arena: bool  # it reads and writes the slots that it holds in shared memory, unseen by the store
+    leases: dict[str, Lease] = field(default_factory=dict[str, "Lease"])
 
 
 @dataclass(slots=True, eq=False)
@@ -50,11 +50,11 @@ class Lease:
     client: Client
     access: Access
     slots: list[int]
-    block_keys: list[bytes]  # of the full blocks; one slot more where the last block is partial
+    block_keys: list[bytes]  # keys of the full blocks; a partial last block has a slot and no key
     present: list[bool]  # WRITE: found under its key, so not written by this lease
     progress: Progress
     handoff: Handoff | None = None
-    checksums: list[int] = field(default_factory=list)  # known once sealed
+    checksums: list[int] = field(default_factory=list[int])  # known once sealed
     revoked: HalfmoonError | None = None  # why it counts no more; slots that its client may still touch stay pinned
 
 
@@ -62,10 +62,10 @@ class Lease:
 class Handoff:
     handoff_id: HandoffId
     writer: Lease
-    deadline: float  # for somebody to fetch it, on the ledger's clock
+    deadline: float  # until then somebody has to fetch it; on the lease manager's clock
     reader: Lease | None = None
     state: common_pb2.HandoffState | None = None  # set by the seal
-    checksums: list[int] = field(default_factory=list)
+    checksums: list[int] = field(default_factory=list[int])
 
     @property
     def is_sealed(self) -> bool:

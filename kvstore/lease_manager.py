@@ -102,7 +102,6 @@ class LeaseManager:
         client = self._clients.pop(session_id, None)
         if client is None:
             return
-        client.shares_arena = False  # it touches nothing any more: no quarantine
         self.num_expired_leases += len(client.leases)
         for lease in list(client.leases.values()):
             unsealed = lease.handoff is not None and lease.revoked is None and not lease.handoff.is_sealed
@@ -143,7 +142,8 @@ class LeaseManager:
     ) -> Lease | None:
         """A lease to write num_blocks; None where there is no room now.
 
-        handoff_id: None for blocks to keep. An earlier epoch still under way is aborted. deadline: for somebody to fetch.
+        handoff_id: None for blocks to cache; an earlier epoch still under way is aborted. deadline: when a hand-off ends that
+        nobody has fetched.
         Raises LeaseExpired (the session ended), StaleEpoch, InvalidRequest, StoreFull (it can never fit).
         """
         client = self.client(session_id)
@@ -169,7 +169,7 @@ class LeaseManager:
     def push(self, lease_id: str, layer: int, first_block: int, num_blocks: int, num_layers: int = 1) -> list[int]:
         """Records a slice as written; returns its blocks' slots.
 
-        Raises LeaseExpired, StaleEpoch, InvalidRequest (outside, out of order, or a present block).
+        Raises LeaseExpired, HandoffAborted, InvalidRequest (outside, out of order, or a present block).
         """
         lease = self.writer(lease_id)
         lease.progress.record(layer, first_block, num_blocks, num_layers)
@@ -181,7 +181,7 @@ class LeaseManager:
         """Makes the blocks immutable: keyed ones are found from now on, the hand-off can be fetched to its end.
 
         checksums: xxh3-64 of each block; ignored where present. Raises HandoffIncomplete and changes nothing where a
-        slice is missing; LeaseExpired, StaleEpoch, InvalidRequest.
+        slice is missing; LeaseExpired, HandoffAborted, InvalidRequest.
         """
         lease = self.writer(lease_id)
         if len(checksums) != len(lease.slots):
@@ -191,7 +191,7 @@ class LeaseManager:
         known = zip(lease.slots, lease.present, lease.checksums, checksums, strict=True)
         lease.checksums = [old if present else new for _, present, old, new in known]
         keyed = zip(lease.block_keys, lease.slots, lease.checksums, lease.present, strict=False)
-        self.content.publish((key, slot, checksum) for key, slot, checksum, present in keyed if not present)
+        self.content.add((key, slot, checksum) for key, slot, checksum, present in keyed if not present)
         handoff = lease.handoff
         if handoff is None:
             self._end_lease(lease, None)
@@ -202,14 +202,14 @@ class LeaseManager:
         self._observer.handoff_changed(handoff.handoff_id.id)
 
     def writer(self, lease_id: str) -> Lease:
-        """The open lease to write. Raises LeaseExpired, StaleEpoch, InvalidRequest."""
+        """The open lease to write. Raises LeaseExpired, InvalidRequest, HandoffAborted (why the lease was revoked)."""
         lease = self._leases.get(lease_id)
         if lease is None:
             raise LeaseExpired(f"no lease {lease_id!r}: it was released or sealed, or its session ended; reserve again, under a new epoch")
         if lease.access is not Access.WRITE:
             raise InvalidRequest(f"lease {lease_id!r} is for reading")
         if lease.revoked is not None:
-            raise StaleEpoch(f"lease {lease_id!r} was revoked: {lease.revoked.message}", reason=lease.revoked.code)
+            raise lease.revoked
         return lease
 
     # reading

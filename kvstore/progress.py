@@ -82,7 +82,7 @@ class Progress:
 
 
 class SliceCursor:
-    """What of a growing Progress has been handed on. Lower layers first, so that a reader can start early."""
+    """Walks a growing Progress, lower layers first, so that a reader can start early."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress

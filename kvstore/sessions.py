@@ -1,4 +1,4 @@
-"""Who is attached. A session lives as long as its Attach stream, and not longer than lease_ttl_s after its last sign of life.
+"""The clients that are attached. A session lives as long as its Attach stream, and not longer than lease_ttl_s after its last sign of life.
 
 Attach ─► open ─► heartbeat … heartbeat ─► stream ends | silence ─► ended: its leases go, its unsealed hand-offs abort
 """

@@ -29,7 +29,7 @@ class SlotAllocator:
         return self._pins[slot]
 
     def allocate(self, num_slots: int) -> list[int]:
-        """Free slots, each with one pin; in ascending order, for a run of neighbours is one copy.
+        """Free slots, each with one pin; in ascending order, because a run of neighbours is one copy.
 
         Raises ValueError where fewer are free: the caller has to make room first.
         """

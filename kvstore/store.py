@@ -26,6 +26,7 @@ from .handoff import Handoff, HandoffId, Lease, aborted
 from .lease_manager import Accounting, LeaseManager, check_keys
 from .metrics import StoreMetrics
 from .progress import SliceCursor
+from .reserve_queue import ReserveQueue
 from .sessions import Session, Sessions
 from .transport import MESSAGE_BYTES, SLICE_BYTES
 from .waiters import Waiters
@@ -33,7 +34,6 @@ from .watch import WatchFeed
 
 logger = logging.getLogger(__name__)
 
-_ROOM = "room"
 _IDLE = "idle"
 
 
@@ -52,7 +52,7 @@ class Store:
         self._leases: LeaseManager | None = None
         self._map: ArenaMap | None = None
         self._waiters = Waiters()
-        self._reserving: list[object] = []  # who waits for room, first come first served
+        self._reserving = ReserveQueue(self._waiters.notify)
         self._endings: dict[str, asyncio.Future[HalfmoonError | None]] = {}
         self._deadlines: dict[str, asyncio.TimerHandle] = {}
         self._phase: Literal["running", "draining", "stopped"] = "running"
@@ -97,36 +97,36 @@ class Store:
     # writing
 
     async def reserve(self, request: kvstore_pb2.ReserveRequest) -> Lease:
-        """Waits for room until the deadline, first come first served.
+        """Waits for room until the deadline, in order of arrival; at its deadline it takes room that the first in line can't use yet.
 
         Raises StoreFull, StaleEpoch, HandoffAborted (while it waited), LeaseExpired, InvalidRequest, StoreUnavailable.
         """
         handoff_id = _handoff_id(request.handoff) if request.purpose == kvstore_pb2.ReserveRequest.PURPOSE_HANDOFF else None
-        if handoff_id is None and request.purpose != kvstore_pb2.ReserveRequest.PURPOSE_KEEP:
-            raise InvalidRequest("Reserve without a purpose; set PURPOSE_HANDOFF or PURPOSE_KEEP")
-        deadline = _deadline(request.deadline_s)
-        ticket = object()
-        self._reserving.append(ticket)
+        if handoff_id is None and request.purpose != kvstore_pb2.ReserveRequest.PURPOSE_CACHE:
+            raise InvalidRequest("Reserve without a purpose; set PURPOSE_HANDOFF or PURPOSE_CACHE")
+        deadline, can_wait = _deadline(request.deadline_s), request.deadline_s > 0
+        ticket = self._reserving.join(request.session_id, handoff_id.id if handoff_id else "", request.num_blocks)
         try:
             while True:
                 self._require_running()
-                if self._reserving[0] is ticket:
+                if self._reserving.may_go(ticket, can_wait=can_wait):
                     lease = self._manager().try_reserve(request.session_id, handoff_id, request.block_keys, request.num_blocks, deadline)
                     if lease is not None:
+                        self._reserving.went(ticket)
                         return self._reserved(lease, deadline)
                 else:
                     self._manager().client(request.session_id)  # it may have ended while others went first
-                if not await self._waiters.wait(_ROOM, deadline):
+                if not can_wait:
                     raise self._full(request, handoff_id)
+                can_wait = await self._waiters.wait(ticket, deadline)
                 self._raise_if_ended(handoff_id)
         finally:
-            self._reserving.remove(ticket)
-            self._waiters.notify(_ROOM)
+            self._reserving.leave(ticket)
 
     def push(self, lease_id: str, message: kvstore_pb2.PushRequest) -> int:
         """Writes a slice, or notes that a client of the arena wrote it. Returns its bytes.
 
-        Raises LeaseExpired, StaleEpoch, InvalidRequest.
+        Raises LeaseExpired, HandoffAborted, InvalidRequest.
         """
         manager, layout = self._manager(), self._layout()
         lease = manager.writer(lease_id)
@@ -148,7 +148,7 @@ class Store:
         return num_bytes
 
     def seal(self, request: kvstore_pb2.SealRequest) -> None:
-        """Raises HandoffIncomplete, LeaseExpired, StaleEpoch, InvalidRequest."""
+        """Raises HandoffIncomplete, LeaseExpired, HandoffAborted, InvalidRequest."""
         self._manager().seal(request.lease_id, request.state, request.checksums)
 
     # reading
@@ -172,7 +172,10 @@ class Store:
             self._raise_if_ended(handoff_id)
 
     async def slices(self, lease: Lease, deadline: float) -> AsyncIterator[kvstore_pb2.FetchReply.Slice]:
-        """What is written, then what will be, until the seal. Raises DeadlineExceeded. Ended from outside by ending()."""
+        """Yields what is written already, then what is written next, until the seal. The caller stops it when ending() is set.
+
+        Raises DeadlineExceeded.
+        """
         layout = self._layout()
         layer_bytes = layout.memory.shape[1]
         in_arena = lease.client.shares_arena
@@ -204,7 +207,7 @@ class Store:
     def ending(self, lease_id: str) -> asyncio.Future[HalfmoonError | None]:
         """Set when the lease ends: None where it was released or sealed, else why it was taken away.
 
-        Raises LeaseExpired, StaleEpoch for a lease that has ended already.
+        Raises LeaseExpired, HandoffAborted for a lease that has ended already.
         """
         found = self._endings.get(lease_id)
         if found is None:
@@ -218,7 +221,7 @@ class Store:
     # replicas: blocks that the store itself writes, out of another one (kvstore/replication.py)
 
     def missing(self, block_keys: Sequence[bytes]) -> list[bytes]:
-        """Those not held here, of as many leading ones as fit. Raises InvalidRequest, StoreUnavailable (stopping)."""
+        """The keys that this store lacks, of as many leading ones as fit. Raises InvalidRequest, StoreUnavailable (stopping)."""
         self._require_running()
         check_keys(block_keys)
         manager = self._manager()
@@ -228,7 +231,10 @@ class Store:
         return self._manager().content.slot(block_key) is not None
 
     def reserve_replica(self, name: str, block_keys: Sequence[bytes]) -> Lease:
-        """A lease to write as many leading blocks as fit now, in a session of its own that close_replica ends. name: of who holds it."""
+        """A lease to write as many leading blocks as fit now, in a session of its own that close_replica ends.
+
+        name: the holder's, for errors.
+        """
         self._require_running()
         manager = self._manager()
         num_blocks = manager.num_fitting(block_keys)
@@ -250,7 +256,7 @@ class Store:
         self._manager().seal(lease.lease_id, common_pb2.HandoffState(), checksums)
 
     def close_replica(self, lease: Lease) -> None:
-        """What was not sealed is free again. Idempotent."""
+        """Frees what was not sealed. Idempotent."""
         manager = self._manager()
         manager.release(lease.lease_id)
         manager.end_session(lease.client.session_id, "is done")
@@ -261,7 +267,7 @@ class Store:
         """True where a hand-off was under way, or somebody waited for it."""
         waited_for = self._waiters.num_waiting(handoff_id.id) > 0
         found = self._manager().abort(handoff_id, reason)
-        self._waiters.notify(_ROOM)  # its Reserve may be among those who wait for room
+        self._reserving.wake_handoff(handoff_id.id)
         return found or waited_for
 
     def release(self, lease_id: str, corrupt_blocks: Sequence[int] = ()) -> None:
@@ -316,7 +322,7 @@ class Store:
         reply.schema.CopyFrom(schema.to_proto())
         return reply
 
-    # Observer: what the ledger tells
+    # Observer: what the lease manager reports
 
     def lease_ended(self, lease_id: str, error: HalfmoonError | None) -> None:
         ending = self._endings.pop(lease_id, None)
@@ -337,7 +343,7 @@ class Store:
         self._waiters.notify(_IDLE)
 
     def room_freed(self) -> None:
-        self._waiters.notify(_ROOM)
+        self._reserving.wake_first()
 
     def content_changed(self, stored: list[bytes], evicted: list[bytes]) -> None:
         self.metrics.evicted(len(evicted))
@@ -373,7 +379,7 @@ class Store:
         before = manager.num_expired_leases
         manager.end_session(session_id, what_happened)
         self.metrics.expired(manager.num_expired_leases - before)
-        self._waiters.notify(_ROOM)
+        self._reserving.wake_session(session_id)
 
     def _reserved(self, lease: Lease, deadline: float) -> Lease:
         if lease.handoff is not None and deadline != float("inf"):
@@ -401,8 +407,8 @@ class Store:
         slots = self.accounting()
         return StoreFull(
             f"no room for {request.num_blocks} blocks of {handoff_id or 'a cache entry'} within {request.deadline_s:.3g} s: of "
-            f"{slots.num_slots} slots {slots.num_leased} are leased, {slots.num_cached} cached, {slots.num_free} free; "
-            "send less at a time, or raise store.arena_bytes",
+            f"{slots.num_slots} slots {slots.num_leased} are leased, {slots.num_cached} cached, {slots.num_free} free, and "
+            f"{len(self._reserving) - 1} other requests wait for room; send less at a time, or raise store.arena_bytes",
             **slots._asdict(),
         )
 

@@ -73,9 +73,9 @@ class StoreLink:
             client = self._client or await self._attach_again()
             await client.lost.wait()
             logger.warning("%s lost the KV store at %s", self._client_id, self.address)
-            self._client = None
             self._on_lost(client)
-            await client.close()
+            await client.close()  # cancelled in here, it is still ours, and close() closes it
+            self._client = None
 
     async def close(self) -> None:
         if self._client is not None:

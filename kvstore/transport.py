@@ -16,8 +16,8 @@ from ..protocol.v1 import kvstore_pb2
 from .arena import ArenaMap
 from .block_rows import BlockRows
 
-MESSAGE_BYTES = 2 * 2**20  # of KV in one message: gRPC is fastest from 1 to 4 MiB
-SLICE_BYTES = 64 * 2**20  # of layers that are read from an arena together: each slice costs the reader's interpreter as much
+MESSAGE_BYTES = 2 * 2**20  # KV in one message: gRPC is fastest from 1 to 4 MiB
+SLICE_BYTES = 64 * 2**20  # layers read from an arena as one slice: a slice costs the reader the same, however large it is
 
 
 class Transport(Protocol):
@@ -34,11 +34,11 @@ class Transport(Protocol):
 
     @property
     def memory(self) -> np.ndarray | None:
-        """What rows() are views of; None where the transport takes arrays alone, and rows() is not to be called."""
+        """The memory that rows() returns views of; None if the transport only takes arrays, and rows() must not be called."""
         ...
 
     def rows(self, slots: Sequence[int], layer: int, num_layers: int = 1) -> BlockRows:
-        """Where layers of these blocks, one after another, are written in the place of push; a PushRequest without data tells the store."""
+        """The place where the caller writes layers of these blocks itself, instead of push. It then sends a PushRequest without data."""
         ...
 
     def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:

@@ -1,4 +1,4 @@
-"""What a store holds, told to watchers: a snapshot, then every change, numbered without gaps.
+"""Tells watchers what a store holds: a snapshot, then every change, numbered without gaps.
 
 publish(n) ─► watcher 1  [n-1, n] ─► its stream
            ─► watcher 2  too far behind: queue dropped, a snapshot instead

@@ -65,7 +65,7 @@ class BlockWriter:
         self._num_copying = 0
         self._is_ended = False  # the end of the stream was queued
         self._is_released = False
-        self._needs_ack = False  # let go of, but for a push that is still copying
+        self._needs_ack = False  # released, except that a push still copies: the store is told when that is over
         self._filled = asyncio.Event()
         self._loop_thread = threading.get_ident()
         self._stream = connection.spawn(self._run())
@@ -89,12 +89,12 @@ class BlockWriter:
 
     @property
     def memory(self) -> np.ndarray | None:
-        """What rows() are views of; None where slices have to be pushed as arrays."""
+        """The memory that rows() returns views of; None if slices have to be pushed as arrays."""
         return self._transport.memory
 
     def rows(self, layer: int, first_block: int, last_block: int, num_layers: int = 1) -> BlockRows:
-        """Where the caller writes num_layers layers of blocks [first_block, last_block), none of them present, in push's place:
-        uint8 [num_layers * layer_bytes] a block.
+        """The place where the caller itself writes num_layers layers of blocks [first_block, last_block), instead of push. None of the
+        blocks may be present. uint8 [num_layers * layer_bytes] a block.
 
         pushed() or dropped() has to follow once no copy into the rows is under way any more; several may be open at a time.
         Raises `failed` once the lease is gone, InvalidRequest for what is outside or present.

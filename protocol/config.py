@@ -32,16 +32,18 @@ class ModelOptions:
     name: str = ""
     """What clients call it; empty: the folder's name."""
     dtype: Dtype = "auto"
-    """Of weights, activations and KV; auto: the checkpoint's on CUDA, float32 on CPU."""
+    """Data type of weights, activations and KV; auto: the checkpoint's own on CUDA, float32 on CPU."""
     kv_dtype: Literal["auto", "fp8"] = "auto"
-    """Of KV in pages, stores and hand-offs; auto: dtype; fp8: e4m3, half of the bytes, each value rounded to 4 significant bits."""
+    """Data type of KV in pages, stores and hand-offs; auto: model.dtype; fp8: e4m3, half the bytes, each value rounded to 4
+    significant bits."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where workers compute; auto: on CUDA where there are GPUs for all of them, else on CPU."""
     load_format: Literal["auto", "dummy"] = "auto"
-    """dummy: random weights of the config's shape, for measurement."""
+    """auto: the checkpoint's weights; dummy: random weights of the shape that config.json gives, for measurements."""
     block_size: int = 64
-    """Tokens in a KV block and in a page."""
+    """Tokens in one KV block, and in one page of a worker."""
     max_model_len: int = 0
-    """Prompt and answer together, in tokens; 0: what the model was made for."""
+    """Longest prompt and answer together, in tokens; 0: the length that the model was made for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,75 +51,86 @@ class StoreConfig:
     arena_bytes: int = 256 * 2**20
     """Shared memory for KV blocks, preallocated on every node."""
     lease_ttl_s: float = 5.0
-    """A client that is silent for this long loses its leases."""
+    """A client of the store that sends no heartbeat for this long loses its session and every lease."""
     eviction: Literal["lru"] = "lru"
+    """Which cached block goes when room is needed; lru: the one that has been unused for longest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillConfig:
     num_workers: int = 1
+    """Prefill workers to start, each on a GPU of its own; 0: decode workers compute the prompts."""
     max_tokens_per_step: int = 2048
-    """Token budget of one forward pass over the chunks of several prompts."""
+    """Prompt tokens computed in one step, over the chunks of all prompts in it."""
     kv_capacity_tokens: int = 0
-    """Tokens that the worker's pages hold; 0: twice max_model_len on CPU, 90 % of the free memory on CUDA."""
+    """Tokens that a prefill worker's pages hold; 0: twice max_model_len on CPU, 90 % of the free memory on CUDA."""
     num_threads: int = 1
-    """Torch threads on CPU."""
+    """Torch threads of a prefill worker on CPU."""
     transport: Literal["auto", "grpc"] = "auto"
-    """auto: shared memory where worker and store are on one node, else gRPC."""
+    """How a prefill worker exchanges KV with stores; auto: shared memory on its own node, gRPC to others; grpc: always gRPC."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeConfig:
     num_workers: int = 1
+    """Decode workers to start, each on a GPU of its own."""
     max_running: int = 256
-    """Sequences in one step."""
+    """Sequences that one decode worker runs at a time."""
     max_prefill_tokens_per_step: int = 512
-    """Computed in one step beside the decode tokens, for local prefill, preempted sequences and prompts to hand off."""
+    """Prompt tokens computed in one step beside decode tokens: local prefill, preempted sequences and prompts to hand off."""
     kv_capacity_tokens: int = 0
-    """As in prefill; 0: eight times max_model_len on CPU."""
+    """Tokens that a decode worker's pages hold; 0: eight times max_model_len on CPU, 90 % of the free memory on CUDA."""
     num_threads: int = 1
+    """Torch threads of a decode worker on CPU."""
     transport: Literal["auto", "grpc"] = "auto"
+    """How a decode worker exchanges KV with stores; auto: shared memory on its own node, gRPC to others; grpc: gRPC everywhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BothConfig:
-    """Of workers that start with both roles; all else is prefill's and decode's, and what both have, decode's."""
+    """Workers that start with both roles. Their other settings are prefill's and decode's; where both have one, decode's holds."""
 
     num_workers: int = 0
+    """Workers of both roles to start, each on a GPU of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProxyConfig:
     host: str = "127.0.0.1"
+    """Address that the proxy listens on; 0.0.0.0: every one of its machine. Nothing authenticates clients."""
     http_port: int = 8000
+    """Port of the OpenAI-compatible HTTP API; 0: any free one."""
     grpc_port: int = 50051
+    """Port of the gRPC API, which the cluster's members join at, too; 0: any free one."""
     policy: Policy = "cache_aware"
+    """How the Conductor chooses a request's workers."""
     admission: AdmissionName = "none"
-    """Who is answered 429 because it is predicted to miss its SLO."""
+    """Which prediction refuses a request with 429 because it would miss its SLO; none: no request is refused for that."""
     ttft_slo_s: float = 0.0
-    """To the first token, of a request that brings no SLO of its own; 0: none."""
+    """Bound on the time to the first token for a request that brings none of its own; 0: no bound."""
     tpot_slo_s: float = 0.0
-    """Between two tokens, likewise."""
+    """Bound on the time per output token for a request that brings none of its own; 0: no bound."""
     order: QueueOrder = "fair"
-    """Of a worker's queue. fair: those of one priority share each step; fcfs: by arrival; edf: by the moment at which the first token
-    is due; late: edf, and who will be late in any case gives way."""
+    """Order of a worker's queue. fair: requests of one priority share each step; fcfs: by arrival; edf: by the time at which the first
+    token is due; late: as edf, but a request that will be late in any case lets the others pass."""
     cost_model: str = ""
-    """File with what the workers' work costs (a profile), where predictions begin; empty: a guess. Observations correct both."""
+    """Profile from `halfmoon profile` that predictions start from; empty: a guess. Observations correct either one."""
     num_explained: int = 1000
-    """Requests whose decisions `halfmoon explain` remembers."""
+    """Number of requests that `halfmoon explain` can still explain."""
     max_queued_requests: int = 512
-    """Admitted and without a first token; one more is answered 429."""
+    """Requests that may wait for their first token at a time; one more is answered 429."""
     max_queued_tokens: int = 2_000_000
-    """Of their prompts together."""
+    """Prompt tokens that all waiting requests may have together; a request that exceeds it is answered 429."""
     default_timeout_s: float = 600.0
-    """Of a request that brings no timeout of its own."""
+    """Seconds that a request may take when it brings no timeout of its own."""
     max_attempts: int = 3
-    """Worker pairs tried for one request before its error is the client's."""
+    """Worker pairs that one request is tried on before the client gets its error."""
     local_prefill: Literal["never", "fallback", "always"] = "fallback"
-    """Whether decode workers compute prompts themselves; fallback: where no prefill worker is alive, as with none configured."""
+    """When decode workers compute prompts themselves; fallback: while no prefill worker is alive, or none is configured."""
     replicate: Literal["never", "hot"] = "hot"
-    """Whether a prefix that many requests share is copied to further stores ahead of demand."""
+    """Whether a prefix that many requests share is copied to more stores ahead of demand; never: blocks are copied for nobody."""
     drain_timeout_s: float = 30.0
+    """Seconds that running requests have to finish when the proxy stops; after that they are cancelled."""
 
     def __post_init__(self) -> None:
         for name in ("http_port", "grpc_port"):
@@ -192,7 +205,7 @@ def _dotted(where: str, key: Any) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml  # here, for the SDK installs without it
+    import yaml  # here, because the SDK installs without it
 
     try:
         tree = yaml.safe_load(path.read_text()) or {}

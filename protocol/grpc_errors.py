@@ -87,7 +87,7 @@ def unary_boundary(handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awai
 
 
 def stream_boundary(handler: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
-    """As unary_boundary, for a servicer method that is an async generator."""
+    """Does what unary_boundary does, for a servicer method that is an async generator."""
 
     @functools.wraps(handler)
     async def guarded(self: Any, request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:

@@ -35,7 +35,7 @@ class ProgressFeed:
         self._loop = asyncio.get_running_loop()
 
     def report(self, stage: str, done: int, total: int) -> None:
-        """As the engine calls it, at every tensor: passed on where a whole percent has come."""
+        """The engine calls it at every tensor; it is passed on once for each whole percent."""
         percent = 100 * done // max(total, 1)
         if (stage, percent) != self._told:
             self._told = stage, percent

@@ -31,7 +31,7 @@ class SamplingParams:
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     num_logprobs: int | None = None  # None: none; k: the sampled token's and the k likeliest
 
     def __post_init__(self) -> None:

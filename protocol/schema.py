@@ -27,12 +27,12 @@ class KVSchema:
 
     @property
     def layer_shape(self) -> tuple[int, int, int, int]:
-        """Of one layer of one block: (K and V, heads, tokens, head_dim)."""
+        """Shape of one layer of one block: (K and V, heads, tokens, head_dim)."""
         return 2, self.num_kv_heads, self.block_size, self.head_dim
 
     @property
     def layer_bytes(self) -> int:
-        """Of one layer of one block: K, then V."""
+        """Bytes of one layer of one block: K, then V."""
         return math.prod(self.layer_shape) * DTYPE_BYTES[self.dtype]
 
     @property

@@ -1,4 +1,4 @@
-"""What an instance decodes, and which of its steps gave a token to whom.
+"""The jobs that an instance decodes, and which of its steps gave a token to which job.
 
 promise ─► add (the hand-off is whole) ─start─► in the batch ─► count · end_whole ─► done
 step_ends   one moment a step; a job's tokens are runs of them: (instance, first step, end)
@@ -20,7 +20,7 @@ class DecodeJobs:
     def __init__(self, instance: str, owner: Owner) -> None:
         self.promised: dict[Job, int] = {}  # jobs that will decode here -> tokens
         self.num_promised_tokens = 0
-        self.step_ends: list[float] = []  # of every step that gave decode tokens
+        self.step_ends: list[float] = []  # when each step that gave decode tokens ended
         self._instance = instance
         self._owner = owner
 

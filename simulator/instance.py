@@ -33,7 +33,7 @@ class Instance:
     def __init__(self, name: str, role: Role, cost: CostModel, options: InstanceOptions, cache: NodeCache, loop: EventLoop, owner: Owner,
                  predictors: Predictors, on_change: Callable[[Instance], None], *, node: str, processor: Processor) -> None:  # fmt: skip
         self.name = name
-        self.node = node  # whose store it reads and writes
+        self.node = node  # the node whose store it reads and writes
         self.processor = processor
         self.role: Role = role
         self.incarnation = 1
@@ -50,7 +50,7 @@ class Instance:
         self._owner = owner
         self._predictors = predictors
         self._on_change = on_change
-        self._version = 0  # of the step under way; an event of an older one is void
+        self._version = 0  # version of the step under way; an event of an older step is void
         self._reset()
 
     def _reset(self) -> None:
@@ -62,7 +62,7 @@ class Instance:
         self._step: tuple[PrefillStep | None, DecodeStep | None] | None = None
         self._step_start_s = 0.0
         self._step_end_s = 0.0
-        self._equal_ends: list[float] = []  # of the equal steps under way
+        self._equal_ends: list[float] = []  # when each of the equal steps under way ends
 
     # what comes in
 
@@ -238,7 +238,7 @@ class Instance:
         )
 
     def _slowdown(self) -> float:
-        """Of prefill, by the decode batch that shares its steps."""
+        """How much longer prefill takes because a decode batch shares its steps."""
         batch, options = self.decode.batch, self.options
         if not batch.num_batch:
             return 1.0

@@ -19,7 +19,7 @@ Outcome = Literal["", "done", "rejected_at_arrival", "rejected_at_decode"]
 class Job:
     index: int
     request: TraceRequest
-    keys: list[bytes]  # of its full blocks
+    keys: list[bytes]  # keys of its full blocks
     prefill_on: str = ""  # names of instances
     decode_on: str = ""
     fetch_from: str = ""  # node whose store holds more of the prefix
@@ -28,20 +28,24 @@ class Job:
     predicted_ttft_s: float = -1.0
     predicted_prefill_s: float = 0.0
     prefill_cost_s: float = 0.0  # seconds of instance time that its chunks took
-    attempt_cost_s: float = 0.0  # of those, in the present attempt
+    attempt_cost_s: float = 0.0  # the part of it that the present attempt took
     num_cached_tokens: int = 0
-    num_sent_tokens: int = 0  # of output, before a failure
+    num_sent_tokens: int = 0  # output tokens sent before a failure
     prefill_start_s: float = -1.0
     prefill_done_s: float = -1.0
     kv_arrived_s: float = 0.0
     first_token_s: float = -1.0
     done_s: float = -1.0
     attempt: int = 1
-    wasted_prefill_s: float = 0.0  # of attempts that failed, of a rejection after the prefill
+    wasted_prefill_s: float = 0.0  # spent on attempts that failed, or before a rejection that came after the prefill
     outcome: Outcome = ""
     reason: str = ""
-    token_runs: list[tuple[str, int, int]] = field(default_factory=list)  # steps of an instance, each of which gave it a token
-    starts: list[float] = field(default_factory=list)  # of decoding, each with a token from the prefill: one, and one a failure
+    token_runs: list[tuple[str, int, int]] = field(
+        default_factory=list[tuple[str, int, int]]
+    )  # steps of an instance, each of which gave it a token
+    starts: list[float] = field(
+        default_factory=list[float]
+    )  # when decoding began, each time with a token from the prefill: once, and once more for each failure
 
     @property
     def num_output_tokens_sent(self) -> int:

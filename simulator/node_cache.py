@@ -17,7 +17,7 @@ Change = Callable[[list[bytes], list[bytes]], None]
 
 
 class Run(NamedTuple):
-    slots: list[int]  # of DRAM, pinned until release
+    slots: list[int]  # DRAM slots, pinned until release
     num_ssd: int  # blocks behind them that stand on SSD only
     num_wanted: int  # that were asked for
 
@@ -47,7 +47,7 @@ class NodeCache:
         missing = missing[: max(room, 0)]
         slots = self.dram.allocate(len(missing)) if missing else None
         if slots is not None:
-            self.dram.publish((key, slot, 0) for key, slot in zip(missing, slots, strict=True))
+            self.dram.add((key, slot, 0) for key, slot in zip(missing, slots, strict=True))
         self.dram.unpin([*held, *(slots or [])])
 
     def release(self, run: Run) -> None:
@@ -73,7 +73,7 @@ class NodeCache:
         new = [key for key in keys if self.ssd.slot(key) is None]
         num = min(len(new), self.ssd_slots.num_slots)
         slots = self.ssd.allocate(num) or []
-        self.ssd.publish((key, slot, 0) for key, slot in zip(new[:num], slots, strict=True))
+        self.ssd.add((key, slot, 0) for key, slot in zip(new[:num], slots, strict=True))
         self.ssd.unpin(slots)
         if new[num:]:
             self._on_change([], new[num:])

@@ -50,7 +50,7 @@ class Quantiles(NamedTuple):
 
 
 class Result:
-    """Of a finished run. Rows in order of arrival."""
+    """The outcome of a finished run. Rows in order of arrival."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -74,7 +74,7 @@ class Result:
         return self.num_in_slo(slo) / max(self.num_requests, 1)
 
     def quantiles(self, what: str) -> Quantiles:
-        """Of the requests that were served: "ttft_s", "tbt_s", "tpot_s", "e2e_s"."""
+        """Mean and percentiles of one figure over the requests that were served: "ttft_s", "tbt_s", "tpot_s" or "e2e_s"."""
         values = np.array([getattr(row, what) for row in self.rows if row.outcome == "done"])
         if not len(values):
             return Quantiles(math.nan, math.nan, math.nan, math.nan)
@@ -82,13 +82,13 @@ class Result:
 
     @property
     def hit_tokens_ratio(self) -> float:
-        """Of the tokens of prompts that were prefilled, those that came from a cache."""
+        """Share of the prefilled prompts' tokens that came from a cache."""
         asked = sum(row.num_input_tokens for row in self.rows if row.prefill_done_s >= 0)
         return sum(row.num_cached_tokens for row in self.rows if row.prefill_done_s >= 0) / max(asked, 1)
 
     @property
     def hit_blocks_ratio(self) -> float:
-        """Of full blocks asked for; the partial one is no block here."""
+        """Share of the full blocks asked for that were found; a partial block does not count."""
         block_size = self.cluster.scenario.block_size
         asked = sum(row.num_input_tokens // block_size for row in self.rows if row.prefill_done_s >= 0)
         return sum(row.num_cached_tokens // block_size for row in self.rows if row.prefill_done_s >= 0) / max(asked, 1)
@@ -162,6 +162,6 @@ def _row(job: Job, step_ends: dict[str, np.ndarray]) -> Row:
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
-    """Of a sample; sd 0 where it has one value."""
+    """Mean and standard deviation of a sample; the latter is 0 for a single value."""
     array = np.asarray(values, dtype=float)
     return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else 0.0

@@ -26,7 +26,7 @@ NO_SAMPLING = SamplingParams(max_tokens=1, ignore_eos=True)
 
 
 class PrefillQueue:
-    """Of one process: a new one has a new queue. on_ready is called when something could be computed that could not before."""
+    """The queue of one process; a restarted process has a new one. on_ready: called when something new can be computed."""
 
     def __init__(self, allocator: PageAllocator, cost: CostModel, options: InstanceOptions, predictors: Predictors, owner: Owner,
                  loop: EventLoop, on_ready: Callable[[], None]) -> None:  # fmt: skip

@@ -46,7 +46,7 @@ class Prefixes:
             nodes[session % len(nodes)].cache.keep(self.keys(request))
 
     def hope(self, node: Instance, job: Job) -> None:
-        """What was placed will be in the cache when who comes behind it starts."""
+        """Counts what was placed as cached: it will be by the time that a request behind it starts."""
         self._index.change(node.node, job.keys, ())
 
     def load(self, job: Job) -> tuple[int, float]:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 class Computing(Protocol):
     def stretch(self, factor: float) -> None:
-        """What is left of the step under way takes factor times as long."""
+        """The rest of the step under way takes factor times as long."""
         ...
 
 
@@ -47,5 +47,5 @@ class Processor:
 
 
 def slowdown(num_busy: int, num_cores: float) -> float:
-    """Of each of num_busy instances that share num_cores; 1 where num_cores is 0."""
+    """How much longer each of num_busy instances takes because they share num_cores; 1 if num_cores is 0."""
     return max(1.0, num_busy / num_cores) if num_cores > 0 else 1.0

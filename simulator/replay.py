@@ -22,11 +22,11 @@ class ReplayOptions:
     speed: float = 1.0
     """Arrivals are this many times faster."""
     sample: float = 1.0
-    """Share of the sessions kept. Whole sessions, for sampling requests destroys the prefix hits."""
+    """Share of the sessions kept. Whole sessions, because sampling requests would destroy the prefix hits."""
     dequantise: bool = False
     """Adds U(0, 3 s) to every arrival: the trace's clock ticks every 3 s."""
     start_s: float = 0.0
-    """Of the window in trace time; requests before it are not replayed."""
+    """Start of the window in trace time; requests before it are not replayed."""
     duration_s: float = float("inf")
     warm_s: float = 1200.0
     """Blocks of the requests in this time before the window are in the caches when it opens."""

@@ -14,7 +14,7 @@ from ..proxy.conductor.predictors.cost_model import CostModel
 from ..proxy.conductor.queue_order import Order
 from .trace import BLOCK_SIZE
 
-PAPER_SLO = Slo(30.0, 0.1)  # of Mooncake's papers
+PAPER_SLO = Slo(30.0, 0.1)  # the SLO of Mooncake's papers
 COST_MODELS = Path(__file__).parent / "cost_models"
 
 
@@ -49,7 +49,7 @@ class Scenario:
     admission: str = "none"
     slo: Slo = PAPER_SLO
     order: Order | Literal["fair"] = "edf"
-    """Of prefill queues. fair: the worker's own, a step's budget shared between prompts."""
+    """Order of the prefill queues. fair: as in the worker, which shares a step's budget between prompts."""
     balancing_threshold: float = 1.0
     remote_prefix: bool = True
     """Prefixes are fetched from other nodes' stores; without, each node has its own cache only."""
@@ -63,7 +63,7 @@ class Scenario:
     page_size: int = 128
     max_tokens_per_step: int = 2048
     chunk_tokens: int = 256
-    """Of a coupled instance's mixed step."""
+    """Prompt tokens in a mixed step of a coupled instance."""
     max_running: int = 512
     learn: bool = False
     """Predictors are fitted to what the run shows; without, they are the cost model's formulas."""

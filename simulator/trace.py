@@ -33,7 +33,7 @@ class TraceRequest(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Trace:
     name: str
-    sha256: str  # of the lines, decompressed
+    sha256: str  # hash of the lines, decompressed
     requests: tuple[TraceRequest, ...]  # by arrival
 
     @property
@@ -80,7 +80,7 @@ class Ceiling(NamedTuple):
 
 
 def ideal_hits(requests: Iterable[TraceRequest]) -> Ceiling:
-    """As the trace's authors count: every hash id is a block, the partial one included; at most all of a prompt's tokens."""
+    """Counts as the trace's authors do: every hash id is a block, the partial one included; at most all of a prompt's tokens."""
     seen: set[int] = set()
     num_blocks = num_hit_blocks = num_tokens = num_hit_tokens = 0
     for request in requests:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import faulthandler
 import importlib
 import importlib.util
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,17 @@ import pytest
 if not Path("/dev/nvidiactl").exists():
     # triton reads it when it is first imported, and a test of another room may be the first to do that
     os.environ.setdefault("TRITON_INTERPRET", "1")
+NUM_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if NUM_WORKERS > 1:
+    # torch, numpy and Triton's interpreter take all cores each; the workers of one run share them
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // NUM_WORKERS)))
 # Ray forks to start its processes; gRPC's handlers for that, in a process whose threads call it, now and then crash the child
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 # a shell that runs the suite in the background has it ignored, and so would have every process that a test starts and interrupts
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+EXIT_S = 60  # from the last test to the end of the process
 
 
 def _load(name: str) -> Any:
@@ -30,6 +39,55 @@ def _load(name: str) -> Any:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+_leaks = _load("leaks")
+_open_objects = _leaks.OpenObjects()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import grpc.aio
+
+    # gRPC's poller lives as long as the process: else it starts and ends with each test's first and last channel, and the end is a
+    # wait without a limit, which at exit is the garbage collector's
+    grpc.aio.init_grpc_aio()
+
+
+LONGEST = ("deploy", "kernels/test_compile_ahead.py", "engine/test_weights.py", "decode_worker/test_worker.py")
+"""Folders and files that take longest: begun first, or one worker would be left alone with them at the end."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For `pytest -n`: a file's tests stay together, and all of deploy/, whose Ray and whose bounds in time are one machine's."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    folder = Path(__file__).parent
+    for item in items:
+        path = item.path.relative_to(folder)
+        item.add_marker(pytest.mark.xdist_group("deploy" if path.parts[0] == "deploy" else str(path)))
+    if config.getoption("numprocesses", None) or NUM_WORKERS > 1:
+        items.sort(key=lambda item: _rank(str(item.path.relative_to(folder))))
+
+
+def _rank(path: str) -> int:
+    return next((index for index, prefix in enumerate(LONGEST) if path.startswith(prefix)), len(LONGEST))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """A process that hangs at its exit shows where, and fails."""
+    faulthandler.dump_traceback_later(EXIT_S, exit=True, file=sys.__stderr__)
+
+
+@pytest.fixture(autouse=True)
+async def leaves_nothing_open() -> AsyncIterator[None]:
+    """Set up before a test's other fixtures and torn down after them; what fixtures of a wider scope hold stays."""
+    found, tasks = await _open_objects.find(), asyncio.all_tasks()
+    yield
+    await _leaks.cancel_tasks(tasks)
+    left = await _open_objects.find() - found
+    if left:
+        pytest.fail(f"left behind by the test or its fixtures:\n{_open_objects.describe(left)}", pytrace=False)
 
 
 @pytest.fixture
@@ -99,7 +157,7 @@ def face(shared_face: Any) -> Iterator[Any]:
     shared_face.reset()
     yield shared_face
     shared_face.open_gate()
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 60
     while shared_face.num_under_way and time.monotonic() < deadline:
         time.sleep(0.01)
     assert shared_face.num_under_way == 0

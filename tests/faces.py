@@ -118,7 +118,7 @@ class ScriptedWorkers(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.Dec
             joined.append(asyncio.Event())
             load = control_pb2.MemberLoad(num_running=1, num_waiting=2, kv_usage_ratio=0.25)
             self._members.append(asyncio.create_task(stay_joined(proxy_address, info, lambda load=load: load, joined[-1].set)))
-        await asyncio.wait_for(asyncio.gather(*(event.wait() for event in joined)), 10)
+        await asyncio.wait_for(asyncio.gather(*(event.wait() for event in joined)), 60)
 
     async def stop(self) -> None:
         for member in self._members:
@@ -201,7 +201,7 @@ class Face:
         self.reset()
 
     def call(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(20)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
 
     def reset(self) -> None:
         """The workers as they were: ANSWER for everyone, and an end-of-sequence token."""
@@ -224,7 +224,7 @@ class Face:
         self.server = ProxyServer(config=self._config, options=ModelOptions(), model_folder=self._folder, schema=FACE_SCHEMA)
         endpoints = await self.server.start()
         self.http, self.grpc = f"http://{endpoints.http}", endpoints.grpc
-        self.workers = ScriptedWorkers(lambda sequence: [])
+        self.workers = ScriptedWorkers(lambda sequence: [*self.answer, 1])
         await self.workers.start(self.grpc)
 
     async def _reset(self) -> None:

@@ -66,10 +66,10 @@ class ReserveRequest(_message.Message):
         __slots__ = ()
         PURPOSE_UNSPECIFIED: _ClassVar[ReserveRequest.Purpose]
         PURPOSE_HANDOFF: _ClassVar[ReserveRequest.Purpose]
-        PURPOSE_KEEP: _ClassVar[ReserveRequest.Purpose]
+        PURPOSE_CACHE: _ClassVar[ReserveRequest.Purpose]
     PURPOSE_UNSPECIFIED: ReserveRequest.Purpose
     PURPOSE_HANDOFF: ReserveRequest.Purpose
-    PURPOSE_KEEP: ReserveRequest.Purpose
+    PURPOSE_CACHE: ReserveRequest.Purpose
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     PURPOSE_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_FIELD_NUMBER: _ClassVar[int]

@@ -103,7 +103,7 @@ class KVStoreServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Reserve(self, request, context):
-        """Space for a hand-off, or for blocks to keep. Waits for room until deadline_s.
+        """Space for a hand-off, or for blocks to cache. Waits for room until deadline_s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -166,7 +166,7 @@ class Cluster:
     async def _channel(self, address: str) -> Any:
         return await self._exits.enter_async_context(open_channel(address))
 
-    def sequence(self, token_ids: list[int], *, num_prompt_tokens: int = 0, deadline_s: float = 30.0, **sampling: Any) -> Any:
+    def sequence(self, token_ids: list[int], *, num_prompt_tokens: int = 0, deadline_s: float = 600.0, **sampling: Any) -> Any:
         self.num_requests += 1
         params = SamplingParams(**{"temperature": 0.0, "ignore_eos": True, **sampling})
         return common_pb2.SequenceSpec(
@@ -218,8 +218,8 @@ class Cluster:
         return await self.read(self.start_decode(self.sequence(token_ids, **sampling), local=True), Answer())
 
     async def at_rest(self) -> None:
-        """Until no worker holds a sequence and the store no lease; fails after 5 s, naming what is left."""
-        deadline = time.monotonic() + 5.0
+        """Until no worker holds a sequence and the store no lease; fails after 60 s, naming what is left."""
+        deadline = time.monotonic() + 60.0
         while held := self.held():
             assert time.monotonic() < deadline, f"still held: {held}"
             await asyncio.sleep(0.01)

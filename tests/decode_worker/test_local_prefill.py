@@ -24,15 +24,17 @@ def prompt(num_tokens: int, seed: int = 0) -> list[int]:
     return random.Random(f"{num_tokens}/{seed}").choices(range(3, 160), k=num_tokens)
 
 
-def slow(engine: Any, seconds: float) -> None:
-    """Every step takes that much longer, so that something can happen meanwhile."""
-    forward = engine.forward
+def slow(engine: Any, seconds: float) -> list[float]:
+    """Every step takes that much longer, so that something can happen meanwhile. Returns the steps that have begun, by time."""
+    forward, steps = engine.forward, []
 
     def slowed(*args: Any, **kwargs: Any) -> Any:
+        steps.append(time.monotonic())
         time.sleep(seconds)
         return forward(*args, **kwargs)
 
     engine.forward = slowed
+    return steps
 
 
 def chunk_sizes(engine: Any) -> dict[str, list[int]]:
@@ -49,7 +51,7 @@ def chunk_sizes(engine: Any) -> dict[str, list[int]]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(60.0):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -180,7 +182,7 @@ async def test_a_prompt_preempted_while_it_is_published_leaves_nothing_wrong_in_
     def read_what_was_taken(layer: int, pages: Any) -> Any:
         if not reading:
             reading.extend(pages)
-            assert taken.wait(5)
+            assert taken.wait(60)
         return read(layer, pages)
 
     scheduler.schedule, cache.read_bytes = take_the_pages_that_are_read, read_what_was_taken
@@ -295,12 +297,12 @@ async def test_a_seed_draws_what_it_draws_behind_a_hand_off_and_so_does_a_replay
 
 
 @pytest.mark.parametrize("phase", ["waiting for pages", "loading its prefix", "waiting for a chunk", "prefill", "decode"])
-async def test_cancelling_frees_everything_within_a_second(make_cluster: Any, phase: str) -> None:
+async def test_cancelling_frees_everything_long_before_the_last_token(make_cluster: Any, phase: str) -> None:
     cluster = await make_cluster(decode={"kv_capacity_tokens": 264, "max_prefill_tokens_per_step": 8})
     scheduler = cluster.decode.scheduler
     await cluster.run_local(prompt(200), max_tokens=1)
     await cluster.at_rest()
-    slow(cluster.decode.engine, 0.02)
+    steps = slow(cluster.decode.engine, 0.05)
     others = []
     if phase == "waiting for pages":
         others = [cluster.start_decode(cluster.sequence(prompt(180, 1), max_tokens=4), local=True)]
@@ -326,11 +328,12 @@ async def test_cancelling_frees_everything_within_a_second(make_cluster: Any, ph
     else:
         await until(lambda: len(answer.token_ids) > 1)
     assert cluster.held()
+    num_steps = len(steps)
     for running in (call, *others):
         running.cancel()
-    async with asyncio.timeout(1.0):
-        await asyncio.gather(reading, return_exceptions=True)
-        await cluster.at_rest()
+    await asyncio.gather(reading, return_exceptions=True)
+    await cluster.at_rest()
+    assert len(steps) - num_steps < 30, "of more than 38 that were left to the last token"
     load = cluster.decode.load()
     del load.steps[:]
     assert load == control_pb2.MemberLoad()
@@ -389,6 +392,6 @@ async def test_any_mix_of_cancelled_calls_returns_to_rest(make_cluster: Any, gre
         run = cluster.run if index % 3 == 0 else cluster.run_local
         assert (await run(token_ids, max_tokens=15)).token_ids == greedy(token_ids, 15)
 
-    async with asyncio.timeout(20.0):
+    async with asyncio.timeout(100.0):
         await asyncio.gather(*(cancelled(index) for index in range(30)), *(finished(index) for index in range(6)))
     await cluster.at_rest()

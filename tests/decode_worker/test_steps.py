@@ -117,7 +117,7 @@ async def test_a_step_ahead_that_can_not_be_launched_comes_in_turn(launching: An
 
     def wait_for_the_other() -> None:
         if launcher.num_launched == 5:
-            assert joined.wait(5)
+            assert joined.wait(60)
 
     launcher.reading = wait_for_the_other
     running = asyncio.create_task(cluster.run(prompt(30), max_tokens=40))

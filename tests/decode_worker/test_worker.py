@@ -47,19 +47,21 @@ def prompt(num_tokens: int, seed: int = 0) -> list[int]:
     return random.Random(f"{num_tokens}/{seed}").choices(range(3, 160), k=num_tokens)
 
 
-def slow(engine: Any, seconds: float) -> None:
-    """Every step takes that much longer, so that something can happen meanwhile."""
-    forward = engine.forward
+def slow(engine: Any, seconds: float) -> list[float]:
+    """Every step takes that much longer, so that something can happen meanwhile. Returns the steps that have begun, by time."""
+    forward, steps = engine.forward, []
 
     def slowed(*args: Any, **kwargs: Any) -> Any:
+        steps.append(time.monotonic())
         time.sleep(seconds)
         return forward(*args, **kwargs)
 
     engine.forward = slowed
+    return steps
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(60.0):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -207,7 +209,7 @@ async def test_stop_ends_a_request_as_finished_and_keeps_its_blocks(make_cluster
     sequence = cluster.sequence(prompt(20), max_tokens=200)
     decode = cluster.start_decode(sequence)
     await cluster.start_prefill(sequence)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         answer = cluster.answer()
         reading = asyncio.create_task(cluster.read(decode, answer))
         while len(answer.token_ids) < 30:
@@ -222,9 +224,9 @@ async def test_stop_ends_a_request_as_finished_and_keeps_its_blocks(make_cluster
     assert not (await cluster.decode_stub.Stop(worker_pb2.StopRequest(request_id=sequence.request_id))).found
 
 
-async def test_cancelling_decode_frees_pages_and_leases_within_a_second(make_cluster: Any) -> None:
+async def test_cancelling_decode_frees_pages_and_leases_long_before_the_last_token(make_cluster: Any) -> None:
     cluster = await make_cluster()
-    slow(cluster.decode.engine, 0.02)
+    steps = slow(cluster.decode.engine, 0.02)
     sequence = cluster.sequence(prompt(50), max_tokens=200)
     decode = cluster.start_decode(sequence)
     await cluster.start_prefill(sequence)
@@ -234,8 +236,8 @@ async def test_cancelling_decode_frees_pages_and_leases_within_a_second(make_clu
     await until(lambda: cluster.store.stats().num_leases == 0)  # its blocks are in the pages: nothing is held in the store
     assert cluster.held()
     decode.cancel()
-    async with asyncio.timeout(1.0):
-        await cluster.at_rest()
+    await cluster.at_rest()
+    assert len(steps) < 150, "it ran on to its last token"
     load = cluster.decode.load()
     del load.steps[:]
     assert load == control_pb2.MemberLoad()
@@ -243,12 +245,12 @@ async def test_cancelling_decode_frees_pages_and_leases_within_a_second(make_clu
 
 async def test_cancelling_decode_while_it_waits_ends_the_hand_off_for_prefill_too(make_cluster: Any) -> None:
     cluster = await make_cluster(prefill={"max_tokens_per_step": 8})
-    slow(cluster.prefill.engine, 0.02)
+    slow(cluster.prefill.engine, 0.1)  # 25 steps
     sequence = cluster.sequence(prompt(200))
     decode, prefill = cluster.start_decode(sequence), cluster.start_prefill(sequence)
     await until(lambda: cluster.store.stats().num_leases == 2)
     decode.cancel()
-    async with asyncio.timeout(1.0):
+    async with asyncio.timeout(60.0):
         with pytest.raises(grpc.aio.AioRpcError) as failure:
             await prefill
         await cluster.at_rest()
@@ -258,12 +260,12 @@ async def test_cancelling_decode_while_it_waits_ends_the_hand_off_for_prefill_to
 
 async def test_cancelling_prefill_tells_decode_why_and_frees_everything(make_cluster: Any) -> None:
     cluster = await make_cluster(prefill={"max_tokens_per_step": 8})
-    slow(cluster.prefill.engine, 0.02)
+    slow(cluster.prefill.engine, 0.1)  # 25 steps
     sequence = cluster.sequence(prompt(200))
     decode, prefill = cluster.start_decode(sequence), cluster.start_prefill(sequence)
     await until(lambda: cluster.store.stats().num_bytes_pushed > 0)
     prefill.cancel()
-    async with asyncio.timeout(1.0):
+    async with asyncio.timeout(60.0):
         error = await error_of(decode)
         await cluster.at_rest()
     assert isinstance(error, HandoffAborted) and "was cancelled in prefill" in error.message
@@ -414,7 +416,7 @@ async def test_a_stores_death_fails_who_waits_at_once_and_leaves_who_decodes_alo
     await until(lambda: cluster.decode.load().num_waiting == 1)
     port = int(cluster.store.address.split(":")[1])
     await cluster.store.stop(0.0)
-    async with asyncio.timeout(2.0):
+    async with asyncio.timeout(60.0):
         assert isinstance(await error_of(waiting), StoreUnavailable)
         assert isinstance(await error_of(cluster.start_decode(cluster.sequence(prompt(30)))), StoreUnavailable)
         assert isinstance(await error_of(cluster.start_prefill(cluster.sequence(prompt(30)))), StoreUnavailable)
@@ -488,7 +490,7 @@ async def test_any_mix_of_cancelled_calls_returns_to_rest(make_cluster: Any, gre
         token_ids = prompt(30 + index, index)
         assert (await cluster.run(token_ids, max_tokens=15)).token_ids == greedy(token_ids, 15)
 
-    async with asyncio.timeout(20.0):
+    async with asyncio.timeout(100.0):
         await asyncio.gather(*(cancelled(index) for index in range(30)), *(finished(index) for index in range(6)))
     await cluster.at_rest()
     await proxy.close()

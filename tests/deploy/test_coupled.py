@@ -14,7 +14,7 @@ from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.ray_session import RayNode
 from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
 NUM_TOKENS = 32
 
@@ -28,7 +28,7 @@ def config(model_folder: Path, num_prefill: int) -> ClusterConfig:
     )
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module")
 async def coupled(ray_nodes: list[RayNode], model_folder: Path, cluster_type: type) -> AsyncIterator[object]:
     async with running_cluster(config(model_folder, 0), ray_nodes) as supervisor, cluster_type.open(supervisor) as opened:
         yield opened
@@ -69,7 +69,7 @@ async def test_the_only_prefill_worker_killed_in_mid_prefill_is_made_up_for_by_d
     prompt = prompt_of(3500, seed=4)
     async with running_cluster(config(model_folder, 1), ray_nodes) as supervisor, cluster_type.open(supervisor) as cluster:
         task = asyncio.create_task(cluster.client.generate(token_ids=list(prompt), max_tokens=16, temperature=0.0, ignore_eos=True))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not any(found.num_handoffs for found in await cluster.store_stats()):
                 await asyncio.sleep(0.002)
         await cluster.kill("prefill-0")

@@ -13,13 +13,13 @@ from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.ray_session import RayNode
 from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
 NUM_TOKENS = 64
 NUM_TOKENS_EACH_OF_MANY = 24
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=[(1, 1), (2, 2)], ids=["1P1D", "2P2D"])
+@pytest_asyncio.fixture(scope="module", params=[(1, 1), (2, 2)], ids=["1P1D", "2P2D"])
 async def cluster(
     request: pytest.FixtureRequest, two_nodes: list[RayNode], model_folder: Path, cluster_type: type
 ) -> AsyncIterator[object]:

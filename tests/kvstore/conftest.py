@@ -88,9 +88,9 @@ class KV:
         await writer.seal(self.state)
         return blocks
 
-    async def keep(self, client: StoreClient, name: str, num_blocks: int, deadline_s: float = 0) -> np.ndarray:
+    async def cache(self, client: StoreClient, name: str, num_blocks: int, deadline_s: float = 0) -> np.ndarray:
         blocks = self.blocks(name, num_blocks)
-        writer = await client.keep(self.keys(name, num_blocks), deadline_s)
+        writer = await client.cache(self.keys(name, num_blocks), deadline_s)
         await self.push(writer, blocks)
         await writer.seal(common_pb2.HandoffState())
         return blocks

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -78,6 +79,24 @@ def test_arenas_of_killed_owners_are_removed_and_those_of_the_living_stay(tmp_pa
     (abandoned,) = remove_abandoned(tmp_path)
     assert list(tmp_path.iterdir()) == [living.path] and abandoned != living.path
     living.close()
+
+
+def test_an_arena_that_was_taken_for_abandoned_while_it_was_created_is_created_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, removed = fcntl.flock, []
+
+    def remove_then_lock(handle: int, how: int) -> None:
+        """As another store's clean-up that comes between open and flock."""
+        if not removed:
+            removed.extend(tmp_path.iterdir())
+            removed[0].unlink()
+        lock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", remove_then_lock)
+    arena = Arena(1000, tmp_path)
+    assert list(tmp_path.iterdir()) == [arena.path] != removed
+    arena.close()
 
 
 def test_rows_of_neighbouring_slots_are_one_strided_view(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ def build(num_slots: int) -> tuple[ContentIndex, SlotAllocator, list[tuple[list[
 def store(index: ContentIndex, *keys: bytes) -> list[int]:
     found = index.allocate(len(keys))
     assert found is not None
-    index.publish(zip(keys, found, range(len(keys)), strict=True))
+    index.add(zip(keys, found, range(len(keys)), strict=True))
     index.unpin(found)
     return found
 
@@ -51,8 +51,8 @@ def test_the_first_slot_of_a_key_wins() -> None:
     index, slots, changes = build(2)
     first, second = index.allocate(1), index.allocate(1)
     assert first is not None and second is not None
-    index.publish([(b"k", first[0], 11)])
-    index.publish([(b"k", second[0], 22)])
+    index.add([(b"k", first[0], 11)])
+    index.add([(b"k", second[0], 22)])
     assert index.slot(b"k") == first[0] and index.checksum(first[0]) == 11 and len(changes) == 1
     index.unpin(second)
     assert (slots.num_leased, slots.num_cached, slots.num_free) == (1, 0, 1)

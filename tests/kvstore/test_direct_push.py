@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from halfmoon.kvstore import checksums
 from halfmoon.protocol.errors import HalfmoonError, HandoffIncomplete, InvalidRequest, WorkerLost
 from halfmoon.protocol.v1 import common_pb2
 
@@ -19,7 +22,7 @@ async def client(store, attach_to):
 
 
 async def until(condition) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -63,6 +66,32 @@ async def test_layers_may_be_written_and_closed_together(kv, client) -> None:
     reader = await client.fetch("r1", 1, 5)
     assert np.array_equal(await kv.read(reader), blocks)
     await reader.release()
+
+
+async def test_a_seal_waits_for_the_threads_that_still_hash(kv, client, monkeypatch) -> None:
+    gate, lanes = threading.Event(), tuple(ThreadPoolExecutor(1) for _ in range(2))
+    monkeypatch.setattr(checksums, "lanes", lambda: lanes)  # there are none on a machine of few cores
+    monkeypatch.setattr(checksums, "MIN_PARALLEL_BYTES", 0)
+    try:
+        for lane in lanes:
+            lane.submit(gate.wait)
+        blocks = kv.blocks("r1", 4)
+        writer = await client.reserve("r1", 1, kv.keys("r1", 4), 4, 30)
+        write(writer.rows(0, 0, 4, 3), blocks.reshape(4, -1))
+        writer.pushed(0, 0, 4, 3)
+        sealing = asyncio.create_task(writer.seal(kv.state))
+        await asyncio.wait({writer._stream})  # the store knows of every layer
+        await client.stats()  # and would have the seal by now
+        assert not sealing.done()
+        gate.set()
+        await sealing
+        reader = await client.fetch("r1", 1, 5)
+        assert np.array_equal(await kv.read(reader), blocks)
+        await reader.release()
+    finally:
+        gate.set()
+        for lane in lanes:
+            await asyncio.to_thread(lane.shutdown)
 
 
 async def test_layers_beyond_the_last_or_out_of_order_are_refused_and_their_rows_closed(kv, client) -> None:
@@ -116,7 +145,7 @@ async def test_dropped_rows_do_not_count_as_pushed(kv, client) -> None:
 
 
 async def test_rows_of_present_blocks_and_of_none_are_refused(kv, client) -> None:
-    await kv.keep(client, "p", 2)
+    await kv.cache(client, "p", 2)
     writer = await client.reserve("r1", 1, kv.keys("p", 2), 3, 30)
     assert writer.present == [True, True, False]
     for first, last in ((0, 3), (1, 2), (2, 4), (2, 2), (-1, 1)):
@@ -138,7 +167,7 @@ async def test_layers_closed_out_of_order_are_refused_and_closed(kv, store, clie
 
 async def test_a_writer_over_grpc_has_no_memory_to_write_into(kv, store, attach_to) -> None:
     client = await attach_to(store.address, "prefill-0", transport="grpc")
-    writer = await client.keep(kv.keys("p", 2), 0)
+    writer = await client.cache(kv.keys("p", 2), 0)
     assert writer.memory is None
     with pytest.raises(RuntimeError, match="push them"):
         writer.rows(0, 0, 2)

@@ -7,13 +7,15 @@ import os
 import signal
 import sys
 import textwrap
-import time
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from halfmoon.kvstore import checksums
 from halfmoon.kvstore.arena import FOLDER, PREFIX, remove_abandoned
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.config import StoreConfig
@@ -77,11 +79,9 @@ async def test_a_writer_killed_in_the_middle_of_its_push_wakes_the_fetcher_at_on
         reader = await decode.fetch("r1", 1, 60)
         slices = reader.slices()
         assert (await anext(slices)).blocks[0][0] == 7
-        before = time.monotonic()
         process.send_signal(signal.SIGKILL)
         with pytest.raises(HandoffAborted, match="prefill worker p0 went away before the seal"):
-            await anext(slices)
-        assert time.monotonic() - before < 1.0
+            await anext(slices)  # not "was silent": nobody waited for its heartbeats
         await reader.release()
         with pytest.raises(StaleEpoch, match="prefill worker p0 went away before the seal"):
             await decode.fetch("r1", 1, 60)
@@ -108,15 +108,12 @@ async def test_a_killed_store_fails_every_pending_call_and_its_arena_is_removed_
         asyncio.ensure_future(client.reserve("r2", 1, kv.keys("r2", 8), 8, 60)),
         asyncio.ensure_future(anext(watch)),
     ]
-    await asyncio.sleep(0.05)
-    before = time.monotonic()
     process.kill()
     await process.wait()
     for outcome in await asyncio.gather(*pending, return_exceptions=True):
         assert isinstance(outcome, StoreUnavailable), outcome
     await client.lost.wait()
     await until(lambda: isinstance(writer.failed, StoreUnavailable))
-    assert time.monotonic() - before < 2.0
     with pytest.raises(StoreUnavailable):
         await client.lookup([])
     with pytest.raises(StoreUnavailable):
@@ -131,10 +128,9 @@ async def test_a_store_that_is_stopped_in_its_tracks_is_lost_after_the_ttl(attac
     try:
         client = await attach_to((await first_line(process)).split()[0], "decode-0")
         process.send_signal(signal.SIGSTOP)
-        before = time.monotonic()
         with pytest.raises(StoreUnavailable, match=r"did not answer heartbeats for 1.0 s"):
             await client.fetch("r1", 1, 60)
-        assert time.monotonic() - before < 3 and client.lost.is_set()
+        assert client.lost.is_set()
     finally:
         process.kill()
         await process.wait()
@@ -142,13 +138,13 @@ async def test_a_store_that_is_stopped_in_its_tracks_is_lost_after_the_ttl(attac
 
 
 async def test_a_silent_client_loses_its_session_and_its_hand_offs(kv, start_store, attach_to) -> None:
-    store: StoreServer = await start_store(lease_ttl_s=0.2)
+    store: StoreServer = await start_store(lease_ttl_s=2.0)
     decode = await attach_to(store.address, "decode-0")
     silent = await attach_to(store.address, "prefill-0")
     writer = await silent.reserve("r1", 1, kv.keys("r1", 2), 2, 60)
     reader = await decode.fetch("r1", 1, 60)
     silent._connection.welcome.heartbeat_interval_s = 60  # too late for the beat under way, and none follows
-    with pytest.raises(HandoffAborted, match=r"prefill-0 was silent for 0\.\d s before the seal"):
+    with pytest.raises(HandoffAborted, match=r"prefill-0 was silent for \d+\.\d s before the seal"):
         await kv.read(reader)
     await silent.lost.wait()
     with pytest.raises(StoreUnavailable, match=r"silent|did not answer"):
@@ -161,10 +157,12 @@ async def test_a_silent_client_loses_its_session_and_its_hand_offs(kv, start_sto
 
 
 async def test_heartbeats_keep_an_idle_session_alive(kv, start_store, attach_to) -> None:
-    store = await start_store(lease_ttl_s=0.2)
+    store = await start_store(lease_ttl_s=2.0)
     client = await attach_to(store.address, "prefill-0")
-    await asyncio.sleep(0.6)
-    await kv.keep(client, "p", 1)
+    (session,) = store._running().sessions._open.values()
+    attached = session.last_seen
+    await until(lambda: session.last_seen > attached + 2.5)  # longer than the TTL, by heartbeats alone
+    await kv.cache(client, "p", 1)
     assert not client.lost.is_set()
 
 
@@ -217,7 +215,7 @@ async def test_a_byte_altered_in_the_arena_is_found_and_the_block_is_named(kv, s
 
 async def test_a_corrupt_cached_block_is_found_once_and_never_again(kv, store, attach_to) -> None:
     client = await attach_to(store.address, "prefill-0")
-    await kv.keep(client, "p", 3)
+    await kv.cache(client, "p", 3)
     watch = client.watch()
     await anext(watch)
     flip_byte(store, 1, 1)
@@ -228,7 +226,7 @@ async def test_a_corrupt_cached_block_is_found_once_and_never_again(kv, store, a
     assert await client.lookup(kv.keys("p", 3)) == 1
     assert list((await anext(watch)).evicted) == kv.keys("p", 3)[1:2]
     assert store.accounting()[1:] == (0, 2, 6)
-    await kv.keep(client, "p", 3)
+    await kv.cache(client, "p", 3)
     assert np.array_equal(await kv.read(await client.fetch_prefix(kv.keys("p", 3))), kv.blocks("p", 3))
 
 
@@ -249,6 +247,45 @@ async def test_a_byte_altered_on_the_wire_is_found(kv, store, attach_to, monkeyp
     monkeypatch.setattr(reader._transport, "fetch", altered)
     with pytest.raises(HandoffCorrupt, match="checksum of block 2 "):
         await kv.read(reader)
+
+
+async def test_a_seal_without_a_checksum_for_each_block_is_incomplete(kv, store, attach_to) -> None:
+    client = await attach_to(store.address, "decode-0")
+    await kv.hand_off(client, "r1", 3)
+    reader = await client.fetch("r1", 1, 5)
+    verify = reader._verify
+
+    def verify_fewer(sealed: kvstore_pb2.FetchReply.Sealed) -> None:
+        del sealed.checksums[-1]
+        verify(sealed)
+
+    reader._verify = verify_fewer
+    with pytest.raises(HandoffIncomplete, match="3 blocks and 2 checksums"):
+        await kv.read(reader)
+    assert reader.state is None
+
+
+async def test_a_reader_waits_for_the_threads_that_still_hash(kv, store, attach_to, monkeypatch) -> None:
+    client = await attach_to(store.address, "decode-0")
+    sent = await kv.hand_off(client, "r1", 3)
+    gate, lanes = threading.Event(), tuple(ThreadPoolExecutor(1) for _ in range(2))
+    monkeypatch.setattr(checksums, "lanes", lambda: lanes)  # there are none on a machine of few cores
+    monkeypatch.setattr(checksums, "MIN_PARALLEL_BYTES", 0)
+    try:
+        for lane in lanes:
+            lane.submit(gate.wait)
+        reader = await client.fetch("r1", 1, 5)
+        reading = asyncio.create_task(kv.read(reader))
+        await until(lambda: reader._progress.is_complete)
+        for _ in range(3):  # the seal is here, and would have been compared by now
+            await client.stats()
+        assert not reading.done()
+        gate.set()
+        assert np.array_equal(await reading, sent)
+    finally:
+        gate.set()
+        for lane in lanes:
+            await asyncio.to_thread(lane.shutdown)
 
 
 async def test_a_slice_cut_short_on_the_wire_is_incomplete(kv, store, attach_to, monkeypatch) -> None:
@@ -307,7 +344,7 @@ async def test_the_store_itself_refuses_an_incomplete_seal_and_a_slice_of_a_wron
 
 async def test_a_process_that_was_stopped_past_its_ttl_does_not_trust_what_it_read(kv, store, attach_to) -> None:
     client = await attach_to(store.address, "decode-0")
-    await kv.keep(client, "p", 1)
+    await kv.cache(client, "p", 1)
     client._connection._alive_until = 0.0  # as after a stop: the heartbeats are overdue
     reader = await client.fetch_prefix(kv.keys("p", 1))
     assert np.array_equal(await kv.read(reader), kv.blocks("p", 1))  # a round trip showed that the session lives
@@ -331,14 +368,14 @@ async def test_stop_lets_open_hand_offs_end_and_refuses_new_ones(kv, attach_to) 
     await server.start("127.0.0.1")
     client = await attach_to(server.address, "c")
     sent = await kv.hand_off(client, "r1")
-    stopping = asyncio.ensure_future(server.stop(20))
+    stopping = asyncio.ensure_future(server.stop(600))
     await asyncio.sleep(0.02)
     with pytest.raises(StoreUnavailable, match="is stopping"):
         await client.reserve("r2", 1, [], 1, 5)
     reader = await client.fetch("r1", 1, 5)
     assert np.array_equal(await kv.read(reader), sent)
     await reader.release()
-    await asyncio.wait_for(stopping, 5)
+    await asyncio.wait_for(stopping, 60)
     await client.lost.wait()
 
 

@@ -14,7 +14,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from halfmoon.kvstore.eviction import LRU
 from halfmoon.kvstore.handoff import Access, HandoffId, Lease
 from halfmoon.kvstore.lease_manager import LeaseManager
-from halfmoon.protocol.errors import HalfmoonError, HandoffIncomplete, InvalidRequest, LeaseExpired, StaleEpoch, StoreFull, WorkerLost
+from halfmoon.protocol.errors import (
+    HalfmoonError,
+    HandoffAborted,
+    HandoffIncomplete,
+    InvalidRequest,
+    LeaseExpired,
+    StaleEpoch,
+    StoreFull,
+    WorkerLost,
+)
 from halfmoon.protocol.v1 import common_pb2
 
 NUM_SLOTS, NUM_LAYERS = 6, 2
@@ -296,10 +305,34 @@ def test_the_slots_of_a_revoked_grpc_lease_are_free_at_once(managed: tuple[Lease
     assert lease is not None
     manager.abort(HandoffId("r", 1), REASON)
     assert manager.accounting().num_free == NUM_SLOTS and recorder.num_room_freed == 1
-    with pytest.raises(StaleEpoch, match="the test said so"):
+    with pytest.raises(HandoffAborted, match="the test said so"):
         manager.push(lease.lease_id, 0, 0, 1)
-    with pytest.raises(StaleEpoch, match="the test said so"):
+    with pytest.raises(HandoffAborted, match="the test said so"):
         manager.seal(lease.lease_id, STATE, [1])
+
+
+def test_an_abort_leaves_a_later_epoch_alone(managed: tuple[LeaseManager, Recorder]) -> None:
+    manager, recorder = managed
+    lease = manager.try_reserve("shm", HandoffId("h", 2), [], 1, 0)
+    assert lease is not None
+    assert manager.abort(HandoffId("h", 1), REASON) is False
+    assert lease.revoked is None and manager.num_handoffs == 1 and recorder.ended_handoffs == {}
+    assert manager.abort(HandoffId("h", 2), REASON) is True
+
+
+def test_a_present_block_that_was_dropped_as_corrupt_is_not_found_again_by_the_seal(managed: tuple[LeaseManager, Recorder]) -> None:
+    manager, recorder = managed
+    first = manager.try_reserve("shm", None, keys("a", 1), 1, 0)
+    assert first is not None
+    manager.push(first.lease_id, 0, 0, 1, NUM_LAYERS)
+    manager.seal(first.lease_id, STATE, [1])
+    second = manager.try_reserve("shm", None, keys("a", 1), 1, 0)
+    assert second is not None and second.present == [True]
+    reader = manager.fetch_prefix("grpc", keys("a", 1))
+    manager.release(reader.lease_id, corrupt_blocks=[0])
+    manager.seal(second.lease_id, STATE, [1])
+    assert manager.content.find_run(keys("a", 1)) == [] and recorder.visible == set()
+    assert manager.accounting().num_free == NUM_SLOTS
 
 
 def test_push_refuses_a_present_block(managed: tuple[LeaseManager, Recorder]) -> None:

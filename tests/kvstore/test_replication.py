@@ -44,7 +44,7 @@ async def main():
     address = await server.start("127.0.0.1")
     client = await StoreClient.attach(address, client_id="c", node_id="source", schema=schema)
     keys = [hashlib.blake2b(f"p/{index}".encode(), digest_size=16).digest() for index in range(8)]
-    writer = await client.keep(keys, 0)
+    writer = await client.cache(keys, 0)
     for layer in range(3):
         await asyncio.to_thread(writer.push, layer, 0, np.full((8, schema.layer_bytes), layer, np.uint8))
     await writer.seal(common_pb2.HandoffState())
@@ -108,8 +108,8 @@ async def pair(kv, start_store, attach_to) -> Any:
 
 async def test_what_is_missing_is_copied_announced_and_cached(kv, pair) -> None:
     source, there, target, here = pair
-    sent = await kv.keep(there, "p", 5)
-    await kv.keep(here, "p", 2)
+    sent = await kv.cache(there, "p", 5)
+    await kv.cache(here, "p", 2)
     watch = here.watch()
     await anext(watch)
     reply = await here.replicate(kv.keys("p", 5), source.address, 10)
@@ -126,7 +126,7 @@ async def test_what_is_missing_is_copied_announced_and_cached(kv, pair) -> None:
 
 async def test_what_the_source_does_not_hold_ends_the_run(kv, pair) -> None:
     source, there, target, here = pair
-    await kv.keep(there, "p", 3)
+    await kv.cache(there, "p", 3)
     reply = await here.replicate(kv.keys("p", 6), source.address, 10)
     assert (reply.num_blocks, reply.num_held, reply.stop) == (3, 3, Reply.STOP_SOURCE)
     again = await here.replicate(kv.keys("p", 3), source.address, 10)
@@ -138,8 +138,8 @@ async def test_what_the_source_does_not_hold_ends_the_run(kv, pair) -> None:
 
 async def test_a_block_held_behind_a_missing_one_is_not_fetched_again(kv, pair) -> None:
     source, there, _target, here = pair
-    sent = await kv.keep(there, "p", 4)
-    writer = await here.keep([kv.keys("p", 4)[2]], 0)
+    sent = await kv.cache(there, "p", 4)
+    writer = await here.cache([kv.keys("p", 4)[2]], 0)
     await kv.push(writer, sent[2:3])
     await writer.seal(kv.state)
     reply = await here.replicate(kv.keys("p", 4), source.address, 10)
@@ -150,9 +150,9 @@ async def test_a_block_held_behind_a_missing_one_is_not_fetched_again(kv, pair) 
 
 async def test_cached_blocks_make_room_and_leased_ones_do_not(kv, pair) -> None:
     source, there, target, here = pair
-    await kv.keep(there, "p", 8)
-    await kv.keep(here, "p", 1)
-    await kv.keep(here, "old", 3)
+    await kv.cache(there, "p", 8)
+    await kv.cache(here, "p", 1)
+    await kv.cache(here, "old", 3)
     await here.reserve("r1", 1, [], 1, 30)
     open_writer = await here.reserve("r2", 1, kv.keys("r2", 2), 2, 30)
     reply = await here.replicate(kv.keys("p", 8), source.address, 10)
@@ -210,7 +210,7 @@ async def test_a_connection_that_breaks_inside_grpc_is_a_store_that_is_gone() ->
 
 async def test_altered_bytes_are_found_dropped_at_the_source_and_not_kept(kv, pair) -> None:
     source, there, target, here = pair
-    await kv.keep(there, "p", 3)
+    await kv.cache(there, "p", 3)
     source._running()._layout().row(1, 2)[7] ^= 1
     with pytest.raises(HandoffCorrupt, match="block 1 "):
         await here.replicate(kv.keys("p", 3), source.address, 10)
@@ -222,7 +222,7 @@ async def test_altered_bytes_are_found_dropped_at_the_source_and_not_kept(kv, pa
 
 async def test_many_asked_at_once_do_the_work_once(kv, pair) -> None:
     source, there, target, here = pair
-    await kv.keep(there, "p", 6)
+    await kv.cache(there, "p", 6)
     asked = [here.replicate(kv.keys("p", num_blocks), source.address, 10) for num_blocks in (6, 6, 4, 2, 6)]
     replies = await asyncio.gather(*asked)
     assert sum(reply.num_blocks for reply in replies) == 6
@@ -233,7 +233,7 @@ async def test_many_asked_at_once_do_the_work_once(kv, pair) -> None:
 
 async def test_who_waited_for_a_cancelled_copy_makes_it_himself(kv, pair, monkeypatch) -> None:
     source, there, target, here = pair
-    sent = await kv.keep(there, "p", 4)
+    sent = await kv.cache(there, "p", 4)
     gate = Gate(monkeypatch)
     first = asyncio.ensure_future(here.replicate(kv.keys("p", 4), source.address, 60))
     await gate.reached.wait()
@@ -250,7 +250,7 @@ async def test_who_waited_for_a_cancelled_copy_makes_it_himself(kv, pair, monkey
 
 async def test_a_cancelled_copy_frees_everything_on_both_sides(kv, pair, monkeypatch) -> None:
     source, there, target, here = pair
-    await kv.keep(there, "p", 4)
+    await kv.cache(there, "p", 4)
     gate = Gate(monkeypatch)
     asked = asyncio.ensure_future(here.replicate(kv.keys("p", 4), source.address, 60))
     await gate.reached.wait()
@@ -261,7 +261,7 @@ async def test_a_cancelled_copy_frees_everything_on_both_sides(kv, pair, monkeyp
 
 async def test_a_copy_that_takes_too_long_ends_and_frees_everything(kv, pair, monkeypatch) -> None:
     source, there, target, here = pair
-    await kv.keep(there, "p", 4)
+    await kv.cache(there, "p", 4)
     Gate(monkeypatch)
     with pytest.raises(DeadlineExceeded, match=r"within 0\.2 s"):
         await here.replicate(kv.keys("p", 4), source.address, 0.2)
@@ -270,7 +270,7 @@ async def test_a_copy_that_takes_too_long_ends_and_frees_everything(kv, pair, mo
 
 async def test_a_store_that_stops_ends_its_copies_and_the_source_hears_of_it(kv, pair, monkeypatch) -> None:
     source, there, target, here = pair
-    await kv.keep(there, "p", 4)
+    await kv.cache(there, "p", 4)
     gate = Gate(monkeypatch)
     asked = asyncio.ensure_future(here.replicate(kv.keys("p", 4), source.address, 60))
     await gate.reached.wait()
@@ -300,7 +300,7 @@ async def test_a_source_killed_in_the_middle_of_a_copy_is_an_error_and_nothing_i
 
 async def test_others_are_served_while_a_copy_runs(kv, pair, monkeypatch) -> None:
     source, there, _target, here = pair
-    await kv.keep(there, "p", 4)
+    await kv.cache(there, "p", 4)
     gate = Gate(monkeypatch)
     asked = asyncio.ensure_future(here.replicate(kv.keys("p", 4), source.address, 60))
     await gate.reached.wait()
@@ -315,7 +315,7 @@ async def test_others_are_served_while_a_copy_runs(kv, pair, monkeypatch) -> Non
 
 async def test_metrics_count_blocks_bytes_seconds_and_outcomes(kv, pair) -> None:
     source, there, target, here = pair
-    await kv.keep(there, "p", 3)
+    await kv.cache(there, "p", 3)
     await here.replicate(kv.keys("p", 3), source.address, 10)
     with pytest.raises(StoreUnavailable):
         await here.replicate(kv.keys("q", 2), "127.0.0.1:1", 10)
@@ -346,7 +346,7 @@ def test_whatever_stands_where_copies_are_leading_runs_of_the_right_bytes(kv, th
         for client, content in zip(clients, (there, here), strict=True):
             for chain, num_blocks in content.items():
                 if num_blocks:
-                    await kv.keep(client, chain, num_blocks)
+                    await kv.cache(client, chain, num_blocks)
         if num_leased:
             await clients[1].reserve("r1", 1, kv.keys("r1", num_leased), num_leased, 30)
         before = {"a": await clients[1].lookup(kv.keys("a", 8))}

@@ -25,7 +25,7 @@ async def scrape(address: str) -> dict[str, float]:
 async def test_metrics_tell_what_the_books_say(kv, store, attach_to) -> None:
     address = store.serve_metrics("127.0.0.1")
     client = await attach_to(store.address, "prefill-0")
-    await kv.keep(client, "a", 8)
+    await kv.cache(client, "a", 8)
     await kv.hand_off(client, "r1", 3)
     await client.reserve("r2", 1, [], 1, 30)
     await client.abort("r2", 1, WorkerLost("gone"))
@@ -42,7 +42,7 @@ async def test_metrics_tell_what_the_books_say(kv, store, attach_to) -> None:
 async def test_load_is_the_share_of_the_arena_in_use(kv, store, attach_to) -> None:
     assert store.load() == (0, 0, 0, 0.0, 0.0)
     client = await attach_to(store.address, "prefill-0")
-    await kv.keep(client, "a", 2)
+    await kv.cache(client, "a", 2)
     await client.reserve("r1", 1, kv.keys("r1", 2), 2, 30)
     assert store.load() == (1, 1, 1, 0.5, 0.25)
     assert store.accounting() == (8, 2, 2, 4)

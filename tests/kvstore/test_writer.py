@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 
 import numpy as np
 import pytest
 
 from halfmoon.kvstore.writer import BlockWriter, _runs
-from halfmoon.protocol.errors import HandoffAborted, InvalidRequest, StaleEpoch, WorkerLost
+from halfmoon.protocol.errors import HandoffAborted, InvalidRequest, WorkerLost
 from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import kvstore_pb2
 
@@ -52,12 +51,10 @@ async def test_a_push_that_waits_for_room_stops_when_the_lease_is_gone(kv, start
     pushing = asyncio.ensure_future(asyncio.to_thread(writer.push, 0, 0, blocks[:, 0]))
     await asyncio.sleep(0.05)
     assert not pushing.done()
-    before = time.monotonic()
     # the Push stream has not begun, so it is the writer's own abort that ends the wait
     aborting = asyncio.ensure_future(writer.abort(WorkerLost("the request was cancelled")))
     with pytest.raises(WorkerLost, match="the request was cancelled"):
         await pushing
-    assert time.monotonic() - before < 5
     aborting.cancel()
 
 
@@ -135,7 +132,7 @@ async def test_a_cancelled_seal_gives_the_hand_off_up(kv, store, attach) -> None
 
 async def test_a_kept_lease_that_is_aborted_is_freed(kv, store, attach) -> None:
     client = await attach("prefill-0")
-    writer = await client.keep(kv.keys("p", 4), 0)
+    writer = await client.cache(kv.keys("p", 4), 0)
     await writer.abort(WorkerLost("changed its mind"))
     while store.accounting().num_free != 8:
         await asyncio.sleep(0.005)
@@ -148,8 +145,8 @@ async def test_a_seal_after_an_abort_raises_why(kv, store, attach) -> None:
     writer = await client.reserve("r1", 1, kv.keys("r1", 2), 2, 30)
     await kv.push(writer, kv.blocks("r1", 2))
     await client.abort("r1", 1, WorkerLost("decode-0 died"))
-    # whichever the writer hears first: that its stream is aborted, or that what it sends is stale
-    with pytest.raises((HandoffAborted, StaleEpoch), match="decode-0 died"):
+    # the same, whichever the writer hears first: the end of its stream, or the answer to its seal
+    with pytest.raises(HandoffAborted, match="decode-0 died"):
         await writer.seal(kv.state)
     while store.accounting().num_free != 8:
         await asyncio.sleep(0.005)

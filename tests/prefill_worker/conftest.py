@@ -71,7 +71,7 @@ class Site:
     def start(self, token_ids: list[int], name: str, *, into: Site | None = None, **fields: Any) -> Any:
         """A Prefill call. into: whose store the hand-off goes to. fields: of the SequenceSpec or the request."""
         hint = fields.pop("prefix", None)
-        spec: dict[str, Any] = {"num_prompt_tokens": len(token_ids), "deadline_s": 20.0, **fields}
+        spec: dict[str, Any] = {"num_prompt_tokens": len(token_ids), "deadline_s": 600.0, **fields}
         sequence = common_pb2.SequenceSpec(
             request_id=name, token_ids=token_ids, sampling=SamplingParams(temperature=0.0).to_proto(), **spec
         )
@@ -90,7 +90,7 @@ class Site:
     async def client(self, name: str = "decode-x") -> StoreClient:
         return await StoreClient.attach(self.store.address, client_id=name, node_id="node-t", schema=self.worker.engine.schema)
 
-    async def fetch(self, name: str, *, wait_s: float = 5.0) -> Handoff:
+    async def fetch(self, name: str, *, wait_s: float = 60.0) -> Handoff:
         """Reads a hand-off as a decode worker would, and ends it."""
         schema, client = self.worker.engine.schema, await self.client()
         try:

@@ -42,7 +42,7 @@ def slow(engine: Any, seconds: float) -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(60.0):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -225,12 +225,12 @@ async def test_a_short_prompt_does_not_wait_for_a_long_one(make_site: Any) -> No
 
 async def test_an_aborted_hand_off_ends_its_prefill_with_the_reason(make_site: Any) -> None:
     site = await make_site(max_tokens_per_step=8)
-    slow(site.worker.engine, 0.02)
+    slow(site.worker.engine, 0.1)  # 25 steps
     call = site.start(prompt(200), "h")
     await until(lambda: site.store.stats().num_bytes_pushed > 0)
     client = await site.client()
     await client.abort("h", 1, RequestCancelled("the user closed the window"))
-    async with asyncio.timeout(1.0):
+    async with asyncio.timeout(60.0):
         error = await error_of(call)
         await until(lambda: at_rest(site))
     assert isinstance(error, HandoffAborted) and "the user closed the window" in error.message
@@ -251,19 +251,19 @@ async def test_cancelling_in_the_queue_in_the_load_and_in_a_step_leaves_nothing(
 
 async def test_a_deadline_that_passes_in_prefill_says_so(make_site: Any) -> None:
     site = await make_site(max_tokens_per_step=8)
-    slow(site.worker.engine, 0.05)
-    error = await error_of(site.start(prompt(100), "h", deadline_s=0.15))
+    slow(site.worker.engine, 0.2)  # 13 steps
+    error = await error_of(site.start(prompt(100), "h", deadline_s=1.0))
     assert isinstance(error, DeadlineExceeded) and "in prefill" in error.message
     await until(lambda: at_rest(site))
 
 
 async def test_the_death_of_a_hand_offs_store_fails_its_prefill_at_once(make_site: Any) -> None:
     here, there = await make_site("node-t", max_tokens_per_step=8), await make_site("node-u", name="prefill-1")
-    slow(here.worker.engine, 0.02)
+    slow(here.worker.engine, 0.1)
     calls = here.start(prompt(200), "h", into=there), here.start(prompt(100, 1), "own")
     await until(lambda: there.store.stats().num_bytes_pushed > 0)
     await there.store.stop(0.0)
-    async with asyncio.timeout(1.0):
+    async with asyncio.timeout(60.0):
         assert isinstance(await error_of(calls[0]), StoreUnavailable)
         assert isinstance(await error_of(here.start(prompt(200), "h2", into=there)), StoreUnavailable)
     assert (await calls[1]).state.num_tokens == 100

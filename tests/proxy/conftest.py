@@ -301,7 +301,7 @@ class Bench:
         self.peers.append(peer)
         peer.joined.clear()
         await peer.start(self.address)
-        await asyncio.wait_for(peer.joined.wait(), 5)
+        await asyncio.wait_for(peer.joined.wait(), 60)
 
     async def stop(self) -> None:
         await self.router.close()
@@ -315,7 +315,7 @@ class Bench:
         prompt: list[int] | None = None,
         *,
         max_tokens: int = 6,
-        timeout_s: float = 20.0,
+        timeout_s: float = 600.0,
         priority: int = 0,
         slo: tuple[float | None, float | None] = (None, None),
         **sampling: Any,

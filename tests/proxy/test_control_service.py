@@ -73,7 +73,7 @@ async def test_a_stream_that_does_not_say_who_it_is_is_refused(bench: Any, contr
 async def test_the_end_of_a_join_stream_is_the_member_s_end(bench: Any) -> None:
     assert bench.sample("halfmoon_members", role="decode") == 1
     await bench.decodes[0].leave()
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(60):
         while "decode-0" in bench.cluster.members:
             await asyncio.sleep(0.01)
     assert bench.sample("halfmoon_members", role="decode") == 0

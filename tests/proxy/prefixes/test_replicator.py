@@ -140,7 +140,7 @@ class Stage:
 
     async def keep(self, store: StoreServer, keys: list[bytes]) -> None:
         client = await StoreClient.attach(store.address, client_id="c", node_id="elsewhere", schema=self.schema)
-        writer = await client.keep(keys, 0)
+        writer = await client.cache(keys, 0)
         for layer in range(self.schema.num_layers):
             blocks = np.full((len(keys), self.schema.layer_bytes), layer, dtype=np.uint8)
             await asyncio.to_thread(writer.push, layer, 0, blocks)
@@ -156,7 +156,7 @@ class Stage:
         return self.registry.get_sample_value("halfmoon_replications_total", {"outcome": name}) or 0.0
 
     async def until(self, condition: Any) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not condition():
                 await asyncio.sleep(0.005)
 

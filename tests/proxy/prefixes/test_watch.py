@@ -22,7 +22,7 @@ def index_of(bench: Any) -> PrefixIndex:
 
 
 async def settled(condition: Any) -> None:
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -140,7 +140,7 @@ async def test_a_real_store_s_seals_and_evictions_reach_the_index(bench: Any, pe
     keys = [bytes([n]) * 16 for n in range(16)]
 
     async def keep(some: list[bytes]) -> None:
-        writer = await client.keep(some, 0)
+        writer = await client.cache(some, 0)
         for layer in range(schema.num_layers):
             blocks = np.full((len(some), schema.layer_bytes), layer, dtype=np.uint8)
             await asyncio.to_thread(writer.push, layer, 0, blocks)

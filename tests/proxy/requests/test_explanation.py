@@ -21,7 +21,8 @@ GUESS = Predictors.guess().model
 
 
 async def within(seconds: float, awaitable: Any) -> Any:
-    return await asyncio.wait_for(awaitable, seconds)
+    """seconds: on a quiet machine. Far below a request's own 600 s on any: what comes was brought by an event, not by the deadline."""
+    return await asyncio.wait_for(awaitable, 30 * seconds)
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ async def test_refused_requests_are_explained_too(make_bench: Any, peers: Any, e
     assert found.attempts == () and found.ended.startswith("overloaded: 1 requests wait for their first token")
     await stream.cancel("enough")
     await bench.decodes[0].leave()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(60):
         while "decode-0" in bench.cluster.members:
             await asyncio.sleep(0.01)
     nowhere = bench.request()

@@ -22,7 +22,8 @@ TOKEN_BYTES = 2 * 2 * 2 * 8 * 4  # of the peers' schema: layers, K and V, heads,
 
 
 async def within(seconds: float, awaitable: Any) -> Any:
-    return await asyncio.wait_for(awaitable, seconds)
+    """seconds: on a quiet machine. Far below a request's own 600 s on any: what comes was brought by an event, not by the deadline."""
+    return await asyncio.wait_for(awaitable, 30 * seconds)
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def profile(tmp_path: Any) -> str:
 
 
 async def until(condition: Any) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
 

@@ -168,15 +168,15 @@ def test_a_damaged_file_is_named(name: str, content: str, chat_model_folder: Pat
 
 
 async def test_a_long_prompt_is_encoded_in_another_thread(chat_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: list[int] = []
+    threads: dict[str, int] = {}
     encode = Tokenizer.encode
 
     def seen(self: Tokenizer, text: str, **options: bool) -> list[int]:
-        threads.append(threading.get_ident())
+        threads[text] = threading.get_ident()
         return encode(self, text, **options)
 
     monkeypatch.setattr(Tokenizer, "encode", seen)
     long = "word " * INLINE_CHARS
     first, second = await asyncio.gather(chat_tokenizer.encode_aside(long), chat_tokenizer.encode_aside("short"))
-    assert threads[1] == threading.get_ident() != threads[0]
+    assert threads["short"] == threading.get_ident() != threads[long]
     assert (first, second) == (encode(chat_tokenizer, long), encode(chat_tokenizer, "short"))

@@ -46,6 +46,7 @@ from .scheduler import DecodeScheduler
 from .service import start_server
 from .step_samples import StepSamples
 from .steps import DecodeSteps, StepResult
+from .token_feed import TokenFeeds
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class DecodeWorker:
         self.life = WorkerLife(worker_address, self._fail_all)
         self._options = options
         self._config = config
+        self.feeds = TokenFeeds()
         self._jobs: dict[Sequence, DecodeJob] = {}
         self._samples = StepSamples()
 
@@ -110,6 +112,7 @@ class DecodeWorker:
 
     async def stop(self, grace_s: float) -> None:
         """Leaves the proxy, gives running calls grace_s, then ends them and everything else. Idempotent."""
+        self.feeds.drain()
         if not await self.life.leave(grace_s):
             return
         await asyncio.to_thread(self._steps.stop)
@@ -139,7 +142,7 @@ class DecodeWorker:
     def open(self, request: worker_pb2.DecodeRequest) -> DecodeJob:
         """Waits for the hand-off from now on, or computes the prompt; what comes is read from the job. close() has to follow.
 
-        Raises InvalidRequest, PromptTooLong, WorkerLost.
+        Raises InvalidRequest, PromptTooLong, WorkerLost, or Unavailable for a token feed that is not open.
         """
         self.life.require_sound()
         sequence = Sequence.from_proto(request.sequence)
@@ -147,7 +150,7 @@ class DecodeWorker:
         self.scheduler.check(sequence)
         keys = block_keys(self._root, sequence.token_ids, self.engine.page_size)
         loop = asyncio.get_running_loop()
-        job = DecodeJob(request, sequence, keys, loop.create_future())
+        job = DecodeJob(request, sequence, keys, loop.create_future(), self.feeds.enter(request))
         job.timer = loop.call_later(max(sequence.remaining_s, 0.0), self._time_out, job)
         self._jobs[sequence] = job
         job.intake = loop.create_task(self._prefill(job) if job.is_local else self._take_in(job))
@@ -156,6 +159,7 @@ class DecodeWorker:
 
     def close(self, job: DecodeJob) -> None:
         """Nobody reads the job any more: frees everything it holds, unless it has ended. Idempotent."""
+        job.leave_feed()
         self._fail(job, RequestCancelled(f"request {job.sequence.request_id} was cancelled in decode"))
 
     def stop_sequence(self, request_id: str) -> bool:

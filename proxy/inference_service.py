@@ -11,7 +11,7 @@ import grpc.aio
 
 from ..protocol.errors import InvalidRequest
 from ..protocol.grpc_errors import unary_boundary
-from ..protocol.v1 import inference_pb2, inference_pb2_grpc
+from ..protocol.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from .requests.choice_text import TokenText
 from .requests.generate_request import GenerateRequest
 from .requests.generation import GenerationEvent, Generator, TextDelta
@@ -30,13 +30,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     # a coroutine that writes, not a generator: what it holds is let go at the stream's end and not at the collector's leisure
     @unary_boundary
     async def Generate(self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
-        async with await self._generator.open(ask_from_proto(request)) as generation:
+        async with await self._generator.open(request_from_proto(request)) as generation:
             admitted = inference_pb2.GenerateReply.Admitted(
                 request_id=generation.request_id, model=generation.model, num_prompt_tokens=generation.num_prompt_tokens
             )
             await context.write(inference_pb2.GenerateReply(admitted=admitted))
-            async for event in generation:
-                await context.write(_reply(event))
+            while events := await generation.next_events():
+                for event in events:
+                    await context.write(_reply(event))
 
     @unary_boundary
     async def Cancel(self, request: inference_pb2.CancelRequest, context: grpc.aio.ServicerContext) -> inference_pb2.CancelReply:
@@ -51,7 +52,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return inference_pb2.ModelsReply(models=[model])
 
 
-def ask_from_proto(request: inference_pb2.GenerateRequest) -> GenerateRequest:
+def request_from_proto(request: inference_pb2.GenerateRequest) -> GenerateRequest:
     """Raises InvalidRequest where there is no input."""
     kind = request.WhichOneof("input")
     if kind is None:
@@ -84,7 +85,7 @@ def _reply(event: GenerationEvent) -> inference_pb2.GenerateReply:
             delta=inference_pb2.GenerateReply.Delta(
                 index=event.index,
                 text=event.text,
-                tokens=event.tokens,
+                tokens=event.outputs or [common_pb2.TokenOutput(token_id=token_id) for token_id in event.token_ids],
                 token_texts=[token.text for token in event.token_texts],
                 top_texts=[_top_texts(token) for token in event.token_texts],
             )

@@ -135,7 +135,15 @@ class ProxyServer:
 
     async def _start_http(self, listener: socket.socket, generator: Generator) -> None:
         app: Any = create_app(generator, self.registry)
-        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=int(CLOSE_GRACE_S))
+        config = uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=int(CLOSE_GRACE_S),
+        )
         self._http = _HttpServer(config)
         self._http_task = asyncio.create_task(self._http.serve(sockets=[listener]))
         accepting = asyncio.create_task(self._http.accepting.wait())

@@ -17,6 +17,7 @@ from ...protocol.v1 import control_pb2, kvstore_pb2_grpc, worker_pb2_grpc
 from ..conductor.placement import MemberState
 from .assigned_load import AssignedLoad
 from .backlog import Backlog
+from .token_feed import TokenFeed
 
 ROLE_NAMES = {control_pb2.ROLE_PREFILL: "prefill", control_pb2.ROLE_DECODE: "decode", control_pb2.ROLE_STORE: "store"}
 CLOSE_GRACE_S = 1.0  # for calls that are being cancelled
@@ -46,6 +47,7 @@ class Member:
         # typed Any: the generated stubs carry no types
         self.prefill_worker: Any = worker_pb2_grpc.PrefillWorkerStub(self._channel)
         self.decode_worker: Any = worker_pb2_grpc.DecodeWorkerStub(self._channel)
+        self.token_feed = TokenFeed(self.decode_worker, self.title, self._id)
         self.store: Any = kvstore_pb2_grpc.KVStoreStub(self._channel)
         self._gone_callbacks: dict[int, GoneCallback] = {}
         self._numbers = itertools.count()
@@ -113,4 +115,5 @@ class Member:
             callback(self)
 
     async def close(self) -> None:
+        self.token_feed.close()
         await self._channel.close(CLOSE_GRACE_S)

@@ -36,6 +36,9 @@ class Tokenizer:
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         decoder = backend.decoder.__getstate__() if backend.decoder is not None else b""
         self._byte_level = b'"ByteLevel"' in decoder
+        self.is_byte_level = bool(decoder) and json.loads(decoder)["type"] == "ByteLevel"
+        """decode only strings the bytes of its tokens together."""
+        self._decoded_bytes: dict[int, bytes] = {}
         self.byte_fallback = b'"ByteFallback"' in decoder
         added = backend.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
@@ -79,6 +82,14 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
+    def decoded_bytes(self, token_id: int) -> bytes:
+        """What the token adds to what decode gives, special tokens skipped. Of byte-level tokenizers only."""
+        found = self._decoded_bytes.get(token_id)
+        if found is None:
+            piece = "" if self.is_silent(token_id) else self._backend.id_to_token(token_id)
+            found = self._decoded_bytes[token_id] = _piece_bytes(piece)
+        return found
+
     def is_silent(self, token_id: int) -> bool:
         """decode leaves it out: a special token, or an id that no token has."""
         return token_id in self._special or not self._backend.id_to_token(token_id)
@@ -106,11 +117,17 @@ class Tokenizer:
         piece = self._backend.id_to_token(token_id)
         if piece is None:
             return b""
-        if self._byte_level and all(char in _byte_of_char() for char in piece):
-            return bytes(_byte_of_char()[char] for char in piece)
+        if self._byte_level:
+            return _piece_bytes(piece)
         if self.byte_fallback and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes.fromhex(piece[3:5])
         return piece.replace("▁", " ").encode()
+
+
+def _piece_bytes(piece: str) -> bytes:
+    """As the byte-level decoder reads it: its own bytes where a character stands for none, as in some added tokens."""
+    byte_of_char = _byte_of_char()
+    return bytes(byte_of_char[char] for char in piece) if all(char in byte_of_char for char in piece) else piece.encode()
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
+import uvloop
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
@@ -232,7 +233,7 @@ class Face:
     def __init__(self, model_folder: Path, tokenizer: Tokenizer, **config: Any) -> None:
         self.tokenizer = tokenizer
         self.answer = tokenizer.encode(ANSWER, add_special_tokens=False)
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()  # the one that Ray gives its actors
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._config = ProxyConfig(**{"http_port": 0, "grpc_port": 0, "policy": "least_loaded", **config})

@@ -54,7 +54,7 @@ class _OpenFeed:
         self._call.cancel()
 
     async def _read(self) -> None:
-        while (step := await self._call.read()) is not grpc.aio.EOF:
+        async for step in self._call:
             self.opened.set()
             self._deliver(step)
 

@@ -17,9 +17,10 @@ from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from ...protocol.errors import UnknownModel
+from ..request_process import RequestProcess
 from ..requests.generation import ChoiceEnd, Generation, Generator
 from ..requests.readiness import missing_parts
-from .body import BodyRoute
+from .body import body_route
 from .chunks import ChunkWriter, to_json
 from .errors import install_error_handlers
 from .event_stream import EventStream, until_disconnect
@@ -27,25 +28,25 @@ from .replies import ChatShape, CompletionShape, Shape, WholeChoice
 from .types import ChatBody, CompletionBody
 
 
-def create_app(generator: Generator, registry: CollectorRegistry) -> FastAPI:
+def create_app(generator: Generator, registry: CollectorRegistry, process: RequestProcess) -> FastAPI:
     app = FastAPI(title="Halfmoon", docs_url=None, redoc_url=None)
     install_error_handlers(app)
-    app.router.route_class = BodyRoute
+    app.router.route_class = body_route(process)
     started = int(time.time())
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
-        asked = body.to_generate_request(_request_id(request))
-        generation = await generator.open(asked)
-        echoes = [prompt if isinstance(prompt, str) else generator.decode(prompt) for prompt in body.prompts] if body.echo else []
-        shape = CompletionShape(generation, n=asked.n, wants_logprobs=body.logprobs is not None, echoes=echoes)
+        generate_request = body.to_generate_request(_request_id(request))
+        generation = await generator.open(generate_request)
+        echoes = await generator.decode_aside(body.prompts) if body.echo else []
+        shape = CompletionShape(generation, n=generate_request.n, wants_logprobs=body.logprobs is not None, echoes=echoes)
         return await _reply(request, generation, shape, stream=bool(body.stream), wants_usage=body.wants_usage)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
-        asked = body.to_generate_request(_request_id(request))
-        generation = await generator.open(asked)
-        shape = ChatShape(generation, n=asked.n, wants_logprobs=bool(body.logprobs))
+        generate_request = body.to_generate_request(_request_id(request))
+        generation = await generator.open(generate_request)
+        shape = ChatShape(generation, n=generate_request.n, wants_logprobs=bool(body.logprobs))
         return await _reply(request, generation, shape, stream=bool(body.stream), wants_usage=body.wants_usage)
 
     @app.get("/v1/models")

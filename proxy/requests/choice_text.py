@@ -71,8 +71,8 @@ class ChoiceText:
             return ""
         text = self._detokenizer.push(token_id)
         self._text_len += len(text)
-        # stop strings count from behind the min_tokens-th token, as in vLLM
-        return text if self.num_tokens <= self._params.min_tokens else self._stops.push(text)
+        # as in vLLM, a stop string must end behind the min_tokens-th token, wherever it begins
+        return self._stops.push_exempt(text) if self.num_tokens <= self._params.min_tokens else self._stops.push(text)
 
     def _token_text(self, token: common_pb2.TokenOutput) -> TokenText:
         top = [TopText(*self._spelled(found.token_id), found.logprob) for found in token.top_logprobs]

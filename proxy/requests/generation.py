@@ -13,6 +13,7 @@ import asyncio
 import time
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -172,8 +173,9 @@ class Generator:
         """What the workers can hold; before any joined, what the model was made for."""
         return self.router.max_model_len or self.card.max_model_len
 
-    def decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids)
+    async def decode_aside(self, prompts: Sequence[str | list[int]]) -> list[str]:
+        """The texts of prompts."""
+        return [prompt if isinstance(prompt, str) else await self._tokenizer.decode_aside(prompt) for prompt in prompts]
 
     async def open(self, request: GenerateRequest) -> Generation:
         """Raises InvalidRequest, or what Router.open raises; nothing is left running then."""

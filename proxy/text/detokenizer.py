@@ -117,6 +117,7 @@ class StopStrings:
         self._stops = tuple(dict.fromkeys(stop for stop in stops if stop))
         self._longest = max(map(len, self._stops), default=0)
         self._held = ""
+        self._num_exempt = 0  # characters of held in which no stop string may end
         self.matched: str | None = None
 
     def push(self, text: str) -> str:
@@ -126,18 +127,30 @@ class StopStrings:
         if not self._stops:
             return text
         self._held += text
-        ends = [(start + len(stop), start, stop) for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        ends = [(start + len(stop), start, stop) for stop in self._stops if (start := self._find(stop)) >= 0]
         if ends:
             _, start, self.matched = min(ends)
             out, self._held = self._held[:start], ""
             return out
         out, self._held = self._split(self._held)
+        self._num_exempt = max(self._num_exempt - len(out), 0)
+        return out
+
+    def push_exempt(self, text: str) -> str:
+        """As push, of text in which no stop string counts. One that begins in it may still end behind it."""
+        if not self._stops:
+            return text
+        out, self._held = self._split(self._held + text)
+        self._num_exempt = len(self._held)
         return out
 
     def finish(self) -> str:
         """What was held back in case it would become a stop string."""
         out, self._held = self._held, ""
         return out
+
+    def _find(self, stop: str) -> int:
+        return self._held.find(stop, max(self._num_exempt - len(stop) + 1, 0))
 
     def _split(self, text: str) -> tuple[str, str]:
         for start in range(max(0, len(text) - self._longest + 1), len(text)):

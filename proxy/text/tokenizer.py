@@ -20,12 +20,13 @@ from ...protocol.errors import CheckpointError, InvalidRequest
 from .chat_template import ChatMessage, ChatTemplate
 
 INLINE_CHARS = 4096  # about a millisecond of encoding; a longer text goes to a thread
+INLINE_TOKENS = 4096  # about a millisecond of decoding
 _TURN_CHARS = 64  # what a turn costs a template, in characters of text
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
-    """Thread-safe. Two threads may encode at the same time: the library lets go of the interpreter's lock."""
+    """Thread-safe. The library lets go of the interpreter's lock in its batch calls alone: what is long goes through them, in a thread."""
 
     def __init__(self, backend: RustTokenizer, *, special_tokens: dict[str, Any], chat_template: ChatTemplate | None) -> None:
         backend.no_truncation()
@@ -73,11 +74,21 @@ class Tokenizer:
 
     async def encode_all_aside(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """As encode_aside, of texts that are long together, too."""
-
-        def encode_all() -> list[list[int]]:
+        if sum(map(len, texts)) <= INLINE_CHARS:
             return [self.encode(text, add_special_tokens=add_special_tokens) for text in texts]
 
-        return encode_all() if sum(map(len, texts)) <= INLINE_CHARS else await asyncio.to_thread(encode_all)
+        def encode_batch() -> list[list[int]]:
+            found = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+            return [encoding.ids for encoding in found]
+
+        return await asyncio.to_thread(encode_batch)
+
+    async def decode_aside(self, token_ids: Sequence[int]) -> str:
+        """As decode; many tokens in a thread."""
+        if len(token_ids) <= INLINE_TOKENS:
+            return self.decode(token_ids)
+        (text,) = await asyncio.to_thread(self._backend.decode_batch, [token_ids])
+        return text
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -86,8 +97,8 @@ class Tokenizer:
         """What the token adds to what decode gives, special tokens skipped. Of byte-level tokenizers only."""
         found = self._decoded_bytes.get(token_id)
         if found is None:
-            piece = "" if self.is_silent(token_id) else self._backend.id_to_token(token_id)
-            found = self._decoded_bytes[token_id] = _piece_bytes(piece)
+            piece = None if token_id in self._special else self._backend.id_to_token(token_id)
+            found = self._decoded_bytes[token_id] = _piece_bytes(piece or "")
         return found
 
     def is_silent(self, token_id: int) -> bool:

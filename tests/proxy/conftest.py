@@ -150,13 +150,16 @@ class Feeds:
     """The token feeds of scripted workers: each token is a message of its own."""
 
     def __init__(self) -> None:
-        self._steps: dict[str, asyncio.Queue[worker_pb2.StepTokens]] = {}
+        self._steps: dict[str, asyncio.Queue[worker_pb2.StepTokens | None]] = {}
+        self._flowing = asyncio.Event()
+        self._flowing.set()
 
     async def serve(self, request: worker_pb2.TokensRequest, context: Any) -> None:
         steps = self._steps[request.feed_id] = asyncio.Queue()
         await context.write(worker_pb2.StepTokens())
-        while True:
-            await context.write(await steps.get())
+        while (step := await steps.get()) is not None:
+            await self._flowing.wait()
+            await context.write(step)
 
     def give(self, request: worker_pb2.DecodeRequest, token: common_pb2.TokenOutput) -> None:
         assert request.feed_id and request.call
@@ -168,6 +171,16 @@ class Feeds:
             step.token_ids.append(token.token_id)
         self._steps[request.feed_id].put_nowait(step)
 
+    def end(self) -> None:
+        for steps in self._steps.values():
+            steps.put_nowait(None)
+
+    def hold(self) -> None:
+        self._flowing.clear()
+
+    def release(self) -> None:
+        self._flowing.set()
+
 
 class DecodePeer(Peer, worker_pb2_grpc.DecodeWorkerServicer):
     before_token: Callable[[int], Awaitable[None]] = staticmethod(nothing)  # with the token's output index
@@ -178,6 +191,8 @@ class DecodePeer(Peer, worker_pb2_grpc.DecodeWorkerServicer):
         super().__init__(role, number, board, store)
         self.stops: dict[str, asyncio.Event] = {}
         self.feeds = Feeds()
+        self.finished = asyncio.Event()  # a call has said so
+        self.tokens_first = False  # all of them, before the admission
 
     def register(self, server: grpc.aio.Server) -> None:
         worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self, server)
@@ -203,7 +218,9 @@ class DecodePeer(Peer, worker_pb2_grpc.DecodeWorkerServicer):
         first = len(sequence.token_ids) - len(prompt)
         await self.before_token(first)
         state.first_token.token_id = token_at(prompt, first)
-        yield worker_pb2.DecodeReply(admitted=worker_pb2.DecodeReply.Admitted(state=state))
+        admitted = worker_pb2.DecodeReply(admitted=worker_pb2.DecodeReply.Admitted(state=state))
+        if not self.tokens_first:
+            yield admitted
         reason, num_tokens = common_pb2.FINISH_REASON_LENGTH, 1
         for index in range(first + 1, sequence.sampling.max_tokens):
             await self.before_token(index)
@@ -212,9 +229,13 @@ class DecodePeer(Peer, worker_pb2_grpc.DecodeWorkerServicer):
                 break
             num_tokens += 1
             self.feeds.give(request, common_pb2.TokenOutput(token_id=token_at(prompt, index)))
+        if self.tokens_first:
+            await asyncio.sleep(0.1)  # so that they are there before it
+            yield admitted
         await self.before_finished()
         phases = common_pb2.DecodePhases(first_decode_s=0.0625, decode_s=0.03125, num_preemptions=1)
         yield worker_pb2.DecodeReply(finished=worker_pb2.DecodeReply.Finished(reason=reason, phases=phases, num_tokens=num_tokens))
+        self.finished.set()
 
     @unary_boundary
     async def Tokens(self, request: worker_pb2.TokensRequest, context: grpc.aio.ServicerContext) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.v1 import common_pb2
 from halfmoon.proxy.request import ProxyRequest
@@ -43,6 +45,23 @@ def test_stop_strings_do_not_count_before_min_tokens(chat_tokenizer: Tokenizer) 
     text = choice_text(chat_tokenizer, ("quick", "lazy"), min_tokens=3)
     assert push(text, chat_tokenizer, "The quick brown fox lazy").text == "The quick brown fox "
     assert text.matched_stop == "lazy"
+
+
+@pytest.mark.parametrize(("min_tokens", "matched"), [(1, "quick"), (2, None), (3, None)])
+def test_a_stop_string_that_ends_with_the_last_of_min_tokens_is_text(
+    min_tokens: int, matched: str | None, chat_tokenizer: Tokenizer
+) -> None:
+    """vLLM looks for stop strings once more than min_tokens tokens are there, and for those that end in what came after them."""
+    text = choice_text(chat_tokenizer, ("quick",), min_tokens=min_tokens)
+    pushed = push(text, chat_tokenizer, "The quick brown")  # "quick" ends with the second token
+    assert (text.matched_stop, pushed.text + text.finish()) == (matched, "The " if matched else "The quick brown")
+    assert text.num_tokens == (2 if matched else 3)
+
+
+def test_a_stop_string_that_ends_behind_min_tokens_counts_wherever_it_begins(chat_tokenizer: Tokenizer) -> None:
+    text = choice_text(chat_tokenizer, ("quick brown",), min_tokens=2)
+    assert push(text, chat_tokenizer, "The quick brown fox").text == "The "
+    assert (text.matched_stop, text.num_tokens) == ("quick brown", 3)
 
 
 def test_an_end_token_leaves_no_text_unless_it_is_ignored(chat_tokenizer: Tokenizer) -> None:

@@ -171,3 +171,21 @@ def test_no_more_is_held_than_may_become_a_stop_string(pieces: list[str], stops:
             return
         held = seen[len(out) :]
         assert held == "" or any(stop.startswith(held) for stop in stops)
+
+
+@given(
+    exempt=st.lists(st.text("abc", max_size=3), max_size=4),
+    pieces=st.lists(st.text("abc", max_size=3), max_size=6),
+    stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+)
+@settings(max_examples=300)
+def test_a_stop_string_counts_where_it_ends_behind_the_exempt_text(exempt: list[str], pieces: list[str], stops: list[str]) -> None:
+    checker = StopStrings(stops)
+    out = "".join([*map(checker.push_exempt, exempt), *map(checker.push, pieces)]) + checker.finish()
+    text, num_exempt = "".join([*exempt, *pieces]), len("".join(exempt))
+    for end in range(num_exempt + 1, len(text) + 1):
+        matches = [stop for stop in stops if text[:end].endswith(stop)]
+        if matches:
+            text = text[: end - len(max(matches, key=len))]
+            break
+    assert out == text

@@ -9,6 +9,7 @@ Gap:   a heartbeat on the proxy's event loop; its longest delay while one reques
 Token: once every stream has its first token, the workers give each a token a step; the proxy's process time (user + system, all
        its threads) from before the first of those steps until every client has the last token, over the tokens. A step lasts
        --step-us-per-stream times the streams, so that nothing piles up and no two tokens share a message. No heartbeat meanwhile.
+Floor: the same streams of the same sizes from a process that has the two servers and nothing else.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from front_peers import LAST_TEXT, clients_process, proxy_process, workers_process
+from front_peers import LAST_TEXT, bare_process, clients_process, proxy_process, workers_process
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -165,6 +166,31 @@ class Front:
         asyncio.run(call())
 
 
+class Floor:
+    """The two servers alone."""
+
+    def __init__(self, loop: str) -> None:
+        self.process = Process(bare_process, loop)
+        self.clients = Process(clients_process, loop, *self.process.pipe.recv())
+
+    def end(self) -> None:
+        self.clients.end()
+        self.process.end()
+
+    def token_cost_us(self, face: str, num_streams: int, num_tokens: int, step_s: float) -> float:
+        self.clients.pipe.send(("open", face, num_streams, num_tokens + 1))
+        self.clients.expect("started")
+        time.sleep(0.5)
+        cpu_s = self.process.ask("cpu")
+        self.process.pipe.send(("go", num_tokens, step_s))
+        self.process.expect("done")
+        self.clients.expect("over")
+        cpu_s = self.process.ask("cpu") - cpu_s
+        self.process.pipe.send("finish")
+        self.clients.pipe.recv()
+        return 1e6 * cpu_s / (num_streams * num_tokens)
+
+
 def gaps(front: Front) -> dict[str, dict[str, float]]:
     text = "".join(corpus(NUM_CHARS))[:NUM_CHARS]
     rng = random.Random(0)
@@ -174,8 +200,10 @@ def gaps(front: Front) -> dict[str, dict[str, float]]:
     sends: dict[str, Callable[[], None]] = {
         "nothing": lambda: time.sleep(1.0),
         "HTTP, 500 k characters": lambda: front.post(text),
+        "HTTP, 128 k token ids": lambda: front.post(token_ids[:128_000]),
         "HTTP, 1 M token ids": lambda: front.post(token_ids),
         "gRPC, 500 k characters": lambda: front.generate(prompt=text),
+        "gRPC, 128 k token ids": lambda: front.generate(tokens=inference_pb2.TokenIds(token_ids=token_ids[:128_000])),
         "gRPC, 1 M token ids": lambda: front.generate(tokens=inference_pb2.TokenIds(token_ids=token_ids)),
         "GET /metrics": front.scrape,
     }
@@ -214,11 +242,11 @@ def show(document: dict[str, Any]) -> None:
         values = (row[key] for key in ("longest_gap_ms", "worst_gap_ms", "request_ms", "proxy_cpu_ms"))
         table.add_row(name, *(f"{value:.1f}" for value in values))
     console.print(table)
-    table = Table("face", "streams", "CPU us/token", "runs", "tokens/s", "messages/token", "longest gap ms", title="a streamed token")
+    table = Table("face", "streams", "CPU us/token", "runs", "floor", "tokens/s", "messages/token", "gap ms", title="a streamed token")
     table.caption = f"an idle proxy takes {document['idle_cpu_share']:.2%} of a core, which is in these figures"
     for row in document["tokens"]:
         runs = " ".join(f"{value:.0f}" for value in row["runs_us"])
-        rest = (f"{row['tokens_per_s']:.0f}", f"{row['messages_per_token']:.2f}", f"{row['longest_gap_ms']:.1f}")
+        rest = (f"{row['floor_us']:.1f}", f"{row['tokens_per_s']:.0f}", f"{row['messages_per_token']:.2f}", f"{row['longest_gap_ms']:.1f}")
         table.add_row(row["face"], str(row["streams"]), f"{row['cpu_us_per_token']:.1f}", runs, *rest)
     console.print(table)
 
@@ -227,7 +255,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     document: dict[str, Any] = {"environment": environment(arguments.loop), "arguments": vars(arguments) | {"json": None}}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = write_model(Path(folder))
-        front = Front(arguments.loop, Path(folder), tokenizer)
+        front, floor = Front(arguments.loop, Path(folder), tokenizer), Floor(arguments.loop)
         try:
             document["gaps"] = {} if arguments.no_gaps else gaps(front)
             document["tokens"] = []
@@ -239,11 +267,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     runs = [front.token_cost(face, num_streams, num_tokens, step_s) for _ in range(arguments.runs)]
                     watched = front.token_cost(face, num_streams, num_tokens, step_s, watch=True)
                     row: dict[str, Any] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+                    floors = [floor.token_cost_us(face, num_streams, num_tokens, step_s) for _ in range(arguments.runs)]
+                    row["floor_us"] = statistics.median(floors)
                     row["longest_gap_ms"] = watched["longest_gap_ms"]
                     row |= {"face": face, "streams": num_streams, "runs_us": [run["cpu_us_per_token"] for run in runs]}
                     document["tokens"].append(row)
         finally:
             front.end()
+            floor.end()
     return document
 
 

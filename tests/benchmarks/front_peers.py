@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import time
 import uuid
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import grpc
 import grpc.aio
+import uvicorn
 
 from halfmoon.protocol.channel import create_server, open_channel
 from halfmoon.protocol.config import ModelOptions, ProxyConfig
@@ -91,6 +94,79 @@ async def _longest_gap_s(over: asyncio.Event) -> float:
         now = time.perf_counter()
         longest_s, last = max(longest_s, now - last - HEARTBEAT_S), now
     return longest_s
+
+
+# the floor: what the two servers cost by themselves
+
+
+def bare_process(pipe: Connection, loop: str) -> None:
+    run(_bare(pipe), loop)
+
+
+async def _bare(pipe: Connection) -> None:
+    """Streams of ready-made messages with nothing behind them: cpu, ("go", …) and finish as the proxy and the workers have them."""
+    steps = BareSteps()
+    server, port = create_server("127.0.0.1", 0)
+    handler = grpc.unary_stream_rpc_method_handler(
+        steps.serve_grpc, inference_pb2.GenerateRequest.FromString, inference_pb2.GenerateReply.SerializeToString
+    )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("halfmoon.v1.Inference", {"Generate": handler}),))
+    await server.start()
+    listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    config = uvicorn.Config(
+        steps.serve_http, interface="asgi3", http="httptools", ws="none", lifespan="off", log_config=None, access_log=False
+    )
+    http = uvicorn.Server(config)
+    serving = asyncio.create_task(http.serve(sockets=[listener]))
+    pipe.send((f"127.0.0.1:{listener.getsockname()[1]}", f"127.0.0.1:{port}"))
+    while (what := await command(pipe)) != "end":
+        if what == "cpu":
+            pipe.send(time.process_time())
+        elif what == "finish":
+            steps.give("")
+        else:
+            _, num_tokens, period_s = what
+            for index in range(num_tokens):
+                steps.give(" word" if index < num_tokens - 1 else LAST_TEXT)
+                await asyncio.sleep(period_s)
+            pipe.send("done")
+    http.should_exit = True
+    await serving
+    await server.stop(0)
+
+
+class BareSteps:
+    """give(text): to every open stream, as messages of the size that the proxy's have; "" ends them."""
+
+    def __init__(self) -> None:
+        self._queues: dict[asyncio.Queue[str], None] = {}
+
+    def give(self, text: str) -> None:
+        for queue in self._queues:
+            queue.put_nowait(text)
+
+    async def _texts(self) -> AsyncIterator[str]:
+        queue: asyncio.Queue[str] = asyncio.Queue()
+        self._queues[queue] = None
+        yield " first"
+        while text := await queue.get():
+            yield text
+        del self._queues[queue]
+
+    async def serve_grpc(self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+        token = common_pb2.TokenOutput(token_id=9)
+        async for text in self._texts():
+            await context.write(inference_pb2.GenerateReply(delta=inference_pb2.GenerateReply.Delta(text=text, tokens=[token])))
+
+    async def serve_http(self, scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        pad = "x" * 200
+        async for text in self._texts():
+            body = f'data: {{"{pad}":"{text}"}}\n\n'.encode()
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
 
 # the workers

@@ -17,6 +17,7 @@ from ..engine.sequence import Sequence
 from ..kvstore.client import BlockReader
 from ..protocol.errors import DeadlineExceeded, HalfmoonError
 from ..protocol.v1 import common_pb2, worker_pb2
+from .token_feed import TokenFeed
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +26,7 @@ class DecodeJob:
     sequence: Sequence
     block_keys: list[bytes]  # of the full blocks that the hand-off brings
     granted: asyncio.Future[None]  # the scheduler gave it pages
+    feed: TokenFeed | None = None  # takes the tokens after the first, where the proxy has opened one
     intake: asyncio.Task[None] | None = None  # takes in the hand-off
     reader: BlockReader | None = None
     transport: str = ""  # of the reader's store
@@ -37,6 +39,7 @@ class DecodeJob:
     error: HalfmoonError | None = None
     may_finish: bool = False  # its blocks are kept, or that takes too long: the client may be told of the end
     changed: asyncio.Event = field(default_factory=asyncio.Event)  # there is something to send
+    num_given_tokens: int = 0  # the first included
     num_preemptions: int = 0
     arrived_at: float = field(default_factory=time.monotonic)
     sealed_at: float = 0.0
@@ -62,20 +65,32 @@ class DecodeJob:
         """The first token counts as sent now."""
         self.state = state
         self.admitted_at = self.last_token_at = time.monotonic()
-        self.unsent.append(state.first_token)
+        self.num_given_tokens = 1
+        if self.feed is None:
+            self.unsent.append(state.first_token)
         self.changed.set()
 
     def push(self, token: common_pb2.TokenOutput) -> None:
         """A token after the first one."""
         self.last_token_at = time.monotonic()
         self.second_token_at = self.second_token_at or self.last_token_at
-        self.unsent.append(token)
-        self.changed.set()
+        self.num_given_tokens += 1
+        if self.feed is not None:
+            self.feed.add(self.request.call, token)
+        else:
+            self.unsent.append(token)
+            self.changed.set()
 
     def let_finish(self) -> None:
         """Idempotent."""
         self.may_finish = True
         self.changed.set()
+
+    def leave_feed(self) -> None:
+        """Nobody reads it any more. Idempotent."""
+        feed, self.feed = self.feed, None
+        if feed is not None:
+            feed.leave()
 
     async def replies(self) -> AsyncIterator[worker_pb2.DecodeReply]:
         """Until it has ended; raises the error that ended it. Tokens that came meanwhile go in one message."""
@@ -95,7 +110,10 @@ class DecodeJob:
             elif self.error is not None:
                 raise self.error
             elif self.finish_reason is not None and self.may_finish:
-                yield worker_pb2.DecodeReply(finished=worker_pb2.DecodeReply.Finished(reason=self.finish_reason, phases=self.phases()))
+                finished = worker_pb2.DecodeReply.Finished(
+                    reason=self.finish_reason, phases=self.phases(), num_tokens=self.num_given_tokens
+                )
+                yield worker_pb2.DecodeReply(finished=finished)
                 return
 
     def phases(self) -> common_pb2.DecodePhases:

@@ -10,10 +10,13 @@ import grpc.aio
 from ..protocol.grpc_errors import stream_boundary, unary_boundary
 from ..protocol.v1 import worker_pb2, worker_pb2_grpc
 from .job import DecodeJob
+from .token_feed import TokenFeeds
 
 
 class Decoder(Protocol):
     """The decode half, as its face sees it."""
+
+    feeds: TokenFeeds
 
     def open(self, request: worker_pb2.DecodeRequest) -> DecodeJob: ...
 
@@ -37,6 +40,17 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                 yield reply
         finally:
             self._worker.close(job)
+
+    # a coroutine that writes, not a generator: the feed is closed at the stream's end and not at the collector's leisure
+    @unary_boundary
+    async def Tokens(self, request: worker_pb2.TokensRequest, context: grpc.aio.ServicerContext) -> None:
+        feed = self._worker.feeds.open(request.feed_id)
+        try:
+            await context.write(worker_pb2.StepTokens())
+            while (step := await feed.next_step()) is not None:
+                await context.write(step)
+        finally:
+            self._worker.feeds.close(feed)
 
     @unary_boundary
     async def Stop(self, request: worker_pb2.StopRequest, context: grpc.aio.ServicerContext) -> worker_pb2.StopReply:

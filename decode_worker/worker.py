@@ -41,6 +41,7 @@ from .scheduler import DecodeScheduler
 from .service import DecodeService
 from .step_samples import StepSamples
 from .steps import DecodeSteps, StepResult
+from .token_feed import TokenFeeds
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class DecodeHalf:
 
     def __init__(self, config: DecodeConfig) -> None:
         self._config = config
+        self.feeds = TokenFeeds()
         self._jobs: dict[Sequence, DecodeJob] = {}
         self._samples = StepSamples()
 
@@ -82,6 +84,9 @@ class DecodeHalf:
     def take_role(self, role: WorkerRole) -> None:
         """What is sent here is served in every role."""
 
+    def leave(self) -> None:
+        self.feeds.drain()
+
     def load(self) -> HalfLoad:
         """Calls whose hand-off has not begun count as waiting, too."""
         num_running = self.scheduler.num_running
@@ -97,7 +102,7 @@ class DecodeHalf:
     def open(self, request: worker_pb2.DecodeRequest) -> DecodeJob:
         """Waits for the hand-off from now on, or computes the prompt; what comes is read from the job. close() has to follow.
 
-        Raises InvalidRequest, PromptTooLong, WorkerLost.
+        Raises InvalidRequest, PromptTooLong, WorkerLost, or Unavailable for a token feed that is not open.
         """
         self._life.require_sound()
         sequence = Sequence.from_proto(request.sequence)
@@ -106,7 +111,7 @@ class DecodeHalf:
         self.scheduler.check(sequence)
         keys = block_keys(self._worker.root, sequence.token_ids, self._facts.page_size)
         loop = asyncio.get_running_loop()
-        job = DecodeJob(request, sequence, keys, loop.create_future())
+        job = DecodeJob(request, sequence, keys, loop.create_future(), self.feeds.enter(request))
         job.timer = loop.call_later(max(sequence.remaining_s, 0.0), self._time_out, job)
         self._jobs[sequence] = job
         job.intake = loop.create_task(self._prefill(job) if job.is_local else self._take_in(job))
@@ -115,6 +120,7 @@ class DecodeHalf:
 
     def close(self, job: DecodeJob) -> None:
         """Nobody reads the job any more: frees everything it holds, unless it has ended. Idempotent."""
+        job.leave_feed()
         self._fail(job, RequestCancelled(f"request {job.sequence.request_id} was cancelled in decode"))
 
     def stop_sequence(self, request_id: str) -> bool:

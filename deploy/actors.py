@@ -36,6 +36,7 @@ class ProxyActor:
     async def start(self) -> tuple[str, str]:
         """(HTTP, gRPC) addresses."""
         endpoints = await self._server.start()
+        self._server.warm_up()
         return endpoints.http, endpoints.grpc
 
     async def run(self) -> None:

@@ -76,6 +76,10 @@ class Half(Protocol):
 
     def fail_all(self, error: WorkerLost) -> None: ...
 
+    def leave(self) -> None:
+        """The worker leaves the proxy: streams that no call owns end with their last call."""
+        ...
+
 
 class Worker:
     """Everything but the executor's and the step loop's calls happens on the event loop that start() runs on.
@@ -148,6 +152,8 @@ class Worker:
 
     async def stop(self, grace_s: float) -> None:
         """Leaves the proxy, gives running calls grace_s, then ends them and everything else. Idempotent."""
+        for half in self._halves.values():
+            half.leave()
         if not await self.life.leave(grace_s):
             return
         await asyncio.to_thread(self.steps.stop)

@@ -199,6 +199,9 @@ class PrefillHalf:
             if job.client is client:
                 job.fail(StoreUnavailable(f"the KV store at {client.address} is gone; the hand-off with it", address=client.address))
 
+    def leave(self) -> None:
+        """Every stream is a call's own."""
+
     def fail_all(self, error: WorkerLost) -> None:
         for job in list(self._jobs.values()):
             job.fail(error)

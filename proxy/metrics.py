@@ -11,7 +11,7 @@ from collections import Counter, deque
 from prometheus_client import CollectorRegistry
 
 from ..protocol import metrics as specs
-from ..protocol.exporter import counter, gauge, histogram
+from ..protocol.exporter import LightCounter, LightHistogram, counter, gauge, histogram
 from ..protocol.v1 import common_pb2, control_pb2
 from .conductor.placement import NO_SLO, Slo
 from .request import RequestState
@@ -51,7 +51,7 @@ class ProxyMetrics:
         self._ttft = histogram(specs.TIME_TO_FIRST_TOKEN, registry)
         self._prefill_done = histogram(specs.TIME_TO_PREFILL_DONE, registry)
         self._tpot = histogram(specs.TIME_PER_OUTPUT_TOKEN, registry)
-        self._itl = histogram(specs.INTER_TOKEN_LATENCY, registry)
+        self._itl = LightHistogram(specs.INTER_TOKEN_LATENCY, registry)
         self._e2e = histogram(specs.E2E_REQUEST_LATENCY, registry)
         phase = histogram(specs.REQUEST_PHASE, registry)
         self._phases = {name: phase.labels(name) for name in PHASES}
@@ -60,7 +60,7 @@ class ProxyMetrics:
         self._states = {state: states.labels(state.value) for state in RequestState}
         self._replays = counter(specs.REQUEST_REPLAYS, registry)
         self._prompt_tokens = counter(specs.PROMPT_TOKENS, registry)
-        self._generation_tokens = counter(specs.GENERATION_TOKENS, registry)
+        self._generation_tokens = LightCounter(specs.GENERATION_TOKENS, registry)
         self._members = gauge(specs.MEMBERS, registry)
         self._placements = counter(specs.PLACEMENTS, registry)
         self._decisions = counter(specs.DECISIONS, registry)
@@ -131,10 +131,9 @@ class ProxyMetrics:
 
     def tokens_sent(self, num_tokens: int, gap_s: float | None) -> None:
         """gap_s: since the tokens before, shared evenly among these; None for a request's first."""
-        self._generation_tokens.inc(num_tokens)
+        self._generation_tokens.value += num_tokens
         if gap_s is not None:
-            for _ in range(num_tokens):
-                self._itl.observe(gap_s / num_tokens)
+            self._itl.observe(gap_s / num_tokens, num_tokens)
 
     def finished(self, record: common_pb2.PhaseRecord, num_tokens: int, slo: Slo = NO_SLO) -> None:
         """A request that came to its own end, with its record."""

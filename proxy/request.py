@@ -44,7 +44,8 @@ class ProxyRequest:
 
 
 class Tokens(NamedTuple):
-    tokens: list[common_pb2.TokenOutput]
+    token_ids: list[int]
+    outputs: list[common_pb2.TokenOutput]  # one for each token where logprobs were asked for, else none
 
 
 class Finished(NamedTuple):

@@ -26,7 +26,7 @@ from ..protocol.channel import create_server
 from ..protocol.config import ModelOptions, ProxyConfig
 from ..protocol.errors import ConfigError
 from ..protocol.schema import KVSchema
-from ..protocol.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from ..protocol.v1 import control_pb2, control_pb2_grpc, inference_pb2
 from .control_service import ControlService
 from .inference_service import InferenceService
 from .members.cluster import Cluster
@@ -34,6 +34,7 @@ from .metrics import ProxyMetrics
 from .model_card import ModelCard
 from .openai.body import MAX_BODY_BYTES
 from .openai.http import create_app
+from .request_process import RequestProcess
 from .requests.generation import Generator
 from .requests.router import Router
 from .text.tokenizer import Tokenizer
@@ -87,6 +88,7 @@ class ProxyServer:
         self.card = ModelCard.from_folder(model_folder, options, schema.dtype)
         self.cluster = Cluster(metrics, schema)
         self.router = Router(config, self.cluster, metrics, eos_token_ids=self.card.eos_token_ids)
+        self._request_process = RequestProcess()
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] - made by its __init__
         self._grpc: grpc.aio.Server | None = None
         self._http: _HttpServer | None = None
@@ -110,6 +112,10 @@ class ProxyServer:
         logger.info("serving %s at http://%s (OpenAI) and %s (gRPC)", self.card.name, endpoints.http, endpoints.grpc)
         return endpoints
 
+    def warm_up(self) -> None:
+        """Starts at once what the first large request would wait a second for."""
+        self._request_process.warm_up()
+
     async def stop(self, grace_s: float) -> None:
         """Takes no more requests, waits up to grace_s for those under way, cancels the rest, closes. Idempotent."""
         await self._health.enter_graceful_shutdown()
@@ -123,9 +129,10 @@ class ProxyServer:
         await self.cluster.close()
         if self._grpc is not None:
             await self._grpc.stop(CLOSE_GRACE_S)
+        await self._request_process.close()
 
     async def _start_grpc(self, server: grpc.aio.Server, generator: Generator) -> None:
-        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(generator), server)
+        InferenceService(generator, self._request_process).add_to(server)
         control_pb2_grpc.add_ControlServicer_to_server(ControlService(self.router, self.card.name), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -134,8 +141,16 @@ class ProxyServer:
         await server.start()
 
     async def _start_http(self, listener: socket.socket, generator: Generator) -> None:
-        app: Any = create_app(generator, self.registry)
-        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=int(CLOSE_GRACE_S))
+        app: Any = create_app(generator, self.registry, self._request_process)
+        config = uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=int(CLOSE_GRACE_S),
+        )
         self._http = _HttpServer(config)
         self._http_task = asyncio.create_task(self._http.serve(sockets=[listener]))
         accepting = asyncio.create_task(self._http.accepting.wait())

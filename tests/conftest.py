@@ -120,6 +120,12 @@ def faces() -> Any:
 
 
 @pytest.fixture(scope="session")
+def loop_gap() -> Any:
+    """with loop_gap(loop) as gap: ...; gap.longest_s. tests/loop_gap.py."""
+    return _load("loop_gap").loop_gap
+
+
+@pytest.fixture(scope="session")
 def chat_model_folder(faces: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Config, tokenizer and chat template of a small model, "chatty"; no weights."""
     return faces.write_model_folder(tmp_path_factory.mktemp("models") / "chatty")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
+import uvloop
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
@@ -76,6 +77,29 @@ ANSWER = "The quick brown fox, 日本語 and 😀 jumps over the lazy dog."
 Script = Callable[[common_pb2.SequenceSpec], list[int]]
 
 
+class Feeds:
+    """The token feeds of scripted workers: each token is a message of its own."""
+
+    def __init__(self) -> None:
+        self._steps: dict[str, asyncio.Queue[worker_pb2.StepTokens]] = {}
+
+    async def serve(self, request: worker_pb2.TokensRequest, context: Any) -> None:
+        steps = self._steps[request.feed_id] = asyncio.Queue()
+        await context.write(worker_pb2.StepTokens())
+        while True:
+            await context.write(await steps.get())
+
+    def give(self, request: worker_pb2.DecodeRequest, token: common_pb2.TokenOutput) -> None:
+        assert request.feed_id and request.call
+        step = worker_pb2.StepTokens()
+        if token.HasField("logprob"):
+            step.outputs.add(call=request.call, token=token)
+        else:
+            step.calls.append(request.call)
+            step.token_ids.append(token.token_id)
+        self._steps[request.feed_id].put_nowait(step)
+
+
 class ScriptedWorkers(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.DecodeWorkerServicer, kvstore_pb2_grpc.KVStoreServicer):
     """A prefill worker, a decode worker and a store as gRPC peers in one server; what is decoded is the test's script."""
 
@@ -91,6 +115,7 @@ class ScriptedWorkers(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.Dec
         self.fail_at: dict[int, HalfmoonError] = {}  # output index -> what decode raises there
         self.logprob: Callable[[int], float] = lambda index: -0.5 * (index + 1)
         self._stops: dict[str, asyncio.Event] = {}
+        self._feeds = Feeds()
 
     async def start(self, proxy_address: str) -> None:
         self._server, port = create_server("127.0.0.1", 0)
@@ -137,14 +162,15 @@ class ScriptedWorkers(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.Dec
         self.arrived.set()
         stop = self._stops[sequence.request_id] = asyncio.Event()
         try:
-            await context.write(worker_pb2.DecodeReply(admitted=worker_pb2.DecodeReply.Admitted(state=self._state(sequence))))
-            reason = await self._decode(sequence, context, stop)
+            finished = await self._decode(request, context, stop)
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
-        await context.write(worker_pb2.DecodeReply(finished=worker_pb2.DecodeReply.Finished(reason=reason)))
+        await context.write(worker_pb2.DecodeReply(finished=finished))
 
-    async def _decode(self, sequence: common_pb2.SequenceSpec, context: Any, stop: asyncio.Event) -> common_pb2.FinishReason:
+    async def _decode(self, request: worker_pb2.DecodeRequest, context: Any, stop: asyncio.Event) -> worker_pb2.DecodeReply.Finished:
+        """The first token goes with the admission, the others into the feed."""
+        sequence = request.sequence
         answer = self.script(sequence)
         for index, token_id in enumerate(answer[: sequence.sampling.max_tokens]):
             if index == self.gate_at and self.gate_for(sequence):
@@ -155,14 +181,29 @@ class ScriptedWorkers(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.Dec
             if index in self.fail_at:
                 raise self.fail_at[index]
             if stop.is_set():
-                return common_pb2.FINISH_REASON_STOP
-            token = common_pb2.TokenOutput(token_id=token_id)
-            if sequence.sampling.HasField("num_logprobs"):
-                token.logprob = self.logprob(index)
-                for rank in range(sequence.sampling.num_logprobs):
-                    token.top_logprobs.add(token_id=(token_id + rank) % VOCAB_SIZE, logprob=self.logprob(index + rank))
-            await context.write(worker_pb2.DecodeReply(tokens=worker_pb2.DecodeReply.Tokens(tokens=[token])))
-        return common_pb2.FINISH_REASON_STOP if len(answer) <= sequence.sampling.max_tokens else common_pb2.FINISH_REASON_LENGTH
+                return worker_pb2.DecodeReply.Finished(reason=common_pb2.FINISH_REASON_STOP, num_tokens=index)
+            token = self._token(sequence, index, token_id)
+            if index == 0:
+                state = self._state(sequence)
+                state.first_token.CopyFrom(token)
+                await context.write(worker_pb2.DecodeReply(admitted=worker_pb2.DecodeReply.Admitted(state=state)))
+            else:
+                self._feeds.give(request, token)
+        stopped = len(answer) <= sequence.sampling.max_tokens
+        reason = common_pb2.FINISH_REASON_STOP if stopped else common_pb2.FINISH_REASON_LENGTH
+        return worker_pb2.DecodeReply.Finished(reason=reason, num_tokens=min(len(answer), sequence.sampling.max_tokens))
+
+    def _token(self, sequence: common_pb2.SequenceSpec, index: int, token_id: int) -> common_pb2.TokenOutput:
+        token = common_pb2.TokenOutput(token_id=token_id)
+        if sequence.sampling.HasField("num_logprobs"):
+            token.logprob = self.logprob(index)
+            for rank in range(sequence.sampling.num_logprobs):
+                token.top_logprobs.add(token_id=(token_id + rank) % VOCAB_SIZE, logprob=self.logprob(index + rank))
+        return token
+
+    @unary_boundary
+    async def Tokens(self, request: worker_pb2.TokensRequest, context: grpc.aio.ServicerContext) -> None:
+        await self._feeds.serve(request, context)
 
     @unary_boundary
     async def Stop(self, request: worker_pb2.StopRequest, context: grpc.aio.ServicerContext) -> worker_pb2.StopReply:
@@ -192,7 +233,7 @@ class Face:
     def __init__(self, model_folder: Path, tokenizer: Tokenizer, **config: Any) -> None:
         self.tokenizer = tokenizer
         self.answer = tokenizer.encode(ANSWER, add_special_tokens=False)
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()  # the one that Ray gives its actors
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._config = ProxyConfig(**{"http_port": 0, "grpc_port": 0, "policy": "least_loaded", **config})

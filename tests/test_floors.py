@@ -30,15 +30,16 @@ PROXY_FLOORS: dict[str, set[str]] = {
     "request": set(),
     "conductor": set(),
     "text": set(),
+    "request_process": {"text"},
     "model_card": {"text"},
     "metrics": {"request", "conductor"},
     "members": {"conductor", "metrics"},
     "prefixes": {"conductor", "members"},
     "requests": {"request", "conductor", "text", "model_card", "metrics", "members", "prefixes"},
-    "openai": {"requests", "text"},
-    "inference_service": {"requests", "text"},
+    "openai": {"requests", "request_process", "text"},
+    "inference_service": {"requests", "request_process", "text"},
     "control_service": {"requests"},
-    "server": {"control_service", "inference_service", "openai", "requests", "members", "metrics", "model_card", "text"},
+    "server": {"control_service", "inference_service", "openai", "request_process", "requests", "members", "metrics", "model_card", "text"},
 }
 """proxy/'s own rooms and root files, and what of proxy/ each may import."""
 

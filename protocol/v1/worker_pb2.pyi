@@ -45,14 +45,41 @@ class PrefillReply(_message.Message):
     def __init__(self, state: _Optional[_Union[_common_pb2.HandoffState, _Mapping]] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("sequence", "handoff", "local_prefill")
+    __slots__ = ("sequence", "handoff", "local_prefill", "feed_id", "call")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
     LOCAL_PREFILL_FIELD_NUMBER: _ClassVar[int]
+    FEED_ID_FIELD_NUMBER: _ClassVar[int]
+    CALL_FIELD_NUMBER: _ClassVar[int]
     sequence: _common_pb2.SequenceSpec
     handoff: _common_pb2.HandoffId
     local_prefill: bool
-    def __init__(self, sequence: _Optional[_Union[_common_pb2.SequenceSpec, _Mapping]] = ..., handoff: _Optional[_Union[_common_pb2.HandoffId, _Mapping]] = ..., local_prefill: bool = ...) -> None: ...
+    feed_id: str
+    call: int
+    def __init__(self, sequence: _Optional[_Union[_common_pb2.SequenceSpec, _Mapping]] = ..., handoff: _Optional[_Union[_common_pb2.HandoffId, _Mapping]] = ..., local_prefill: bool = ..., feed_id: _Optional[str] = ..., call: _Optional[int] = ...) -> None: ...
+
+class TokensRequest(_message.Message):
+    __slots__ = ("feed_id",)
+    FEED_ID_FIELD_NUMBER: _ClassVar[int]
+    feed_id: str
+    def __init__(self, feed_id: _Optional[str] = ...) -> None: ...
+
+class StepTokens(_message.Message):
+    __slots__ = ("calls", "token_ids", "outputs")
+    class Output(_message.Message):
+        __slots__ = ("call", "token")
+        CALL_FIELD_NUMBER: _ClassVar[int]
+        TOKEN_FIELD_NUMBER: _ClassVar[int]
+        call: int
+        token: _common_pb2.TokenOutput
+        def __init__(self, call: _Optional[int] = ..., token: _Optional[_Union[_common_pb2.TokenOutput, _Mapping]] = ...) -> None: ...
+    CALLS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    calls: _containers.RepeatedScalarFieldContainer[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    outputs: _containers.RepeatedCompositeFieldContainer[StepTokens.Output]
+    def __init__(self, calls: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[_Union[StepTokens.Output, _Mapping]]] = ...) -> None: ...
 
 class DecodeReply(_message.Message):
     __slots__ = ("admitted", "tokens", "finished")
@@ -69,12 +96,14 @@ class DecodeReply(_message.Message):
         tokens: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenOutput]
         def __init__(self, tokens: _Optional[_Iterable[_Union[_common_pb2.TokenOutput, _Mapping]]] = ...) -> None: ...
     class Finished(_message.Message):
-        __slots__ = ("reason", "phases")
+        __slots__ = ("reason", "phases", "num_tokens")
         REASON_FIELD_NUMBER: _ClassVar[int]
         PHASES_FIELD_NUMBER: _ClassVar[int]
+        NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
         reason: _common_pb2.FinishReason
         phases: _common_pb2.DecodePhases
-        def __init__(self, reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., phases: _Optional[_Union[_common_pb2.DecodePhases, _Mapping]] = ...) -> None: ...
+        num_tokens: int
+        def __init__(self, reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., phases: _Optional[_Union[_common_pb2.DecodePhases, _Mapping]] = ..., num_tokens: _Optional[int] = ...) -> None: ...
     ADMITTED_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]

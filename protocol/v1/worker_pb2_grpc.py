@@ -112,6 +112,11 @@ class DecodeWorkerStub(object):
                 request_serializer=halfmoon_dot_protocol_dot_v1_dot_worker__pb2.DecodeRequest.SerializeToString,
                 response_deserializer=halfmoon_dot_protocol_dot_v1_dot_worker__pb2.DecodeReply.FromString,
                 _registered_method=True)
+        self.Tokens = channel.unary_stream(
+                '/halfmoon.v1.DecodeWorker/Tokens',
+                request_serializer=halfmoon_dot_protocol_dot_v1_dot_worker__pb2.TokensRequest.SerializeToString,
+                response_deserializer=halfmoon_dot_protocol_dot_v1_dot_worker__pb2.StepTokens.FromString,
+                _registered_method=True)
         self.Stop = channel.unary_unary(
                 '/halfmoon.v1.DecodeWorker/Stop',
                 request_serializer=halfmoon_dot_protocol_dot_v1_dot_worker__pb2.StopRequest.SerializeToString,
@@ -124,6 +129,14 @@ class DecodeWorkerServicer(object):
 
     def Decode(self, request, context):
         """Waits on the hand-off, then streams the tokens, the first one included.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokens(self, request, context):
+        """A proxy's token feed: one message a step with the tokens of all its calls. The first message is empty and says that the feed is open.
+        Held open for as long as the proxy has calls; its end ends them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -143,6 +156,11 @@ def add_DecodeWorkerServicer_to_server(servicer, server):
                     servicer.Decode,
                     request_deserializer=halfmoon_dot_protocol_dot_v1_dot_worker__pb2.DecodeRequest.FromString,
                     response_serializer=halfmoon_dot_protocol_dot_v1_dot_worker__pb2.DecodeReply.SerializeToString,
+            ),
+            'Tokens': grpc.unary_stream_rpc_method_handler(
+                    servicer.Tokens,
+                    request_deserializer=halfmoon_dot_protocol_dot_v1_dot_worker__pb2.TokensRequest.FromString,
+                    response_serializer=halfmoon_dot_protocol_dot_v1_dot_worker__pb2.StepTokens.SerializeToString,
             ),
             'Stop': grpc.unary_unary_rpc_method_handler(
                     servicer.Stop,
@@ -177,6 +195,33 @@ class DecodeWorker(object):
             '/halfmoon.v1.DecodeWorker/Decode',
             halfmoon_dot_protocol_dot_v1_dot_worker__pb2.DecodeRequest.SerializeToString,
             halfmoon_dot_protocol_dot_v1_dot_worker__pb2.DecodeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/halfmoon.v1.DecodeWorker/Tokens',
+            halfmoon_dot_protocol_dot_v1_dot_worker__pb2.TokensRequest.SerializeToString,
+            halfmoon_dot_protocol_dot_v1_dot_worker__pb2.StepTokens.FromString,
             options,
             channel_credentials,
             insecure,

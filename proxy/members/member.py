@@ -19,6 +19,7 @@ from ..conductor.placement import MemberState
 from .assigned_load import AssignedLoad
 from .backlog import Backlog
 from .orders import OrderBook
+from .token_feed import TokenFeed
 
 STATE_ROLES = {"both": "coupled"}  # as the Conductor calls it
 CLOSE_GRACE_S = 1.0  # for calls that are being cancelled
@@ -48,6 +49,7 @@ class Member:
         # typed Any: the generated stubs carry no types
         self.prefill_worker: Any = worker_pb2_grpc.PrefillWorkerStub(self._channel)
         self.decode_worker: Any = worker_pb2_grpc.DecodeWorkerStub(self._channel)
+        self.token_feed = TokenFeed(self.decode_worker, self.title, self._id)
         self.store: Any = kvstore_pb2_grpc.KVStoreStub(self._channel)
         self._gone_callbacks: dict[int, GoneCallback] = {}
         self._numbers = itertools.count()
@@ -135,4 +137,5 @@ class Member:
             callback(self)
 
     async def close(self) -> None:
+        self.token_feed.close()
         await self._channel.close(CLOSE_GRACE_S)

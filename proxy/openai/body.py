@@ -1,7 +1,8 @@
 """The body of a POST, read and checked so that none holds up the event loop, however long or odd it is.
 
 http.request … ─► at most MAX_BODY_BYTES ─► JSON ─► its pydantic model ─► FastAPI's handler, which finds the work done
-                        └─ more: a 400            └── in a thread from INLINE_BYTES on
+                        └─ more: a 400            ├── in a thread from INLINE_BYTES on
+                                                  └── in a process from LARGE_BYTES on
 """
 
 from __future__ import annotations
@@ -11,14 +12,25 @@ import email.message
 import json
 import reprlib
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from ...protocol.errors import InvalidRequest
+from ..request_process import (
+    LARGE_BYTES,
+    PackedMessages,
+    PackedPrompt,
+    RequestProcess,
+    pack_messages,
+    pack_prompt,
+    unpack_messages,
+    unpack_prompt,
+)
+from .types import ChatBody, CompletionBody, GenerateBody
 
 MAX_BODY_BYTES = 16 * 2**20  # a prompt of a million tokens, with room for JSON's escapes
 INLINE_BYTES = 2**16  # about a millisecond
@@ -29,33 +41,41 @@ _shown.maxstring = _shown.maxlong = 200
 _shown.maxlevel = 3
 
 
-class BodyRoute(APIRoute):
-    """A route whose body, where it takes one, is a pydantic model in JSON."""
+def body_route(process: RequestProcess) -> type[APIRoute]:
+    """A class of routes whose body, where they take one, is a pydantic model in JSON."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-        if self.body_field is None:
-            return handle
-        body_type: type[BaseModel] = self.body_field.field_info.annotation  # pyright: ignore[reportAssignmentType] - the app's are models
+    class BodyRoute(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+            if self.body_field is None:
+                return handle
+            body_type: type[GenerateBody] = self.body_field.field_info.annotation  # pyright: ignore[reportAssignmentType] - the app's
 
-        async def handle_read(request: Request) -> Response:
-            content = await _read(request)
-            if not _is_json(request.headers.get("content-type", "")):
-                content = b""  # FastAPI refuses it then, as a body that is missing
-            model = None
-            if len(content) > INLINE_BYTES:
-                model = await asyncio.to_thread(_parse, body_type, content)
-            elif content:
-                model = _parse(body_type, content)
-            return await handle(_ReadRequest(request, content, model))
+            async def handle_read(request: Request) -> Response:
+                content = await _read(request)
+                if not _is_json(request.headers.get("content-type", "")):
+                    content = b""  # FastAPI refuses it then, as a body that is missing
+                model = await _parse_aside(body_type, content, process) if content else None
+                return await handle(_ReadRequest(request, content, model))
 
-        return handle_read
+            return handle_read
+
+    return BodyRoute
+
+
+async def _parse_aside(body_type: type[GenerateBody], content: bytes, process: RequestProcess) -> GenerateBody:
+    """Raises as _parse does."""
+    if len(content) <= INLINE_BYTES:
+        return _parse(body_type, content)
+    if len(content) <= LARGE_BYTES:
+        return await asyncio.to_thread(_parse, body_type, content)
+    return await _unpack(body_type, await process.run(parse_packed, body_type, content))
 
 
 class _ReadRequest(Request):
     """As it was, but its body has been read: pydantic takes a model for what it is and does not check it again."""
 
-    def __init__(self, request: Request, content: bytes, model: BaseModel | None) -> None:
+    def __init__(self, request: Request, content: bytes, model: GenerateBody | None) -> None:
         super().__init__(request.scope, request.receive)
         self._content = content
         self._model = model
@@ -92,7 +112,7 @@ def _is_json(content_type: str) -> bool:
     return bool(content_type) and message.get_content_maintype() == "application" and (subtype == "json" or subtype.endswith("+json"))
 
 
-def _parse(body_type: type[BaseModel], content: bytes) -> BaseModel:
+def _parse(body_type: type[GenerateBody], content: bytes) -> GenerateBody:
     """Raises InvalidRequest, or RequestValidationError with the first of what is wrong, its value short enough to show."""
     try:
         return body_type.model_validate(json.loads(content))
@@ -108,6 +128,49 @@ def _parse(body_type: type[BaseModel], content: bytes) -> BaseModel:
             raise InvalidRequest(f"the body is not JSON: {error}") from error  # an integer of thousands of digits
         first = error.errors(include_url=False)[0]
         raise RequestValidationError([{**first, "loc": ("body", *first["loc"]), "input": _Shown(first["input"])}]) from error
+
+
+class _PackedBody(NamedTuple):
+    """A body on its way between two processes. What may be long is packed, the other fields are as the model has them."""
+
+    fields: dict[str, Any]
+    prompts: list[PackedPrompt]
+    several: bool  # the prompt is a list of prompts
+    messages: PackedMessages
+
+
+def parse_packed(body_type: type[GenerateBody], content: bytes) -> _PackedBody | list[Any]:
+    """As _parse, or the errors of its RequestValidationError. Runs in the process."""
+    try:
+        body = _parse(body_type, content)
+    except RequestValidationError as error:
+        return list(error.errors())
+    fields = {name: getattr(body, name) for name in body.model_fields_set}
+    prompts: list[PackedPrompt] = []
+    messages = PackedMessages([], [])
+    several = False
+    if isinstance(body, CompletionBody):
+        prompt = fields.pop("prompt")
+        several = isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int))
+        prompts = [pack_prompt(one) for one in body.prompts]
+    elif isinstance(body, ChatBody):
+        messages = pack_messages(body.chat)
+        del fields["messages"]
+    return _PackedBody(fields, prompts, several, messages)
+
+
+async def _unpack(body_type: type[GenerateBody], packed: _PackedBody | list[Any]) -> GenerateBody:
+    """Raises RequestValidationError. What was checked in the process is not checked again."""
+    if isinstance(packed, list):
+        raise RequestValidationError(packed)
+    fields = packed.fields
+    if issubclass(body_type, CompletionBody):
+        prompts = [await unpack_prompt(prompt) for prompt in packed.prompts]
+        return body_type.model_construct(**fields, prompt=prompts if packed.several else prompts[0])
+    body = body_type.model_construct(**fields, messages=[])
+    if isinstance(body, ChatBody):
+        body.chat = await unpack_messages(packed.messages)
+    return body
 
 
 class _Shown:

@@ -55,7 +55,7 @@ def typed(error: Exception, path: str) -> HalfmoonError:
     return InternalError(f"{type(error).__name__}: {error}; the proxy's log has the traceback")
 
 
-def install(app: FastAPI) -> None:
+def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HalfmoonError)
     async def on_halfmoon_error(request: Request, error: HalfmoonError) -> JSONResponse:
         return error_response(request, error)

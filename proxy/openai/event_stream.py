@@ -6,8 +6,7 @@ receive ─► http.disconnect ─► the work is cancelled, and with it the req
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -15,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from ...protocol.errors import RequestCancelled
 from ..requests.generation import Generation
+from .chunks import ChunkWriter
 
 Result = TypeVar("Result")
 
@@ -42,23 +42,15 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def to_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-
-
-def sse(value: Any) -> bytes:
-    return f"data: {to_json(value)}\n\n".encode()
-
-
 class EventStream(Response):
-    """Server-sent events: `first`, then what `rest` gives. The generation is closed at the end, whatever ends it."""
+    """Server-sent events: `first`, then what the writer gives. The generation is closed at the end, whatever ends it."""
 
-    def __init__(self, generation: Generation, first: bytes, rest: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
+    def __init__(self, generation: Generation, first: bytes, writer: ChunkWriter, headers: dict[str, str]) -> None:
         super().__init__(headers=headers | {"cache-control": "no-cache", "x-accel-buffering": "no"}, media_type="text/event-stream")
         del self.headers["content-length"]
         self._generation = generation
         self._first = first
-        self._rest = rest
+        self._writer = writer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._generation:
@@ -69,7 +61,8 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self._first, "more_body": True})
-        async for part in self._rest:
+        part = self._first
+        while part:
             await send({"type": "http.response.body", "body": part, "more_body": True})
+            part = await self._writer.next()
         await send({"type": "http.response.body", "body": b"", "more_body": False})

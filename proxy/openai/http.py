@@ -6,10 +6,10 @@ GET  /v1/models · /v1/models/{id}       /health: the process lives    /ready: i
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -17,36 +17,36 @@ from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from ...protocol.errors import UnknownModel
+from ..request_process import RequestProcess
 from ..requests.generation import ChoiceEnd, Generation, Generator
 from ..requests.readiness import missing_parts
-from . import errors
-from .body import BodyRoute
-from .event_stream import EventStream, sse, to_json, until_disconnect
+from .body import body_route
+from .chunks import ChunkWriter, to_json
+from .errors import install_error_handlers
+from .event_stream import EventStream, until_disconnect
 from .replies import ChatShape, CompletionShape, Shape, WholeChoice
 from .types import ChatBody, CompletionBody
 
-DONE = b"data: [DONE]\n\n"
 
-
-def create_app(generator: Generator, registry: CollectorRegistry) -> FastAPI:
+def create_app(generator: Generator, registry: CollectorRegistry, process: RequestProcess) -> FastAPI:
     app = FastAPI(title="Halfmoon", docs_url=None, redoc_url=None)
-    errors.install(app)
-    app.router.route_class = BodyRoute
+    install_error_handlers(app)
+    app.router.route_class = body_route(process)
     started = int(time.time())
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
-        asked = body.to_generate_request(_request_id(request))
-        generation = await generator.open(asked)
-        echoes = [prompt if isinstance(prompt, str) else generator.decode(prompt) for prompt in body.prompts] if body.echo else []
-        shape = CompletionShape(generation, n=asked.n, wants_logprobs=body.logprobs is not None, echoes=echoes)
+        generate_request = body.to_generate_request(_request_id(request))
+        generation = await generator.open(generate_request)
+        echoes = await generator.decode_aside(body.prompts) if body.echo else []
+        shape = CompletionShape(generation, n=generate_request.n, wants_logprobs=body.logprobs is not None, echoes=echoes)
         return await _reply(request, generation, shape, stream=bool(body.stream), wants_usage=body.wants_usage)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
-        asked = body.to_generate_request(_request_id(request))
-        generation = await generator.open(asked)
-        shape = ChatShape(generation, n=asked.n, wants_logprobs=bool(body.logprobs))
+        generate_request = body.to_generate_request(_request_id(request))
+        generation = await generator.open(generate_request)
+        shape = ChatShape(generation, n=generate_request.n, wants_logprobs=bool(body.logprobs))
         return await _reply(request, generation, shape, stream=bool(body.stream), wants_usage=body.wants_usage)
 
     @app.get("/v1/models")
@@ -70,7 +70,8 @@ def create_app(generator: Generator, registry: CollectorRegistry) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})
+        text = await asyncio.to_thread(generate_latest, registry)
+        return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
     return app
 
@@ -82,61 +83,24 @@ async def _reply(request: Request, generation: Generation, shape: Shape, *, stre
         if not stream:
             choices = await until_disconnect(request.receive, _collect(generation))
             return _json(shape.whole(choices), headers=headers)
-        events = _events(generation, shape, wants_usage, request.url.path)
+        writer = ChunkWriter(generation, shape, wants_usage, request.url.path)
         # the status line waits for the first event: an error before it still has its own status
-        first = await until_disconnect(request.receive, _next(events))
+        first = await until_disconnect(request.receive, writer.next())
         stack.pop_all()  # from here on the stream closes it
-        return EventStream(generation, first, events, headers)
-
-
-async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
-    return await anext(events)
+        return EventStream(generation, first, writer, headers)
 
 
 async def _collect(generation: Generation) -> list[WholeChoice]:
     choices = [WholeChoice(index) for index in range(generation.num_choices)]
-    async for event in generation:
-        choice = choices[event.index]
-        if isinstance(event, ChoiceEnd):
-            choice.end = event
-        else:
-            choice.texts.append(event.text)
-            choice.token_texts.extend(event.token_texts)
-    return choices
-
-
-async def _events(generation: Generation, shape: Shape, wants_usage: bool, path: str) -> AsyncGenerator[bytes, None]:
-    """The first one raises what went wrong before it; from then on an error is an event."""
-    begun = False
-    opened: set[int] = set()
-    ends: list[ChoiceEnd] = []
-    try:
-        async for event in generation:
-            if event.index not in opened:
-                opened.add(event.index)
-                if (opening := shape.opening(event.index)) is not None:
-                    yield sse(_chunk(opening, wants_usage))
-                    begun = True
+    while events := await generation.next_events():
+        for event in events:
+            choice = choices[event.index]
             if isinstance(event, ChoiceEnd):
-                ends.append(event)
-                yield sse(_chunk(shape.last_chunk(event), wants_usage))
-                begun = True
-            elif event.text or event.token_texts:
-                yield sse(_chunk(shape.chunk(event.index, event.text, event.token_texts), wants_usage))
-                begun = True
-    except Exception as error:  # the process boundary: a client must learn of every end, a bug's too
-        if not begun:
-            raise
-        yield sse(errors.error_body(errors.typed(error, path), path))
-        return
-    if wants_usage:
-        yield sse(shape.usage_chunk(ends))
-    yield DONE
-
-
-def _chunk(chunk: dict[str, Any], wants_usage: bool) -> dict[str, Any]:
-    """With include_usage, OpenAI's chunks carry the field in each of them, null but in the last."""
-    return chunk | {"usage": None} if wants_usage else chunk
+                choice.end = event
+            else:
+                choice.texts.append(event.text)
+                choice.token_texts.extend(event.token_texts)
+    return choices
 
 
 def _request_id(request: Request) -> str:

@@ -1,4 +1,4 @@
-"""The bodies of OpenAI's two generating routes, checked by pydantic, and their way to an GenerateRequest.
+"""The bodies of OpenAI's two generating routes, checked by pydantic, and their way to a GenerateRequest.
 
 known and meant      its field here                      known, changes nothing   accepted and dropped (IGNORED)
 known, not served    refused, unless empty (REFUSED)     unknown                  refused, with the nearest known name
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, model_validator
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, PrivateAttr, model_validator
 
 from ...protocol.errors import InvalidRequest
 from ...protocol.sampling import MAX_SEED
@@ -133,7 +133,7 @@ class GenerateBody(BaseModel):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options needs stream: true; leave it out or stream", param="stream_options")
 
-    def ask_fields(self, num_logprobs: int | None) -> dict[str, Any]:
+    def shared_fields(self, num_logprobs: int | None) -> dict[str, Any]:
         """The keywords of GenerateRequest that both routes share."""
         sampling: dict[str, Any] = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
         if self.logit_bias:
@@ -176,7 +176,7 @@ class CompletionBody(GenerateBody):
             raise InvalidRequest("echo together with logprobs is not supported: logprobs of a prompt are not computed", param="echo")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise InvalidRequest(f"best_of is {self.best_of}, other than n, which is not supported; leave it out", param="best_of")
-        return GenerateRequest(request_id=request_id, prompts=self.prompts, **self.ask_fields(self.logprobs))
+        return GenerateRequest(request_id=request_id, prompts=self.prompts, **self.shared_fields(self.logprobs))
 
 
 class TextPart(BaseModel):
@@ -210,16 +210,28 @@ class ChatBody(GenerateBody):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    _chat: list[ChatMessage] | None = PrivateAttr(None)
+
+    @property
+    def chat(self) -> list[ChatMessage]:
+        """The messages as GenerateRequest has them. Raises InvalidRequest."""
+        if self._chat is None:
+            self._chat = [message.to_message(position) for position, message in enumerate(self.messages)]
+        return self._chat
+
+    @chat.setter
+    def chat(self, messages: list[ChatMessage]) -> None:
+        """Instead of `messages`, where another process has read them."""
+        self._chat = messages
 
     def to_generate_request(self, request_id: str) -> GenerateRequest:
         self.require_consistent()
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs: true; set it or leave top_logprobs out", param="top_logprobs")
-        messages = [message.to_message(position) for position, message in enumerate(self.messages)]
-        fields = self.ask_fields((self.top_logprobs or 0) if self.logprobs else None)
+        fields = self.shared_fields((self.top_logprobs or 0) if self.logprobs else None)
         if self.max_completion_tokens is not None:
             fields["max_tokens"] = self.max_completion_tokens
-        return GenerateRequest(request_id=request_id, messages=messages, **fields)
+        return GenerateRequest(request_id=request_id, messages=self.chat, **fields)
 
 
 def _token_keys(biases: dict[str, float]) -> dict[int, float]:

@@ -1,9 +1,10 @@
 """One pair of workers at work on a request, under one epoch of its hand-off.
 
-        ┌─► Decode on d ─► Admitted ─► Tokens ... ─► Finished ─┐
-start ──┤                                                       ├─► outcome: Finished | LegFailed
-        └─► Prefill on p ─► state                               │
-   p, d or d's store leaves the cluster, either call fails ────┘
+        ┌─► Decode on d ─► Admitted, first token ─► Finished, number of tokens ─┐
+start ──┤   d's token feed ─► the other tokens ─────────────────────────────────┼─► outcome: Finished, with all its tokens | LegFailed
+        └─► Prefill on p ─► state                                               │
+   p, d or d's store leaves the cluster, a call or the token feed fails ────────┘
+The two streams of d are not ordered: what the feed brings before Admitted waits for it, and Finished waits for the last token.
 A local pair has the Decode leg alone, and no hand-off: d computes the prompt, and neither p nor the store is part of it.
 close: both calls cancelled, the store told why, the books released
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 import grpc
@@ -22,6 +23,7 @@ from ...protocol.errors import Draining, HalfmoonError, InternalError, StoreUnav
 from ...protocol.grpc_errors import TRAILER, error_to_proto, from_rpc_error
 from ...protocol.v1 import common_pb2, kvstore_pb2, worker_pb2
 from ..members.member import Member
+from ..members.token_feed import FeedCall
 from .pair import Pair
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,9 @@ class AttemptListener(Protocol):
 
     def on_admitted(self, state: common_pb2.HandoffState) -> None: ...
 
-    def on_tokens(self, tokens: Sequence[common_pb2.TokenOutput]) -> None: ...
+    def on_tokens(self, token_ids: list[int], outputs: list[common_pb2.TokenOutput]) -> None:
+        """outputs: one for each token where logprobs were asked for, else none."""
+        ...
 
 
 class Attempt:
@@ -56,23 +60,22 @@ class Attempt:
         self._sequence = sequence
         self._handoff = handoff
         self._listener = listener
+        self._feed_call: FeedCall | None = None
+        self._num_tokens = 0  # that the call has given
+        self._early: list[tuple[list[int], list[common_pb2.TokenOutput]]] = []  # came before Admitted
+        self._end: worker_pb2.DecodeReply.Finished | None = None
         self._calls: list[Any] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._unwatch: list[Callable[[], None]] = []
 
     def start(self) -> None:
         """Opens the calls. decode first: it waits for a hand-off, the hand-off does not wait for it."""
-        pair, timeout_s = self.pair, self._sequence.deadline_s + DEADLINE_SLACK_S
+        pair = self.pair
         for member in {pair.decode} if pair.is_local else {pair.prefill, pair.decode, pair.store}:
             self._unwatch.append(member.on_gone(self._member_gone))
-        request = worker_pb2.DecodeRequest(sequence=self._sequence, handoff=self._handoff, local_prefill=pair.is_local)
-        decode = pair.decode.decode_worker.Decode(request, timeout=timeout_s)
-        self._calls.append(decode)
-        self._tasks.append(self._spawn(self._follow_decode(decode)))
+        self._tasks.append(self._spawn(self._follow_decode()))
         if not pair.is_local:
-            prefill = pair.prefill.prefill_worker.Prefill(self._prefill_request(), timeout=timeout_s)
-            self._calls.append(prefill)
-            self._tasks.append(self._spawn(self._follow_prefill(prefill)))
+            self._tasks.append(self._spawn(self._follow_prefill()))
         for task in self._tasks:
             task.add_done_callback(self._leg_ended)
 
@@ -88,6 +91,8 @@ class Attempt:
         self.pair.release()
         for unwatch in self._unwatch:
             unwatch()
+        if self._feed_call is not None:
+            self.pair.decode.token_feed.leave(self._feed_call)
         if self._finished:
             return  # the calls are at their own end
         for task in self._tasks:
@@ -102,6 +107,10 @@ class Attempt:
     def _finished(self) -> bool:
         return self.outcome.done() and not self.outcome.cancelled() and self.outcome.exception() is None
 
+    @property
+    def _timeout_s(self) -> float:
+        return self._sequence.deadline_s + DEADLINE_SLACK_S
+
     def _prefill_request(self) -> worker_pb2.PrefillRequest:
         prefix = self.pair.placement.prefix
         return worker_pb2.PrefillRequest(
@@ -111,30 +120,68 @@ class Attempt:
             prefix=worker_pb2.PrefixHint(store_address=prefix.store_address, num_blocks=prefix.num_blocks) if prefix else None,
         )
 
-    async def _follow_decode(self, call: Any) -> None:
+    def on_tokens(self, token_ids: list[int], outputs: list[common_pb2.TokenOutput]) -> None:
+        """From the token feed."""
+        if not self.admitted:
+            self._early.append((token_ids, outputs))
+            return
+        self._num_tokens += len(token_ids)
+        self._listener.on_tokens(token_ids, outputs)
+        if self._end is not None:
+            self._settle(self._end)
+
+    def on_feed_lost(self, error: HalfmoonError) -> None:
+        self._fail(self.pair.decode, error)
+
+    async def _follow_decode(self) -> None:
         member = self.pair.decode
         try:
+            feed_call = self._feed_call = await member.token_feed.enter(self)
+            request = worker_pb2.DecodeRequest(
+                sequence=self._sequence,
+                handoff=self._handoff,
+                local_prefill=self.pair.is_local,
+                feed_id=feed_call.feed_id,
+                call=feed_call.number,
+            )
+            call = member.decode_worker.Decode(request, timeout=self._timeout_s)
+            self._calls.append(call)
             async for reply in call:
                 if self.closed:
                     return
-                event = reply.WhichOneof("event")
-                if event == "tokens":
-                    self._listener.on_tokens(reply.tokens.tokens)
-                elif event == "admitted":
-                    self.admitted = True
-                    self.pair.begin_decode()
-                    self._listener.on_admitted(reply.admitted.state)
-                elif event == "finished" and not self.outcome.done():
-                    self.outcome.set_result(reply.finished)
-            self._fail(member, InternalError(f"{member.title} ended the stream of {self._sequence.request_id} without Finished"))
+                if reply.HasField("admitted"):
+                    self._admit(reply.admitted.state)
+                elif reply.HasField("finished"):
+                    self._end = reply.finished
+                    self._settle(reply.finished)
+            if self._end is None:
+                self._fail(member, InternalError(f"{member.title} ended the stream of {self._sequence.request_id} without Finished"))
+        except HalfmoonError as error:
+            self._fail(member, error)
         except grpc.aio.AioRpcError as error:
             self._fail(member, _leg_error(error, member))
         except asyncio.CancelledError:
             self._interrupted(member)
 
-    async def _follow_prefill(self, call: Any) -> None:
+    def _admit(self, state: common_pb2.HandoffState) -> None:
+        self.admitted = True
+        self.pair.begin_decode()
+        self._listener.on_admitted(state)
+        first = state.first_token
+        self.on_tokens([first.token_id], [first] if first.HasField("logprob") else [])
+        early, self._early = self._early, []
+        for token_ids, outputs in early:
+            self.on_tokens(token_ids, outputs)
+
+    def _settle(self, end: worker_pb2.DecodeReply.Finished) -> None:
+        if self._num_tokens >= end.num_tokens and not self.outcome.done():
+            self.outcome.set_result(end)
+
+    async def _follow_prefill(self) -> None:
         member = self.pair.prefill
         try:
+            call = member.prefill_worker.Prefill(self._prefill_request(), timeout=self._timeout_s)
+            self._calls.append(call)
             reply = await call
             self.prefilled = True
             self.pair.end_prefill()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ...protocol.v1 import common_pb2
 from ..request import ProxyRequest
-from ..text.detokenizer import Detokenizer, StopStrings
+from ..text.detokenizer import StopStrings, create_detokenizer
 from ..text.tokenizer import Tokenizer
 
 
@@ -27,7 +27,8 @@ class TokenText(NamedTuple):
 
 class Pushed(NamedTuple):
     text: str
-    tokens: list[common_pb2.TokenOutput]
+    token_ids: list[int]
+    outputs: list[common_pb2.TokenOutput]  # one for each token where logprobs were asked for, else none; as are token_texts
     token_texts: list[TokenText]
 
 
@@ -36,7 +37,7 @@ class ChoiceText:
         self.num_tokens = 0
         self._tokenizer = tokenizer
         self._params = request.sampling
-        self._detokenizer = Detokenizer(tokenizer, request.token_ids)
+        self._detokenizer = create_detokenizer(tokenizer, request.token_ids)
         self._stops = StopStrings(stop)
         # tokens that end the answer are no part of its text
         self._silent = frozenset(self._params.stop_token_ids) | (frozenset() if self._params.ignore_eos else eos_token_ids)
@@ -46,20 +47,19 @@ class ChoiceText:
     def matched_stop(self) -> str | None:
         return self._stops.matched
 
-    def push(self, tokens: Sequence[common_pb2.TokenOutput]) -> Pushed:
-        """Tokens behind a stop string are left out of everything."""
+    def push(self, token_ids: list[int], outputs: list[common_pb2.TokenOutput]) -> Pushed:
+        """Tokens behind a stop string are left out of everything. outputs: of the same tokens, where logprobs were asked for."""
         out: list[str] = []
-        used: list[common_pb2.TokenOutput] = []
         texts: list[TokenText] = []
-        for token in tokens:
-            used.append(token)
+        for position, token_id in enumerate(token_ids):
             self.num_tokens += 1
-            if self._params.num_logprobs is not None:
-                texts.append(self._token_text(token))
-            out.append(self._text_of(token.token_id))
+            if outputs:
+                texts.append(self._token_text(outputs[position]))
+            out.append(self._text_of(token_id))
             if self._stops.matched is not None:
+                token_ids, outputs = token_ids[: position + 1], outputs[: position + 1]
                 break
-        return Pushed("".join(out), used, texts)
+        return Pushed("".join(out), token_ids, outputs, texts)
 
     def finish(self) -> str:
         """What was held: half a character, the beginning of a stop string that did not come."""
@@ -69,10 +69,10 @@ class ChoiceText:
     def _text_of(self, token_id: int) -> str:
         if token_id in self._silent and self.num_tokens >= self._params.min_tokens:
             return ""
-        text = self._detokenizer.push([token_id])
+        text = self._detokenizer.push(token_id)
         self._text_len += len(text)
-        # stop strings count from behind the min_tokens-th token, as in vLLM
-        return text if self.num_tokens <= self._params.min_tokens else self._stops.push(text)
+        # as in vLLM, a stop string must end behind the min_tokens-th token, wherever it begins
+        return self._stops.push_exempt(text) if self.num_tokens <= self._params.min_tokens else self._stops.push(text)
 
     def _token_text(self, token: common_pb2.TokenOutput) -> TokenText:
         top = [TopText(*self._spelled(found.token_id), found.logprob) for found in token.top_logprobs]

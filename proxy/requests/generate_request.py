@@ -6,6 +6,7 @@ GenerateRequest ─► prompts to token ids ─► limits ─► SamplingParams 
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import secrets
 import time
@@ -23,6 +24,7 @@ from ..text.chat_template import ChatMessage
 from ..text.tokenizer import Tokenizer
 
 MAX_STOPS = 16
+PIECE_LEN = 2**16  # tokens that are checked in one go
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for a prompt; a chat may use what is left
 REQUEST_ID_LEN = 128
 CHARS_COMPOSED = 4  # characters that a tokenizer's Unicode normal form makes one of, at most
@@ -97,6 +99,10 @@ class Planner:
         param = "prompt" if asked.messages is None else "messages"
         for token_ids in prompts:
             self._require_fits(token_ids, param, max_model_len)
+            for start in range(0, len(token_ids), PIECE_LEN):
+                self._require_known(token_ids[start : start + PIECE_LEN], param)
+                if start:
+                    await asyncio.sleep(0)  # a million tokens take 40 ms
         seed = secrets.randbits(63) if asked.seed is None else asked.seed
         _require(0 <= seed <= MAX_SEED, f"seed is {seed}; it must be at least 0 and at most {MAX_SEED}", "seed")
         request_id = asked.request_id or uuid.uuid4().hex
@@ -155,7 +161,6 @@ class Planner:
                 num_prompt_tokens=len(token_ids),
                 max_model_len=max_model_len,
             )
-        self._require_known(token_ids, param)
 
     def _require_known(self, token_ids: Collection[int], param: str) -> None:
         size = self._card.vocab_size

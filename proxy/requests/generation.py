@@ -1,31 +1,33 @@
 """The one path from what a user asked to text that streams back. Both faces, HTTP and gRPC, use it.
 
 GenerateRequest ─► Planner ─► ProxyRequest per choice ─► Router.open ─► TokenStream
-                                                               │ tokens
+                                                                             │ tokens
 Generation ◄─ TextDelta …, ChoiceEnd ◄─ ChoiceText (detokenise, stop strings, logprobs) ◄─┘
+A step's tokens wake the reader once, whatever the number of choices.
 Leaving a Generation in any way cancels all its choices.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 import weakref
-from collections.abc import AsyncGenerator
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from ...protocol.errors import InvalidRequest
+from ...protocol.errors import HalfmoonError, InvalidRequest
 from ...protocol.v1 import common_pb2
 from ..model_card import ModelCard
-from ..request import Finished, RequestState
+from ..request import Finished, RequestState, TokenEvent, Tokens
 from ..text.tokenizer import Tokenizer
 from .choice_text import ChoiceText, TokenText
 from .generate_request import GenerateRequest, Plan, Planner
 from .router import Router
-from .token_stream import TokenStream
+from .token_stream import LEFT, TokenStream
 
-LEFT = "the client left the stream"
+MAX_BEHIND = 32  # steps of a reader's, whose tokens are each an event of their own
 _ENDS = (RequestState.DONE, RequestState.REJECTED, RequestState.ABORTED, RequestState.FAILED)
 
 
@@ -35,8 +37,9 @@ class TextDelta:
 
     index: int
     text: str
-    tokens: list[common_pb2.TokenOutput]
-    token_texts: list[TokenText]  # per token where logprobs were asked for, else empty
+    token_ids: list[int]
+    outputs: list[common_pb2.TokenOutput]  # one for each token where logprobs were asked for, else none; as are token_texts
+    token_texts: list[TokenText]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +54,25 @@ class ChoiceEnd:
 GenerationEvent = TextDelta | ChoiceEnd
 
 
+class _Inbox:
+    """Which choices have news. Runners hold it, and through it no stream."""
+
+    def __init__(self) -> None:
+        self.news = asyncio.Event()
+        self._ready: dict[int, None] = {}
+
+    def put(self, index: int) -> None:
+        self._ready[index] = None
+        self.news.set()
+
+    def take(self) -> dict[int, None]:
+        ready, self._ready = self._ready, {}
+        self.news.clear()
+        return ready
+
+
 class Generation:
-    """One admitted GenerateRequest: an async iterator over the events of all choices, as they come. A choice's last is its ChoiceEnd."""
+    """One admitted GenerateRequest: the events of all choices, as they come. A choice's last is its ChoiceEnd."""
 
     def __init__(self, plan: Plan, model: str, choices: list[_Choice]) -> None:
         self.request_id = plan.request_id
@@ -61,27 +81,75 @@ class Generation:
         self.num_prompt_tokens = plan.num_prompt_tokens
         self.num_choices = len(choices)
         self._choices = choices
-        self._events = _merged(choices)
+        self._num_open = len(choices)
+        self._inbox = _Inbox()
+        self._given: deque[GenerationEvent] = deque()  # for the iterator
+        self._error: HalfmoonError | None = None
+        for choice in choices:
+            choice.listen(self._inbox)
+
+    async def next_events(self) -> list[GenerationEvent]:
+        """At least one, or none at the end. A caller that is cancelled cancels all choices.
+
+        Raises the HalfmoonError that ended one of the choices, after every event before it; the others are cancelled.
+        """
+        while True:
+            if events := self._take():
+                return events
+            if self._error is not None:
+                raise self._error
+            if self._num_open == 0:
+                return []
+            try:
+                await self._inbox.news.wait()
+            except asyncio.CancelledError:
+                self._cancel(LEFT)
+                raise
+
+    def _take(self) -> list[GenerationEvent]:
+        events: list[GenerationEvent] = []
+        if self._error is not None:
+            return events
+        for index in self._inbox.take():
+            choice = self._choices[index]
+            try:
+                found = choice.take()
+            except HalfmoonError as error:
+                self._error = error
+                self._cancel(LEFT)
+                return events
+            events += found
+            if found and isinstance(found[-1], ChoiceEnd):
+                self._num_open -= 1
+            elif choice.is_over:
+                self._inbox.put(index)  # its error comes behind these
+        return events
 
     def __aiter__(self) -> Generation:
         return self
 
     async def __anext__(self) -> GenerationEvent:
-        """Raises the HalfmoonError that ended one of the choices; the others are cancelled."""
-        return await anext(self._events)
+        """Raises as next_events does."""
+        if not self._given:
+            self._given.extend(await self.next_events())
+        if not self._given:
+            raise StopAsyncIteration
+        return self._given.popleft()
 
     @property
     def is_over(self) -> bool:
         return all(choice.is_over for choice in self._choices)
 
-    async def cancel(self, reason: str) -> None:
+    def cancel(self, reason: str) -> None:
         """Whoever reads the events gets RequestCancelled with the reason."""
+        self._cancel(reason)
+
+    def _cancel(self, reason: str) -> None:
         for choice in self._choices:
-            await choice.stream.cancel(reason)
+            choice.stream.abandon(reason)
 
     async def aclose(self) -> None:
-        await self.cancel(LEFT)
-        await self._events.aclose()
+        self._cancel(LEFT)
 
     async def __aenter__(self) -> Generation:
         return self
@@ -91,7 +159,7 @@ class Generation:
 
 
 class Generator:
-    """Opens Generations, and knows those that are under way. The choices of an GenerateRequest are admitted together or not at all."""
+    """Opens Generations, and knows those that are under way. The choices of a GenerateRequest are admitted together or not at all."""
 
     def __init__(self, router: Router, tokenizer: Tokenizer, card: ModelCard, default_timeout_s: float) -> None:
         self.router = router
@@ -105,18 +173,19 @@ class Generator:
         """What the workers can hold; before any joined, what the model was made for."""
         return self.router.max_model_len or self.card.max_model_len
 
-    def decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids)
+    async def decode_aside(self, prompts: Sequence[str | list[int]]) -> list[str]:
+        """The texts of prompts."""
+        return [prompt if isinstance(prompt, str) else await self._tokenizer.decode_aside(prompt) for prompt in prompts]
 
-    async def open(self, asked: GenerateRequest) -> Generation:
+    async def open(self, request: GenerateRequest) -> Generation:
         """Raises InvalidRequest, or what Router.open raises; nothing is left running then."""
-        plan = await self._planner.plan(asked, self.max_model_len)
+        plan = await self._planner.plan(request, self.max_model_len)
         if (other := self._under_way.get(plan.request_id)) is not None and not other.is_over:
             raise InvalidRequest(f"request id {plan.request_id!r} is under way already; choose another", param="request_id")
         streams = self.router.open_all(plan.requests)
         choices = [
-            _Choice(index, stream, ChoiceText(self._tokenizer, request, plan.stop, self.card.eos_token_ids))
-            for index, (request, stream) in enumerate(zip(plan.requests, streams, strict=True))
+            _Choice(index, stream, ChoiceText(self._tokenizer, choice, plan.stop, self.card.eos_token_ids))
+            for index, (choice, stream) in enumerate(zip(plan.requests, streams, strict=True))
         ]
         generation = Generation(plan, self.card.name, choices)
         self._under_way[plan.request_id] = generation
@@ -127,7 +196,7 @@ class Generator:
         generation = self._under_way.pop(request_id, None)
         if generation is None or generation.is_over:
             return False
-        await generation.cancel(reason)
+        generation.cancel(reason)
         return True
 
 
@@ -141,18 +210,29 @@ class _Choice:
     def is_over(self) -> bool:
         return self.stream.state in _ENDS
 
-    async def events(self) -> AsyncGenerator[GenerationEvent, None]:
-        text = self._text
-        async for event in self.stream:
-            if isinstance(event, Finished):
-                if tail := text.finish():
-                    yield TextDelta(self.index, tail, [], [])
-                yield self._end(event)
-                return
-            yield TextDelta(self.index, *text.push(event.tokens))
-            if text.matched_stop is not None:
-                yield self._end(await self.stream.stop())
-                return
+    def listen(self, inbox: _Inbox) -> None:
+        self.stream.listen(partial(inbox.put, self.index))
+        inbox.put(self.index)  # what came before
+
+    def take(self) -> list[GenerationEvent]:
+        """What has come since the last call. Raises the HalfmoonError that ended it."""
+        events: list[GenerationEvent] = []
+        arrived = self.stream.take()
+        for event in arrived if len(arrived) <= MAX_BEHIND else _together(arrived):
+            if isinstance(event, Tokens):
+                if self._text.matched_stop is None:
+                    events.append(self._delta(event))
+                continue
+            if self._text.matched_stop is None and (tail := self._text.finish()):
+                events.append(TextDelta(self.index, tail, [], [], []))
+            events.append(self._end(event))
+        return events
+
+    def _delta(self, event: Tokens) -> TextDelta:
+        delta = TextDelta(self.index, *self._text.push(event.token_ids, event.outputs))
+        if self._text.matched_stop is not None:
+            self.stream.stop_soon(self._text.num_tokens)
+        return delta
 
     def _end(self, finished: Finished) -> ChoiceEnd:
         usage = common_pb2.Usage(
@@ -164,32 +244,15 @@ class _Choice:
         return ChoiceEnd(self.index, reason, self._text.matched_stop, finished.phases, usage)
 
 
-async def _merged(choices: list[_Choice]) -> AsyncGenerator[GenerationEvent, None]:
-    """The events of all choices, each as soon as it is there."""
-    sources = [choice.events() for choice in choices]
-    try:
-        async with contextlib.aclosing(_interleaved(sources) if len(sources) > 1 else sources[0]) as events:
-            async for event in events:
-                yield event
-    finally:
-        for choice in choices:
-            await choice.stream.cancel(LEFT)  # without effect on those that came to their end
-
-
-async def _interleaved(sources: list[AsyncGenerator[GenerationEvent, None]]) -> AsyncGenerator[GenerationEvent, None]:
-    waiting = {asyncio.ensure_future(anext(source, None)): source for source in sources}
-    try:
-        while waiting:
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                source = waiting.pop(task)
-                event = task.result()
-                if event is not None:
-                    waiting[asyncio.ensure_future(anext(source, None))] = source
-                    yield event
-    finally:
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-        for source in sources:
-            await source.aclose()
+def _together(events: list[TokenEvent]) -> list[TokenEvent]:
+    """All tokens in one event, for a reader that is far behind."""
+    token_ids: list[int] = []
+    outputs: list[common_pb2.TokenOutput] = []
+    rest: list[TokenEvent] = []
+    for event in events:
+        if isinstance(event, Tokens):
+            token_ids += event.token_ids
+            outputs += event.outputs
+        else:
+            rest.append(event)
+    return [Tokens(token_ids, outputs), *rest]

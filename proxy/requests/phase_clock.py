@@ -62,7 +62,7 @@ class PhaseClock:
     def tokens(self, num_tokens: int) -> None:
         """They leave the proxy now."""
         now = time.monotonic()
-        if not self.has_first_token:
+        if not self._first:
             self._first = now
             self.record.ttft_s = now - self._arrival
             self._metrics.first_token(self.record)

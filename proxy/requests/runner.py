@@ -14,7 +14,7 @@ import asyncio
 import logging
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...protocol.errors import (
@@ -41,6 +41,7 @@ from .phase_clock import PhaseClock
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 5.0  # for the Finished that answers a Stop
+PIECE_LEN = 2**16  # token ids that are copied in one go, about 2 ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class RequestRunner:
         self.events: deque[TokenEvent] = deque()  # for the consumer; what came before an error is delivered before it
         self.error: HalfmoonError | None = None
         self.finished: Finished | None = None
-        self.news = asyncio.Event()  # something was added to events, or the runner ended
+        self.on_news: Callable[[], None] = _nobody  # something was added to events, or the runner ended; must not hold the TokenStream
         self.clock = PhaseClock(request.arrival, pair.decision.slo, context.metrics)
         self._context = context
         self._sent: list[int] = []
@@ -81,13 +82,14 @@ class RequestRunner:
         self._handoff_id = f"{request.request_id}.{uuid.uuid4().hex}"
         self._loop = asyncio.get_running_loop()
         self._deadline = self._loop.time() + remaining_s
-        self._ended = asyncio.Event()
+        self._stop_timer: asyncio.TimerHandle | None = None
+        self._ended = False
         context.metrics.entered(self.state)
         self._task = self._loop.create_task(self._fly())
 
     @property
     def is_over(self) -> bool:
-        return self._ended.is_set()
+        return self._ended
 
     def cancel(self, reason: str) -> None:
         """Both workers and the store are told before this returns. Without effect on a runner that is over."""
@@ -101,26 +103,22 @@ class RequestRunner:
             self._fail(error)
             self._task.cancel()
 
-    async def stop(self, num_taken_tokens: int) -> Finished:
-        """Ends as DONE/stop. Tokens that decode still sends are dropped; num_taken_tokens of those sent were used.
+    def stop(self, num_taken_tokens: int) -> None:
+        """Is to end as DONE/stop: Finished comes within a few seconds. num_taken_tokens of those sent were used, all others are dropped.
 
-        Raises what ended the runner, where that was something else.
+        Without effect on a runner that is over.
         """
-        if not self.is_over:
-            self._stopping = True
-            del self._sent[num_taken_tokens:]
-            self.events.clear()
-            attempt = self._attempt
-            if attempt is not None and attempt.admitted:
-                attempt.stop(on_unheard=self._finish_stopped)
-                timer = self._loop.call_later(STOP_TIMEOUT_S, self._finish_stopped)
-                await self._ended.wait()
-                timer.cancel()
+        if self.is_over or self._stopping:
+            return
+        self._stopping = True
+        del self._sent[num_taken_tokens:]
+        self.events.clear()
+        attempt = self._attempt
+        if attempt is None or not attempt.admitted:
             self._finish_stopped()
-        if self.finished is None:
-            assert self.error is not None
-            raise self.error
-        return self.finished
+            return
+        attempt.stop(on_unheard=self._finish_stopped)
+        self._stop_timer = self._loop.call_later(STOP_TIMEOUT_S, self._finish_stopped)
 
     # The drive
 
@@ -145,7 +143,7 @@ class RequestRunner:
 
     async def _run_attempts(self) -> worker_pb2.DecodeReply.Finished:
         while True:
-            attempt = self._start_attempt()
+            attempt = await self._start_attempt()
             try:
                 return await attempt.outcome
             except LegFailed as failure:
@@ -154,17 +152,21 @@ class RequestRunner:
                     return worker_pb2.DecodeReply.Finished(reason=reason)
                 self._prepare_retry(failure)
 
-    def _start_attempt(self) -> Attempt:
+    async def _start_attempt(self) -> Attempt:
         request, pair = self.request, self._pair
         self.clock.placed(pair.placement)
         sequence = common_pb2.SequenceSpec(
             request_id=request.request_id,
-            token_ids=[*request.token_ids, *self._sent],
             num_prompt_tokens=len(request.token_ids),
             sampling=request.sampling.to_proto(),
             deadline_s=max(self._deadline - self._loop.time(), 0.0),
             queue_order=pair.queue_order,
         )
+        for start in range(0, len(request.token_ids), PIECE_LEN):
+            if start:
+                await asyncio.sleep(0)
+            sequence.token_ids.extend(request.token_ids[start : start + PIECE_LEN])
+        sequence.token_ids.extend(self._sent)
         self._epoch += 1
         handoff = common_pb2.HandoffId(id=self._handoff_id, epoch=self._epoch)
         logger.debug("request %s epoch %d: %s", request.request_id, self._epoch, pair.placement.reason)
@@ -236,20 +238,24 @@ class RequestRunner:
             self._context.learner.prefilled(state, self._pair.num_loads)
             self._enter(RequestState.DECODE)
 
-    def on_tokens(self, tokens: Sequence[common_pb2.TokenOutput]) -> None:
-        if self._stopping or not tokens:
+    def on_tokens(self, token_ids: list[int], outputs: list[common_pb2.TokenOutput]) -> None:
+        if self._stopping:
             return
-        first = self.is_waiting
-        if first:
-            self.is_waiting = False
-            self._context.on_first_token(self)
-        self.clock.tokens(len(tokens))
-        if first and not self._pair.is_local:
+        if self.is_waiting:
+            self._first_tokens(len(token_ids))
+        else:
+            self.clock.tokens(len(token_ids))
+        self._sent += token_ids
+        self._pair.decode_assignment.grow(len(token_ids))
+        self.events.append(Tokens(token_ids, outputs))
+        self.on_news()
+
+    def _first_tokens(self, num_tokens: int) -> None:
+        self.is_waiting = False
+        self._context.on_first_token(self)
+        self.clock.tokens(num_tokens)
+        if not self._pair.is_local:
             self._context.learner.handed_off(self.clock.record, self._pair.handoff_bytes, self._pair.handoff_link)
-        self._sent.extend(token.token_id for token in tokens)
-        self._pair.decode_assignment.grow(len(tokens))
-        self.events.append(Tokens(list(tokens)))
-        self.news.set()
 
     # The end
 
@@ -286,11 +292,17 @@ class RequestRunner:
         self._enter(state)
         self._context.metrics.ended(state, error.code if error is not None else reason)
         self._pair.decision.end(state, f"{error.code}: {error.message}" if error is not None else reason)
-        self._ended.set()
-        self.news.set()
+        self._ended = True
+        if self._stop_timer is not None:
+            self._stop_timer.cancel()
+        self.on_news()
         self._context.on_end(self)
 
     def _enter(self, state: RequestState) -> None:
         self.state = state
         self._pair.decision.state = state.value
         self._context.metrics.entered(state)
+
+
+def _nobody() -> None:
+    """Until a consumer comes."""

@@ -1,16 +1,20 @@
 """What a face holds of a request: its tokens as they come, and the two ways to end it early.
 
 async for event in stream:  Tokens ... Finished            stop(): done, keep the cache            cancel(): free everything
+or, for many streams at once: listen(on_news), then take()
 Leaving it in any way (aclose, a cancelled task, the garbage collector) is a cancel.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from ...protocol.v1 import common_pb2
 from ..request import Finished, RequestState, TokenEvent, Tokens
 from .runner import RequestRunner
+
+LEFT = "the client left the stream"
 
 
 class TokenStream:
@@ -20,6 +24,8 @@ class TokenStream:
         self._runner = runner
         self._loop = asyncio.get_running_loop()
         self._num_taken_tokens = 0
+        self._news = asyncio.Event()
+        runner.on_news = self._news.set
 
     @property
     def request_id(self) -> str:
@@ -30,53 +36,90 @@ class TokenStream:
         return self._runner.state
 
     @property
+    def is_over(self) -> bool:
+        """It has ended; what came before its end may still have to be taken."""
+        return self._runner.is_over
+
+    @property
     def phases(self) -> common_pb2.PhaseRecord:
         """As far as the request has come; whole once Finished was given."""
         return self._runner.clock.record
+
+    def listen(self, on_news: Callable[[], None]) -> None:
+        """on_news: called, instead of waking an iterator, whenever take() has something to give or to raise.
+
+        It must not hold this stream, which could then never be collected.
+        """
+        self._runner.on_news = on_news
+
+    def take(self) -> list[TokenEvent]:
+        """What has come since the last call. Raises the HalfmoonError that ended the request, after every token that came before it."""
+        runner = self._runner
+        if not runner.events:
+            if runner.error is not None:
+                raise runner.error
+            return []
+        events = list(runner.events)
+        runner.events.clear()
+        return events
 
     def __aiter__(self) -> TokenStream:
         return self
 
     async def __anext__(self) -> TokenEvent:
-        """Raises the HalfmoonError that ended the request, after every token that came before it."""
+        """Raises as take does."""
         runner = self._runner
         while not runner.events:
             if runner.error is not None:
                 raise runner.error
             if runner.is_over:
                 raise StopAsyncIteration
-            runner.news.clear()
-            try:
-                await runner.news.wait()
-            except asyncio.CancelledError:
-                runner.cancel("the client left the stream")
-                raise
+            await self._wait()
         event = runner.events.popleft()
         if isinstance(event, Tokens):
-            self._num_taken_tokens += len(event.tokens)
+            self._num_taken_tokens += len(event.token_ids)
         return event
 
-    async def stop(self) -> Finished:
+    def stop_soon(self, num_used_tokens: int) -> None:
         """A stop string was found: the request ends as DONE/stop, decode keeps its blocks for the next turn.
 
-        Usage counts the tokens that were taken from the stream. Returns within a few seconds even where decode does not
-        answer. Raises the HalfmoonError of a request that had failed before.
+        Finished is the next event, within a few seconds even where decode does not answer. num_used_tokens: of those that came;
+        usage counts them.
         """
-        try:
-            return await self._runner.stop(self._num_taken_tokens)
-        except asyncio.CancelledError:
-            self._runner.cancel("the client left the stream")
-            raise
+        self._runner.stop(num_used_tokens)
+
+    async def stop(self) -> Finished:
+        """As stop_soon, with all tokens that the iterator gave, until the end. Raises what the request had failed with."""
+        runner = self._runner
+        runner.stop(self._num_taken_tokens)
+        while not runner.is_over:
+            await self._wait()
+        if runner.finished is None:
+            assert runner.error is not None
+            raise runner.error
+        return runner.finished
 
     async def cancel(self, reason: str) -> None:
         """Frees prefill, store and decode at once. A request that is over stays as it ended."""
         self._runner.cancel(reason)
 
+    def abandon(self, reason: str) -> None:
+        """As cancel, for callers that are no coroutine."""
+        self._runner.cancel(reason)
+
     async def aclose(self) -> None:
-        self._runner.cancel("the client left the stream")
+        self._runner.cancel(LEFT)
+
+    async def _wait(self) -> None:
+        self._news.clear()
+        try:
+            await self._news.wait()
+        except asyncio.CancelledError:
+            self._runner.cancel(LEFT)
+            raise
 
     def __del__(self) -> None:
         runner = self._runner
         if not runner.is_over and not self._loop.is_closed():
             # the collector may run in any thread
-            self._loop.call_soon_threadsafe(runner.cancel, "the client left the stream")
+            self._loop.call_soon_threadsafe(runner.cancel, LEFT)

@@ -1,7 +1,8 @@
 """Token ids to text, as they come: whole characters only, stop strings held back and cut.
 
-tokens ─► window decode ─► whole characters ─► StopStrings ─► text that can no longer change
-            │ holds a character's first bytes      │ holds what may be the beginning of a stop string
+byte-level    token ─► its bytes, from a table ─► incremental UTF-8 ─┐
+any other     tokens ─► window decode ─► whole characters ───────────┴─► StopStrings ─► text that can no longer change
+                         │ holds a character's first bytes                │ holds what may be the beginning of a stop string
 
 `tokenizers.decoders.DecodeStream` is not used: it has no flush for the tail, and it raises on bytes that never
 become UTF-8. The window is that of text-generation-inference and vLLM: decode from a safe boundary twice, with and
@@ -10,7 +11,9 @@ without the new tokens, and the difference is the new text whatever the decoder 
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
+from typing import Protocol
 
 from .tokenizer import Tokenizer
 
@@ -20,12 +23,41 @@ _PATIENCE = 4  # tokens: as many as a character has bytes at most; a longer run 
 _PENDING_TOKENS = 3  # whatever has begun and not ended lies in as many: a character but for its last byte has 3 bytes
 
 
-class Detokenizer:
-    """Invariant: all text returned so far + finish() == decode(all tokens), for tokenizers that decode byte by byte.
+class Detokenizer(Protocol):
+    """Invariant: all text returned so far + finish() == decode(all tokens), for tokenizers that decode byte by byte."""
 
-    Args:
-        context: the prompt's token ids; a word that continues it keeps its leading space.
+    def push(self, token_id: int) -> str:
+        """The characters that the token completes; "" while one is under way."""
+        ...
+
+    def finish(self) -> str:
+        """What is still held: the replacement character of bytes that nothing completed, or ""."""
+        ...
+
+
+def create_detokenizer(tokenizer: Tokenizer, context: Sequence[int] = ()) -> Detokenizer:
+    """context: the prompt's token ids; a word that continues it keeps its leading space."""
+    return ByteDetokenizer(tokenizer) if tokenizer.is_byte_level else WindowDetokenizer(tokenizer, context)
+
+
+class ByteDetokenizer:
+    """Of a decoder that only strings bytes together. A prompt changes nothing: one that breaks off inside a character leaves the
+    answer to stand by itself.
     """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._bytes_of = tokenizer.decoded_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        return self._decoder.decode(self._bytes_of(token_id))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class WindowDetokenizer:
+    """Of any decoder. A token costs two decodes of a few tokens, however many came before."""
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
@@ -35,12 +67,10 @@ class Detokenizer:
         self._read = len(self._token_ids)  # tokens before it are returned; the window starts at 0
         self._known = tokenizer.decode(self._token_ids)
 
-    def push(self, token_ids: Sequence[int]) -> str:
-        """The characters that token_ids complete; "" while one is under way. Decodes a few tokens, however many came before."""
-        shown = [token_id for token_id in token_ids if not self._tokenizer.is_silent(token_id)]
-        if not shown:
+    def push(self, token_id: int) -> str:
+        if self._tokenizer.is_silent(token_id):
             return ""
-        self._token_ids.extend(shown)
+        self._token_ids.append(token_id)
         text = self._tokenizer.decode(self._token_ids)
         impatient = len(self._token_ids) - self._read > _PATIENCE
         whole = not text.endswith(_UNFINISHED) or (impatient and self._tokenizer.byte_fallback)
@@ -72,7 +102,6 @@ class Detokenizer:
         return self._known if self._tokenizer.byte_fallback else text.removesuffix(_UNFINISHED)
 
     def finish(self) -> str:
-        """What is still held: the replacement character of bytes that nothing completed, or ""."""
         text = self._tokenizer.decode(self._token_ids)
         new, self._known = text[len(self._known) :], text
         return new
@@ -88,6 +117,7 @@ class StopStrings:
         self._stops = tuple(dict.fromkeys(stop for stop in stops if stop))
         self._longest = max(map(len, self._stops), default=0)
         self._held = ""
+        self._num_exempt = 0  # characters of held in which no stop string may end
         self.matched: str | None = None
 
     def push(self, text: str) -> str:
@@ -97,18 +127,30 @@ class StopStrings:
         if not self._stops:
             return text
         self._held += text
-        ends = [(start + len(stop), start, stop) for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        ends = [(start + len(stop), start, stop) for stop in self._stops if (start := self._find(stop)) >= 0]
         if ends:
             _, start, self.matched = min(ends)
             out, self._held = self._held[:start], ""
             return out
         out, self._held = self._split(self._held)
+        self._num_exempt = max(self._num_exempt - len(out), 0)
+        return out
+
+    def push_exempt(self, text: str) -> str:
+        """As push, of text in which no stop string counts. One that begins in it may still end behind it."""
+        if not self._stops:
+            return text
+        out, self._held = self._split(self._held + text)
+        self._num_exempt = len(self._held)
         return out
 
     def finish(self) -> str:
         """What was held back in case it would become a stop string."""
         out, self._held = self._held, ""
         return out
+
+    def _find(self, stop: str) -> int:
+        return self._held.find(stop, max(self._num_exempt - len(stop) + 1, 0))
 
     def _split(self, text: str) -> tuple[str, str]:
         for start in range(max(0, len(text) - self._longest + 1), len(text)):

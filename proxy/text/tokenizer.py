@@ -20,12 +20,13 @@ from ...protocol.errors import CheckpointError, InvalidRequest
 from .chat_template import ChatMessage, ChatTemplate
 
 INLINE_CHARS = 4096  # about a millisecond of encoding; a longer text goes to a thread
+INLINE_TOKENS = 4096  # about a millisecond of decoding
 _TURN_CHARS = 64  # what a turn costs a template, in characters of text
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
-    """Thread-safe. Two threads may encode at the same time: the library lets go of the interpreter's lock."""
+    """Thread-safe. The library lets go of the interpreter's lock in its batch calls alone: what is long goes through them, in a thread."""
 
     def __init__(self, backend: RustTokenizer, *, special_tokens: dict[str, Any], chat_template: ChatTemplate | None) -> None:
         backend.no_truncation()
@@ -36,6 +37,9 @@ class Tokenizer:
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         decoder = backend.decoder.__getstate__() if backend.decoder is not None else b""
         self._byte_level = b'"ByteLevel"' in decoder
+        self.is_byte_level = bool(decoder) and json.loads(decoder)["type"] == "ByteLevel"
+        """decode only strings the bytes of its tokens together."""
+        self._decoded_bytes: dict[int, bytes] = {}
         self.byte_fallback = b'"ByteFallback"' in decoder
         added = backend.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
@@ -70,14 +74,32 @@ class Tokenizer:
 
     async def encode_all_aside(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """As encode_aside, of texts that are long together, too."""
-
-        def encode_all() -> list[list[int]]:
+        if sum(map(len, texts)) <= INLINE_CHARS:
             return [self.encode(text, add_special_tokens=add_special_tokens) for text in texts]
 
-        return encode_all() if sum(map(len, texts)) <= INLINE_CHARS else await asyncio.to_thread(encode_all)
+        def encode_batch() -> list[list[int]]:
+            found = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+            return [encoding.ids for encoding in found]
+
+        return await asyncio.to_thread(encode_batch)
+
+    async def decode_aside(self, token_ids: Sequence[int]) -> str:
+        """As decode; many tokens in a thread."""
+        if len(token_ids) <= INLINE_TOKENS:
+            return self.decode(token_ids)
+        (text,) = await asyncio.to_thread(self._backend.decode_batch, [token_ids])
+        return text
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def decoded_bytes(self, token_id: int) -> bytes:
+        """What the token adds to what decode gives, special tokens skipped. Of byte-level tokenizers only."""
+        found = self._decoded_bytes.get(token_id)
+        if found is None:
+            piece = None if token_id in self._special else self._backend.id_to_token(token_id)
+            found = self._decoded_bytes[token_id] = _piece_bytes(piece or "")
+        return found
 
     def is_silent(self, token_id: int) -> bool:
         """decode leaves it out: a special token, or an id that no token has."""
@@ -106,11 +128,17 @@ class Tokenizer:
         piece = self._backend.id_to_token(token_id)
         if piece is None:
             return b""
-        if self._byte_level and all(char in _byte_of_char() for char in piece):
-            return bytes(_byte_of_char()[char] for char in piece)
+        if self._byte_level:
+            return _piece_bytes(piece)
         if self.byte_fallback and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes.fromhex(piece[3:5])
         return piece.replace("▁", " ").encode()
+
+
+def _piece_bytes(piece: str) -> bytes:
+    """As the byte-level decoder reads it: its own bytes where a character stands for none, as in some added tokens."""
+    byte_of_char = _byte_of_char()
+    return bytes(byte_of_char[char] for char in piece) if all(char in byte_of_char for char in piece) else piece.encode()
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from halfmoon.decode_worker.job import DecodeJob
+from halfmoon.decode_worker.token_feed import TokenFeed
 from halfmoon.engine.sequence import Sequence
 from halfmoon.protocol.errors import WorkerLost
 from halfmoon.protocol.sampling import SamplingParams
@@ -57,3 +58,18 @@ async def test_tokens_that_come_while_a_message_is_written_are_sent_before_the_e
                 job.push(common_pb2.TokenOutput(token_id=5))
                 job.error = WorkerLost("gone")
     assert seen == [4, 5]
+
+
+async def test_with_a_feed_the_call_itself_carries_the_first_token_and_the_number_of_all() -> None:
+    feed = TokenFeed("f")
+    request = worker_pb2.DecodeRequest(feed_id="f", call=7)
+    job = DecodeJob(request, Sequence("r", [1], 1, SamplingParams()), [], asyncio.get_running_loop().create_future(), feed)
+    admit(job)
+    for token_id in (5, 6):
+        job.push(common_pb2.TokenOutput(token_id=token_id))
+    job.finish_reason = common_pb2.FINISH_REASON_LENGTH
+    job.let_finish()
+    admitted, finished = [reply async for reply in job.replies()]
+    assert admitted.admitted.state.first_token.token_id == 4 and finished.finished.num_tokens == 3
+    step = await feed.next_step()
+    assert step is not None and (list(step.calls), list(step.token_ids)) == ([7, 7], [5, 6])

@@ -69,10 +69,10 @@ def test_a_command_whose_package_is_not_installed_says_what_to_install() -> None
 def test_bench_lists_what_can_be_run_and_not_what_that_shares() -> None:
     from halfmoon.deploy.cli.bench import FOLDER, benchmarks
 
-    shared = {"engine_alone", "measure", "roofline", "shapes", "vllm_peer"}
+    shared = {"engine_alone", "front_peers", "measure", "roofline", "shapes", "vllm_peer"}
     assert shared <= {path.stem for path in FOLDER.glob("*.py")}
     found = set(benchmarks())
-    assert not shared & found and {"cluster", "engine", "flash_prefill", "overhead", "placement", "rms_norm"} <= found
+    assert not shared & found and {"cluster", "engine", "flash_prefill", "front", "overhead", "placement", "rms_norm"} <= found
     result = run("bench", "measure")
     assert result.exit_code == 2 and "overhead" in result.output and "shapes" not in result.output
 

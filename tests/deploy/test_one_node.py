@@ -101,6 +101,13 @@ async def test_the_openai_client_works_unmodified(cluster) -> None:
     await client.close()
 
 
+async def test_a_large_request_is_parsed_in_a_process_that_ray_s_actor_starts(cluster) -> None:
+    client = openai.AsyncOpenAI(base_url=f"http://{cluster.supervisor.http_address}/v1", api_key="none", max_retries=0)
+    large = await client.completions.create(model="demo", prompt="Once upon a time", max_tokens=8, temperature=0, user="x" * 2**19)
+    small = await client.completions.create(model="demo", prompt="Once upon a time", max_tokens=8, temperature=0)
+    assert large.choices[0].text == small.choices[0].text
+
+
 async def test_bad_requests_are_refused_with_limit_and_value_and_disturb_nobody(cluster, reference, prompt_of) -> None:
     prompt = prompt_of(100, seed=5)
     running = asyncio.create_task(cluster.greedy(prompt, NUM_TOKENS))

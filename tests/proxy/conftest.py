@@ -157,6 +157,42 @@ class PrefillPeer(Peer, worker_pb2_grpc.PrefillWorkerServicer):
         return worker_pb2.PrefillReply(state=state)
 
 
+class Feeds:
+    """The token feeds of scripted workers: each token is a message of its own."""
+
+    def __init__(self) -> None:
+        self._steps: dict[str, asyncio.Queue[worker_pb2.StepTokens | None]] = {}
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+
+    async def serve(self, request: worker_pb2.TokensRequest, context: Any) -> None:
+        steps = self._steps[request.feed_id] = asyncio.Queue()
+        await context.write(worker_pb2.StepTokens())
+        while (step := await steps.get()) is not None:
+            await self._flowing.wait()
+            await context.write(step)
+
+    def give(self, request: worker_pb2.DecodeRequest, token: common_pb2.TokenOutput) -> None:
+        assert request.feed_id and request.call
+        step = worker_pb2.StepTokens()
+        if token.HasField("logprob"):
+            step.outputs.add(call=request.call, token=token)
+        else:
+            step.calls.append(request.call)
+            step.token_ids.append(token.token_id)
+        self._steps[request.feed_id].put_nowait(step)
+
+    def end(self) -> None:
+        for steps in self._steps.values():
+            steps.put_nowait(None)
+
+    def hold(self) -> None:
+        self._flowing.clear()
+
+    def release(self) -> None:
+        self._flowing.set()
+
+
 class DecodePeer(Peer, worker_pb2_grpc.DecodeWorkerServicer):
     before_token: Callable[[int], Awaitable[None]] = staticmethod(nothing)  # with the token's output index
     before_finished: Callable[[], Awaitable[None]] = staticmethod(nothing)
@@ -165,6 +201,9 @@ class DecodePeer(Peer, worker_pb2_grpc.DecodeWorkerServicer):
     def __init__(self, role: str, number: int, board: Board, store: StorePeer | None = None) -> None:
         super().__init__(role, number, board, store)
         self.stops: dict[str, asyncio.Event] = {}
+        self.feeds = Feeds()
+        self.finished = asyncio.Event()  # a call has said so
+        self.tokens_first = False  # all of them, before the admission
 
     def register(self, server: grpc.aio.Server) -> None:
         worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self, server)
@@ -186,19 +225,32 @@ class DecodePeer(Peer, worker_pb2_grpc.DecodeWorkerServicer):
         else:
             # shielded: the board's future is shared, a cancelled call must not cancel it
             state = await asyncio.shield(self.board.at(request.handoff))
-        yield worker_pb2.DecodeReply(admitted=worker_pb2.DecodeReply.Admitted(state=state))
         prompt = list(sequence.token_ids[: sequence.num_prompt_tokens])
-        reason = common_pb2.FINISH_REASON_LENGTH
-        for index in range(len(sequence.token_ids) - len(prompt), sequence.sampling.max_tokens):
+        first = len(sequence.token_ids) - len(prompt)
+        await self.before_token(first)
+        state.first_token.token_id = token_at(prompt, first)
+        admitted = worker_pb2.DecodeReply(admitted=worker_pb2.DecodeReply.Admitted(state=state))
+        if not self.tokens_first:
+            yield admitted
+        reason, num_tokens = common_pb2.FINISH_REASON_LENGTH, 1
+        for index in range(first + 1, sequence.sampling.max_tokens):
             await self.before_token(index)
             if stop.is_set():
                 reason = common_pb2.FINISH_REASON_STOP
                 break
-            token = common_pb2.TokenOutput(token_id=token_at(prompt, index))
-            yield worker_pb2.DecodeReply(tokens=worker_pb2.DecodeReply.Tokens(tokens=[token]))
+            num_tokens += 1
+            self.feeds.give(request, common_pb2.TokenOutput(token_id=token_at(prompt, index)))
+        if self.tokens_first:
+            await asyncio.sleep(0.1)  # so that they are there before it
+            yield admitted
         await self.before_finished()
         phases = common_pb2.DecodePhases(first_decode_s=0.0625, decode_s=0.03125, num_preemptions=1)
-        yield worker_pb2.DecodeReply(finished=worker_pb2.DecodeReply.Finished(reason=reason, phases=phases))
+        yield worker_pb2.DecodeReply(finished=worker_pb2.DecodeReply.Finished(reason=reason, phases=phases, num_tokens=num_tokens))
+        self.finished.set()
+
+    @unary_boundary
+    async def Tokens(self, request: worker_pb2.TokensRequest, context: grpc.aio.ServicerContext) -> None:
+        await self.feeds.serve(request, context)
 
     @unary_boundary
     async def Stop(self, request: worker_pb2.StopRequest, context: grpc.aio.ServicerContext) -> worker_pb2.StopReply:
@@ -341,10 +393,21 @@ async def read(stream: TokenStream) -> tuple[list[int], Finished]:
     async for event in stream:
         assert not finished, "something came behind Finished"
         if isinstance(event, Tokens):
-            token_ids += [token.token_id for token in event.tokens]
+            token_ids += event.token_ids
         else:
             finished.append(event)
     return token_ids, finished[0]
+
+
+async def take(stream: TokenStream, num_tokens: int) -> list[int]:
+    """The next tokens, in whatever events they come."""
+    token_ids: list[int] = []
+    while len(token_ids) < num_tokens:
+        event = await anext(stream)
+        assert isinstance(event, Tokens)
+        token_ids += event.token_ids
+    assert len(token_ids) == num_tokens, "more came than there should be"
+    return token_ids
 
 
 def answer(request: ProxyRequest) -> list[int]:
@@ -389,4 +452,4 @@ async def bench(make_bench: MakeBench) -> Bench:
 @pytest.fixture
 def peers() -> Any:
     """The helpers above, for tests (importlib mode has no module to import them from)."""
-    return types.SimpleNamespace(read=read, answer=answer, forever=forever, token_at=token_at, EOS=EOS, SCHEMA=SCHEMA)
+    return types.SimpleNamespace(read=read, take=take, answer=answer, forever=forever, token_at=token_at, EOS=EOS, SCHEMA=SCHEMA)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from halfmoon.protocol.errors import InvalidRequest, PromptTooLong, RequestCancelled, UnknownModel
 from halfmoon.protocol.grpc_errors import from_rpc_error
 from halfmoon.protocol.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+from halfmoon.proxy.inference_service import parse_request
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +150,41 @@ def test_many_requests_at_once_get_their_own_answers(face: Any, stub: Any) -> No
     for thread in threads:
         thread.join()
     assert answers == {number: [10 + number, 20 + number] * 3 for number in range(8)}
+
+
+LARGE = {
+    "tokens": inference_pb2.GenerateRequest(tokens=inference_pb2.TokenIds(token_ids=[300] * 1_000_000)),
+    "messages": inference_pb2.GenerateRequest(
+        chat=inference_pb2.ChatMessages(messages=[inference_pb2.ChatMessage(role="user", content="xx")] * 2**16)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["tokens", "messages"])
+def test_a_large_request_is_parsed_while_the_event_loop_turns(kind: str, face: Any, channel: grpc.Channel, loop_gap: Any) -> None:
+    content = LARGE[kind].SerializeToString()
+    generate = channel.unary_stream("/halfmoon.v1.Inference/Generate")
+    began = time.process_time()
+    parse_request(content)
+    alone_s, gaps_s = time.process_time() - began, []
+    for _ in range(3):
+        with loop_gap(face._loop) as gap, pytest.raises(grpc.RpcError) as caught:
+            list(generate(content, timeout=30))
+        gaps_s.append(gap.longest_s)
+        assert isinstance(from_rpc_error(caught.value, "proxy"), PromptTooLong)
+    assert min(gaps_s) < alone_s / 2, f"{gaps_s} of {alone_s:.3f} s"
+
+
+def test_a_large_request_means_what_a_small_one_does(face: Any, stub: Any) -> None:
+    """Its text is not in the prompt, so that it is large and still fits the model."""
+    request = inference_pb2.GenerateRequest(tokens=inference_pb2.TokenIds(token_ids=[5, 6]), max_tokens=3, seed=9, stop=["x" * 400_000])
+    replies = list(stub.Generate(request, timeout=30))
+    assert replies[-1].finished.usage == common_pb2.Usage(num_prompt_tokens=2, num_completion_tokens=3, num_cached_tokens=2)
+    (sequence,) = face.workers.requests
+    assert (list(sequence.token_ids), sequence.sampling.seed, sequence.sampling.max_tokens) == ([5, 6], 9, 3)
+
+
+def test_what_is_no_request_is_an_invalid_one(channel: grpc.Channel) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        list(channel.unary_stream("/halfmoon.v1.Inference/Generate")(b"\xff" * 10, timeout=10))
+    assert isinstance(from_rpc_error(caught.value, "proxy"), InvalidRequest)

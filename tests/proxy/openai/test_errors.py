@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import re
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +17,7 @@ import pytest
 from halfmoon.protocol.errors import HandoffCorrupt, StoreFull
 from halfmoon.proxy.openai import body as openai_body
 from halfmoon.proxy.openai.body import MAX_BODY_BYTES
+from halfmoon.proxy.openai.types import ChatBody, CompletionBody
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 
@@ -151,36 +150,38 @@ def test_a_body_over_the_limit_is_a_400_that_names_it(told: bool, face: Any, htt
     assert http.get("/health").status_code == 200
 
 
-def test_a_long_body_is_parsed_in_another_thread(face: Any, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: list[int] = []
-    parse = openai_body._parse
-
-    def seen(body_type: Any, content: bytes) -> Any:
-        threads.append(threading.get_ident())
-        return parse(body_type, content)
-
-    monkeypatch.setattr(openai_body, "_parse", seen)
-    for length in (10, 100_000):
-        http.post("/v1/completions", json={"prompt": "x" * length})
-    assert len(threads) == 2 and threads[0] == face._thread.ident != threads[1]
+LARGE: list[tuple[str, str, bytes]] = [
+    ("/v1/completions", "prompt", json.dumps({"prompt": [5] * 1_000_000}).encode()),
+    ("/v1/completions", "prompt", json.dumps({"prompt": [[5] * 100_000] * 10}).encode()),
+    (CHAT, "messages", json.dumps({"messages": [{"role": "user", "content": "xx"}] * 2**16}).encode()),
+]
 
 
-def test_a_body_of_many_megabytes_leaves_the_event_loop_to_others(face: Any, http: httpx.Client) -> None:
-    async def longest_gap_s(until: asyncio.Event) -> float:
-        gap_s, last = 0.0, time.perf_counter()
-        while not until.is_set():
-            await asyncio.sleep(0.005)
-            now = time.perf_counter()
-            gap_s, last = max(gap_s, now - last), now
-        return gap_s
+@pytest.mark.parametrize(("path", "param", "content"), LARGE)
+def test_a_large_body_is_parsed_while_the_event_loop_turns(
+    path: str, param: str, content: bytes, face: Any, http: httpx.Client, loop_gap: Any
+) -> None:
+    began = time.process_time()
+    openai_body._parse(ChatBody if path == CHAT else CompletionBody, content)
+    alone_s, gaps_s = time.process_time() - began, []
+    for _ in range(3):
+        with loop_gap(face._loop) as gap:
+            reply = http.post(path, content=content, headers={"content-type": "application/json"})
+        gaps_s.append(gap.longest_s)
+        assert reply.status_code == 400 and error_of(reply)["param"] == param
+    assert min(gaps_s) < alone_s / 2, f"{gaps_s} of {alone_s:.3f} s"
 
-    over = asyncio.Event()
-    watch = asyncio.run_coroutine_threadsafe(longest_gap_s(over), face._loop)
-    for prompt in ("word " * 3_000_000, ["word " * 20_000] * 128, [5] * 1_000_000, ["a"] * 3000):
-        reply = http.post("/v1/completions", json={"prompt": prompt, "n": 128 if prompt == ["a"] * 3000 else 1})
-        assert reply.status_code == 400 and error_of(reply)["param"] == "prompt"
-    face._loop.call_soon_threadsafe(over.set)
-    assert watch.result(60) < 1.0
+
+@pytest.mark.parametrize("prompt", ["word " * 3_000_000, ["word " * 20_000] * 128, ["a"] * 3000])
+def test_a_body_of_long_texts_is_refused_for_what_is_wrong_with_it(prompt: Any, http: httpx.Client) -> None:
+    reply = http.post("/v1/completions", json={"prompt": prompt, "n": 128 if len(prompt) == 3000 else 1})
+    assert reply.status_code == 400 and error_of(reply)["param"] == "prompt"
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**32, 2**70])
+def test_a_token_id_that_no_model_has_is_named_in_a_large_body_too(wrong: int, http: httpx.Client) -> None:
+    reply = http.post("/v1/completions", json={"prompt": [5, wrong], "user": "x" * 400_000})
+    assert error_of(reply)["message"].startswith(f"prompt has token id {wrong}; this model's are at least 0")
 
 
 ODD: list[tuple[bytes, str]] = [

@@ -100,13 +100,13 @@ async def test_a_text_that_no_prompt_can_be_is_refused_before_it_is_tokenised(
 ) -> None:
     limit = 512 * 4 * max(len(token) for token in chat_tokenizer._backend.get_vocab(with_added_tokens=True))
     encoded: list[str] = []
-    encode = Tokenizer.encode
+    encode = Tokenizer.encode_all_aside
 
-    def seen(self: Tokenizer, text: str, **options: bool) -> list[int]:
-        encoded.append(text)
-        return encode(self, text, **options)
+    async def seen(self: Tokenizer, texts: list[str], **options: bool) -> list[list[int]]:
+        encoded.extend(texts)
+        return await encode(self, texts, **options)
 
-    monkeypatch.setattr(Tokenizer, "encode", seen)
+    monkeypatch.setattr(Tokenizer, "encode_all_aside", seen)
     with pytest.raises(PromptTooLong, match=f"the prompt has 1000000 characters; .* at most {limit} characters"):
         await plan(planner, **ask)
     assert encoded == []

@@ -154,7 +154,7 @@ async def test_a_replay_is_not_refused_for_its_slo(make_bench: Any, peers: Any, 
     bench.decodes[0].before_token = lambda index: peers.forever() if index == 2 else asyncio.sleep(0)
     request = bench.request(slo=(None, 0.05))
     stream = bench.router.open(request)
-    first = [(await within(2, anext(stream))).tokens[0].token_id for _ in range(2)]
+    first = await within(2, peers.take(stream, 2))
     load = bench.cluster.members["decode-1"].assigned.place(10**5)
     load.begin()
     with pytest.raises(Overloaded):

@@ -147,7 +147,7 @@ async def test_a_decode_worker_that_dies_costs_a_replay_with_exactly_the_sent_to
     dying.before_token = dying.before_admission = stand_still
     request = bench.request()
     stream = bench.router.open(request)
-    first = [(await within(2, anext(stream))).tokens[0].token_id for _ in range(sent or 0)]
+    first = await within(2, peers.take(stream, sent or 0))
     await within(2, reached.wait())
     await dying.kill()
     rest, finished = await within(2, peers.read(stream))

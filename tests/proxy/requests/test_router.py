@@ -145,7 +145,7 @@ async def test_a_decode_worker_that_dies_costs_a_replay_with_exactly_the_sent_to
     dying.before_token = stand_still
     request = bench.request()
     stream = bench.router.open(request)
-    first = [(await within(2, anext(stream))).tokens[0].token_id for _ in range(sent)]
+    first = await within(2, peers.take(stream, sent))
     await within(2, reached.wait())
     await dying.kill()
     rest, finished = await within(2, peers.read(stream))
@@ -318,7 +318,7 @@ async def test_a_sequence_whose_finished_was_lost_is_not_replayed_for_one_token_
     else:
         dying.before_token = lambda index: peers.forever() if index == 3 else asyncio.sleep(0)
     stream = bench.router.open(bench.request(prompt, **options))
-    first = [(await within(2, anext(stream))).tokens[0].token_id for _ in range(3)]
+    first = await within(2, peers.take(stream, 3))
     await dying.kill()
     rest, finished = await within(2, peers.read(stream))
     assert rest == [] and first == [peers.token_at(prompt, index) for index in range(3)]
@@ -333,8 +333,8 @@ async def test_a_sequence_whose_finished_was_lost_is_not_replayed_for_one_token_
 async def test_a_deadline_ends_the_request_and_frees_both_workers(bench: Any, peers: Any, where: str) -> None:
     if where == "prefill":
         bench.prefills[0].before_seal = peers.forever
-    else:
-        bench.decodes[0].before_token = peers.forever
+    else:  # the first token comes with the admission
+        bench.decodes[0].before_token = lambda index: peers.forever() if index else asyncio.sleep(0)
     stream = bench.router.open(bench.request(timeout_s=2.0))
     started = time.monotonic()
     with pytest.raises(DeadlineExceeded, match=f"2 s ran out in state {where}"):

@@ -117,7 +117,7 @@ async def test_tokens_that_came_before_an_error_are_delivered_before_it(bench: A
         await asyncio.sleep(0.01)
     await stream.cancel("asked to")
     events = [await anext(stream) for _ in range(3)]
-    assert [event.tokens[0].token_id for event in events] == peers.answer(request)[:3]
+    assert [event.token_ids[0] for event in events] == peers.answer(request)[:3]
     with pytest.raises(RequestCancelled, match="asked to"):
         await anext(stream)
 

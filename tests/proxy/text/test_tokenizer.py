@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -167,16 +168,34 @@ def test_a_damaged_file_is_named(name: str, content: str, chat_model_folder: Pat
         Tokenizer.from_folder(folder)
 
 
-async def test_a_long_prompt_is_encoded_in_another_thread(chat_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: dict[str, int] = {}
-    encode = Tokenizer.encode
+async def test_a_long_prompt_is_tokenised_while_the_event_loop_turns(chat_tokenizer: Tokenizer, loop_gap: Any) -> None:
+    text, loop = "The quick brown fox, 日本語 and 😀! " * 20_000, asyncio.get_running_loop()
+    began = time.process_time()
+    expected = chat_tokenizer.encode(text)
+    alone_s, gaps_s = time.process_time() - began, []
+    for _ in range(3):
+        with loop_gap(loop) as gap:
+            found = await chat_tokenizer.encode_aside(text)
+        gaps_s.append(gap.longest_s)
+        assert found == expected
+    assert min(gaps_s) < alone_s / 4, f"{gaps_s} of {alone_s:.3f} s"
 
-    def seen(self: Tokenizer, text: str, **options: bool) -> list[int]:
-        threads[text] = threading.get_ident()
-        return encode(self, text, **options)
 
-    monkeypatch.setattr(Tokenizer, "encode", seen)
-    long = "word " * INLINE_CHARS
-    first, second = await asyncio.gather(chat_tokenizer.encode_aside(long), chat_tokenizer.encode_aside("short"))
-    assert threads["short"] == threading.get_ident() != threads[long]
-    assert (first, second) == (encode(chat_tokenizer, long), encode(chat_tokenizer, "short"))
+async def test_a_long_prompt_is_echoed_while_the_event_loop_turns(chat_tokenizer: Tokenizer, loop_gap: Any) -> None:
+    token_ids, loop = chat_tokenizer.encode("The quick brown fox! ", add_special_tokens=False) * 60_000, asyncio.get_running_loop()
+    began = time.process_time()
+    expected = chat_tokenizer.decode(token_ids)
+    alone_s, gaps_s = time.process_time() - began, []
+    for _ in range(3):
+        with loop_gap(loop) as gap:
+            found = await chat_tokenizer.decode_aside(token_ids)
+        gaps_s.append(gap.longest_s)
+        assert found == expected
+    assert min(gaps_s) < alone_s / 2, f"{gaps_s} of {alone_s:.3f} s"
+
+
+@pytest.mark.parametrize("text", TEXTS)
+async def test_texts_that_are_encoded_together_are_encoded_as_each_by_itself(text: str, chat_tokenizer: Tokenizer) -> None:
+    long = text + "word " * INLINE_CHARS
+    assert await chat_tokenizer.encode_all_aside([long, text]) == [chat_tokenizer.encode(long), chat_tokenizer.encode(text)]
+    assert await chat_tokenizer.encode_aside(long, add_special_tokens=False) == chat_tokenizer.encode(long, add_special_tokens=False)

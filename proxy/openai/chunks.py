@@ -1,0 +1,88 @@
+"""A generation as server-sent events: all chunks of a step in one piece of bytes.
+
+A chunk that only adds text differs from the one before in its text alone, so that its JSON is made once for each choice and
+the text, escaped, put in: head + "…" + tail.
+"""
+
+from __future__ import annotations
+
+import json
+from json.encoder import encode_basestring
+from typing import Any
+
+from ..requests.generation import ChoiceEnd, Generation, GenerationEvent, TextDelta
+from .errors import error_body, typed
+from .replies import Shape
+
+DONE = b"data: [DONE]\n\n"
+_HOLE = "\0"  # stands in a frame where the text goes
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def to_event(value: Any) -> bytes:
+    return f"data: {to_json(value)}\n\n".encode()
+
+
+class ChunkWriter:
+    """path: of the route, for its errors' words."""
+
+    def __init__(self, generation: Generation, shape: Shape, wants_usage: bool, path: str) -> None:
+        self._generation = generation
+        self._shape = shape
+        self._wants_usage = wants_usage
+        self._path = path
+        self._begun = False
+        self._over = False
+        self._frames: dict[int, tuple[bytes, bytes]] = {}  # of the choices that have begun
+        self._ends: list[ChoiceEnd] = []
+
+    async def next(self) -> bytes:
+        """The next events; b"" at the end. What goes wrong before the first one is raised, from then on an error is an event."""
+        while not self._over:
+            try:
+                events = await self._generation.next_events()
+            except Exception as error:  # the process boundary: a client must learn of every end, a bug's too
+                if not self._begun:
+                    raise
+                self._over = True
+                return to_event(error_body(typed(error, self._path), self._path))
+            found = b"".join([self._of(event) for event in events]) if events else self._last()
+            if found:
+                self._begun = True
+                return found
+        return b""
+
+    def _of(self, event: GenerationEvent) -> bytes:
+        frame = self._frames.get(event.index)
+        opening = b""
+        if frame is None:
+            frame, opening = self._open(event.index)
+        if isinstance(event, ChoiceEnd):
+            self._ends.append(event)
+            return opening + self._event(self._shape.last_chunk(event))
+        if event.token_texts:
+            return opening + self._event(self._shape.chunk(event.index, event.text, event.token_texts))
+        return opening + self._text(frame, event) if event.text else opening
+
+    def _open(self, index: int) -> tuple[tuple[bytes, bytes], bytes]:
+        """The frame of a choice's text, and the events before its first."""
+        head, hole, tail = self._event(self._shape.chunk(index, _HOLE, [])).partition(to_json(_HOLE).encode())
+        assert hole, "a chunk's text does not stand in it"
+        frame = self._frames[index] = (head, tail)
+        opening = self._shape.opening(index)
+        return frame, b"" if opening is None else self._event(opening)
+
+    def _text(self, frame: tuple[bytes, bytes], delta: TextDelta) -> bytes:
+        head, tail = frame
+        return b"".join((head, encode_basestring(delta.text).encode(), tail))
+
+    def _last(self) -> bytes:
+        self._over = True
+        return (to_event(self._shape.usage_chunk(self._ends)) if self._wants_usage else b"") + DONE
+
+    def _event(self, chunk: dict[str, Any]) -> bytes:
+        """With include_usage, OpenAI's chunks carry the field in each of them, null but in the last."""
+        return to_event(chunk | {"usage": None} if self._wants_usage else chunk)

@@ -1,0 +1,104 @@
+"""Large requests are parsed in a process of their own: JSON's, pydantic's and protobuf's code holds the interpreter from the first
+byte to the last, in a thread as well, and with it every stream of the proxy.
+
+bytes ─► process: parse, check ─► Packed (small fields; token ids as bytes, not as a million objects) ─► lists, a piece at a time
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import concurrent.futures.process
+import multiprocessing
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from ..protocol.errors import InternalError
+from .text.chat_template import ChatMessage
+
+LARGE_BYTES = 2**18
+"""Of a request, from which on it is parsed in the process. Below it the parsers need a few milliseconds."""
+PIECE_LEN = 2**16
+"""Token ids that are made in one go, in about 2 ms."""
+
+Parsed = TypeVar("Parsed")
+PackedPrompt = str | bytes | list[int]
+"""A prompt's text, its token ids as 32-bit numbers, or the one token id that no model has."""
+
+
+class PackedMessages(NamedTuple):
+    roles: list[str]
+    contents: list[str]
+
+
+def pack_prompt(prompt: str | Sequence[int]) -> PackedPrompt:
+    if isinstance(prompt, str):
+        return prompt
+    try:
+        return array("I", prompt).tobytes()
+    except OverflowError:
+        return [next(token_id for token_id in prompt if not 0 <= token_id < 2**32)]  # what the request will be refused for
+
+
+async def unpack_prompt(packed: PackedPrompt) -> str | list[int]:
+    if not isinstance(packed, bytes):
+        return packed
+    token_ids: list[int] = []
+    num_bytes = PIECE_LEN * array("I").itemsize
+    for start in range(0, len(packed), num_bytes):
+        token_ids += array("I", packed[start : start + num_bytes])
+        await asyncio.sleep(0)
+    return token_ids
+
+
+def pack_messages(messages: Sequence[ChatMessage]) -> PackedMessages:
+    return PackedMessages([message.role for message in messages], [message.content for message in messages])
+
+
+async def unpack_messages(packed: PackedMessages) -> list[ChatMessage]:
+    messages: list[ChatMessage] = []
+    for start in range(0, len(packed.roles), PIECE_LEN // 8):
+        end = start + PIECE_LEN // 8
+        messages += map(ChatMessage, packed.roles[start:end], packed.contents[start:end])
+        await asyncio.sleep(0)
+    return messages
+
+
+class RequestProcess:
+    """Belongs to one event loop. The process begins with the first large request, or with warm_up()."""
+
+    def __init__(self) -> None:
+        self._executor: concurrent.futures.ProcessPoolExecutor | None = None
+
+    def warm_up(self) -> None:
+        """Starts the process now, so that no request waits for its imports."""
+        self._running().submit(_nothing)
+
+    async def run(self, parse: Callable[..., Parsed], *arguments: Any) -> Parsed:
+        """parse(*arguments) in the process. Arguments and result are pickled, which is quick for few and large parts only.
+
+        Raises what parse raises, or InternalError where the process died under it; the next call has a new one.
+        """
+        executor = self._running()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(executor, parse, *arguments)
+        except concurrent.futures.process.BrokenProcessPool as error:
+            if self._executor is executor:
+                self._executor = None
+            raise InternalError("the process that parses large requests died under this one; send it again") from error
+
+    async def close(self) -> None:
+        executor, self._executor = self._executor, None
+        if executor is not None:
+            await asyncio.to_thread(executor.shutdown, cancel_futures=True)
+
+    def _running(self) -> concurrent.futures.ProcessPoolExecutor:
+        if self._executor is None:
+            context = multiprocessing.get_context("spawn")  # a fork would copy gRPC's threads' locks
+            self._executor = concurrent.futures.ProcessPoolExecutor(1, context)
+        return self._executor
+
+
+def _nothing() -> None:
+    """What warm_up() has the process do."""

@@ -16,7 +16,6 @@ class ChunkReader:
 
     def __init__(self, sample: Sample) -> None:
         self._sample = sample
-        self._silent_end_s: float | None = None  # when a chunk without text said why the answer ended
         self.done = False
 
     def take(self, event: bytes, now_s: float) -> None:
@@ -46,20 +45,12 @@ class ChunkReader:
         delta = choice.get("delta") or {}
         text = choice.get("text") or next((delta[name] for name in TEXT_FIELDS if delta.get(name)), "")
         reason = choice.get("finish_reason")
-        # a chunk without text, reason or role is a token that has no text of its own (yet)
+        # Without text, reason or role it is a token that has no text of its own (yet). Without text and with a reason it is an end, which a
+        # server may send some time after the last token.
         if text or (reason is None and "role" not in delta):
             sample.arrivals_s.append(now_s)
         if reason:
             sample.finish_reason = reason
-            if not text:
-                self._silent_end_s = now_s
-
-    def close(self) -> None:
-        """The end of the stream. A last token without text (end of sequence, half a character) came with the chunk that says why it ended,
-        if it came in a chunk of its own: where fewer chunks than tokens had text, that chunk is its arrival."""
-        sample = self._sample
-        if self._silent_end_s is not None and len(sample.arrivals_s) < sample.num_tokens:
-            sample.arrivals_s.append(self._silent_end_s)
 
     def _count(self, usage: dict[str, Any]) -> None:
         sample = self._sample
@@ -71,5 +62,7 @@ class ChunkReader:
 def error_text(error: Any) -> str:
     if isinstance(error, dict):
         code, message = error.get("code"), error.get("message")
-        return f"{code}: {message}"[:500] if message is not None else json.dumps(error)[:500]
+        if message is None:
+            return json.dumps(error)[:500]
+        return (f"{code}: {message}" if code else str(message))[:500]
     return str(error)[:500]

@@ -11,6 +11,7 @@ from typing import Any
 from ...protocol.errors import ConfigError
 
 FORMAT = "halfmoon-load-1"
+SAME_OPTIONS = ("seed", "vocab_size", "api", "prompts", "ignore_eos", "extra_body", "measure_from_s", "measure_to_s")
 Arms = list[dict[str, Any]]
 
 
@@ -46,7 +47,7 @@ def merge(paths: Sequence[Path]) -> Arms:
 
 def different_loads(arms: Arms) -> list[str]:
     """In which points of the load arms differ, so that their figures do not compare; empty where they do."""
-    loads = [arm["plan"] | {name: arm["options"].get(name) for name in ("seed", "vocab_size", "prompts", "ignore_eos")} for arm in arms]
+    loads = [arm["plan"] | {name: arm["options"].get(name) for name in SAME_OPTIONS} for arm in arms]
     names = sorted({name for load in loads for name in load})
     return [name for name in names if len({json.dumps(load.get(name)) for load in loads}) > 1]
 

@@ -123,7 +123,6 @@ class Sender:
                     sample.outcome = "cancelled"
                     response.close()
                     return
-            reader.close()
         if sample.error:
             sample.outcome = "error"
         elif not reader.done and not sample.finish_reason:

@@ -128,10 +128,12 @@ class FakeServer:
             if reader.at_eof() or writer.is_closing():
                 seen.left = True
                 return False
-            seen.written.append(time.perf_counter())
-            await _write(writer, _event(_chunk(" a" * num_tokens, None, chat)), script.cut)
+            seen.written.append(await _write(writer, _event(_chunk(" a" * num_tokens, None, chat)), script.cut))
         if script.hang_at is not None:
-            seen.left = not await reader.read(1)
+            try:
+                seen.left = not await reader.read(1)
+            except ConnectionError:
+                seen.left = True
             return False
         if script.break_at is not None:
             return False
@@ -165,13 +167,16 @@ def _event(chunk: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(chunk).encode() + b"\n\n"
 
 
-async def _write(writer: asyncio.StreamWriter, data: bytes, cut: int) -> None:
-    """In pieces that the client reads one by one where cut says so: a turn of the loop lies between them."""
+async def _write(writer: asyncio.StreamWriter, data: bytes, cut: int) -> float:
+    """The moment of its last byte. Cut pieces are read one by one by the client: a turn of the loop lies between them."""
+    moment = 0.0
     for piece in _pieces(data, cut):
+        moment = time.perf_counter()
         writer.write(b"%x\r\n%b\r\n" % (len(piece), piece))
         if cut:
             await writer.drain()
             await asyncio.sleep(0.0005)
+    return moment
 
 
 def _pieces(data: bytes, cut: int) -> list[bytes]:

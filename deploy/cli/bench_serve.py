@@ -70,7 +70,7 @@ def serve(
     tail: Annotated[bool, Flag("--tail", help="Goodput by the longest tenth of gaps in place of the mean TPOT.")] = False,
     tolerance: Annotated[float, Flag(help="Relative width of goodput's last bracket.")] = 0.05,
     max_probes: Annotated[int, Flag(help="Runs of a search, at most.", min=1)] = 12,
-    budget_s: Annotated[float | None, Flag(help="Of an arm: no window begins later.")] = None,
+    budget_s: Annotated[float | None, Flag(help="Of an arm: a window that sends later than that is left out.")] = None,
     cancel_share: Annotated[float, Flag(help="Share of the requests whose client leaves at half of the answer.")] = 0.0,
     timeout: Annotated[float, Flag(help="Seconds, of a request.")] = 600.0,
     api: Annotated[str, Flag(help="completions or chat.")] = "completions",

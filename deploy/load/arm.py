@@ -66,7 +66,7 @@ class ArmOptions:
     tolerance: float = 0.05
     max_probes: int = 12
     budget_s: float = float("inf")
-    """A window that begins after it is left out."""
+    """A window whose last request would be sent after it is left out."""
 
     def __post_init__(self) -> None:
         if not self.factors or min(self.factors) <= 0:
@@ -74,6 +74,9 @@ class ArmOptions:
         if not self.slos:
             raise ConfigError("no SLO is given; --slo 2:0.05 is TTFT within 2 s and a token every 50 ms")
         make_balancer(self.balance, 1)
+
+    def within(self, budget_s: float) -> ArmOptions:
+        return dataclasses.replace(self, budget_s=budget_s)
 
 
 class Arm:
@@ -109,8 +112,8 @@ class Arm:
         return len(requests)
 
     async def run(self, factor: float) -> list[Sample] | None:
-        """None where the budget is spent."""
-        if time.monotonic() >= self._deadline:
+        """None where the budget has no room for it."""
+        if time.monotonic() + self._plan.span_s / factor >= self._deadline:
             self.left_out.append(factor)
             return None
         options = self._options

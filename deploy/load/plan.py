@@ -45,6 +45,11 @@ class Plan:
     warm_up: tuple[PlannedRequest, ...]
     description: dict[str, Any]
 
+    @property
+    def span_s(self) -> float:
+        """From the first arrival to the last, at factor 1."""
+        return self.requests[-1].arrival_s - self.requests[0].arrival_s if self.requests else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class LoadRequest:

@@ -107,10 +107,14 @@ def _span(measured: Sequence[Sample]) -> float:
 
 
 def _phases(good: Sequence[Sample]) -> dict[str, dict[str, float] | None]:
-    """Halfmoon's own record of where the time went, by phase."""
+    """Halfmoon's own record of where the time went, by phase; and how much later than it says the client had its first token."""
     records = [sample.phases for sample in good if sample.phases]
     names = [name for name, value in (records[0] if records else {}).items() if name.endswith("_s") and isinstance(value, int | float)]
-    return {name: spread(record.get(name) for record in records) for name in names}
+    found = {name: spread(record.get(name) for record in records) for name in names}
+    if "ttft_s" in found:
+        told = [(sample.ttft_s, sample.phases) for sample in good if sample.ttft_s is not None and sample.phases]
+        found["ttft_beyond_server_s"] = spread(ttft_s - record["ttft_s"] for ttft_s, record in told)
+    return found
 
 
 def _ratio(part: int, whole: int) -> float | None:

@@ -62,9 +62,10 @@ def test_a_summary_counts_what_ended_how_and_over_which_time() -> None:
 def test_phases_are_the_servers_and_counts_among_them_are_left_out() -> None:
     samples = [sample(0.5, [0.1]) for _ in range(3)]
     for number, one in enumerate(samples):
-        one.phases = {"index": 0, "prefill_s": float(number), "prefill_worker": "p", "num_attempts": 1}
+        one.phases = {"index": 0, "prefill_s": float(number), "ttft_s": 0.25, "prefill_worker": "p", "num_attempts": 1}
     phases = summarise(samples, [SLO])["phases"]
-    assert set(phases) == {"prefill_s"} and phases["prefill_s"]["mean"] == 1.0 and phases["prefill_s"]["p50"] == 1.0
+    assert set(phases) == {"prefill_s", "ttft_s", "ttft_beyond_server_s"} and phases["ttft_beyond_server_s"]["max"] == pytest.approx(0.25)
+    assert phases["prefill_s"]["mean"] == 1.0 and phases["prefill_s"]["p50"] == 1.0
 
 
 def test_a_spread_is_linear_between_neighbours_and_none_of_nothing() -> None:

@@ -146,7 +146,7 @@ class FakeServer:
                 num_prompt = len(seen.body.get("prompt", ()))
                 details = {"cached_tokens": script.num_cached}
                 usage = {"prompt_tokens": num_prompt, "completion_tokens": sum(tokens), "prompt_tokens_details": details}
-                await _write(writer, _event({"choices": [], "usage": usage}), script.cut)
+                await _write(writer, _event(_chunk("", None, chat) | {"choices": [], "usage": usage}), script.cut)
             await _write(writer, b"data: [DONE]\n\n", script.cut)
         writer.write(b"0\r\n\r\n")
         await writer.drain()
@@ -160,7 +160,8 @@ def steady(ttft_s: float, gap_s: float) -> Answer:
 
 def _chunk(text: str, reason: str | None, chat: bool) -> dict[str, Any]:
     shape = {"delta": {"content": text} if text else {}} if chat else {"text": text}
-    return {"id": "cmpl-1", "object": "chunk", "created": 1, "model": "fake", "choices": [{"index": 0, **shape, "finish_reason": reason}]}
+    kind = "chat.completion.chunk" if chat else "text_completion"
+    return {"id": "cmpl-1", "object": kind, "created": 1, "model": "fake", "choices": [{"index": 0, **shape, "finish_reason": reason}]}
 
 
 def _event(chunk: dict[str, Any]) -> bytes:

@@ -119,10 +119,11 @@ def serve(
         raise ConfigError(f"--cancel-share is {cancel_share:g}; it must be from 0 to 1")
     plan = with_cancellations(plan, cancel_share, seed)
     error_console.print(f"{len(plan.requests)} requests a window, seed {seed}", style="dim", highlight=False)
-    _show(asyncio.run(_run(targets, plan, options, api_key)), out, csv, png)
+    _show(asyncio.run(_run(targets, plan, options, api_key, out)), out, csv, png)
 
 
-async def _run(targets: Sequence[ArmTarget], plan: Plan, options: ArmOptions, api_key: str) -> results.Arms:
+async def _run(targets: Sequence[ArmTarget], plan: Plan, options: ArmOptions, api_key: str, out: Path | None) -> results.Arms:
+    """out: written after every arm, so that a later one's failure costs nothing of it."""
     command = shown_command(["halfmoon", "bench", "serve", *_arguments()])
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -145,6 +146,8 @@ async def _run(targets: Sequence[ArmTarget], plan: Plan, options: ArmOptions, ap
 
         for target in targets:
             arms.append(await run_arm(target, plan, options, notify, api_key=api_key, command=command))
+            if out is not None:
+                results.write_json(arms, out)
     return arms
 
 

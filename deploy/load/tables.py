@@ -33,9 +33,11 @@ def joint_tables(arms: Arms) -> list[Grid]:
     latency = (*heads, "TTFT p50/p90/p99 s", "TPOT p50/p90/p99 ms", "tail p50/p90 ms")
     rates = (*heads, "requests", "not ok", "req/s", "tok/s", "hit %", *(f"{ttft_s:g}s/{tpot_s * 1e3:g}ms" for ttft_s, tpot_s in slos))
     windows = [(arm["name"], window) for arm in arms for window in arm["windows"]]
+    ceilings = {arm["plan"].get("ceiling_tokens_ratio") for arm in arms} - {None}
+    repeats = f"; {max(ceilings):.0%} of the prompts' tokens repeat in a window" if ceilings else ""
     return [
         Grid("tail: mean of a request's longest tenth of gaps", latency, [_latency_row(*window) for window in windows]),
-        Grid("in SLO: % of the requests by mean TPOT / by tail", rates, [_rates_row(*window, slos) for window in windows]),
+        Grid(f"in SLO: % of the requests by mean TPOT / by tail{repeats}", rates, [_rates_row(*window, slos) for window in windows]),
     ]
 
 

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from serving_arms import ArmFailed, Model, Spec, count_gpus, make_model, make_specs, running
+from serving_arms import ArmFailed, Model, Spec, make_model, make_specs, running, visible_gpus
 from shapes import SHAPES
 
 from halfmoon.deploy.load import results, tables
@@ -50,7 +50,7 @@ def parse() -> argparse.Namespace:
         prog="halfmoon bench serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )  # fmt: skip
     options.add_argument("--arms", help="with commas: vllm:CHUNK, coupled:CHUNK, 1p1d, 2p1d:STEP, adaptive:1p1d; default: all that fit")
-    options.add_argument("--gpus", type=int, default=count_gpus(), help="how many each arm takes; with --device cpu: workers")
+    options.add_argument("--gpus", type=int, default=len(visible_gpus()), help="how many each arm takes; with --device cpu: workers")
     options.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options.add_argument("--model", default="", help="folder with weights; without it and without --shape: Halfmoon's demo model")
     options.add_argument("--shape", choices=sorted(SHAPES), help="a model's shape with made-up weights")

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from shapes import SHAPES, write_shape, write_tokenizer
 
@@ -86,17 +87,18 @@ def _spec(name: str, num_gpus: int, device: str, model: Model, settings: Sequenc
     keys += [f"prefill.max_tokens_per_step={step}"] if step else []
     policy = [f"proxy.ttft_slo_s={slo[0]}", f"proxy.tpot_slo_s={slo[1]}", "proxy.policy=adaptive"] if adaptive else []
     keys += policy or ["proxy.policy=cache_aware" if kind else "proxy.policy=kvcache_centric"]
-    return _halfmoon(name, [*keys, *settings], device, model)
+    return _halfmoon(name, [*keys, *settings], num_gpus, device, model)
 
 
-def _halfmoon(name: str, keys: Sequence[str], device: str, model: Model) -> Spec:
+def _halfmoon(name: str, keys: Sequence[str], num_gpus: int, device: str, model: Model) -> Spec:
     http_port, grpc_port = _free_ports(2)
     keys = [
         f"model.path={model.folder}", f"model.name={model.name}", f"model.device={device}", f"model.max_model_len={model.max_model_len}",
         f"model.load_format={'dummy' if model.dummy else 'auto'}", f"proxy.http_port={http_port}", f"proxy.grpc_port={grpc_port}", *keys,
     ]  # fmt: skip
     script = str(Path(__file__).with_name("serving_halfmoon.py"))
-    return Spec(name, (Process((sys.executable, script, *keys), f"http://127.0.0.1:{http_port}", "/ready", {}),))
+    environment = {"CUDA_VISIBLE_DEVICES": ",".join(visible_gpus()[:num_gpus])} if device == "cuda" else {}
+    return Spec(name, (Process((sys.executable, script, *keys), f"http://127.0.0.1:{http_port}", "/ready", environment),))
 
 
 def _vllm(name: str, num_gpus: int, device: str, model: Model, chunk: int) -> Spec:
@@ -105,7 +107,7 @@ def _vllm(name: str, num_gpus: int, device: str, model: Model, chunk: int) -> Sp
     if not model.folder:
         return Spec(name, absent="vLLM needs --model or --shape")
     processes: list[Process] = []
-    for gpu, port in enumerate(_free_ports(num_gpus)):
+    for gpu, port in zip(visible_gpus(), _free_ports(num_gpus), strict=False):
         options = {
             "--model": model.folder, "--served-model-name": model.name, "--dtype": "bfloat16", "--gpu-memory-utilization": "0.88",
             "--max-num-batched-tokens": str(chunk), "--max-num-seqs": "256", "--host": "127.0.0.1", "--port": str(port),
@@ -114,7 +116,7 @@ def _vllm(name: str, num_gpus: int, device: str, model: Model, chunk: int) -> Sp
         options |= {"--max-model-len": str(model.max_model_len)} if model.max_model_len else {}
         flags = [part for pair in options.items() for part in pair]
         command = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags)
-        processes.append(Process(command, f"http://127.0.0.1:{port}", "/health", {"CUDA_VISIBLE_DEVICES": str(gpu)}))
+        processes.append(Process(command, f"http://127.0.0.1:{port}", "/health", {"CUDA_VISIBLE_DEVICES": gpu}))
     return Spec(name, tuple(processes))
 
 
@@ -166,34 +168,70 @@ def _await_ready(child: subprocess.Popen[bytes], process: Process, log: Path, de
 def stop(children: Sequence[subprocess.Popen[bytes]], mark: str, memory_before: Sequence[int]) -> list[str]:
     """What was left after a plain interrupt, and what was done about it; empty where all went well."""
     told: list[str] = []
+    known = family([child.pid for child in children if child.poll() is None])  # while those are alive that began them
+
+    def alive() -> list[int]:
+        now = _processes()
+        same = {pid for pid, start in known.items() if pid in now and now[pid].start == start}
+        # a child is a zombie, and so not among them, until it is polled
+        return sorted(same | {child.pid for child in children if child.poll() is None} | set(marked(mark)))
+
     for number, wait_s in STOP_S:
-        alive = sorted(
-            {child.pid for child in children if child.poll() is None} | (set(marked(mark)) if number != signal.SIGINT else set())
-        )
-        if not alive:
+        left = alive()
+        if not left:
             break
-        if number != signal.SIGINT:
-            told.append(f"processes {', '.join(map(str, alive))} were still there: {number.name}")
-        for pid in alive:
+        if number == signal.SIGINT:
+            left = [child.pid for child in children if child.poll() is None]  # each stops what it has begun
+        else:
+            told.append(f"processes {', '.join(map(str, left))} were still there: {number.name}")
+        for pid in left:
             _signal(pid, number)
-        _await(lambda: all(child.poll() is not None for child in children) and not marked(mark), wait_s)
-    if left := marked(mark):
+        _await(lambda: not alive(), wait_s)
+    if left := alive():
         told.append(f"processes {', '.join(map(str, left))} could not be ended")
     if not _await(lambda: _returned(memory_before), 30.0):
         told.append(f"GPU memory is {gpu_memory_mib()} MiB, it was {list(memory_before)} MiB")
     return told
 
 
-def marked(mark: str) -> list[int]:
-    """Live processes that carry the arm's mark, whatever became of those that started them."""
-    found: list[int] = []
-    wanted = f"{MARK}={mark}".encode()
+class ProcessStat(NamedTuple):
+    parent: int
+    start: int  # in the kernel's ticks: a pid may come again, with another start
+
+
+def family(roots: Sequence[int]) -> dict[int, int]:
+    """These processes and all that descend from them, with their starts."""
+    now = _processes()
+    found = {pid: now[pid].start for pid in roots if pid in now}
+    while more := {pid: stat.start for pid, stat in now.items() if stat.parent in found and pid not in found}:
+        found |= more
+    return found
+
+
+def _processes() -> dict[int, ProcessStat]:
+    """All that live; zombies do not."""
+    found: dict[int, ProcessStat] = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdecimal():
             continue
         try:
-            if wanted in (folder / "environ").read_bytes().split(b"\0") and "\nState:\tZ" not in (folder / "status").read_text():
-                found.append(int(folder.name))
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it ended meanwhile
+        if fields[0] != "Z":
+            found[int(folder.name)] = ProcessStat(int(fields[1]), int(fields[19]))
+    return found
+
+
+def marked(mark: str) -> list[int]:
+    """Live processes that carry the arm's mark, whatever became of those that started them. One that has changed its title may have
+    written over it."""
+    found: list[int] = []
+    wanted = f"{MARK}={mark}".encode()
+    for pid in _processes():
+        try:
+            if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                found.append(pid)
         except OSError:
             continue  # it ended meanwhile, or is another user's
     return found
@@ -217,6 +255,12 @@ def make_model(shape: str, folder: Path) -> str:
     tokens = {"unk_token": "t0", "bos_token": f"t{bos}", "eos_token": f"t{eos}"}
     (folder / "tokenizer_config.json").write_text(json.dumps(card | tokens))
     return str(folder)
+
+
+def visible_gpus() -> list[str]:
+    """Names of those that this process may use."""
+    told = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return told.split(",") if told else [str(number) for number in range(count_gpus())]
 
 
 def _returned(before: Sequence[int]) -> bool:

@@ -75,6 +75,12 @@ def test_several_targets_without_compare_and_a_dead_one_are_told_in_a_line(url: 
         assert done.exit_code == 1 and told in done.output and "Traceback" not in done.output, arguments
 
 
+def test_a_dead_arm_does_not_cost_the_results_of_those_before_it(url: str, tmp_path: Path) -> None:
+    done = run("--compare", f"ours={url}", "theirs=127.0.0.1:9", *SHORT, "--out", str(tmp_path / "both.json"))
+    assert done.exit_code == 1 and "no OpenAI endpoint" in done.output
+    assert [arm["name"] for arm in json.loads((tmp_path / "both.json").read_text())["arms"]] == ["ours"]
+
+
 def test_a_key_is_never_written_down() -> None:
     assert shown_command(["serve", "--api-key", "k", "--seed", "1"]) == "serve --api-key '***' --seed 1"
     assert shown_command(["serve", "--api-key=k"]) == "serve '--api-key=***'"

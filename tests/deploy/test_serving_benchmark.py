@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 import uuid
@@ -17,7 +18,8 @@ import asyncio, os, signal, subprocess, sys
 sys.path.insert(0, {folder!r})
 if {stubborn}:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    for environment in (None, {{}}):  # one that carries the arm's mark, one that does not
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True, env=environment)
 from fake_server import serve
 asyncio.run(serve({port}, 0.01, 0.005))
 """
@@ -78,14 +80,17 @@ def test_an_arm_that_ends_before_it_is_ready_tells_the_end_of_its_log(arms, tmp_
         pass
 
 
-def test_nothing_of_an_arm_is_left_though_it_ignores_the_interrupt_and_has_a_child_in_another_session(arms, tmp_path, monkeypatch) -> None:
+def test_nothing_of_an_arm_is_left_though_it_ignores_the_interrupt_and_has_children_in_other_sessions(arms, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(arms, "STOP_S", ((arms.signal.SIGINT, 1.0), (arms.signal.SIGTERM, 10.0), (arms.signal.SIGKILL, 10.0)))
     mark = uuid.uuid4()
     monkeypatch.setattr(arms.uuid, "uuid4", lambda: mark)
     told: list[str] = []
     with arms.running(fake_spec(arms, "stubborn", stubborn=True), tmp_path, 60.0, told.append):
         assert len(arms.marked(mark.hex)) == 2
-    assert arms.marked(mark.hex) == [] and "SIGTERM" in told[0] and len(told) == 1
+        (root, *_) = arms.marked(mark.hex)
+        members = arms.family([root])
+        assert len(members) == 3
+    assert arms.marked(mark.hex) == [] and not set(members) & set(arms._processes()) and "SIGTERM" in told[0] and len(told) == 1
 
 
 def test_arms_run_in_turn_and_what_no_longer_fits_is_left_out_and_told(load, arms, tmp_path: Path) -> None:
@@ -115,3 +120,10 @@ def test_a_shape_is_a_folder_that_halfmoons_tokenizer_reads(arms, tmp_path: Path
     folder = arms.make_model("small", tmp_path / "small")
     assert Tokenizer.from_folder(Path(folder)) is not None
     assert json.loads((tmp_path / "small" / "tokenizer_config.json").read_text())["eos_token"] == "t1"
+
+
+def test_it_needs_none_of_the_command_lines_packages(load, arms) -> None:
+    blocked = ("typer", "rich", "yaml", "matplotlib", "torch", "ray", "fastapi")
+    folder = str(Path(arms.__file__).parent)
+    code = f"import sys; sys.path.insert(0, {folder!r}); sys.modules.update(dict.fromkeys({blocked!r})); import serving"
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)

@@ -20,9 +20,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from serving_arms import ArmFailed, Model, Spec, make_model, make_specs, running, visible_gpus
-from shapes import SHAPES
-
 from halfmoon.deploy.load import results, tables
 from halfmoon.deploy.load.arm import ArmOptions, ArmTarget, run_arm
 from halfmoon.deploy.load.environment import shown_command
@@ -33,6 +30,12 @@ from halfmoon.deploy.load.synthetic_plan import SyntheticOptions, synthetic_plan
 from halfmoon.deploy.load.trace_plan import TraceOptions, trace_plan
 from halfmoon.protocol.errors import HalfmoonError
 from halfmoon.simulator.trace import read_trace
+
+# Python may have been told not to look beside a script; and the arms' processes, which read PYTHONPATH, must not look there
+sys.path.insert(0, str(Path(__file__).parent))
+
+from serving_arms import ArmFailed, Model, Spec, make_model, make_specs, running, visible_gpus
+from shapes import SHAPES
 
 STOP_S = 20.0  # what stopping an arm takes, of the budget
 FIRST_START_S = {"cuda": 150.0, "cpu": 40.0}  # until one arm has been started

@@ -31,6 +31,9 @@ def test_prefix_aware_returns_to_where_a_prompt_was_unless_that_is_too_busy(requ
     assert balancer.pick(again[2]) == 1  # 640 known at 0, but 644 wait there
     balancer.ended(again[1], 0)
     assert balancer.pick(again[3]) == 0  # 644 wait at 1 now
+    balancer.ended(again[2], 1)
+    balancer.ended(again[3], 0)
+    assert balancer.pick(other) == 1  # nobody waits anywhere, and it is known there
 
 
 def test_a_wrong_name_is_told_with_the_right_ones() -> None:

@@ -31,7 +31,9 @@ COMMANDS = {
     "explain": Command("Tell why a recent request went where it went, or was refused.", ".explain"),
     "simulate": Command("Replay a trace against a simulated cluster, on a virtual clock.", ".simulate"),
     "bench": Command(
-        "Run one of the benchmarks of a checkout.", ".bench_flags", {"allow_extra_args": True, "ignore_unknown_options": True}
+        "Load any OpenAI endpoint (bench serve), or run one of the benchmarks of a checkout.",
+        ".bench_flags",
+        {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
     ),
 }
 

@@ -1,6 +1,6 @@
 """Every CUDA kernel is compiled, without a GPU, for the ones it is meant for: it builds, spills no tile and fits shared memory.
 
-Takes a minute: one process a GPU generation compiles all of them, as many at once as there are cores.
+Takes a minute: one process a GPU generation compiles all of them, as many at once as this pytest worker has cores.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def compilations() -> dict[int, Future[subprocess.CompletedProcess[str]]]:
     def compile_all(capability: int) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, str(script), str(capability)], env=environment, capture_output=True, text=True, check=False)
 
-    threads = ThreadPoolExecutor(max_workers=os.cpu_count())
+    num_sharing = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    threads = ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // num_sharing))
     return {capability: threads.submit(compile_all, capability) for capability in SHARED_BYTES}
 
 

@@ -1,50 +1,54 @@
 """Every CUDA kernel is compiled, without a GPU, for the ones it is meant for: it builds, spills no tile and fits shared memory.
 
-Takes a minute: one process a GPU generation compiles all of them, as many at once as there are cores.
+Takes a minute: one process a GPU generation compiles all of them, as many at once as this pytest worker has cores.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import os
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+Compiled = Callable[[int], list[dict[str, Any]]]
 SHARED_BYTES = {80: 166912, 90: 232448, 100: 232448}  # what one program may take
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # the widest matrix instruction of each
 
 
-def compiled(capability: int) -> list[dict[str, Any]]:
-    run = compilations()[capability].result()
-    assert run.returncode == 0, run.stderr[-2000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
-
-
-@functools.cache
-def compilations() -> dict[int, Future[subprocess.CompletedProcess[str]]]:
-    """One process each: here the interpreter may be on, and a kernel is one or the other from its import on."""
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[Compiled]:
+    """compiled(capability) -> a line a kernel. One process each: here the interpreter may be on, and a kernel is one or the other from its
+    import on."""
     script = Path(__file__).with_name("compile_ahead.py")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
 
     def compile_all(capability: int) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, str(script), str(capability)], env=environment, capture_output=True, text=True, check=False)
 
-    threads = ThreadPoolExecutor(max_workers=os.cpu_count())
-    return {capability: threads.submit(compile_all, capability) for capability in SHARED_BYTES}
+    num_sharing = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // num_sharing)) as threads:
+        runs = {capability: threads.submit(compile_all, capability) for capability in SHARED_BYTES}
+
+        def lines(capability: int) -> list[dict[str, Any]]:
+            run = runs[capability].result()
+            assert run.returncode == 0, run.stderr[-2000:]
+            return [json.loads(line) for line in run.stdout.splitlines()]
+
+        yield lines
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("capability", SHARED_BYTES)
-def test_every_kernel_fits_its_gpu_and_spills_no_tile(capability: int) -> None:
+def test_every_kernel_fits_its_gpu_and_spills_no_tile(capability: int, compiled: Compiled) -> None:
     lines = compiled(capability)
     kernels = {line["kernel"] for line in lines}
     assert kernels == {
@@ -58,7 +62,7 @@ def test_every_kernel_fits_its_gpu_and_spills_no_tile(capability: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("capability", SHARED_BYTES)
-def test_full_tiles_of_queries_reach_the_widest_matrix_instruction(capability: int) -> None:
+def test_full_tiles_of_queries_reach_the_widest_matrix_instruction(capability: int, compiled: Compiled) -> None:
     prefill = ("_flash_prefill_kernel", "_scores_kernel", "_values_kernel")
     wide = [line for line in compiled(capability) if line["kernel"] in prefill and "16 queries" not in line["case"]]
     assert wide and all(MATRIX[capability] in line["matrix"].split(",") for line in wide)
@@ -66,14 +70,14 @@ def test_full_tiles_of_queries_reach_the_widest_matrix_instruction(capability: i
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_decode_programs_share_a_hopper_sm() -> None:
+def test_two_decode_programs_share_a_hopper_sm(compiled: Compiled) -> None:
     decode = [line for line in compiled(90) if line["kernel"] == "_paged_decode_kernel" and "hd256" not in line["case"]]
     assert decode and all(2 * (line["shared"] + 1024) <= 233472 and 2 * 128 * line["registers"] <= 65536 for line in decode)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_three_decode_programs_over_fp8_share_a_hopper_sm() -> None:
+def test_three_decode_programs_over_fp8_share_a_hopper_sm(compiled: Compiled) -> None:
     three = {"paged_decode fp8 hd64", "paged_decode fp8 hd96", "paged_decode fp8 hd128"}
     decode = [line for line in compiled(90) if line["case"] in three]
     assert len(decode) == 3

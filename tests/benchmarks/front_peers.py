@@ -70,6 +70,7 @@ async def _proxy(pipe: Connection, folder: str) -> None:
     config = ProxyConfig(http_port=0, grpc_port=0, policy="least_loaded")
     server = ProxyServer(config=config, options=ModelOptions(), model_folder=Path(folder), schema=SCHEMA)
     endpoints = await server.start()
+    server.warm_up()
     pipe.send((endpoints.http, endpoints.grpc))
     watch: asyncio.Task[float] | None = None
     over = asyncio.Event()

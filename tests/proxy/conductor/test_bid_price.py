@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfmoon.proxy.conductor.admission.bid_price import FREE, BidPrice, Take
-from halfmoon.proxy.conductor.placement import Choice, MemberState, PlacementRequest, PrefixHint, Slo, Snapshot
+from halfmoon.proxy.conductor.placement import MemberState, PlacementRequest, PrefixHint, Selection, Slo, Snapshot
 from halfmoon.proxy.conductor.predictors import CostModel, Predictors
 
 MODEL = CostModel(
@@ -23,18 +23,18 @@ DECODE_S = 8.0
 def cluster(now_s: float, *, queued_s: float = 0.0, running: int = 0, tokens: int = 0, role: str = "") -> Snapshot:
     prefill = MemberState("p", "p", "sp", busy_until_s=now_s + queued_s)
     decode = MemberState("d", "d", "sd", tokens, 10**5, None, running, running, tokens, role)
-    return Snapshot((prefill,), (decode,), 100, now_s)
+    return Snapshot.of((prefill,), (decode,), 100, now_s)
 
 
 def ask(price: BidPrice, num_tokens: int, snapshot: Snapshot, priority: int = 0) -> bool:
-    choice = Choice(snapshot.prefill[0], snapshot.decode[0], "")
+    choice = Selection(snapshot.prefill[0], snapshot.decode[0], "")
     return price.ask(PlacementRequest(num_tokens, priority=priority), choice, snapshot, SLO, DECODE_S, DECODE_S)
 
 
 def test_a_request_takes_the_worker_seconds_that_a_hand_computes() -> None:
     price = BidPrice(Predictors(MODEL), share=0.8)
     snapshot = cluster(0.0)
-    choice = Choice(snapshot.prefill[0], snapshot.decode[0], "", PrefixHint("elsewhere", 30))
+    choice = Selection(snapshot.prefill[0], snapshot.decode[0], "", PrefixHint("elsewhere", 30))
     take = price.take(PlacementRequest(5000), choice, snapshot, SLO, DECODE_S)
     assert take.prefill == pytest.approx(2.0)  # 2,000 of its tokens are cached nowhere
     assert take.steps == pytest.approx((1e-3 + 5e-3) / (0.8 * 0.050) * DECODE_S)
@@ -53,7 +53,7 @@ def test_what_is_given_counts_what_stands_free_and_what_is_behind() -> None:
 def test_workers_that_may_change_places_are_one_pool() -> None:
     price = BidPrice(Predictors(MODEL), share=0.8)
     snapshot = cluster(0.0, role="coupled")
-    take = price.take(PlacementRequest(1000), Choice(snapshot.decode[0], snapshot.decode[0], ""), snapshot, SLO, DECODE_S)
+    take = price.take(PlacementRequest(1000), Selection(snapshot.decode[0], snapshot.decode[0], ""), snapshot, SLO, DECODE_S)
     assert take.prefill == pytest.approx(1.0 + (1e-3 + 1e-3) / 0.040 * DECODE_S) and take.steps == take.pages == 0.0
 
 
@@ -105,13 +105,13 @@ def test_those_below_the_limit_take_no_more_than_is_given_and_a_longer_one_is_ne
     for at, num_tokens in enumerate(lengths):
         snapshot = cluster(20.0 * at / len(lengths) + at, queued_s=queued_s, running=running, tokens=running * 500)
         ask(price, num_tokens, snapshot)
-    choice = Choice(snapshot.prefill[0], snapshot.decode[0], "")
+    choice = Selection(snapshot.prefill[0], snapshot.decode[0], "")
     takes = [price.take(PlacementRequest(num_tokens), choice, snapshot, SLO, DECODE_S) for num_tokens in sorted(lengths)]
     costs = [price.cost(take) for take in takes]
     assert costs == sorted(costs)
     if price.limit == math.inf:
         return
-    recent = [take for moment, take in price._asked if moment >= snapshot.now_s - price.horizon_s]
+    recent = [Take(*take) for moment, *take in price.asked.rows.tolist() if moment >= snapshot.now_s - price.horizon_s]
     span_s = min(price.horizon_s, snapshot.now_s)
     given_s = price.given(snapshot, SLO, span_s, DECODE_S)
     taken = [take for take in recent if price.cost(take) < price.limit]

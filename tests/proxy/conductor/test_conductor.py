@@ -30,7 +30,7 @@ def pool(role: str) -> st.SearchStrategy[tuple[MemberState, ...]]:
 
 @st.composite
 def questions(draw: st.DrawFn) -> tuple[PlacementRequest, Snapshot]:
-    snapshot = Snapshot(draw(pool("prefill")), draw(pool("decode")), BLOCK_SIZE)
+    snapshot = Snapshot.of(draw(pool("prefill")), draw(pool("decode")), BLOCK_SIZE)
     incarnations = [member.incarnation for member in (*snapshot.prefill, *snapshot.decode)]
     some = st.frozensets(st.sampled_from(incarnations)) if incarnations else st.just(frozenset[str]())
     num_tokens = draw(st.integers(1, 2000))
@@ -73,7 +73,7 @@ def test_equal_histories_give_equal_answers(name: str, questions: list[tuple[Pla
 
 
 def test_a_retry_never_goes_to_an_excluded_process() -> None:
-    snapshot = Snapshot((worker("prefill", 0), worker("prefill", 1)), (worker("decode", 0),), BLOCK_SIZE)
+    snapshot = Snapshot.of((worker("prefill", 0), worker("prefill", 1)), (worker("decode", 0),), BLOCK_SIZE)
     answer = Conductor(create_policy("least_loaded", random.Random(0))).place(
         PlacementRequest(10, exclude=frozenset({"prefill-0.1"})), snapshot
     )
@@ -86,13 +86,13 @@ def test_a_retry_never_goes_to_an_excluded_process() -> None:
 
 
 def test_a_prompt_that_fits_nowhere_is_too_long_and_not_unlucky() -> None:
-    snapshot = Snapshot((worker("prefill", 0, capacity=64),), (worker("decode", 0, capacity=640),), BLOCK_SIZE)
+    snapshot = Snapshot.of((worker("prefill", 0, capacity=64),), (worker("decode", 0, capacity=640),), BLOCK_SIZE)
     answer = Conductor(create_policy("cache_aware", random.Random(0))).place(PlacementRequest(65), snapshot)
     assert isinstance(answer, Rejection) and answer.code == "prompt_too_long" and "holds 64" in answer.reason
 
 
 def test_expected_cached_tokens_count_the_hint_and_never_the_last_token() -> None:
-    snapshot = Snapshot((worker("prefill", 0),), (worker("decode", 0),), BLOCK_SIZE)
+    snapshot = Snapshot.of((worker("prefill", 0),), (worker("decode", 0),), BLOCK_SIZE)
     conductor = Conductor(create_policy("cache_aware", random.Random(0)))
     answer = conductor.place(PlacementRequest(64, {"store-0": 1, "store-1": 4}), snapshot)
     assert isinstance(answer, Placement)

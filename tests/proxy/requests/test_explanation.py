@@ -165,7 +165,7 @@ def test_of_many_candidates_the_chosen_and_the_least_loaded_are_kept() -> None:
     pool = tuple(MemberState(f"p{number:03}", f"p{number}.1", "s", busy_until_s=float(100 - number)) for number in range(100))
     decision = log.open(request("a"), NO_SLO)
     asked = PlacementRequest(2)
-    attempt = decision.decided(asked, Snapshot(pool, pool[:3], 4), Predictors.guess(), Rejection("overloaded", "no"), 0)
+    attempt = decision.decided(asked, Snapshot.of(pool, pool[:3], 4), Predictors.guess(), Rejection("overloaded", "no"), 0)
     assert [member.id for member in attempt.seen.prefill] == [f"p{number:03}" for number in range(99, 99 - NUM_KEPT + 1, -1)]
     assert (attempt.num_prefill, attempt.num_decode, len(attempt.seen.decode)) == (100, 3, 3)
     decision.end(RequestState.REJECTED, "no")

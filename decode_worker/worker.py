@@ -24,7 +24,7 @@ from ..engine.sequence import Sequence
 from ..engine.transfer import TransferThread
 from ..kvstore.client import StoreClient
 from ..kvstore.store_link import StoreLink
-from ..protocol.blocks import block_keys, root_key
+from ..protocol.blocks import root_key, sent_or_made_keys
 from ..protocol.config import DecodeConfig, ModelOptions
 from ..protocol.errors import (
     HalfmoonError,
@@ -145,7 +145,7 @@ class DecodeWorker:
         sequence = Sequence.from_proto(request.sequence)
         check_sequence(sequence, self.engine.config.vocab_size, self.engine.max_model_len)
         self.scheduler.check(sequence)
-        keys = block_keys(self._root, sequence.token_ids, self.engine.page_size)
+        keys = sent_or_made_keys(request.sequence.block_keys, self._root, sequence.token_ids, self.engine.page_size)
         loop = asyncio.get_running_loop()
         job = DecodeJob(request, sequence, keys, loop.create_future())
         job.timer = loop.call_later(max(sequence.remaining_s, 0.0), self._time_out, job)

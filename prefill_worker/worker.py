@@ -19,7 +19,7 @@ from ..engine.page_allocator import PageAllocator
 from ..engine.sequence import Sequence
 from ..engine.transfer import TransferThread
 from ..kvstore.client import StoreClient
-from ..protocol.blocks import block_keys, div_ceil, root_key
+from ..protocol.blocks import div_ceil, root_key, sent_or_made_keys
 from ..protocol.config import ModelOptions, PrefillConfig
 from ..protocol.errors import HalfmoonError, HandoffCorrupt, InternalError, RequestCancelled, StoreUnavailable, WorkerLost
 from ..protocol.v1 import common_pb2, control_pb2, worker_pb2
@@ -146,7 +146,7 @@ class PrefillWorker:
         self.life.require_sound()
         sequence = Sequence.from_proto(request.sequence)
         check_sequence(sequence, self.engine.config.vocab_size, self.engine.max_model_len)
-        keys = block_keys(self._root, sequence.token_ids, self.engine.page_size)
+        keys = sent_or_made_keys(request.sequence.block_keys, self._root, sequence.token_ids, self.engine.page_size)
         loop = asyncio.get_running_loop()
         job = PrefillJob(request, sequence, keys, task, loop.create_future(), loop.create_future())
         with self._changed:

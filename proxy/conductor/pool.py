@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -170,6 +170,11 @@ class Pool:
         """The row with the least value; of equals the one whose id comes first."""
         rows = np.flatnonzero(values == values.min()).tolist()
         return rows[0] if len(rows) == 1 else min(rows, key=self.roster.ids.__getitem__)
+
+    def row_of(self, worker_id: str) -> int | None:
+        by_id = self.roster.by_id
+        at = bisect_left(by_id, (worker_id, 0))
+        return by_id[at][1] if at < len(by_id) and by_id[at][0] == worker_id else None
 
     def after(self, worker_id: str) -> int:
         """The row of the next id in order; of the first one behind the last."""

@@ -14,9 +14,10 @@ from typing import Any
 from ...protocol.channel import open_channel
 from ...protocol.schema import KVSchema
 from ...protocol.v1 import control_pb2, kvstore_pb2_grpc, worker_pb2_grpc
-from ..conductor.placement import MemberState
+from ..conductor.member_state import MemberState
 from .assigned_load import AssignedLoad
 from .backlog import Backlog
+from .load_table import LoadRow, LoadTable
 
 ROLE_NAMES = {control_pb2.ROLE_PREFILL: "prefill", control_pb2.ROLE_DECODE: "decode", control_pb2.ROLE_STORE: "store"}
 CLOSE_GRACE_S = 1.0  # for calls that are being cancelled
@@ -25,18 +26,20 @@ GoneCallback = Callable[["Member"], None]
 
 
 class Member:
-    """Made in a running event loop (its channel belongs to it)."""
+    """Made in a running event loop (its channel belongs to it). It has a row of the table until it leaves."""
 
-    def __init__(self, info: control_pb2.MemberInfo, load: control_pb2.MemberLoad) -> None:
+    def __init__(self, info: control_pb2.MemberInfo, load: control_pb2.MemberLoad, table: LoadTable) -> None:
         self.info = info
-        # asked for at every placement, and an attribute of a message is slow
-        self._id, self._incarnation, self.store_address, self._kv_capacity_tokens = (
-            info.id, info.incarnation, info.store_address, info.kv_capacity_tokens,
-        )  # fmt: skip
+        # asked for often, and an attribute of a message is slow
+        self._id, self._incarnation, self.address, self.store_address = info.id, info.incarnation, info.address, info.store_address
+        self._kv_capacity_tokens = info.kv_capacity_tokens
         self.role = ROLE_NAMES[info.role]
-        self.assigned = AssignedLoad()  # prefill: tokens to compute; decode: of context
+        self.row = row = table.enter(self._load_row)
+        self._table = table
+        self.assigned = AssignedLoad(lambda: table.changed(row))  # prefill: tokens to compute; decode: of context
         is_prefill = self.role == "prefill"  # a decode worker has a backlog of the prompts that it computes itself
-        self.backlog = Backlog(self.assigned if is_prefill else AssignedLoad(), shares=is_prefill)
+        local = self.assigned if is_prefill else AssignedLoad()
+        self.backlog = Backlog(local, shares=is_prefill, table=table.tasks, row=row)
         self.num_loads = 0  # prefixes that it is to load, of prefills not done
         self.schema = KVSchema.from_proto(info.schema) if info.HasField("schema") else None
         self.stream = 0  # which of its process's Join streams is the present one
@@ -49,8 +52,6 @@ class Member:
         self.store: Any = kvstore_pb2_grpc.KVStoreStub(self._channel)
         self._gone_callbacks: dict[int, GoneCallback] = {}
         self._numbers = itertools.count()
-        self._state: MemberState | None = None
-        self._state_version = -1
         self.report(load)
 
     @property
@@ -79,25 +80,29 @@ class Member:
 
     @property
     def state(self) -> MemberState:
-        """Without a prefill to do; state_until tells of one that has some."""
-        if self._state is None or self._state_version != self.assigned.version:
-            self._state, self._state_version = self.state_until(0.0), self.assigned.version
-        return self._state
-
-    def state_until(self, busy_until_s: float) -> MemberState:
-        # a prefill worker counts its prompt down chunk by chunk; what a decode worker holds, the proxy knows to the token
-        assigned = self.assigned
+        """As the Conductor sees it, but for the prefills that it has to do."""
+        tokens, capacity, num_requests, num_running, running_tokens = self._load_row()
         return MemberState(
             self._id,
             self._incarnation,
             self.store_address,
+            tokens,
+            capacity,
+            num_requests=num_requests,
+            num_running=num_running,
+            num_running_tokens=running_tokens,
+            role=self.role,
+        )
+
+    def _load_row(self) -> LoadRow:
+        # a prefill worker counts its prompt down chunk by chunk; what a decode worker holds, the proxy knows to the token
+        assigned = self.assigned
+        return LoadRow(
             assigned.num_left_tokens if self.role == "prefill" else assigned.num_tokens,
             self._kv_capacity_tokens,
-            busy_until_s,
             assigned.num_requests,
             assigned.num_running,
             assigned.num_running_tokens,
-            self.role,
         )
 
     def on_gone(self, callback: GoneCallback) -> Callable[[], None]:
@@ -108,6 +113,8 @@ class Member:
 
     def leave(self) -> None:
         self.gone = True
+        self.backlog.leave_table()
+        self._table.leave(self.row)
         callbacks, self._gone_callbacks = self._gone_callbacks, {}
         for callback in callbacks.values():
             callback(self)

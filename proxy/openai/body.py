@@ -10,6 +10,7 @@ import asyncio
 import email.message
 import json
 import reprlib
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -39,6 +40,7 @@ class BodyRoute(APIRoute):
         body_type: type[BaseModel] = self.body_field.field_info.annotation  # pyright: ignore[reportAssignmentType] - the app's are models
 
         async def handle_read(request: Request) -> Response:
+            request.state.arrival = time.monotonic()  # the head is here; the body may be long under way
             content = await _read(request)
             if not _is_json(request.headers.get("content-type", "")):
                 content = b""  # FastAPI refuses it then, as a body that is missing

@@ -1,6 +1,7 @@
 """Which prefixes are asked for so often that more stores should hold them. Pure: the caller brings the time.
 
-placements ─► hits of a leading run, over a sliding window ─► longest hot run ─► plan ─► Copy: source store ─► least loaded store without it
+placements ─► hits of a leading run, over a sliding window ─► longest hot run ─► next_copy ─► Copy: from a holder to the least loaded
+store without it
 
 Runs are counted at some depths only, each a quarter deeper than the one before: a placement costs some 30 counters, however long
 its prompt, and a hot run may be copied up to a fifth too short.
@@ -80,7 +81,7 @@ class HotPrefixes:
         self._began_s = now_s if age_s < self._window_s else now_s - age_s % self._window_s
 
 
-def plan(
+def next_copy(
     keys: Sequence[bytes],
     num_copies: int,
     *,

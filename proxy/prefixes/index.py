@@ -14,11 +14,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, repeat
 
+import numpy as np
+
 from .promises import TTL_S, Promises
 
 MAX_COPIES = 4_000_000
 EXACT_BLOCKS = 512
 PART_BLOCKS = 4096  # some milliseconds
+MANY_STORES = 16  # from so many on their bits are found by numpy
 
 
 class PrefixIndex:
@@ -201,14 +204,17 @@ class PrefixIndex:
         return last
 
     def _note(self, runs: dict[str, int], bits: int, num_blocks: int) -> None:
-        for store in self._names(bits):
-            runs[store] = num_blocks
+        runs.update(dict.fromkeys(self._names(bits), num_blocks))
 
     def _names(self, bits: int) -> list[str]:
         names: list[str] = []
+        stores = self._stores
+        if bits.bit_count() > MANY_STORES:
+            places = np.frombuffer(bits.to_bytes(bits.bit_length() // 8 + 1, "little"), np.uint8)
+            return [stores[slot] for slot in np.flatnonzero(np.unpackbits(places, bitorder="little")).tolist()]
         while bits:
             lowest = bits & -bits
-            names.append(self._stores[lowest.bit_length() - 1])
+            names.append(stores[lowest.bit_length() - 1])
             bits ^= lowest
         return names
 

@@ -1,6 +1,6 @@
 """The one path from what a user asked to text that streams back. Both faces, HTTP and gRPC, use it.
 
-GenerateRequest ─► Planner ─► ProxyRequest per choice ─► Router.open ─► TokenStream
+GenerateRequest ─► RequestBuilder ─► ProxyRequest per choice ─► Router.open_all ─► TokenStream
                                                                │ tokens
 Generation ◄─ TextDelta …, ChoiceEnd ◄─ ChoiceText (detokenise, stop strings, logprobs) ◄─┘
 Leaving a Generation in any way cancels all its choices.
@@ -21,7 +21,7 @@ from ..model_card import ModelCard
 from ..request import Finished, RequestState
 from ..text.tokenizer import Tokenizer
 from .choice_text import ChoiceText, TokenText
-from .generate_request import GenerateRequest, Plan, Planner
+from .generate_request import GenerateRequest, RequestBuilder
 from .router import Router
 from .token_stream import TokenStream
 
@@ -54,11 +54,11 @@ GenerationEvent = TextDelta | ChoiceEnd
 class Generation:
     """One admitted GenerateRequest: an async iterator over the events of all choices, as they come. A choice's last is its ChoiceEnd."""
 
-    def __init__(self, plan: Plan, model: str, choices: list[_Choice]) -> None:
-        self.request_id = plan.request_id
+    def __init__(self, request_id: str, model: str, num_prompt_tokens: int, choices: list[_Choice]) -> None:
+        self.request_id = request_id
         self.model = model
         self.created = int(time.time())
-        self.num_prompt_tokens = plan.num_prompt_tokens
+        self.num_prompt_tokens = num_prompt_tokens  # of all prompts together
         self.num_choices = len(choices)
         self._choices = choices
         self._events = _merged(choices)
@@ -97,7 +97,7 @@ class Generator:
         self.router = router
         self.card = card
         self._tokenizer = tokenizer
-        self._planner = Planner(tokenizer, card, default_timeout_s)
+        self._builder = RequestBuilder(tokenizer, card, default_timeout_s)
         self._under_way: weakref.WeakValueDictionary[str, Generation] = weakref.WeakValueDictionary()
 
     @property
@@ -110,16 +110,17 @@ class Generator:
 
     async def open(self, asked: GenerateRequest) -> Generation:
         """Raises InvalidRequest, or what Router.open raises; nothing is left running then."""
-        plan = await self._planner.plan(asked, self.max_model_len)
-        if (other := self._under_way.get(plan.request_id)) is not None and not other.is_over:
-            raise InvalidRequest(f"request id {plan.request_id!r} is under way already; choose another", param="request_id")
-        streams = self.router.open_all(plan.requests)
+        requests = await self._builder.build(asked, self.max_model_len)
+        if (other := self._under_way.get(asked.request_id)) is not None and not other.is_over:
+            raise InvalidRequest(f"request id {asked.request_id!r} is under way already; choose another", param="request_id")
+        streams = await self.router.open_all(requests)
         choices = [
-            _Choice(index, stream, ChoiceText(self._tokenizer, request, plan.stop, self.card.eos_token_ids))
-            for index, (request, stream) in enumerate(zip(plan.requests, streams, strict=True))
+            _Choice(index, stream, ChoiceText(self._tokenizer, request, tuple(asked.stop), self.card.eos_token_ids))
+            for index, (request, stream) in enumerate(zip(requests, streams, strict=True))
         ]
-        generation = Generation(plan, self.card.name, choices)
-        self._under_way[plan.request_id] = generation
+        num_prompt_tokens = sum(len(request.token_ids) for request in requests[:: asked.n])
+        generation = Generation(asked.request_id, self.card.name, num_prompt_tokens, choices)
+        self._under_way[asked.request_id] = generation
         return generation
 
     async def cancel(self, request_id: str, reason: str) -> bool:

@@ -32,7 +32,9 @@ from ...protocol.errors import (
 from ...protocol.v1 import common_pb2, worker_pb2
 from ..metrics import ProxyMetrics
 from ..request import Finished, ProxyRequest, RequestState, TokenEvent, Tokens
+from ..tasks import Tasks
 from .attempt import Attempt, LegFailed
+from .decisions import RequestDecision
 from .dispatcher import Dispatcher
 from .learner import Learner
 from .pair import Pair
@@ -50,6 +52,7 @@ class RunnerContext:
     dispatcher: Dispatcher
     learner: Learner
     metrics: ProxyMetrics
+    tasks: Tasks
     max_attempts: int
     eos_token_ids: frozenset[int]
     on_first_token: Callable[[RequestRunner], None]
@@ -59,19 +62,20 @@ class RunnerContext:
 class RequestRunner:
     """Placed by its maker; everything runs in the event loop that made it."""
 
-    def __init__(self, request: ProxyRequest, pair: Pair, remaining_s: float, context: RunnerContext) -> None:
+    def __init__(self, request: ProxyRequest, decision: RequestDecision, pair: Pair, remaining_s: float, context: RunnerContext) -> None:
         self.request = request
+        self.decision = decision
         self.state = RequestState.QUEUED
         self.is_waiting = True  # for its first token
         self.events: deque[TokenEvent] = deque()  # for the consumer; what came before an error is delivered before it
         self.error: HalfmoonError | None = None
         self.finished: Finished | None = None
         self.news = asyncio.Event()  # something was added to events, or the runner ended
-        self.clock = PhaseClock(request.arrival, pair.decision.slo, context.metrics)
+        self.clock = PhaseClock(request.arrival, decision.slo, context.metrics)
         self._context = context
         self._sent: list[int] = []
         self._pair = pair
-        pair.decision.record = self.clock.record
+        decision.record = self.clock.record
         self._attempt: Attempt | None = None
         self._epoch = 0
         self._exclude: set[str] = set()
@@ -83,7 +87,7 @@ class RequestRunner:
         self._deadline = self._loop.time() + remaining_s
         self._ended = asyncio.Event()
         context.metrics.entered(self.state)
-        self._task = self._loop.create_task(self._fly())
+        self._task = context.tasks.spawn(self._run(), f"request {request.request_id}", self._broke)
 
     @property
     def is_over(self) -> bool:
@@ -122,9 +126,9 @@ class RequestRunner:
             raise self.error
         return self.finished
 
-    # The drive
+    # The run
 
-    async def _fly(self) -> None:
+    async def _run(self) -> None:
         try:
             async with asyncio.timeout_at(self._deadline):
                 finished = await self._run_attempts()
@@ -139,9 +143,10 @@ class RequestRunner:
         except asyncio.CancelledError:
             self.cancel("the proxy is shutting down")  # without effect where cancel() or stop() is the cause
             raise
-        except Exception as error:  # the boundary of the task: a bug must end the request, not hang it
-            logger.exception("request %s failed", self.request.request_id)
-            self._fail(InternalError(f"{type(error).__name__}: {error}; the proxy's log has the traceback"))
+
+    def _broke(self, bug: Exception) -> None:
+        """A bug must end the request, not hang it."""
+        self._fail(InternalError(f"{type(bug).__name__}: {bug}; the proxy's log has the traceback"))
 
     async def _run_attempts(self) -> worker_pb2.DecodeReply.Finished:
         while True:
@@ -159,16 +164,16 @@ class RequestRunner:
         self.clock.placed(pair.placement)
         sequence = common_pb2.SequenceSpec(
             request_id=request.request_id,
-            token_ids=[*request.token_ids, *self._sent],
             num_prompt_tokens=len(request.token_ids),
             sampling=request.sampling.to_proto(),
             deadline_s=max(self._deadline - self._loop.time(), 0.0),
             queue_order=pair.queue_order,
         )
+        sequence.MergeFrom(pair.prompt.spec)
         self._epoch += 1
         handoff = common_pb2.HandoffId(id=self._handoff_id, epoch=self._epoch)
         logger.debug("request %s epoch %d: %s", request.request_id, self._epoch, pair.placement.reason)
-        self._attempt = Attempt(pair, sequence, handoff, self)
+        self._attempt = Attempt(pair, sequence, handoff, self, self._context.tasks)
         self._attempt.start()
         self._enter(RequestState.PREFILL)
         return self._attempt
@@ -181,7 +186,7 @@ class RequestRunner:
         if self._epoch >= self._context.max_attempts:
             raise build_error(error.code, f"{error.message} (attempt {self._epoch} of {self._context.max_attempts})", error.fields_json)
         failed = failure.member
-        self._pair.decision.attempts[-1].error = error.message
+        self._pair.decided.error = error.message
         if failed.gone or isinstance(error, WorkerLost):
             self._exclude.add(failed.incarnation)
         elif isinstance(error, HandoffError):
@@ -193,8 +198,8 @@ class RequestRunner:
         logger.warning("request %s epoch %d failed, to be replayed: %s", self.request.request_id, self._epoch, error.message)
         self._enter(RequestState.QUEUED)
         try:
-            self._pair = self._context.dispatcher.replace(
-                self.request, self._sent, self._pair, frozenset(self._exclude), frozenset(self._avoid)
+            self._pair = self._context.dispatcher.place_again(
+                self.request, self._sent, self._pair, self.decision, frozenset(self._exclude), frozenset(self._avoid)
             )
         except (NoWorker, PromptTooLong) as none_left:
             raise NoWorker(f"{error.message}; nothing to replay it on: {none_left.message}", **error.fields) from error
@@ -221,7 +226,7 @@ class RequestRunner:
         self.clock.prefilled()
         self._enter(RequestState.HANDOFF)
         # what decode took in before this was heard of has been admitted for good
-        if error := self._context.dispatcher.judge_again(self.request, self._pair):
+        if error := self._context.dispatcher.judge_again(self._pair):
             self._end(RequestState.REJECTED, error)
             self._task.cancel()
 
@@ -285,12 +290,12 @@ class RequestRunner:
         self._pair.release()  # placed, and perhaps not started
         self._enter(state)
         self._context.metrics.ended(state, error.code if error is not None else reason)
-        self._pair.decision.end(state, f"{error.code}: {error.message}" if error is not None else reason)
+        self.decision.end(state, f"{error.code}: {error.message}" if error is not None else reason)
         self._ended.set()
         self.news.set()
         self._context.on_end(self)
 
     def _enter(self, state: RequestState) -> None:
         self.state = state
-        self._pair.decision.state = state.value
+        self.decision.state = state.value
         self._context.metrics.entered(state)

@@ -18,7 +18,7 @@ from halfmoon.proxy.prefixes.index import PrefixIndex
 
 
 def index_of(bench: Any) -> PrefixIndex:
-    return bench.router._dispatcher._index
+    return bench.router._index
 
 
 async def settled(condition: Any) -> None:

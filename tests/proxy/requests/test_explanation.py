@@ -43,7 +43,7 @@ async def test_every_candidate_is_shown_with_its_predictions_and_the_chosen_with
     bench = await make_bench(2, 2, policy="kvcache_centric")
     request = bench.request(list(range(50, 70)))
     keys = block_keys(root_key(peers.SCHEMA.fingerprint), request.token_ids, 4)
-    index = bench.router._dispatcher._index
+    index = bench.router._index
     index.change(bench.stores[0].address, keys[:3], ())
     busy = bench.cluster.members["prefill-0"].backlog.place(4000, 7.0, 0, asyncio.get_running_loop().time())
     running = bench.cluster.members["decode-0"].assigned.place(500)
@@ -71,7 +71,7 @@ async def test_every_candidate_is_shown_with_its_predictions_and_the_chosen_with
     assert by_name["prefill"].measured_s == 2e-6
     assert by_name["prefill"].relative_error == pytest.approx((alone_s - 2e-6) / 2e-6)
     assert found.phases == type(found.phases).from_proto(finished.phases)
-    busy.end()
+    busy.end(asyncio.get_running_loop().time())
     running.end()
 
 

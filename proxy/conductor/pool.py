@@ -32,6 +32,8 @@ class Roster:
         self.incarnations = tuple(incarnations)
         self.store_addresses = tuple(store_addresses)
         self.roles = tuple(roles)
+        self._in_role: dict[str, Bools] = {}
+        self._joined: tuple[Roster, Roster] | None = None  # the last other, and what came of it
 
     @cached_property
     def by_id(self) -> list[tuple[str, int]]:
@@ -39,23 +41,40 @@ class Roster:
         return sorted(zip(self.ids, range(len(self.ids)), strict=True))
 
     @cached_property
+    def ranks(self) -> Ints:
+        """Of each row's id among all ids."""
+        ranks = np.empty(len(self.ids), np.int64)
+        ranks[[row for _, row in self.by_id]] = np.arange(len(self.ids))
+        return ranks
+
+    @cached_property
     def role_names(self) -> frozenset[str]:
         return frozenset(self.roles)
 
+    @cached_property
+    def stores(self) -> tuple[list[str], Ints]:
+        """The different store addresses, and of each row which one it has."""
+        addresses = list(dict.fromkeys(self.store_addresses))
+        place = {address: at for at, address in enumerate(addresses)}
+        return addresses, np.array([place[address] for address in self.store_addresses], np.int64)
+
     def in_role(self, role: str) -> Bools:
-        return np.fromiter((found == role for found in self.roles), bool, len(self.roles))
+        found = self._in_role.get(role)
+        if found is None:
+            found = self._in_role[role] = np.array([one == role for one in self.roles], np.bool_)
+        return found
 
     def take(self, rows: list[int]) -> Roster:
-        columns = (self.ids, self.incarnations, self.store_addresses, self.roles)
-        return Roster(*([column[row] for row in rows] for column in columns))
+        return Roster(*([column[row] for row in rows] for column in self._columns()))
 
     def join(self, other: Roster) -> Roster:
-        return Roster(
-            self.ids + other.ids,
-            self.incarnations + other.incarnations,
-            self.store_addresses + other.store_addresses,
-            self.roles + other.roles,
-        )
+        if self._joined is None or self._joined[0] is not other:
+            columns = zip(self._columns(), other._columns(), strict=True)
+            self._joined = other, Roster(*(mine + theirs for mine, theirs in columns))
+        return self._joined[1]
+
+    def _columns(self) -> tuple[tuple[str, ...], ...]:
+        return self.ids, self.incarnations, self.store_addresses, self.roles
 
 
 @dataclass(slots=True, eq=False)
@@ -168,8 +187,8 @@ class Pool:
 
     def least(self, values: Ints | Floats) -> int:
         """The row with the least value; of equals the one whose id comes first."""
-        rows = np.flatnonzero(values == values.min()).tolist()
-        return rows[0] if len(rows) == 1 else min(rows, key=self.roster.ids.__getitem__)
+        rows = np.flatnonzero(values == values.min())
+        return int(rows[0] if len(rows) == 1 else rows[self.roster.ranks[rows].argmin()])
 
     def row_of(self, worker_id: str) -> int | None:
         by_id = self.roster.by_id

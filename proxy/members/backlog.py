@@ -8,6 +8,7 @@ TaskTable: the tasks of all workers, so that ahead_s tells of all at once what a
 from __future__ import annotations
 
 import itertools
+import math
 from bisect import insort
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ import numpy as np
 from ..conductor.pool import Floats, Ints
 from ..conductor.rows import Rows
 from .assigned_load import AssignedLoad, Assignment
+
+UNSEEN_S = 1e-6  # a change that need not be told
 
 
 class TaskTable:
@@ -28,8 +31,8 @@ class TaskTable:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def put(self, task: PrefillTask, row: int, *, shares: bool, end_s: float) -> None:
-        self._tasks.put(task, row, task.order[0], shares, task.left * task.seconds, end_s)
+    def put(self, task: PrefillTask, row: int, *, shares: bool) -> None:
+        self._tasks.put(task, row, task.order[0], shares, task.shown_left_s, task.shown_end_s)
 
     def remove(self, task: PrefillTask) -> None:
         self._tasks.remove(task)
@@ -125,11 +128,14 @@ class Backlog:
         self._publish()
 
     def _publish(self) -> None:
-        """One after another from now on, as the scheduler has them."""
+        """One after another from now on, as the scheduler has them. What only the clock took is in the table already."""
         end_s = self._now_s
         for task in self._tasks:
-            end_s += task.left * task.seconds
-            self._table.put(task, self._row, shares=self._shares, end_s=end_s)
+            left_s = task.left * task.seconds
+            end_s += left_s
+            if abs(end_s - task.shown_end_s) > UNSEEN_S or (task is not self._tasks[0] and abs(left_s - task.shown_left_s) > UNSEEN_S):
+                task.shown_end_s, task.shown_left_s = end_s, left_s
+                self._table.put(task, self._row, shares=self._shares)
 
 
 @dataclass(slots=True, eq=False)
@@ -139,6 +145,8 @@ class PrefillTask:
     assignment: Assignment
     backlog: Backlog
     left: float = 1.0  # of it, as far as clock and reports tell
+    shown_left_s: float = math.inf  # in the table
+    shown_end_s: float = math.inf
 
     def end(self, now_s: float) -> None:
         """Done or given up. Once; further calls change nothing."""

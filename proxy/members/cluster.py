@@ -7,7 +7,7 @@ snapshot() ─► the workers whose own store is alive, with their load         
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import NamedTuple
 
 import numpy as np
@@ -115,29 +115,44 @@ class Cluster:
         found = self._stores.get(address)
         return found[0] if found else None
 
+    @property
+    def store_addresses(self) -> Set[str]:
+        return self._stores.keys()
+
+    def store_loads(self) -> dict[str, int]:
+        """The stores beside the workers that prefill, with the tokens that these have to compute."""
+        prefill, decode = self._live_candidates()
+        roster, rows = prefill if len(prefill.rows) else decode
+        addresses, places = roster.stores
+        tokens = np.bincount(places, self._table.outstanding_tokens(rows), len(addresses))
+        return dict(zip(addresses, tokens.astype(np.int64).tolist(), strict=True))
+
     def snapshot(self, block_size: int, now_s: float = 0.0, asking: Asking | None = None) -> Snapshot:
         """asking: None shows workers as if none had a prefill to do."""
-        if self._candidates is None:
-            self._candidates = self._live("prefill"), self._live("decode")
-        prefill, decode = (self._table.pool(found.roster, found.rows) for found in self._candidates)
+        prefill, decode = (self._table.pool(found.roster, found.rows) for found in self._live_candidates())
         if asking is not None and len(self._table.tasks):
             self._show_queues((prefill, decode), asking, now_s)
         return Snapshot(prefill, decode, block_size, now_s)
 
     def _show_queues(self, pools: tuple[Pool, Pool], asking: Asking, now_s: float) -> None:
         """Sets busy_until_s, for the request that asks."""
-        assert self._candidates is not None
-        tasks = self._table.tasks
+        candidates, tasks = self._live_candidates(), self._table.tasks
         has_task = np.zeros(self._table.size, np.bool_)
         has_task[tasks.rows] = True
         work_s = np.zeros(self._table.size)
-        for pool, (_, rows) in zip(pools, self._candidates, strict=True):
+        for pool, (_, rows) in zip(pools, candidates, strict=True):
             if has_task[rows].any():
                 pool.num_held_blocks = pool.held(asking.held_blocks)
                 work_s[rows] = cost_by_blocks(pool.num_held_blocks, asking.work_s)
         ahead_s = tasks.ahead_s(asking.queue_order, work_s, now_s)
-        for pool, (_, rows) in zip(pools, self._candidates, strict=True):
+        for pool, (_, rows) in zip(pools, candidates, strict=True):
             pool.busy_until_s = now_s + ahead_s[rows]
+
+    def _live_candidates(self) -> tuple[_Candidates, _Candidates]:
+        """For prefill and for decode."""
+        if self._candidates is None:
+            self._candidates = self._live("prefill"), self._live("decode")
+        return self._candidates
 
     def _live(self, role: str) -> _Candidates:
         """Those whose own store lives, too, by id."""

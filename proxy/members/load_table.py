@@ -60,9 +60,16 @@ class LoadTable:
 
     def pool(self, roster: Roster, rows: Ints) -> Pool:
         """The members of the roster, which stand in these rows. Nobody has a prefill to do: see TaskTable."""
+        self._refresh()
+        tokens, capacity, requests, running, running_tokens = self._values[:, rows]
+        return Pool(roster, tokens, capacity, np.zeros(len(rows)), requests, running, running_tokens)
+
+    def outstanding_tokens(self, rows: Ints) -> Ints:
+        self._refresh()
+        return self._values[0, rows]
+
+    def _refresh(self) -> None:
         for row in self._stale:
             if (read := self._read.get(row)) is not None:
                 self._values[:, row] = read()
         self._stale.clear()
-        tokens, capacity, requests, running, running_tokens = self._values[:, rows]
-        return Pool(roster, tokens, capacity, np.zeros(len(rows)), requests, running, running_tokens)

@@ -100,12 +100,15 @@ def next_copy(
         load_of: of the stores beside workers that prefill. copies_from: copies under way, by source.
         avoid: stores that failed to take it lately.
     """
-    if not holders or len({*holders, *coming} & load_of.keys()) >= num_copies:
+    taken = {*holders, *coming}
+    if not holders or len(taken & load_of.keys()) >= num_copies:
         return None
-    free = [(load, store) for store, load in load_of.items() if store not in holders and store not in coming and store not in avoid]
+    taken.update(avoid)
+    free = [(load, store) for store, load in load_of.items() if store not in taken]
     if not free:
         return None
-    source = min(holders, key=lambda store: (copies_from.get(store, 0), store))
+    idle = [store for store in holders if not copies_from.get(store)]
+    source = min(idle) if idle else min(holders, key=lambda store: (copies_from[store], store))
     return Copy(source, min(free)[1], keys)
 
 

@@ -99,22 +99,12 @@ class Replicator:
         return next_copy(
             run,
             num_copies,
-            holders=[store for store in self._index.holders(last) if self._cluster.store_at(store) is not None],
+            holders=self._cluster.store_addresses & set(self._index.holders(last)),
             coming={*self._index.promised(last), *same},
-            load_of=self._loads(),
+            load_of=self._cluster.store_loads(),
             copies_from=Counter(copy.source for copy in under_way),
             avoid={target for target, key in self._retry_at if key == last},
         )
-
-    def _loads(self) -> dict[str, float]:
-        """The stores beside the workers that prefill, with the tokens that these have to compute."""
-        assert self._cluster.schema is not None
-        seen = self._cluster.snapshot(self._cluster.schema.block_size)
-        pool = seen.prefill if len(seen.prefill) else seen.decode
-        loads: dict[str, float] = {}
-        for store, num_tokens in zip(pool.roster.store_addresses, pool.num_outstanding_tokens.tolist(), strict=True):
-            loads[store] = loads.get(store, 0) + num_tokens
-        return loads
 
     async def _copy(self, copy: Copy, num_hits: float) -> None:
         logger.info("copying %d hot blocks (%.0f hits) from %s to %s", len(copy.keys), num_hits, copy.source, copy.target)

@@ -100,9 +100,11 @@ def _kept(pool: Pool, chosen: str) -> Pool:
     """The chosen worker and the least loaded of the others, a copy."""
     if len(pool) <= NUM_KEPT:
         return pool.take(np.arange(len(pool)))
+    loads = pool.busy_until_s * 1e9 + pool.num_outstanding_tokens  # by time, and where that is the same by tokens
+    least = np.argpartition(loads, NUM_KEPT)[: NUM_KEPT + 1]
+    rows = least[np.argsort(loads[least])].tolist()
     chosen_row = pool.row_of(chosen)
-    busy_s = np.nan_to_num(pool.busy_until_s)
-    rows = np.flatnonzero(busy_s <= np.partition(busy_s, NUM_KEPT)[NUM_KEPT])
-    least = rows[np.lexsort((pool.num_outstanding_tokens[rows], busy_s[rows]))]
-    others = least[least != (-1 if chosen_row is None else chosen_row)][: NUM_KEPT - 1]
-    return pool.take(others if chosen_row is None else np.concatenate(([chosen_row], others)))
+    if chosen_row is None:
+        return pool.take(np.array(rows[: NUM_KEPT - 1]))
+    others = [row for row in rows if row != chosen_row]
+    return pool.take(np.array([chosen_row, *others[: NUM_KEPT - 1]]))

@@ -94,3 +94,43 @@ def test_no_history_makes_less_than_nothing_left_or_more_than_was_placed(acts: l
         assert urgent == sorted(urgent) and urgent[0] >= 0.0
         for limit, waits_s in enumerate(urgent):
             assert waits_s <= sum(task.seconds for task in tasks if task.order[0] <= limit) + 1e-9
+
+
+@given(st.lists(st.tuples(st.sampled_from(["place", "end", "report", "pass"]), st.integers(0, 60), st.integers(0, 3)), max_size=60))
+def test_the_table_tells_of_every_worker_what_its_own_tasks_add_up_to(acts: list[Act]) -> None:
+    table, now_s = TaskTable(), 0.0
+    workers = [Backlog(AssignedLoad(), shares=row != 1, table=table, row=row) for row in range(3)]
+    tasks: list[PrefillTask] = []
+    for act, number, priority in acts:
+        worker = workers[number % 3]
+        if act == "place":
+            tasks.append(worker.place(number, number / 10, priority, now_s))
+        elif act == "end" and tasks:
+            tasks.pop(number % len(tasks)).end(now_s)
+        elif act == "report":
+            worker.assigned.report(number)
+            worker.report(now_s)
+        else:
+            now_s += number / 50
+        work_s = np.array([0.3, 0.3, 2.0])
+        for order in range(4):
+            found = table.ahead_s(order, work_s, now_s)
+            for row, one in enumerate(workers):
+                one._follow(now_s)
+                left = [(task.order[0], task.left * task.seconds) for task in one._tasks]
+                expected = sum(
+                    min(left_s, work_s[row]) if other == order and row != 1 else left_s for other, left_s in left if other <= order
+                )
+                assert found[row] == pytest.approx(expected, abs=1e-4)
+    assert len(table) == len(tasks)
+
+
+def test_a_worker_that_left_is_before_nobody_on_the_row_that_another_has_now() -> None:
+    table = TaskTable()
+    gone = Backlog(AssignedLoad(), shares=True, table=table, row=0)
+    task = gone.place(100, 4.0, 0, 0.0)
+    gone.leave_table()
+    Backlog(AssignedLoad(), shares=True, table=table, row=0).place(10, 1.0, 0, 0.0)
+    task.end(0.5)
+    gone.place(100, 9.0, 0, 0.5)
+    assert table.ahead_s(0, np.array([9.0]), 0.5)[0] == pytest.approx(0.5)

@@ -47,7 +47,11 @@ class AttemptListener(Protocol):
 
 
 class Attempt:
-    """tasks: own what the attempt runs; Stop and Abort may outlive it."""
+    """
+    Args:
+        sequence: but for what the pair's prompt has of it.
+        tasks: own what the attempt runs; Stop and Abort may outlive it.
+    """
 
     def __init__(
         self, pair: Pair, sequence: common_pb2.SequenceSpec, handoff: common_pb2.HandoffId, listener: AttemptListener, tasks: Tasks
@@ -75,6 +79,7 @@ class Attempt:
         if self.outcome.done():
             return
         request = worker_pb2.DecodeRequest(sequence=self._sequence, handoff=self._handoff, local_prefill=pair.is_local)
+        request.sequence.MergeFrom(pair.prompt.spec)
         decode = pair.decode.decode_worker.Decode(request, timeout=timeout_s)
         self._calls.append(decode)
         self._tasks.append(self._background.spawn(self._follow_decode(decode), self._title("its decode leg"), self._leg_broke))
@@ -111,12 +116,14 @@ class Attempt:
 
     def _prefill_request(self) -> worker_pb2.PrefillRequest:
         prefix = self.pair.placement.prefix
-        return worker_pb2.PrefillRequest(
+        request = worker_pb2.PrefillRequest(
             sequence=self._sequence,
             handoff=self._handoff,
             store_address=self.pair.decode.info.store_address,
             prefix=worker_pb2.PrefixHint(store_address=prefix.store_address, num_blocks=prefix.num_blocks) if prefix else None,
         )
+        request.sequence.MergeFrom(self.pair.prompt.spec)
+        return request
 
     async def _follow_decode(self, call: Any) -> None:
         member = self.pair.decode

@@ -43,8 +43,8 @@ class PromptEncoder:
             except StopIteration as done:
                 return done.value
 
-    def encode_in_parts(self, token_ids: Sequence[int]) -> Generator[None, None, Prompt]:
-        """Returns the prompt behind the last part. Raises NoWorker where nobody has joined who would say what a block is."""
+    def encode_in_parts(self, token_ids: Sequence[int]) -> Generator[bool, None, Prompt]:
+        """Yields False after each part and returns the prompt. Raises NoWorker where nobody has joined who would say what a block is."""
         schema = self._schema()
         block_size, spec = schema.block_size, common_pb2.SequenceSpec()
         keys: list[BlockKey] = []
@@ -53,7 +53,7 @@ class PromptEncoder:
             part = token_ids[first : first + part_len]
             keys += block_keys(self._root, part, block_size, parent=keys[-1] if keys else None)
             spec.token_ids.extend(part)
-            yield
+            yield False
         spec.block_keys.extend(keys)
         return Prompt(token_ids, keys, spec, schema)
 

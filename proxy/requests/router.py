@@ -128,8 +128,8 @@ class Router:
         begun_s = time.monotonic()
         try:
             while True:
-                next(opening)
-                if time.monotonic() - begun_s >= SLICE_S:
+                has_started = next(opening)
+                if has_started or time.monotonic() - begun_s >= SLICE_S:  # what was started runs in a turn of its own
                     await asyncio.sleep(0)
                     begun_s = time.monotonic()
         except StopIteration as done:
@@ -179,8 +179,11 @@ class Router:
         await self._replicator.close()
         await self._watch.close()
 
-    def _open(self, requests: Sequence[ProxyRequest]) -> Generator[None, None, list[TokenStream]]:
-        """Yields between short pieces of work, and returns the streams. Whatever ends it before that undoes all it did."""
+    def _open(self, requests: Sequence[ProxyRequest]) -> Generator[bool, None, list[TokenStream]]:
+        """Yields between short pieces of work, and returns the streams. Whatever ends it before that undoes all it did.
+
+        It yields whether the piece of work started a request.
+        """
         decisions: list[RequestDecision] = []
         try:
             with contextlib.ExitStack() as undo:
@@ -194,13 +197,13 @@ class Router:
                     self._require_open()
                     pairs.append(self._dispatcher.place(request, prompt, decision))
                     undo.callback(pairs[-1].release)
-                    yield
+                    yield False
                 streams: list[TokenStream] = []
                 for request, decision, pair in zip(requests, decisions, pairs, strict=True):
                     self._require_open()
                     streams.append(self._start(request, decision, pair))
                     undo.callback(self.cancel, request.request_id, "another choice of its request could not be started")
-                    yield
+                    yield True
                 undo.pop_all()
                 return streams
         except BaseException as error:

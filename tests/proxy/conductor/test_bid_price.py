@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from halfmoon.proxy.conductor.admission import create_admission
 from halfmoon.proxy.conductor.admission.bid_price import FREE, BidPrice, Take
+from halfmoon.proxy.conductor.forecast import Forecast
 from halfmoon.proxy.conductor.placement import MemberState, PlacementRequest, PrefixHint, Selection, Slo, Snapshot
 from halfmoon.proxy.conductor.predictors import CostModel, Predictors
 
@@ -117,3 +119,31 @@ def test_those_below_the_limit_take_no_more_than_is_given_and_a_longer_one_is_ne
     taken = [take for take in recent if price.cost(take) < price.limit]
     for at in range(len(Take._fields)):
         assert sum(take[at] for take in taken) <= max(given_s[at], 0.0) + 1e-6
+
+
+INT32 = st.integers(-(2**31), 2**31 - 1)
+
+
+@settings(deadline=None)
+@given(priority=INT32, other=INT32)
+@example(priority=1024, other=-1075)
+@example(priority=2**31 - 1, other=-(2**31))
+def test_every_priority_of_32_bits_has_a_price_and_a_more_urgent_one_is_never_dearer(priority: int, other: int) -> None:
+    price = BidPrice(Predictors(MODEL), limit=1e-6, prices=Take(1.0, 0.0, 0.0), every_s=math.inf)
+    price._next_s = math.inf
+    assert ask(price, 50_000, cluster(0.0), priority), "no priority goes past a price that is a million times over the limit"
+    assert 0.0 < BidPrice.weight(priority) < math.inf
+    if priority <= other:
+        assert BidPrice.weight(priority) <= BidPrice.weight(other)
+    assert BidPrice.weight(0) == 1.0 and BidPrice.weight(1) == 2.0 and BidPrice.weight(-1) == 0.5
+
+
+@pytest.mark.parametrize("priority", [-(2**31), -1075, 1024, 2**31 - 1])
+def test_a_request_of_any_priority_is_judged_by_the_admission_that_prices(priority: int) -> None:
+    admission = create_admission("predictive", SLO, Predictors(MODEL))
+    assert admission is not None
+    for _ in range(50):
+        admission.observe_decode(8.0, 1000)
+    snapshot = cluster(0.0)
+    selection = Selection(snapshot.prefill[0], snapshot.decode[0], "")
+    assert admission.judge(PlacementRequest(100, priority=priority), selection, Forecast(1.0, 0.02), snapshot) is None

@@ -59,8 +59,9 @@ def sent_or_made_keys(sent: Sequence[BlockKey], root: BlockKey, token_ids: Seque
             "send one for each full block, or none",
             param="block_keys",
         )
-    if wrong := next((key for key in sent if len(key) != KEY_BYTES), None):
-        raise InvalidRequest(f"block_keys has a key of {len(wrong)} bytes; each has {KEY_BYTES}", param="block_keys")
+    for key in sent:
+        if len(key) != KEY_BYTES:
+            raise InvalidRequest(f"block_keys has a key of {len(key)} bytes; each has {KEY_BYTES}", param="block_keys")
     return list(sent)
 
 

@@ -249,6 +249,30 @@ async def test_a_target_that_leaves_ends_its_copy(peers: Any) -> None:
         await stage.stop()
 
 
+async def test_a_copy_that_breaks_on_a_bug_is_counted_and_not_tried_there_again_at_once(peers: Any, monkeypatch: Any, caplog: Any) -> None:
+    stage = Stage(peers)
+    source = await stage.add()
+    await stage.add()
+    try:
+        await stage.keep(source, stage.keys)
+
+        def broken(address: str) -> Any:
+            raise RuntimeError("a bug")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(stage.cluster, "store_at", broken)
+            stage.place(4)
+            await stage.until(lambda: stage.replicator._under_way == [])
+        assert stage.outcome("internal") == 1 and "RuntimeError: a bug" in caplog.text
+        stage.place()
+        assert stage.replicator._under_way == [], "not yet"
+        stage.now += RETRY_AFTER_S + 1.0
+        stage.place(4)
+        await stage.until(lambda: stage.outcome("copied") == 1)
+    finally:
+        await stage.stop()
+
+
 async def test_every_placement_is_told_to_the_replicator(bench: Any, peers: Any, monkeypatch: Any) -> None:
     told: list[list[bytes]] = []
     monkeypatch.setattr(bench.router._replicator, "placed", told.append)

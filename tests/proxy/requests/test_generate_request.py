@@ -80,6 +80,7 @@ async def test_the_limit_itself_is_allowed(builder: RequestBuilder) -> None:
         ({"sampling": {"temperature": float("nan")}}, InvalidRequest, "temperature", "nan"),
         ({"sampling": {"logit_bias": {1: float("nan")}}}, InvalidRequest, "logit_bias", "nan"),
         ({"stop": ["a"] * 17}, InvalidRequest, "stop", "17 strings; it may have 16"),
+        ({"stop": ["a", "b" * 1025]}, InvalidRequest, "stop", "a string of 1025 characters; each may have 1024"),
         ({"timeout_s": 604801.0}, InvalidRequest, "timeout_s", r"604801\.0; it must be .* at most 604800 \(7 days\)"),
         ({"timeout_s": 1e18}, InvalidRequest, "timeout_s", "7 days"),
         ({"timeout_s": float("inf")}, InvalidRequest, "timeout_s", "7 days"),

@@ -15,6 +15,8 @@ from halfmoon.protocol.errors import ERROR_TYPES, NoWorker, PromptTooLong
 from halfmoon.proxy.conductor.conductor import Conductor
 from halfmoon.proxy.conductor.placement import MemberState, Placement, PlacementRequest, PrefixHint, Rejection, Snapshot
 from halfmoon.proxy.conductor.policies import POLICIES, create_policy
+from halfmoon.proxy.conductor.policies.base import best_prefix
+from halfmoon.proxy.conductor.predictors import Predictors
 
 BLOCK_SIZE = 16
 
@@ -112,3 +114,28 @@ def test_the_simulator_can_import_it_without_grpc_torch_or_ray() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONSAFEPATH": "1"}
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_request_that_fills_a_worker_exactly_fits_and_one_token_more_does_not() -> None:
+    snapshot = Snapshot.of((worker("prefill", 0, capacity=100),), (worker("decode", 0, capacity=100),), BLOCK_SIZE)
+    conductor = Conductor(create_policy("least_loaded", random.Random(0)))
+    assert isinstance(conductor.place(PlacementRequest(100), snapshot), Placement)
+    answer = conductor.place(PlacementRequest(101), snapshot)
+    assert isinstance(answer, Rejection) and answer.code == "prompt_too_long"
+
+
+def test_of_two_stores_that_hold_as_much_the_first_address_is_named() -> None:
+    assert best_prefix(PlacementRequest(100, {"b": 3, "a": 3, "c": 2}), BLOCK_SIZE) == ("a", 3)
+    assert best_prefix(PlacementRequest(33, {"b": 3}), BLOCK_SIZE) == ("b", 2), "the last token is always computed"
+
+
+def test_a_decode_worker_that_prefills_by_the_policy_s_choice_is_told_of_no_other_store() -> None:
+    busy = MemberState("p", "p", "sp", busy_until_s=1000.0, role="prefill")
+    free = MemberState("d", "d", "sd", busy_until_s=0.0, role="decode")
+    snapshot = Snapshot.of((busy,), (free,), BLOCK_SIZE)
+    predictors = Predictors.guess()
+    conductor = Conductor(create_policy("adaptive", random.Random(0), predictors), None, predictors, local_prefill="fallback")
+    answer = conductor.place(PlacementRequest(200, {"sp": 10, "sd": 2}), snapshot)
+    assert isinstance(answer, Placement) and answer.is_local and answer.prefix is None
+    assert answer.num_cached_tokens == 2 * BLOCK_SIZE
+    assert answer.ttft_s == pytest.approx(predictors.prefill.predict(200 - 32, 32)), "of what it really computes"

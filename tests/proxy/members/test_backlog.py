@@ -134,3 +134,12 @@ def test_a_worker_that_left_is_before_nobody_on_the_row_that_another_has_now() -
     task.end(0.5)
     gone.place(100, 9.0, 0, 0.5)
     assert table.ahead_s(0, np.array([9.0]), 0.5)[0] == pytest.approx(0.5)
+
+
+def test_what_ended_on_time_has_taken_nothing_from_those_behind_it() -> None:
+    found = backlog()
+    first = found.place(100, 4.0, 0, 10.0)
+    found.place(100, 3.0, 0, 10.0)
+    first.end(14.0)
+    assert ahead_s(found, 0, 9.0, 14.0) == pytest.approx(3.0)
+    assert ahead_s(found, 0, 9.0, 15.0) == pytest.approx(2.0)

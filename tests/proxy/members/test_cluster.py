@@ -208,3 +208,32 @@ async def test_two_hundred_members_come_and_go_and_each_has_a_row_of_its_own(clu
     found = {one.id: one.num_outstanding_tokens for one in cluster.snapshot(4).decode}
     odd = {f"decode-{number}": number for number in range(1, 100, 2)}
     assert found == odd | {f"decode-{number}": 1000 + number for number in range(0, 100, 4)}
+
+
+async def test_rows_of_members_that_left_are_used_again_without_what_stood_there(cluster: Cluster) -> None:
+    cluster.join(info("store-0"), NO_LOAD)
+    for incarnation in range(1, 300):
+        member = cluster.join(info("prefill-0", incarnation), NO_LOAD)
+        member.backlog.place(100, 4.0, 0, 50.0)
+    assert cluster._table.size <= 64, "one worker and one store"
+    assert len(cluster._table.tasks) == 1
+    snapshot = cluster.snapshot(4, 50.0, Asking({}, 0, lambda _: 9.0))
+    assert snapshot.prefill.busy_until_s.tolist() == pytest.approx([54.0]) and snapshot.prefill[0].num_outstanding_tokens == 100
+
+
+async def test_each_change_of_a_worker_s_load_shows_in_the_next_snapshot(cluster: Cluster) -> None:
+    cluster.join(info("store-0"), NO_LOAD)
+    decode = cluster.join(info("decode-0"), NO_LOAD)
+    assignment = decode.assigned.place(30)
+
+    def seen() -> tuple[int, int, int, int]:
+        (one,) = cluster.snapshot(4).decode
+        return one.num_outstanding_tokens, one.num_requests, one.num_running, one.num_running_tokens
+
+    assert seen() == (30, 1, 0, 0)
+    assignment.begin()
+    assert seen() == (30, 1, 1, 30)
+    assignment.grow(5)
+    assert seen() == (35, 1, 1, 35)
+    assignment.end()
+    assert seen() == (0, 0, 0, 0)

@@ -159,3 +159,28 @@ async def test_time_to_first_token_counts_from_the_arrival_that_the_face_names(b
     late = ProxyRequest(request.request_id, request.token_ids, request.sampling, request.timeout_s, arrival=time.monotonic() - 3.0)
     _, finished = await peers.read(bench.router.open(late))
     assert finished.phases.ttft_s > 3.0 and finished.phases.queue_s > 3.0
+
+
+async def test_a_second_replay_sends_what_was_sent_in_both_attempts_once(make_bench: Any, peers: Any) -> None:
+    bench = await make_bench(1, 3, policy="round_robin")
+    request = bench.request(list(range(50, 61)), max_tokens=9)
+    reached = [asyncio.Event(), asyncio.Event()]
+
+    def stall_at(at: int, event: asyncio.Event) -> Callable[[int], Any]:
+        async def stall(index: int) -> None:
+            if index == at:
+                event.set()
+                await asyncio.Event().wait()
+
+        return stall
+
+    bench.decodes[0].before_token, bench.decodes[1].before_token = stall_at(3, reached[0]), stall_at(6, reached[1])
+    reading = asyncio.create_task(peers.read(bench.router.open(request)))
+    for decode, event in zip(bench.decodes, reached, strict=False):
+        await asyncio.wait_for(event.wait(), 5)
+        await decode.kill()
+    token_ids, finished = await asyncio.wait_for(reading, 5)
+    assert token_ids == peers.answer(request) and finished.phases.num_attempts == 3
+    last = bench.decodes[2].requests[0].sequence
+    assert list(last.token_ids) == [*request.token_ids, *token_ids[:6]]
+    assert list(last.block_keys) == block_keys(root_key(peers.SCHEMA.fingerprint), list(last.token_ids), 4)

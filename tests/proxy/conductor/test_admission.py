@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import random
+from typing import get_args
 
 import pytest
 
+from halfmoon.protocol.config import AdmissionName
 from halfmoon.proxy.conductor.admission import ADMISSIONS, Limits, Predictive, create_admission
 from halfmoon.proxy.conductor.admission.decode_times import DecodeTimes
 from halfmoon.proxy.conductor.conductor import Conductor
@@ -31,7 +33,8 @@ def judge(name: str, ttft_s: float, tpot_s: float, snapshot: Snapshot, slo: Slo 
     return admission.judge(request, Selection(PREFILL, snapshot.decode[0], ""), Forecast(ttft_s, tpot_s), snapshot)
 
 
-def test_names_are_those_listed_and_others_are_refused() -> None:
+def test_names_are_those_listed_and_of_the_configuration_and_others_are_refused() -> None:
+    assert set(get_args(AdmissionName)) == set(ADMISSIONS)
     assert create_admission("none", SLO, Predictors(MODEL)) is None
     with pytest.raises(ValueError, match="two_stage"):
         create_admission("fastest", SLO, Predictors(MODEL))

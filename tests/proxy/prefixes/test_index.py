@@ -211,6 +211,7 @@ def test_a_promise_to_a_store_that_nothing_is_known_of_is_not_noted() -> None:
     assert index.leading_runs(KEYS) == {} and not index._slots
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(0, 60)), st.sets(st.integers(0, 60)))
 def test_few_holders_and_many_are_named_alike_through_stores_that_leave(holders: set[int], left: set[int]) -> None:
     index = PrefixIndex()

@@ -41,6 +41,10 @@ class Roster:
         return sorted(zip(self.ids, range(len(self.ids)), strict=True))
 
     @cached_property
+    def store_set(self) -> frozenset[str]:
+        return frozenset(self.store_addresses)
+
+    @cached_property
     def ranks(self) -> Ints:
         """Of each row's id among all ids."""
         ranks = np.empty(len(self.ids), np.int64)
@@ -181,7 +185,7 @@ class Pool:
     def held(self, held_blocks: Mapping[str, int]) -> Ints:
         if self.num_held_blocks is not None:
             return self.num_held_blocks
-        if not held_blocks:
+        if self.roster.store_set.isdisjoint(held_blocks):
             return np.zeros(len(self), np.int64)
         return np.fromiter(map(held_blocks.get, self.roster.store_addresses, repeat(0)), np.int64, len(self))
 

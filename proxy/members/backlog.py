@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from bisect import insort
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -82,8 +83,9 @@ class Backlog:
         """num_tokens to compute, in so many seconds of the worker's, by prediction. To be ended when the prefill is, however."""
         self._follow(now_s)
         task = PrefillTask((queue_order, next(self._numbers)), seconds, self.assigned.place(num_tokens), self)
-        insort(self._tasks, task, key=_order)
-        self._publish()
+        at = bisect_right(self._tasks, task.order, key=_order)
+        self._tasks.insert(at, task)
+        self._publish(at)
         return task
 
     def report(self, now_s: float) -> None:
@@ -123,14 +125,18 @@ class Backlog:
 
     def _end(self, task: PrefillTask, now_s: float) -> None:
         self._follow(now_s)
-        self._tasks.remove(task)
+        at = self._tasks.index(task)
+        del self._tasks[at]
         self._table.remove(task)
-        self._publish()
+        self._publish(at)
 
-    def _publish(self) -> None:
-        """One after another from now on, as the scheduler has them. What only the clock took is in the table already."""
-        end_s = self._now_s
-        for task in self._tasks:
+    def _publish(self, first: int = 0) -> None:
+        """One after another from now on, as the scheduler has them, those from the first on: before it nothing has changed.
+
+        What only the clock took is in the table already.
+        """
+        end_s = max(self._now_s, self._tasks[first - 1].shown_end_s) if first else self._now_s
+        for task in islice(self._tasks, first, None):
             left_s = task.left * task.seconds
             end_s += left_s
             if abs(end_s - task.shown_end_s) > UNSEEN_S or (task is not self._tasks[0] and abs(left_s - task.shown_left_s) > UNSEEN_S):

@@ -19,7 +19,7 @@ from ..engine.executor import PageTransfer
 from ..engine.sequence import Sequence
 from ..engine.worker import HalfLoad, Worker
 from ..kvstore.client import StoreClient
-from ..protocol.blocks import block_keys
+from ..protocol.blocks import sent_or_made_keys
 from ..protocol.config import DecodeConfig
 from ..protocol.errors import (
     HalfmoonError,
@@ -109,7 +109,7 @@ class DecodeHalf:
         sequence.check_tokens(self._facts.vocab_size)
         sequence.check_len(self._facts.max_model_len, with_answer=True)
         self.scheduler.check(sequence)
-        keys = block_keys(self._worker.root, sequence.token_ids, self._facts.page_size)
+        keys = sent_or_made_keys(request.sequence.block_keys, self._worker.root, sequence.token_ids, self._facts.page_size)
         loop = asyncio.get_running_loop()
         job = DecodeJob(request, sequence, keys, loop.create_future(), self.feeds.enter(request))
         job.timer = loop.call_later(max(sequence.remaining_s, 0.0), self._time_out, job)

@@ -26,6 +26,10 @@ class Sequence:
     queue_order: int = 0
     num_computed_tokens: int = 0  # their KV stands in pages
     pages: list[int] = field(default_factory=list)
+    stop_token_ids: frozenset[int] = field(init=False)  # sampling's; asked for every token, and there may be a thousand
+
+    def __post_init__(self) -> None:
+        self.stop_token_ids = frozenset(self.sampling.stop_token_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -74,7 +78,7 @@ class Sequence:
         if self.num_output_tokens == 0:
             return None
         last = self.token_ids[-1]
-        stops = last in params.stop_token_ids or (last in eos_token_ids and not params.ignore_eos)
+        stops = last in self.stop_token_ids or (last in eos_token_ids and not params.ignore_eos)
         if stops and self.num_output_tokens >= params.min_tokens:
             return common_pb2.FINISH_REASON_STOP
         if self.num_output_tokens >= params.max_tokens:

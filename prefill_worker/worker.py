@@ -16,7 +16,7 @@ from ..engine.executor import PageTransfer
 from ..engine.sequence import Sequence
 from ..engine.worker import HalfLoad, Worker
 from ..kvstore.client import StoreClient
-from ..protocol.blocks import block_keys, div_ceil
+from ..protocol.blocks import div_ceil, sent_or_made_keys
 from ..protocol.config import PrefillConfig
 from ..protocol.errors import HalfmoonError, HandoffCorrupt, InternalError, RequestCancelled, StoreUnavailable, WorkerLost
 from ..protocol.roles import WorkerRole
@@ -100,7 +100,7 @@ class PrefillHalf:
         sequence = Sequence.from_proto(request.sequence)
         sequence.check_tokens(self._facts.vocab_size)
         sequence.check_len(self._facts.max_model_len, with_answer=False)
-        keys = block_keys(self._worker.root, sequence.token_ids, self._facts.page_size)
+        keys = sent_or_made_keys(request.sequence.block_keys, self._worker.root, sequence.token_ids, self._facts.page_size)
         loop = asyncio.get_running_loop()
         job = PrefillJob(request, sequence, keys, task, loop.create_future(), loop.create_future())
         with self._changed:

@@ -12,6 +12,8 @@ import hashlib
 import sys
 from collections.abc import Sequence
 
+from .errors import InvalidRequest
+
 KEY_BYTES = 16
 BlockKey = bytes
 
@@ -41,6 +43,26 @@ def block_keys(
         key = digest.digest()
         keys.append(key)
     return keys
+
+
+def sent_or_made_keys(sent: Sequence[BlockKey], root: BlockKey, token_ids: Sequence[int], block_size: int) -> list[BlockKey]:
+    """The keys of the full blocks of token_ids: those that came with them, or where none did made here.
+
+    Raises InvalidRequest where they are not one for each full block.
+    """
+    if not sent:
+        return block_keys(root, token_ids, block_size)
+    num_blocks = len(token_ids) // block_size
+    if len(sent) != num_blocks:
+        raise InvalidRequest(
+            f"block_keys has {len(sent)} keys, and {len(token_ids)} token_ids fill {num_blocks} blocks of {block_size}; "
+            "send one for each full block, or none",
+            param="block_keys",
+        )
+    for key in sent:
+        if len(key) != KEY_BYTES:
+            raise InvalidRequest(f"block_keys has a key of {len(key)} bytes; each has {KEY_BYTES}", param="block_keys")
+    return list(sent)
 
 
 def div_ceil(numerator: int, denominator: int) -> int:

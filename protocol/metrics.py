@@ -99,7 +99,7 @@ GOODPUT_REQUESTS = MetricSpec("halfmoon_goodput_requests", "counter", "Finished 
 REPLICATIONS = MetricSpec(
     "halfmoon_replications",
     "counter",
-    "Copies of hot prefixes, by outcome: copied, cut_short, too_many (were under way), over_budget, or an error code.",
+    "Copies of hot prefixes, by outcome: copied, cut_short, too_many (under way), over_budget, internal (a bug), or an error code.",
     ("outcome",),
 )
 REPLICATION_BYTES = MetricSpec("halfmoon_replication_bytes", "counter", "Bytes that stores copied as they were told to.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import uuid
 from typing import Any, NamedTuple
 
 import grpc
@@ -137,7 +138,7 @@ def request_from_proto(request: inference_pb2.GenerateRequest) -> GenerateReques
         prompts={"prompt": [request.prompt], "tokens": [list(request.tokens.token_ids)]}.get(kind, ()),
         messages=[ChatMessage(turn.role, turn.content) for turn in request.chat.messages] if kind == "chat" else None,
         model=request.model,
-        request_id=request.request_id,
+        request_id=request.request_id or uuid.uuid4().hex,
         n=request.n if request.HasField("n") else 1,
         seed=request.seed if request.HasField("seed") else None,
         max_tokens=request.max_tokens if request.HasField("max_tokens") else None,

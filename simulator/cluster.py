@@ -10,11 +10,11 @@ import random
 from collections.abc import Callable
 
 from ..protocol.errors import ConfigError
-from ..proxy.conductor.admission import Predictive, create_admission
+from ..proxy.conductor.admission import create_admission
 from ..proxy.conductor.conductor import Conductor
 from ..proxy.conductor.placement import Arriving, Placement, PlacementRequest, Rejection, Snapshot
 from ..proxy.conductor.policies import create_policy
-from ..proxy.conductor.policies.adaptive import Adaptive
+from ..proxy.conductor.policies.base import RolePlanner
 from ..proxy.conductor.predictors.timing import Predictors
 from ..proxy.conductor.predictors.waiting import step_with
 from ..proxy.conductor.queue_order import queue_order
@@ -50,11 +50,13 @@ class Cluster:
             balancing_threshold=scenario.balancing_threshold,
         )
         self.admission = create_admission(scenario.admission, scenario.slo, self.predictors)
+        self.roles = self.policy.roles if scenario.flexible else None
         self.conductor = Conductor(self.policy, self.admission, self.predictors)
         self.index = PrefixIndex()
         self.counters = Counters()
         self.prefixes = Prefixes(scenario, self.loop, self.index, self.predictors, self.counters)
-        self.view = ClusterView(scenario.flexible or scenario.coupled, scenario.block_size, isinstance(self.admission, Predictive))
+        wants_arrivals = self.admission is not None and self.admission.wants_arrivals
+        self.view = ClusterView(scenario.flexible or scenario.coupled, scenario.block_size, wants_arrivals)
         self.jobs: list[Job] = []
         self.role_changes: list[tuple[float, str, str]] = []
         self._progress = progress
@@ -69,7 +71,7 @@ class Cluster:
             page_size=scenario.page_size,
             max_tokens_per_step=scenario.max_tokens_per_step,
             mixed_tokens_per_step=scenario.chunk_tokens,
-            step_target_s=self.policy.step_target_s if isinstance(self.policy, Adaptive) and scenario.flexible else 0.0,
+            step_target_s=self.roles.step_target_s if self.roles is not None else 0.0,
             max_running=scenario.max_running,
             learn=scenario.learn,
         )
@@ -108,8 +110,8 @@ class Cluster:
                     f"no instance {failure.instance!r} can fail; there are {self.instances[0].name} to {self.instances[-1].name}"
                 )
             self.loop.at(failure.at_s, self._fail, failure)
-        if isinstance(self.policy, Adaptive) and self.scenario.flexible:
-            self.loop.at(0.0, self._rebalance)
+        if self.roles is not None:
+            self.loop.at(0.0, self._rebalance, self.roles)
         self.loop.run()
         for job in self._parked:
             self._end(job, "rejected_at_arrival", "no live instance was left")
@@ -151,7 +153,7 @@ class Cluster:
         job.decode_on = decode.name
         self.view.coming[job] = Arriving(now + (placement.ttft_s or 0.0), job.num_tokens)
         self.prefixes.hope(prefill, job)
-        if not (scenario.flexible and prefill is not decode):  # else decode is chosen when the prefill begins
+        if self.roles is None or prefill is decode:  # else decode is chosen when the prefill begins
             decode.promise(job, job.num_tokens)
         prefill.add_prefill(job, self._priority(job))
 
@@ -172,10 +174,9 @@ class Cluster:
         return self.prefixes.look_again(job)
 
     def prefill_started(self, job: Job) -> None:
-        if not self.scenario.flexible or job.prefill_on == job.decode_on:
+        if self.roles is None or job.prefill_on == job.decode_on:
             return
-        assert isinstance(self.policy, Adaptive)
-        member, _ = self.policy.select_decode(PlacementRequest(job.num_tokens), self.snapshot())
+        member, _ = self.roles.select_decode(PlacementRequest(job.num_tokens), self.snapshot())
         job.decode_on = member.id
         self.by_name[member.id].promise(job, job.num_tokens)
 
@@ -236,7 +237,7 @@ class Cluster:
     def decode_done(self, job: Job) -> None:
         job.done_s = self.loop.now
         began_s = self.view.decoding.pop(job, None)
-        if began_s is not None and isinstance(self.admission, Predictive):
+        if began_s is not None and self.admission is not None:
             self.admission.observe_decode(self.loop.now - began_s, job.num_tokens)
         self._end(job, "done", "")
 
@@ -252,16 +253,15 @@ class Cluster:
 
     # roles and failures
 
-    def _rebalance(self) -> None:
-        assert isinstance(self.policy, Adaptive)
-        for change in self.policy.rebalance(self.snapshot()):
+    def _rebalance(self, roles: RolePlanner) -> None:
+        for change in roles.rebalance(self.snapshot()):
             instance = self.by_name[change.member_id]
             instance.role = change.role
             self.view.change(instance)
             self.counters.num_role_changes += 1
             self.role_changes.append((self.loop.now, instance.name, change.role))
         if self._num_ended < len(self.jobs):
-            self.loop.at(self.loop.now + self.scenario.rebalance_s, self._rebalance)
+            self.loop.at(self.loop.now + self.scenario.rebalance_s, self._rebalance, roles)
 
     def _fail(self, failure: Failure) -> None:
         instance = self.by_name[failure.instance]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from ..proxy.conductor.placement import Arriving, MemberState, Snapshot
+import numpy as np
+
+from ..proxy.conductor.member_state import MemberState
+from ..proxy.conductor.placement import NEVER, NOBODY, Arrivals, Arriving, Snapshot
+from ..proxy.conductor.pool import Pool
 from .instance import Instance
 from .job import Job
 
@@ -12,19 +16,19 @@ class ClusterView:
     Args:
         everyone: both pools hold all instances, for they change roles, or have both.
         block_size: tokens.
-        with_load_tracker: snapshots tell who arrives at decode and since when who decodes.
+        with_arrivals: snapshots tell who arrives at decode, and since when those decode who do.
     """
 
-    def __init__(self, everyone: bool, block_size: int, with_load_tracker: bool) -> None:
+    def __init__(self, everyone: bool, block_size: int, with_arrivals: bool) -> None:
         self.coming: dict[Job, Arriving] = {}  # placed, and not handed off
         self.decoding: dict[Job, float] = {}  # since when
         self._everyone = everyone
         self._block_size = block_size
-        self._with_load_tracker = with_load_tracker
+        self._with_arrivals = with_arrivals
         self._instances: list[Instance] = []
         self._states: dict[str, MemberState] = {}
         self._changed: set[Instance] = set()
-        self._pools: tuple[tuple[MemberState, ...], tuple[MemberState, ...]] | None = None
+        self._pools: tuple[Pool, Pool] | None = None
 
     def watch(self, instances: list[Instance]) -> None:
         self._instances = instances
@@ -46,17 +50,16 @@ class ClusterView:
             self._pools = None
         if self._pools is None:
             self._pools = self._make_pools()
-        arriving: tuple[Arriving, ...] = ()
-        leaving: tuple[float, ...] = ()
-        if self._with_load_tracker:
-            arriving, leaving = tuple(self.coming.values()), tuple(self.decoding.values())
-        return Snapshot(*self._pools, self._block_size, now_s, arriving, leaving)
+        arriving, began_s = NOBODY, NEVER
+        if self._with_arrivals:
+            arriving, began_s = Arrivals.of(self.coming.values()), np.array(list(self.decoding.values()), np.float64)
+        return Snapshot(*self._pools, self._block_size, now_s, arriving, began_s)
 
-    def _make_pools(self) -> tuple[tuple[MemberState, ...], tuple[MemberState, ...]]:
+    def _make_pools(self) -> tuple[Pool, Pool]:
         states = self._states
         live = [instance for instance in self._instances if not instance.down]
         if self._everyone:
-            everyone = tuple([states[instance.name] for instance in live])
+            everyone = Pool.of(states[instance.name] for instance in live)
             return everyone, everyone
-        prefill, decode = ([states[one.name] for one in live if one.role == role] for role in ("prefill", "decode"))
-        return tuple(prefill), tuple(decode)
+        prefill, decode = (Pool.of(states[one.name] for one in live if one.role == role) for role in ("prefill", "decode"))
+        return prefill, decode

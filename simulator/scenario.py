@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..protocol.errors import ConfigError
 from ..proxy.conductor.placement import Slo
+from ..proxy.conductor.policies import policy_type
 from ..proxy.conductor.predictors.cost_model import CostModel
 from ..proxy.conductor.queue_order import Order
 from .trace import BLOCK_SIZE
@@ -77,7 +78,7 @@ class Scenario:
     def __post_init__(self) -> None:
         if self.num_prefill < 0 or self.num_decode < 0 or self.num_prefill + self.num_decode < 1:
             raise ConfigError(f"{self.num_prefill} prefill and {self.num_decode} decode instances; there must be one at least")
-        if not self.coupled and self.policy != "adaptive" and (self.num_prefill < 1 or self.num_decode < 1):
+        if not self.coupled and not self.flexible and (self.num_prefill < 1 or self.num_decode < 1):
             raise ConfigError(f"{self.num_prefill} prefill and {self.num_decode} decode instances; a split needs one of each")
 
     @property
@@ -87,14 +88,14 @@ class Scenario:
     @property
     def flexible(self) -> bool:
         """Instances change roles."""
-        return self.policy == "adaptive" and not self.coupled
+        return policy_type(self.policy).plans_roles and not self.coupled
 
     @property
     def title(self) -> str:
         if self.coupled:
             return f"{self.num_instances} coupled, chunk {self.chunk_tokens}, {self.policy}"
         if self.flexible:
-            return f"{self.num_instances} adaptive"
+            return f"{self.num_instances} {self.policy}"
         return f"{self.num_prefill}P{self.num_decode}D, {self.policy}"
 
     def with_(self, **changes: Any) -> Scenario:

@@ -21,11 +21,11 @@ class SweepRow(NamedTuple):
 
 
 def scenarios(base: Scenario, policies: Sequence[str], admissions: Sequence[str], splits: Sequence[tuple[int, int]]) -> list[Scenario]:
-    """adaptive knows no split: one for all of them."""
+    """A policy that plans roles knows no split: one scenario for all of them."""
     found: list[Scenario] = []
     for policy, admission, (num_prefill, num_decode) in itertools.product(policies, admissions, splits):
         made = base.with_(policy=policy, admission=admission, num_prefill=num_prefill, num_decode=num_decode)
-        if made.flexible and any(one.flexible and one.admission == admission for one in found):
+        if made.flexible and any((one.policy, one.admission) == (policy, admission) for one in found):
             continue
         found.append(made)
     return found

@@ -28,14 +28,15 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 PROXY_FLOORS: dict[str, set[str]] = {
     "request": set(),
+    "tasks": set(),
     "conductor": set(),
     "text": set(),
     "request_process": {"text"},
     "model_card": {"text"},
     "metrics": {"request", "conductor"},
-    "members": {"conductor", "metrics"},
-    "prefixes": {"conductor", "members"},
-    "requests": {"request", "conductor", "text", "model_card", "metrics", "members", "prefixes"},
+    "members": {"conductor", "metrics", "tasks"},
+    "prefixes": {"conductor", "members", "tasks"},
+    "requests": {"request", "conductor", "text", "model_card", "metrics", "members", "prefixes", "tasks"},
     "openai": {"requests", "request_process", "text"},
     "inference_service": {"requests", "request_process", "text"},
     "control_service": {"requests"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from rich.table import Table
 from ...protocol.errors import HalfmoonError
 from ...proxy.conductor.admission import ADMISSIONS
 from ...proxy.conductor.placement import Slo
-from ...proxy.conductor.policies import POLICIES
+from ...proxy.conductor.policies import POLICIES, policy_type
 from ...proxy.conductor.predictors import CostModel
 from ...simulator.cluster import simulate as run_cluster
 from ...simulator.goodput import GoodputSearch
@@ -44,7 +45,7 @@ def simulate(
     seed: Annotated[int, typer.Option()] = 0,
     seeds: Annotated[int, typer.Option(help="--sweep: so many seeds, mean and deviation.")] = 1,
     cost_model: Annotated[str, typer.Option(help="A shipped one's name or a file.")] = "a800-70b",
-    order: Annotated[str, typer.Option(help="Of prefill queues: fcfs, edf, late, fair; default: late for adaptive, else edf.")] = "",
+    order: Annotated[str, typer.Option(help="Of prefill queues: fcfs, edf, late, fair; default: the policy's own.")] = "",
     threshold: Annotated[float, typer.Option(help="kvcache_centric's balancing threshold.")] = 1.0,
     local_cache: Annotated[bool, typer.Option(help="No prefix comes from another node.")] = False,
     dram: Annotated[int, typer.Option(help="Tokens of a node's cache in DRAM; default: the cost model's.")] = -1,
@@ -96,7 +97,7 @@ def _sized(cost: CostModel, dram: int, ssd: int) -> CostModel:
     return dataclasses.replace(cost, cache_tokens=dram if dram >= 0 else cost.cache_tokens, ssd_tokens=ssd if ssd >= 0 else cost.ssd_tokens)
 
 
-def _names(text: str, known: tuple[str, ...], what: str) -> list[str]:
+def _names(text: str, known: Collection[str], what: str) -> list[str]:
     names = text.split(",")
     for name in names:
         if name not in known:
@@ -107,7 +108,7 @@ def _names(text: str, known: tuple[str, ...], what: str) -> list[str]:
 def _order(order: str, policy: str) -> Any:
     if order not in ("", "fcfs", "edf", "late", "fair"):
         raise ValueError(f"no order {order!r}; choose of fcfs, edf, late, fair")
-    return order or ("late" if policy == "adaptive" else "edf")
+    return order or policy_type(policy).order
 
 
 def _ordered(scenario: Scenario, order: str) -> Scenario:

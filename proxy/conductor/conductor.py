@@ -1,9 +1,9 @@
 """The Conductor: which prefill and which decode worker take a request. A pure function of a snapshot.
 
-Snapshot ──► candidates: not excluded, large enough ──► policy.choose ──► forecast ──► admission.judge ──► Placement
+Snapshot ──► candidates: not excluded, large enough ──► policy.select ──► forecast ──► admission.judge ──► Placement
                  └─ none ──► Rejection                                                     └─ over the SLO ──► Rejection
-Where decode workers prefill (no prefill worker lives, or always), the policy chooses among them for both legs at once; `adaptive` is
-shown both kinds, for it weighs them against each other.
+Where decode workers prefill (no prefill worker lives, or always), the policy selects one of them for both legs. A policy that weighs
+local prefill is shown both kinds.
 No I/O, no clock, and no import of grpc, torch or ray: the proxy and the simulator run this very object.
 """
 
@@ -14,8 +14,10 @@ from typing import Literal
 
 from .admission.base import Admission
 from .forecast import forecast
-from .placement import Choice, MemberState, Placement, PlacementRequest, Rejection, Snapshot
-from .policies import Adaptive, Policy, choice_blocks
+from .member_state import MemberState
+from .placement import Placement, PlacementRequest, Rejection, Selection, Snapshot
+from .policies import Policy, selected_blocks
+from .pool import Pool
 from .predictors.timing import Predictors
 
 
@@ -38,72 +40,67 @@ class Conductor:
 
     def place(self, request: PlacementRequest, snapshot: Snapshot) -> Placement | Rejection:
         prefill, why_local = self._prefill_candidates(request, snapshot)
+        if isinstance(prefill, Rejection):
+            return prefill
         decode = _candidates("decode", snapshot.decode, request)
-        for candidates in (prefill, decode):
-            if isinstance(candidates, Rejection):
-                return candidates
-        assert not isinstance(prefill, Rejection) and not isinstance(decode, Rejection)
-        if prefill is not snapshot.prefill or decode is not snapshot.decode:
-            snapshot = dataclasses.replace(snapshot, prefill=prefill, decode=decode)
-        choice = self.policy.choose(request, snapshot)
+        if isinstance(decode, Rejection):
+            return decode
+        snapshot = dataclasses.replace(snapshot, prefill=prefill.with_held(request.held_blocks), decode=decode)
+        selection = self.policy.select(request, snapshot)
         if why_local:
-            choice = _local(choice, why_local)
-        elif self.local_prefill != "never" and choice.prefill.id == choice.decode.id and choice.prefix is not None:
-            choice = choice._replace(prefix=None, ttft_s=None)  # a decode worker loads from its own store alone
+            selection = _local(selection, why_local)
+        elif self.local_prefill != "never" and selection.prefill.id == selection.decode.id and selection.prefix is not None:
+            selection = selection._replace(prefix=None, ttft_s=None)  # a decode worker loads from its own store alone
         ttft_s = tpot_s = None
         if self.predictors is not None:
-            ttft_s, tpot_s = predicted = forecast(self.predictors, request, choice, snapshot)
+            ttft_s, tpot_s = predicted = forecast(self.predictors, request, selection, snapshot)
             predicted = predicted._replace(ttft_s=ttft_s + request.waited_s)
             admission = None if request.admitted else self.admission
-            rejection = admission.judge(request, choice, predicted, snapshot) if admission is not None else None
+            rejection = admission.judge(request, selection, predicted, snapshot) if admission is not None else None
             if rejection is not None:
                 return dataclasses.replace(rejection, ttft_s=ttft_s, tpot_s=tpot_s)
         return Placement(
-            prefill=choice.prefill,
-            decode=choice.decode,
-            prefix=choice.prefix,
-            num_cached_tokens=choice_blocks(request, choice, snapshot.block_size) * snapshot.block_size,
-            reason=f"{self.policy.name}: {choice.reason}",
+            prefill=selection.prefill,
+            decode=selection.decode,
+            prefix=selection.prefix,
+            num_cached_tokens=selected_blocks(request, selection, snapshot.block_size) * snapshot.block_size,
+            reason=f"{self.policy.name}: {selection.reason}",
             ttft_s=ttft_s,
             tpot_s=tpot_s,
         )
 
-    def _prefill_candidates(self, request: PlacementRequest, snapshot: Snapshot) -> tuple[tuple[MemberState, ...] | Rejection, str]:
+    def _prefill_candidates(self, request: PlacementRequest, snapshot: Snapshot) -> tuple[Pool | Rejection, str]:
         """And why they are decode workers, where they are; else ""."""
         if self.local_prefill == "always":
             return _candidates("decode", snapshot.decode, request), "local prefill is set to always"
         candidates = _candidates("prefill", snapshot.prefill, request)
         if self.local_prefill == "fallback" and isinstance(candidates, Rejection) and candidates.code == "no_worker":
             return _candidates("decode", snapshot.decode, request), "no prefill worker is alive"
-        if self.local_prefill == "fallback" and isinstance(self.policy, Adaptive) and not isinstance(candidates, Rejection):
-            local = _candidates("decode", tuple(member for member in snapshot.decode if member.role == "decode"), request)
-            return candidates if isinstance(local, Rejection) else candidates + local, ""  # it weighs them against each other
+        if self.local_prefill == "fallback" and self.policy.weighs_local and not isinstance(candidates, Rejection):
+            local = _candidates("decode", snapshot.decode.with_role("decode"), request)
+            if not isinstance(local, Rejection):
+                candidates = candidates.with_held(request.held_blocks).join(local.with_held(request.held_blocks))
         return candidates, ""
 
 
-def _local(choice: Choice, why: str) -> Choice:
-    """The worker chosen for the prefill decodes, too; it loads from its own store alone. What was predicted is not predicted for that."""
-    member = choice.prefill
-    return Choice(member, member, f"{member.id} computes the prompt itself, for {why}")
+def _local(selection: Selection, why: str) -> Selection:
+    """The worker selected for the prefill decodes, too. It loads from its own store alone; the policy did not predict that."""
+    member: MemberState = selection.prefill
+    return Selection(member, member, f"{member.id} computes the prompt itself, for {why}")
 
 
-def _candidates(role: str, members: tuple[MemberState, ...], request: PlacementRequest) -> tuple[MemberState, ...] | Rejection:
-    """members itself where nobody is left out, which is so for almost every request."""
-    live = members
-    if request.exclude:
-        live = tuple([member for member in members if member.incarnation not in request.exclude])
-    if not live:
-        but = f" but the {len(members)} that failed this request" if members else ""
+def _candidates(role: str, pool: Pool, request: PlacementRequest) -> Pool | Rejection:
+    """The pool itself where nobody is left out, which is so for almost every request."""
+    live = pool.without(request.exclude) if request.exclude else pool
+    if not len(live):
+        but = f" but the {len(pool)} that failed this request" if len(pool) else ""
         return Rejection("no_worker", f"there is no live {role} worker with a live store on its node{but}; start one or wait for a restart")
-    num_tokens = request.num_tokens
-    large = tuple([member for member in live if not 0 < member.kv_capacity_tokens < num_tokens])
-    if not large:
-        most = max(member.kv_capacity_tokens for member in live)
+    num_tokens, capacity = request.num_tokens, live.kv_capacity_tokens
+    large = live.keep((capacity <= 0) | (capacity >= num_tokens))
+    if not len(large):
         return Rejection(
-            "prompt_too_long", f"{num_tokens} tokens do not fit any {role} worker; the largest holds {most}; shorten the prompt"
+            "prompt_too_long",
+            f"{num_tokens} tokens do not fit any {role} worker; the largest holds {capacity.max()}; shorten the prompt",
         )
-    if len(large) == len(members):
-        large = members
-    if not request.avoid:
-        return large
-    return tuple([member for member in large if member.incarnation not in request.avoid]) or large
+    unsuspected = large.without(request.avoid) if request.avoid else large
+    return unsuspected if len(unsuspected) else large

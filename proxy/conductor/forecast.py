@@ -1,10 +1,11 @@
-"""What a choice of workers would mean for a request: predicted TTFT and time between tokens. What an admission judges."""
+"""What a selection of workers would mean for a request: predicted TTFT and time between tokens. What an admission judges."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from .placement import Choice, MemberState, PlacementRequest, Snapshot
+from .member_state import MemberState
+from .placement import PlacementRequest, Selection, Snapshot
 from .policies.base import cached_blocks
 from .predictors.timing import Predictors
 from .predictors.waiting import queue_s, step_with
@@ -12,7 +13,7 @@ from .predictors.waiting import queue_s, step_with
 
 class Forecast(NamedTuple):
     ttft_s: float  # from now
-    tpot_s: float  # of the decode worker's step, with the request in its batch, as it runs now
+    tpot_s: float  # of the decode worker's step as it runs now, with the request in its batch
 
 
 class PrefillForecast(NamedTuple):
@@ -23,23 +24,23 @@ class PrefillForecast(NamedTuple):
     prefill_s: float
 
 
-def forecast(predictors: Predictors, request: PlacementRequest, choice: Choice, snapshot: Snapshot) -> Forecast:
+def forecast(predictors: Predictors, request: PlacementRequest, selection: Selection, snapshot: Snapshot) -> Forecast:
     """The policy's own predictions where it made some; and the hand-off, which no policy can avoid."""
-    ttft_s = choice.ttft_s
+    ttft_s = selection.ttft_s
     if ttft_s is None:
-        num_blocks = choice.prefix.num_blocks if choice.prefix is not None else 0
-        ttft_s = sum(prefill_forecast(predictors, request, choice.prefill, num_blocks, snapshot))
-    if choice.prefill.id != choice.decode.id:
-        num_bytes = handoff_bytes(predictors, request, choice.decode, snapshot.block_size)
-        ttft_s += predictors.handoff.predict(num_bytes, handoff_link(choice.prefill, choice.decode))
-    tpot_s = choice.tpot_s if choice.tpot_s is not None else step_with(predictors, choice.decode, request.num_tokens)
+        num_blocks = selection.prefix.num_blocks if selection.prefix is not None else 0
+        ttft_s = sum(prefill_forecast(predictors, request, selection.prefill, num_blocks, snapshot))
+    if selection.prefill.id != selection.decode.id:
+        num_bytes = handoff_bytes(predictors, request, selection.decode, snapshot.block_size)
+        ttft_s += predictors.handoff.predict(num_bytes, handoff_link(selection.prefill, selection.decode))
+    tpot_s = selection.tpot_s if selection.tpot_s is not None else step_with(predictors, selection.decode, request.num_tokens)
     return Forecast(ttft_s, tpot_s)
 
 
 def prefill_forecast(
     predictors: Predictors, request: PlacementRequest, member: MemberState, num_prefix_blocks: int, snapshot: Snapshot
 ) -> PrefillForecast:
-    """num_prefix_blocks: that it could have from elsewhere."""
+    """num_prefix_blocks: leading blocks that it could have from elsewhere."""
     block_size = snapshot.block_size
     own = cached_blocks(request, member, block_size)
     num_blocks = max(own, num_prefix_blocks)

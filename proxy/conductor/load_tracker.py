@@ -9,8 +9,13 @@ import math
 from collections import deque
 from collections.abc import Hashable
 
-from .placement import Arriving, MemberState
+import numpy as np
+
+from .member_state import MemberState
+from .placement import Arrivals
+from .pool import Floats
 from .predictors.timing import StepTime
+from .rows import Rows
 
 NUM_SEEN = 500  # decodes
 
@@ -19,34 +24,35 @@ class LoadTracker:
     """Moments are of any one clock. Who is a key of its own for every placement."""
 
     def __init__(self) -> None:
-        self._arriving: dict[Hashable, Arriving] = {}
-        self._running: dict[Hashable, float] = {}
+        self._arriving: Rows[Hashable] = Rows(np.float64, np.int64)  # first token at, tokens
+        self._running: Rows[Hashable] = Rows(np.float64)  # since
         self._seen: deque[float] = deque(maxlen=NUM_SEEN)
 
     @property
-    def arriving(self) -> tuple[Arriving, ...]:
-        return tuple(self._arriving.values())
+    def arriving(self) -> Arrivals:
+        """A view, valid until the next change."""
+        return Arrivals(*self._arriving.columns())
 
     @property
-    def leaving(self) -> tuple[float, ...]:
-        """When each running decode began."""
-        return tuple(self._running.values())
+    def began_s(self) -> Floats:
+        """When each running decode began. A view, valid until the next change."""
+        return self._running.columns()[0]
 
     @property
     def is_idle(self) -> bool:
-        return not (self._arriving or self._running)
+        return not (len(self._arriving) or len(self._running))
 
     def placed(self, who: Hashable, first_token_s: float, num_tokens: int) -> None:
-        self._arriving[who] = Arriving(first_token_s, num_tokens)
+        self._arriving.put(who, first_token_s, num_tokens)
 
     def began(self, who: Hashable, now_s: float) -> None:
-        if self._arriving.pop(who, None) is not None:
-            self._running[who] = now_s
+        if self._arriving.remove(who):
+            self._running.put(who, now_s)
 
     def finished(self, who: Hashable, now_s: float) -> float | None:
         """It came to its end: how long it decoded. None for one that did not."""
-        began_s = self._running.pop(who, None)
-        self._arriving.pop(who, None)
+        began_s = self._running.get(who, 0) if who in self._running else None
+        self.left(who)
         if began_s is None:
             return None
         self._seen.append(now_s - began_s)
@@ -54,15 +60,14 @@ class LoadTracker:
 
     def left(self, who: Hashable) -> None:
         """It was given up, or has finished before."""
-        self._arriving.pop(who, None)
-        self._running.pop(who, None)
+        self._arriving.remove(who)
+        self._running.remove(who)
 
     def decode_s(self, now_s: float) -> float:
         """Of a request, on average; before one has ended, twice the age of those that run."""
         if self._seen:
             return sum(self._seen) / len(self._seen)
-        ages = [now_s - began_s for began_s in self._running.values()]
-        return 2.0 * sum(ages) / len(ages) if ages else 0.0
+        return 2.0 * float((now_s - self.began_s).mean()) if len(self._running) else 0.0
 
     def fits_in_s(self, step: StepTime, member: MemberState, step_s: float, limit_s: float, now_s: float) -> float:
         """When so many of member's batch will have left, at the rate at which decodes end, that its step of step_s is within limit_s."""

@@ -1,14 +1,19 @@
 """The values that the Conductor reads and answers with. Plain and frozen, so that the simulator makes them as well.
 
-PlacementRequest + Snapshot ──► Conductor.place ──► Placement | Rejection
+PlacementRequest + Snapshot ──► Policy ──► Selection ──► Conductor.place ──► Placement | Rejection
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
+
+import numpy as np
+
+from .member_state import MemberState
+from .pool import Floats, Ints, Pool
 
 
 class Slo(NamedTuple):
@@ -21,22 +26,6 @@ class Slo(NamedTuple):
 NO_SLO = Slo()
 
 
-@dataclass(frozen=True, slots=True)
-class MemberState:
-    """A worker that may be chosen: alive, and its node's store too."""
-
-    id: str
-    incarnation: str  # of the process; what PlacementRequest excludes by
-    store_address: str  # the store on its node
-    num_outstanding_tokens: int = 0  # prefill: still to compute; decode: of context held or promised
-    kv_capacity_tokens: int = 0  # its pages; 0: unknown, taken as enough
-    busy_until_s: float | None = None  # prefill: when all that was placed on it is computed, by prediction, on the snapshot's clock
-    num_requests: int = 0  # decode: running, waiting or promised
-    num_running: int = 0  # decode: of those, in its batch or waiting for room in it
-    num_running_tokens: int = 0  # decode: their context
-    role: str = ""  # "prefill" | "decode" | "coupled" where the pools hold members of several roles; "": the pool's own
-
-
 class Arriving(NamedTuple):
     """A request that a prefill worker has yet to finish, as the decode pool will see it."""
 
@@ -44,16 +33,46 @@ class Arriving(NamedTuple):
     num_tokens: int  # of context
 
 
+class Arrivals(NamedTuple):
+    """Arriving requests, a row each."""
+
+    at_s: Floats
+    num_tokens: Ints
+
+    @classmethod
+    def of(cls, requests: Iterable[Arriving]) -> Arrivals:
+        found = list(requests)
+        return cls(np.array([one.at_s for one in found], np.float64), np.array([one.num_tokens for one in found], np.int64))
+
+
+NOBODY = Arrivals.of(())
+NEVER: Floats = np.zeros(0, np.float64)
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The cluster at one moment."""
+    """The cluster at one moment. Valid until the next one is made: the live cluster's columns change in place."""
 
-    prefill: tuple[MemberState, ...]
-    decode: tuple[MemberState, ...]
+    prefill: Pool
+    decode: Pool
     block_size: int  # tokens
     now_s: float = 0.0  # of the clock that busy_until_s is on
-    arriving: tuple[Arriving, ...] = ()  # placed, not yet decoding; and
-    leaving: tuple[float, ...] = ()  # when each running decode began. Filled in where the admission asks for them
+    arriving: Arrivals = NOBODY  # placed and not decoding yet
+    began_s: Floats = field(
+        default_factory=lambda: NEVER
+    )  # when each running decode began; like arriving, filled in where the admission wants it
+
+    @classmethod
+    def of(
+        cls,
+        prefill: Iterable[MemberState],
+        decode: Iterable[MemberState],
+        block_size: int,
+        now_s: float = 0.0,
+        arriving: Iterable[Arriving] = (),
+        began_s: Iterable[float] = (),
+    ) -> Snapshot:
+        return cls(Pool.of(prefill), Pool.of(decode), block_size, now_s, Arrivals.of(arriving), np.array(list(began_s), np.float64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +94,7 @@ class PrefixHint(NamedTuple):
     num_blocks: int
 
 
-class Choice(NamedTuple):
+class Selection(NamedTuple):
     """What a policy answers."""
 
     prefill: MemberState
@@ -112,5 +131,5 @@ class Rejection:
     code: Literal["no_worker", "prompt_too_long", "overloaded"]  # of protocol/errors.py
     reason: str
     retry_after_s: float = 0.0  # overloaded: when the prediction says that it would fit
-    ttft_s: float | None = None  # overloaded: predicted for the best choice, as in a Placement
+    ttft_s: float | None = None  # overloaded: predicted for the best selection, as in a Placement
     tpot_s: float | None = None

@@ -6,18 +6,22 @@ place ─► + tokens     grow ─► + tokens (decode: a token was sent)     en
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
 class AssignedLoad:
-    """Placed tokens of one member. Reports of the member refine the sum and never raise it above what was placed."""
+    """Placed tokens of one member. Reports of the member refine the sum and never raise it above what was placed.
 
-    def __init__(self) -> None:
+    on_change: runs after every entry and report.
+    """
+
+    def __init__(self, on_change: Callable[[], None] = lambda: None) -> None:
         self.num_tokens = 0  # placed and not ended
         self.num_requests = 0
         self.num_running_tokens = 0  # of those, begun
         self.num_running = 0
-        self.version = 0  # changes with every entry and report
+        self._on_change = on_change
         self._num_reports = 0
         self._reported_tokens = 0
         # tokens placed since the last report and in the interval before it: the last report, on its way
@@ -31,10 +35,10 @@ class AssignedLoad:
         return assignment
 
     def report(self, num_outstanding_tokens: int) -> None:
-        self.version += 1
         self._num_reports += 1
         self._reported_tokens = num_outstanding_tokens
         self._unreported = [0, self._unreported[0]]
+        self._on_change()
 
     @property
     def num_left_tokens(self) -> int:
@@ -44,7 +48,6 @@ class AssignedLoad:
         return min(self.num_tokens, self._reported_tokens + sum(self._unreported))
 
     def _add(self, assignment: Assignment, num_tokens: int) -> None:
-        self.version += 1
         assignment.num_tokens += num_tokens
         self.num_tokens += num_tokens
         if assignment.running:
@@ -52,6 +55,7 @@ class AssignedLoad:
         age = self._num_reports - assignment.report_number
         if age < len(self._unreported):
             self._unreported[age] += num_tokens
+        self._on_change()
 
 
 @dataclass(slots=True)
@@ -70,14 +74,14 @@ class Assignment:
         """Its tokens run in the member's batch from now on. Once; further calls change nothing."""
         if not (self.running or self.ended):
             self.running = True
-            self.assigned.version += 1
             self.assigned.num_running += 1
             self.assigned.num_running_tokens += self.num_tokens
+            self.assigned._on_change()
 
     def end(self) -> None:
         """Once; further calls change nothing."""
         if not self.ended:
             self.ended = True
-            self.assigned._add(self, -self.num_tokens)
             self.assigned.num_requests -= 1
             self.assigned.num_running -= self.running
+            self.assigned._add(self, -self.num_tokens)

@@ -1,27 +1,77 @@
 """The prefills that a worker was given and has not finished, in predicted seconds, most urgent first, as its scheduler has them.
 
-place ─► [ most urgent … least urgent ]          ahead_s: what a new one of some priority waits for
+place ─► [ most urgent … least urgent ]
    the clock takes off at the front ─┘  a report of the worker's own count puts right what the clock took
+TaskTable: the tasks of all workers, so that ahead_s tells of all at once what a new prefill would wait for
 """
 
 from __future__ import annotations
 
 import itertools
-from bisect import insort
+import math
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import islice
 
+import numpy as np
+
+from ..conductor.pool import Floats, Ints
+from ..conductor.rows import Rows
 from .assigned_load import AssignedLoad, Assignment
+
+UNSEEN_S = 1e-6  # a change that need not be told
+
+
+class TaskTable:
+    """A row a task. What it has left at some moment follows from two numbers that stand until its worker's backlog changes."""
+
+    def __init__(self) -> None:
+        # worker's row, queue order, whether its worker shares steps, seconds left at the last change, when it ends by the clock
+        self._tasks: Rows[PrefillTask] = Rows(np.int64, np.int64, np.bool_, np.float64, np.float64)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def put(self, task: PrefillTask, row: int, *, shares: bool) -> None:
+        self._tasks.put(task, row, task.order[0], shares, task.shown_left_s, task.shown_end_s)
+
+    def remove(self, task: PrefillTask) -> None:
+        self._tasks.remove(task)
+
+    @property
+    def rows(self) -> Ints:
+        """Of the workers, one a task."""
+        return self._tasks.columns()[0]
+
+    def ahead_s(self, queue_order: int, work_s: Floats, now_s: float) -> Floats:
+        """Predicted seconds from now in which each worker computes others before a prefill with this order ends there. [workers' rows]
+
+        All of the more urgent ones. Of its equals all, or where steps are shared as much as of itself.
+
+        Args:
+            work_s: of the prefill itself, on each worker. [workers' rows]
+        """
+        rows, orders, shares, left_s, end_s = self._tasks.columns()
+        left_s = np.minimum(left_s, np.maximum(end_s - now_s, 0.0))
+        equals = (orders == queue_order) & shares
+        left_s = np.where(equals, np.minimum(left_s, work_s[rows]), left_s)
+        left_s[orders > queue_order] = 0.0
+        return np.asarray(np.bincount(rows, left_s, len(work_s)), np.float64)
 
 
 class Backlog:
-    """Args:
-    assigned: of the tokens that the worker has yet to compute.
-    shares: whether its scheduler divides a step among those of one priority (a prefill worker's does), else the first has it all.
+    """
+    Args:
+        assigned: of the tokens that the worker has yet to compute.
+        shares: whether its scheduler divides a step among those of one priority (a prefill worker's does), else the first has it all.
+        table, row: where its tasks stand beside those of other workers.
     """
 
-    def __init__(self, assigned: AssignedLoad, *, shares: bool) -> None:
+    def __init__(self, assigned: AssignedLoad, *, shares: bool, table: TaskTable, row: int) -> None:
         self.assigned = assigned
-        self.shares = shares
+        self._shares = shares
+        self._table = table
+        self._row = row
         self._tasks: list[PrefillTask] = []  # by queue_order, then arrival
         self._numbers = itertools.count()
         self._now_s = 0.0  # to which the clock has been followed
@@ -33,7 +83,9 @@ class Backlog:
         """num_tokens to compute, in so many seconds of the worker's, by prediction. To be ended when the prefill is, however."""
         self._follow(now_s)
         task = PrefillTask((queue_order, next(self._numbers)), seconds, self.assigned.place(num_tokens), self)
-        insort(self._tasks, task, key=_order)
+        at = bisect_right(self._tasks, task.order, key=_order)
+        self._tasks.insert(at, task)
+        self._publish(at)
         return task
 
     def report(self, now_s: float) -> None:
@@ -50,20 +102,20 @@ class Backlog:
                 part = min(max(surplus / num_tokens, task.left - 1.0), task.left)
                 task.left -= part
                 surplus -= part * num_tokens
+        self._publish()
 
-    def ahead_s(self, queue_order: int, work_s: float, now_s: float) -> float:
-        """Predicted seconds from now in which the worker computes others before a prefill of work_s with this priority ends.
+    def share(self, shares: bool) -> None:
+        """Whether its scheduler divides a step, from now on."""
+        if shares != self._shares:
+            self._shares = shares
+            for task in self._tasks:
+                self._table.put(task, self._row, shares=shares)
 
-        All of the more urgent ones. Of its equals all, or where steps are shared as much as of itself.
-        """
-        self._follow(now_s)
-        found = 0.0
+    def leave_table(self) -> None:
+        """The worker is gone: its tasks are before nobody any more, and its row is another's."""
         for task in self._tasks:
-            if task.order[0] > queue_order:
-                break
-            left_s = task.left * task.seconds
-            found += min(left_s, work_s) if self.shares and task.order[0] == queue_order else left_s
-        return found
+            self._table.remove(task)
+        self._table = TaskTable()
 
     def _follow(self, now_s: float) -> None:
         elapsed_s = now_s - self._now_s
@@ -78,8 +130,25 @@ class Backlog:
                 task.left -= elapsed_s / task.seconds
             elapsed_s -= left_s
 
-    def _end(self, task: PrefillTask) -> None:
-        self._tasks.remove(task)
+    def _end(self, task: PrefillTask, now_s: float) -> None:
+        self._follow(now_s)
+        at = self._tasks.index(task)
+        del self._tasks[at]
+        self._table.remove(task)
+        self._publish(at)
+
+    def _publish(self, first: int = 0) -> None:
+        """One after another from now on, as the scheduler has them, those from the first on: before it nothing has changed.
+
+        What only the clock took is in the table already.
+        """
+        end_s = max(self._now_s, self._tasks[first - 1].shown_end_s) if first else self._now_s
+        for task in islice(self._tasks, first, None):
+            left_s = task.left * task.seconds
+            end_s += left_s
+            if abs(end_s - task.shown_end_s) > UNSEEN_S or (task is not self._tasks[0] and abs(left_s - task.shown_left_s) > UNSEEN_S):
+                task.shown_end_s, task.shown_left_s = end_s, left_s
+                self._table.put(task, self._row, shares=self._shares)
 
 
 @dataclass(slots=True, eq=False)
@@ -89,12 +158,14 @@ class PrefillTask:
     assignment: Assignment
     backlog: Backlog
     left: float = 1.0  # of it, as far as clock and reports tell
+    shown_left_s: float = math.inf  # in the table
+    shown_end_s: float = math.inf
 
-    def end(self) -> None:
+    def end(self, now_s: float) -> None:
         """Done or given up. Once; further calls change nothing."""
         if not self.assignment.ended:
             self.assignment.end()
-            self.backlog._end(self)
+            self.backlog._end(self, now_s)
 
 
 def _order(task: PrefillTask) -> tuple[int, int]:

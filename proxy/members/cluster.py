@@ -7,19 +7,35 @@ snapshot() ─► the workers whose own store is alive, with their load         
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Set
+from typing import NamedTuple
+
+import numpy as np
 
 from ...protocol.errors import DeadlineExceeded, InvalidRequest
 from ...protocol.roles import ROLE_NAMES, ROLE_NUMBERS, WORKER_ROLES, WorkerRole, decodes, prefills
 from ...protocol.schema import KVSchema
 from ...protocol.v1 import control_pb2
-from ..conductor.placement import MemberState, Snapshot
+from ..conductor.placement import Snapshot
+from ..conductor.policies.base import cost_by_blocks
+from ..conductor.pool import Ints, Pool, Roster
 from ..metrics import ProxyMetrics
-from .member import Member
+from ..tasks import Tasks
+from .load_table import LoadTable
+from .member import CLOSE_GRACE_S, STATE_ROLES, Member
 
 JoinCallback = Callable[[Member], None]
 ReportCallback = Callable[[Member, control_pb2.MemberLoad], None]
-BusyUntil = Callable[[Member], float]
+NUM_SUPERSEDED = 4096  # processes remembered; who was replaced longer ago has ended
+
+
+class Asking(NamedTuple):
+    """What a snapshot has to know of the request to be placed, to tell how long it would wait on each worker."""
+
+    held_blocks: Mapping[str, int]  # store address -> leading blocks of it that are held there
+    queue_order: int  # its place in the workers' queues
+    work_s: Callable[[int], float]  # seconds of its prefill behind so many held blocks
 
 
 class Cluster:
@@ -28,23 +44,28 @@ class Cluster:
         self.members: dict[str, Member] = {}
         self._metrics = metrics
         self._given_schema = schema
-        self._pools: tuple[list[Member], list[Member]] | None = None  # candidates for prefill and decode; None: somebody came or went
-        self._superseded: set[str] = set()  # incarnations that a newer process of their id has replaced
+        self._schema: KVSchema | None = None  # of the workers there are
+        self._max_model_len: int | None = None  # None: to be found again
+        self._num_members: Counter[str] = Counter()  # by role
+        self._table = LoadTable()
+        self._candidates: tuple[_Candidates, _Candidates] | None = None  # for prefill and decode; None: somebody came or went
+        self._stores: dict[str, list[Member]] = {}  # by address
+        self._superseded: dict[str, None] = {}  # incarnations that a newer process of their id has replaced, oldest first
         self._join_callbacks: list[JoinCallback] = []
         self._report_callbacks: list[ReportCallback] = []
-        self._closing: set[asyncio.Task[None]] = set()
+        self._closing = Tasks("cluster")
 
     @property
     def schema(self) -> KVSchema | None:
-        if self._given_schema is not None:
-            return self._given_schema
-        return next((member.schema for member in self.members.values() if member.role in WORKER_ROLES), None)
+        return self._schema if self._given_schema is None else self._given_schema
 
     @property
     def max_model_len(self) -> int:
         """Tokens that every live worker takes; 0 without one."""
-        lens = [member.info.max_model_len for member in self.members.values() if member.role in WORKER_ROLES]
-        return min((length for length in lens if length > 0), default=0)
+        if self._max_model_len is None:
+            lens = [member.info.max_model_len for member in self.members.values() if member.role in WORKER_ROLES]
+            self._max_model_len = min((length for length in lens if length > 0), default=0)
+        return self._max_model_len
 
     def on_join(self, callback: JoinCallback) -> None:
         """callback runs for every process that joins from now on."""
@@ -91,9 +112,10 @@ class Cluster:
             self._change_role(member, ROLE_NAMES[role])
 
     def _change_role(self, member: Member, role: str) -> None:
-        member.role = role
+        former, member.role = member.role, role
         if not member.gone:
-            self._count()
+            self._count(former, -1)
+            self._count(role, 1)
 
     def join(
         self, info: control_pb2.MemberInfo, load: control_pb2.MemberLoad, role: control_pb2.Role = control_pb2.ROLE_UNSPECIFIED
@@ -113,10 +135,16 @@ class Cluster:
             known.report(load)
             return known
         if known is not None:
-            self._superseded.add(known.incarnation)
+            self._superseded[known.incarnation] = None
+            if len(self._superseded) > NUM_SUPERSEDED:
+                del self._superseded[next(iter(self._superseded))]
             self._remove(known)
-        member = self.members[info.id] = Member(info, load, role or info.role)
-        self._count()
+        member = self.members[info.id] = Member(info, load, role or info.role, self._table)
+        if member.role == "store":
+            self._stores.setdefault(member.address, []).append(member)
+        elif self._schema is None:
+            self._schema = member.schema
+        self._count(member.role, 1)
         for callback in self._join_callbacks:
             callback(member)
         return member
@@ -127,32 +155,64 @@ class Cluster:
             self._remove(member)
 
     def store_at(self, address: str) -> Member | None:
-        found = (member for member in self.members.values() if member.role == "store" and member.info.address == address)
-        return next(found, None)
+        found = self._stores.get(address)
+        return found[0] if found else None
 
-    def snapshot(self, block_size: int, now_s: float = 0.0, busy_until: BusyUntil | None = None) -> Snapshot:
-        """busy_until: of a worker that has prefills to do, on the clock of now_s, for the request to be placed; None: not asked."""
-        if self._pools is None:
-            self._pools = self._live(prefills), self._live(decodes)
+    @property
+    def store_addresses(self) -> Set[str]:
+        return self._stores.keys()
 
-        def states(members: list[Member]) -> tuple[MemberState, ...]:
-            return tuple(
-                member.state_until(busy_until(member)) if busy_until is not None and member.backlog else member.state for member in members
-            )
+    def store_loads(self) -> dict[str, int]:
+        """The stores beside the workers that prefill, with the tokens that these have to compute."""
+        prefill, decode = self._live_candidates()
+        roster, rows = prefill if len(prefill.rows) else decode
+        addresses, places = roster.stores
+        tokens = np.bincount(places, self._table.outstanding_tokens(rows), len(addresses))
+        return dict(zip(addresses, tokens.astype(np.int64).tolist(), strict=True))
 
-        prefill, decode = self._pools
-        return Snapshot(states(prefill), states(decode), block_size, now_s)
+    def snapshot(self, block_size: int, now_s: float = 0.0, asking: Asking | None = None) -> Snapshot:
+        """asking: None shows workers as if none had a prefill to do."""
+        prefill, decode = (self._table.pool(found.roster, found.rows) for found in self._live_candidates())
+        if asking is not None and len(self._table.tasks):
+            self._show_queues((prefill, decode), asking, now_s)
+        return Snapshot(prefill, decode, block_size, now_s)
 
-    def _live(self, does: Callable[[str], bool]) -> list[Member]:
+    def _show_queues(self, pools: tuple[Pool, Pool], asking: Asking, now_s: float) -> None:
+        """Sets busy_until_s, for the request that asks."""
+        candidates, tasks = self._live_candidates(), self._table.tasks
+        has_task = np.zeros(self._table.size, np.bool_)
+        has_task[tasks.rows] = True
+        work_s = np.zeros(self._table.size)
+        for pool, (_, rows) in zip(pools, candidates, strict=True):
+            if has_task[rows].any():
+                pool.num_held_blocks = pool.held(asking.held_blocks)
+                work_s[rows] = cost_by_blocks(pool.num_held_blocks, asking.work_s)
+        ahead_s = tasks.ahead_s(asking.queue_order, work_s, now_s)
+        for pool, (_, rows) in zip(pools, candidates, strict=True):
+            pool.busy_until_s = now_s + ahead_s[rows]
+
+    def _live_candidates(self) -> tuple[_Candidates, _Candidates]:
+        """For prefill and for decode."""
+        if self._candidates is None:
+            self._candidates = self._live(prefills), self._live(decodes)
+        return self._candidates
+
+    def _live(self, does: Callable[[str], bool]) -> _Candidates:
         """does: what is asked of their roles. Those whose own store lives, too, by id."""
-        stores = {member.info.address for member in self.members.values() if member.role == "store"}
-        found = (member for member in self.members.values() if does(member.role) and member.info.store_address in stores)
-        return sorted(found, key=lambda member: member.id)
+        members = [member for member in self.members.values() if does(member.role) and member.store_address in self._stores]
+        members.sort(key=lambda member: member.id)
+        roster = Roster(
+            [member.id for member in members],
+            [member.incarnation for member in members],
+            [member.store_address for member in members],
+            [STATE_ROLES.get(member.role, member.role) for member in members],
+        )
+        return _Candidates(roster, np.array([member.row for member in members], np.int64))
 
     async def close(self) -> None:
         for member in list(self.members.values()):
             self._remove(member)
-        await asyncio.gather(*self._closing)
+        await self._closing.close(grace_s=2 * CLOSE_GRACE_S)
 
     def _require_valid(self, info: control_pb2.MemberInfo, present: control_pb2.Role) -> None:
         role = ROLE_NAMES.get(info.role)
@@ -169,13 +229,23 @@ class Cluster:
 
     def _remove(self, member: Member) -> None:
         del self.members[member.id]
-        self._count()
+        if member.role == "store":
+            self._stores[member.address].remove(member)
+            if not self._stores[member.address]:
+                del self._stores[member.address]
+        else:
+            self._schema = next((other.schema for other in self.members.values() if other.role in WORKER_ROLES), None)
+        self._count(member.role, -1)
         member.leave()
-        task = asyncio.get_running_loop().create_task(member.close())
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+        self._closing.spawn(member.close(), f"closing the channel to {member.title}")
 
-    def _count(self) -> None:
-        self._pools = None
+    def _count(self, role: str, change: int) -> None:
+        self._candidates = self._max_model_len = None
+        self._num_members[role] += change
         for role in ROLE_NAMES.values():
-            self._metrics.set_members(role, sum(member.role == role for member in self.members.values()))
+            self._metrics.set_members(role, self._num_members[role])
+
+
+class _Candidates(NamedTuple):
+    roster: Roster
+    rows: Ints  # of the table

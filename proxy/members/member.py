@@ -15,9 +15,10 @@ from ...protocol.channel import open_channel
 from ...protocol.roles import ROLE_NAMES
 from ...protocol.schema import KVSchema
 from ...protocol.v1 import control_pb2, kvstore_pb2_grpc, worker_pb2_grpc
-from ..conductor.placement import MemberState
+from ..conductor.member_state import MemberState
 from .assigned_load import AssignedLoad
 from .backlog import Backlog
+from .load_table import LoadRow, LoadTable
 from .orders import OrderBook
 from .token_feed import TokenFeed
 
@@ -28,16 +29,21 @@ GoneCallback = Callable[["Member"], None]
 
 
 class Member:
-    """Made in a running event loop (its channel belongs to it). role: as a number of the protocol, what it has now."""
+    """Made in a running event loop (its channel belongs to it). It has a row of the table until it leaves.
 
-    def __init__(self, info: control_pb2.MemberInfo, load: control_pb2.MemberLoad, role: control_pb2.Role) -> None:
+    role: as a number of the protocol, what it has now.
+    """
+
+    def __init__(self, info: control_pb2.MemberInfo, load: control_pb2.MemberLoad, role: control_pb2.Role, table: LoadTable) -> None:
         self.info = info
-        # asked for at every placement, and an attribute of a message is slow
-        self._id, self._incarnation, self.store_address, self._kv_capacity_tokens = (
-            info.id, info.incarnation, info.store_address, info.kv_capacity_tokens,
-        )  # fmt: skip
-        self._context = AssignedLoad()  # tokens of context, of what it decodes or will
-        self.backlog = Backlog(AssignedLoad(), shares=False)  # prompts that it computes, its own or to hand off
+        # asked for often, and an attribute of a message is slow
+        self._id, self._incarnation, self.address, self.store_address = info.id, info.incarnation, info.address, info.store_address
+        self._kv_capacity_tokens = info.kv_capacity_tokens
+        self.row = row = table.enter(self._load_row)
+        self._table = table
+        self._context = AssignedLoad(lambda: table.changed(row))  # tokens of context, of what it decodes or will
+        # prompts that it computes, its own or to hand off
+        self.backlog = Backlog(AssignedLoad(lambda: table.changed(row)), shares=False, table=table.tasks, row=row)
         self._set_role(ROLE_NAMES[role])
         self.num_loads = 0  # prefixes that it is to load, of prefills not done
         self.schema = KVSchema.from_proto(info.schema) if info.HasField("schema") else None
@@ -53,8 +59,6 @@ class Member:
         self.store: Any = kvstore_pb2_grpc.KVStoreStub(self._channel)
         self._gone_callbacks: dict[int, GoneCallback] = {}
         self._numbers = itertools.count()
-        self._state: MemberState | None = None
-        self._state_version = -1
         self.report(load)
 
     @property
@@ -82,11 +86,11 @@ class Member:
     def role(self, role: str) -> None:
         """What runs ends where it is, and in the books that it was written in."""
         self._set_role(role)
-        self._state = None
+        self._table.changed(self.row)
 
     def _set_role(self, role: str) -> None:
         self._role = role
-        self.backlog.shares = role != "decode"
+        self.backlog.share(role != "decode")
 
     @property
     def assigned(self) -> AssignedLoad:
@@ -102,25 +106,29 @@ class Member:
 
     @property
     def state(self) -> MemberState:
-        """Without a prefill to do; state_until tells of one that has some."""
-        if self._state is None or self._state_version != self.assigned.version:
-            self._state, self._state_version = self.state_until(0.0), self.assigned.version
-        return self._state
-
-    def state_until(self, busy_until_s: float) -> MemberState:
-        # a prefill worker counts its prompt down chunk by chunk; what a decode worker holds, the proxy knows to the token
-        assigned = self.assigned
+        """As the Conductor sees it, but for the prefills that it has to do."""
+        tokens, capacity, num_requests, num_running, running_tokens = self._load_row()
         return MemberState(
             self._id,
             self._incarnation,
             self.store_address,
+            tokens,
+            capacity,
+            num_requests=num_requests,
+            num_running=num_running,
+            num_running_tokens=running_tokens,
+            role=STATE_ROLES.get(self._role, self._role),
+        )
+
+    def _load_row(self) -> LoadRow:
+        # a prefill worker counts its prompt down chunk by chunk; what a decode worker holds, the proxy knows to the token
+        assigned = self.assigned
+        return LoadRow(
             assigned.num_left_tokens if self._role == "prefill" else assigned.num_tokens,
             self._kv_capacity_tokens,
-            busy_until_s,
             assigned.num_requests,
             assigned.num_running,
             assigned.num_running_tokens,
-            STATE_ROLES.get(self._role, self._role),
         )
 
     def on_gone(self, callback: GoneCallback) -> Callable[[], None]:
@@ -132,6 +140,8 @@ class Member:
     def leave(self) -> None:
         self.gone = True
         self.orders.closed()
+        self.backlog.leave_table()
+        self._table.leave(self.row)
         callbacks, self._gone_callbacks = self._gone_callbacks, {}
         for callback in callbacks.values():
             callback(self)

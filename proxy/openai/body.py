@@ -11,6 +11,7 @@ import asyncio
 import email.message
 import json
 import reprlib
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 
@@ -52,6 +53,7 @@ def body_route(process: RequestProcess) -> type[APIRoute]:
             body_type: type[GenerateBody] = self.body_field.field_info.annotation  # pyright: ignore[reportAssignmentType] - the app's
 
             async def handle_read(request: Request) -> Response:
+                request.state.arrival = time.monotonic()  # the head is here; the body may be long under way
                 content = await _read(request)
                 if not _is_json(request.headers.get("content-type", "")):
                     content = b""  # FastAPI refuses it then, as a body that is missing

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 import uuid
 from typing import Any
@@ -18,6 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 
 from ...protocol.errors import UnknownModel
 from ..request_process import RequestProcess
+from ..requests.generate_request import GenerateRequest
 from ..requests.generation import ChoiceEnd, Generation, Generator
 from ..requests.readiness import missing_parts
 from .body import body_route
@@ -36,7 +38,7 @@ def create_app(generator: Generator, registry: CollectorRegistry, process: Reque
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
-        generate_request = body.to_generate_request(_request_id(request))
+        generate_request = _stamped(body.to_generate_request(_request_id(request)), request)
         generation = await generator.open(generate_request)
         echoes = await generator.decode_aside(body.prompts) if body.echo else []
         shape = CompletionShape(generation, n=generate_request.n, wants_logprobs=body.logprobs is not None, echoes=echoes)
@@ -44,7 +46,7 @@ def create_app(generator: Generator, registry: CollectorRegistry, process: Reque
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
-        generate_request = body.to_generate_request(_request_id(request))
+        generate_request = _stamped(body.to_generate_request(_request_id(request)), request)
         generation = await generator.open(generate_request)
         shape = ChatShape(generation, n=generate_request.n, wants_logprobs=bool(body.logprobs))
         return await _reply(request, generation, shape, stream=bool(body.stream), wants_usage=body.wants_usage)
@@ -107,6 +109,11 @@ def _request_id(request: Request) -> str:
     """The client's own x-request-id, or a new one; it stands in the reply's header, in the logs, and in Cancel."""
     request.state.request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
     return request.state.request_id
+
+
+def _stamped(asked: GenerateRequest, request: Request) -> GenerateRequest:
+    """Times to the first token count from the request's head, and not from when its body was read."""
+    return dataclasses.replace(asked, arrival=request.state.arrival)
 
 
 def _model(generator: Generator, created: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Which prefixes are asked for so often that more stores should hold them. Pure: the caller brings the time.
 
-placements ─► hits of a leading run, over a sliding window ─► longest hot run ─► plan ─► Copy: source store ─► least loaded store without it
+placements ─► hits of a leading run, over a sliding window ─► longest hot run ─► next_copy ─► Copy: from a holder to the least loaded
+store without it
 
 Runs are counted at some depths only, each a quarter deeper than the one before: a placement costs some 30 counters, however long
 its prompt, and a hot run may be copied up to a fifth too short.
@@ -80,7 +81,7 @@ class HotPrefixes:
         self._began_s = now_s if age_s < self._window_s else now_s - age_s % self._window_s
 
 
-def plan(
+def next_copy(
     keys: Sequence[bytes],
     num_copies: int,
     *,
@@ -99,12 +100,15 @@ def plan(
         load_of: of the stores beside workers that prefill. copies_from: copies under way, by source.
         avoid: stores that failed to take it lately.
     """
-    if not holders or len({*holders, *coming} & load_of.keys()) >= num_copies:
+    taken = {*holders, *coming}
+    if not holders or len(taken & load_of.keys()) >= num_copies:
         return None
-    free = [(load, store) for store, load in load_of.items() if store not in holders and store not in coming and store not in avoid]
+    taken.update(avoid)
+    free = [(load, store) for store, load in load_of.items() if store not in taken]
     if not free:
         return None
-    source = min(holders, key=lambda store: (copies_from.get(store, 0), store))
+    idle = [store for store in holders if not copies_from.get(store)]
+    source = min(idle) if idle else min(holders, key=lambda store: (copies_from[store], store))
     return Copy(source, min(free)[1], keys)
 
 

@@ -14,11 +14,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, repeat
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .promises import TTL_S, Promises
 
 MAX_COPIES = 4_000_000
 EXACT_BLOCKS = 512
 PART_BLOCKS = 4096  # some milliseconds
+MANY_STORES = 16  # from so many on their bits are found by numpy
 
 
 class PrefixIndex:
@@ -49,6 +53,7 @@ class PrefixIndex:
         self._holders: dict[bytes, int] = {}
         self._slots: dict[str, int] = {}  # store address -> its bit's position
         self._stores: dict[int, str] = {}  # the other way round
+        self._name_array: NDArray[np.object_] | None = None  # of _stores, by slot; None: a store came or went
         self._held: dict[int, set[bytes]] = {}  # slot -> what the store there holds
         self._retired: dict[int, set[bytes]] = {}  # of stores dropped, not cleared yet
         self._live = 0  # the bits that count
@@ -107,6 +112,7 @@ class PrefixIndex:
             self._promises.forget(slot)
             self._cut.discard(store)
             del self._stores[slot]
+            self._name_array = None
             self._sweep()
 
     def expect(self, store: str, keys: Sequence[bytes]) -> None:
@@ -201,16 +207,24 @@ class PrefixIndex:
         return last
 
     def _note(self, runs: dict[str, int], bits: int, num_blocks: int) -> None:
-        for store in self._names(bits):
-            runs[store] = num_blocks
+        runs.update(dict.fromkeys(self._names(bits), num_blocks))
 
     def _names(self, bits: int) -> list[str]:
+        if bits.bit_count() > MANY_STORES:
+            return self._many_names(bits)
         names: list[str] = []
+        stores = self._stores
         while bits:
             lowest = bits & -bits
-            names.append(self._stores[lowest.bit_length() - 1])
+            names.append(stores[lowest.bit_length() - 1])
             bits ^= lowest
         return names
+
+    def _many_names(self, bits: int) -> list[str]:
+        if self._name_array is None:
+            self._name_array = np.array([self._stores.get(slot, "") for slot in range(max(self._stores) + 1)], object)
+        places = np.frombuffer(bits.to_bytes(bits.bit_length() // 8 + 1, "little"), np.uint8)
+        return self._name_array[np.flatnonzero(np.unpackbits(places, bitorder="little"))].tolist()
 
     def _clear(self, held: set[bytes], bit: int, keys: Iterable[bytes]) -> None:
         holders, before = self._holders, len(held)
@@ -239,4 +253,5 @@ class PrefixIndex:
             slot = next(slot for slot in range(len(taken) + 1) if slot not in taken)
             self._slots[store], self._stores[slot], self._held[slot] = slot, store, set()
             self._live |= 1 << slot
+            self._name_array = None
         return slot

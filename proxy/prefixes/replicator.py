@@ -1,6 +1,6 @@
 """Copies hot prefixes to further stores ahead of demand, through the stores' Replicate.
 
-placed ─► HotPrefixes ─► plan ─► budget? room in flight? ─► Replicate at the target store ─► its Watch tells the prefix index
+placed ─► HotPrefixes ─► next_copy ─► budget? room in flight? ─► Replicate at the target store ─► its Watch tells the prefix index
 
 A prefix that a placement itself moves (Algorithm 1: best / own over the threshold) is not copied here: the prefill worker loads it
 from the store that the placement names, and keeps it in its own node's store.
@@ -23,9 +23,9 @@ from ...protocol.blocks import div_ceil
 from ...protocol.exporter import counter, gauge
 from ...protocol.grpc_errors import from_rpc_error
 from ...protocol.v1 import kvstore_pb2
-from ..conductor.placement import Placement
 from ..members.cluster import Cluster
-from .hot import MIN_TOKENS, Budget, Copy, HotPrefixes, plan
+from ..tasks import Tasks
+from .hot import MIN_TOKENS, Budget, Copy, HotPrefixes, next_copy
 from .index import PrefixIndex
 
 logger = logging.getLogger(__name__)
@@ -58,13 +58,14 @@ class Replicator:
         self._prefixes = prefixes or HotPrefixes()
         self._budget = Budget(bytes_per_s)
         self._max_in_flight = max_in_flight
-        self._tasks: dict[asyncio.Task[None], Copy] = {}
+        self._tasks = Tasks("replicator")
+        self._under_way: list[Copy] = []
         self._retry_at: dict[tuple[str, bytes], float] = {}  # (target, last key) -> when
         self._replications = counter(specs.REPLICATIONS, registry)
         self._bytes = counter(specs.REPLICATION_BYTES, registry)
-        gauge(specs.REPLICATIONS_IN_FLIGHT, registry).set_function(lambda: len(self._tasks))
+        gauge(specs.REPLICATIONS_IN_FLIGHT, registry).set_function(lambda: len(self._under_way))
 
-    def placed(self, placement: Placement, keys: Sequence[bytes]) -> None:
+    def placed(self, keys: Sequence[bytes]) -> None:
         """A request with these block keys was placed. Cheap; what it starts runs in the background."""
         schema = self._cluster.schema
         if not self._enabled or schema is None:
@@ -74,47 +75,36 @@ class Replicator:
         if hot is None:
             return
         run = keys[: hot.num_blocks]
-        copy = self._plan(run, self._prefixes.num_copies(hot), now_s)
+        copy = self._next_copy(run, self._prefixes.num_copies(hot), now_s)
         if copy is None:
             return
-        if len(self._tasks) >= self._max_in_flight:
+        if len(self._under_way) >= self._max_in_flight:
             self._replications.labels("too_many").inc()
         elif not self._budget.take(len(run) * schema.block_bytes, now_s):
             self._replications.labels("over_budget").inc()
         else:
-            task = asyncio.get_running_loop().create_task(self._copy(copy, hot.num_hits))
-            self._tasks[task] = copy
-            task.add_done_callback(self._tasks.pop)
+            self._under_way.append(copy)
+            title = f"copying {len(run)} hot blocks to {copy.target}"
+            task = self._tasks.spawn(self._copy(copy, hot.num_hits), title, lambda _: self._ended(copy, "internal"))
+            task.add_done_callback(lambda _: self._under_way.remove(copy))
 
     async def close(self) -> None:
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tasks.close()
 
-    def _plan(self, run: Sequence[bytes], num_copies: int, now_s: float) -> Copy | None:
-        last = run[-1]
-        under_way = list(self._tasks.values())
+    def _next_copy(self, run: Sequence[bytes], num_copies: int, now_s: float) -> Copy | None:
+        last, under_way = run[-1], self._under_way
         same = {copy.target for copy in under_way if _overlap(copy.keys, run)}
-        self._retry_at = {pair: at for pair, at in self._retry_at.items() if at > now_s}
-        return plan(
+        if self._retry_at:
+            self._retry_at = {pair: at for pair, at in self._retry_at.items() if at > now_s}
+        return next_copy(
             run,
             num_copies,
-            holders=[store for store in self._index.holders(last) if self._cluster.store_at(store) is not None],
+            holders=self._cluster.store_addresses & set(self._index.holders(last)),
             coming={*self._index.promised(last), *same},
-            load_of=self._loads(),
+            load_of=self._cluster.store_loads(),
             copies_from=Counter(copy.source for copy in under_way),
             avoid={target for target, key in self._retry_at if key == last},
         )
-
-    def _loads(self) -> dict[str, float]:
-        """The stores beside the workers that prefill, with the tokens that these have to compute."""
-        assert self._cluster.schema is not None
-        seen = self._cluster.snapshot(self._cluster.schema.block_size)
-        loads: dict[str, float] = {}
-        for member in seen.prefill or seen.decode:
-            loads[member.store_address] = loads.get(member.store_address, 0) + member.num_outstanding_tokens
-        return loads
 
     async def _copy(self, copy: Copy, num_hits: float) -> None:
         logger.info("copying %d hot blocks (%.0f hits) from %s to %s", len(copy.keys), num_hits, copy.source, copy.target)
@@ -135,6 +125,9 @@ class Replicator:
             if task is None or task.cancelling():
                 raise
             logger.info("%s left while blocks were copied to it", copy.target)  # its channel's end cancelled the call
+        self._ended(copy, outcome)
+
+    def _ended(self, copy: Copy, outcome: str) -> None:
         if outcome != "copied":
             self._retry_at[copy.target, copy.keys[-1]] = self._clock() + RETRY_AFTER_S
         self._replications.labels(outcome).inc()

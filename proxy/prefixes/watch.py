@@ -16,37 +16,47 @@ import grpc.aio
 from ...protocol.v1 import kvstore_pb2
 from ..members.cluster import Cluster
 from ..members.member import Member
+from ..tasks import Tasks
 from .index import PrefixIndex
 
 logger = logging.getLogger(__name__)
 
 RESUBSCRIBE_INTERVAL_S = 0.2
+RESTART_INTERVAL_S = 5.0  # where following a store broke on what nobody expected
 
 
 class PrefixWatch:
     def __init__(self, cluster: Cluster, index: PrefixIndex) -> None:
         self._index = index
         self._cluster = cluster
-        self._tasks: dict[Member, asyncio.Task[None]] = {}
+        self._tasks = Tasks("prefix watch")
+        self._following: dict[Member, asyncio.Task[None]] = {}
         cluster.on_join(self._joined)
 
     async def close(self) -> None:
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tasks.close()
 
     def _joined(self, member: Member) -> None:
         if member.role == "store":
-            self._tasks[member] = asyncio.get_running_loop().create_task(self._follow(member))
+            self._start(member)
             member.on_gone(self._left)
 
-    def _left(self, member: Member) -> None:
-        self._tasks.pop(member).cancel()
-        if self._cluster.store_at(member.info.address) is None:  # else a new store has its address, and its own snapshot
-            self._index.drop(member.info.address)
+    def _start(self, store: Member, delay_s: float = 0.0) -> None:
+        self._following[store] = self._tasks.spawn(self._follow(store, delay_s), f"following {store.title}", lambda _: self._broke(store))
 
-    async def _follow(self, store: Member) -> None:
+    def _broke(self, store: Member) -> None:
+        """What is known of the store may be wrong: forgotten, and read anew after a while."""
+        if not store.gone:
+            self._index.drop(store.address)
+            self._start(store, RESTART_INTERVAL_S)
+
+    def _left(self, member: Member) -> None:
+        self._following.pop(member).cancel()
+        if self._cluster.store_at(member.address) is None:  # else a new store has its address, and its own snapshot
+            self._index.drop(member.address)
+
+    async def _follow(self, store: Member, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
         while not store.gone:
             try:
                 if await self._watch(store):
@@ -68,8 +78,8 @@ class PrefixWatch:
                     logger.warning("%s: change %d does not follow %s; reading all of it again", store.title, reply.sequence, sequence)
                     return True
                 else:
-                    self._index.change(store.info.address, reply.stored, reply.evicted)
-                    if self._index.is_cut(store.info.address) and self._index.has_room():
+                    self._index.change(store.address, reply.stored, reply.evicted)
+                    if self._index.is_cut(store.address) and self._index.has_room():
                         return True
                 sequence = reply.sequence
         finally:
@@ -77,7 +87,7 @@ class PrefixWatch:
         return False
 
     async def _read_all(self, store: Member, keys: Sequence[bytes]) -> None:
-        for _ in self._index.replace_in_parts(store.info.address, keys):
+        for _ in self._index.replace_in_parts(store.address, keys):
             await asyncio.sleep(0)  # to serve others
-        if self._index.is_cut(store.info.address):
+        if self._index.is_cut(store.address):
             logger.warning("%s holds more than the prefix index has room for; what is left out counts as absent", store.title)

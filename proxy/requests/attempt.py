@@ -6,14 +6,14 @@ start ──┤   d's token feed ─► the other tokens ───────�
    p, d or d's store leaves the cluster, a call or the token feed fails ────────┘
 The two streams of d are not ordered: what the feed brings before Admitted waits for it, and Finished waits for the last token.
 A local pair has the Decode leg alone, and no hand-off: d computes the prompt, and neither p nor the store is part of it.
-close: both calls cancelled, the store told why, the books released
+close: both calls cancelled, the store told why, what was booked undone
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import grpc
@@ -24,13 +24,13 @@ from ...protocol.grpc_errors import TRAILER, error_to_proto, from_rpc_error
 from ...protocol.v1 import common_pb2, kvstore_pb2, worker_pb2
 from ..members.member import Member
 from ..members.token_feed import FeedCall
+from ..tasks import Tasks
 from .pair import Pair
 
 logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 5.0  # of Stop and Abort
 DEADLINE_SLACK_S = 1.0  # the request runner's own timer ends the request and says in which state; gRPC's stands behind it
-_background: set[asyncio.Task[None]] = set()  # the loop itself holds tasks weakly
 
 
 class LegFailed(Exception):
@@ -51,7 +51,15 @@ class AttemptListener(Protocol):
 
 
 class Attempt:
-    def __init__(self, pair: Pair, sequence: common_pb2.SequenceSpec, handoff: common_pb2.HandoffId, listener: AttemptListener) -> None:
+    """
+    Args:
+        sequence: but for what the pair's prompt has of it.
+        tasks: own what the attempt runs; Stop and Abort may outlive it.
+    """
+
+    def __init__(
+        self, pair: Pair, sequence: common_pb2.SequenceSpec, handoff: common_pb2.HandoffId, listener: AttemptListener, tasks: Tasks
+    ) -> None:
         self.pair = pair
         self.prefilled = False
         self.admitted = False
@@ -64,6 +72,7 @@ class Attempt:
         self._num_tokens = 0  # that the call has given
         self._early: list[tuple[list[int], list[common_pb2.TokenOutput]]] = []  # came before Admitted
         self._end: worker_pb2.DecodeReply.Finished | None = None
+        self._background = tasks
         self._calls: list[Any] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._unwatch: list[Callable[[], None]] = []
@@ -73,15 +82,17 @@ class Attempt:
         pair = self.pair
         for member in {pair.decode} if pair.is_local else {pair.prefill, pair.decode, pair.store}:
             self._unwatch.append(member.on_gone(self._member_gone))
-        self._tasks.append(self._spawn(self._follow_decode()))
+            if member.gone:  # since it was placed there
+                self._member_gone(member)
+        if self.outcome.done():
+            return
+        self._tasks.append(self._background.spawn(self._follow_decode(), self._title("its decode leg"), self._leg_broke))
         if not pair.is_local:
-            self._tasks.append(self._spawn(self._follow_prefill()))
-        for task in self._tasks:
-            task.add_done_callback(self._leg_ended)
+            self._tasks.append(self._background.spawn(self._follow_prefill(), self._title("its prefill leg"), self._leg_broke))
 
     def stop(self, on_unheard: Callable[[], None]) -> None:
         """Asks decode to end the sequence as finished. on_unheard runs where it does not know it or cannot be asked."""
-        self._spawn(self._stop(on_unheard))
+        self._background.spawn(self._stop(on_unheard), self._title("Stop"), lambda _: on_unheard())
 
     def close(self, reason: HalfmoonError) -> None:
         """At once, and once. An attempt that has not finished is aborted with the reason, everywhere."""
@@ -101,7 +112,7 @@ class Attempt:
             call.cancel()
         self.outcome.cancel()
         if not (self.admitted or self.pair.is_local or self.pair.store.gone):
-            self._spawn(self._abort_handoff(reason))
+            self._background.spawn(self._abort_handoff(reason), self._title("Abort"))  # the hand-off's lease ends by itself, too
 
     @property
     def _finished(self) -> bool:
@@ -113,12 +124,14 @@ class Attempt:
 
     def _prefill_request(self) -> worker_pb2.PrefillRequest:
         prefix = self.pair.placement.prefix
-        return worker_pb2.PrefillRequest(
+        request = worker_pb2.PrefillRequest(
             sequence=self._sequence,
             handoff=self._handoff,
             store_address=self.pair.decode.info.store_address,
             prefix=worker_pb2.PrefixHint(store_address=prefix.store_address, num_blocks=prefix.num_blocks) if prefix else None,
         )
+        request.sequence.MergeFrom(self.pair.prompt.spec)
+        return request
 
     def on_tokens(self, token_ids: list[int], outputs: list[common_pb2.TokenOutput]) -> None:
         """From the token feed."""
@@ -144,6 +157,7 @@ class Attempt:
                 feed_id=feed_call.feed_id,
                 call=feed_call.number,
             )
+            request.sequence.MergeFrom(self.pair.prompt.spec)
             call = member.decode_worker.Decode(request, timeout=self._timeout_s)
             self._calls.append(call)
             async for reply in call:
@@ -192,11 +206,12 @@ class Attempt:
         except asyncio.CancelledError:
             self._interrupted(member)
 
-    def _leg_ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (bug := task.exception()) is not None:
-            logger.error("request %s: a leg broke off", self._sequence.request_id, exc_info=bug)
-            if not self.outcome.done():
-                self.outcome.set_exception(bug)  # ends the request; nobody would else
+    def _leg_broke(self, bug: Exception) -> None:
+        if not self.outcome.done():
+            self.outcome.set_exception(bug)  # ends the request; nobody would else
+
+    def _title(self, what: str) -> str:
+        return f"request {self._sequence.request_id}: {what}"
 
     def _interrupted(self, member: Member) -> None:
         # not by close(): the channel was closed under the call
@@ -234,12 +249,6 @@ class Attempt:
             logger.warning("%s did not take the abort of %s: %s", self.pair.store.title, self._handoff.id, error.details())
         except asyncio.CancelledError:
             logger.debug("%s left before it took the abort of %s", self.pair.store.title, self._handoff.id)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
-        _background.add(task)
-        task.add_done_callback(_background.discard)
-        return task
 
 
 def _leg_error(error: grpc.aio.AioRpcError, member: Member) -> HalfmoonError:

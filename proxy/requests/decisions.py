@@ -6,14 +6,16 @@ open ─► RequestDecision ─► decided: AttemptDecision (the snapshot that t
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from ...protocol.errors import UnknownRequest
 from ...protocol.v1 import common_pb2
-from ..conductor.placement import MemberState, Placement, PlacementRequest, Rejection, Slo, Snapshot
+from ..conductor.placement import Placement, PlacementRequest, Rejection, Slo, Snapshot
+from ..conductor.pool import Pool
 from ..conductor.predictors.timing import Predictors
 from ..request import MAX_CHOICES, ProxyRequest, RequestState
 
@@ -94,12 +96,15 @@ class DecisionLog:
         return known
 
 
-def _kept(members: tuple[MemberState, ...], chosen: str) -> tuple[MemberState, ...]:
-    if len(members) <= NUM_KEPT:
-        return members
-    others = heapq.nsmallest(NUM_KEPT - 1, (member for member in members if member.id != chosen), key=_load)
-    return (*(member for member in members if member.id == chosen), *others)
-
-
-def _load(member: MemberState) -> tuple[float, int]:
-    return member.busy_until_s or 0.0, member.num_outstanding_tokens
+def _kept(pool: Pool, chosen: str) -> Pool:
+    """The chosen worker and the least loaded of the others, a copy."""
+    if len(pool) <= NUM_KEPT:
+        return pool.take(np.arange(len(pool)))
+    loads = pool.busy_until_s * 1e9 + pool.num_outstanding_tokens  # by time, and where that is the same by tokens
+    least = np.argpartition(loads, NUM_KEPT)[: NUM_KEPT + 1]
+    rows = least[np.argsort(loads[least])].tolist()
+    chosen_row = pool.row_of(chosen)
+    if chosen_row is None:
+        return pool.take(np.array(rows[: NUM_KEPT - 1]))
+    others = [row for row in rows if row != chosen_row]
+    return pool.take(np.array([chosen_row, *others[: NUM_KEPT - 1]]))

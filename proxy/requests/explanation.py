@@ -11,15 +11,13 @@ import time
 
 from ...protocol.v1 import common_pb2, control_pb2
 from ..conductor.forecast import handoff_bytes, handoff_link, prefill_forecast
-from ..conductor.placement import MemberState, Placement, Rejection
-from ..conductor.policies import cached_blocks
+from ..conductor.member_state import MemberState
+from ..conductor.placement import Placement, Rejection
+from ..conductor.policies import cached_blocks, policy_type
 from ..conductor.policies.base import usable_blocks
 from ..conductor.predictors.waiting import step_with
 from .decisions import AttemptDecision, RequestDecision
 from .phase_clock import handoff_s
-
-FETCHING = frozenset({"cache_aware", "kvcache_centric", "adaptive"})
-"""Policies that let a prefill worker have a prefix from another store; for the others a candidate's own blocks count alone."""
 
 
 def explain(decision: RequestDecision, policy: str, admission: str) -> control_pb2.Explanation:
@@ -77,7 +75,7 @@ def _prefill_candidate(attempt: AttemptDecision, member: MemberState, policy: st
     chosen, prefix = False, 0
     if isinstance(answer, Placement) and answer.prefill.id == member.id:
         chosen, prefix = True, answer.prefix.num_blocks if answer.prefix is not None else 0
-    elif policy in FETCHING:
+    elif policy_type(policy).fetches:  # else a candidate's own blocks count alone
         prefix = usable_blocks(asked, max(asked.held_blocks.values(), default=0), seen.block_size)
     parts = prefill_forecast(attempt.predictors, asked, member, prefix, seen)
     return control_pb2.Explanation.Candidate(

@@ -1,6 +1,6 @@
 """What a user asked for, the same for every face, and its way to validated requests.
 
-GenerateRequest ─► prompts to token ids ─► limits ─► SamplingParams ─► ProxyRequest per choice
+GenerateRequest ─► prompts to token ids ─► limits ─► SamplingParams ─► a ProxyRequest for each choice
  (prompt text, token ids or messages; n)                    choice p*n+i: prompt p, seed+i
 """
 
@@ -25,6 +25,7 @@ from ..text.tokenizer import Tokenizer
 
 MAX_STOPS = 16
 PIECE_LEN = 2**16  # tokens that are checked in one go
+MAX_STOP_CHARS = 1024  # of each; every token's text is compared with them
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for a prompt; a chat may use what is left
 REQUEST_ID_LEN = 128
 CHARS_COMPOSED = 4  # characters that a tokenizer's Unicode normal form makes one of, at most
@@ -37,7 +38,7 @@ class GenerateRequest:
     prompts: Sequence[str | Sequence[int]] = ()
     messages: Sequence[ChatMessage] | None = None
     model: str = ""  # empty: the served one
-    request_id: str = ""  # empty: made here
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     n: int = 1
     seed: int | None = None
     max_tokens: int | None = None
@@ -47,27 +48,20 @@ class GenerateRequest:
     ttft_slo_s: float | None = None  # None: the proxy's
     tpot_slo_s: float | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)  # SamplingParams' other fields
-    arrival: float = field(default_factory=time.monotonic)
+    arrival: float = field(default_factory=time.monotonic)  # of its first byte, where the face can know it
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """An GenerateRequest that can be run: a request for each choice."""
-
-    request_id: str
-    stop: tuple[str, ...]
-    num_prompt_tokens: int  # of all prompts together
-    requests: list[ProxyRequest]
-
-
-class Planner:
+class RequestBuilder:
     def __init__(self, tokenizer: Tokenizer, card: ModelCard, default_timeout_s: float) -> None:
         self._tokenizer = tokenizer
         self._card = card
         self._default_timeout_s = min(default_timeout_s, MAX_TIMEOUT_S)
 
-    async def plan(self, asked: GenerateRequest, max_model_len: int) -> Plan:
-        """Raises InvalidRequest (PromptTooLong, UnknownModel), naming the field, the value and the limit."""
+    async def build(self, asked: GenerateRequest, max_model_len: int) -> list[ProxyRequest]:
+        """A request for each choice, all choices of the first prompt first. Those of one prompt share its token_ids: the list itself.
+
+        Raises InvalidRequest (PromptTooLong, UnknownModel), naming the field, the value and the limit.
+        """
         _require(
             asked.model in ("", self._card.name), f"the model {asked.model!r} is not served; {self._card.name!r} is", "model", UnknownModel
         )
@@ -80,6 +74,8 @@ class Planner:
         )
         _require(len(asked.request_id) <= REQUEST_ID_LEN and asked.request_id.isprintable(), _BAD_ID, "request_id")
         _require(len(asked.stop) <= MAX_STOPS, f"stop has {len(asked.stop)} strings; it may have {MAX_STOPS}", "stop")
+        longest = max(map(len, asked.stop), default=0)
+        _require(longest <= MAX_STOP_CHARS, f"stop has a string of {longest} characters; each may have {MAX_STOP_CHARS}", "stop")
         _require(all(asked.stop), "stop has an empty string, which would end every answer at once; leave it out", "stop")
         _require(-(2**31) <= asked.priority < 2**31, f"priority is {asked.priority}; it must fit 32 bits", "priority")
         timeout_s = self._default_timeout_s if asked.timeout_s is None else asked.timeout_s
@@ -105,9 +101,9 @@ class Planner:
                     await asyncio.sleep(0)  # a million tokens take 40 ms
         seed = secrets.randbits(63) if asked.seed is None else asked.seed
         _require(0 <= seed <= MAX_SEED, f"seed is {seed}; it must be at least 0 and at most {MAX_SEED}", "seed")
-        request_id = asked.request_id or uuid.uuid4().hex
+        request_id = asked.request_id
         params = [self._params(asked, len(token_ids), max_model_len, seed) for token_ids in prompts]
-        requests = [
+        return [
             ProxyRequest(
                 request_id=request_id if len(prompts) * asked.n == 1 else f"{request_id}-{prompt * asked.n + choice}",
                 token_ids=token_ids,
@@ -121,7 +117,6 @@ class Planner:
             for prompt, token_ids in enumerate(prompts)
             for choice in range(asked.n)
         ]
-        return Plan(request_id, tuple(asked.stop), sum(map(len, prompts)), requests)
 
     async def _token_ids(self, asked: GenerateRequest, max_model_len: int) -> list[list[int]]:
         if asked.messages is not None:

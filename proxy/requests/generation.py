@@ -1,7 +1,7 @@
 """The one path from what a user asked to text that streams back. Both faces, HTTP and gRPC, use it.
 
-GenerateRequest ─► Planner ─► ProxyRequest per choice ─► Router.open ─► TokenStream
-                                                                             │ tokens
+GenerateRequest ─► RequestBuilder ─► ProxyRequest per choice ─► Router.open_all ─► TokenStream
+                                                                                        │ tokens
 Generation ◄─ TextDelta …, ChoiceEnd ◄─ ChoiceText (detokenise, stop strings, logprobs) ◄─┘
 A step's tokens wake the reader once, whatever the number of choices.
 Leaving a Generation in any way cancels all its choices.
@@ -23,7 +23,7 @@ from ..model_card import ModelCard
 from ..request import Finished, RequestState, TokenEvent, Tokens
 from ..text.tokenizer import Tokenizer
 from .choice_text import ChoiceText, TokenText
-from .generate_request import GenerateRequest, Plan, Planner
+from .generate_request import GenerateRequest, RequestBuilder
 from .router import Router
 from .token_stream import LEFT, TokenStream
 
@@ -74,11 +74,11 @@ class _Inbox:
 class Generation:
     """One admitted GenerateRequest: the events of all choices, as they come. A choice's last is its ChoiceEnd."""
 
-    def __init__(self, plan: Plan, model: str, choices: list[_Choice]) -> None:
-        self.request_id = plan.request_id
+    def __init__(self, request_id: str, model: str, num_prompt_tokens: int, choices: list[_Choice]) -> None:
+        self.request_id = request_id
         self.model = model
         self.created = int(time.time())
-        self.num_prompt_tokens = plan.num_prompt_tokens
+        self.num_prompt_tokens = num_prompt_tokens  # of all prompts together
         self.num_choices = len(choices)
         self._choices = choices
         self._num_open = len(choices)
@@ -165,7 +165,7 @@ class Generator:
         self.router = router
         self.card = card
         self._tokenizer = tokenizer
-        self._planner = Planner(tokenizer, card, default_timeout_s)
+        self._builder = RequestBuilder(tokenizer, card, default_timeout_s)
         self._under_way: weakref.WeakValueDictionary[str, Generation] = weakref.WeakValueDictionary()
 
     @property
@@ -179,16 +179,17 @@ class Generator:
 
     async def open(self, request: GenerateRequest) -> Generation:
         """Raises InvalidRequest, or what Router.open raises; nothing is left running then."""
-        plan = await self._planner.plan(request, self.max_model_len)
-        if (other := self._under_way.get(plan.request_id)) is not None and not other.is_over:
-            raise InvalidRequest(f"request id {plan.request_id!r} is under way already; choose another", param="request_id")
-        streams = self.router.open_all(plan.requests)
+        requests = await self._builder.build(request, self.max_model_len)
+        if (other := self._under_way.get(request.request_id)) is not None and not other.is_over:
+            raise InvalidRequest(f"request id {request.request_id!r} is under way already; choose another", param="request_id")
+        streams = await self.router.open_all(requests)
         choices = [
-            _Choice(index, stream, ChoiceText(self._tokenizer, choice, plan.stop, self.card.eos_token_ids))
-            for index, (choice, stream) in enumerate(zip(plan.requests, streams, strict=True))
+            _Choice(index, stream, ChoiceText(self._tokenizer, choice, tuple(request.stop), self.card.eos_token_ids))
+            for index, (choice, stream) in enumerate(zip(requests, streams, strict=True))
         ]
-        generation = Generation(plan, self.card.name, choices)
-        self._under_way[plan.request_id] = generation
+        num_prompt_tokens = sum(len(choice.token_ids) for choice in requests[:: request.n])
+        generation = Generation(request.request_id, self.card.name, num_prompt_tokens, choices)
+        self._under_way[request.request_id] = generation
         return generation
 
     async def cancel(self, request_id: str, reason: str) -> bool:

@@ -1,7 +1,7 @@
 """What the predictors learn from in the live cluster, and how far off they were.
 
 a hand-off admitted ─► prefill: its share of its steps' seconds · transfer: prefix bytes over their load · handoff: the rest of the TTFT
-a decode worker's report ─► step: sequences, KV tokens, seconds of steps that decoded only
+a decode worker's report ─► step: sequences, KV tokens, seconds of steps that decoded only; STEPS_PER_S of them in the whole cluster
                                 └─► its error: a metric, always ─► learnt where the outlier_filter lets it pass
 
 A prompt shares its steps with others, so that its wall time says what the worker was doing and not what the prompt cost. Workers therefore
@@ -10,7 +10,10 @@ report `compute_s`, each step's seconds divided by tokens: costs that add up to 
 
 from __future__ import annotations
 
+import random
+import time
 from collections import defaultdict
+from collections.abc import Callable
 
 from ...protocol.v1 import common_pb2, control_pb2
 from ..conductor.predictors.outlier_filter import OutlierFilter
@@ -21,12 +24,20 @@ from .phase_clock import handoff_s
 
 NUM_UNSURE = 16  # observations, before which a profile or a guess may still be wrong as a whole
 NUM_SMALL = 64  # new tokens, below which, or below an eighth of the largest seen, a prefill tells of what any one costs and not of the rest
+STEPS_PER_S = 200.0  # samples of steps looked at, of all workers together
+STEPS_AT_ONCE = 100.0  # after a pause
 NUM_KNOWN = 3  # prefills learnt from, before the predictors are asked when there will be room
 
 
 class Learner:
-    def __init__(self, predictors: Predictors, metrics: ProxyMetrics) -> None:
+    """clock: in seconds, of any origin."""
+
+    def __init__(self, predictors: Predictors, metrics: ProxyMetrics, clock: Callable[[], float] = time.monotonic) -> None:
         self.predictors = predictors
+        self._clock = clock
+        self._rng = random.Random(0)
+        self._steps_left = STEPS_AT_ONCE  # samples that may be looked at now
+        self._refilled_s = clock()
         self._metrics = metrics
         self._filters: defaultdict[str, OutlierFilter] = defaultdict(OutlierFilter)  # by predictor and kind of link
         self._frozen: Predictors | None = None
@@ -66,12 +77,28 @@ class Learner:
         self._note_link("handoff", handoff, num_bytes, link, 0, handoff.predict(num_bytes, link), rest_s)
 
     def reported(self, member: Member, load: control_pb2.MemberLoad) -> None:
-        """A step that computed prompts beside its batch is not learnt from: which of the two took how long is not known."""
-        step = self.predictors.step
-        for sample in load.steps:
+        """A step that computed prompts beside its batch is not learnt from: which of the two took how long is not known.
+
+        What it costs is bounded for the cluster as a whole: all samples of a small one are looked at, and of a large one some of each
+        worker's. Which ones is drawn, for workers report in step with each other.
+        """
+        num_left = self._refill()
+        if num_left < 1.0:
+            return
+        step, steps = self.predictors.step, load.steps
+        samples = list(steps) if len(steps) <= num_left else self._rng.sample(steps, int(num_left))
+        # not exactly one: a fixed price would meet the same workers again and again
+        self._steps_left -= sum(self._rng.uniform(0.5, 1.5) for _ in samples)
+        for sample in samples:
             num, tokens, seconds = sample.num_sequences, sample.num_kv_tokens, sample.seconds
             if num and not sample.num_prefill_tokens:
                 self._note("step", step, (num, tokens), step.predict(num, tokens), seconds)
+
+    def _refill(self) -> float:
+        now_s = self._clock()
+        self._steps_left = min(self._steps_left + (now_s - self._refilled_s) * STEPS_PER_S, STEPS_AT_ONCE)
+        self._refilled_s = now_s
+        return self._steps_left
 
     def _note(
         self,

@@ -1,20 +1,21 @@
-"""A placement that is in the books: the members that work for a request, and everything that is to be undone at its end.
+"""A placement that is booked: the members that work for a request, and how to undo what was booked for it.
 
 booked ─► end_prefill (prefill done) ─► begin_decode (decode admitted it) ─► release (ended, however)
+Each step undoes what was booked until then; release undoes all that is left. Every step may be taken more than once.
 """
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 
-from ..conductor.load_tracker import LoadTracker
+from ..conductor.forecast import handoff_bytes, handoff_link
 from ..conductor.placement import Placement
 from ..members.assigned_load import Assignment
-from ..members.backlog import PrefillTask
 from ..members.member import Member
-from ..prefixes.index import PrefixIndex
-from .decisions import RequestDecision
+from .decisions import AttemptDecision
+from .prompt import Prompt
 
 
 @dataclass(slots=True, eq=False)
@@ -23,19 +24,14 @@ class Pair:
     decode: Member
     store: Member  # on the decode worker's node, where the hand-off lies
     placement: Placement
-    prefill_task: PrefillTask  # ends when the prefill is done
-    decode_assignment: Assignment  # ends with the attempt
-    load_tracker: LoadTracker
-    decision: RequestDecision
-    num_tokens: int  # to prefill
-    admitted: bool  # for good: no admission is asked when its prefill is done
-    queue_order: int  # its place in the workers' queues
-    index: PrefixIndex  # where its blocks are promised
-    block_keys: list[bytes]
+    decided: AttemptDecision  # on what grounds
+    prompt: Prompt
+    decode_assignment: Assignment  # grows with every token
     num_loads: int  # prefixes on their way to the prefill worker when this was placed
-    handoff_bytes: int  # expected
-    handoff_link: str
-    released: bool = False
+    on_decoding: Callable[[], None]  # decode has admitted it
+    until_prefilled: ExitStack = field(default_factory=ExitStack)
+    until_decoding: ExitStack = field(default_factory=ExitStack)  # left as it is once decode has begun
+    until_released: ExitStack = field(default_factory=ExitStack)
 
     @property
     def is_local(self) -> bool:
@@ -43,33 +39,35 @@ class Pair:
         return self.placement.is_local
 
     @property
-    def loads(self) -> bool:
-        """Whether a prefix is to be loaded."""
-        return self.placement.num_cached_tokens > 0
+    def queue_order(self) -> int:
+        """Its place in the workers' queues."""
+        return self.decided.queue_order
 
     @property
-    def stores(self) -> set[str]:
-        """Where its blocks will stand: pushed to the decode worker's, kept in the prefill worker's."""
-        return {self.placement.prefill.store_address, self.placement.decode.store_address}
+    def num_tokens(self) -> int:
+        """To prefill."""
+        return self.decided.asked.num_tokens
+
+    @property
+    def handoff_bytes(self) -> int:
+        """Expected."""
+        decided = self.decided
+        return handoff_bytes(decided.predictors, decided.asked, self.placement.decode, decided.seen.block_size)
+
+    @property
+    def handoff_link(self) -> str:
+        return handoff_link(self.placement.prefill, self.placement.decode)
 
     def end_prefill(self) -> None:
-        if not self.prefill_task.assignment.ended:
-            self.prefill_task.end()
-            self.prefill.num_loads -= self.loads
+        self.until_prefilled.close()
 
     def begin_decode(self) -> None:
         self.end_prefill()
+        self.until_decoding.pop_all()
         self.decode_assignment.begin()
-        self.load_tracker.began(self, time.monotonic())
+        self.on_decoding()
 
     def release(self) -> None:
-        """Once; further calls change nothing."""
-        if self.released:
-            return
-        self.released = True
-        self.end_prefill()
-        if not self.decode_assignment.running:
-            for address in self.stores:  # nothing stands there, or the store has said so itself
-                self.index.withdraw(address, self.block_keys)
-        self.decode_assignment.end()
-        self.load_tracker.left(self)
+        self.until_prefilled.close()
+        self.until_decoding.close()
+        self.until_released.close()

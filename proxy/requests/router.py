@@ -1,4 +1,4 @@
-"""The proxy's core: admits a request, flies it over a pair of workers, knows every request that is under way.
+"""The proxy's core: admits a request, runs it on a pair of workers, knows every request that is under way.
 
 open ─► draining? room? a pair? ─► RequestRunner ─► TokenStream        drain ─► admits no more, waits for the last
              └─ no: Draining | Overloaded | NoWorker
@@ -7,28 +7,36 @@ open ─► draining? room? a pair? ─► RequestRunner ─► TokenStream     
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 from ...protocol.config import ProxyConfig
 from ...protocol.errors import Draining, HalfmoonError, InvalidRequest
 from ...protocol.schema import KVSchema
+from ..conductor.placement import Slo
 from ..members.cluster import Cluster
 from ..metrics import ProxyMetrics
 from ..prefixes.index import PrefixIndex
 from ..prefixes.replicator import Replicator
 from ..prefixes.watch import PrefixWatch
 from ..request import ProxyRequest, RequestState
+from ..tasks import Tasks
 from .admission_queue import AdmissionQueue, Waiting
-from .decisions import DecisionLog
+from .books import Books
+from .decisions import DecisionLog, RequestDecision
 from .dispatcher import Dispatcher
 from .learner import Learner
 from .pair import Pair
+from .prompt import Prompt, PromptEncoder
 from .runner import RequestRunner, RunnerContext
-from .scheduling import create_conductor, create_predictors, default_slo
+from .scheduling import create_conductor, create_placer, create_predictors, default_slo
 from .token_stream import TokenStream
+
+SLICE_S = 0.002  # of opening many or long choices, before the loop may serve others
+CLOSE_GRACE_S = 1.0  # for aborts that are on their way
 
 
 class Router:
@@ -44,33 +52,30 @@ class Router:
         self.streams: weakref.WeakValueDictionary[str, TokenStream] = weakref.WeakValueDictionary()  # by request id, under way
         self.decisions = DecisionLog(config.num_explained)
         self._queue = AdmissionQueue(config.max_queued_requests, config.max_queued_tokens)
-        self._waiting: dict[str, Waiting] = {}  # by request id
+        self._opening: dict[str, Waiting] = {}  # by request id: being placed
+        self._waiting: dict[str, Waiting] = {}  # by request id: started, without a first token
         self._runners: dict[str, RequestRunner] = {}
         self._empty = asyncio.Event()
         self._empty.set()
-        index = PrefixIndex()
-        self._watch = PrefixWatch(cluster, index)
-        self._replicator = Replicator(cluster, index, metrics.registry, replicate=config.replicate)
+        self._tasks = Tasks("router")
+        self._index = PrefixIndex()
+        self._watch = PrefixWatch(cluster, self._index)
+        self._replicator = Replicator(cluster, self._index, metrics.registry, replicate=config.replicate)
         self.predictors = create_predictors(config, cluster)
         self.learner = Learner(self.predictors, metrics)
         cluster.on_report(self.learner.reported)
         # any seed will do here: tests and the simulator give policies theirs
         self.conductor = create_conductor(config, self.predictors, random.Random())
-        self._dispatcher = Dispatcher(
-            cluster,
-            index,
-            self.conductor,
-            self.learner,
-            metrics,
-            self._replicator,
-            slo=default_slo(config),
-            order=config.order,
-            profiled=bool(config.cost_model),
-        )
+        self._placer = create_placer(config, cluster, self._index, self.conductor, self.learner)
+        self._prompts = PromptEncoder(cluster)
+        books = Books(cluster, self._index, self._placer.load_tracker, self._replicator)
+        self._dispatcher = Dispatcher(self._prompts, self._placer, books, metrics)
+        self._slo = default_slo(config)
         self._context = RunnerContext(
             self._dispatcher,
             self.learner,
             metrics,
+            self._tasks,
             config.max_attempts,
             eos_token_ids,
             on_first_token=self._first_token,
@@ -94,12 +99,12 @@ class Router:
 
     @property
     def num_queued(self) -> int:
-        """Requests without a first token."""
+        """Requests without a first token, those that are being placed included."""
         return self._queue.num_requests
 
     @property
     def num_running(self) -> int:
-        return len(self._runners) - self._queue.num_requests
+        return len(self._runners) - len(self._waiting)
 
     def open(self, request: ProxyRequest) -> TokenStream:
         """Starts the request. Called in the event loop.
@@ -107,28 +112,44 @@ class Router:
         Raises Draining, Overloaded (with retry_after_s), NoWorker, PromptTooLong, or InvalidRequest for a request id that
         is under way: nothing was started then.
         """
-        return self.open_all([request])[0]
+        opening = self._open([request])
+        while True:
+            try:
+                next(opening)
+            except StopIteration as done:
+                return done.value[0]
 
-    def open_all(self, requests: Sequence[ProxyRequest]) -> list[TokenStream]:
-        """The choices of one request: all are started, or none is. Raises as open does."""
+    async def open_all(self, requests: Sequence[ProxyRequest]) -> list[TokenStream]:
+        """The choices of one request: all are started, or none is. Raises as open does.
+
+        However many and long they are, the loop serves others meanwhile. Choices of one prompt share its token_ids: the list itself.
+        """
+        opening = self._open(requests)
+        begun_s = time.monotonic()
         try:
-            pairs = self._admit(requests)
-        except HalfmoonError as error:
-            self.metrics.entered(RequestState.REJECTED)
-            self.metrics.ended(RequestState.REJECTED, error.code)
-            raise
-        return [self._start(request, pair) for request, pair in zip(requests, pairs, strict=True)]
+            while True:
+                has_started = next(opening)
+                if has_started or time.monotonic() - begun_s >= SLICE_S:  # what was started runs in a turn of its own
+                    await asyncio.sleep(0)
+                    begun_s = time.monotonic()
+        except StopIteration as done:
+            return done.value
+        finally:
+            opening.close()  # undoes all, where the caller was cancelled
 
     def require_room(self, num_requests: int, num_tokens: int) -> None:
         """Whether so many requests with so many prompt tokens together would be let into the queue. Raises Draining, Overloaded."""
-        if self.draining:
-            self.metrics.rejected("drain", "draining")
-            raise Draining("the proxy is draining: it finishes what it has and admits no more; ask another")
+        self._require_open()
         try:
             self._queue.require_room(num_requests, num_tokens)
         except HalfmoonError as error:
             self.metrics.rejected("queue", error.code)
             raise
+
+    def _require_open(self) -> None:
+        if self.draining:
+            self.metrics.rejected("drain", "draining")
+            raise Draining("the proxy is draining: it finishes what it has and admits no more; ask another")
 
     def cancel(self, request_id: str, reason: str) -> bool:
         """Whether such a request was under way."""
@@ -154,38 +175,85 @@ class Router:
         self.draining = True
         for runner in list(self._runners.values()):
             runner.cancel("the proxy is shutting down")
+        await self._tasks.close(CLOSE_GRACE_S)
         await self._replicator.close()
         await self._watch.close()
 
-    def _admit(self, requests: Sequence[ProxyRequest]) -> list[Pair]:
-        """A booked pair for each, or an error and none."""
-        for request in requests:
-            if request.request_id in self._runners:
-                raise InvalidRequest(f"request id {request.request_id!r} is under way already; choose another", param="request_id")
-        decisions = [self.decisions.open(request, self._dispatcher.slo(request)) for request in requests]
-        pairs: list[Pair] = []
-        try:
-            self.require_room(len(requests), sum(len(request.token_ids) for request in requests))
-            for request, decision in zip(requests, decisions, strict=True):
-                pairs.append(self._dispatcher.place(request, decision))
-        except HalfmoonError as error:
-            for pair in pairs:
-                pair.release()
-            for decision in decisions:
-                decision.end(RequestState.REJECTED, f"{error.code}: {error.message}")
-            raise
-        return pairs
+    def _open(self, requests: Sequence[ProxyRequest]) -> Generator[bool, None, list[TokenStream]]:
+        """Yields between short pieces of work, and returns the streams. Whatever ends it before that undoes all it did.
 
-    def _start(self, request: ProxyRequest, pair: Pair) -> TokenStream:
-        now_s, num_tokens = time.monotonic(), len(request.token_ids)
-        runner = RequestRunner(request, pair, request.timeout_s - (now_s - request.arrival), self._context)
-        self._runners[request.request_id] = runner
+        It yields whether the piece of work started a request.
+        """
+        decisions: list[RequestDecision] = []
+        try:
+            with contextlib.ExitStack() as undo:
+                self._reserve(requests, decisions, undo)
+                pairs: list[Pair] = []
+                prompts: dict[int, Prompt] = {}  # by the identity of the token ids, which requests keep alive
+                for request, decision in zip(requests, decisions, strict=True):
+                    prompt = prompts.get(id(request.token_ids))
+                    if prompt is None:
+                        prompt = prompts[id(request.token_ids)] = yield from self._prompts.encode_in_parts(request.token_ids)
+                    self._require_open()
+                    pairs.append(self._dispatcher.place(request, prompt, decision))
+                    undo.callback(pairs[-1].release)
+                    yield False
+                streams: list[TokenStream] = []
+                for request, decision, pair in zip(requests, decisions, pairs, strict=True):
+                    self._require_open()
+                    streams.append(self._start(request, decision, pair))
+                    undo.callback(self.cancel, request.request_id, "another choice of its request could not be started")
+                    yield True
+                undo.pop_all()
+                return streams
+        except BaseException as error:
+            self._not_opened(decisions, error)
+            raise
+
+    def _reserve(self, requests: Sequence[ProxyRequest], decisions: list[RequestDecision], undo: contextlib.ExitStack) -> None:
+        """Takes their ids and their room in the queue, so that whoever comes between two pieces of work finds them taken."""
+        for request in requests:
+            if request.request_id in self._runners or request.request_id in self._opening:
+                raise InvalidRequest(f"request id {request.request_id!r} is under way already; choose another", param="request_id")
+        decisions += [self.decisions.open(request, self._slo_of(request)) for request in requests]
+        self.require_room(len(requests), sum(len(request.token_ids) for request in requests))
+        for request in requests:
+            self._opening[request.request_id] = self._queue.enter(len(request.token_ids))
+            undo.callback(self._give_back, request.request_id)
+
+    def _give_back(self, request_id: str) -> None:
+        waiting = self._opening.pop(request_id, None)
+        if waiting is not None:  # else it was started
+            self._queue.leave(waiting, first_token=False)
+
+    def _not_opened(self, decisions: list[RequestDecision], error: BaseException) -> None:
+        if isinstance(error, HalfmoonError):
+            state, code, why = RequestState.REJECTED, error.code, error.message
+        elif isinstance(error, GeneratorExit):
+            state, code, why = RequestState.ABORTED, "cancelled", "the client left before it was placed"
+        else:
+            state, code, why = RequestState.FAILED, "internal", f"{type(error).__name__}: {error}"
+        self.metrics.entered(state)
+        self.metrics.ended(state, code)
+        for decision in decisions:
+            decision.end(state, f"{code}: {why}")
+
+    def _slo_of(self, request: ProxyRequest) -> Slo:
+        """Its own, where it has one."""
+        ttft_s, tpot_s = request.ttft_slo_s, request.tpot_slo_s
+        return Slo(self._slo.ttft_s if ttft_s is None else ttft_s, self._slo.tpot_s if tpot_s is None else tpot_s)
+
+    def _start(self, request: ProxyRequest, decision: RequestDecision, pair: Pair) -> TokenStream:
+        now_s, request_id = time.monotonic(), request.request_id
+        runner = RequestRunner(request, decision, pair, request.timeout_s - (now_s - request.arrival), self._context)
+        self._runners[request_id] = runner
         self._empty.clear()
-        ttft_s = pair.placement.ttft_s if self.learner.knows else None
-        self._waiting[request.request_id] = self._queue.enter(num_tokens, None if ttft_s is None else now_s + ttft_s)
-        self.metrics.admitted(num_tokens)
+        waiting = self._waiting[request_id] = self._opening.pop(request_id)
+        if self.learner.knows and pair.placement.ttft_s is not None:
+            waiting.first_token_s = now_s + pair.placement.ttft_s
+        self.metrics.admitted(len(request.token_ids))
         self._count()
-        stream = self.streams[request.request_id] = TokenStream(runner)
+        stream = self.streams[request_id] = TokenStream(runner)
         return stream
 
     def _first_token(self, runner: RequestRunner) -> None:

@@ -32,7 +32,9 @@ from ...protocol.errors import (
 from ...protocol.v1 import common_pb2, worker_pb2
 from ..metrics import ProxyMetrics
 from ..request import Finished, ProxyRequest, RequestState, TokenEvent, Tokens
+from ..tasks import Tasks
 from .attempt import Attempt, LegFailed
+from .decisions import RequestDecision
 from .dispatcher import Dispatcher
 from .learner import Learner
 from .pair import Pair
@@ -41,7 +43,6 @@ from .phase_clock import PhaseClock
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 5.0  # for the Finished that answers a Stop
-PIECE_LEN = 2**16  # token ids that are copied in one go, about 2 ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class RunnerContext:
     dispatcher: Dispatcher
     learner: Learner
     metrics: ProxyMetrics
+    tasks: Tasks
     max_attempts: int
     eos_token_ids: frozenset[int]
     on_first_token: Callable[[RequestRunner], None]
@@ -60,19 +62,20 @@ class RunnerContext:
 class RequestRunner:
     """Placed by its maker; everything runs in the event loop that made it."""
 
-    def __init__(self, request: ProxyRequest, pair: Pair, remaining_s: float, context: RunnerContext) -> None:
+    def __init__(self, request: ProxyRequest, decision: RequestDecision, pair: Pair, remaining_s: float, context: RunnerContext) -> None:
         self.request = request
+        self.decision = decision
         self.state = RequestState.QUEUED
         self.is_waiting = True  # for its first token
         self.events: deque[TokenEvent] = deque()  # for the consumer; what came before an error is delivered before it
         self.error: HalfmoonError | None = None
         self.finished: Finished | None = None
         self.on_news: Callable[[], None] = _nobody  # something was added to events, or the runner ended; must not hold the TokenStream
-        self.clock = PhaseClock(request.arrival, pair.decision.slo, context.metrics)
+        self.clock = PhaseClock(request.arrival, decision.slo, context.metrics)
         self._context = context
         self._sent: list[int] = []
         self._pair = pair
-        pair.decision.record = self.clock.record
+        decision.record = self.clock.record
         self._attempt: Attempt | None = None
         self._epoch = 0
         self._exclude: set[str] = set()
@@ -85,7 +88,7 @@ class RequestRunner:
         self._stop_timer: asyncio.TimerHandle | None = None
         self._ended = False
         context.metrics.entered(self.state)
-        self._task = self._loop.create_task(self._fly())
+        self._task = context.tasks.spawn(self._run(), f"request {request.request_id}", self._broke)
 
     @property
     def is_over(self) -> bool:
@@ -120,9 +123,9 @@ class RequestRunner:
         attempt.stop(on_unheard=self._finish_stopped)
         self._stop_timer = self._loop.call_later(STOP_TIMEOUT_S, self._finish_stopped)
 
-    # The drive
+    # The run
 
-    async def _fly(self) -> None:
+    async def _run(self) -> None:
         try:
             async with asyncio.timeout_at(self._deadline):
                 finished = await self._run_attempts()
@@ -137,13 +140,14 @@ class RequestRunner:
         except asyncio.CancelledError:
             self.cancel("the proxy is shutting down")  # without effect where cancel() or stop() is the cause
             raise
-        except Exception as error:  # the boundary of the task: a bug must end the request, not hang it
-            logger.exception("request %s failed", self.request.request_id)
-            self._fail(InternalError(f"{type(error).__name__}: {error}; the proxy's log has the traceback"))
+
+    def _broke(self, bug: Exception) -> None:
+        """A bug must end the request, not hang it."""
+        self._fail(InternalError(f"{type(bug).__name__}: {bug}; the proxy's log has the traceback"))
 
     async def _run_attempts(self) -> worker_pb2.DecodeReply.Finished:
         while True:
-            attempt = await self._start_attempt()
+            attempt = self._start_attempt()
             try:
                 return await attempt.outcome
             except LegFailed as failure:
@@ -152,7 +156,7 @@ class RequestRunner:
                     return worker_pb2.DecodeReply.Finished(reason=reason)
                 self._prepare_retry(failure)
 
-    async def _start_attempt(self) -> Attempt:
+    def _start_attempt(self) -> Attempt:
         request, pair = self.request, self._pair
         self.clock.placed(pair.placement)
         sequence = common_pb2.SequenceSpec(
@@ -162,15 +166,10 @@ class RequestRunner:
             deadline_s=max(self._deadline - self._loop.time(), 0.0),
             queue_order=pair.queue_order,
         )
-        for start in range(0, len(request.token_ids), PIECE_LEN):
-            if start:
-                await asyncio.sleep(0)
-            sequence.token_ids.extend(request.token_ids[start : start + PIECE_LEN])
-        sequence.token_ids.extend(self._sent)
         self._epoch += 1
         handoff = common_pb2.HandoffId(id=self._handoff_id, epoch=self._epoch)
         logger.debug("request %s epoch %d: %s", request.request_id, self._epoch, pair.placement.reason)
-        self._attempt = Attempt(pair, sequence, handoff, self)
+        self._attempt = Attempt(pair, sequence, handoff, self, self._context.tasks)
         self._attempt.start()
         self._enter(RequestState.PREFILL)
         return self._attempt
@@ -183,7 +182,7 @@ class RequestRunner:
         if self._epoch >= self._context.max_attempts:
             raise build_error(error.code, f"{error.message} (attempt {self._epoch} of {self._context.max_attempts})", error.fields_json)
         failed = failure.member
-        self._pair.decision.attempts[-1].error = error.message
+        self._pair.decided.error = error.message
         if failed.gone or isinstance(error, WorkerLost):
             self._exclude.add(failed.incarnation)
         elif isinstance(error, HandoffError):
@@ -195,8 +194,8 @@ class RequestRunner:
         logger.warning("request %s epoch %d failed, to be replayed: %s", self.request.request_id, self._epoch, error.message)
         self._enter(RequestState.QUEUED)
         try:
-            self._pair = self._context.dispatcher.replace(
-                self.request, self._sent, self._pair, frozenset(self._exclude), frozenset(self._avoid)
+            self._pair = self._context.dispatcher.place_again(
+                self.request, self._sent, self._pair, self.decision, frozenset(self._exclude), frozenset(self._avoid)
             )
         except (NoWorker, PromptTooLong) as none_left:
             raise NoWorker(f"{error.message}; nothing to replay it on: {none_left.message}", **error.fields) from error
@@ -223,7 +222,7 @@ class RequestRunner:
         self.clock.prefilled()
         self._enter(RequestState.HANDOFF)
         # what decode took in before this was heard of has been admitted for good
-        if error := self._context.dispatcher.judge_again(self.request, self._pair):
+        if error := self._context.dispatcher.judge_again(self._pair):
             self._end(RequestState.REJECTED, error)
             self._task.cancel()
 
@@ -291,7 +290,7 @@ class RequestRunner:
         self._pair.release()  # placed, and perhaps not started
         self._enter(state)
         self._context.metrics.ended(state, error.code if error is not None else reason)
-        self._pair.decision.end(state, f"{error.code}: {error.message}" if error is not None else reason)
+        self.decision.end(state, f"{error.code}: {error.message}" if error is not None else reason)
         self._ended = True
         if self._stop_timer is not None:
             self._stop_timer.cancel()
@@ -300,7 +299,7 @@ class RequestRunner:
 
     def _enter(self, state: RequestState) -> None:
         self.state = state
-        self._pair.decision.state = state.value
+        self.decision.state = state.value
         self._context.metrics.entered(state)
 
 

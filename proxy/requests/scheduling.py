@@ -10,11 +10,15 @@ from pathlib import Path
 from ...protocol.config import ProxyConfig
 from ..conductor.admission import create_admission
 from ..conductor.conductor import Conductor
+from ..conductor.load_tracker import LoadTracker
 from ..conductor.placement import Slo
 from ..conductor.policies import create_policy
 from ..conductor.predictors import CostModel, Predictors
 from ..members.cluster import Cluster
 from ..members.member import Member
+from ..prefixes.index import PrefixIndex
+from .learner import Learner
+from .placer import Placer, QueuePlaces
 
 PREFIX_LINK = "grpc"  # a prefix that the worker's own store lacks comes from another node
 
@@ -42,3 +46,7 @@ def create_conductor(config: ProxyConfig, predictors: Predictors, rng: random.Ra
     slo = default_slo(config)
     policy = create_policy(config.policy, rng, predictors, slo=slo)
     return Conductor(policy, create_admission(config.admission, slo, predictors), predictors, local_prefill=config.local_prefill)
+
+
+def create_placer(config: ProxyConfig, cluster: Cluster, index: PrefixIndex, conductor: Conductor, learner: Learner) -> Placer:
+    return Placer(cluster, index, conductor, learner, LoadTracker(), QueuePlaces(config.order), profiled=bool(config.cost_model))

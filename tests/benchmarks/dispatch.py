@@ -66,18 +66,19 @@ async def microseconds(num_workers: int, config: dict[str, Any]) -> tuple[float,
     cluster = Cluster(ProxyMetrics(CollectorRegistry()), SCHEMA)
     router = Router(ProxyConfig(**config), cluster, cluster._metrics, eos_token_ids=frozenset())
     stores = join(cluster, num_workers // 2)
-    dispatcher, rng = router._dispatcher, random.Random(0)
+    rng = random.Random(0)
     prompts = [[rng.randrange(1000) for _ in range(NUM_TOKENS)] for _ in range(NUM_REQUESTS)]
     root = root_key(SCHEMA.fingerprint)
     for prompt in prompts:
         keys = block_keys(root, prompt, SCHEMA.block_size)
         for store in rng.sample(stores, min(3, len(stores))):
-            dispatcher._index.change(store, keys[: rng.randint(1, len(keys))], ())
+            router._index.change(store, keys[: rng.randint(1, len(keys))], ())
     params = SamplingParams(max_tokens=5, seed=1)
     requests = [ProxyRequest(f"r{number}", prompt, params, 60.0) for number, prompt in enumerate(prompts)]
 
     def place(request: ProxyRequest) -> Pair:
-        return dispatcher.place(request, router.decisions.open(request, dispatcher.slo(request)))
+        prompt = router._prompts.encode(request.token_ids)
+        return router._dispatcher.place(request, prompt, router.decisions.open(request, router._slo_of(request)))
 
     queued = [place(request) for request in requests[: NUM_QUEUED * len(stores)]]
     hashed, placed = [], []

@@ -34,7 +34,7 @@ def microseconds(policy: str, num_instances: int) -> tuple[float, float]:
     prefill = tuple(member(number, "prefill", rng) for number in range(num_instances // 2))
     decode = tuple(member(number, "decode", rng) for number in range(num_instances // 2, num_instances))
     pools = (prefill + decode,) * 2 if policy == "adaptive" else (prefill, decode)
-    snapshot = Snapshot(*pools, 512)
+    snapshot = Snapshot.of(*pools, 512)
     index = PrefixIndex()
     chains = [[rng.randbytes(16) for _ in range(NUM_BLOCKS)] for _ in range(NUM_PLACEMENTS)]
     for one in prefill:  # all hold the first block, each some of the chains

@@ -331,6 +331,34 @@ async def test_tokens_that_the_model_does_not_have_are_refused_and_break_nothing
     assert answer.token_ids == greedy(prompt(9), 3)
 
 
+async def test_block_keys_that_are_not_one_a_block_are_refused_by_both_workers_and_break_nothing(make_cluster: Any, greedy: Greedy) -> None:
+    cluster = await make_cluster()
+    for start in (cluster.start_decode, cluster.start_prefill):
+        for num_keys in (1, 3):
+            sequence = cluster.sequence(prompt(17))
+            sequence.block_keys.extend([bytes(16)] * num_keys)
+            error = await error_of(start(sequence))
+            assert isinstance(error, InvalidRequest) and f"{num_keys} keys" in error.message and "fill 2 blocks" in error.message
+    answer = await cluster.run(prompt(9), max_tokens=3)
+    assert answer.token_ids == greedy(prompt(9), 3)
+    await cluster.at_rest()
+
+
+async def test_the_keys_that_came_with_the_tokens_are_those_of_the_blocks(make_cluster: Any) -> None:
+    cluster = await make_cluster()
+    token_ids = prompt(17)
+    sent = [bytes([number]) * 16 for number in range(1, 3)]
+    sequence = cluster.sequence(token_ids, max_tokens=2)
+    sequence.block_keys.extend(sent)
+    decode = cluster.start_decode(sequence)
+    await cluster.start_prefill(sequence)
+    await cluster.read(decode, cluster.answer())
+    await cluster.at_rest()
+    client = await StoreClient.attach(cluster.store.address, client_id="reader", node_id="elsewhere", schema=cluster.decode.engine.schema)
+    assert (await client.lookup(sent)) == 2
+    await client.close()
+
+
 async def test_kv_altered_on_its_way_is_refused_and_counted(make_cluster: Any) -> None:
     for transport in ("auto", "grpc"):
         cluster = await make_cluster(transport, flip_pushed_bytes=True)

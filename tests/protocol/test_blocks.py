@@ -3,10 +3,12 @@ from __future__ import annotations
 import hashlib
 import struct
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfmoon.protocol.blocks import block_keys, div_ceil, root_key
+from halfmoon.protocol.blocks import block_keys, div_ceil, root_key, sent_or_made_keys
+from halfmoon.protocol.errors import InvalidRequest
 
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=40)
 salts = st.binary(max_size=64)
@@ -56,3 +58,21 @@ def test_schema_and_lora_change_the_root() -> None:
 def test_div_ceil_is_the_number_of_blocks_that_hold_all_tokens(num_tokens: int, block_size: int) -> None:
     num_blocks = div_ceil(num_tokens, block_size)
     assert (num_blocks - 1) * block_size < num_tokens <= num_blocks * block_size or num_tokens == num_blocks == 0
+
+
+def test_keys_that_were_sent_are_used_and_without_any_they_are_made() -> None:
+    token_ids, sent = list(range(11)), [bytes([number]) * 16 for number in range(2)]
+    assert sent_or_made_keys(sent, ROOT, token_ids, 4) == sent
+    assert sent_or_made_keys([], ROOT, token_ids, 4) == block_keys(ROOT, token_ids, 4)
+
+
+@pytest.mark.parametrize("num_keys", [1, 3])
+def test_a_wrong_number_of_sent_keys_is_refused_with_both_counts(num_keys: int) -> None:
+    with pytest.raises(InvalidRequest, match=f"block_keys has {num_keys} keys, and 11 token_ids fill 2 blocks of 4"):
+        sent_or_made_keys([bytes(16)] * num_keys, ROOT, list(range(11)), 4)
+
+
+@pytest.mark.parametrize("key", [b"", bytes(15), bytes(17)])
+def test_a_sent_key_of_another_length_is_refused(key: bytes) -> None:
+    with pytest.raises(InvalidRequest, match=f"a key of {len(key)} bytes; each has 16"):
+        sent_or_made_keys([bytes(16), key], ROOT, list(range(11)), 4)

@@ -175,10 +175,12 @@ def test_a_large_request_is_parsed_while_the_event_loop_turns(kind: str, face: A
     assert min(gaps_s) < alone_s / 2, f"{gaps_s} of {alone_s:.3f} s"
 
 
-def test_a_large_request_means_what_a_small_one_does(face: Any, stub: Any) -> None:
-    """Its text is not in the prompt, so that it is large and still fits the model."""
-    request = inference_pb2.GenerateRequest(tokens=inference_pb2.TokenIds(token_ids=[5, 6]), max_tokens=3, seed=9, stop=["x" * 400_000])
-    replies = list(stub.Generate(request, timeout=30))
+def test_a_large_request_means_what_a_small_one_does(face: Any, channel: grpc.Channel) -> None:
+    """What makes it large is a field of a version to come, so that its prompt still fits the model."""
+    request = inference_pb2.GenerateRequest(tokens=inference_pb2.TokenIds(token_ids=[5, 6]), max_tokens=3, seed=9)
+    unknown = b"\xc2\x3e" + b"\x80\xb5\x18" + b"x" * 400_000  # field 1000, of so many bytes
+    call = channel.unary_stream("/halfmoon.v1.Inference/Generate", response_deserializer=inference_pb2.GenerateReply.FromString)
+    replies = list(call(request.SerializeToString() + unknown, timeout=30))
     assert replies[-1].finished.usage == common_pb2.Usage(num_prompt_tokens=2, num_completion_tokens=3, num_cached_tokens=2)
     (sequence,) = face.workers.requests
     assert (list(sequence.token_ids), sequence.sampling.seed, sequence.sampling.max_tokens) == ([5, 6], 9, 3)

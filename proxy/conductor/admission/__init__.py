@@ -1,7 +1,4 @@
-"""Admissions by name: whether a placed request may start, by its SLO.
-
-none · two_stage · ttft_tbt · early_rejection · predictive
-"""
+"""Admissions by name: whether a placed request may start, by its SLO. "none" asks nobody."""
 
 from __future__ import annotations
 
@@ -14,20 +11,15 @@ from .ttft_tbt import TtftTbt, TwoStage
 
 __all__ = ["ADMISSIONS", "Admission", "EarlyRejection", "Limits", "Predictive", "TtftTbt", "TwoStage", "create_admission"]
 
-ADMISSIONS = ("none", "two_stage", "ttft_tbt", "early_rejection", "predictive")
+ADMISSIONS: dict[str, type[Admission] | None] = {
+    "none": None,
+    **{admission.name: admission for admission in (TwoStage, TtftTbt, EarlyRejection, Predictive)},
+}
 
 
 def create_admission(name: str, slo: Slo, predictors: Predictors) -> Admission | None:
     """slo: of requests that bring none. None for "none". Raises ValueError for a name not in ADMISSIONS."""
-    limits = Limits(slo)
-    if name == "none":
-        return None
-    if name == "two_stage":
-        return TwoStage(limits)
-    if name == "ttft_tbt":
-        return TtftTbt(limits)
-    if name == "early_rejection":
-        return EarlyRejection(limits, predictors)
-    if name == "predictive":
-        return Predictive(limits, predictors)
-    raise ValueError(f"no admission {name!r}; choose one of {', '.join(ADMISSIONS)}")
+    if name not in ADMISSIONS:
+        raise ValueError(f"no admission {name!r}; choose one of {', '.join(ADMISSIONS)}")
+    admission = ADMISSIONS[name]
+    return None if admission is None else admission.create(Limits(slo), predictors)

@@ -10,18 +10,21 @@ van Ryzin, The Theory and Practice of Revenue Management, 2004, chapter 3), with
 from __future__ import annotations
 
 import math
-from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..placement import Choice, PlacementRequest, Slo, Snapshot
-from ..policies.base import choice_blocks
+import numpy as np
+
+from ..placement import PlacementRequest, Selection, Slo, Snapshot
+from ..policies.base import selected_blocks
+from ..pool import Floats, Ints, total
 from ..predictors.timing import Predictors
-from ..predictors.waiting import queue_s
+from ..predictors.waiting import queue_times
 from .base import decode_role
 
 LEAST_S = 10.0  # of history, before anything has a price
 LEAST_GIVEN = 1e-9  # worker-seconds; a pool that is behind by all it could give, and more
+PRIORITY_STEPS = 8  # that count, either way: no priority makes a request free, and none bars it while it takes next to nothing
 
 
 class Take(NamedTuple):
@@ -33,6 +36,34 @@ class Take(NamedTuple):
 
 
 FREE = Take(0.0, 0.0, 0.0)
+
+
+class Asked:
+    """When each of the last requests came, and what it would take, by time."""
+
+    def __init__(self) -> None:
+        self._rows: Floats = np.zeros((64, 4))
+        self._first = self._end = 0
+
+    def __len__(self) -> int:
+        return self._end - self._first
+
+    @property
+    def rows(self) -> Floats:
+        """[requests, (moment, prefill, steps, pages)]. A view, valid until the next add."""
+        return self._rows[self._first : self._end]
+
+    def add(self, moment_s: float, take: Take) -> None:
+        if self._end == len(self._rows):
+            kept = self.rows
+            self._rows = np.zeros((max(64, 2 * len(kept)), 4))
+            self._rows[: len(kept)] = kept
+            self._first, self._end = 0, len(kept)
+        self._rows[self._end] = (moment_s, *take)
+        self._end += 1
+
+    def forget_before(self, moment_s: float) -> None:
+        self._first += int(np.searchsorted(self.rows[:, 0], moment_s))
 
 
 @dataclass(slots=True)
@@ -51,33 +82,38 @@ class BidPrice:
     every_s: float = 1.0
     prices: Take = FREE
     limit: float = math.inf
-    _asked: deque[tuple[float, Take]] = field(default_factory=deque)
+    asked: Asked = field(default_factory=Asked)
     _begun_s: float = math.nan
     _next_s: float = -math.inf
 
-    def ask(self, request: PlacementRequest, choice: Choice, snapshot: Snapshot, slo: Slo, decode_s: float, mean_s: float) -> bool:
-        """Notes what the request would take; whether it is too dear now. A step of priority doubles or halves what it costs.
+    def ask(self, request: PlacementRequest, selection: Selection, snapshot: Snapshot, slo: Slo, decode_s: float, mean_s: float) -> bool:
+        """Notes what the request would take; whether it is too dear now.
 
         slo: what the cluster is to keep; decode_s: seconds that this request will decode; mean_s: that requests do, on average.
         """
-        take = self.take(request, choice, snapshot, slo, decode_s)
-        if not self._asked:
+        take = self.take(request, selection, snapshot, slo, decode_s)
+        if not len(self.asked):
             self._begun_s = snapshot.now_s
-        self._asked.append((snapshot.now_s, take))
+        self.asked.add(snapshot.now_s, take)
         if snapshot.now_s >= self._next_s:
             self._next_s = snapshot.now_s + self.every_s
             self._look(snapshot, slo, mean_s)
-        return self.cost(take) * 2.0**request.priority > self.limit
+        return self.cost(take) * self.weight(request.priority) > self.limit
+
+    @staticmethod
+    def weight(priority: int) -> float:
+        """A step of priority doubles or halves what a request costs, up to PRIORITY_STEPS either way."""
+        return 2.0 ** min(max(priority, -PRIORITY_STEPS), PRIORITY_STEPS)
 
     def cost(self, take: Take) -> float:
         prices = self.prices
         return prices.prefill * take.prefill + prices.steps * take.steps + prices.pages * take.pages
 
-    def take(self, request: PlacementRequest, choice: Choice, snapshot: Snapshot, slo: Slo, decode_s: float) -> Take:
-        num_cached = choice_blocks(request, choice, snapshot.block_size) * snapshot.block_size
+    def take(self, request: PlacementRequest, selection: Selection, snapshot: Snapshot, slo: Slo, decode_s: float) -> Take:
+        num_cached = selected_blocks(request, selection, snapshot.block_size) * snapshot.block_size
         prefill_s = self.predictors.prefill.predict(request.num_tokens - num_cached, num_cached)
         steps_s = self._of_a_step(1, request.num_tokens, slo) * decode_s
-        capacity = choice.decode.kv_capacity_tokens
+        capacity = selection.decode.kv_capacity_tokens
         pages_s = request.num_tokens / capacity * decode_s if capacity else 0.0
         if _one_pool(snapshot):
             return Take(prefill_s + max(steps_s, pages_s), 0.0, 0.0)
@@ -86,43 +122,48 @@ class BidPrice:
     def _of_a_step(self, num_sequences: int, num_tokens: int, slo: Slo) -> float:
         """Share of what may come on top of one worker's empty step."""
         step = self.predictors.step
-        room_s = max(slo.tpot_s - step.base_s, 0.1 * step.base_s) * self.share
-        return (num_sequences * step.per_sequence_s + num_tokens * step.per_kv_token_s) / room_s
+        return (num_sequences * step.per_sequence_s + num_tokens * step.per_kv_token_s) / self._room_s(slo)
+
+    def _of_steps(self, num_sequences: Ints, num_tokens: Ints, slo: Slo) -> Floats:
+        """The same of many workers."""
+        step = self.predictors.step
+        return (num_sequences * step.per_sequence_s + num_tokens * step.per_kv_token_s) / self._room_s(slo)
+
+    def _room_s(self, slo: Slo) -> float:
+        base_s = self.predictors.step.base_s
+        return max(slo.tpot_s - base_s, 0.1 * base_s) * self.share
 
     def _look(self, snapshot: Snapshot, slo: Slo, mean_s: float) -> None:
         """Sets the prices, and the limit."""
-        asked = self._asked
-        while asked[0][0] < snapshot.now_s - self.horizon_s:
-            asked.popleft()
+        self.asked.forget_before(snapshot.now_s - self.horizon_s)
         span_s = min(self.horizon_s, snapshot.now_s - self._begun_s)
         if span_s < LEAST_S:
             return
         given = [max(there, LEAST_GIVEN) for there in self.given(snapshot, slo, span_s, mean_s)]
-        takes = [take for _, take in asked]
-        loads = [sum(taken) / there for taken, there in zip(zip(*takes, strict=True), given, strict=True)]
+        takes = self.asked.rows[:, 1:]
+        loads = [total(takes[:, at]) / there for at, there in enumerate(given)]
         self.prices = Take(*(max(load - 1.0, 0.0) / there for load, there in zip(loads, given, strict=True)))
         self.limit = math.inf if self.prices == FREE else self._dearest(takes, given)
 
-    def _dearest(self, takes: list[Take], given: list[float]) -> float:
-        """The cost up to which all together take no more than is given."""
-        prefill, steps, pages = given
-        dearest = 0.0
-        for cost, take in sorted((self.cost(take), take) for take in takes):
-            prefill, steps, pages = prefill - take.prefill, steps - take.steps, pages - take.pages
-            if prefill < 0.0 or steps < 0.0 or pages < 0.0:
-                break
-            dearest = cost
-        return dearest
+    def _dearest(self, takes: Floats, given: list[float]) -> float:
+        """The cost up to which all together take no more than is given. takes: [requests, 3]."""
+        prefill, steps, pages = takes.T
+        costs = self.prices.prefill * prefill + self.prices.steps * steps + self.prices.pages * pages
+        cheapest_first = np.lexsort((pages, steps, prefill, costs))
+        left = np.subtract.accumulate(np.vstack((given, takes[cheapest_first])))[1:]
+        over = np.flatnonzero((left < 0.0).any(axis=1))
+        num_served = int(over[0]) if len(over) else len(takes)
+        return float(costs[cheapest_first[num_served - 1]]) if num_served else 0.0
 
     def given(self, snapshot: Snapshot, slo: Slo, span_s: float, mean_s: float) -> Take:
         """What the workers can do in span_s of what comes: as much more as is free now, as much less as they are behind."""
-        prefill = [member for member in snapshot.prefill if member.role != "decode"] or snapshot.prefill
+        prefill = snapshot.prefill.without_role("decode")
+        prefill = prefill if len(prefill) else snapshot.prefill
         decode = decode_role(snapshot)
-        queued_s = sum(queue_s(self.predictors, member, snapshot.now_s) for member in prefill)
-        queue_room_s = len(prefill) * self.share * slo.ttft_s - queued_s
-        stepping = sum(self._of_a_step(member.num_requests, member.num_outstanding_tokens, slo) for member in decode)
-        capacity = sum(member.kv_capacity_tokens for member in decode)
-        paged = sum(member.num_outstanding_tokens for member in decode) / capacity * len(decode) if capacity else 0.0
+        queue_room_s = len(prefill) * self.share * slo.ttft_s - total(queue_times(self.predictors, prefill, snapshot.now_s))
+        stepping = total(self._of_steps(decode.num_requests, decode.num_outstanding_tokens, slo))
+        capacity = int(decode.kv_capacity_tokens.sum())
+        paged = int(decode.num_outstanding_tokens.sum()) / capacity * len(decode) if capacity else 0.0
         if _one_pool(snapshot):
             return Take(len(snapshot.decode) * span_s + queue_room_s + (len(decode) - max(stepping, paged)) * mean_s, math.inf, math.inf)
         decoding_s = len(decode) * span_s
@@ -135,4 +176,4 @@ class BidPrice:
 
 def _one_pool(snapshot: Snapshot) -> bool:
     """Workers that prefill and workers that decode are the same, or may change places."""
-    return any(member.role not in ("decode", "") for member in snapshot.decode)
+    return not snapshot.decode.roster.role_names <= {"decode", ""}

@@ -6,9 +6,13 @@ ended (seconds, tokens) ─► the last 500 ─► mean, median, chance to last 
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, insort
 from collections import deque
 from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..pool import Floats
 
 DECODE_S = 15.0  # before requests have ended
 NUM_SEEN = 500  # remembered
@@ -57,12 +61,12 @@ class DecodeTimes:
         num, mean_s = self._of_length.get(num_tokens.bit_length(), (0, 0.0))
         return (num * mean_s + NUM_DOUBTED * self.mean_s) / (num + NUM_DOUBTED)
 
-    def lasting(self, age_s: float, more_s: float) -> float:
-        """Chance that a request that has decoded for age_s will do so for more_s longer."""
-        num = len(self._sorted)
+    def lasting(self, age_s: float | Floats, more_s: float | Floats) -> Floats:
+        """Chances that requests which have decoded for age_s will do so for more_s longer; the shape is that of the longer of the two."""
+        then_s = np.asarray(age_s + more_s)
         if not self.known:
-            return 1.0 if age_s + more_s < self.median_s else 0.0
-        num_older = num - bisect_right(self._sorted, age_s)
-        if num_older == 0:
-            return 0.5  # older than any that was seen
-        return (num - bisect_right(self._sorted, age_s + more_s)) / num_older
+            return np.where(then_s < self.median_s, 1.0, 0.0)
+        num, ordered = len(self._sorted), np.array(self._sorted)
+        num_older = np.asarray(num - np.searchsorted(ordered, age_s, side="right"))
+        num_lasting = num - np.searchsorted(ordered, then_s, side="right")
+        return np.where(num_older == 0, 0.5, num_lasting / np.maximum(num_older, 1))  # 0.5: older than any that was seen

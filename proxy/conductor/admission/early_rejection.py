@@ -8,25 +8,28 @@ What is still being prefilled is not seen, so that pools may swing against each 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from ..forecast import Forecast
-from ..placement import Choice, PlacementRequest, Rejection, Snapshot
+from ..placement import PlacementRequest, Rejection, Selection, Snapshot
 from ..predictors.timing import Predictors
-from .base import Limits, decode_role, over_tpot, over_ttft
+from .base import Admission, Limits, decode_role, over_tpot, over_ttft
 
 
 @dataclass(frozen=True, slots=True)
-class EarlyRejection:
+class EarlyRejection(Admission):
     limits: Limits
     predictors: Predictors
     name: ClassVar[str] = "early_rejection"
-    checks_again: ClassVar[bool] = True
 
-    def judge(self, request: PlacementRequest, choice: Choice, forecast: Forecast, snapshot: Snapshot) -> Rejection | None:
+    @classmethod
+    def create(cls, limits: Limits, predictors: Predictors) -> Self:
+        return cls(limits, predictors)
+
+    def judge(self, request: PlacementRequest, selection: Selection, forecast: Forecast, snapshot: Snapshot) -> Rejection | None:
         slo = self.limits.of(request)
         num = len(decode_role(snapshot))
-        num_running = sum(member.num_running for member in snapshot.decode)
-        num_tokens = sum(member.num_running_tokens for member in snapshot.decode)
+        num_running = int(snapshot.decode.num_running.sum())
+        num_tokens = int(snapshot.decode.num_running_tokens.sum())
         mean_s = self.predictors.step.predict(num_running / num + 1, num_tokens / num + request.num_tokens)
         return over_ttft(forecast.ttft_s, slo) or over_tpot(mean_s, slo, forecast.ttft_s, f"on average over {num} workers")

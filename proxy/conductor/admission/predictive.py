@@ -13,39 +13,41 @@ coarse one keeps those out. So, unlike the paper's, this one also refuses who wo
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from ..forecast import Forecast
-from ..placement import Choice, PlacementRequest, Rejection, Snapshot, come_back
+from ..placement import PlacementRequest, Rejection, Selection, Snapshot, come_back
+from ..pool import total
 from ..predictors.timing import Predictors
-from .base import Limits, decode_role, over_tpot, over_ttft
+from .base import Admission, Limits, decode_role, over_tpot, over_ttft
 from .bid_price import BidPrice
 from .decode_times import DecodeTimes
 
 
 @dataclass(slots=True)
-class Predictive:
-    """snapshot.arriving and snapshot.leaving are to be filled in."""
-
+class Predictive(Admission):
     limits: Limits
     predictors: Predictors
     times: DecodeTimes = field(default_factory=DecodeTimes)
     price: BidPrice = field(init=False)
     name: ClassVar[str] = "predictive"
-    checks_again: ClassVar[bool] = True
+    wants_arrivals: ClassVar[bool] = True
+
+    @classmethod
+    def create(cls, limits: Limits, predictors: Predictors) -> Self:
+        return cls(limits, predictors)
 
     def __post_init__(self) -> None:
         self.price = BidPrice(self.predictors)
 
     def observe_decode(self, seconds: float, num_tokens: int = 0) -> None:
-        """A request with a prompt of num_tokens (0: not known) has decoded for so long."""
         self.times.observe(seconds, num_tokens)
 
-    def judge(self, request: PlacementRequest, choice: Choice, forecast: Forecast, snapshot: Snapshot) -> Rejection | None:
+    def judge(self, request: PlacementRequest, selection: Selection, forecast: Forecast, snapshot: Snapshot) -> Rejection | None:
         slo, times = self.limits.of(request), self.times
         mean_s = times.mean_s
         expected_s = times.expected_s(request.num_tokens)
-        too_dear = times.known and self.price.ask(request, choice, snapshot, self.limits.slo, expected_s, mean_s)
+        too_dear = times.known and self.price.ask(request, selection, snapshot, self.limits.slo, expected_s, mean_s)
         late = over_ttft(forecast.ttft_s, slo)
         if late is not None:
             return late
@@ -60,23 +62,20 @@ class Predictive:
 
     def _step_with_all(self, request: PlacementRequest, snapshot: Snapshot) -> float:
         """The step if nobody left and all that arrive had joined."""
-        num = len(decode_role(snapshot))
-        num_tokens = sum(member.num_running_tokens for member in snapshot.decode) + sum(one.num_tokens for one in snapshot.arriving)
-        num_sequences = len(snapshot.leaving) + len(snapshot.arriving)
+        num, arriving = len(decode_role(snapshot)), snapshot.arriving
+        num_tokens = int(snapshot.decode.num_running_tokens.sum()) + int(arriving.num_tokens.sum())
+        num_sequences = len(snapshot.began_s) + len(arriving.at_s)
         return self.predictors.step.predict(num_sequences / num + 1, num_tokens / num + request.num_tokens)
 
     def step_at(self, request: PlacementRequest, ahead_s: float, snapshot: Snapshot) -> float:
         """Predicted step of a decode worker with the pool's mean load ahead_s from now, and the request in its batch."""
-        then_s, lasting = snapshot.now_s + ahead_s, self.times.lasting
-        num_running = len(snapshot.leaving)
-        num_kept = sum(lasting(snapshot.now_s - began_s, ahead_s) for began_s in snapshot.leaving)
+        then_s, lasting, arriving = snapshot.now_s + ahead_s, self.times.lasting, snapshot.arriving
+        num_running = len(snapshot.began_s)
+        num_kept = total(lasting(snapshot.now_s - snapshot.began_s, ahead_s))
         # whose tokens leave is not known by request: the mean context stands for all
-        num_tokens = sum(member.num_running_tokens for member in snapshot.decode) * (num_kept / num_running if num_running else 0.0)
-        num_joined = num_joined_tokens = 0.0
-        for one in snapshot.arriving:
-            if one.at_s <= then_s:
-                chance = lasting(0.0, then_s - one.at_s)
-                num_joined += chance
-                num_joined_tokens += chance * one.num_tokens
+        num_tokens = int(snapshot.decode.num_running_tokens.sum()) * (num_kept / num_running if num_running else 0.0)
+        joined = arriving.at_s <= then_s
+        chances = lasting(0.0, then_s - arriving.at_s[joined])
+        num_joined, num_joined_tokens = total(chances), total(chances * arriving.num_tokens[joined])
         num = len(decode_role(snapshot))
         return self.predictors.step.predict((num_kept + num_joined) / num + 1, (num_tokens + num_joined_tokens) / num + request.num_tokens)

@@ -6,29 +6,36 @@ two_stage is the baseline of arXiv 2407.00079, Table 3: TTFT at the arrival, ste
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from ..forecast import Forecast
-from ..placement import Choice, PlacementRequest, Rejection, Snapshot
-from .base import Limits, over_tpot, over_ttft
+from ..placement import PlacementRequest, Rejection, Selection, Snapshot
+from ..predictors.timing import Predictors
+from .base import Admission, Limits, over_tpot, over_ttft
 
 
 @dataclass(frozen=True, slots=True)
-class TtftTbt:
+class TtftTbt(Admission):
     limits: Limits
     name: ClassVar[str] = "ttft_tbt"
-    checks_again: ClassVar[bool] = True
 
-    def judge(self, request: PlacementRequest, choice: Choice, forecast: Forecast, snapshot: Snapshot) -> Rejection | None:
+    @classmethod
+    def create(cls, limits: Limits, predictors: Predictors) -> Self:
+        return cls(limits)
+
+    def judge(self, request: PlacementRequest, selection: Selection, forecast: Forecast, snapshot: Snapshot) -> Rejection | None:
         slo = self.limits.of(request)
-        return over_ttft(forecast.ttft_s, slo) or over_tpot(forecast.tpot_s, slo, forecast.ttft_s, f"on {choice.decode.id}")
+        return over_ttft(forecast.ttft_s, slo) or over_tpot(forecast.tpot_s, slo, forecast.ttft_s, f"on {selection.decode.id}")
 
 
 @dataclass(frozen=True, slots=True)
-class TwoStage:
+class TwoStage(Admission):
     limits: Limits
     name: ClassVar[str] = "two_stage"
-    checks_again: ClassVar[bool] = True
 
-    def judge(self, request: PlacementRequest, choice: Choice, forecast: Forecast, snapshot: Snapshot) -> Rejection | None:
+    @classmethod
+    def create(cls, limits: Limits, predictors: Predictors) -> Self:
+        return cls(limits)
+
+    def judge(self, request: PlacementRequest, selection: Selection, forecast: Forecast, snapshot: Snapshot) -> Rejection | None:
         return over_ttft(forecast.ttft_s, self.limits.of(request))

@@ -1,7 +1,4 @@
-"""Policies by name: how the Conductor chooses among the candidates.
-
-random · round_robin · least_loaded · cache_aware · kvcache_centric · adaptive
-"""
+"""Policies by name: how the Conductor selects among the candidates."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import random
 from ..placement import Slo
 from ..predictors.timing import Predictors
 from .adaptive import Adaptive
-from .base import Policy, cached_blocks, choice_blocks
+from .base import Policy, PolicySettings, cached_blocks, selected_blocks
 from .cache_aware import CacheAware
 from .kvcache_centric import KvcacheCentric
 from .least_loaded import LeastLoaded
@@ -27,11 +24,21 @@ __all__ = [
     "RandomChoice",
     "RoundRobin",
     "cached_blocks",
-    "choice_blocks",
     "create_policy",
+    "policy_type",
+    "selected_blocks",
 ]
 
-POLICIES = ("random", "round_robin", "least_loaded", "cache_aware", "kvcache_centric", "adaptive")
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (RandomChoice, RoundRobin, LeastLoaded, CacheAware, KvcacheCentric, Adaptive)
+}
+
+
+def policy_type(name: str) -> type[Policy]:
+    """Raises ValueError for a name not in POLICIES."""
+    if name not in POLICIES:
+        raise ValueError(f"no policy {name!r}; choose one of {', '.join(POLICIES)}")
+    return POLICIES[name]
 
 
 def create_policy(
@@ -41,16 +48,4 @@ def create_policy(
 
     Raises ValueError for a name not in POLICIES.
     """
-    if name == "random":
-        return RandomChoice(rng)
-    if name == "round_robin":
-        return RoundRobin()
-    if name == "least_loaded":
-        return LeastLoaded()
-    if name == "cache_aware":
-        return CacheAware()
-    if name == "kvcache_centric":
-        return KvcacheCentric(predictors or Predictors.guess(), balancing_threshold)
-    if name == "adaptive":
-        return Adaptive(predictors or Predictors.guess(), slo or Slo())
-    raise ValueError(f"no policy {name!r}; choose one of {', '.join(POLICIES)}")
+    return policy_type(name).create(PolicySettings(rng, predictors or Predictors.guess(), slo or Slo(), balancing_threshold))

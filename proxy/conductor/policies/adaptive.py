@@ -12,26 +12,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Self
 
-from ..placement import NO_SLO, Choice, MemberState, PlacementRequest, PrefixHint, Slo, Snapshot
+import numpy as np
+
+from ..member_state import MemberState
+from ..placement import NO_SLO, PlacementRequest, PrefixHint, Selection, Slo, Snapshot
+from ..pool import Bools, Floats, Pool
 from ..predictors.timing import Predictors
-from ..predictors.waiting import least_step, queue_s, step_with
-from .base import cached_blocks
-from .kvcache_centric import best_prefix
+from ..predictors.waiting import least_step, queue_s, queue_times, step_with
+from ..queue_order import Order
+from .base import Policy, PolicySettings, RoleChange, best_prefix, cached_blocks, cost_by_blocks
 
 DEFAULT_TPOT_S = 0.1  # where the SLO bounds none
 PEAK_FADE = 0.02  # of the distance to the present need, with every rebalance
 
 
-class RoleChange(NamedTuple):
-    member_id: str
-    role: Literal["prefill", "decode"]
-    reason: str
-
-
 @dataclass(slots=True)
-class Adaptive:
+class Adaptive(Policy):
     """
     Args:
         step_share: of the TBT SLO that a step with a prefill chunk may take.
@@ -50,70 +48,70 @@ class Adaptive:
     last_change_s: float = -math.inf
     peak: float = 0.0  # decode workers needed, recently
     name: ClassVar[str] = "adaptive"
+    fetches: ClassVar[bool] = True
+    weighs_local: ClassVar[bool] = True
+    plans_roles: ClassVar[bool] = True
+    order: ClassVar[Order] = "late"
+
+    @classmethod
+    def create(cls, settings: PolicySettings) -> Self:
+        return cls(settings.predictors, settings.slo)
+
+    @property
+    def roles(self) -> Adaptive:
+        return self
 
     @property
     def step_target_s(self) -> float:
         return self.step_share * (self.slo.tpot_s if math.isfinite(self.slo.tpot_s) else DEFAULT_TPOT_S)
 
-    def choose(self, request: PlacementRequest, candidates: Snapshot) -> Choice:
-        block_size, predictors = candidates.block_size, self.predictors
+    def select(self, request: PlacementRequest, candidates: Snapshot) -> Selection:
+        pool, block_size = candidates.prefill, candidates.block_size
         holder, best = best_prefix(request, block_size)
-        times: dict[int, float] = {}
-        target_s, now_s, held = self.step_target_s, candidates.now_s, request.held_blocks
-        chosen, chosen_s = candidates.prefill[0], math.inf  # ties go to the first
-        for member in candidates.prefill:
-            queued_s = queue_s(predictors, member, now_s)
-            if queued_s >= chosen_s:  # in its queue alone; most of a large cluster ends here
-                continue
-            slow = self._slowdown(member, target_s) if member.num_running else 1.0
-            if slow == math.inf:
-                continue
-            own = min(held.get(member.store_address, 0), best)
-            compute_s = times.get(own)
-            if compute_s is None:
-                block_bytes, transfer = block_size * predictors.model.kv_bytes_per_token, predictors.transfer
-                rest = request.num_tokens - best * block_size
-                moved_s = transfer.own(own * block_bytes) + transfer.predict((best - own) * block_bytes)
-                compute_s = times[own] = moved_s + predictors.prefill.predict(rest, best * block_size)
-            ttft_s = queued_s + compute_s * slow
-            if ttft_s < chosen_s:
-                chosen, chosen_s = member, ttft_s
-        local = chosen.role == "decode"
+        num_own = np.minimum(pool.held(request.held_blocks), best)
+        slowdowns, blocked = self._slowdowns(pool, self.step_target_s)
+        ttfts = queue_times(self.predictors, pool, candidates.now_s)
+        ttfts += cost_by_blocks(num_own, lambda own: self._compute_s(request, own, best, block_size)) * slowdowns
+        ttfts[blocked] = math.inf
+        row = int(ttfts.argmin())  # ties go to the first
+        prefill, ttft_s = pool[row], float(ttfts[row])
+        local = prefill.role == "decode"
         decode, tpot_s = (
-            (chosen, step_with(self.predictors, chosen, request.num_tokens)) if local else self.select_decode(request, candidates)
+            (prefill, step_with(self.predictors, prefill, request.num_tokens)) if local else self.select_decode(request, candidates)
         )
-        prefix = PrefixHint(holder, best) if best > cached_blocks(request, chosen, block_size) else None
+        prefix = PrefixHint(holder, best) if best > cached_blocks(request, prefill, block_size) else None
         where = "in its own decode batch" if local else f"for {decode.id}"
-        reason = f"{chosen.id} is predicted to give the first token in {chosen_s:.3f} s {where}, behind {best * block_size} cached tokens"
-        return Choice(chosen, decode, reason, prefix, chosen_s, tpot_s)
+        reason = f"{prefill.id} is predicted to give the first token in {ttft_s:.3f} s {where}, behind {best * block_size} cached tokens"
+        return Selection(prefill, decode, reason, prefix, ttft_s, tpot_s)
 
     def select_decode(self, request: PlacementRequest, candidates: Snapshot) -> tuple[MemberState, float]:
         """The least predicted step among the decode role (anyone where nobody has it), promises included; and its step as it runs now."""
-        chosen = least_step(self.predictors, [member for member in candidates.decode if member.role == "decode"] or candidates.decode)
-        return chosen, step_with(self.predictors, chosen, request.num_tokens)
+        pool = candidates.decode.with_role("decode")
+        selected = least_step(self.predictors, pool if len(pool) else candidates.decode)
+        return selected, step_with(self.predictors, selected, request.num_tokens)
 
     def rebalance(self, snapshot: Snapshot) -> tuple[RoleChange, ...]:
         """Who changes its role now. To be asked about once a second; snapshot.decode holds every worker."""
-        now_s, members = snapshot.now_s, snapshot.decode
+        now_s, members = snapshot.now_s, list(snapshot.decode)
         decoding = [member for member in members if member.role == "decode"]
         prefilling = [member for member in members if member.role != "decode"]
         needed = self.decode_workers_needed(members)
         self.peak = max(needed, self.peak - PEAK_FADE * max(self.peak - needed, 0.0))
         num_more = min(math.ceil(needed) - len(decoding), len(prefilling) - 1)
         if num_more > 0:
-            chosen = sorted(prefilling, key=lambda one: (queue_s(self.predictors, one, now_s), one.id))[:num_more]
+            changed = sorted(prefilling, key=lambda one: (queue_s(self.predictors, one, now_s), one.id))[:num_more]
             self.last_change_s = now_s
-            return tuple(RoleChange(one.id, "decode", f"decode needs {needed:.1f} workers, {len(decoding)} do it") for one in chosen)
+            return tuple(RoleChange(one.id, "decode", f"decode needs {needed:.1f} workers, {len(decoding)} do it") for one in changed)
         num_less = min(math.floor(len(decoding) - self.peak - self.spare), len(decoding) - 1)
         if num_less > 0 and now_s - self.last_change_s > self.calm_s:
-            chosen = sorted(decoding, key=lambda one: (one.num_requests, one.id))[:num_less]
+            changed = sorted(decoding, key=lambda one: (one.num_requests, one.id))[:num_less]
             self.last_change_s = now_s
             return tuple(
-                RoleChange(one.id, "prefill", f"decode needed {self.peak:.1f} workers of late, {len(decoding)} do it") for one in chosen
+                RoleChange(one.id, "prefill", f"decode needed {self.peak:.1f} workers of late, {len(decoding)} do it") for one in changed
             )
         return ()
 
-    def decode_workers_needed(self, members: tuple[MemberState, ...]) -> float:
+    def decode_workers_needed(self, members: list[MemberState]) -> float:
         """So many that the sequences of all members, spread evenly, step under the SLO and fit into the pages."""
         step = self.predictors.step
         num_sequences = sum(member.num_running for member in members)
@@ -124,10 +122,19 @@ class Adaptive:
         capacity = members[0].kv_capacity_tokens
         return max(by_time, num_tokens / (self.full_share * capacity) if capacity else 0.0)
 
-    def _slowdown(self, member: MemberState, target_s: float) -> float:
-        """Of a prefill on the member, by the batch in its steps; inf where it should not have one."""
-        slack_s = target_s - self.predictors.step.predict(member.num_running, member.num_running_tokens)
-        full = member.kv_capacity_tokens and member.num_outstanding_tokens > self.full_share * member.kv_capacity_tokens
-        if member.role == "decode" and (slack_s < self.slack_share * target_s or full):
-            return math.inf
-        return target_s / max(slack_s, 0.1 * target_s)
+    def _compute_s(self, request: PlacementRequest, own: int, best: int, block_size: int) -> float:
+        """Seconds of transfer and prefill on a worker that holds own blocks; it fetches what another holds more."""
+        block_bytes, transfer = block_size * self.predictors.model.kv_bytes_per_token, self.predictors.transfer
+        transfer_s = transfer.own(own * block_bytes) + transfer.predict((best - own) * block_bytes)
+        return transfer_s + self.predictors.prefill.predict(request.num_tokens - best * block_size, best * block_size)
+
+    def _slowdowns(self, pool: Pool, target_s: float) -> tuple[Floats, Bools]:
+        """Of a prefill on each worker, by the batch in its steps; and who should not have one. [workers] each."""
+        running = pool.num_running > 0
+        if not running.any():
+            return np.ones(len(pool)), running
+        slack_s = target_s - self.predictors.step.predict_all(pool.num_running, pool.num_running_tokens)
+        capacity = pool.kv_capacity_tokens
+        full = (capacity > 0) & (pool.num_outstanding_tokens > self.full_share * capacity)
+        blocked = running & pool.roster.in_role("decode") & ((slack_s < self.slack_share * target_s) | full)
+        return np.where(running, target_s / np.maximum(slack_s, 0.1 * target_s), 1.0), blocked

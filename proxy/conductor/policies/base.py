@@ -1,18 +1,82 @@
-"""What every policy is, and the questions that several of them asked."""
+"""What every policy is, and the questions that several of them ask.
+
+A policy is one file of this folder and its line in POLICIES. What it can do beside select() it says itself, in flags.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, Literal, NamedTuple, Protocol, Self
 
-from ..placement import Choice, MemberState, PlacementRequest, Snapshot
+import numpy as np
+
+from ..member_state import MemberState
+from ..placement import NO_SLO, PlacementRequest, Selection, Slo, Snapshot
+from ..pool import Floats, Ints, Pool
+from ..predictors.timing import Predictors
+from ..queue_order import Order
 
 
-class Policy(Protocol):
-    name: ClassVar[str]
+class PolicySettings(NamedTuple):
+    """What a policy may be made of; each takes what it needs."""
 
-    def choose(self, request: PlacementRequest, candidates: Snapshot) -> Choice:
-        """candidates holds at least one worker of each role. A policy's own state is plain attributes, nothing hidden."""
+    rng: random.Random
+    predictors: Predictors
+    slo: Slo = NO_SLO  # of requests that bring none
+    balancing_threshold: float = 1.0
+
+
+class RoleChange(NamedTuple):
+    member_id: str
+    role: Literal["prefill", "decode"]
+    reason: str
+
+
+class RolePlanner(Protocol):
+    """What a policy offers that gives workers their roles."""
+
+    @property
+    def step_target_s(self) -> float:
+        """What a step with a prefill chunk in it may take."""
         ...
+
+    def select_decode(self, request: PlacementRequest, candidates: Snapshot) -> tuple[MemberState, float]:
+        """The decode worker, selected when the prefill begins; and its predicted step with the request."""
+        ...
+
+    def rebalance(self, snapshot: Snapshot) -> tuple[RoleChange, ...]:
+        """Who changes its role now. To be asked about once a second; snapshot.decode holds every worker."""
+        ...
+
+
+class Policy(ABC):
+    """A policy's own state is plain attributes, nothing hidden."""
+
+    __slots__ = ()
+    name: ClassVar[str]
+    fetches: ClassVar[bool] = False
+    """A prefill worker may load a prefix from another node's store."""
+    weighs_local: ClassVar[bool] = False
+    """It weighs a decode worker's own prefill against the prefill workers', and so is shown both kinds."""
+    plans_roles: ClassVar[bool] = False
+    """It changes workers' roles: `roles` is not None."""
+    order: ClassVar[Order] = "edf"
+    """Of prefill queues, where nothing else is asked for."""
+
+    @classmethod
+    @abstractmethod
+    def create(cls, settings: PolicySettings) -> Self: ...
+
+    @abstractmethod
+    def select(self, request: PlacementRequest, candidates: Snapshot) -> Selection:
+        """candidates holds at least one worker of each role."""
+        ...
+
+    @property
+    def roles(self) -> RolePlanner | None:
+        return None
 
 
 def usable_blocks(request: PlacementRequest, num_blocks: int, block_size: int) -> int:
@@ -25,12 +89,30 @@ def cached_blocks(request: PlacementRequest, member: MemberState, block_size: in
     return usable_blocks(request, request.held_blocks.get(member.store_address, 0), block_size)
 
 
-def choice_blocks(request: PlacementRequest, choice: Choice, block_size: int) -> int:
-    """Leading blocks that the chosen prefill worker is spared, those of the store that it is told to load from included."""
-    own = cached_blocks(request, choice.prefill, block_size)
-    return own if choice.prefix is None else max(own, choice.prefix.num_blocks)
+def selected_blocks(request: PlacementRequest, selection: Selection, block_size: int) -> int:
+    """Leading blocks that the selected prefill worker is spared, those of the store that it is told to load from included."""
+    own = cached_blocks(request, selection.prefill, block_size)
+    return own if selection.prefix is None else max(own, selection.prefix.num_blocks)
 
 
-def least_outstanding(members: tuple[MemberState, ...]) -> MemberState:
+def best_prefix(request: PlacementRequest, block_size: int) -> tuple[str, int]:
+    """The store with the longest prefix (the first by address among equals), and the usable part of it in blocks."""
+    held = request.held_blocks
+    if not held:
+        return "", 0
+    most = max(held.values())
+    return min([store for store, num_blocks in held.items() if num_blocks == most]), usable_blocks(request, most, block_size)
+
+
+def cost_by_blocks(num_blocks: Ints, cost: Callable[[int], float]) -> Floats:
+    """cost of each entry, asked once for each different one: workers hold few different prefixes of one request."""
+    first = int(num_blocks[0])
+    if (num_blocks == first).all():
+        return np.full(len(num_blocks), cost(first))
+    different, rows = np.unique(num_blocks, return_inverse=True)
+    return np.array([cost(entry) for entry in different.tolist()])[rows]
+
+
+def least_outstanding(pool: Pool) -> MemberState:
     """By tokens, not by requests: one long prompt is not one short prompt. Ties go to the first id."""
-    return min(members, key=lambda member: (member.num_outstanding_tokens, member.id))
+    return pool[pool.least(pool.num_outstanding_tokens)]

@@ -6,26 +6,32 @@ cost(prefill worker) = tokens ahead of the request + tokens of it that the worke
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from ..placement import Choice, MemberState, PlacementRequest, PrefixHint, Snapshot
-from .base import cached_blocks, least_outstanding, usable_blocks
+import numpy as np
+
+from ..member_state import MemberState
+from ..placement import PlacementRequest, PrefixHint, Selection, Snapshot
+from .base import Policy, PolicySettings, least_outstanding, usable_blocks
 
 
 @dataclass(slots=True)
-class CacheAware:
+class CacheAware(Policy):
     name: ClassVar[str] = "cache_aware"
+    fetches: ClassVar[bool] = True
 
-    def choose(self, request: PlacementRequest, candidates: Snapshot) -> Choice:
-        block_size = candidates.block_size
+    @classmethod
+    def create(cls, settings: PolicySettings) -> Self:
+        return cls()
 
-        def cost(member: MemberState) -> tuple[int, int, str]:
-            num_cached = cached_blocks(request, member, block_size) * block_size
-            return member.num_outstanding_tokens + request.num_tokens - num_cached, -num_cached, member.id
-
-        prefill = min(candidates.prefill, key=cost)
+    def select(self, request: PlacementRequest, candidates: Snapshot) -> Selection:
+        block_size, pool = candidates.block_size, candidates.prefill
+        own = np.minimum(pool.held(request.held_blocks), usable_blocks(request, 2**62, block_size))
+        costs = pool.num_outstanding_tokens - own * block_size
+        # of equal costs the one with the most cached, and of those the first id
+        row = pool.least(np.where(costs == costs.min(), -own, 1))
+        prefill, num_own = pool[row], int(own[row])
         decode = least_outstanding(candidates.decode)
-        num_own = cached_blocks(request, prefill, block_size)
         prefix = _longer_elsewhere(request, prefill, num_own, block_size)
         reason = (
             f"{prefill.id} has {num_own * block_size} of {request.num_tokens} tokens cached and {prefill.num_outstanding_tokens} ahead, "
@@ -33,12 +39,16 @@ class CacheAware:
         )
         if prefix is not None:
             reason += f"; {prefix.num_blocks * block_size} tokens come from {prefix.store_address}"
-        return Choice(prefill, decode, reason, prefix)
+        return Selection(prefill, decode, reason, prefix)
 
 
 def _longer_elsewhere(request: PlacementRequest, prefill: MemberState, num_own: int, block_size: int) -> PrefixHint | None:
-    best = max(request.held_blocks.items(), key=lambda held: (held[1], held[0]), default=None)
-    if best is None or best[0] == prefill.store_address:
+    held = request.held_blocks
+    if not held:
         return None
-    num_blocks = usable_blocks(request, best[1], block_size)
-    return PrefixHint(best[0], num_blocks) if num_blocks > num_own else None
+    most = max(held.values())
+    num_blocks = usable_blocks(request, most, block_size)
+    if num_blocks <= num_own:
+        return None
+    best = max([store for store, found in held.items() if found == most])
+    return PrefixHint(best, num_blocks) if best != prefill.store_address else None

@@ -11,65 +11,54 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from ..placement import Choice, MemberState, PlacementRequest, PrefixHint, Snapshot
+import numpy as np
+
+from ..placement import PlacementRequest, PrefixHint, Selection, Snapshot
 from ..predictors.timing import Predictors
-from ..predictors.waiting import least_step, queue_s, step_with
-from .base import usable_blocks
+from ..predictors.waiting import least_step, queue_times, step_with
+from .base import Policy, PolicySettings, best_prefix, cost_by_blocks
 
 
 @dataclass(slots=True)
-class KvcacheCentric:
+class KvcacheCentric(Policy):
     predictors: Predictors
     balancing_threshold: float = 1.0
     name: ClassVar[str] = "kvcache_centric"
+    fetches: ClassVar[bool] = True
 
-    def choose(self, request: PlacementRequest, candidates: Snapshot) -> Choice:
-        holder, best = best_prefix(request, candidates.block_size)
-        times: dict[int, tuple[float, int]] = {}  # own blocks -> seconds beside the queue's, blocks in front of the prefill
-        predictors, now_s, held = self.predictors, candidates.now_s, request.held_blocks
-        chosen, chosen_s = candidates.prefill[0], math.inf
-        for member in candidates.prefill:
-            queued_s = queue_s(predictors, member, now_s)
-            if queued_s >= chosen_s:  # in its queue alone; most of a large cluster ends here
-                continue
-            own = min(held.get(member.store_address, 0), best)
-            found = times.get(own)
-            if found is None:
-                found = times[own] = self._compute_s(request, own, best, candidates.block_size)
-            ttft_s = queued_s + found[0]
-            if ttft_s < chosen_s:
-                chosen, chosen_s = member, ttft_s
-        own = min(held.get(chosen.store_address, 0), best)
-        used = times[own][1]
-        decode, tpot_s = self.select_decode(request, candidates)
+    @classmethod
+    def create(cls, settings: PolicySettings) -> Self:
+        return cls(settings.predictors, settings.balancing_threshold)
+
+    def select(self, request: PlacementRequest, candidates: Snapshot) -> Selection:
+        pool, block_size = candidates.prefill, candidates.block_size
+        holder, best = best_prefix(request, block_size)
+        num_own = np.minimum(pool.held(request.held_blocks), best)
+        ttfts = queue_times(self.predictors, pool, candidates.now_s)
+        ttfts += cost_by_blocks(num_own, lambda own: self._compute_s(request, own, best, block_size))
+        row = int(ttfts.argmin())  # ties go to the first
+        prefill, ttft_s, own = pool[row], float(ttfts[row]), int(num_own[row])
+        used = self._used_blocks(own, best)
+        decode = least_step(self.predictors, candidates.decode)  # what is promised to the worker included
+        tpot_s = step_with(self.predictors, decode, request.num_tokens)
         prefix = PrefixHint(holder, used) if used > own else None
-        reason = f"{chosen.id} is predicted to give the first token in {chosen_s:.3f} s behind {used * candidates.block_size} cached tokens"
+        reason = f"{prefill.id} is predicted to give the first token in {ttft_s:.3f} s behind {used * block_size} cached tokens"
         if prefix is not None:
-            reason += f", of which {(used - own) * candidates.block_size} come from {holder}"
-        return Choice(chosen, decode, f"{reason}; {decode.id} would step in {tpot_s * 1e3:.0f} ms", prefix, chosen_s, tpot_s)
+            reason += f", of which {(used - own) * block_size} come from {holder}"
+        return Selection(prefill, decode, f"{reason}; {decode.id} would step in {tpot_s * 1e3:.0f} ms", prefix, ttft_s, tpot_s)
 
-    def select_decode(self, request: PlacementRequest, candidates: Snapshot) -> tuple[MemberState, float]:
-        """The least predicted step, what is promised to the worker included; ties go to the first. And its step as it runs now."""
-        chosen = least_step(self.predictors, candidates.decode)
-        return chosen, step_with(self.predictors, chosen, request.num_tokens)
-
-    def _compute_s(self, request: PlacementRequest, own: int, best: int, block_size: int) -> tuple[float, int]:
-        """Seconds of transfer and prefill on a worker that holds own blocks, and the blocks it then starts behind."""
-        block_bytes, transfer = block_size * self.predictors.model.kv_bytes_per_token, self.predictors.transfer
-        used, transfer_s = own, transfer.own(own * block_bytes)
+    def _used_blocks(self, own: int, best: int) -> int:
+        """Blocks that a worker with own blocks starts behind."""
         ratio = best / own if own else math.inf
-        if best > own and ratio > self.balancing_threshold:
-            used = best
+        return best if best > own and ratio > self.balancing_threshold else own
+
+    def _compute_s(self, request: PlacementRequest, own: int, best: int, block_size: int) -> float:
+        """Seconds of transfer and prefill on a worker that holds own blocks."""
+        block_bytes, transfer = block_size * self.predictors.model.kv_bytes_per_token, self.predictors.transfer
+        used, transfer_s = self._used_blocks(own, best), transfer.own(own * block_bytes)
+        if used > own:
             transfer_s += transfer.predict((best - own) * block_bytes)
         num_cached = used * block_size
-        return transfer_s + self.predictors.prefill.predict(request.num_tokens - num_cached, num_cached), used
-
-
-def best_prefix(request: PlacementRequest, block_size: int) -> tuple[str, int]:
-    """The store with the longest usable prefix (the first by address among equals), and its length in blocks."""
-    if not request.held_blocks:
-        return "", 0
-    store, num_blocks = min(request.held_blocks.items(), key=lambda held: (-held[1], held[0]))
-    return store, usable_blocks(request, num_blocks, block_size)
+        return transfer_s + self.predictors.prefill.predict(request.num_tokens - num_cached, num_cached)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from ..placement import Choice, PlacementRequest, Snapshot
-from .base import least_outstanding
+from ..placement import PlacementRequest, Selection, Snapshot
+from .base import Policy, PolicySettings, least_outstanding
 
 
 @dataclass(slots=True)
-class LeastLoaded:
+class LeastLoaded(Policy):
     name: ClassVar[str] = "least_loaded"
 
-    def choose(self, request: PlacementRequest, candidates: Snapshot) -> Choice:
+    @classmethod
+    def create(cls, settings: PolicySettings) -> Self:
+        return cls()
+
+    def select(self, request: PlacementRequest, candidates: Snapshot) -> Selection:
         prefill, decode = least_outstanding(candidates.prefill), least_outstanding(candidates.decode)
         reason = f"{prefill.id} has the least to compute ({prefill.num_outstanding_tokens} tokens), "
-        return Choice(prefill, decode, reason + f"{decode.id} holds the least ({decode.num_outstanding_tokens})")
+        return Selection(prefill, decode, reason + f"{decode.id} holds the least ({decode.num_outstanding_tokens})")

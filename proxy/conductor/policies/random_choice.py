@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from ..placement import Choice, PlacementRequest, Snapshot
+from ..placement import PlacementRequest, Selection, Snapshot
+from .base import Policy, PolicySettings
 
 
 @dataclass(slots=True)
-class RandomChoice:
+class RandomChoice(Policy):
     rng: random.Random
     name: ClassVar[str] = "random"
 
-    def choose(self, request: PlacementRequest, candidates: Snapshot) -> Choice:
+    @classmethod
+    def create(cls, settings: PolicySettings) -> Self:
+        return cls(settings.rng)
+
+    def select(self, request: PlacementRequest, candidates: Snapshot) -> Selection:
         prefill, decode = self.rng.choice(candidates.prefill), self.rng.choice(candidates.decode)
-        return Choice(prefill, decode, f"drew {prefill.id} and {decode.id}")
+        return Selection(prefill, decode, f"drew {prefill.id} and {decode.id}")

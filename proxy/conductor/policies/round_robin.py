@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from ..placement import Choice, MemberState, PlacementRequest, Snapshot
+from ..placement import PlacementRequest, Selection, Snapshot
+from .base import Policy, PolicySettings
 
 
 @dataclass(slots=True)
-class RoundRobin:
-    last_prefill: str = ""  # ids; the next one in order is chosen, so that a join or a death skips nobody
+class RoundRobin(Policy):
+    last_prefill: str = ""  # ids; the next one in order is selected, so that a join or a death skips nobody
     last_decode: str = ""
     name: ClassVar[str] = "round_robin"
 
-    def choose(self, request: PlacementRequest, candidates: Snapshot) -> Choice:
-        prefill = _after(self.last_prefill, candidates.prefill)
-        decode = _after(self.last_decode, candidates.decode)
+    @classmethod
+    def create(cls, settings: PolicySettings) -> Self:
+        return cls()
+
+    def select(self, request: PlacementRequest, candidates: Snapshot) -> Selection:
+        prefill = candidates.prefill[candidates.prefill.after(self.last_prefill)]
+        decode = candidates.decode[candidates.decode.after(self.last_decode)]
         self.last_prefill, self.last_decode = prefill.id, decode.id
-        return Choice(prefill, decode, f"{prefill.id} and {decode.id} were next")
-
-
-def _after(last: str, members: tuple[MemberState, ...]) -> MemberState:
-    return min(members, key=lambda member: (member.id <= last, member.id))
+        return Selection(prefill, decode, f"{prefill.id} and {decode.id} were next")

@@ -11,6 +11,7 @@ import copy
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from ..pool import Floats, Ints
 from .cost_model import CostModel
 from .regression import RecursiveLeastSquares
 
@@ -117,6 +118,10 @@ class StepTime:
 
     def predict(self, num_sequences: float, num_kv_tokens: float) -> float:
         """Seconds."""
+        return self.base_s + num_sequences * self.per_sequence_s + num_kv_tokens * self.per_kv_token_s
+
+    def predict_all(self, num_sequences: Ints, num_kv_tokens: Ints) -> Floats:
+        """The same for many workers at once, added up in the same order."""
         return self.base_s + num_sequences * self.per_sequence_s + num_kv_tokens * self.per_kv_token_s
 
     def observe(self, num_sequences: int, num_kv_tokens: int, measured_s: float) -> None:

@@ -24,11 +24,11 @@ def member(number: int, role: str, *, busy: float = 0.0, running: int = 0, token
 
 
 def everyone(*members: MemberState, now_s: float = 0.0) -> Snapshot:
-    return Snapshot(members, members, 64, now_s=now_s)
+    return Snapshot.of(members, members, 64, now_s=now_s)
 
 
 def test_a_free_prefill_worker_takes_the_prompt_and_the_decode_role_the_tokens() -> None:
-    choice = Adaptive(Predictors(MODEL), SLO).choose(
+    choice = Adaptive(Predictors(MODEL), SLO).select(
         PlacementRequest(1000), everyone(member(0, "prefill"), member(1, "decode", running=30))
     )
     assert (choice.prefill.id, choice.decode.id) == ("n0", "n1")
@@ -38,20 +38,20 @@ def test_a_free_prefill_worker_takes_the_prompt_and_the_decode_role_the_tokens()
 def test_a_decode_worker_with_slack_prefills_for_itself_where_the_queues_are_longer() -> None:
     # 0.92 of 100 ms is the target, the batch of 12 takes 32 ms: a prefill there is slowed by 92 / 60
     cluster = everyone(member(0, "prefill", busy=9.0), member(1, "decode", running=12))
-    choice = Adaptive(Predictors(MODEL), SLO).choose(PlacementRequest(1000), cluster)
+    choice = Adaptive(Predictors(MODEL), SLO).select(PlacementRequest(1000), cluster)
     assert choice.prefill is choice.decode and choice.prefill.id == "n1"
     assert choice.ttft_s == pytest.approx(92 / 60, rel=1e-3)
 
 
 def test_a_decode_worker_whose_steps_or_pages_are_full_does_not_prefill() -> None:
     for full in (member(1, "decode", running=50), member(1, "decode", running=5, tokens=95_000)):
-        choice = Adaptive(Predictors(MODEL), SLO).choose(PlacementRequest(1000), everyone(member(0, "prefill", busy=9.0), full))
+        choice = Adaptive(Predictors(MODEL), SLO).select(PlacementRequest(1000), everyone(member(0, "prefill", busy=9.0), full))
         assert choice.prefill.id == "n0"
 
 
 def test_the_longest_prefix_anywhere_is_used() -> None:
     cluster = everyone(member(0, "prefill", busy=2.0), member(1, "prefill"), member(2, "decode", running=40))
-    choice = Adaptive(Predictors(MODEL), SLO).choose(PlacementRequest(1000, {"n0": 10, "n1": 2}), cluster)
+    choice = Adaptive(Predictors(MODEL), SLO).select(PlacementRequest(1000, {"n0": 10, "n1": 2}), cluster)
     assert choice.prefill.id == "n1"
     assert choice.prefix is not None and choice.prefix.store_address == "n0" and choice.prefix.num_blocks == 10
 
@@ -90,7 +90,7 @@ def test_whatever_the_load_somebody_prefills_somebody_decodes_and_every_request_
     members = [member(at, role, running=loads[at][0], tokens=loads[at][1], busy=loads[at][2]) for at, role in enumerate(roles)]
     policy = Adaptive(Predictors(MODEL), Slo(5.0, tpot_s))
     cluster = everyone(*members, now_s=100.0)
-    choice = policy.choose(PlacementRequest(500), cluster)
+    choice = policy.select(PlacementRequest(500), cluster)
     assert choice.prefill in members and choice.decode in members
     changed = {change.member_id: change.role for change in policy.rebalance(cluster)}
     after = [changed.get(one.id, one.role) for one in members]

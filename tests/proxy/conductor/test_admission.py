@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import random
+from typing import get_args
 
 import pytest
 
+from halfmoon.protocol.config import AdmissionName
 from halfmoon.proxy.conductor.admission import ADMISSIONS, Limits, Predictive, create_admission
 from halfmoon.proxy.conductor.admission.decode_times import DecodeTimes
 from halfmoon.proxy.conductor.conductor import Conductor
 from halfmoon.proxy.conductor.forecast import Forecast
-from halfmoon.proxy.conductor.placement import Arriving, Choice, MemberState, Placement, PlacementRequest, Rejection, Slo, Snapshot
+from halfmoon.proxy.conductor.placement import Arriving, MemberState, Placement, PlacementRequest, Rejection, Selection, Slo, Snapshot
 from halfmoon.proxy.conductor.policies import create_policy
 from halfmoon.proxy.conductor.predictors import CostModel, Predictors
 
@@ -28,10 +30,11 @@ def judge(name: str, ttft_s: float, tpot_s: float, snapshot: Snapshot, slo: Slo 
     admission = create_admission(name, SLO, Predictors(MODEL))
     assert admission is not None and admission.name == name
     request = PlacementRequest(100, slo=slo)
-    return admission.judge(request, Choice(PREFILL, snapshot.decode[0], ""), Forecast(ttft_s, tpot_s), snapshot)
+    return admission.judge(request, Selection(PREFILL, snapshot.decode[0], ""), Forecast(ttft_s, tpot_s), snapshot)
 
 
-def test_names_are_those_listed_and_others_are_refused() -> None:
+def test_names_are_those_listed_and_of_the_configuration_and_others_are_refused() -> None:
+    assert set(get_args(AdmissionName)) == set(ADMISSIONS)
     assert create_admission("none", SLO, Predictors(MODEL)) is None
     with pytest.raises(ValueError, match="two_stage"):
         create_admission("fastest", SLO, Predictors(MODEL))
@@ -39,7 +42,7 @@ def test_names_are_those_listed_and_others_are_refused() -> None:
 
 @pytest.mark.parametrize("name", [name for name in ADMISSIONS if name != "none"])
 def test_a_predicted_first_token_over_the_slo_is_rejected_with_how_late_it_would_be(name: str) -> None:
-    snapshot = Snapshot((PREFILL,), decode(0), 64, now_s=4.0)
+    snapshot = Snapshot.of((PREFILL,), decode(0), 64, now_s=4.0)
     rejection = judge(name, 3.5, 0.02, snapshot)
     assert rejection is not None and rejection.code == "overloaded"
     assert rejection.retry_after_s == pytest.approx(0.5)
@@ -48,21 +51,21 @@ def test_a_predicted_first_token_over_the_slo_is_rejected_with_how_late_it_would
 
 @pytest.mark.parametrize("name", [name for name in ADMISSIONS if name != "none"])
 def test_a_request_may_bring_its_own_slo(name: str) -> None:
-    snapshot = Snapshot((PREFILL,), decode(0), 64)
+    snapshot = Snapshot.of((PREFILL,), decode(0), 64)
     assert judge(name, 3.5, 0.02, snapshot, Slo(4.0, 0.03)) is None
     assert judge(name, 2.5, 0.02, snapshot, Slo(2.0, 0.03)) is not None
 
 
 def test_ttft_tbt_looks_at_the_chosen_decode_worker_and_two_stage_at_none() -> None:
-    snapshot = Snapshot((PREFILL,), decode(15, 0), 64)
+    snapshot = Snapshot.of((PREFILL,), decode(15, 0), 64)
     assert judge("ttft_tbt", 1.0, 0.036, snapshot) is not None
     assert judge("two_stage", 1.0, 0.036, snapshot) is None
 
 
 def test_early_rejection_looks_at_the_mean_of_the_decode_pool_as_it_runs_now() -> None:
     # 20 ms + 1 ms a sequence: nine each and the request are at the SLO
-    assert judge("early_rejection", 1.0, 0.0, Snapshot((PREFILL,), decode(14, 3), 64)) is None
-    assert judge("early_rejection", 1.0, 0.0, Snapshot((PREFILL,), decode(15, 4), 64)) is not None
+    assert judge("early_rejection", 1.0, 0.0, Snapshot.of((PREFILL,), decode(14, 3), 64)) is None
+    assert judge("early_rejection", 1.0, 0.0, Snapshot.of((PREFILL,), decode(15, 4), 64)) is not None
 
 
 def test_predictive_counts_who_will_be_there_when_the_prefill_ends() -> None:
@@ -70,7 +73,7 @@ def test_predictive_counts_who_will_be_there_when_the_prefill_ends() -> None:
     now = 100.0
     leaving = (92.0, 95.0, 99.0)  # began; gone at 102, 105, 109
     arriving = (Arriving(101.0, 10), Arriving(104.0, 10))
-    snapshot = Snapshot((PREFILL,), decode(3), 64, now, arriving, leaving)
+    snapshot = Snapshot.of((PREFILL,), decode(3), 64, now, arriving, leaving)
     request = PlacementRequest(100)
     # at 101.5: three are still there, one has come, and the request
     assert admission.step_at(request, 1.5, snapshot) == pytest.approx(0.02 + 5e-3)
@@ -85,9 +88,9 @@ def test_the_conductor_answers_with_the_admissions_rejection_or_the_prediction()
     conductor = Conductor(
         create_policy("kvcache_centric", random.Random(0), predictors), create_admission("ttft_tbt", SLO, predictors), predictors
     )
-    fits = conductor.place(PlacementRequest(1000), Snapshot((PREFILL,), decode(0), 64, now_s=4.0))
+    fits = conductor.place(PlacementRequest(1000), Snapshot.of((PREFILL,), decode(0), 64, now_s=4.0))
     assert isinstance(fits, Placement) and fits.ttft_s == pytest.approx(2.0) and fits.tpot_s == pytest.approx(0.021)
-    late = conductor.place(PlacementRequest(1000), Snapshot((PREFILL,), decode(0), 64, now_s=2.0))
+    late = conductor.place(PlacementRequest(1000), Snapshot.of((PREFILL,), decode(0), 64, now_s=2.0))
     assert isinstance(late, Rejection) and late.retry_after_s == pytest.approx(1.0)
 
 
@@ -99,7 +102,7 @@ def test_an_admission_without_predictors_is_refused() -> None:
 def test_policies_that_predict_nothing_are_judged_by_the_forecast() -> None:
     predictors = Predictors(MODEL)
     conductor = Conductor(create_policy("least_loaded", random.Random(0)), create_admission("ttft_tbt", SLO, predictors), predictors)
-    answer = conductor.place(PlacementRequest(1000), Snapshot((PREFILL,), decode(0), 64, now_s=2.0))
+    answer = conductor.place(PlacementRequest(1000), Snapshot.of((PREFILL,), decode(0), 64, now_s=2.0))
     assert isinstance(answer, Rejection) and "4.00 s" in answer.reason
 
 
@@ -108,7 +111,7 @@ def test_loading_a_prefix_from_the_workers_own_store_is_in_the_prediction(policy
     predictors = Predictors(MODEL)
     conductor = Conductor(create_policy(policy, random.Random(0), predictors), create_admission("ttft_tbt", SLO, predictors), predictors)
     request = PlacementRequest(1000, held_blocks={PREFILL.store_address: 15})
-    snapshot = Snapshot((PREFILL,), decode(0), 64, now_s=100.0)
+    snapshot = Snapshot.of((PREFILL,), decode(0), 64, now_s=100.0)
     before = conductor.place(request, snapshot)
     num_bytes = 960 * MODEL.kv_bytes_per_token
     for _ in range(20):
@@ -125,10 +128,10 @@ def test_predictive_refuses_the_largest_while_more_is_asked_for_than_can_be_serv
         admission.observe_decode(8.0, 1000)
     answers: dict[int, list[Rejection | None]] = {700: [], 20_000: []}
     for second in range(60):
-        snapshot = Snapshot((PREFILL,), decode(0), 64, now_s=float(second))
+        snapshot = Snapshot.of((PREFILL,), decode(0), 64, now_s=float(second))
         for num_tokens, found in answers.items():
             request = PlacementRequest(num_tokens)
-            found.append(admission.judge(request, Choice(PREFILL, snapshot.decode[0], ""), Forecast(1.0, 0.02), snapshot))
+            found.append(admission.judge(request, Selection(PREFILL, snapshot.decode[0], ""), Forecast(1.0, 0.02), snapshot))
     assert answers[700] == [None] * 60
     refused = answers[20_000][-1]
     assert refused is not None and refused.code == "overloaded" and refused.retry_after_s > 0.0 and "20000 tokens" in refused.reason
@@ -136,5 +139,5 @@ def test_predictive_refuses_the_largest_while_more_is_asked_for_than_can_be_serv
 
 def test_who_is_in_the_prefill_role_is_not_of_the_decode_pool() -> None:
     both = (*decode(15, 4), MemberState("x", "x", "x", role="prefill"))
-    assert judge("early_rejection", 1.0, 0.0, Snapshot((PREFILL,), both, 64)) is not None
-    assert judge("early_rejection", 1.0, 0.0, Snapshot((PREFILL,), (*decode(15, 4), MemberState("x", "x", "x")), 64)) is None
+    assert judge("early_rejection", 1.0, 0.0, Snapshot.of((PREFILL,), both, 64)) is not None
+    assert judge("early_rejection", 1.0, 0.0, Snapshot.of((PREFILL,), (*decode(15, 4), MemberState("x", "x", "x")), 64)) is None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from halfmoon.proxy.conductor.admission import create_admission
 from halfmoon.proxy.conductor.admission.bid_price import FREE, BidPrice, Take
-from halfmoon.proxy.conductor.placement import Choice, MemberState, PlacementRequest, PrefixHint, Slo, Snapshot
+from halfmoon.proxy.conductor.forecast import Forecast
+from halfmoon.proxy.conductor.placement import MemberState, PlacementRequest, PrefixHint, Selection, Slo, Snapshot
 from halfmoon.proxy.conductor.predictors import CostModel, Predictors
 
 MODEL = CostModel(
@@ -23,18 +25,18 @@ DECODE_S = 8.0
 def cluster(now_s: float, *, queued_s: float = 0.0, running: int = 0, tokens: int = 0, role: str = "") -> Snapshot:
     prefill = MemberState("p", "p", "sp", busy_until_s=now_s + queued_s)
     decode = MemberState("d", "d", "sd", tokens, 10**5, None, running, running, tokens, role)
-    return Snapshot((prefill,), (decode,), 100, now_s)
+    return Snapshot.of((prefill,), (decode,), 100, now_s)
 
 
 def ask(price: BidPrice, num_tokens: int, snapshot: Snapshot, priority: int = 0) -> bool:
-    choice = Choice(snapshot.prefill[0], snapshot.decode[0], "")
+    choice = Selection(snapshot.prefill[0], snapshot.decode[0], "")
     return price.ask(PlacementRequest(num_tokens, priority=priority), choice, snapshot, SLO, DECODE_S, DECODE_S)
 
 
 def test_a_request_takes_the_worker_seconds_that_a_hand_computes() -> None:
     price = BidPrice(Predictors(MODEL), share=0.8)
     snapshot = cluster(0.0)
-    choice = Choice(snapshot.prefill[0], snapshot.decode[0], "", PrefixHint("elsewhere", 30))
+    choice = Selection(snapshot.prefill[0], snapshot.decode[0], "", PrefixHint("elsewhere", 30))
     take = price.take(PlacementRequest(5000), choice, snapshot, SLO, DECODE_S)
     assert take.prefill == pytest.approx(2.0)  # 2,000 of its tokens are cached nowhere
     assert take.steps == pytest.approx((1e-3 + 5e-3) / (0.8 * 0.050) * DECODE_S)
@@ -53,7 +55,7 @@ def test_what_is_given_counts_what_stands_free_and_what_is_behind() -> None:
 def test_workers_that_may_change_places_are_one_pool() -> None:
     price = BidPrice(Predictors(MODEL), share=0.8)
     snapshot = cluster(0.0, role="coupled")
-    take = price.take(PlacementRequest(1000), Choice(snapshot.decode[0], snapshot.decode[0], ""), snapshot, SLO, DECODE_S)
+    take = price.take(PlacementRequest(1000), Selection(snapshot.decode[0], snapshot.decode[0], ""), snapshot, SLO, DECODE_S)
     assert take.prefill == pytest.approx(1.0 + (1e-3 + 1e-3) / 0.040 * DECODE_S) and take.steps == take.pages == 0.0
 
 
@@ -105,15 +107,43 @@ def test_those_below_the_limit_take_no_more_than_is_given_and_a_longer_one_is_ne
     for at, num_tokens in enumerate(lengths):
         snapshot = cluster(20.0 * at / len(lengths) + at, queued_s=queued_s, running=running, tokens=running * 500)
         ask(price, num_tokens, snapshot)
-    choice = Choice(snapshot.prefill[0], snapshot.decode[0], "")
+    choice = Selection(snapshot.prefill[0], snapshot.decode[0], "")
     takes = [price.take(PlacementRequest(num_tokens), choice, snapshot, SLO, DECODE_S) for num_tokens in sorted(lengths)]
     costs = [price.cost(take) for take in takes]
     assert costs == sorted(costs)
     if price.limit == math.inf:
         return
-    recent = [take for moment, take in price._asked if moment >= snapshot.now_s - price.horizon_s]
+    recent = [Take(*take) for moment, *take in price.asked.rows.tolist() if moment >= snapshot.now_s - price.horizon_s]
     span_s = min(price.horizon_s, snapshot.now_s)
     given_s = price.given(snapshot, SLO, span_s, DECODE_S)
     taken = [take for take in recent if price.cost(take) < price.limit]
     for at in range(len(Take._fields)):
         assert sum(take[at] for take in taken) <= max(given_s[at], 0.0) + 1e-6
+
+
+INT32 = st.integers(-(2**31), 2**31 - 1)
+
+
+@settings(deadline=None)
+@given(priority=INT32, other=INT32)
+@example(priority=1024, other=-1075)
+@example(priority=2**31 - 1, other=-(2**31))
+def test_every_priority_of_32_bits_has_a_price_and_a_more_urgent_one_is_never_dearer(priority: int, other: int) -> None:
+    price = BidPrice(Predictors(MODEL), limit=1e-6, prices=Take(1.0, 0.0, 0.0), every_s=math.inf)
+    price._next_s = math.inf
+    assert ask(price, 50_000, cluster(0.0), priority), "no priority goes past a price that is a million times over the limit"
+    assert 0.0 < BidPrice.weight(priority) < math.inf
+    if priority <= other:
+        assert BidPrice.weight(priority) <= BidPrice.weight(other)
+    assert BidPrice.weight(0) == 1.0 and BidPrice.weight(1) == 2.0 and BidPrice.weight(-1) == 0.5
+
+
+@pytest.mark.parametrize("priority", [-(2**31), -1075, 1024, 2**31 - 1])
+def test_a_request_of_any_priority_is_judged_by_the_admission_that_prices(priority: int) -> None:
+    admission = create_admission("predictive", SLO, Predictors(MODEL))
+    assert admission is not None
+    for _ in range(50):
+        admission.observe_decode(8.0, 1000)
+    snapshot = cluster(0.0)
+    selection = Selection(snapshot.prefill[0], snapshot.decode[0], "")
+    assert admission.judge(PlacementRequest(100, priority=priority), selection, Forecast(1.0, 0.02), snapshot) is None

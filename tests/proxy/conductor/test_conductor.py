@@ -15,6 +15,8 @@ from halfmoon.protocol.errors import ERROR_TYPES, NoWorker, PromptTooLong
 from halfmoon.proxy.conductor.conductor import Conductor
 from halfmoon.proxy.conductor.placement import MemberState, Placement, PlacementRequest, PrefixHint, Rejection, Snapshot
 from halfmoon.proxy.conductor.policies import POLICIES, create_policy
+from halfmoon.proxy.conductor.policies.base import best_prefix
+from halfmoon.proxy.conductor.predictors import Predictors
 
 BLOCK_SIZE = 16
 
@@ -30,7 +32,7 @@ def pool(role: str) -> st.SearchStrategy[tuple[MemberState, ...]]:
 
 @st.composite
 def questions(draw: st.DrawFn) -> tuple[PlacementRequest, Snapshot]:
-    snapshot = Snapshot(draw(pool("prefill")), draw(pool("decode")), BLOCK_SIZE)
+    snapshot = Snapshot.of(draw(pool("prefill")), draw(pool("decode")), BLOCK_SIZE)
     incarnations = [member.incarnation for member in (*snapshot.prefill, *snapshot.decode)]
     some = st.frozensets(st.sampled_from(incarnations)) if incarnations else st.just(frozenset[str]())
     num_tokens = draw(st.integers(1, 2000))
@@ -73,7 +75,7 @@ def test_equal_histories_give_equal_answers(name: str, questions: list[tuple[Pla
 
 
 def test_a_retry_never_goes_to_an_excluded_process() -> None:
-    snapshot = Snapshot((worker("prefill", 0), worker("prefill", 1)), (worker("decode", 0),), BLOCK_SIZE)
+    snapshot = Snapshot.of((worker("prefill", 0), worker("prefill", 1)), (worker("decode", 0),), BLOCK_SIZE)
     answer = Conductor(create_policy("least_loaded", random.Random(0))).place(
         PlacementRequest(10, exclude=frozenset({"prefill-0.1"})), snapshot
     )
@@ -86,13 +88,13 @@ def test_a_retry_never_goes_to_an_excluded_process() -> None:
 
 
 def test_a_prompt_that_fits_nowhere_is_too_long_and_not_unlucky() -> None:
-    snapshot = Snapshot((worker("prefill", 0, capacity=64),), (worker("decode", 0, capacity=640),), BLOCK_SIZE)
+    snapshot = Snapshot.of((worker("prefill", 0, capacity=64),), (worker("decode", 0, capacity=640),), BLOCK_SIZE)
     answer = Conductor(create_policy("cache_aware", random.Random(0))).place(PlacementRequest(65), snapshot)
     assert isinstance(answer, Rejection) and answer.code == "prompt_too_long" and "holds 64" in answer.reason
 
 
 def test_expected_cached_tokens_count_the_hint_and_never_the_last_token() -> None:
-    snapshot = Snapshot((worker("prefill", 0),), (worker("decode", 0),), BLOCK_SIZE)
+    snapshot = Snapshot.of((worker("prefill", 0),), (worker("decode", 0),), BLOCK_SIZE)
     conductor = Conductor(create_policy("cache_aware", random.Random(0)))
     answer = conductor.place(PlacementRequest(64, {"store-0": 1, "store-1": 4}), snapshot)
     assert isinstance(answer, Placement)
@@ -112,3 +114,28 @@ def test_the_simulator_can_import_it_without_grpc_torch_or_ray() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONSAFEPATH": "1"}
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_request_that_fills_a_worker_exactly_fits_and_one_token_more_does_not() -> None:
+    snapshot = Snapshot.of((worker("prefill", 0, capacity=100),), (worker("decode", 0, capacity=100),), BLOCK_SIZE)
+    conductor = Conductor(create_policy("least_loaded", random.Random(0)))
+    assert isinstance(conductor.place(PlacementRequest(100), snapshot), Placement)
+    answer = conductor.place(PlacementRequest(101), snapshot)
+    assert isinstance(answer, Rejection) and answer.code == "prompt_too_long"
+
+
+def test_of_two_stores_that_hold_as_much_the_first_address_is_named() -> None:
+    assert best_prefix(PlacementRequest(100, {"b": 3, "a": 3, "c": 2}), BLOCK_SIZE) == ("a", 3)
+    assert best_prefix(PlacementRequest(33, {"b": 3}), BLOCK_SIZE) == ("b", 2), "the last token is always computed"
+
+
+def test_a_decode_worker_that_prefills_by_the_policy_s_choice_is_told_of_no_other_store() -> None:
+    busy = MemberState("p", "p", "sp", busy_until_s=1000.0, role="prefill")
+    free = MemberState("d", "d", "sd", busy_until_s=0.0, role="decode")
+    snapshot = Snapshot.of((busy,), (free,), BLOCK_SIZE)
+    predictors = Predictors.guess()
+    conductor = Conductor(create_policy("adaptive", random.Random(0), predictors), None, predictors, local_prefill="fallback")
+    answer = conductor.place(PlacementRequest(200, {"sp": 10, "sd": 2}), snapshot)
+    assert isinstance(answer, Placement) and answer.is_local and answer.prefix is None
+    assert answer.num_cached_tokens == 2 * BLOCK_SIZE
+    assert answer.ttft_s == pytest.approx(predictors.prefill.predict(200 - 32, 32)), "of what it really computes"

@@ -62,8 +62,8 @@ def test_it_chooses_what_a_literal_transcription_of_algorithm_1_chooses(
     members = tuple(MemberState(one["id"], one["id"], f"store-{one['id']}", busy_until_s=one["busy_until_s"]) for one in found)
     held = {f"store-{one['id']}": one["held"] for one in found if one["held"]}
     decode = (MemberState("d0", "d0", "store-d0"),)
-    choice = KvcacheCentric(Predictors(MODEL), threshold).choose(
-        PlacementRequest(num_tokens, held), Snapshot(members, decode, BLOCK, now_s=now)
+    choice = KvcacheCentric(Predictors(MODEL), threshold).select(
+        PlacementRequest(num_tokens, held), Snapshot.of(members, decode, BLOCK, now_s=now)
     )
     ttft, p, transfers = algorithm_1(found, num_tokens, now, threshold)
     assert choice.ttft_s is not None and math.isclose(choice.ttft_s, ttft, rel_tol=1e-9, abs_tol=1e-9)
@@ -78,10 +78,10 @@ def test_it_chooses_what_a_literal_transcription_of_algorithm_1_chooses(
 
 def test_the_threshold_decides_between_a_transfer_and_the_own_prefix() -> None:
     members = (MemberState("p0", "p0", "s0", busy_until_s=100.0), MemberState("p1", "p1", "s1", busy_until_s=0.0))
-    cluster = Snapshot(members, (MemberState("d0", "d0", "s2"),), BLOCK)
+    cluster = Snapshot.of(members, (MemberState("d0", "d0", "s2"),), BLOCK)
     request = PlacementRequest(2000, {"s0": 30, "s1": 20})
-    fetches = KvcacheCentric(Predictors(MODEL), 1.4).choose(request, cluster)
-    stays = KvcacheCentric(Predictors(MODEL), 1.6).choose(request, cluster)
+    fetches = KvcacheCentric(Predictors(MODEL), 1.4).select(request, cluster)
+    stays = KvcacheCentric(Predictors(MODEL), 1.6).select(request, cluster)
     assert fetches.prefill.id == stays.prefill.id == "p1"
     assert fetches.prefix is not None and fetches.prefix.store_address == "s0" and fetches.prefix.num_blocks == 30
     assert stays.prefix is None
@@ -92,6 +92,6 @@ def test_the_decode_worker_with_the_least_predicted_step_is_chosen_promises_incl
         MemberState("d0", "d0", "s1", num_outstanding_tokens=50_000, num_requests=3, num_running=1, num_running_tokens=1000),
         MemberState("d1", "d1", "s2", num_outstanding_tokens=40_000, num_requests=4, num_running=4, num_running_tokens=40_000),
     )
-    choice = KvcacheCentric(Predictors(MODEL)).choose(PlacementRequest(100), Snapshot((MemberState("p0", "p0", "s0"),), decode, BLOCK))
+    choice = KvcacheCentric(Predictors(MODEL)).select(PlacementRequest(100), Snapshot.of((MemberState("p0", "p0", "s0"),), decode, BLOCK))
     assert choice.decode.id == "d1"
     assert choice.tpot_s is not None and math.isclose(choice.tpot_s, 0.02 + 5 * 1e-4 + 40_100 * 1e-7)

@@ -9,18 +9,22 @@ from halfmoon.proxy.conductor.placement import Arriving, MemberState
 from halfmoon.proxy.conductor.predictors import Predictors
 
 
+def arriving(load_tracker: LoadTracker) -> set[Arriving]:
+    return {Arriving(*row) for row in zip(*(column.tolist() for column in load_tracker.arriving), strict=True)}
+
+
 def test_a_request_arrives_then_runs_then_is_gone_and_only_a_finished_one_says_how_long_decodes_last() -> None:
     load_tracker = LoadTracker()
     load_tracker.placed("a", 5.0, 100)
     load_tracker.placed("b", 7.0, 50)
-    assert load_tracker.arriving == (Arriving(5.0, 100), Arriving(7.0, 50)) and load_tracker.leaving == ()
+    assert arriving(load_tracker) == {Arriving(5.0, 100), Arriving(7.0, 50)} and load_tracker.began_s.tolist() == []
     load_tracker.began("a", 5.5)
-    assert load_tracker.arriving == (Arriving(7.0, 50),) and load_tracker.leaving == (5.5,)
+    assert arriving(load_tracker) == {Arriving(7.0, 50)} and load_tracker.began_s.tolist() == [5.5]
     assert load_tracker.finished("a", 9.5) == 4.0 and load_tracker.finished("a", 9.6) is None
     load_tracker.began("b", 8.0)
     load_tracker.left("b")
     load_tracker.left("b")
-    assert (load_tracker.arriving, load_tracker.leaving) == ((), ())
+    assert (arriving(load_tracker), load_tracker.began_s.tolist()) == (set(), []) and load_tracker.is_idle
     assert load_tracker.decode_s(100.0) == 4.0
 
 

@@ -2,45 +2,50 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfmoon.proxy.members.assigned_load import AssignedLoad
-from halfmoon.proxy.members.backlog import Backlog, PrefillTask
+from halfmoon.proxy.members.backlog import Backlog, PrefillTask, TaskTable
 
 NEVER_LATER = 0.0  # no time passes
 
 
 def backlog(shares: bool = True) -> Backlog:
-    return Backlog(AssignedLoad(), shares=shares)
+    return Backlog(AssignedLoad(), shares=shares, table=TaskTable(), row=0)
+
+
+def ahead_s(found: Backlog, queue_order: int, work_s: float, now_s: float) -> float:
+    return float(found._table.ahead_s(queue_order, np.array([work_s]), now_s)[0])
 
 
 def test_a_request_waits_for_the_more_urgent_and_for_as_much_of_its_equals_as_it_needs_itself() -> None:
     found = backlog()
     for seconds, priority in ((4.0, 5), (1.0, 5), (10.0, 9), (2.0, 1)):
         found.place(100, seconds, priority, NEVER_LATER)
-    assert found.ahead_s(5, 3.0, NEVER_LATER) == pytest.approx(2.0 + 3.0 + 1.0), (
+    assert ahead_s(found, 5, 3.0, NEVER_LATER) == pytest.approx(2.0 + 3.0 + 1.0), (
         "a step is shared: the long equal takes no more than it does"
     )
-    assert found.ahead_s(5, 9.0, NEVER_LATER) == pytest.approx(2.0 + 4.0 + 1.0)
-    assert found.ahead_s(0, 9.0, NEVER_LATER) == 0.0, "nobody is before the most urgent"
-    assert found.ahead_s(99, 0.1, NEVER_LATER) == pytest.approx(17.0)
+    assert ahead_s(found, 5, 9.0, NEVER_LATER) == pytest.approx(2.0 + 4.0 + 1.0)
+    assert ahead_s(found, 0, 9.0, NEVER_LATER) == 0.0, "nobody is before the most urgent"
+    assert ahead_s(found, 99, 0.1, NEVER_LATER) == pytest.approx(17.0)
 
 
 def test_where_steps_are_not_shared_all_the_equals_come_before() -> None:
     found = backlog(shares=False)
     found.place(100, 4.0, 5, NEVER_LATER)
-    assert found.ahead_s(5, 0.5, NEVER_LATER) == 4.0
+    assert ahead_s(found, 5, 0.5, NEVER_LATER) == 4.0
 
 
 def test_the_clock_takes_from_the_most_urgent_first() -> None:
     found = backlog()
     found.place(100, 4.0, 7, 10.0)
     found.place(100, 2.0, 3, 10.0)
-    assert found.ahead_s(3, 9.0, 11.0) == pytest.approx(1.0)
-    assert found.ahead_s(7, 9.0, 13.0) == pytest.approx(3.0)
-    assert found.ahead_s(7, 9.0, 30.0) == 0.0
+    assert ahead_s(found, 3, 9.0, 11.0) == pytest.approx(1.0)
+    assert ahead_s(found, 7, 9.0, 13.0) == pytest.approx(3.0)
+    assert ahead_s(found, 7, 9.0, 30.0) == 0.0
 
 
 def test_a_report_puts_right_what_the_clock_took() -> None:
@@ -50,25 +55,26 @@ def test_a_report_puts_right_what_the_clock_took() -> None:
     found.assigned.report(0)
     found.assigned.report(800)  # two reports on: the books believe it
     found.report(13.0)
-    assert found.ahead_s(7, 9.0, 13.0) == pytest.approx(4.0 * 0.8), "slower than predicted"
+    assert ahead_s(found, 7, 9.0, 13.0) == pytest.approx(4.0 * 0.8), "slower than predicted"
     found.assigned.report(100)
     found.report(13.1)
-    assert found.ahead_s(7, 9.0, 13.1) == pytest.approx(4.0 * 0.1), "and then faster"
+    assert ahead_s(found, 7, 9.0, 13.1) == pytest.approx(4.0 * 0.1), "and then faster"
 
 
 def test_what_has_ended_is_before_nobody() -> None:
     found = backlog()
     first, second = found.place(10, 1.0, 0, 0.0), found.place(20, 2.0, 0, 0.0)
-    first.end()
-    first.end()
-    assert found.ahead_s(0, 9.0, 0.0) == 2.0 and found.assigned.num_tokens == 20
-    second.end()
+    first.end(0.0)
+    first.end(0.0)
+    assert ahead_s(found, 0, 9.0, 0.0) == 2.0 and found.assigned.num_tokens == 20
+    second.end(0.0)
     assert not found and found.assigned.num_tokens == 0
 
 
 Act = tuple[str, int, int]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["place", "end", "report", "pass"]), st.integers(0, 60), st.integers(0, 3)), max_size=50))
 def test_no_history_makes_less_than_nothing_left_or_more_than_was_placed(acts: list[Act]) -> None:
     found, now_s = backlog(shares=False), 0.0
@@ -77,7 +83,7 @@ def test_no_history_makes_less_than_nothing_left_or_more_than_was_placed(acts: l
         if act == "place":
             tasks.append(found.place(number, number / 10, priority, now_s))
         elif act == "end" and tasks:
-            tasks.pop(number % len(tasks)).end()
+            tasks.pop(number % len(tasks)).end(now_s)
         elif act == "report":
             found.assigned.report(number)
             found.report(now_s)
@@ -85,7 +91,57 @@ def test_no_history_makes_less_than_nothing_left_or_more_than_was_placed(acts: l
             assert left == pytest.approx(found.assigned.num_left_tokens, abs=1e-6), "after a report the two agree"
         else:
             now_s += number / 50
-        urgent = [found.ahead_s(limit, 1e9, now_s) for limit in range(4)]
+        urgent = [ahead_s(found, limit, 1e9, now_s) for limit in range(4)]
         assert urgent == sorted(urgent) and urgent[0] >= 0.0
-        for limit, ahead_s in enumerate(urgent):
-            assert ahead_s <= sum(task.seconds for task in tasks if task.order[0] <= limit) + 1e-9
+        for limit, waits_s in enumerate(urgent):
+            assert waits_s <= sum(task.seconds for task in tasks if task.order[0] <= limit) + 1e-9
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["place", "end", "report", "pass"]), st.integers(0, 60), st.integers(0, 3)), max_size=60))
+def test_the_table_tells_of_every_worker_what_its_own_tasks_add_up_to(acts: list[Act]) -> None:
+    table, now_s = TaskTable(), 0.0
+    workers = [Backlog(AssignedLoad(), shares=row != 1, table=table, row=row) for row in range(3)]
+    tasks: list[PrefillTask] = []
+    for act, number, priority in acts:
+        worker = workers[number % 3]
+        if act == "place":
+            tasks.append(worker.place(number, number / 10, priority, now_s))
+        elif act == "end" and tasks:
+            tasks.pop(number % len(tasks)).end(now_s)
+        elif act == "report":
+            worker.assigned.report(number)
+            worker.report(now_s)
+        else:
+            now_s += number / 50
+        work_s = np.array([0.3, 0.3, 2.0])
+        for order in range(4):
+            found = table.ahead_s(order, work_s, now_s)
+            for row, one in enumerate(workers):
+                one._follow(now_s)
+                left = [(task.order[0], task.left * task.seconds) for task in one._tasks]
+                expected = sum(
+                    min(left_s, work_s[row]) if other == order and row != 1 else left_s for other, left_s in left if other <= order
+                )
+                assert found[row] == pytest.approx(expected, abs=1e-4)
+    assert len(table) == len(tasks)
+
+
+def test_a_worker_that_left_is_before_nobody_on_the_row_that_another_has_now() -> None:
+    table = TaskTable()
+    gone = Backlog(AssignedLoad(), shares=True, table=table, row=0)
+    task = gone.place(100, 4.0, 0, 0.0)
+    gone.leave_table()
+    Backlog(AssignedLoad(), shares=True, table=table, row=0).place(10, 1.0, 0, 0.0)
+    task.end(0.5)
+    gone.place(100, 9.0, 0, 0.5)
+    assert table.ahead_s(0, np.array([9.0]), 0.5)[0] == pytest.approx(0.5)
+
+
+def test_what_ended_on_time_has_taken_nothing_from_those_behind_it() -> None:
+    found = backlog()
+    first = found.place(100, 4.0, 0, 10.0)
+    found.place(100, 3.0, 0, 10.0)
+    first.end(14.0)
+    assert ahead_s(found, 0, 9.0, 14.0) == pytest.approx(3.0)
+    assert ahead_s(found, 0, 9.0, 15.0) == pytest.approx(2.0)

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 from halfmoon.protocol.errors import InvalidRequest, SchemaMismatch
 from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import control_pb2
-from halfmoon.proxy.members.cluster import Cluster
+from halfmoon.proxy.members.cluster import Asking, Cluster
 from halfmoon.proxy.members.member import Member
 from halfmoon.proxy.metrics import ProxyMetrics
 
@@ -149,3 +149,91 @@ async def test_an_incomplete_info_is_refused(cluster: Cluster, make: Callable[[]
     with pytest.raises(InvalidRequest):
         cluster.join(make(), NO_LOAD)
     assert not cluster.members
+
+
+async def test_what_is_remembered_of_replaced_processes_is_bounded(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halfmoon.proxy.members.cluster.NUM_SUPERSEDED", 3)
+    for incarnation in range(1, 8):
+        cluster.join(info("decode-0", incarnation), NO_LOAD)
+    assert list(cluster._superseded) == ["decode-0.4", "decode-0.5", "decode-0.6"]
+    with pytest.raises(InvalidRequest, match="replaced by a newer process"):
+        cluster.join(info("decode-0", 6), NO_LOAD)
+
+
+async def test_a_store_is_found_by_its_address_through_joins_and_ends(cluster: Cluster) -> None:
+    address = "127.0.0.1:10"
+    assert cluster.store_at(address) is None
+    old = cluster.join(info("store-0"), NO_LOAD)
+    other = info("store-9")
+    other.address = address
+    new = cluster.join(other, NO_LOAD)
+    assert cluster.store_at(address) is old
+    cluster.leave(old, old.stream)
+    assert cluster.store_at(address) is new and set(cluster.store_addresses) == {address}
+    cluster.leave(new, new.stream)
+    assert cluster.store_at(address) is None and not cluster.store_addresses
+
+
+async def test_a_snapshot_shows_each_worker_s_load_and_how_long_the_request_would_wait_there(cluster: Cluster) -> None:
+    for name in ("store-0", "store-1", "prefill-0", "prefill-1", "decode-0"):
+        cluster.join(info(name), NO_LOAD)
+    first, second, decode = (cluster.members[name] for name in ("prefill-0", "prefill-1", "decode-0"))
+    first.backlog.place(1000, 4.0, 0, 50.0)
+    second.backlog.place(200, 1.0, 0, 50.0)
+    decode.assigned.place(30).begin()
+    before = cluster.snapshot(4, 50.0, Asking({"127.0.0.1:11": 3}, 0, lambda num_held: 2.0 if num_held < 3 else 0.5))
+    assert [one.num_outstanding_tokens for one in before.prefill] == [1000, 200]
+    # steps are shared: each equal comes before it for as long as it takes itself, which is less where its prefix lies
+    assert before.prefill.busy_until_s.tolist() == pytest.approx([52.0, 50.5])
+    (seen,) = before.decode
+    assert (seen.num_outstanding_tokens, seen.num_requests, seen.num_running, seen.num_running_tokens) == (30, 1, 1, 30)
+    assert cluster.store_loads() == {"127.0.0.1:10": 1000, "127.0.0.1:11": 200}
+    decode.assigned.place(12)
+    assert before.decode[0].num_outstanding_tokens == 30, "a snapshot stays what it was"
+    assert cluster.snapshot(4).decode[0].num_outstanding_tokens == 42 and decode.state.num_outstanding_tokens == 42
+    cluster.leave(first, first.stream)
+    after = cluster.snapshot(4, 50.25, Asking({}, 1, lambda _: 9.0))
+    assert [one.id for one in after.prefill] == ["prefill-1"] and after.prefill.busy_until_s.tolist() == pytest.approx([51.0])
+
+
+async def test_two_hundred_members_come_and_go_and_each_has_a_row_of_its_own(cluster: Cluster) -> None:
+    for number in range(100):
+        cluster.join(info(f"store-{number}"), NO_LOAD)
+        cluster.join(info(f"decode-{number}"), NO_LOAD).assigned.place(number)
+    for number in range(0, 100, 2):
+        gone = cluster.members[f"decode-{number}"]
+        cluster.leave(gone, gone.stream)
+    for number in range(0, 100, 4):
+        cluster.join(info(f"decode-{number}", 2), NO_LOAD).assigned.place(1000 + number)
+    found = {one.id: one.num_outstanding_tokens for one in cluster.snapshot(4).decode}
+    odd = {f"decode-{number}": number for number in range(1, 100, 2)}
+    assert found == odd | {f"decode-{number}": 1000 + number for number in range(0, 100, 4)}
+
+
+async def test_rows_of_members_that_left_are_used_again_without_what_stood_there(cluster: Cluster) -> None:
+    cluster.join(info("store-0"), NO_LOAD)
+    for incarnation in range(1, 300):
+        member = cluster.join(info("prefill-0", incarnation), NO_LOAD)
+        member.backlog.place(100, 4.0, 0, 50.0)
+    assert cluster._table.size <= 64, "one worker and one store"
+    assert len(cluster._table.tasks) == 1
+    snapshot = cluster.snapshot(4, 50.0, Asking({}, 0, lambda _: 9.0))
+    assert snapshot.prefill.busy_until_s.tolist() == pytest.approx([54.0]) and snapshot.prefill[0].num_outstanding_tokens == 100
+
+
+async def test_each_change_of_a_worker_s_load_shows_in_the_next_snapshot(cluster: Cluster) -> None:
+    cluster.join(info("store-0"), NO_LOAD)
+    decode = cluster.join(info("decode-0"), NO_LOAD)
+    assignment = decode.assigned.place(30)
+
+    def seen() -> tuple[int, int, int, int]:
+        (one,) = cluster.snapshot(4).decode
+        return one.num_outstanding_tokens, one.num_requests, one.num_running, one.num_running_tokens
+
+    assert seen() == (30, 1, 0, 0)
+    assignment.begin()
+    assert seen() == (30, 1, 1, 30)
+    assignment.grow(5)
+    assert seen() == (35, 1, 1, 35)
+    assignment.end()
+    assert seen() == (0, 0, 0, 0)

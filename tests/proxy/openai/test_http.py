@@ -323,3 +323,16 @@ def test_a_logprob_of_minus_infinity_is_json(face: Any, http: httpx.Client, monk
 def test_the_openapi_description_names_the_fields(http: httpx.Client) -> None:
     schemas = http.get("/openapi.json").json()["components"]["schemas"]
     assert {"prompt", "echo", "top_k"} <= schemas["CompletionBody"]["properties"].keys()
+
+
+def test_time_to_first_token_counts_from_the_request_s_head_and_not_from_when_its_body_was_read(face: Any) -> None:
+    body = json.dumps({"model": "chatty", "prompt": "Hello", "max_tokens": 100}).encode()
+
+    def slowly() -> Iterator[bytes]:
+        yield body[:5]
+        time.sleep(0.4)  # the client's own line
+        yield body[5:]
+
+    headers = {"content-type": "application/json"}
+    reply = httpx.post(f"{face.http}/v1/completions", content=slowly(), headers=headers, timeout=10).json()
+    assert reply["halfmoon"]["phases"][0]["ttft_s"] > 0.4

@@ -209,3 +209,17 @@ def test_a_promise_to_a_store_that_nothing_is_known_of_is_not_noted() -> None:
     index.expect("a:1", KEYS)
     index.withdraw("a:1", KEYS)
     assert index.leading_runs(KEYS) == {} and not index._slots
+
+
+@settings(deadline=None)
+@given(st.sets(st.integers(0, 60)), st.sets(st.integers(0, 60)))
+def test_few_holders_and_many_are_named_alike_through_stores_that_leave(holders: set[int], left: set[int]) -> None:
+    index = PrefixIndex()
+    for number in range(61):
+        index.change(f"s{number}", [b"k"] if number in holders else [], ())
+    assert set(index.holders(b"k")) == {f"s{number}" for number in holders}
+    for number in left:
+        index.drop(f"s{number}")
+    assert set(index.leading_runs([b"k"])) == set(index.holders(b"k")) == {f"s{number}" for number in holders - left}
+    index.change("late", [b"k"], ())
+    assert set(index.holders(b"k")) == {f"s{number}" for number in holders - left} | {"late"}

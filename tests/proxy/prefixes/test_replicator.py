@@ -17,15 +17,12 @@ from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.blocks import block_keys, root_key
 from halfmoon.protocol.config import StoreConfig
 from halfmoon.protocol.v1 import common_pb2, control_pb2
-from halfmoon.proxy.conductor.placement import MemberState, Placement
 from halfmoon.proxy.members.cluster import Cluster
 from halfmoon.proxy.metrics import ProxyMetrics
-from halfmoon.proxy.prefixes.hot import DEPTHS, Budget, Copy, HotPrefixes, plan
+from halfmoon.proxy.prefixes.hot import DEPTHS, Budget, Copy, HotPrefixes, next_copy
 from halfmoon.proxy.prefixes.index import PrefixIndex
 from halfmoon.proxy.prefixes.replicator import RETRY_AFTER_S, Replicator
 from halfmoon.proxy.prefixes.watch import PrefixWatch
-
-PLACEMENT = Placement(MemberState("p", "p", "s"), MemberState("d", "d", "s"), None, 0, "the test said so")
 
 
 def chain(name: str, num_blocks: int) -> list[bytes]:
@@ -85,7 +82,7 @@ stores = st.sets(st.sampled_from("abcdef"))
 @given(stores, stores, loads, stores, st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 3)), st.integers(0, 7))
 @settings(deadline=None)
 def test_a_copy_goes_from_a_holder_to_the_least_loaded_store_without_one(holders, coming, load_of, avoid, copies_from, wanted) -> None:
-    copy = plan(
+    copy = next_copy(
         [b"k"], wanted, holders=holders, coming=coming, load_of=load_of, copies_from=Counter(copies_from), avoid=avoid
     )  # fmt: skip
     takers = set(load_of) - holders - coming - avoid
@@ -150,7 +147,7 @@ class Stage:
 
     def place(self, times: int = 1) -> None:
         for _ in range(times):
-            self.replicator.placed(PLACEMENT, self.keys)
+            self.replicator.placed(self.keys)
 
     def outcome(self, name: str) -> float:
         return self.registry.get_sample_value("halfmoon_replications_total", {"outcome": name}) or 0.0
@@ -174,14 +171,14 @@ async def test_a_hot_prefix_is_copied_once_to_the_other_store(peers: Any) -> Non
     try:
         await stage.keep(source, stage.keys)
         stage.place(3)
-        assert stage.replicator._tasks == {}
+        assert stage.replicator._under_way == []
         stage.place(5)
-        assert list(stage.replicator._tasks.values()) == [Copy(source.address, target.address, stage.keys[: stage.shared])]
+        assert stage.replicator._under_way == [Copy(source.address, target.address, stage.keys[: stage.shared])]
         await stage.until(lambda: stage.outcome("copied") == 1)
         await stage.until(lambda: stage.index.leading_runs(stage.keys).get(target.address) == stage.shared)
         assert target.accounting().num_cached == stage.shared
         stage.place(20)
-        assert stage.replicator._tasks == {}, "there is no third store"
+        assert stage.replicator._under_way == [], "there is no third store"
         num_bytes = stage.registry.get_sample_value("halfmoon_replication_bytes_total")
         assert num_bytes == stage.shared * stage.schema.block_bytes
     finally:
@@ -194,7 +191,7 @@ async def test_never_means_never(peers: Any) -> None:
     try:
         await stage.keep(source, stage.keys)
         stage.place(50)
-        assert stage.replicator._tasks == {}
+        assert stage.replicator._under_way == []
     finally:
         await stage.stop()
 
@@ -205,11 +202,11 @@ async def test_copies_are_bounded_in_number_and_in_bytes(peers: Any) -> None:
     try:
         await stage.keep(source, stage.keys)
         stage.place(8)
-        assert len(stage.replicator._tasks) == 1 and stage.outcome("too_many") == 1
+        assert len(stage.replicator._under_way) == 1 and stage.outcome("too_many") == 1
         await stage.until(lambda: stage.outcome("copied") == 1)
         await stage.until(lambda: len(stage.index.holders(stage.keys[stage.shared - 1])) == 2)
         stage.place()
-        assert stage.replicator._tasks == {} and stage.outcome("over_budget") == 1
+        assert stage.replicator._under_way == [] and stage.outcome("over_budget") == 1
         stage.now += 59.0
         stage.place()
         assert stage.outcome("over_budget") == 2, "a byte a second pays for nothing in a minute"
@@ -224,13 +221,13 @@ async def test_a_failed_copy_is_tried_again_after_a_while(peers: Any) -> None:
         await stage.keep(source, stage.keys)
         await source.stop(0)
         stage.place(4)
-        assert len(stage.replicator._tasks) == 1
+        assert len(stage.replicator._under_way) == 1
         await stage.until(lambda: stage.outcome("store_unavailable") == 1)
         stage.place(4)
-        assert stage.replicator._tasks == {}
+        assert stage.replicator._under_way == []
         stage.now += RETRY_AFTER_S
         stage.place(1)
-        assert len(stage.replicator._tasks) == 1
+        assert len(stage.replicator._under_way) == 1
         assert target.accounting().num_leased == 0
     finally:
         await stage.stop()
@@ -242,21 +239,44 @@ async def test_a_target_that_leaves_ends_its_copy(peers: Any) -> None:
     try:
         await stage.keep(source, stage.keys)
         stage.place(4)
-        assert len(stage.replicator._tasks) == 1
+        assert len(stage.replicator._under_way) == 1
         member = stage.cluster.members["store-1"]
         stage.cluster.leave(member, member.stream)
-        await stage.until(lambda: stage.replicator._tasks == {})
+        await stage.until(lambda: stage.replicator._under_way == [])
         (counted,) = [family for family in stage.registry.collect() if family.name == "halfmoon_replications"]
         assert sum(sample.value for sample in counted.samples if sample.name.endswith("_total")) == 1
     finally:
         await stage.stop()
 
 
+async def test_a_copy_that_breaks_on_a_bug_is_counted_and_not_tried_there_again_at_once(peers: Any, monkeypatch: Any, caplog: Any) -> None:
+    stage = Stage(peers)
+    source = await stage.add()
+    await stage.add()
+    try:
+        await stage.keep(source, stage.keys)
+
+        def broken(address: str) -> Any:
+            raise RuntimeError("a bug")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(stage.cluster, "store_at", broken)
+            stage.place(4)
+            await stage.until(lambda: stage.replicator._under_way == [])
+        assert stage.outcome("internal") == 1 and "RuntimeError: a bug" in caplog.text
+        stage.place()
+        assert stage.replicator._under_way == [], "not yet"
+        stage.now += RETRY_AFTER_S + 1.0
+        stage.place(4)
+        await stage.until(lambda: stage.outcome("copied") == 1)
+    finally:
+        await stage.stop()
+
+
 async def test_every_placement_is_told_to_the_replicator(bench: Any, peers: Any, monkeypatch: Any) -> None:
-    told: list[tuple[Placement, list[bytes]]] = []
-    monkeypatch.setattr(bench.router._replicator, "placed", lambda placement, keys: told.append((placement, keys)))
+    told: list[list[bytes]] = []
+    monkeypatch.setattr(bench.router._replicator, "placed", told.append)
     prompt = list(range(50, 71))
     await peers.read(bench.router.open(bench.request(prompt)))
-    ((placement, keys),) = told
-    assert placement.prefill.id == bench.prefills[0].id
+    (keys,) = told
     assert keys == block_keys(root_key(peers.SCHEMA.fingerprint), prompt, 4)

@@ -18,7 +18,7 @@ from halfmoon.proxy.prefixes.index import PrefixIndex
 
 
 def index_of(bench: Any) -> PrefixIndex:
-    return bench.router._dispatcher._index
+    return bench.router._index
 
 
 async def settled(condition: Any) -> None:
@@ -160,3 +160,21 @@ async def test_a_real_store_s_seals_and_evictions_reach_the_index(bench: Any, pe
     finally:
         await client.close()
         await server.stop(0)
+
+
+async def test_a_store_whose_following_breaks_on_a_bug_is_forgotten_and_read_anew(bench: Any, monkeypatch: Any, caplog: Any) -> None:
+    store, index = bench.stores[0], index_of(bench)
+    await settled(lambda: store.num_watches == 1)
+    store.publish(stored=[b"a"])
+    await settled(lambda: len(index) == 1)
+    monkeypatch.setattr("halfmoon.proxy.prefixes.watch.RESTART_INTERVAL_S", 0.05)
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "change", broken)
+        store.publish(stored=[b"b"])
+        await settled(lambda: len(index) == 0)
+    await settled(lambda: index.leading_runs([b"a", b"b"]) == {store.address: 2})
+    assert "RuntimeError: a bug" in caplog.text

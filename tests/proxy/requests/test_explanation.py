@@ -44,7 +44,7 @@ async def test_every_candidate_is_shown_with_its_predictions_and_the_chosen_with
     bench = await make_bench(2, 2, policy="kvcache_centric")
     request = bench.request(list(range(50, 70)))
     keys = block_keys(root_key(peers.SCHEMA.fingerprint), request.token_ids, 4)
-    index = bench.router._dispatcher._index
+    index = bench.router._index
     index.change(bench.stores[0].address, keys[:3], ())
     busy = bench.cluster.members["prefill-0"].backlog.place(4000, 7.0, 0, asyncio.get_running_loop().time())
     running = bench.cluster.members["decode-0"].assigned.place(500)
@@ -72,7 +72,7 @@ async def test_every_candidate_is_shown_with_its_predictions_and_the_chosen_with
     assert by_name["prefill"].measured_s == 2e-6
     assert by_name["prefill"].relative_error == pytest.approx((alone_s - 2e-6) / 2e-6)
     assert found.phases == type(found.phases).from_proto(finished.phases)
-    busy.end()
+    busy.end(asyncio.get_running_loop().time())
     running.end()
 
 
@@ -166,7 +166,7 @@ def test_of_many_candidates_the_chosen_and_the_least_loaded_are_kept() -> None:
     pool = tuple(MemberState(f"p{number:03}", f"p{number}.1", "s", busy_until_s=float(100 - number)) for number in range(100))
     decision = log.open(request("a"), NO_SLO)
     asked = PlacementRequest(2)
-    attempt = decision.decided(asked, Snapshot(pool, pool[:3], 4), Predictors.guess(), Rejection("overloaded", "no"), 0)
+    attempt = decision.decided(asked, Snapshot.of(pool, pool[:3], 4), Predictors.guess(), Rejection("overloaded", "no"), 0)
     assert [member.id for member in attempt.seen.prefill] == [f"p{number:03}" for number in range(99, 99 - NUM_KEPT + 1, -1)]
     assert (attempt.num_prefill, attempt.num_decode, len(attempt.seen.decode)) == (100, 3, 3)
     decision.end(RequestState.REJECTED, "no")

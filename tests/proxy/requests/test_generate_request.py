@@ -11,55 +11,56 @@ from halfmoon.protocol.config import ModelOptions
 from halfmoon.protocol.errors import CheckpointError, InvalidRequest, PromptTooLong, UnknownModel
 from halfmoon.protocol.sampling import MAX_SEED
 from halfmoon.proxy.model_card import ModelCard
-from halfmoon.proxy.requests.generate_request import GenerateRequest, Plan, Planner
+from halfmoon.proxy.request import ProxyRequest
+from halfmoon.proxy.requests.generate_request import GenerateRequest, RequestBuilder
 from halfmoon.proxy.text.chat_template import ChatMessage
 from halfmoon.proxy.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
-def planner(chat_model_folder: Path, chat_tokenizer: Tokenizer) -> Planner:
-    return Planner(chat_tokenizer, ModelCard.from_folder(chat_model_folder, ModelOptions(), "float32"), 60.0)
+def builder(chat_model_folder: Path, chat_tokenizer: Tokenizer) -> RequestBuilder:
+    return RequestBuilder(chat_tokenizer, ModelCard.from_folder(chat_model_folder, ModelOptions(), "float32"), 60.0)
 
 
-async def plan(planner: Planner, **asked: Any) -> Plan:
-    return await planner.plan(GenerateRequest(**{"prompts": ["Hello"], **asked}), 512)
+async def build(builder: RequestBuilder, **asked: Any) -> list[ProxyRequest]:
+    return await builder.build(GenerateRequest(**{"prompts": ["Hello"], **asked}), 512)
 
 
-async def test_choices_share_the_prompt_and_differ_by_seed(planner: Planner) -> None:
-    found = await plan(planner, prompts=["Hello", [5, 6]], n=3, seed=MAX_SEED - 1, request_id="r", sampling={"top_k": 4})
-    assert [request.request_id for request in found.requests] == [f"r-{index}" for index in range(6)]
-    assert [request.sampling.seed for request in found.requests] == [MAX_SEED - 1, MAX_SEED, 0] * 2
-    assert [request.token_ids for request in found.requests[3:]] == [[5, 6]] * 3
-    assert all(request.sampling.top_k == 4 and request.timeout_s == 60.0 for request in found.requests)
-    assert found.num_prompt_tokens == len(found.requests[0].token_ids) + 2
+async def test_choices_share_the_prompt_and_differ_by_seed(builder: RequestBuilder) -> None:
+    found = await build(builder, prompts=["Hello", [5, 6]], n=3, seed=MAX_SEED - 1, request_id="r", sampling={"top_k": 4})
+    assert [request.request_id for request in found] == [f"r-{index}" for index in range(6)]
+    assert [request.sampling.seed for request in found] == [MAX_SEED - 1, MAX_SEED, 0] * 2
+    assert [request.token_ids for request in found[3:]] == [[5, 6]] * 3
+    assert all(request.sampling.top_k == 4 and request.timeout_s == 60.0 for request in found)
+    assert all(request.token_ids is found[index // 3 * 3].token_ids for index, request in enumerate(found)), "one list a prompt"
 
 
-async def test_without_a_seed_one_is_drawn_for_all_choices(planner: Planner) -> None:
-    first, second = [(await plan(planner, n=2)).requests for _ in range(2)]
+async def test_without_a_seed_one_is_drawn_for_all_choices(builder: RequestBuilder) -> None:
+    first, second = [(await build(builder, n=2)) for _ in range(2)]
     assert first[1].sampling.seed == first[0].sampling.seed + 1
     assert first[0].sampling.seed != second[0].sampling.seed
     assert first[0].request_id != second[0].request_id
 
 
-async def test_one_choice_has_the_request_id_itself_and_the_arrival_of_the_ask(planner: Planner) -> None:
+async def test_one_choice_has_the_request_id_itself_and_the_arrival_of_the_ask(builder: RequestBuilder) -> None:
     asked = GenerateRequest(prompts=["Hello"], request_id="mine")
-    (request,) = (await planner.plan(asked, 512)).requests
+    (request,) = await builder.build(asked, 512)
     assert (request.request_id, request.arrival) == ("mine", asked.arrival)
 
 
-async def test_a_chat_is_not_given_a_second_bos(planner: Planner, chat_tokenizer: Tokenizer) -> None:
-    (request,) = (await planner.plan(GenerateRequest(messages=[ChatMessage("user", "x")]), 512)).requests
+async def test_a_chat_is_not_given_a_second_bos(builder: RequestBuilder, chat_tokenizer: Tokenizer) -> None:
+    (request,) = await builder.build(GenerateRequest(messages=[ChatMessage("user", "x")]), 512)
     assert chat_tokenizer.decode(request.token_ids, skip_special_tokens=False).startswith("<|im_start|>user")
 
 
 @pytest.mark.parametrize(("num_tokens", "max_tokens"), [(500, 12), (496, 16), (511, 1), (3, 16)])
-async def test_the_default_of_16_tokens_shrinks_to_what_is_left(num_tokens: int, max_tokens: int, planner: Planner) -> None:
-    (request,) = (await plan(planner, prompts=[[7] * num_tokens])).requests
+async def test_the_default_of_16_tokens_shrinks_to_what_is_left(num_tokens: int, max_tokens: int, builder: RequestBuilder) -> None:
+    (request,) = await build(builder, prompts=[[7] * num_tokens])
     assert request.sampling.max_tokens == max_tokens
 
 
-async def test_the_limit_itself_is_allowed(planner: Planner) -> None:
-    (request,) = (await plan(planner, prompts=[[7] * 500], max_tokens=12)).requests
+async def test_the_limit_itself_is_allowed(builder: RequestBuilder) -> None:
+    (request,) = await build(builder, prompts=[[7] * 500], max_tokens=12)
     assert request.sampling.max_tokens == 12
 
 
@@ -79,6 +80,7 @@ async def test_the_limit_itself_is_allowed(planner: Planner) -> None:
         ({"sampling": {"temperature": float("nan")}}, InvalidRequest, "temperature", "nan"),
         ({"sampling": {"logit_bias": {1: float("nan")}}}, InvalidRequest, "logit_bias", "nan"),
         ({"stop": ["a"] * 17}, InvalidRequest, "stop", "17 strings; it may have 16"),
+        ({"stop": ["a", "b" * 1025]}, InvalidRequest, "stop", "a string of 1025 characters; each may have 1024"),
         ({"timeout_s": 604801.0}, InvalidRequest, "timeout_s", r"604801\.0; it must be .* at most 604800 \(7 days\)"),
         ({"timeout_s": 1e18}, InvalidRequest, "timeout_s", "7 days"),
         ({"timeout_s": float("inf")}, InvalidRequest, "timeout_s", "7 days"),
@@ -87,16 +89,16 @@ async def test_the_limit_itself_is_allowed(planner: Planner) -> None:
     ],
 )
 async def test_what_is_out_of_range_is_named_with_its_limit(
-    ask: dict[str, Any], error: type[InvalidRequest], param: str, message: str, planner: Planner
+    ask: dict[str, Any], error: type[InvalidRequest], param: str, message: str, builder: RequestBuilder
 ) -> None:
     with pytest.raises(InvalidRequest, match=message) as caught:
-        await plan(planner, **ask)
+        await build(builder, **ask)
     assert type(caught.value) is error and caught.value.fields["param"] == param
 
 
 @pytest.mark.parametrize("ask", [{"prompts": ["a", "b" * 10**6]}, {"prompts": [], "messages": [ChatMessage("user", "b" * 10**6)]}])
 async def test_a_text_that_no_prompt_can_be_is_refused_before_it_is_tokenised(
-    ask: dict[str, Any], planner: Planner, chat_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    ask: dict[str, Any], builder: RequestBuilder, chat_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = 512 * 4 * max(len(token) for token in chat_tokenizer._backend.get_vocab(with_added_tokens=True))
     encoded: list[str] = []
@@ -108,16 +110,16 @@ async def test_a_text_that_no_prompt_can_be_is_refused_before_it_is_tokenised(
 
     monkeypatch.setattr(Tokenizer, "encode_all_aside", seen)
     with pytest.raises(PromptTooLong, match=f"the prompt has 1000000 characters; .* at most {limit} characters"):
-        await plan(planner, **ask)
+        await build(builder, **ask)
     assert encoded == []
     with pytest.raises(PromptTooLong, match="tokens; this model takes 512"):
-        await plan(planner, prompts=["b" * limit])  # as long as the limit: its tokens decide
+        await build(builder, prompts=["b" * limit])  # as long as the limit: its tokens decide
     assert encoded == ["b" * limit]
 
 
 async def test_the_longest_timeout_is_taken_and_a_longer_default_is_cut_to_it(chat_model_folder: Path, chat_tokenizer: Tokenizer) -> None:
-    patient = Planner(chat_tokenizer, ModelCard.from_folder(chat_model_folder, ModelOptions(), "float32"), 1e18)
-    asked, default = [(await plan(patient, timeout_s=timeout_s)).requests[0].timeout_s for timeout_s in (604800.0, None)]
+    patient = RequestBuilder(chat_tokenizer, ModelCard.from_folder(chat_model_folder, ModelOptions(), "float32"), 1e18)
+    asked, default = [(await build(patient, timeout_s=timeout_s))[0].timeout_s for timeout_s in (604800.0, None)]
     assert asked == default == 604800.0
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from halfmoon.protocol.v1 import common_pb2
+from halfmoon.protocol.v1 import common_pb2, control_pb2
 from halfmoon.proxy.conductor.predictors import CostModel, Predictors
 from halfmoon.proxy.conductor.predictors.outlier_filter import OutlierFilter
 from halfmoon.proxy.metrics import ProxyMetrics
-from halfmoon.proxy.requests.learner import Learner
+from halfmoon.proxy.requests.learner import STEPS_AT_ONCE, STEPS_PER_S, Learner
 
 
 def test_one_hiccup_is_not_learnt_and_a_new_truth_is() -> None:
@@ -79,3 +81,60 @@ def test_a_hand_off_is_learnt_from_nothing_and_never_runs_away() -> None:
         assert predictors.handoff.predict(num_bytes, "net") < 1.0
     assert predictors.handoff.predict(20 * 2**20, "net") == pytest.approx(0.05 + 20 * 2**20 / 1e9, rel=0.15)
     assert predictors.handoff.predict(20 * 2**20, "node") == 0.0, "of the other kind nothing was seen"
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Worker:
+    """A decode worker that reports ten steps five times a second, as a machine of `factor` times the guess's seconds takes them."""
+
+    def __init__(self, seed: int, truth: CostModel) -> None:
+        self._rng, self._truth = random.Random(seed), truth
+
+    def report(self) -> control_pb2.MemberLoad:
+        steps = []
+        for _ in range(10):
+            num, tokens = self._rng.randint(1, 64), self._rng.randint(1000, 200_000)
+            seconds = self._truth.step_time(num, tokens) * self._rng.uniform(0.97, 1.03)
+            steps.append(control_pb2.StepSample(num_sequences=num, num_kv_tokens=tokens, seconds=seconds))
+        return control_pb2.MemberLoad(steps=steps)
+
+
+def run_cluster(num_workers: int, seconds: float, factor: float) -> tuple[Predictors, CostModel, list[int]]:
+    """What was learnt, what is so, and how many samples of each worker were looked at."""
+    predictors, clock = Predictors.guess(), Clock()
+    model = predictors.model
+    truth = dataclasses.replace(
+        model, step_s=model.step_s * factor, per_sequence_s=model.per_sequence_s * factor, per_kv_token_s=model.per_kv_token_s * factor
+    )
+    learner = Learner(predictors, ProxyMetrics(CollectorRegistry()), clock)
+    workers = [Worker(number, truth) for number in range(num_workers)]
+    looked_at = [0] * num_workers
+    nobody: Any = None
+    for _ in range(round(seconds * 5)):
+        for number, worker in enumerate(workers):
+            clock.now_s += 0.2 / num_workers
+            before = predictors.step.error.num_observations
+            learner.reported(nobody, worker.report())
+            looked_at[number] += predictors.step.error.num_observations - before
+    return predictors, truth, looked_at
+
+
+def test_every_step_of_a_small_cluster_is_looked_at() -> None:
+    _, _, looked_at = run_cluster(3, 4.0, 1.0)
+    assert looked_at == [200, 200, 200]
+
+
+def test_a_large_cluster_is_learnt_from_at_a_bounded_rate_from_all_of_its_workers_and_as_well() -> None:
+    num_workers, seconds = 400, 10.0
+    predictors, truth, looked_at = run_cluster(num_workers, seconds, 3.0)
+    assert sum(looked_at) <= STEPS_AT_ONCE + STEPS_PER_S * seconds * 1.05
+    assert sum(looked_at) >= STEPS_PER_S * seconds * 0.8
+    assert sum(number > 0 for number in looked_at) > 0.9 * num_workers, "workers that report in step are not passed over"
+    for num, tokens in ((1, 2000), (30, 90_000), (64, 200_000)):
+        assert predictors.step.predict(num, tokens) == pytest.approx(truth.step_time(num, tokens), rel=0.05)

@@ -120,7 +120,7 @@ async def test_choices_of_which_one_is_refused_leave_nothing_booked_and_nothing_
     bench = await make_bench(admission="ttft_tbt", ttft_slo_s=1.0, cost_model=profile)
     choices = [bench.request() for _ in range(3)]  # the second would wait for the first
     with pytest.raises(Overloaded):
-        bench.router.open_all(choices)
+        await bench.router.open_all(choices)
     bench.assert_at_rest()
     assert not bench.cluster.members["prefill-0"].backlog and not bench.prefills[0].requests
     assert {explained(bench, choice).state for choice in choices} == {"rejected"}
@@ -132,11 +132,11 @@ async def test_a_wrong_prediction_cannot_refuse_everybody_for_ever(
     make_bench: Any, peers: Any, profile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On an idle cluster somebody is let in now and then, against the prediction, so that it is put right."""
-    monkeypatch.setattr("halfmoon.proxy.requests.dispatcher.PROBE_S", 1e9)
+    monkeypatch.setattr("halfmoon.proxy.requests.placer.PROBE_S", 1e9)
     bench = await make_bench(admission="two_stage", ttft_slo_s=0.5, tpot_slo_s=1e-3, cost_model=profile)
     with pytest.raises(Overloaded):
         bench.router.open(bench.request())
-    bench.router._dispatcher._next_probe_s = 0.0
+    bench.router._placer._next_probe_s = 0.0
     _, finished = await within(5, peers.read(bench.router.open(bench.request())))
     assert finished.phases.predicted_ttft_s > 0.5, "nor is it refused for its step when its prefill is done"
     with pytest.raises(Overloaded):
@@ -206,20 +206,19 @@ async def test_predictive_sees_who_comes_who_runs_and_how_long_that_takes(
     bench = await make_bench(admission="predictive", ttft_slo_s=60.0, tpot_slo_s=1.0, cost_model=profile)
     heard: list[float] = []
     monkeypatch.setattr(type(bench.router.conductor.admission), "observe_decode", lambda self, seconds, num_tokens: heard.append(seconds))
-    load_tracker = bench.router._dispatcher.load_tracker
+    load_tracker = bench.router._placer.load_tracker
     seal = asyncio.Event()
     bench.prefills[0].before_seal = lambda _: seal.wait()
     bench.decodes[0].before_token = lambda index: peers.forever() if index == 3 else asyncio.sleep(0)
     stream = bench.router.open(bench.request())
-    (coming,) = load_tracker.arriving
-    assert coming.num_tokens == 10 and load_tracker.leaving == ()
+    assert load_tracker.arriving.num_tokens.tolist() == [10] and len(load_tracker.began_s) == 0
     seal.set()
     await within(2, anext(stream))
-    assert load_tracker.arriving == () and len(load_tracker.leaving) == 1
+    assert len(load_tracker.arriving.at_s) == 0 and len(load_tracker.began_s) == 1
     state = bench.cluster.members["decode-0"].state
     assert (state.num_requests, state.num_running) == (1, 1) and 10 < state.num_running_tokens <= 13
     await stream.cancel("enough")
-    assert load_tracker.leaving == () and not heard, "it did not come to its end"
+    assert len(load_tracker.began_s) == 0 and not heard, "it did not come to its end"
     bench.decodes[0].before_token = lambda _: asyncio.sleep(0)
     await within(2, peers.read(bench.router.open(bench.request())))
     assert len(heard) == 1 and 0 < heard[0] < 2
@@ -308,7 +307,7 @@ async def test_a_longer_prefix_in_another_store_is_named_to_the_prefill_worker(m
     keys = block_keys(root_key(peers.SCHEMA.fingerprint), request.token_ids, 4)
     other.publish(stored=keys[:3])
     bench.stores[0].publish(stored=keys[:1])
-    index = bench.router._dispatcher._index
+    index = bench.router._index
     await until(lambda: index.leading_runs(keys) == {other.address: 3, bench.stores[0].address: 1})
     await within(5, peers.read(bench.router.open(request)))
     hint = bench.prefills[0].requests[0].prefix
@@ -319,7 +318,7 @@ async def test_a_longer_prefix_in_another_store_is_named_to_the_prefill_worker(m
 async def test_blocks_are_expected_where_they_will_stand_and_no_more_when_the_attempt_fails(make_bench: Any, peers: Any) -> None:
     bench = await make_bench(max_attempts=1)
     bench.prefills[0].before_seal = peers.forever
-    index = bench.router._dispatcher._index
+    index = bench.router._index
     keys = block_keys(root_key(peers.SCHEMA.fingerprint), list(range(20, 30)), 4)
     address = bench.stores[0].address
     await until(lambda: bench.stores[0].num_watches == 1)

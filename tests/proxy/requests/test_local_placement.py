@@ -50,7 +50,7 @@ def test_a_decode_worker_prefills_exactly_when_it_must_and_may(
     policy: str, local_prefill: str, num_prefill: int, loads: list[int], excluded: set[str], held: dict[str, int]
 ) -> None:
     decode = tuple(worker("decode", number, tokens) for number, tokens in enumerate(loads))
-    snapshot = Snapshot(tuple(worker("prefill", number) for number in range(num_prefill)), decode, BLOCK_SIZE)
+    snapshot = Snapshot.of(tuple(worker("prefill", number) for number in range(num_prefill)), decode, BLOCK_SIZE)
     request = PlacementRequest(80, held, frozenset(excluded))
     answer = conductor(local_prefill, policy).place(request, snapshot)
     has_prefill = any(member.incarnation not in excluded for member in snapshot.prefill)
@@ -69,13 +69,13 @@ def test_a_decode_worker_prefills_exactly_when_it_must_and_may(
 
 
 def test_a_local_prompt_goes_where_its_prefix_lies() -> None:
-    snapshot = Snapshot((), (worker("decode", 0, 10), worker("decode", 1, 40)), BLOCK_SIZE)
+    snapshot = Snapshot.of((), (worker("decode", 0, 10), worker("decode", 1, 40)), BLOCK_SIZE)
     answer = conductor("fallback").place(PlacementRequest(80, {"store-1": 4}), snapshot)
     assert isinstance(answer, Placement) and (answer.decode.id, answer.num_cached_tokens) == ("decode-1", 64)
 
 
 def test_a_prompt_that_no_prefill_worker_holds_is_too_long_and_does_not_fall_back() -> None:
-    snapshot = Snapshot((worker("prefill", 0, capacity=64),), (worker("decode", 0),), BLOCK_SIZE)
+    snapshot = Snapshot.of((worker("prefill", 0, capacity=64),), (worker("decode", 0),), BLOCK_SIZE)
     answer = conductor("fallback").place(PlacementRequest(65), snapshot)
     assert isinstance(answer, Rejection) and answer.code == "prompt_too_long"
 

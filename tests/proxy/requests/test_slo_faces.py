@@ -23,7 +23,7 @@ def strict(faces: Any, chat_model_folder: Any, chat_tokenizer: Any, tmp_path_fac
     Predictors.guess().model.save(profile)
     config = {"admission": "ttft_tbt", "ttft_slo_s": 100.0, "order": "edf", "policy": "kvcache_centric", "cost_model": str(profile)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("halfmoon.proxy.requests.dispatcher.PROBE_S", 1e9)
+        patch.setattr("halfmoon.proxy.requests.placer.PROBE_S", 1e9)
         face = faces.Face(chat_model_folder, chat_tokenizer, **config)
         yield face
         face.stop()

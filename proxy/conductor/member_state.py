@@ -1,0 +1,21 @@
+"""One worker as the Conductor sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class MemberState:
+    """A worker that may be chosen: alive, and its node's store too."""
+
+    id: str
+    incarnation: str  # of the process; what PlacementRequest excludes by
+    store_address: str  # the store on its node
+    num_outstanding_tokens: int = 0  # prefill: still to compute; decode: of context held or promised
+    kv_capacity_tokens: int = 0  # its pages; 0: unknown, taken as enough
+    busy_until_s: float | None = None  # prefill: when all that was placed on it is computed, by prediction, on the snapshot's clock
+    num_requests: int = 0  # decode: running, waiting or promised
+    num_running: int = 0  # decode: of those, in its batch or waiting for room in it
+    num_running_tokens: int = 0  # decode: their context
+    role: str = ""  # "prefill" | "decode" | "coupled" where the pools hold members of several roles; "": the pool's own

@@ -1,0 +1,140 @@
+"""Asks the Conductor where a request goes: what it is, what the cluster looks like to it, and how often to ask.
+
+Prompt ─► prefix index ─► PlacementRequest ┐
+          its place in the queues ─► Snapshot ──┴► Conductor ─► AttemptDecision
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+from ...protocol.config import QueueOrder
+from ..conductor.admission import Admission
+from ..conductor.conductor import Conductor
+from ..conductor.load_tracker import LoadTracker
+from ..conductor.placement import NO_SLO, Placement, PlacementRequest, Rejection, Slo, Snapshot
+from ..conductor.policies.base import usable_blocks
+from ..conductor.queue_order import queue_order
+from ..members.cluster import Asking, Cluster
+from ..prefixes.index import PrefixIndex
+from ..request import ProxyRequest
+from .decisions import AttemptDecision, RequestDecision
+from .learner import Learner
+from .prompt import Prompt
+
+PROBE_S = 30.0  # between two requests that are let in against the prediction
+
+
+class QueuePlaces:
+    """order: of the workers' queues."""
+
+    def __init__(self, order: QueueOrder) -> None:
+        self.order: QueueOrder = order
+        self._epoch = time.monotonic()  # places count from here: they are compared among requests of this process only
+
+    def place(self, request: ProxyRequest, slo: Slo, predicted_ttft_s: float | None = None) -> int:
+        """predicted_ttft_s: from the arrival."""
+        if self.order == "fair":
+            return request.priority
+        return queue_order(
+            self.order,
+            arrival_s=request.arrival - self._epoch,
+            ttft_slo_s=slo.ttft_s,
+            predicted_ttft_s=predicted_ttft_s,
+            priority=request.priority,
+        )
+
+
+class Placer:
+    """profiled: the predictors begin with a profile, not with a guess."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        index: PrefixIndex,
+        conductor: Conductor,
+        learner: Learner,
+        load_tracker: LoadTracker,
+        queues: QueuePlaces,
+        *,
+        profiled: bool = False,
+    ) -> None:
+        self.conductor = conductor
+        self.learner = learner
+        self.load_tracker = load_tracker
+        self._cluster = cluster
+        self._index = index
+        self._queues = queues
+        self._profiled = profiled
+        self._next_probe_s = time.monotonic() + PROBE_S
+
+    @property
+    def admission(self) -> Admission | None:
+        return self.conductor.admission
+
+    def place(self, request: ProxyRequest, prompt: Prompt, decision: RequestDecision) -> AttemptDecision:
+        """The answer, a Placement or a Rejection, stands in what it returns."""
+        slo, now_s = decision.slo, time.monotonic()
+        asked = PlacementRequest(
+            len(prompt.token_ids),
+            self._index.leading_runs(prompt.keys),
+            slo=slo,
+            priority=request.priority,
+            waited_s=now_s - request.arrival,
+        )
+        place = self._queues.place(request, slo)
+        seen, answer = self._ask(asked, place, now_s)
+        if isinstance(answer, Rejection) and answer.code == "overloaded" and self._may_probe(now_s):
+            asked = dataclasses.replace(asked, admitted=True)
+            seen, answer = self._ask(asked, place, now_s)
+        if self._queues.order == "late" and isinstance(answer, Placement) and answer.ttft_s is not None:
+            predicted_s = answer.ttft_s + asked.waited_s
+            if predicted_s > slo.ttft_s:
+                # too late even so: it gives way, and what it then waits for is another prediction
+                place = self._queues.place(request, slo, predicted_s)
+                seen, answer = self._ask(asked, place, now_s)
+        return decision.decided(asked, seen, self.learner.frozen(), answer, place)
+
+    def place_again(
+        self,
+        request: ProxyRequest,
+        prompt: Prompt,
+        decision: RequestDecision,
+        place: int,
+        exclude: frozenset[str],
+        avoid: frozenset[str],
+    ) -> AttemptDecision:
+        """It keeps its place in the queues, and no SLO keeps it out.
+
+        prompt: with the tokens sent so far. exclude, avoid: incarnations.
+        """
+        now_s, held = time.monotonic(), self._index.leading_runs(prompt.keys)
+        waited_s = now_s - request.arrival
+        asked = PlacementRequest(len(prompt.token_ids), held, exclude, avoid, NO_SLO, request.priority, waited_s, admitted=True)
+        seen, answer = self._ask(asked, place, now_s)
+        return decision.decided(asked, seen, self.learner.frozen(), answer, place)
+
+    def _may_probe(self, now_s: float) -> bool:
+        """Whether to let a request in that is predicted to miss its SLO: if a wrong prediction refused all, nothing would put it right.
+
+        Only where it harms nobody, for nothing else is under way: while all predictions are a guess, and then once every PROBE_S.
+        """
+        if not self.load_tracker.is_idle or (now_s < self._next_probe_s and (self._profiled or self.learner.knows)):
+            return False
+        self._next_probe_s = now_s + PROBE_S
+        return True
+
+    def _ask(self, asked: PlacementRequest, place: int, now_s: float) -> tuple[Snapshot, Placement | Rejection]:
+        schema, prefill = self._cluster.schema, self.learner.predictors.prefill
+        assert schema is not None  # the keys were made by it
+        block_size = schema.block_size
+
+        def work_s(num_held: int) -> float:
+            cached = usable_blocks(asked, num_held, block_size) * block_size
+            return prefill.predict(asked.num_tokens - cached, cached)
+
+        seen = self._cluster.snapshot(block_size, now_s, Asking(asked.held_blocks, place, work_s))
+        if self.admission is not None and self.admission.wants_arrivals:
+            seen = dataclasses.replace(seen, arriving=self.load_tracker.arriving, began_s=self.load_tracker.began_s)
+        return seen, self.conductor.place(asked, seen)

@@ -148,7 +148,7 @@ def test_what_this_kernel_does_not_do_reaches_the_portable_one_whole(options: di
         q, pages, torch.zeros(1, 2, dtype=torch.int32), torch.tensor(bounds, dtype=torch.int32), torch.tensor([70], dtype=torch.int32),
         **common, **options,
     )  # fmt: skip
-    silent = {"sliding_window": 0, "logit_soft_cap": 0.0, "kv_scales": None, "block_mask": None, "return_lse": False}
+    silent = {"sliding_window": 0, "logit_soft_cap": 0.0, "kv_scales": None, "block_mask": None, "return_lse": False, "usual_num_seqs": None}
     assert asked == [{**common, **silent, **options}]
 
 
@@ -173,4 +173,6 @@ def test_few_queries_over_many_keys_go_to_the_kernel_that_splits_keys_or_reads_f
     monkeypatch.setattr(module, "num_sms", lambda _: 132)
     q = torch.empty(num_tokens, 32, 128, dtype=torch.bfloat16, device="meta")
     pages = torch.empty(2, 10, 8, 64, 128, dtype=stored, device="meta")
-    assert module._pays(q, pages, num_seqs, max_kv_len) is pays
+    assert module._pays(q, pages, num_seqs, max_kv_len, None) is pays
+    roomy = module._pays(q, pages, 17 * num_seqs, max_kv_len, num_seqs)
+    assert roomy is pays or stored != torch.bfloat16, "rows for sequences that seldom come choose no other kernel"

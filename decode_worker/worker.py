@@ -45,7 +45,7 @@ from .token_feed import TokenFeeds
 
 logger = logging.getLogger(__name__)
 
-KEEP_PATIENCE_S = 0.02  # about a step, for which an answer's end waits for its blocks to be kept; a slow store costs the next turn its prefix
+KEEP_PATIENCE_S = 0.02  # about a step: how long an answer's end waits for its blocks to be cached
 
 
 class DecodeHalf:

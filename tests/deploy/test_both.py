@@ -70,20 +70,17 @@ async def test_32_at_once_each_get_their_own_tokens(cluster, reference, prompt_o
 async def test_the_next_turn_finds_the_blocks_of_the_last(cluster, reference, prompt_of) -> None:
     first = prompt_of(200, seed=2)
     answer = await cluster.greedy(first, NUM_TOKENS)
+    await cluster.at_rest()  # the answer's end does not wait long for its blocks to be cached
     second = (*first, *answer, *prompt_of(30, seed=3))
     result = await cluster.client.generate(token_ids=list(second), max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
     assert list(result.token_ids) == reference.generate(second, NUM_TOKENS)
     assert result.usage.num_cached_tokens == (len(first) + NUM_TOKENS - 1) // 64 * 64
 
 
-async def stream_worker(cluster: Any) -> str:
-    """Whose report says that it decodes."""
-    async with asyncio.timeout(2.0):
-        while True:
-            for member in (await cluster.status()).members:
-                if member.role == control_pb2.ROLE_BOTH and member.load.num_running:
-                    return member.info.id
-            await asyncio.sleep(0.01)
+async def decoding_worker(cluster: Any, request_id: str) -> str:
+    """Whose tokens the request gets."""
+    (explained,) = await cluster.client.explain(request_id)
+    return next(candidate.id for candidate in explained.attempts[-1].decode if candidate.chosen)
 
 
 async def test_one_that_dies_costs_a_replay_on_the_other(cluster, reference, prompt_of) -> None:
@@ -93,7 +90,7 @@ async def test_one_that_dies_costs_a_replay_on_the_other(cluster, reference, pro
     async for event in stream:
         if isinstance(event, Delta):
             if not token_ids:
-                await cluster.kill(await stream_worker(cluster))
+                await cluster.kill(await decoding_worker(cluster, stream.request_id))
             token_ids += event.token_ids
     assert token_ids == reference.generate(prompt, 800)
     assert (await stream.completion()).phases.num_attempts == 2

@@ -53,6 +53,7 @@ async def test_eight_at_once_each_get_their_own_tokens(coupled, reference, promp
 async def test_the_second_turn_reports_its_cached_tokens(coupled, reference, prompt_of) -> None:
     first = prompt_of(200, seed=2)
     answer = await coupled.greedy(first, NUM_TOKENS)
+    await coupled.at_rest()  # the answer's end does not wait long for its blocks to be cached
     second = (*first, *answer, *prompt_of(30, seed=3))
     result = await coupled.client.generate(token_ids=list(second), max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
     assert list(result.token_ids) == reference.generate(second, NUM_TOKENS)

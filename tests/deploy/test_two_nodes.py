@@ -55,6 +55,7 @@ async def test_32_concurrent_streams_over_grpc_give_the_same_tokens(cluster, ref
 async def test_the_second_turn_finds_its_prefix_across_nodes(cluster, reference, prompt_of) -> None:
     first = prompt_of(200, seed=2)
     answer = await cluster.greedy(first, NUM_TOKENS)
+    await cluster.at_rest()  # the answer's end does not wait long for its blocks to be cached
     second = (*first, *answer, *prompt_of(30, seed=3))
     result = await cluster.client.generate(token_ids=list(second), max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
     assert list(result.token_ids) == reference.generate(second, NUM_TOKENS)

@@ -148,7 +148,14 @@ def test_what_this_kernel_does_not_do_reaches_the_portable_one_whole(options: di
         q, pages, torch.zeros(1, 2, dtype=torch.int32), torch.tensor(bounds, dtype=torch.int32), torch.tensor([70], dtype=torch.int32),
         **common, **options,
     )  # fmt: skip
-    silent = {"sliding_window": 0, "logit_soft_cap": 0.0, "kv_scales": None, "block_mask": None, "return_lse": False, "usual_num_seqs": None}
+    silent = {
+        "sliding_window": 0,
+        "logit_soft_cap": 0.0,
+        "kv_scales": None,
+        "block_mask": None,
+        "return_lse": False,
+        "usual_num_seqs": None,
+    }
     assert asked == [{**common, **silent, **options}]
 
 

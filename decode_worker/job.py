@@ -30,14 +30,14 @@ class DecodeJob:
     intake: asyncio.Task[None] | None = None  # takes in the hand-off
     reader: BlockReader | None = None
     transport: str = ""  # of the reader's store
-    publishing: asyncio.Task[None] | None = None  # of a local prefill: its prompt's blocks, while the answer is written
+    caching_prompt: asyncio.Task[None] | None = None  # of a local prefill: its prompt's blocks, while the answer is written
     given_up: bool = False  # the store knows that nobody takes the hand-off
     timer: asyncio.TimerHandle | None = None  # of the deadline
     state: common_pb2.HandoffState | None = None  # set on admission
     unsent: list[common_pb2.TokenOutput] = field(default_factory=list)
     finish_reason: common_pb2.FinishReason | None = None
     error: HalfmoonError | None = None
-    may_finish: bool = False  # its blocks are kept, or that takes too long: the client may be told of the end
+    may_finish: bool = False  # its blocks are cached, or that takes too long: the client may be told of the end
     changed: asyncio.Event = field(default_factory=asyncio.Event)  # there is something to send
     num_given_tokens: int = 0  # the first included
     num_preemptions: int = 0

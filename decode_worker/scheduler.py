@@ -2,7 +2,7 @@
 
 add ─► waiting ─start─► loading ─admit─► running ─schedule─► step ─record─► finished ─release─► pages free
           ▲      pages    its hand-off     │  a token each, pages grow        its blocks are
-          └────────── preempt ◄────────────┘  on demand                       kept from the pages
+          └────────── preempt ◄────────────┘  on demand                       cached from the pages
 
 begin_prefill stands in admit's place where there is no hand-off: the prompt behind its cached prefix is computed here.
 A preempted sequence gave up its pages: once it has pages again its KV is computed here. Both go in chunks beside the others' tokens.

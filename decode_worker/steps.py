@@ -61,7 +61,7 @@ class DecodeSteps:
 
     def begin(self, part: Step, now: float) -> list[BlockPush]:
         self._local.stepping(part, now)
-        return []  # its blocks are kept at the end, from the pages
+        return []  # its blocks are cached at the end, from the pages
 
     def end(self, part: Step, samples: list[TokenSample], run: StepRun) -> None:
         num_tokens = part.num_tokens

@@ -32,7 +32,7 @@ from ..protocol.errors import (
 )
 from ..protocol.roles import WorkerRole
 from ..protocol.v1 import common_pb2, worker_pb2, worker_pb2_grpc
-from .answer_keeper import AnswerKeeper
+from .answer_cacher import AnswerCacher
 from .job import DecodeJob
 from .loader import HandoffLoader
 from .local_prefill import LocalPrefill, local_state
@@ -45,7 +45,7 @@ from .token_feed import TokenFeeds
 
 logger = logging.getLogger(__name__)
 
-KEEP_PATIENCE_S = 0.02  # about a step: how long an answer's end waits for its blocks to be cached
+CACHE_PATIENCE_S = 0.02  # about a step: how long an answer's end waits for its blocks to be cached
 
 
 class DecodeHalf:
@@ -75,7 +75,7 @@ class DecodeHalf:
         self._metrics = DecodeMetrics(worker.metrics.registry)
         self._loader = HandoffLoader(self._pages, worker.stores, worker.metrics, facts.vocab_size)
         self._local = LocalPrefill(worker.prefixes)
-        self._keeper = AnswerKeeper(worker.blocks, worker.stores, self.scheduler, worker.changed)
+        self._cacher = AnswerCacher(worker.blocks, worker.stores, self.scheduler, worker.changed)
         return DecodeSteps(self.scheduler, self._jobs, self._local, self._samples, worker.changed, worker.life.tell, self._stepped)
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -124,7 +124,7 @@ class DecodeHalf:
         self._fail(job, RequestCancelled(f"request {job.sequence.request_id} was cancelled in decode"))
 
     def stop_sequence(self, request_id: str) -> bool:
-        """Ends a request as finished, with the tokens it has; its blocks are kept. False where there is none."""
+        """Ends a request as finished, with the tokens it has; its blocks are cached. False where there is none."""
         found = [job for job in self._jobs.values() if job.sequence.request_id == request_id]
         for job in found:
             with self._changed:
@@ -205,11 +205,11 @@ class DecodeHalf:
     # ends
 
     def _finish(self, job: DecodeJob, reason: common_pb2.FinishReason) -> None:
-        """Who is told of the end finds the blocks of the answer in the store, where that takes no longer than KEEP_PATIENCE_S."""
+        """Who is told of the end finds the blocks of the answer in the store, where that takes no longer than CACHE_PATIENCE_S."""
         if not job.ended:
             job.finish_reason = reason
             self._end(job)
-            asyncio.get_running_loop().call_later(KEEP_PATIENCE_S, job.let_finish)
+            asyncio.get_running_loop().call_later(CACHE_PATIENCE_S, job.let_finish)
 
     def _fail(self, job: DecodeJob, error: HalfmoonError) -> None:
         if not job.ended:
@@ -229,14 +229,14 @@ class DecodeHalf:
         self._life.spawn(self._let_go(job))
 
     async def _let_go(self, job: DecodeJob) -> None:
-        """Keeps the blocks, or tells the store of a hand-off that nobody takes; frees the pages once no thread touches them."""
-        if job.publishing is not None:
-            await asyncio.wait({job.publishing})
+        """Caches the blocks, or tells the store of a hand-off that nobody takes; frees the pages once no thread touches them."""
+        if job.caching_prompt is not None:
+            await asyncio.wait({job.caching_prompt})
         try:
             if job.state is None and not job.is_local:
                 await self._loader.give_up(job)
             elif job.finish_reason is not None:
-                await self._keeper.keep(job, self._worker.root)
+                await self._cacher.cache_answer(job, self._worker.root)
         except HalfmoonError as failure:
             logger.info("request %s: after its end, %s", job.sequence.request_id, failure)
         finally:
@@ -259,7 +259,7 @@ class DecodeHalf:
                 continue
             if job.state is None:
                 job.admit(local_state(job, token))
-                job.publishing = self._life.spawn(self._keeper.publish(job)) if reason is None else None
+                job.caching_prompt = self._life.spawn(self._cacher.cache_prompt(job)) if reason is None else None
             else:
                 job.push(token)
             if reason is not None:

@@ -1,7 +1,7 @@
 """Whole sequences between pages and the blocks of a KV store, slice by slice. On the event loop; the store is known by its shape alone.
 
 load_pages   a reader's slices ─► pages, several under way
-keep_pages   pages ─► a writer: every layer ─► sealed
+cache_pages   pages ─► a writer: every layer ─► sealed
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ async def load_pages(transfer: PageTransfer, pages: Sequence[int], reader: Reade
     await load.finished()
 
 
-async def keep_pages(transfer: PageTransfer, pages: Sequence[int], writer: Writer, are_held: Callable[[], bool] | None = None) -> None:
+async def cache_pages(transfer: PageTransfer, pages: Sequence[int], writer: Writer, are_held: Callable[[], bool] | None = None) -> None:
     """Every layer of all of the writer's blocks, and the seal. As push_pages; gives the lease up before it raises."""
     pushing: deque[Future[None]] = deque()
     try:

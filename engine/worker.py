@@ -24,7 +24,7 @@ from ..protocol.channel import create_server
 from ..protocol.errors import InvalidRequest, WorkerLost
 from ..protocol.roles import ROLE_NAMES, ROLE_NUMBERS, WORKER_ROLES, WorkerRole, decodes, prefills
 from ..protocol.v1 import control_pb2
-from .block_keeper import BlockKeeper
+from .block_cacher import BlockCacher
 from .combined_scheduler import CombinedScheduler
 from .executor import Executor, Progress
 from .page_allocator import PageAllocator
@@ -133,7 +133,7 @@ class Worker:
         )
         await self.stores.own.attach()
         self.prefixes = PrefixLoader(self.executor.pages, self.stores, self.metrics, life.spawn)
-        self.blocks = BlockKeeper(self.executor.pages, self.metrics)
+        self.blocks = BlockCacher(self.executor.pages, self.metrics)
         self.steps = self._mount()
         self._take_role(self.role)
         self.steps.start()

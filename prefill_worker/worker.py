@@ -163,12 +163,12 @@ class PrefillHalf:
         self._life.spawn(self._release(job, error))
 
     async def _release(self, job: PrefillJob, error: HalfmoonError | None) -> None:
-        """Tells the store of a failure, or keeps the blocks; frees the pages once no thread touches them."""
+        """Tells the store of a failure, or caches the blocks; frees the pages once no thread touches them."""
         try:
             if error is not None:
                 await self._abort(job, error)
             elif not self._stores.is_own(job.request.store_address) and job.block_keys:
-                await self._worker.blocks.keep(self._stores.own.client, job.block_keys, job.sequence.pages)
+                await self._worker.blocks.cache(self._stores.own.client, job.block_keys, job.sequence.pages)
         except HalfmoonError as failure:
             logger.info("request %s: after its end, %s", job.sequence.request_id, failure)
         finally:

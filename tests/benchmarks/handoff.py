@@ -36,7 +36,7 @@ from shapes import write_shape
 
 from halfmoon.engine.engine import Engine
 from halfmoon.engine.kv_cache import PagedKVCache
-from halfmoon.engine.page_copy import keep_pages, load_pages
+from halfmoon.engine.page_copy import cache_pages, load_pages
 from halfmoon.engine.page_transfer import LocalPageTransfer
 from halfmoon.engine.sequence import Sequence, StepChunk
 from halfmoon.engine.transfer import TransferThread
@@ -220,7 +220,7 @@ async def measure_legs(side: Side, pages: list[int], others: list[int], rates: d
         num_copies = len(writer.rows(0, 0, len(pages)).runs)
         writer.dropped()
         began = time.monotonic()
-        await keep_pages(side.pages, pages, writer)
+        await cache_pages(side.pages, pages, writer)
         sealed = time.monotonic()
         await side.load(name, others)
         return sealed - began, side.loaded_at - sealed, num_copies

@@ -133,7 +133,7 @@ async def test_a_prompt_seen_before_is_loaded_and_not_computed(make_cluster: Any
 async def test_the_very_next_turn_finds_prompt_and_answer_whoever_computed_them(
     make_cluster: Any, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("halfmoon.decode_worker.worker.KEEP_PATIENCE_S", 5.0)  # whatever else this machine does
+    monkeypatch.setattr("halfmoon.decode_worker.worker.CACHE_PATIENCE_S", 5.0)  # whatever else this machine does
     cluster = await make_cluster()
     for first, second in ((cluster.run_local, cluster.run_local), (cluster.run_local, cluster.run), (cluster.run, cluster.run_local)):
         opening = prompt(20, cluster.num_requests)

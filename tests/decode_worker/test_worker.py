@@ -127,7 +127,7 @@ async def test_a_prompt_seen_before_is_loaded_and_not_computed(make_cluster: Any
 async def test_the_very_next_turn_finds_the_blocks_of_the_answer(
     make_cluster: Any, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("halfmoon.decode_worker.worker.KEEP_PATIENCE_S", 5.0)  # whatever else this machine does
+    monkeypatch.setattr("halfmoon.decode_worker.worker.CACHE_PATIENCE_S", 5.0)  # whatever else this machine does
     cluster = await make_cluster()
     answer = await cluster.run(prompt(20), max_tokens=30)
     turn = [*prompt(20), *answer.token_ids, 5, 6, 7]

@@ -12,7 +12,7 @@ import torch
 
 from halfmoon.engine import pinned_memory, row_copy
 from halfmoon.engine.kv_cache import PagedKVCache
-from halfmoon.engine.page_copy import keep_pages, load_pages
+from halfmoon.engine.page_copy import cache_pages, load_pages
 from halfmoon.engine.page_transfer import LocalPageTransfer
 from halfmoon.engine.transfer import TransferThread
 from halfmoon.kvstore.client import StoreClient
@@ -60,7 +60,7 @@ class Site:
         return np.stack([self.cache.read_bytes(layer, pages) for layer in range(self.schema.num_layers)])
 
     async def keep(self, keys: list[bytes], pages: list[int], **options) -> None:
-        await keep_pages(self.pages, pages, await self.client.cache(keys, 0.0), **options)
+        await cache_pages(self.pages, pages, await self.client.cache(keys, 0.0), **options)
 
     async def load(self, keys: list[bytes], pages: list[int]) -> None:
         reader = await self.client.fetch_prefix(keys)
@@ -157,7 +157,7 @@ async def test_a_lease_lost_during_a_push_fails_it_and_frees_its_slots(site: Sit
     writer = await site.client.reserve("h", 1, keys_of("h", 4), 4, 30.0)
     await site.client.abort("h", 1, RequestCancelled("the user closed the window"))
     with pytest.raises(HalfmoonError):
-        await keep_pages(site.pages, [5, 4, 7, 6], writer)
+        await cache_pages(site.pages, [5, 4, 7, 6], writer)
     async with asyncio.timeout(60):
         while site.store.accounting().num_free != NUM_SLOTS:
             await asyncio.sleep(0.005)

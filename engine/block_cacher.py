@@ -1,4 +1,4 @@
-"""Keeps what stands in pages as cached blocks of a store, for requests to come."""
+"""Copies what stands in pages to a store, as cached blocks of a store, for requests to come."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Callable
 
 from ..kvstore.client import StoreClient
 from .executor import PageTransfer
-from .page_copy import keep_pages
+from .page_copy import cache_pages
 from .worker_metrics import WorkerMetrics
 
 
-class BlockKeeper:
+class BlockCacher:
     """On the event loop."""
 
     def __init__(self, pages: PageTransfer, metrics: WorkerMetrics) -> None:
         self._pages = pages
         self._metrics = metrics
 
-    async def keep(self, client: StoreClient, keys: list[bytes], pages: list[int], are_held: Callable[[], bool] | None = None) -> None:
+    async def cache(self, client: StoreClient, keys: list[bytes], pages: list[int], are_held: Callable[[], bool] | None = None) -> None:
         """Stores full blocks at client, the first len(keys) of pages, where there is room for them at once.
 
         are_held: as PageTransfer.store's. Raises StoreFull, StoreUnavailable, HandoffError, RequestCancelled.
         """
         began = time.monotonic()
         writer = await client.cache(keys, 0.0)
-        await keep_pages(self._pages, pages, writer, are_held)
+        await cache_pages(self._pages, pages, writer, are_held)
         self._metrics.transferred(client.transport, "keep", writer.num_bytes, time.monotonic() - began)

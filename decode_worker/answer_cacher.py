@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 
-from ..engine.block_keeper import BlockKeeper
+from ..engine.block_cacher import BlockCacher
 from ..engine.stores import Stores
 from ..protocol.blocks import block_keys, div_ceil
 from ..protocol.errors import HalfmoonError
@@ -18,20 +18,20 @@ from .scheduler import DecodeScheduler
 logger = logging.getLogger(__name__)
 
 
-class AnswerKeeper:
+class AnswerCacher:
     """On the event loop. changed: guards the scheduler."""
 
-    def __init__(self, blocks: BlockKeeper, stores: Stores, scheduler: DecodeScheduler, changed: threading.Condition) -> None:
+    def __init__(self, blocks: BlockCacher, stores: Stores, scheduler: DecodeScheduler, changed: threading.Condition) -> None:
         self._blocks = blocks
         self._stores = stores
         self._scheduler = scheduler
         self._changed = changed
 
-    async def publish(self, job: DecodeJob) -> None:
+    async def cache_prompt(self, job: DecodeJob) -> None:
         """Stores the full blocks of a prompt that was computed here, so that other requests find them while it is being answered.
 
         The sequence goes on meanwhile; where it is preempted or ends, and others write into its pages, nothing is stored.
-        Never fails: what is not published now is kept at the end.
+        Never fails: what is not cached now is cached at the end.
         """
         num_blocks, page_size, sequence = len(job.block_keys), self._scheduler.block_size, job.sequence
         with self._changed:
@@ -45,17 +45,17 @@ class AnswerKeeper:
                 return sequence.pages[:num_blocks] == pages and self._scheduler.num_preemptions(sequence) == num_preemptions
 
         try:
-            await self._blocks.keep(self._stores.own.client, job.block_keys, pages, are_held)
+            await self._blocks.cache(self._stores.own.client, job.block_keys, pages, are_held)
         except HalfmoonError as failure:
-            logger.info("request %s: its prompt's blocks are not published yet: %s", sequence.request_id, failure)
+            logger.info("request %s: its prompt's blocks are not cached yet: %s", sequence.request_id, failure)
 
-    async def keep(self, job: DecodeJob, root: bytes) -> None:
+    async def cache_answer(self, job: DecodeJob, root: bytes) -> None:
         """Stores the full blocks of prompt and answer whose KV was computed, where there is room for them at once.
 
         Raises StoreFull, StoreUnavailable, HandoffError.
         """
         if keys := computed_keys(job, root, self._scheduler.block_size):
-            await self._blocks.keep(self._stores.own.client, keys, job.sequence.pages)
+            await self._blocks.cache(self._stores.own.client, keys, job.sequence.pages)
 
 
 def computed_keys(job: DecodeJob, root: bytes, block_size: int) -> list[bytes]:

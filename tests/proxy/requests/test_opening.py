@@ -132,10 +132,11 @@ async def test_the_keys_travel_to_both_workers_and_a_replay_s_cover_what_was_sen
             await asyncio.Event().wait()
 
     bench.decodes[0].before_token = stall
-    reading = asyncio.create_task(peers.read(bench.router.open(request)))
-    await asyncio.wait_for(reached.wait(), 5)
+    stream = bench.router.open(request)
+    await peers.take(stream, 3)
+    await reached.wait()
     await bench.decodes[0].kill()
-    await asyncio.wait_for(reading, 5)
+    await peers.read(stream)
     root = root_key(peers.SCHEMA.fingerprint)
     for worker in (bench.prefills[0], bench.decodes[0], bench.decodes[1]):
         for received in worker.requests:

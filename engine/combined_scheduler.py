@@ -93,8 +93,7 @@ class CombinedScheduler:
     def prefill_budget(self, decode_chunks: list[StepChunk]) -> int:
         """Tokens that the prefill half may compute beside these. At least a block where the decode half computes no prompt itself: chunks
         end at block boundaries, and a smaller budget would never let one in."""
-        # a decode token may be one that the step before gives: it stands behind its sequence's tokens
-        own = [chunk for chunk in decode_chunks if not (chunk.num_tokens == 1 and chunk.start + 1 >= chunk.sequence.num_tokens)]
+        own = [chunk for chunk in decode_chunks if not chunk.is_decode]
         num_own_tokens = sum(chunk.num_tokens for chunk in own)
         if len(own) == len(decode_chunks):
             return max(self._prefill.max_tokens_per_step - num_own_tokens, 0)

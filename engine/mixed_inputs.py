@@ -22,7 +22,7 @@ from .batch import StepBatch
 from .draw_columns import DRAW_COLUMNS, DrawColumns
 from .page_rows import PageRows
 from .sequence import Sequence, StepChunk
-from .staging import layout
+from .staging import DTYPES, layout
 
 HOST = -1  # a token's source where the host knows it
 
@@ -41,19 +41,15 @@ class MixedStep(NamedTuple):
 
 def split_step(chunks: Seq[StepChunk]) -> MixedStep:
     """A chunk that is its sequence's next token alone is a decode row; one may begin where its sequence's token_ids end."""
-    decodes = [chunk for chunk in chunks if _is_decode(chunk)]
-    others = [chunk for chunk in chunks if not _is_decode(chunk)]
+    decodes = [chunk for chunk in chunks if chunk.is_decode]
+    others = [chunk for chunk in chunks if not chunk.is_decode]
     last_rows: dict[Sequence, int] = {}
     end = 0
     for chunk in (*decodes, *others):
         end += chunk.num_tokens
         last_rows[chunk.sequence] = end - 1
-    sampled = [(chunk, last_rows[chunk.sequence]) for chunk in chunks if chunk.is_last or _is_decode(chunk)]
+    sampled = [(chunk, last_rows[chunk.sequence]) for chunk in chunks if chunk.samples]
     return MixedStep(decodes, others, sampled)
-
-
-def _is_decode(chunk: StepChunk) -> bool:
-    return chunk.num_tokens == 1 and chunk.start + 1 >= len(chunk.sequence.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +92,9 @@ class MixedSize:
 
 def views(size: MixedSize, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
     """The columns in a uint8 buffer of size.num_bytes."""
-    kinds = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32, np.dtype(np.float32): torch.float32}
     offsets, _ = size.offsets()
     return {
-        name: buffer[offsets[name] : offsets[name] + dtype.itemsize * count].view(kinds[dtype])
+        name: buffer[offsets[name] : offsets[name] + dtype.itemsize * count].view(DTYPES[dtype])
         for name, (dtype, count) in size.columns().items()
     }
 

@@ -108,3 +108,13 @@ class StepChunk(NamedTuple):
     def is_last(self) -> bool:
         """The step ends with the sequence's last token, so its logits give the next one."""
         return self.start + self.num_tokens == self.sequence.num_tokens
+
+    @property
+    def samples(self) -> bool:
+        """The step gives the sequence's next token: as is_last, or the chunk is a token that the step before gives."""
+        return self.start + self.num_tokens >= self.sequence.num_tokens
+
+    @property
+    def is_decode(self) -> bool:
+        """The sequence's next token alone, and no part of a prompt that is computed in pieces."""
+        return self.num_tokens == 1 and self.samples

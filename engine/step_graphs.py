@@ -139,4 +139,4 @@ def _is_known(chunk: StepChunk, last_results: Mapping[Sequence, int]) -> bool:
 
 def sampled_chunks(chunks: Seq[StepChunk]) -> list[StepChunk]:
     """Those whose next token the step gives: the last of a sequence's tokens is computed, or one that the step before gives."""
-    return [chunk for chunk in chunks if chunk.start + chunk.num_tokens >= chunk.sequence.num_tokens]
+    return [chunk for chunk in chunks if chunk.samples]

@@ -85,8 +85,7 @@ class Replicator:
         else:
             self._under_way.append(copy)
             title = f"copying {len(run)} hot blocks to {copy.target}"
-            task = self._tasks.spawn(self._copy(copy, hot.num_hits), title, lambda _: self._ended(copy, "internal"))
-            task.add_done_callback(lambda _: self._under_way.remove(copy))
+            self._tasks.spawn(self._copy(copy, hot.num_hits), title, lambda _: self._ended(copy, "internal"))
 
     async def close(self) -> None:
         await self._tasks.close()
@@ -128,6 +127,7 @@ class Replicator:
         self._ended(copy, outcome)
 
     def _ended(self, copy: Copy, outcome: str) -> None:
+        self._under_way.remove(copy)
         if outcome != "copied":
             self._retry_at[copy.target, copy.keys[-1]] = self._clock() + RETRY_AFTER_S
         self._replications.labels(outcome).inc()

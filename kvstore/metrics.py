@@ -1,4 +1,4 @@
-"""The store's Prometheus metrics: gauges that read the books when scraped, counters fed by the ledger's events."""
+"""The store's Prometheus metrics: gauges that read the lease manager when scraped, counters fed by its events."""
 
 from __future__ import annotations
 

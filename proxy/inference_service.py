@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid
-from typing import Any, NamedTuple
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -17,16 +17,7 @@ from google.protobuf.message import DecodeError
 from ..protocol.errors import InvalidRequest
 from ..protocol.grpc_errors import unary_boundary
 from ..protocol.v1 import inference_pb2, inference_pb2_grpc
-from .request_process import (
-    LARGE_BYTES,
-    PackedMessages,
-    PackedPrompt,
-    RequestProcess,
-    pack_messages,
-    pack_prompt,
-    unpack_messages,
-    unpack_prompt,
-)
+from .request_process import LARGE_BYTES, Packed, RequestProcess, pack, unpack_messages, unpack_prompts
 from .requests.choice_text import TokenText
 from .requests.generate_request import GenerateRequest
 from .requests.generation import GenerationEvent, Generator, TextDelta
@@ -78,9 +69,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             return parse_request(content)
         packed = await self._process.run(parse_packed, content)
         return dataclasses.replace(
-            packed.request,
-            prompts=[await unpack_prompt(prompt) for prompt in packed.prompts],
-            messages=None if packed.messages is None else await unpack_messages(packed.messages),
+            packed.rest,
+            prompts=await unpack_prompts(packed),
+            messages=None if packed.rest.messages is None else await unpack_messages(packed),
             arrival=time.monotonic(),
         )
 
@@ -97,20 +88,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return inference_pb2.ModelsReply(models=[model])
 
 
-class _Packed(NamedTuple):
-    """A request on its way between two processes, without its prompts and messages."""
-
-    request: GenerateRequest
-    prompts: list[PackedPrompt]
-    messages: PackedMessages | None
-
-
-def parse_packed(content: bytes) -> _Packed:
+def parse_packed(content: bytes) -> Packed[GenerateRequest]:
     """As parse_request. Runs in the process."""
     request = parse_request(content)
-    prompts = [pack_prompt(prompt) for prompt in request.prompts]
-    messages = None if request.messages is None else pack_messages(request.messages)
-    return _Packed(dataclasses.replace(request, prompts=(), messages=None), prompts, messages)
+    rest = dataclasses.replace(request, prompts=(), messages=None if request.messages is None else ())
+    return pack(rest, request.prompts, request.messages or ())
 
 
 def parse_request(content: bytes) -> GenerateRequest:

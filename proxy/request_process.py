@@ -1,7 +1,7 @@
 """Large requests are parsed in a process of their own: JSON's, pydantic's and protobuf's code holds the interpreter from the first
 byte to the last, in a thread as well, and with it every stream of the proxy.
 
-bytes ─► process: parse, check ─► Packed (small fields; token ids as bytes, not as a million objects) ─► lists, a piece at a time
+bytes ─► process: parse, check ─► Packed (token ids as bytes, not as a million objects) ─► lists, a piece at a time
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import concurrent.futures.process
 import multiprocessing
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from ..protocol.errors import InternalError
 from .text.chat_template import ChatMessage
@@ -23,16 +23,39 @@ PIECE_LEN = 2**16
 """Token ids that are made in one go, in about 2 ms."""
 
 Parsed = TypeVar("Parsed")
+Rest = TypeVar("Rest")
 PackedPrompt = str | bytes | list[int]
 """A prompt's text, its token ids as 32-bit numbers, or the one token id that no model has."""
 
 
-class PackedMessages(NamedTuple):
-    roles: list[str]
+class Packed(NamedTuple, Generic[Rest]):
+    """A request on its way between the two processes: what may be long is packed, the rest is as the face has it."""
+
+    rest: Rest
+    prompts: list[PackedPrompt]
+    roles: list[str]  # of the messages
     contents: list[str]
 
 
-def pack_prompt(prompt: str | Sequence[int]) -> PackedPrompt:
+def pack(rest: Rest, prompts: Sequence[str | Sequence[int]] = (), messages: Sequence[ChatMessage] = ()) -> Packed[Rest]:
+    packed_prompts = [_pack_prompt(prompt) for prompt in prompts]
+    return Packed(rest, packed_prompts, [message.role for message in messages], [message.content for message in messages])
+
+
+async def unpack_prompts(packed: Packed[Any]) -> list[str | list[int]]:
+    return [await _unpack_prompt(prompt) for prompt in packed.prompts]
+
+
+async def unpack_messages(packed: Packed[Any]) -> list[ChatMessage]:
+    messages: list[ChatMessage] = []
+    for start in range(0, len(packed.roles), PIECE_LEN // 8):
+        end = start + PIECE_LEN // 8
+        messages += map(ChatMessage, packed.roles[start:end], packed.contents[start:end])
+        await asyncio.sleep(0)
+    return messages
+
+
+def _pack_prompt(prompt: str | Sequence[int]) -> PackedPrompt:
     if isinstance(prompt, str):
         return prompt
     try:
@@ -41,7 +64,7 @@ def pack_prompt(prompt: str | Sequence[int]) -> PackedPrompt:
         return [next(token_id for token_id in prompt if not 0 <= token_id < 2**32)]  # what the request will be refused for
 
 
-async def unpack_prompt(packed: PackedPrompt) -> str | list[int]:
+async def _unpack_prompt(packed: PackedPrompt) -> str | list[int]:
     if not isinstance(packed, bytes):
         return packed
     token_ids: list[int] = []
@@ -50,19 +73,6 @@ async def unpack_prompt(packed: PackedPrompt) -> str | list[int]:
         token_ids += array("I", packed[start : start + num_bytes])
         await asyncio.sleep(0)
     return token_ids
-
-
-def pack_messages(messages: Sequence[ChatMessage]) -> PackedMessages:
-    return PackedMessages([message.role for message in messages], [message.content for message in messages])
-
-
-async def unpack_messages(packed: PackedMessages) -> list[ChatMessage]:
-    messages: list[ChatMessage] = []
-    for start in range(0, len(packed.roles), PIECE_LEN // 8):
-        end = start + PIECE_LEN // 8
-        messages += map(ChatMessage, packed.roles[start:end], packed.contents[start:end])
-        await asyncio.sleep(0)
-    return messages
 
 
 class RequestProcess:

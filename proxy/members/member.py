@@ -19,7 +19,7 @@ from ..conductor.member_state import MemberState
 from .assigned_load import AssignedLoad
 from .backlog import Backlog
 from .load_table import LoadRow, LoadTable
-from .orders import OrderBook
+from .orders import Orders
 from .token_feed import TokenFeed
 
 STATE_ROLES = {"both": "coupled"}  # as the Conductor calls it
@@ -48,7 +48,7 @@ class Member:
         self.num_loads = 0  # prefixes that it is to load, of prefills not done
         self.schema = KVSchema.from_proto(info.schema) if info.HasField("schema") else None
         self.stream = 0  # which of its process's Join streams is the present one
-        self.orders = OrderBook(self)
+        self.orders = Orders(self)
         self.gone = False
         self._joined = time.monotonic()
         self._channel = open_channel(info.address)
@@ -84,7 +84,7 @@ class Member:
 
     @role.setter
     def role(self, role: str) -> None:
-        """What runs ends where it is, and in the books that it was written in."""
+        """What was assigned before stays in the sum that it was added to, until it ends."""
         self._set_role(role)
         self._table.changed(self.row)
 

@@ -27,7 +27,7 @@ class Titled(Protocol):
     def title(self) -> str: ...
 
 
-class OrderBook:
+class Orders:
     """Of one member. one_at_a_time: held by who gives an order, until it has been obeyed or undone."""
 
     def __init__(self, member: Titled) -> None:

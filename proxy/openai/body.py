@@ -13,7 +13,7 @@ import json
 import reprlib
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -21,16 +21,7 @@ from fastapi.routing import APIRoute
 from pydantic import ValidationError
 
 from ...protocol.errors import InvalidRequest
-from ..request_process import (
-    LARGE_BYTES,
-    PackedMessages,
-    PackedPrompt,
-    RequestProcess,
-    pack_messages,
-    pack_prompt,
-    unpack_messages,
-    unpack_prompt,
-)
+from ..request_process import LARGE_BYTES, Packed, RequestProcess, pack, unpack_messages, unpack_prompts
 from .types import ChatBody, CompletionBody, GenerateBody
 
 MAX_BODY_BYTES = 16 * 2**20  # a prompt of a million tokens, with room for JSON's escapes
@@ -132,46 +123,30 @@ def _parse(body_type: type[GenerateBody], content: bytes) -> GenerateBody:
         raise RequestValidationError([{**first, "loc": ("body", *first["loc"]), "input": _Shown(first["input"])}]) from error
 
 
-class _PackedBody(NamedTuple):
-    """A body on its way between two processes. What may be long is packed, the other fields are as the model has them."""
-
-    fields: dict[str, Any]
-    prompts: list[PackedPrompt]
-    several: bool  # the prompt is a list of prompts
-    messages: PackedMessages
-
-
-def parse_packed(body_type: type[GenerateBody], content: bytes) -> _PackedBody | list[Any]:
-    """As _parse, or the errors of its RequestValidationError. Runs in the process."""
+def parse_packed(body_type: type[GenerateBody], content: bytes) -> Packed[dict[str, Any]] | list[Any]:
+    """As _parse, with the model's other fields as the rest; or the errors of its RequestValidationError. Runs in the process."""
     try:
         body = _parse(body_type, content)
     except RequestValidationError as error:
         return list(error.errors())
     fields = {name: getattr(body, name) for name in body.model_fields_set}
-    prompts: list[PackedPrompt] = []
-    messages = PackedMessages([], [])
-    several = False
     if isinstance(body, CompletionBody):
-        prompt = fields.pop("prompt")
-        several = isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int))
-        prompts = [pack_prompt(one) for one in body.prompts]
-    elif isinstance(body, ChatBody):
-        messages = pack_messages(body.chat)
-        del fields["messages"]
-    return _PackedBody(fields, prompts, several, messages)
+        del fields["prompt"]
+        return pack(fields, prompts=body.prompts)
+    assert isinstance(body, ChatBody)
+    del fields["messages"]
+    return pack(fields, messages=body.chat)
 
 
-async def _unpack(body_type: type[GenerateBody], packed: _PackedBody | list[Any]) -> GenerateBody:
+async def _unpack(body_type: type[GenerateBody], packed: Packed[dict[str, Any]] | list[Any]) -> GenerateBody:
     """Raises RequestValidationError. What was checked in the process is not checked again."""
     if isinstance(packed, list):
         raise RequestValidationError(packed)
-    fields = packed.fields
     if issubclass(body_type, CompletionBody):
-        prompts = [await unpack_prompt(prompt) for prompt in packed.prompts]
-        return body_type.model_construct(**fields, prompt=prompts if packed.several else prompts[0])
-    body = body_type.model_construct(**fields, messages=[])
+        return body_type.model_construct(**packed.rest, prompt=await unpack_prompts(packed))
+    body = body_type.model_construct(**packed.rest, messages=[])
     if isinstance(body, ChatBody):
-        body.chat = await unpack_messages(packed.messages)
+        body.chat = await unpack_messages(packed)
     return body
 
 

@@ -6,7 +6,7 @@ start ──┤   d's token feed ─► the other tokens ───────�
    p, d or d's store leaves the cluster, a call or the token feed fails ────────┘
 The two streams of d are not ordered: what the feed brings before Admitted waits for it, and Finished waits for the last token.
 A local pair has the Decode leg alone, and no hand-off: d computes the prompt, and neither p nor the store is part of it.
-close: both calls cancelled, the store told why, what was booked undone
+close: both calls cancelled, the store told why, what was assigned undone
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from ..prefixes.watch import PrefixWatch
 from ..request import ProxyRequest, RequestState
 from ..tasks import Tasks
 from .admission_queue import AdmissionQueue, Waiting
-from .books import Books
+from .assigner import Assigner
 from .decisions import DecisionLog, RequestDecision
 from .dispatcher import Dispatcher
 from .learner import Learner
@@ -68,8 +68,8 @@ class Router:
         self.conductor = create_conductor(config, self.predictors, random.Random())
         self._placer = create_placer(config, cluster, self._index, self.conductor, self.learner)
         self._prompts = PromptEncoder(cluster)
-        books = Books(cluster, self._index, self._placer.load_tracker, self._replicator)
-        self._dispatcher = Dispatcher(self._prompts, self._placer, books, metrics)
+        assigner = Assigner(cluster, self._index, self._placer.load_tracker, self._replicator)
+        self._dispatcher = Dispatcher(self._prompts, self._placer, assigner, metrics)
         self._slo = default_slo(config)
         self._context = RunnerContext(
             self._dispatcher,

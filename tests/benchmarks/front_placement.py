@@ -1,6 +1,6 @@
 """What placing costs the proxy's event loop as the cluster grows. Milliseconds of the thread's own time, unless said otherwise.
 
-placement        from token ids to a booked pair, hot prefixes' replication included        replication   of that, planning the copies
+placement        from token ids to an assigned pair, hot prefixes' replication included        replication   of that, planning the copies
 learning         share of a core that workers' step samples take                            choices       n answers to one long prompt
 
 Workers and stores are members of a real Router whose addresses take connections and never answer.
@@ -109,14 +109,14 @@ async def placement(size: int, policy: str, admission: str, num_queued: int = 0)
             for _ in range(500):
                 router.conductor.admission.observe_decode(rng.uniform(1.0, 30.0), NUM_TOKENS)
         for number in range(num_queued):
-            pair = _book(router, _request(number, rng, shared))
+            pair = _assign(router, _request(number, rng, shared))
             if number % 2:
                 pair.begin_decode()
         spent: list[float] = []
         for number in range(NUM_PLACEMENTS):
             request = _request(num_queued + number, rng, shared)
             begun = time.thread_time()
-            pair = _book(router, request)
+            pair = _assign(router, request)
             spent.append(time.thread_time() - begun)
             if number % 2:
                 pair.begin_decode()
@@ -125,7 +125,7 @@ async def placement(size: int, policy: str, admission: str, num_queued: int = 0)
         return {"size": size, "policy": policy, "admission": admission, "num_queued": num_queued, **_percentiles(spent)}
 
 
-def _book(router: Router, request: ProxyRequest) -> Any:
+def _assign(router: Router, request: ProxyRequest) -> Any:
     """As Router.open does, without starting it."""
     with contextlib.ExitStack() as undo:
         decisions: list[RequestDecision] = []

@@ -161,7 +161,7 @@ class Cluster:
                 await asyncio.sleep(0.05)
 
     async def at_rest(self, within_s: float = 60.0) -> None:
-        """Nothing leased, no hand-off, no page in use, no request known: within the time given, and the books add up."""
+        """Nothing leased, no hand-off, no page in use, no request known: within the time given, and the slots add up."""
         start, left = time.monotonic(), "nothing looked at"
         while time.monotonic() - start < within_s:
             left = await self._not_at_rest()

@@ -1,4 +1,4 @@
-"""The books under every order of events: slots add up, and nobody's bytes are ever another's."""
+"""The lease manager under every order of events: slots add up, and nobody's bytes are ever another's."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ async def scrape(address: str) -> dict[str, float]:
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 
-async def test_metrics_tell_what_the_books_say(kv, store, attach_to) -> None:
+async def test_metrics_show_what_the_lease_manager_counts(kv, store, attach_to) -> None:
     address = store.serve_metrics("127.0.0.1")
     client = await attach_to(store.address, "prefill-0")
     await kv.cache(client, "a", 8)

@@ -380,10 +380,10 @@ class Bench:
         return self.registry.get_sample_value(name, labels) or 0.0
 
     def assert_at_rest(self) -> None:
-        """No request under way, no token in any member's books."""
+        """No request under way, no token assigned to any member."""
         assert (self.router.num_queued, self.router.num_running) == (0, 0)
-        for books in (lambda member: member.assigned, lambda member: member.backlog.assigned):
-            assert {member.id: books(member).num_tokens for member in self.cluster.members.values() if books(member).num_tokens} == {}
+        for assigned in (lambda member: member.assigned, lambda member: member.backlog.assigned):
+            assert {member.id: assigned(member).num_tokens for member in self.cluster.members.values() if assigned(member).num_tokens} == {}
 
 
 async def read(stream: TokenStream) -> tuple[list[int], Finished]:

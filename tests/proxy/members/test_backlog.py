@@ -53,7 +53,7 @@ def test_a_report_puts_right_what_the_clock_took() -> None:
     found.assigned.report(0)
     found.place(1000, 4.0, 7, 10.0)
     found.assigned.report(0)
-    found.assigned.report(800)  # two reports on: the books believe it
+    found.assigned.report(800)  # two reports on: it is believed
     found.report(13.0)
     assert ahead_s(found, 7, 9.0, 13.0) == pytest.approx(4.0 * 0.8), "slower than predicted"
     found.assigned.report(100)

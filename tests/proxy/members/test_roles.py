@@ -9,7 +9,7 @@ import pytest
 
 from halfmoon.protocol.errors import DeadlineExceeded, InvalidRequest, Overloaded, WorkerLost
 from halfmoon.protocol.v1 import control_pb2
-from halfmoon.proxy.members.orders import OrderBook
+from halfmoon.proxy.members.orders import Orders
 
 
 async def within(seconds: float, awaitable: Any) -> Any:
@@ -193,20 +193,20 @@ async def test_orders_go_behind_the_acceptance_and_one_after_the_other() -> None
         sent.append(order)
         writing = None
 
-    book = OrderBook(Somebody())
-    opening = asyncio.create_task(book.open(write))
+    orders = Orders(Somebody())
+    opening = asyncio.create_task(orders.open(write))
     await asyncio.sleep(0)
     giving = [
-        asyncio.create_task(book.give(control_pb2.MemberOrder(role=role))) for role in (control_pb2.ROLE_BOTH, control_pb2.ROLE_DECODE)
+        asyncio.create_task(orders.give(control_pb2.MemberOrder(role=role))) for role in (control_pb2.ROLE_BOTH, control_pb2.ROLE_DECODE)
     ]
     await opening
     while len(sent) < 3:
         await asyncio.sleep(0)
     assert [order.accepted for order in sent] == [True, False, False] and [order.number for order in sent] == [0, 1, 2]
     for number in (2, 1):
-        book.answered(control_pb2.OrderAnswer(number=number))
+        orders.answered(control_pb2.OrderAnswer(number=number))
     await asyncio.gather(*giving)
-    assert not book.pending
+    assert not orders.pending
 
 
 async def test_without_a_stream_there_is_nobody_to_order() -> None:
@@ -214,7 +214,7 @@ async def test_without_a_stream_there_is_nobody_to_order() -> None:
         id, title = "decode-0", "decode worker decode-0"
 
     with pytest.raises(WorkerLost, match="decode-0"):
-        await OrderBook(Somebody()).give(control_pb2.MemberOrder(role=control_pb2.ROLE_BOTH))
+        await Orders(Somebody()).give(control_pb2.MemberOrder(role=control_pb2.ROLE_BOTH))
 
 
 async def forget(order: control_pb2.MemberOrder) -> None:

@@ -116,7 +116,7 @@ async def test_a_request_that_is_predicted_late_is_refused_in_words_and_numbers(
     assert bench.metrics.num_in_slo == 1 and bench.sample("halfmoon_slo_requests_total", slo="ttft", met="yes") == 1
 
 
-async def test_choices_of_which_one_is_refused_leave_nothing_booked_and_nothing_called(make_bench: Any, profile: str) -> None:
+async def test_choices_of_which_one_is_refused_leave_nothing_assigned_and_nothing_called(make_bench: Any, profile: str) -> None:
     bench = await make_bench(admission="ttft_tbt", ttft_slo_s=1.0, cost_model=profile)
     choices = [bench.request() for _ in range(3)]  # the second would wait for the first
     with pytest.raises(Overloaded):

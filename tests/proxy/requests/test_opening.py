@@ -50,7 +50,7 @@ def nth(n: int, found: Callable[..., Any], broken: Exception) -> Callable[..., A
     ("owner", "name", "at"),
     [(Placer, "place", 3), (Replicator, "placed", 2), (RequestRunner, "__init__", 2), (Placer, "_ask", 1)],
 )
-async def test_a_bug_while_opening_undoes_what_was_booked_before(
+async def test_a_bug_while_opening_undoes_what_was_assigned_before(
     bench: Any, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, at: int
 ) -> None:
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Where a placement is booked, so that the next one sees it: on both members, in the prefix index, on the load tracker.
+"""Assigns a placement to its members, so that the next placement sees it: on both members, in the prefix index, on the load tracker.
 
 Placement ─► prefill's backlog, decode's tokens, promised blocks, copies of hot prefixes ─► Pair, which undoes it
 """
@@ -19,35 +19,35 @@ from .pair import Pair
 from .prompt import Prompt
 
 
-class Books:
+class Assigner:
     def __init__(self, cluster: Cluster, index: PrefixIndex, load_tracker: LoadTracker, replicator: Replicator) -> None:
         self._cluster = cluster
         self._index = index
         self._load_tracker = load_tracker
         self._replicator = replicator
 
-    def book(self, placement: Placement, decided: AttemptDecision, prompt: Prompt) -> Pair:
-        """Whatever it raises, nothing stays booked then."""
+    def assign(self, placement: Placement, decided: AttemptDecision, prompt: Prompt) -> Pair:
+        """If it raises, nothing stays assigned."""
         prefill, decode = self._cluster.members[placement.prefill.id], self._cluster.members[placement.decode.id]
         store = self._cluster.store_at(decode.store_address)
-        assert store is not None  # else the snapshot had not offered the worker
+        assert store is not None  # the snapshot offers no worker without its store
         tracker = self._load_tracker
         assignment = decode.assigned.place(decided.asked.num_tokens)
-        pair = Pair(
-            prefill, decode, store, placement, decided, prompt, assignment, prefill.num_loads, lambda: tracker.began(pair, time.monotonic())
-        )
+        pair = Pair(prefill, decode, store, placement, decided, prompt, assignment, prefill.num_loads)
         with ExitStack() as undo:
             undo.callback(pair.release)
             pair.until_released.callback(assignment.end)
-            self._book_prefill(pair)
+            pair.once_decoding.callback(assignment.begin)
+            self._assign_prefill(pair)
             self._promise_blocks(pair)
             tracker.placed(pair, decided.seen.now_s + (placement.ttft_s or 0.0), pair.num_tokens)
             pair.until_released.callback(tracker.left, pair)
+            pair.once_decoding.callback(lambda: tracker.began(pair, time.monotonic()))
             self._replicator.placed(prompt.keys)
             undo.pop_all()
         return pair
 
-    def _book_prefill(self, pair: Pair) -> None:
+    def _assign_prefill(self, pair: Pair) -> None:
         num_cached = pair.placement.num_cached_tokens
         num_new = pair.num_tokens - num_cached
         seconds = pair.decided.predictors.prefill.predict(num_new, num_cached)
@@ -58,10 +58,10 @@ class Books:
             pair.until_prefilled.callback(_end_load, pair.prefill)
 
     def _promise_blocks(self, pair: Pair) -> None:
-        """They will stand where they are pushed to, and in the prefill worker's own store."""
+        """In the store that they are pushed to, and in the prefill worker's own."""
         for address in {pair.placement.prefill.store_address, pair.placement.decode.store_address}:
             self._index.expect(address, pair.prompt.keys)
-            # once decode has begun they stand there, or the store has said so itself
+            # kept once decode has begun: the blocks are there, and the store itself reports any that are not
             pair.until_decoding.callback(self._index.withdraw, address, pair.prompt.keys)
 
 

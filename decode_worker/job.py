@@ -1,8 +1,8 @@
 """One Decode call as the worker holds it: the sequence, its hand-off, what the client was not sent yet, and what happened when.
 
-arrived ─hand-off wait─► sealed ─queue, for pages─► granted ─intake─► admitted ─► second token ─► … ─► last token
-                                └── pages may be granted before the seal, and the intake overlap it ──┘
-Local prefill has no hand-off: arrived ─queue─► granted ─prefix load─► queue ─► first chunk ─prefill─► admitted, with its first token
+arrived ─hand-off wait─► sealed ─queue, for pages─► started ─intake─► admitted ─► second token ─► … ─► last token
+                                └── it may start before the seal, and the intake overlap it ───┘
+Local prefill has no hand-off: arrived ─queue─► started ─prefix load─► queue ─► first chunk ─prefill─► admitted, with its first token
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class DecodeJob:
     request: worker_pb2.DecodeRequest
     sequence: Sequence
     block_keys: list[bytes]  # of the full blocks that the hand-off brings
-    granted: asyncio.Future[None]  # the scheduler gave it pages
+    started: asyncio.Future[None]  # the scheduler gave it pages
     feed: TokenFeed | None = None  # takes the tokens after the first, where the proxy has opened one
     intake: asyncio.Task[None] | None = None  # takes in the hand-off
     reader: BlockReader | None = None
     transport: str = ""  # of the reader's store
     caching_prompt: asyncio.Task[None] | None = None  # of a local prefill: its prompt's blocks, while the answer is written
-    given_up: bool = False  # the store knows that nobody takes the hand-off
+    aborted: bool = False  # the store knows that nobody takes the hand-off
     timer: asyncio.TimerHandle | None = None  # of the deadline
     state: common_pb2.HandoffState | None = None  # set on admission
     unsent: list[common_pb2.TokenOutput] = field(default_factory=list)
@@ -43,7 +43,7 @@ class DecodeJob:
     num_preemptions: int = 0
     arrived_at: float = field(default_factory=time.monotonic)
     sealed_at: float = 0.0
-    granted_at: float = 0.0
+    started_at: float = 0.0
     admitted_at: float = 0.0
     second_token_at: float = 0.0
     last_token_at: float = 0.0
@@ -127,7 +127,7 @@ class DecodeJob:
             num_preemptions=self.num_preemptions,
         )
         if not self.is_local:
-            loaded_from = max(self.sealed_at, self.granted_at)
+            loaded_from = max(self.sealed_at, self.started_at)
             phases.handoff_wait_s = self.sealed_at - self.arrived_at
             phases.intake_s = self.admitted_at - loaded_from
             phases.queue_s = loaded_from - self.sealed_at
@@ -136,7 +136,7 @@ class DecodeJob:
     def timeout_error(self) -> DeadlineExceeded:
         if self.state is not None:
             where = f"in decode, with {self.sequence.num_output_tokens} tokens of its answer"
-        elif self.is_local and self.granted.done():
+        elif self.is_local and self.started.done():
             where = "in prefill on the decode worker"
         elif self.is_local or self.sealed_at:
             where = "waiting for the decode worker's pages"

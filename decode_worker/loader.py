@@ -1,7 +1,7 @@
 """Takes a hand-off into a sequence's pages, and refuses what must not be decoded.
 
 fetch ─► layout: as many blocks as the tokens make, keys those of the tokens ─► slices ─► sealed: checksums, state
-                                                                       └─ transfers ─► pages, once granted
+                                                                       └─ transfers ─► pages, once started
 
 Slices of a sequence that waits for pages are held back here; they are bounded by the store's arena, where they stay leased.
 """
@@ -58,11 +58,11 @@ class HandoffLoader:
         async for piece in job.reader.slices():
             unwritten.append(piece)
             num_slices += len(piece.blocks) * piece.num_layers
-            if job.granted.done():
+            if job.started.done():
                 await _write(load, job, unwritten)
         job.sealed_at = time.monotonic()
         state = check_state(job, job.reader, num_slices, self._pages.schema.num_layers, self._vocab_size)
-        await job.granted
+        await job.started
         await _write(load, job, unwritten)
         await load.finished()
         return state
@@ -72,24 +72,24 @@ class HandoffLoader:
         assert job.reader is not None
         self._metrics.transferred(job.transport, "fetch", job.reader.num_bytes, job.phases().intake_s)
 
-    async def give_up(self, job: DecodeJob) -> None:
+    async def abort(self, job: DecodeJob) -> None:
         """Before the intake ends: the store would have to make up a reason. Raises StoreUnavailable."""
         handoff = job.request.handoff
         reason = job.error or RequestCancelled(f"request {job.sequence.request_id} was stopped before its hand-off was there")
         await self._stores.own.client.abort(handoff.id, handoff.epoch, reason)
-        job.given_up = True
+        job.aborted = True
 
     async def end_intake(self, job: DecodeJob) -> None:
         """Returns when it is over."""
         if job.intake is None:
             return
-        if job.reader is not None or not job.given_up:
+        if job.reader is not None or not job.aborted:
             job.intake.cancel()
         # else its fetch is being told of the abort, maybe with a lease to release: cancelled now, it would never know
         await asyncio.wait({job.intake})
 
     async def release(self, job: DecodeJob) -> None:
-        """Lets go of the job's reader, if it has one. Idempotent."""
+        """Releases the job's reader, if it has one. Idempotent."""
         if job.reader is None:
             return
         await self._pages.drained()  # a cancelled intake may still be copying out of the reader's memory

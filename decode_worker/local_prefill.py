@@ -1,6 +1,6 @@
 """Local prefill: a prompt that comes without a hand-off. Its cached prefix is loaded, the scheduler's chunks compute the rest.
 
-add ─► granted ─► prefix from the node's store ─► begin_prefill ─► chunks in decode's own steps ─► first token: Admitted, blocks published
+add ─► started ─► prefix from the node's store ─► begin_prefill ─► chunks in decode's own steps ─► first token: Admitted, blocks cached
                     └─ corrupt, gone, none: computed
 """
 

@@ -1,6 +1,6 @@
 """The decode half of a worker: hand-offs taken in, sequences batched continuously, tokens streamed.
 
-event loop     Decode ─► fetch ─► add ─► start ─► verify ─► admit ┐     ┌─► tokens ─► reply stream      finished ─► keep
+event loop     Decode ─► fetch ─► add ─► start ─► verify ─► admit ┐     ┌─► tokens ─► reply stream      finished ─► cache
                  └─ local prefill: ─► add ─► start ─► prefix ─► begin_prefill
 step loop                                       schedule ─► compute ─► record
 transfers                 slices into pages ────────────────┘                              pages ─► store ────────┘
@@ -159,7 +159,7 @@ class DecodeHalf:
         with self._changed:
             self.scheduler.add(job.sequence)
         self.start_waiting()
-        await job.granted
+        await job.started
         await self._local.load(job)
         if job.ended:
             return
@@ -187,9 +187,9 @@ class DecodeHalf:
             self._changed.notify()  # those that were preempted run again
         for sequence in started:
             job = self._jobs.get(sequence)
-            if job is not None and not job.granted.done():
-                job.granted_at = time.monotonic()
-                job.granted.set_result(None)
+            if job is not None and not job.started.done():
+                job.started_at = time.monotonic()
+                job.started.set_result(None)
 
     def _time_out(self, job: DecodeJob) -> None:
         self._fail(job, job.timeout_error())
@@ -226,15 +226,15 @@ class DecodeHalf:
         if job.timer is not None:
             job.timer.cancel()
         job.changed.set()
-        self._life.spawn(self._let_go(job))
+        self._life.spawn(self._release(job))
 
-    async def _let_go(self, job: DecodeJob) -> None:
+    async def _release(self, job: DecodeJob) -> None:
         """Caches the blocks, or tells the store of a hand-off that nobody takes; frees the pages once no thread touches them."""
         if job.caching_prompt is not None:
             await asyncio.wait({job.caching_prompt})
         try:
             if job.state is None and not job.is_local:
-                await self._loader.give_up(job)
+                await self._loader.abort(job)
             elif job.finish_reason is not None:
                 await self._cacher.cache_answer(job, self._worker.root)
         except HalfmoonError as failure:

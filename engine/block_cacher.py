@@ -26,4 +26,4 @@ class BlockCacher:
         began = time.monotonic()
         writer = await client.cache(keys, 0.0)
         await cache_pages(self._pages, pages, writer, are_held)
-        self._metrics.transferred(client.transport, "keep", writer.num_bytes, time.monotonic() - began)
+        self._metrics.transferred(client.transport, "cache", writer.num_bytes, time.monotonic() - began)

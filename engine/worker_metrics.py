@@ -54,7 +54,7 @@ class WorkerMetrics:
         self._step_tokens.labels(half).inc(num_tokens)
 
     def transferred(self, transport: str, direction: str, num_bytes: int, seconds: float) -> None:
-        """direction: fetch | load | push | keep."""
+        """direction: fetch | load | push | cache."""
         self._transfer_bytes.labels(transport, direction).inc(num_bytes)
         self._transfer_seconds.labels(transport, direction).observe(seconds)
 

@@ -113,7 +113,7 @@ NUM_REQUESTS_WAITING = MetricSpec("halfmoon_num_requests_waiting", "gauge", "Req
 KV_CACHE_USAGE = MetricSpec("halfmoon_kv_cache_usage_ratio", "gauge", "Share of a worker's pages in use.", ("role",))
 STEP_SECONDS = MetricSpec("halfmoon_step_seconds", "histogram", "One engine step: forward pass, sampling, record.", ("role",), ITL_BUCKETS)
 STEP_TOKENS = MetricSpec("halfmoon_step_tokens", "counter", "Tokens computed in engine steps.", ("role",))
-PREEMPTIONS = MetricSpec("halfmoon_num_preemptions", "counter", "Sequences that gave up their pages.", ())
+PREEMPTIONS = MetricSpec("halfmoon_num_preemptions", "counter", "Sequences preempted: their pages went to others.", ())
 KV_TRANSFER_BYTES = MetricSpec(
     "halfmoon_kv_transfer_bytes", "counter", "KV bytes moved, by transport and direction.", ("transport", "direction")
 )

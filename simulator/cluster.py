@@ -195,7 +195,7 @@ class Cluster:
     def prefill_done(self, job: Job) -> None:
         node = self.by_name[job.prefill_on]
         job.prefill_done_s = self.loop.now
-        self.prefixes.kept(node, job)
+        self.prefixes.cached(node, job)
         if self.scenario.learn and job.attempt_cost_s > 0:
             new = job.num_tokens - job.num_cached_tokens
             self.predictors.prefill.observe(new, job.num_cached_tokens, job.attempt_cost_s)
@@ -217,8 +217,8 @@ class Cluster:
                 job.wasted_prefill_s += job.attempt_cost_s
                 self._end(job, "rejected_at_decode", found.reason)
                 return
-        if self.scenario.keep_on_decode and job.decode_on != job.prefill_on:
-            decode.cache.keep(job.keys)
+        if self.scenario.cache_on_decode and job.decode_on != job.prefill_on:
+            decode.cache.insert(job.keys)
         decode.add_decode(job)
 
     def _judge_again(self, job: Job, decode: Instance) -> Rejection | None:

@@ -1,6 +1,6 @@
 """The blocks that one node's store holds, in the store's own classes: slots, content index and eviction of kvstore/, without bytes.
 
-prompt keys ──acquire──► longest leading run, pinned ──keep──► its new blocks found by key ──release──► evictable
+prompt keys ──acquire──► longest leading run, pinned ──insert──► its new blocks found by key ──release──► evictable
                               DRAM ──evicted──► SSD ──evicted──► gone;   a hit on SSD is promoted
 """
 
@@ -38,7 +38,7 @@ class NodeCache:
         num_ssd = len(self.ssd.find_run(keys[len(slots) :])) if self.ssd_slots.num_slots else 0
         return Run(slots, num_ssd, len(keys))
 
-    def keep(self, keys: Sequence[bytes]) -> None:
+    def insert(self, keys: Sequence[bytes]) -> None:
         """All of keys stand here now; those that do not fit beside what is pinned are left out, from the end."""
         missing = [key for key in keys if self.dram.slot(key) is None]
         held = [slot for key in keys if (slot := self.dram.slot(key)) is not None]

@@ -54,7 +54,7 @@ class Scenario:
     balancing_threshold: float = 1.0
     remote_prefix: bool = True
     """Prefixes are fetched from other nodes' stores; without, each node has its own cache only."""
-    keep_on_decode: bool = False
+    cache_on_decode: bool = False
     """Blocks of a hand-off stay in the decode node's store too."""
     eviction: str = "lru"
     one_node: bool = False

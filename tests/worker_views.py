@@ -82,5 +82,5 @@ class FlippingTransport:
 
 
 def flip_pushed_bytes(client: StoreClient) -> None:
-    """Of a session, from the next reserve or keep on."""
+    """Of a session, from the next reserve or cache on."""
     client._transport = FlippingTransport(client._transport)

@@ -51,7 +51,7 @@ def simulate(
     dram: Annotated[int, typer.Option(help="Tokens of a node's cache in DRAM; default: the cost model's.")] = -1,
     ssd: Annotated[int, typer.Option(help="Tokens of a node's cache on SSD, behind the DRAM; default: the cost model's.")] = -1,
     fail: Annotated[list[str] | None, typer.Option(help="TIME:INSTANCE[:DOWN_S], as in 600:n0003:60; may be given again.")] = None,
-    keep_on_decode: Annotated[bool, typer.Option(help="Hand-offs stay in the decode node's store too.")] = False,
+    cache_on_decode: Annotated[bool, typer.Option(help="Hand-offs stay in the decode node's store too.")] = False,
     sample: Annotated[float, typer.Option(help="Share of the sessions.")] = 1.0,
     dequantise: Annotated[bool, typer.Option(help="Spreads arrivals inside the trace's 3 s ticks.")] = False,
     start: Annotated[float, typer.Option(help="Seconds of trace time; what came in the 20 min before warms the caches.")] = 0.0,
@@ -72,7 +72,7 @@ def simulate(
             cost=_sized(find_cost_model(cost_model), dram, ssd), failures=tuple(Failure.parse(text) for text in fail or ()),
             num_prefill=prefill, num_decode=decode, coupled=coupled, chunk_tokens=chunk,
             policy=policies[0], admission=admissions[0], slo=Slo(slo_ttft, slo_tbt / 1e3), order=_order(order, policies[0]),
-            balancing_threshold=threshold, remote_prefix=not local_cache, keep_on_decode=keep_on_decode, seed=seed,
+            balancing_threshold=threshold, remote_prefix=not local_cache, cache_on_decode=cache_on_decode, seed=seed,
         )  # fmt: skip
         options = ReplayOptions(speed=speed, sample=sample, dequantise=dequantise, start_s=start, duration_s=duration, seed=seed)
         with progress_console.status("reading the trace"):

@@ -63,7 +63,7 @@ class Sample:
         return between + [0.0] * (self.num_tokens - len(self.arrivals_s))
 
     @property
-    def tail_tbt_s(self) -> float | None:
+    def tail_itl_s(self) -> float | None:
         """Mean of the longest tenth of gaps, at least one."""
         gaps = sorted(self.gaps_s)
         if not gaps:
@@ -74,7 +74,7 @@ class Sample:
     def as_dict(self) -> dict[str, Any]:
         plain = {name: getattr(self, name) for name in self.__slots__}
         plain["arrivals_s"] = [round(value, 6) for value in self.arrivals_s]
-        derived = {"ttft_s": self.ttft_s, "tpot_s": self.tpot_s, "tail_tbt_s": self.tail_tbt_s}
+        derived = {"ttft_s": self.ttft_s, "tpot_s": self.tpot_s, "tail_itl_s": self.tail_itl_s}
         return {name: round(value, 6) if isinstance(value, float) else value for name, value in (plain | derived).items()}
 
     @classmethod

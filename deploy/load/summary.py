@@ -37,7 +37,7 @@ def meets(sample: Sample, slo: Slo, *, tail: bool) -> bool:
     """tail: the mean of the longest tenth of gaps is held against the SLO, and not the mean TPOT. An answer of one token has neither."""
     if sample.outcome != "ok" or sample.ttft_s is None:
         return False
-    pace_s = sample.tail_tbt_s if tail else sample.tpot_s
+    pace_s = sample.tail_itl_s if tail else sample.tpot_s
     return sample.ttft_s <= slo.ttft_s and (pace_s is None or pace_s <= slo.tpot_s)
 
 
@@ -74,7 +74,7 @@ def summarise(samples: Sequence[Sample], slos: Sequence[Slo]) -> dict[str, Any]:
         "ttft_s": spread(sample.ttft_s for sample in good),
         "tpot_s": spread(sample.tpot_s for sample in good),
         "itl_s": spread(gap for sample in good for gap in sample.gaps_s),
-        "tail_tbt_s": spread(sample.tail_tbt_s for sample in good),
+        "tail_itl_s": spread(sample.tail_itl_s for sample in good),
         "e2e_s": spread(sample.e2e_s for sample in good),
         "phases": _phases(good),
         "slos": [_judged(measured, slo, span_s) for slo in slos],

@@ -34,7 +34,7 @@ class Asking(NamedTuple):
     """What a snapshot has to know of the request to be placed, to tell how long it would wait on each worker."""
 
     held_blocks: Mapping[str, int]  # store address -> leading blocks of it that are held there
-    queue_order: int  # its place in the workers' queues
+    queue_order: int  # in the workers' queues
     work_s: Callable[[int], float]  # seconds of its prefill behind so many held blocks
 
 

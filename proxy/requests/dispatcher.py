@@ -44,7 +44,7 @@ class Dispatcher:
     ) -> Pair:
         """For a request whose pair failed it. sent: all the tokens sent so far.
 
-        It keeps its place in the queues, and no SLO keeps it out. exclude, avoid: incarnations. Raises NoWorker, PromptTooLong.
+        It keeps its queue order, and no SLO keeps it out. exclude, avoid: incarnations. Raises NoWorker, PromptTooLong.
         """
         num_known = len(failed.prompt.token_ids) - len(request.token_ids)  # of the sent, when the failed pair began
         prompt = self._prompts.extend(failed.prompt, sent[num_known:])

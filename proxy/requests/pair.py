@@ -39,7 +39,7 @@ class Pair:
 
     @property
     def queue_order(self) -> int:
-        """Its place in the workers' queues."""
+        """Lower is sooner in the workers' queues."""
         return self.decided.queue_order
 
     @property

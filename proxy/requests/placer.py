@@ -1,7 +1,7 @@
 """Asks the Conductor where a request goes: what it is, what the cluster looks like to it, and how often to ask.
 
-Prompt ─► prefix index ─► PlacementRequest ┐
-          its place in the queues ─► Snapshot ──┴► Conductor ─► AttemptDecision
+Prompt ─► prefix index ─► PlacementRequest ─┐
+          its queue order ──────► Snapshot ──┴► Conductor ─► AttemptDecision
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from .prompt import Prompt
 PROBE_S = 30.0  # between two requests that are let in against the prediction
 
 
-class QueuePlaces:
-    """order: of the workers' queues."""
+class QueueOrdering:
+    """Gives each request its queue_order. order: how the workers' queues are sorted."""
 
     def __init__(self, order: QueueOrder) -> None:
         self.order: QueueOrder = order
-        self._epoch = time.monotonic()  # places count from here: they are compared among requests of this process only
+        self._epoch = time.monotonic()  # orders count from here: they are compared among requests of this process only
 
-    def place(self, request: ProxyRequest, slo: Slo, predicted_ttft_s: float | None = None) -> int:
-        """predicted_ttft_s: from the arrival."""
+    def order_of(self, request: ProxyRequest, slo: Slo, predicted_ttft_s: float | None = None) -> int:
+        """predicted_ttft_s: counted from the arrival."""
         if self.order == "fair":
             return request.priority
         return queue_order(
@@ -56,7 +56,7 @@ class Placer:
         conductor: Conductor,
         learner: Learner,
         load_tracker: LoadTracker,
-        queues: QueuePlaces,
+        ordering: QueueOrdering,
         *,
         profiled: bool = False,
     ) -> None:
@@ -65,7 +65,7 @@ class Placer:
         self.load_tracker = load_tracker
         self._cluster = cluster
         self._index = index
-        self._queues = queues
+        self._ordering = ordering
         self._profiled = profiled
         self._next_probe_s = time.monotonic() + PROBE_S
 
@@ -83,37 +83,37 @@ class Placer:
             priority=request.priority,
             waited_s=now_s - request.arrival,
         )
-        place = self._queues.place(request, slo)
-        seen, answer = self._ask(asked, place, now_s)
+        order = self._ordering.order_of(request, slo)
+        seen, answer = self._ask(asked, order, now_s)
         if isinstance(answer, Rejection) and answer.code == "overloaded" and self._may_probe(now_s):
             asked = dataclasses.replace(asked, admitted=True)
-            seen, answer = self._ask(asked, place, now_s)
-        if self._queues.order == "late" and isinstance(answer, Placement) and answer.ttft_s is not None:
+            seen, answer = self._ask(asked, order, now_s)
+        if self._ordering.order == "late" and isinstance(answer, Placement) and answer.ttft_s is not None:
             predicted_s = answer.ttft_s + asked.waited_s
             if predicted_s > slo.ttft_s:
                 # too late even so: it gives way, and what it then waits for is another prediction
-                place = self._queues.place(request, slo, predicted_s)
-                seen, answer = self._ask(asked, place, now_s)
-        return decision.decided(asked, seen, self.learner.frozen(), answer, place)
+                order = self._ordering.order_of(request, slo, predicted_s)
+                seen, answer = self._ask(asked, order, now_s)
+        return decision.decided(asked, seen, self.learner.frozen(), answer, order)
 
     def place_again(
         self,
         request: ProxyRequest,
         prompt: Prompt,
         decision: RequestDecision,
-        place: int,
+        order: int,
         exclude: frozenset[str],
         avoid: frozenset[str],
     ) -> AttemptDecision:
-        """It keeps its place in the queues, and no SLO keeps it out.
+        """It keeps its queue order, and no SLO keeps it out.
 
         prompt: with the tokens sent so far. exclude, avoid: incarnations.
         """
         now_s, held = time.monotonic(), self._index.leading_runs(prompt.keys)
         waited_s = now_s - request.arrival
         asked = PlacementRequest(len(prompt.token_ids), held, exclude, avoid, NO_SLO, request.priority, waited_s, admitted=True)
-        seen, answer = self._ask(asked, place, now_s)
-        return decision.decided(asked, seen, self.learner.frozen(), answer, place)
+        seen, answer = self._ask(asked, order, now_s)
+        return decision.decided(asked, seen, self.learner.frozen(), answer, order)
 
     def _may_probe(self, now_s: float) -> bool:
         """Whether to let a request in that is predicted to miss its SLO: if a wrong prediction refused all, nothing would put it right.
@@ -125,7 +125,7 @@ class Placer:
         self._next_probe_s = now_s + PROBE_S
         return True
 
-    def _ask(self, asked: PlacementRequest, place: int, now_s: float) -> tuple[Snapshot, Placement | Rejection]:
+    def _ask(self, asked: PlacementRequest, order: int, now_s: float) -> tuple[Snapshot, Placement | Rejection]:
         schema, prefill = self._cluster.schema, self.learner.predictors.prefill
         assert schema is not None  # the keys were made by it
         block_size = schema.block_size
@@ -134,7 +134,7 @@ class Placer:
             cached = usable_blocks(asked, num_held, block_size) * block_size
             return prefill.predict(asked.num_tokens - cached, cached)
 
-        seen = self._cluster.snapshot(block_size, now_s, Asking(asked.held_blocks, place, work_s))
+        seen = self._cluster.snapshot(block_size, now_s, Asking(asked.held_blocks, order, work_s))
         if self.admission is not None and self.admission.wants_arrivals:
             seen = dataclasses.replace(seen, arriving=self.load_tracker.arriving, began_s=self.load_tracker.began_s)
         return seen, self.conductor.place(asked, seen)

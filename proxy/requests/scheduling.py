@@ -18,7 +18,7 @@ from ..members.cluster import Cluster
 from ..members.member import Member
 from ..prefixes.index import PrefixIndex
 from .learner import Learner
-from .placer import Placer, QueuePlaces
+from .placer import Placer, QueueOrdering
 
 PREFIX_LINK = "grpc"  # a prefix that the worker's own store lacks comes from another node
 
@@ -49,4 +49,4 @@ def create_conductor(config: ProxyConfig, predictors: Predictors, rng: random.Ra
 
 
 def create_placer(config: ProxyConfig, cluster: Cluster, index: PrefixIndex, conductor: Conductor, learner: Learner) -> Placer:
-    return Placer(cluster, index, conductor, learner, LoadTracker(), QueuePlaces(config.order), profiled=bool(config.cost_model))
+    return Placer(cluster, index, conductor, learner, LoadTracker(), QueueOrdering(config.order), profiled=bool(config.cost_model))

@@ -117,7 +117,7 @@ async def test_a_prompt_goes_in_chunks_of_the_budget(make_cluster: Any, greedy: 
 async def test_a_prompt_seen_before_is_loaded_and_not_computed(make_cluster: Any, greedy: Greedy, transport: str, num_tokens: int) -> None:
     cluster = await make_cluster(transport)
     first = await cluster.run_local(prompt(num_tokens), max_tokens=10)
-    await cluster.at_rest()  # the answer's blocks are kept after its end
+    await cluster.at_rest()  # the answer's blocks are cached after its end
     sizes = chunk_sizes(cluster.decode.engine)
     again = await cluster.run_local(prompt(num_tokens), max_tokens=10)
     assert [answer.admitted.state.num_cached_tokens for answer in (first, again)] == [0, min(64, num_tokens - 1)]

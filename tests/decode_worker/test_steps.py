@@ -142,7 +142,7 @@ async def test_an_end_that_nobody_foresaw_throws_the_token_behind_it_away(launch
     await cluster.at_rest()
     assert launcher.num_launched == length, "one for each token but the hand-off's, and one for nothing"
     turn = [*prompt(12), *answer.token_ids, 5, 6, 7]
-    assert (await cluster.run(turn, max_tokens=5)).token_ids == greedy(turn, 5), "the blocks that were kept are the answer's"
+    assert (await cluster.run(turn, max_tokens=5)).token_ids == greedy(turn, 5), "the blocks that were cached are the answer's"
 
 
 async def test_preempted_sequences_give_the_same_tokens(launching: Any, greedy: Greedy) -> None:

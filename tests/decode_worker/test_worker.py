@@ -143,7 +143,7 @@ async def test_a_store_that_does_not_take_the_blocks_in_time_does_not_hold_up_th
     decode = cluster.start_decode(sequence)
     await cluster.start_prefill(sequence)
     await until(lambda: cluster.decode.scheduler.num_running == 1)
-    cluster.decode.transfer.submit(stuck.wait)  # what is kept waits behind it
+    cluster.decode.transfer.submit(stuck.wait)  # what is cached waits behind it
     assert (await cluster.read(decode, cluster.answer())).finished is not None
     assert not cluster.decode.scheduler.at_rest
     stuck.set()

@@ -71,7 +71,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "cache_aware, fair queue": {"policy": "cache_aware", "order": "fair"},
     "coupled": {"coupled": True, "chunk_tokens": 128},
     "adaptive": {"policy": "adaptive", "order": "late", "slo": Slo(2.0, 0.05)},
-    "predictive, kept on decode": {"admission": "predictive", "slo": Slo(1.5, 0.016), "keep_on_decode": True},
+    "predictive, cached on decode": {"admission": "predictive", "slo": Slo(1.5, 0.016), "cache_on_decode": True},
     "two stages": {"admission": "two_stage", "slo": Slo(1.5, 0.016)},
     "failures": {"failures": (Failure(3.0, "n0000", 2.0), Failure(4.0, "n0003", 1.0), Failure(9.0, "n0001"))},
     "adaptive with failures": {"policy": "adaptive", "failures": (Failure(3.0, "n0000", 2.0), Failure(4.0, "n0003", 1.0))},

@@ -135,7 +135,7 @@ class Stage:
             self.cluster.join(info, control_pb2.MemberLoad())
         return store
 
-    async def keep(self, store: StoreServer, keys: list[bytes]) -> None:
+    async def cache(self, store: StoreServer, keys: list[bytes]) -> None:
         client = await StoreClient.attach(store.address, client_id="c", node_id="elsewhere", schema=self.schema)
         writer = await client.cache(keys, 0)
         for layer in range(self.schema.num_layers):
@@ -169,7 +169,7 @@ async def test_a_hot_prefix_is_copied_once_to_the_other_store(peers: Any) -> Non
     stage = Stage(peers)
     source, target = await stage.add(), await stage.add()
     try:
-        await stage.keep(source, stage.keys)
+        await stage.cache(source, stage.keys)
         stage.place(3)
         assert stage.replicator._under_way == []
         stage.place(5)
@@ -189,7 +189,7 @@ async def test_never_means_never(peers: Any) -> None:
     stage = Stage(peers, replicate="never")
     source, _ = await stage.add(), await stage.add()
     try:
-        await stage.keep(source, stage.keys)
+        await stage.cache(source, stage.keys)
         stage.place(50)
         assert stage.replicator._under_way == []
     finally:
@@ -200,7 +200,7 @@ async def test_copies_are_bounded_in_number_and_in_bytes(peers: Any) -> None:
     stage = Stage(peers, max_in_flight=1, bytes_per_s=1.0)
     source, *_ = [await stage.add() for _ in range(3)]
     try:
-        await stage.keep(source, stage.keys)
+        await stage.cache(source, stage.keys)
         stage.place(8)
         assert len(stage.replicator._under_way) == 1 and stage.outcome("too_many") == 1
         await stage.until(lambda: stage.outcome("copied") == 1)
@@ -218,7 +218,7 @@ async def test_a_failed_copy_is_tried_again_after_a_while(peers: Any) -> None:
     stage = Stage(peers)
     source, target = await stage.add(), await stage.add()
     try:
-        await stage.keep(source, stage.keys)
+        await stage.cache(source, stage.keys)
         await source.stop(0)
         stage.place(4)
         assert len(stage.replicator._under_way) == 1
@@ -237,7 +237,7 @@ async def test_a_target_that_leaves_ends_its_copy(peers: Any) -> None:
     stage = Stage(peers)
     source, _ = await stage.add(), await stage.add()
     try:
-        await stage.keep(source, stage.keys)
+        await stage.cache(source, stage.keys)
         stage.place(4)
         assert len(stage.replicator._under_way) == 1
         member = stage.cluster.members["store-1"]
@@ -254,7 +254,7 @@ async def test_a_copy_that_breaks_on_a_bug_is_counted_and_not_tried_there_again_
     source = await stage.add()
     await stage.add()
     try:
-        await stage.keep(source, stage.keys)
+        await stage.cache(source, stage.keys)
 
         def broken(address: str) -> Any:
             raise RuntimeError("a bug")

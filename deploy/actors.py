@@ -19,7 +19,6 @@ from ..protocol.membership import stay_joined
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import control_pb2
 from ..proxy.server import ProxyServer
-from .worker import make_worker
 
 
 def configure_logging() -> None:
@@ -89,6 +88,8 @@ class WorkerActor:
     """kwargs: make_worker's. Every worker is one of these, whatever its role."""
 
     def __init__(self, **kwargs: Any) -> None:
+        from .worker import make_worker  # torch with it, which neither the proxy's process nor a store's should load
+
         configure_logging()
         self._worker = make_worker(**kwargs)
         self._life = self._worker.life

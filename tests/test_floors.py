@@ -155,6 +155,11 @@ def test_what_stands_above_the_executor_imports_no_torch(module: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_processes_of_the_proxy_and_of_a_store_load_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; import halfmoon.deploy.actors"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_conductor_imports_neither_grpc_nor_torch_nor_ray() -> None:
     names = [".".join(["halfmoon", *path.relative_to(ROOT).with_suffix("").parts]) for path in modules("proxy/conductor")]
     code = f"import sys, {', '.join(names)}; found = {{'grpc', 'torch', 'ray'}} & set(sys.modules); sys.exit(str(found) if found else 0)"

@@ -1,6 +1,7 @@
 """The processes of a cluster as Ray actors: each has start() -> address, run() (ends when stopped), stop().
 
 run()'s object reference is how the supervisor hears of a death: Ray fails it the moment the process is gone.
+Each actor imports its own server when it is made: a store's process needs no torch, a worker's no HTTP.
 """
 
 from __future__ import annotations
@@ -12,13 +13,11 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from ..kvstore.server import StoreServer
 from ..protocol.config import ModelOptions, ProxyConfig, StoreConfig
 from ..protocol.load_progress import Numbered
 from ..protocol.membership import stay_joined
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import control_pb2
-from ..proxy.server import ProxyServer
 
 
 def configure_logging() -> None:
@@ -28,6 +27,8 @@ def configure_logging() -> None:
 
 class ProxyActor:
     def __init__(self, *, config: ProxyConfig, options: ModelOptions, model_folder: str, schema: KVSchema) -> None:
+        from ..proxy.server import ProxyServer
+
         configure_logging()
         self._server = ProxyServer(config=config, options=options, model_folder=Path(model_folder), schema=schema)
         self._stopped = asyncio.Event()
@@ -52,6 +53,8 @@ class StoreActor:
     def __init__(
         self, *, store_id: str, node_id: str, host: str, port: int, proxy_address: str, config: StoreConfig, schema: KVSchema
     ) -> None:
+        from ..kvstore.server import StoreServer
+
         configure_logging()
         self._server = StoreServer(config, node_id=node_id, store_id=store_id, schema=schema)
         self._host, self._port, self._proxy_address = host, port, proxy_address
@@ -88,7 +91,7 @@ class WorkerActor:
     """kwargs: make_worker's. Every worker is one of these, whatever its role."""
 
     def __init__(self, **kwargs: Any) -> None:
-        from .worker import make_worker  # torch with it, which neither the proxy's process nor a store's should load
+        from .worker import make_worker
 
         configure_logging()
         self._worker = make_worker(**kwargs)

@@ -155,8 +155,12 @@ def test_what_stands_above_the_executor_imports_no_torch(module: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_processes_of_the_proxy_and_of_a_store_load_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; import halfmoon.deploy.actors"
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [("proxy.server", "torch"), ("kvstore.server", "torch"), ("kvstore.server", "fastapi"), ("deploy.worker", "fastapi")],
+)
+def test_a_members_process_loads_nothing_that_only_others_need(module: str, unwanted: str) -> None:
+    code = f"import sys; sys.modules[{unwanted!r}] = None; import halfmoon.deploy.actors, halfmoon.{module}"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -30,7 +30,7 @@ def prompt(num_tokens: int, seed: int = 0) -> list[int]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(60.0):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -41,7 +41,7 @@ def forwards(engine: Any, seconds: float = 0.0, gate: threading.Event | None = N
 
     def recorded(chunks: Any, **hooks: Any) -> Any:
         time.sleep(seconds)
-        assert gate is None or gate.wait(5)
+        assert gate is None or gate.wait(60)
         found.append([(chunk.sequence.request_id, chunk.start, chunk.num_tokens) for chunk in chunks])
         return forward(chunks, **hooks)
 
@@ -119,7 +119,7 @@ async def test_any_mix_of_cancelled_calls_returns_to_rest(make_cluster: Any, gre
         tokens = prompt(30 + index, index)
         assert (await cluster.run(tokens, max_tokens=15)).token_ids == greedy(tokens, 15)
 
-    async with asyncio.timeout(20.0):
+    async with asyncio.timeout(100.0):
         await asyncio.gather(*(cancelled(index) for index in range(30)), *(finished(index) for index in range(6)))
     await cluster.at_rest()
 
@@ -130,7 +130,7 @@ async def test_hand_offs_that_fill_the_store_do_not_lock_the_halves_out_of_pages
     blocks = 2**17 // cluster.decode.engine.schema.block_bytes
     assert blocks < 40, "a few prompts fill the store"
     prompts = [prompt(80, index) for index in range(10)]
-    async with asyncio.timeout(25.0):
+    async with asyncio.timeout(100.0):
         answers = await asyncio.gather(*(cluster.run(tokens, max_tokens=10) for tokens in prompts))
     assert [answer.token_ids for answer in answers] == [greedy(tokens, 10) for tokens in prompts]
     await cluster.at_rest()
@@ -142,7 +142,7 @@ async def test_load_tells_of_prompts_and_of_context_apart(make_cluster: Any, mem
     assert members.infos["both-0"].role == control_pb2.ROLE_BOTH
     assert set(members.infos["both-0"].roles) == {control_pb2.ROLE_PREFILL, control_pb2.ROLE_DECODE, control_pb2.ROLE_BOTH}
     stuck = threading.Event()
-    cluster.decode.engine.forward = lambda *_, **__: stuck.wait(5)  # nothing is computed until the test has looked
+    cluster.decode.engine.forward = lambda *_, **__: stuck.wait(60)  # nothing is computed until the test has looked
     calls = [cluster.start_prefill(cluster.sequence(prompt(100))), cluster.start_decode(cluster.sequence(prompt(30)), local=True)]
     await until(lambda: cluster.decode.load().num_running == 2)
     load = cluster.decode.load()
@@ -188,14 +188,17 @@ async def test_a_real_worker_takes_on_every_role_and_what_runs_ends_where_it_is(
 ) -> None:
     cluster = await make_cluster()
     await asyncio.gather(cluster.prefill.life.joined.wait(), cluster.decode.life.joined.wait())
-    forwards(cluster.decode.engine, 0.005)
+    gate = threading.Event()
+    steps = forwards(cluster.decode.engine, gate=gate)
     decoding = asyncio.create_task(cluster.run(prompt(20), max_tokens=100))
     await until(lambda: cluster.decode.scheduler.num_running == 1)
     for role in ("prefill", "both", "decode", "prefill"):
-        await proxy.set_role(proxy.members["decode-0"], role, 2.0)
+        await proxy.set_role(proxy.members["decode-0"], role, 60.0)
         assert cluster.decode.worker.role == proxy.members["decode-0"].role == role
-    assert not decoding.done() and (await decoding).token_ids == greedy(prompt(20), 100)
-    await proxy.set_role(proxy.members["prefill-0"], "decode", 2.0)
+    assert steps == [], "its second token is still to come"
+    gate.set()
+    assert (await decoding).token_ids == greedy(prompt(20), 100)
+    await proxy.set_role(proxy.members["prefill-0"], "decode", 60.0)
     cluster.prefill_stub, cluster.decode_stub = cluster.stub_pair(cluster.workers[1], cluster.workers[0])
     assert (await cluster.run(prompt(70, 1), max_tokens=20)).token_ids == greedy(prompt(70, 1), 20), "the two have changed places"
     assert cluster.workers[1].prefill.scheduler.num_reserved_pages == 0

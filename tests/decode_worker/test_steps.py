@@ -186,7 +186,7 @@ async def test_a_step_launched_behind_another_is_timed_from_the_end_of_that(laun
 async def test_steps_that_are_stopped_read_what_they_launched_and_launch_no_more(launching: Any) -> None:
     cluster, launcher = await launching()
     stopping = threading.Event()
-    launcher.reading = lambda: launcher.num_launched < 5 or stopping.wait(5)
+    launcher.reading = lambda: launcher.num_launched < 5 or stopping.wait(60)
     running = asyncio.create_task(cluster.run(prompt(30), max_tokens=200))
     while launcher.num_launched < 5:
         await asyncio.sleep(0.001)

@@ -245,29 +245,29 @@ async def test_cancelling_decode_frees_pages_and_leases_long_before_the_last_tok
 
 async def test_cancelling_decode_while_it_waits_ends_the_hand_off_for_prefill_too(make_cluster: Any) -> None:
     cluster = await make_cluster(prefill={"max_tokens_per_step": 8})
-    slow(cluster.prefill.engine, 0.1)  # 25 steps
+    steps = slow(cluster.prefill.engine, 0.1)
     sequence = cluster.sequence(prompt(200))
     decode, prefill = cluster.start_decode(sequence), cluster.start_prefill(sequence)
     await until(lambda: cluster.store.stats().num_leases == 2)
     decode.cancel()
-    async with asyncio.timeout(60.0):
-        with pytest.raises(grpc.aio.AioRpcError) as failure:
-            await prefill
-        await cluster.at_rest()
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await prefill
+    await cluster.at_rest()
+    assert len(steps) < 25, "the prompt was computed to its end"
     error = from_rpc_error(failure.value, "prefill")
     assert isinstance(error, HandoffError) and "was cancelled in decode" in error.message
 
 
 async def test_cancelling_prefill_tells_decode_why_and_frees_everything(make_cluster: Any) -> None:
     cluster = await make_cluster(prefill={"max_tokens_per_step": 8})
-    slow(cluster.prefill.engine, 0.1)  # 25 steps
+    steps = slow(cluster.prefill.engine, 0.1)
     sequence = cluster.sequence(prompt(200))
     decode, prefill = cluster.start_decode(sequence), cluster.start_prefill(sequence)
     await until(lambda: cluster.store.stats().num_bytes_pushed > 0)
     prefill.cancel()
-    async with asyncio.timeout(60.0):
-        error = await error_of(decode)
-        await cluster.at_rest()
+    error = await error_of(decode)
+    await cluster.at_rest()
+    assert len(steps) < 25, "the prompt was computed to its end"
     assert isinstance(error, HandoffAborted) and "was cancelled in prefill" in error.message
 
 

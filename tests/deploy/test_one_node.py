@@ -44,13 +44,14 @@ async def cluster(ray_nodes: list[RayNode], model_folder: Path, cluster_type: ty
 @pytest.mark.parametrize("prompt_len", [1, 63, 64, 65, 300, 1500])
 async def test_tokens_equal_those_of_transformers(cluster, reference, prompt_of, prompt_len: int) -> None:
     prompt = prompt_of(prompt_len)
-    assert await cluster.greedy(prompt, NUM_TOKENS) == reference.generate(prompt, NUM_TOKENS)
+    answer = await cluster.greedy(prompt, NUM_TOKENS)
+    assert answer == reference.generate(prompt, NUM_TOKENS, answer)
 
 
 async def test_32_concurrent_streams_give_the_same_tokens(cluster, reference, prompt_of) -> None:
     prompts = [prompt_of(20 + 17 * i, seed=1) for i in range(32)]
     answers = await asyncio.gather(*(cluster.greedy(prompt, NUM_TOKENS_EACH_OF_MANY) for prompt in prompts))
-    assert answers == [reference.generate(prompt, NUM_TOKENS_EACH_OF_MANY) for prompt in prompts]
+    assert answers == [reference.generate(prompt, NUM_TOKENS_EACH_OF_MANY, answer) for prompt, answer in zip(prompts, answers, strict=True)]
     await cluster.at_rest()
 
 
@@ -60,7 +61,7 @@ async def test_the_second_turn_reports_its_cached_tokens_and_the_same_tokens(clu
     await cluster.at_rest()  # the answer's end does not wait long for its blocks to be cached
     second = (*first, *answer, *prompt_of(30, seed=3))
     result = await cluster.client.generate(token_ids=list(second), max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-    assert list(result.token_ids) == reference.generate(second, NUM_TOKENS)
+    assert list(result.token_ids) == reference.generate(second, NUM_TOKENS, result.token_ids)
     # the answer's last token has no KV: it was sampled and never fed back
     assert result.usage.num_cached_tokens == (len(first) + NUM_TOKENS - 1) // 64 * 64
     assert result.phases.transport == "shm"
@@ -117,7 +118,8 @@ async def test_bad_requests_are_refused_with_limit_and_value_and_disturb_nobody(
     for wrong in ({"temperature": float("nan")}, {"max_tokens": 10**6}, {"token_ids": [10**6]}, {"token_ids": []}, {"top_p": 0.0}):
         with pytest.raises(InvalidRequest):
             await cluster.client.generate(**{"token_ids": [5, 6], "max_tokens": 4, **wrong})
-    assert await running == reference.generate(prompt, NUM_TOKENS)
+    answer = await running
+    assert answer == reference.generate(prompt, NUM_TOKENS, answer)
 
 
 async def test_histograms_agree_with_what_the_client_measured(cluster, prompt_of) -> None:

@@ -73,7 +73,7 @@ class HandoffLoader:
         self._metrics.transferred(job.transport, "fetch", job.reader.num_bytes, job.phases().intake_s)
 
     async def abort(self, job: DecodeJob) -> None:
-        """Aborts the hand-off with the job's reason. Called before the intake ends, because otherwise the store would have to make up a reason.
+        """Aborts the hand-off with the job's reason. Called before the intake ends, or the store would have to make up a reason.
 
         Raises StoreUnavailable.
         """

@@ -195,7 +195,7 @@ class DecodeHalf:
         self._fail(job, job.timeout_error())
 
     def store_lost(self, client: StoreClient) -> None:
-        """Fails the jobs that still wait for a hand-off in that store, which is always the worker's own."""
+        """If the worker's own store is lost, fails the jobs that still wait for a hand-off in it."""
         if client.address != self._worker.stores.own.address:
             return
         for job in list(self._jobs.values()):

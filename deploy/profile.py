@@ -118,7 +118,7 @@ class Profiler:
             yield [(self._stored[:prefix] + self._tokens(new), 1)]
 
     def _batches(self) -> Iterator[list[tuple[list[int], int]]]:
-        """Contexts are cached prefixes with a tail, so that the time goes into decode steps. A step costs the same whoever computed the KV."""
+        """Contexts are cached prefixes with a tail: the time goes into decode steps, which cost the same whoever computed the KV."""
         block_size = self._target.block_size
         lengths = sorted({0, *(len(self._stored) * part // 3 // block_size * block_size for part in (1, 2))})
         sizes = [(size, length) for size in (4, 1, 16, 2, 8, 32, 64) for length in lengths if self._holds(size, length)]

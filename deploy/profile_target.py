@@ -32,7 +32,7 @@ class Target:
 
 async def look(client: AsyncClient) -> Target:
     """Finds the members and checks that they can be measured. Raises as profile()."""
-    models = await client.models()  # first, because the SDK waits for a cluster that is starting
+    models = await client.models()  # first, because the SDK tries again for a while; the calls below do not
     status = await _status(client.address)
     if status.num_queued or status.num_running:
         raise Overloaded(

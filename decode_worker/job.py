@@ -1,4 +1,4 @@
-"""One Decode call as the worker holds it: the sequence, its hand-off, what the client was not sent yet, and what happened when.
+"""One Decode call as the worker holds it: the sequence, its hand-off, what has not been sent to the client yet, and when what happened.
 
 arrived ─hand-off wait─► sealed ─queue, for pages─► started ─intake─► admitted ─► second token ─► … ─► last token
                                 └── it may start before the seal, and the intake overlap it ───┘
@@ -26,18 +26,18 @@ class DecodeJob:
     sequence: Sequence
     block_keys: list[bytes]  # of the full blocks that the hand-off brings
     started: asyncio.Future[None]  # the scheduler gave it pages
-    feed: TokenFeed | None = None  # takes the tokens after the first, where the proxy has opened one
-    intake: asyncio.Task[None] | None = None  # takes in the hand-off
+    feed: TokenFeed | None = None  # takes the tokens after the first, if the proxy has opened one
+    intake: asyncio.Task[None] | None = None  # fetches the hand-off into pages, or loads a local prefill's prefix
     reader: BlockReader | None = None
     transport: str = ""  # of the reader's store
-    caching_prompt: asyncio.Task[None] | None = None  # of a local prefill: its prompt's blocks, while the answer is written
-    aborted: bool = False  # the store knows that nobody takes the hand-off
+    caching_prompt: asyncio.Task[None] | None = None  # of a local prefill: caches the prompt's blocks during the answer
+    aborted: bool = False  # the store knows that nobody will take the hand-off
     timer: asyncio.TimerHandle | None = None  # of the deadline
     state: common_pb2.HandoffState | None = None  # set on admission
     unsent: list[common_pb2.TokenOutput] = field(default_factory=list)
     finish_reason: common_pb2.FinishReason | None = None
     error: HalfmoonError | None = None
-    may_finish: bool = False  # its blocks are cached, or that takes too long: the client may be told of the end
+    may_finish: bool = False  # its blocks are cached, or that takes too long: Finished may be sent
     changed: asyncio.Event = field(default_factory=asyncio.Event)  # there is something to send
     num_given_tokens: int = 0  # the first included
     num_preemptions: int = 0
@@ -50,11 +50,11 @@ class DecodeJob:
     # local prefill's
     prefix: CachedPrefix = field(default_factory=CachedPrefix)
     first_chunk_at: float = 0.0
-    compute_s: float = 0.0  # of its steps' seconds, by its share of their tokens
+    compute_s: float = 0.0  # its share of its steps' seconds, by tokens
 
     @property
     def is_local(self) -> bool:
-        """The prompt is computed here; there is no hand-off."""
+        """The prompt is computed here, without a hand-off."""
         return self.request.local_prefill
 
     @property
@@ -87,13 +87,13 @@ class DecodeJob:
         self.changed.set()
 
     def leave_feed(self) -> None:
-        """Nobody reads it any more. Idempotent."""
+        """The job stops sending to its feed. Idempotent."""
         feed, self.feed = self.feed, None
         if feed is not None:
             feed.leave()
 
     async def replies(self) -> AsyncIterator[worker_pb2.DecodeReply]:
-        """Until it has ended; raises the error that ended it. Tokens that came meanwhile go in one message."""
+        """The replies until the job ends. Raises the error that ended it. Tokens that came meanwhile go in one message."""
         told_admission = False
         while True:
             await self.changed.wait()
@@ -117,7 +117,7 @@ class DecodeJob:
                 return
 
     def phases(self) -> common_pb2.DecodePhases:
-        """What came before the admission of a local prefill stands in its PrefillPhases."""
+        """For a local prefill, what came before the admission is in its PrefillPhases."""
         if self.state is None:  # ended before its hand-off was there
             waited_s = 0.0 if self.is_local else time.monotonic() - self.arrived_at
             return common_pb2.DecodePhases(handoff_wait_s=waited_s, num_preemptions=self.num_preemptions)

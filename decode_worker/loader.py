@@ -1,9 +1,9 @@
-"""Takes a hand-off into a sequence's pages, and refuses what must not be decoded.
+"""Loads a hand-off into a sequence's pages, and refuses one that must not be decoded.
 
-fetch ─► layout: as many blocks as the tokens make, keys those of the tokens ─► slices ─► sealed: checksums, state
+fetch ─► layout: the number of blocks and their keys fit the tokens ─► slices ─► sealed: checksums, state
                                                                        └─ transfers ─► pages, once started
 
-Slices of a sequence that waits for pages are held back here; they are bounded by the store's arena, where they stay leased.
+Slices of a sequence that waits for pages are held back here. They stay leased in the store's arena, which bounds them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class HandoffLoader:
-    """On the event loop."""
+    """Lives on the event loop."""
 
     def __init__(self, pages: PageTransfer, stores: Stores, metrics: WorkerMetrics, vocab_size: int) -> None:
         self._pages = pages
@@ -47,7 +47,7 @@ class HandoffLoader:
             check_layout(job, job.reader, self._pages.schema.block_size)
 
     async def load(self, job: DecodeJob) -> common_pb2.HandoffState:
-        """Returns once the pages hold the whole hand-off and it was verified.
+        """Returns once the pages hold the whole hand-off and it is verified.
 
         Raises HandoffIncomplete, HandoffCorrupt, HandoffAborted, StoreUnavailable.
         """
@@ -68,24 +68,27 @@ class HandoffLoader:
         return state
 
     def count(self, job: DecodeJob) -> None:
-        """It was admitted."""
+        """Counts the transfer of a job that was admitted."""
         assert job.reader is not None
         self._metrics.transferred(job.transport, "fetch", job.reader.num_bytes, job.phases().intake_s)
 
     async def abort(self, job: DecodeJob) -> None:
-        """Before the intake ends: the store would have to make up a reason. Raises StoreUnavailable."""
+        """Aborts the hand-off with the job's reason. Called before the intake ends, or the store would have to make up a reason.
+
+        Raises StoreUnavailable.
+        """
         handoff = job.request.handoff
         reason = job.error or RequestCancelled(f"request {job.sequence.request_id} was stopped before its hand-off was there")
         await self._stores.own.client.abort(handoff.id, handoff.epoch, reason)
         job.aborted = True
 
     async def end_intake(self, job: DecodeJob) -> None:
-        """Returns when it is over."""
+        """Ends the intake, and returns when it is over."""
         if job.intake is None:
             return
         if job.reader is not None or not job.aborted:
             job.intake.cancel()
-        # else its fetch is being told of the abort, maybe with a lease to release: cancelled now, it would never know
+        # else the store tells its fetch of the abort, and it may have a lease to release; cancelling it now would lose that
         await asyncio.wait({job.intake})
 
     async def release(self, job: DecodeJob) -> None:
@@ -106,7 +109,7 @@ async def _write(load: PageLoad, job: DecodeJob, unwritten: list[BlockSlice]) ->
 
 
 def check_layout(job: DecodeJob, reader: BlockReader, block_size: int) -> None:
-    """Raises HandoffIncomplete or HandoffCorrupt where the hand-off's blocks are not those of the request's tokens."""
+    """Raises HandoffIncomplete or HandoffCorrupt if the hand-off's blocks do not match the request's tokens."""
     num_tokens = job.sequence.num_tokens
     expected = div_ceil(num_tokens, block_size)
     name = handoff_name(job)
@@ -131,7 +134,7 @@ def check_layout(job: DecodeJob, reader: BlockReader, block_size: int) -> None:
 
 
 def check_state(job: DecodeJob, reader: BlockReader, num_slices: int, num_layers: int, vocab_size: int) -> common_pb2.HandoffState:
-    """num_slices: layers of blocks that came. Raises HandoffIncomplete, HandoffCorrupt."""
+    """num_slices: received layers of blocks. Raises HandoffIncomplete, HandoffCorrupt."""
     name = handoff_name(job)
     if num_slices != reader.num_blocks * num_layers:
         raise HandoffIncomplete(

@@ -1,4 +1,4 @@
-"""How long recent steps took, and over what: a few of them for each load report, from which the proxy learns to predict."""
+"""How long recent steps took, and over what. A few of them go into each load report; the proxy learns to predict from them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from ..engine.sequence import StepChunk
 from ..protocol.v1 import control_pb2
 
-INTERVAL_S = 0.02  # between two samples: some ten a report
+INTERVAL_S = 0.02  # between two samples: about ten for each report
 NUM_KEPT = 16
 
 
 class StepSamples:
-    """note on the engine's thread, take on any."""
+    """note() runs on the engine's thread, take() on any."""
 
     def __init__(self) -> None:
         self._kept: deque[control_pb2.StepSample] = deque(maxlen=NUM_KEPT)
@@ -33,7 +33,7 @@ class StepSamples:
         )
 
     def take(self) -> list[control_pb2.StepSample]:
-        """Those since the last time."""
+        """The samples since the last call."""
         found: list[control_pb2.StepSample] = []
         while self._kept:
             found.append(self._kept.popleft())

@@ -1,4 +1,4 @@
-"""The decode half of a worker: hand-offs taken in, sequences batched continuously, tokens streamed.
+"""The decode half of a worker: takes in hand-offs, batches sequences continuously, streams tokens.
 
 event loop     Decode ─► fetch ─► add ─► start ─► verify ─► admit ┐     ┌─► tokens ─► reply stream      finished ─► cache
                  └─ local prefill: ─► add ─► start ─► prefix ─► begin_prefill
@@ -49,7 +49,7 @@ CACHE_PATIENCE_S = 0.02  # about a step: how long an answer's end waits for its 
 
 
 class DecodeHalf:
-    """On the worker's event loop, but for its steps."""
+    """Lives on the worker's event loop, except its steps."""
 
     def __init__(self, config: DecodeConfig) -> None:
         self._config = config
@@ -82,13 +82,13 @@ class DecodeHalf:
         worker_pb2_grpc.add_DecodeWorkerServicer_to_server(DecodeService(self), server)
 
     def take_role(self, role: WorkerRole) -> None:
-        """What is sent here is served in every role."""
+        """Does nothing: decode requests are served in every role."""
 
     def leave(self) -> None:
         self.feeds.drain()
 
     def load(self) -> HalfLoad:
-        """Calls whose hand-off has not begun count as waiting, too."""
+        """Calls whose hand-off has not begun count as waiting too."""
         num_running = self.scheduler.num_running
         computing = (job.sequence for job in self._jobs.values() if job.is_local and job.state is None)
         return HalfLoad(
@@ -100,7 +100,7 @@ class DecodeHalf:
         )
 
     def open(self, request: worker_pb2.DecodeRequest) -> DecodeJob:
-        """Waits for the hand-off from now on, or computes the prompt; what comes is read from the job. close() has to follow.
+        """Begins to wait for the hand-off, or to compute the prompt. The job gives the replies. close() must follow.
 
         Raises InvalidRequest, PromptTooLong, WorkerLost, or Unavailable for a token feed that is not open.
         """
@@ -119,12 +119,12 @@ class DecodeHalf:
         return job
 
     def close(self, job: DecodeJob) -> None:
-        """Nobody reads the job any more: frees everything it holds, unless it has ended. Idempotent."""
+        """Nobody reads the job any more. Frees all that it holds, unless it has ended. Idempotent."""
         job.leave_feed()
         self._fail(job, RequestCancelled(f"request {job.sequence.request_id} was cancelled in decode"))
 
     def stop_sequence(self, request_id: str) -> bool:
-        """Ends a request as finished, with the tokens it has; its blocks are cached. False where there is none."""
+        """Ends a request as finished with the tokens it has, and caches its blocks. False if there is no such request."""
         found = [job for job in self._jobs.values() if job.sequence.request_id == request_id]
         for job in found:
             with self._changed:
@@ -155,7 +155,7 @@ class DecodeHalf:
         self._life.spawn(self._loader.release(job))
 
     async def _prefill(self, job: DecodeJob) -> None:
-        """Without a hand-off: to the moment from which the engine's steps compute the prompt."""
+        """For a local prefill: up to the point from which the engine's steps compute the prompt."""
         with self._changed:
             self.scheduler.add(job.sequence)
         self.start_waiting()
@@ -169,7 +169,7 @@ class DecodeHalf:
 
     def _intake_done(self, job: DecodeJob, task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()
-        if error is not None:  # a bug, and this request's alone
+        if error is not None:  # a bug; it ends only this request
             logger.error("request %s: its intake failed", job.sequence.request_id, exc_info=error)
             self._fail(job, InternalError(f"{type(error).__name__}: {error}; the decode worker's log has the traceback"))
 
@@ -184,7 +184,7 @@ class DecodeHalf:
     def start_waiting(self) -> None:
         with self._changed:
             started = self.scheduler.start()
-            self._changed.notify()  # those that were preempted run again
+            self._changed.notify()  # preempted sequences may run again
         for sequence in started:
             job = self._jobs.get(sequence)
             if job is not None and not job.started.done():
@@ -195,7 +195,7 @@ class DecodeHalf:
         self._fail(job, job.timeout_error())
 
     def store_lost(self, client: StoreClient) -> None:
-        """Who has its hand-off, or needs none, needs no store any more; hand-offs to this worker lie in its own."""
+        """If the worker's own store is lost, fails the jobs that still wait for a hand-off in it."""
         if client.address != self._worker.stores.own.address:
             return
         for job in list(self._jobs.values()):
@@ -205,7 +205,7 @@ class DecodeHalf:
     # ends
 
     def _finish(self, job: DecodeJob, reason: common_pb2.FinishReason) -> None:
-        """Who is told of the end finds the blocks of the answer in the store, where that takes no longer than CACHE_PATIENCE_S."""
+        """The client learns of the end after the answer's blocks are cached, or after CACHE_PATIENCE_S if that comes first."""
         if not job.ended:
             job.finish_reason = reason
             self._end(job)
@@ -229,7 +229,7 @@ class DecodeHalf:
         self._life.spawn(self._release(job))
 
     async def _release(self, job: DecodeJob) -> None:
-        """Caches the blocks, or tells the store of a hand-off that nobody takes; frees the pages once no thread touches them."""
+        """Caches the blocks, or aborts a hand-off that nobody takes. Frees the pages once no thread touches them."""
         if job.caching_prompt is not None:
             await asyncio.wait({job.caching_prompt})
         try:

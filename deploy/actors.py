@@ -1,6 +1,6 @@
 """The processes of a cluster as Ray actors: each has start() -> address, run() (ends when stopped), stop().
 
-run()'s object reference is how the supervisor hears of a death: Ray fails it the moment the process is gone.
+The supervisor learns of a death from run()'s object reference, which Ray fails the moment the process is gone.
 Each actor imports its own server when it is made: a store's process needs no torch, a worker's no HTTP.
 """
 
@@ -21,7 +21,7 @@ from ..protocol.v1 import control_pb2
 
 
 def configure_logging() -> None:
-    """Once a process, at its entry: to standard error, which Ray keeps in its session's logs folder."""
+    """Called once in each process, when it starts. Logs go to standard error, which Ray keeps in its session's logs folder."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
@@ -88,7 +88,7 @@ class StoreActor:
 
 
 class WorkerActor:
-    """kwargs: make_worker's. Every worker is one of these, whatever its role."""
+    """A worker in any role. kwargs: make_worker's."""
 
     def __init__(self, **kwargs: Any) -> None:
         from .worker import make_worker
@@ -98,17 +98,17 @@ class WorkerActor:
         self._life = self._worker.life
 
     async def start(self) -> str:
-        """The gRPC address, once requests are taken and the proxy sends some."""
+        """Returns the gRPC address once the worker takes requests and the proxy knows it."""
         address = await self._worker.start()
         await self._life.joined.wait()
         return address
 
     async def progress(self, seen: int) -> Numbered | None:
-        """How far start() has come, as soon as that is news to who has seen number `seen`; None once it is over."""
+        """How far start() has come, as soon as there is news after number `seen`. None once the start is over."""
         return await self._life.progress.next(seen)
 
     async def run(self) -> None:
-        """Returns when stopped; raises what broke the worker."""
+        """Returns when the worker is stopped. Raises what broke it."""
         await self._worker.serve_until_stopped()
 
     async def stop(self, grace_s: float) -> None:
@@ -116,7 +116,7 @@ class WorkerActor:
 
 
 def remote(actor_class: type, *, node_id: str, num_gpus: float = 0.0) -> Any:
-    """The actor class for ray: pinned to a node, restarted by the supervisor and not by Ray (a new process gets new arguments)."""
+    """The actor class for Ray, pinned to a node. The supervisor restarts it and not Ray, because a new process gets new arguments."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

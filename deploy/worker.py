@@ -1,4 +1,4 @@
-"""A worker as a cluster has it: both halves on one executor. Roles differ in how a worker starts, never in what it is."""
+"""Builds a worker: both halves on one executor. A role decides how a worker starts and not what it can do."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..prefill_worker.worker import PrefillHalf
 from ..protocol.config import DecodeConfig, ModelOptions, PrefillConfig
 from ..protocol.roles import WorkerRole
 
-CPU_CAPACITY = 8  # times max_model_len, of a worker that decodes, where no capacity is configured
+CPU_CAPACITY = 8  # times max_model_len: tokens that a worker which decodes can hold, if not configured
 
 
 def make_worker(
     worker_address: WorkerAddress, *, role: WorkerRole, options: ModelOptions, prefill: PrefillConfig, decode: DecodeConfig
 ) -> Worker:
-    """Its pages, threads and transport are those of the role that it starts with; `both` has decode's."""
+    """Pages, threads and transport are those of the role that it starts with; `both` has decode's."""
     config = prefill if role == "prefill" else decode
 
     def load(*, name: str, progress: Progress, on_crash: Callable[[BaseException], None]) -> LocalExecutor:

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class PrefillHalf:
-    """On the worker's event loop, but for its steps."""
+    """Lives on the worker's event loop, except its steps."""
 
     def __init__(self, config: PrefillConfig) -> None:
         self._config = config
@@ -53,7 +53,7 @@ class PrefillHalf:
         worker_pb2_grpc.add_PrefillWorkerServicer_to_server(PrefillService(self), server)
 
     def take_role(self, role: WorkerRole) -> None:
-        """Beside a decode half that is in use it leaves pages to that: room for a sequence of the model's length."""
+        """In the role `both` it leaves pages to the decode half: room for one sequence of the model's length."""
         facts = self._facts
         room = min(div_ceil(facts.max_model_len, facts.page_size), facts.num_pages // 2)
         with self._changed:
@@ -67,7 +67,7 @@ class PrefillHalf:
     async def prefill(self, request: worker_pb2.PrefillRequest) -> common_pb2.HandoffState:
         """Computes the prompt's KV into the hand-off and samples the first token; returns once the hand-off is sealed.
 
-        Cancelling it frees what it held. Whatever ends it otherwise is told to whoever waits for the hand-off, too.
+        Cancelling it frees what it held. Any other error also reaches whoever waits for the hand-off.
         """
         task = asyncio.current_task()
         assert task is not None
@@ -112,7 +112,7 @@ class PrefillHalf:
     async def _prefill(self, job: PrefillJob) -> common_pb2.HandoffState:
         await job.started
         if tail := job.sequence.num_tokens % self._facts.page_size:
-            # an earlier owner's KV must not travel in the rest of the last page; pushes come behind this
+            # an earlier owner's KV must not travel in the rest of the last page; pushes are queued after this
             self._pages.zero_tail(job.sequence.pages[-1], tail)
         await self._prepare(job)
         assert job.client is not None and job.writer is not None
@@ -127,9 +127,9 @@ class PrefillHalf:
         return state
 
     async def _prepare(self, job: PrefillJob) -> None:
-        """Loads the prefix and reserves room for the hand-off, at the same time. Nothing that is loaded stays pinned for the other's sake.
+        """Loads the prefix and reserves room for the hand-off at the same time. No loaded block stays pinned while the reserve waits.
 
-        Raises what the reserve raises; HandoffCorrupt where it was promised a block that the load found corrupt, which is gone now.
+        Raises what the reserve raises, or HandoffCorrupt if the reserve counted on a block that the load found corrupt and dropped.
         """
         preparing = [asyncio.ensure_future(self._load_prefix(job)), asyncio.ensure_future(self._reserve(job))]
         try:
@@ -163,7 +163,7 @@ class PrefillHalf:
         self._life.spawn(self._release(job, error))
 
     async def _release(self, job: PrefillJob, error: HalfmoonError | None) -> None:
-        """Tells the store of a failure, or caches the blocks; frees the pages once no thread touches them."""
+        """Aborts the hand-off after a failure, else caches the blocks. Frees the pages once no thread touches them."""
         try:
             if error is not None:
                 await self._abort(job, error)
@@ -200,7 +200,7 @@ class PrefillHalf:
                 job.fail(StoreUnavailable(f"the KV store at {client.address} is gone; the hand-off with it", address=client.address))
 
     def leave(self) -> None:
-        """Every stream is a call's own."""
+        """Does nothing: every stream belongs to one call."""
 
     def fail_all(self, error: WorkerLost) -> None:
         for job in list(self._jobs.values()):

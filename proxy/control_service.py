@@ -1,4 +1,4 @@
-"""halfmoon.v1.Control: members join and stay, operators look in and drain."""
+"""halfmoon.v1.Control: members join and report, operators read the status and drain."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
         self._model_name = model_name
         self._started = time.monotonic()
 
-    # a coroutine that writes, not a generator: its finally runs at the stream's end and not at the collector's leisure
+    # a coroutine that writes, not a generator: its finally runs at the end of the stream, not when the collector gets to it
     @unary_boundary
     async def Join(self, reports: AsyncIterator[control_pb2.MemberReport], context: grpc.aio.ServicerContext) -> None:
         first = await anext(aiter(reports), None)
@@ -34,7 +34,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
             await member.orders.open(context.write)
             async for report in reports:
                 if member.gone or member.stream != stream:
-                    return  # a newer process, or a newer stream of this one, has taken its place
+                    return  # a newer process, or a newer stream of this one, has replaced it
                 if report.HasField("answer"):
                     member.orders.answered(report.answer)
                 self._cluster.report(member, report.load, report.role)

@@ -1,6 +1,6 @@
-"""A request as the proxy owns it: what was asked, its state, and the events that a face turns into text.
+"""A request as the proxy owns it: the checked request, its state, and the events that a face turns into text.
 
-QUEUED ─► PREFILL ─► HANDOFF ─► DECODE ─► DONE          (HANDOFF is left out where the decode worker prefills)
+QUEUED ─► PREFILL ─► HANDOFF ─► DECODE ─► DONE          (no HANDOFF if the decode worker prefills)
    │         └─────────┴──────────┴──► QUEUED    a worker died: replayed with the tokens sent so far
    └─► REJECTED        any ─► ABORTED (client gone, cancelled) | FAILED (error, deadline)
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from ..protocol.sampling import SamplingParams
 from ..protocol.v1 import common_pb2
 
-MAX_CHOICES = 128  # of one request of a client's, all its prompts together
+MAX_CHOICES = 128  # of one client request, over all its prompts
 
 
 class RequestState(enum.StrEnum):
@@ -31,7 +31,7 @@ class RequestState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ProxyRequest:
-    """Validated: the token ids fit the model, the sampling parameters are in range, the seed is set."""
+    """One choice of a request, checked: the token ids fit the model, the sampling parameters are in range, the seed is set."""
 
     request_id: str
     token_ids: list[int]
@@ -39,13 +39,13 @@ class ProxyRequest:
     timeout_s: float
     priority: int = 0
     arrival: float = field(default_factory=time.monotonic)  # when the face received it
-    ttft_slo_s: float | None = None  # to be served within; None: the proxy's
+    ttft_slo_s: float | None = None  # None: the proxy's own SLO
     tpot_slo_s: float | None = None
 
 
 class Tokens(NamedTuple):
     token_ids: list[int]
-    outputs: list[common_pb2.TokenOutput]  # one for each token where logprobs were asked for, else none
+    outputs: list[common_pb2.TokenOutput]  # one for each token if logprobs were asked for, else none
 
 
 class Finished(NamedTuple):

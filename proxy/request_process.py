@@ -1,5 +1,5 @@
-"""Large requests are parsed in a process of their own: JSON's, pydantic's and protobuf's code holds the interpreter from the first
-byte to the last, in a thread as well, and with it every stream of the proxy.
+"""Parses large requests in a process of their own. The code of JSON, pydantic and protobuf holds the interpreter's lock from the first
+byte to the last, even in a thread, and so would stop every stream of the proxy.
 
 bytes ─► process: parse, check ─► Packed (token ids as bytes, not as a million objects) ─► lists, a piece at a time
 """
@@ -18,18 +18,18 @@ from ..protocol.errors import InternalError
 from .text.chat_template import ChatMessage
 
 LARGE_BYTES = 2**18
-"""Of a request, from which on it is parsed in the process. Below it the parsers need a few milliseconds."""
+"""Requests larger than this are parsed in the process. For smaller ones the parsers need a few milliseconds."""
 PIECE_LEN = 2**16
 """Token ids that are made in one go, in about 2 ms."""
 
 Parsed = TypeVar("Parsed")
 Rest = TypeVar("Rest")
 PackedPrompt = str | bytes | list[int]
-"""A prompt's text, its token ids as 32-bit numbers, or the one token id that no model has."""
+"""A prompt's text, its token ids as 32-bit numbers, or one token id that no model has."""
 
 
 class Packed(NamedTuple, Generic[Rest]):
-    """A request on its way between the two processes: what may be long is packed, the rest is as the face has it."""
+    """A request on its way between the two processes. What may be long is packed; the rest is in the face's own form."""
 
     rest: Rest
     prompts: list[PackedPrompt]
@@ -61,7 +61,7 @@ def _pack_prompt(prompt: str | Sequence[int]) -> PackedPrompt:
     try:
         return array("I", prompt).tobytes()
     except OverflowError:
-        return [next(token_id for token_id in prompt if not 0 <= token_id < 2**32)]  # what the request will be refused for
+        return [next(token_id for token_id in prompt if not 0 <= token_id < 2**32)]  # the request will be refused because of it
 
 
 async def _unpack_prompt(packed: PackedPrompt) -> str | list[int]:
@@ -76,7 +76,7 @@ async def _unpack_prompt(packed: PackedPrompt) -> str | list[int]:
 
 
 class RequestProcess:
-    """Belongs to one event loop. The process begins with the first large request, or with warm_up()."""
+    """Belongs to one event loop. The process starts with the first large request, or with warm_up()."""
 
     def __init__(self) -> None:
         self._executor: concurrent.futures.ProcessPoolExecutor | None = None
@@ -86,9 +86,9 @@ class RequestProcess:
         self._running().submit(_nothing)
 
     async def run(self, parse: Callable[..., Parsed], *arguments: Any) -> Parsed:
-        """parse(*arguments) in the process. Arguments and result are pickled, which is quick for few and large parts only.
+        """Runs parse(*arguments) in the process. Arguments and result are pickled, which is fast only for few, large parts.
 
-        Raises what parse raises, or InternalError where the process died under it; the next call has a new one.
+        Raises what parse raises, or InternalError if the process died meanwhile. The next call starts a new process.
         """
         executor = self._running()
         try:

@@ -1,4 +1,4 @@
-"""`halfmoon simulate`: the Conductor on a virtual clock under a trace. A table, and where asked a CSV, JSON and PNG."""
+"""`halfmoon simulate`: the Conductor on a virtual clock under a trace. Prints a table; writes CSV, JSON and PNG on request."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def simulate(
 
 
 def _sized(cost: CostModel, dram: int, ssd: int) -> CostModel:
-    """Tokens of a node's cache on either tier; -1 leaves what the model has."""
+    """Tokens of a node's cache on each tier. -1: the cost model's own."""
     return dataclasses.replace(cost, cache_tokens=dram if dram >= 0 else cost.cache_tokens, ssd_tokens=ssd if ssd >= 0 else cost.ssd_tokens)
 
 

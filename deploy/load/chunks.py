@@ -1,4 +1,4 @@
-"""What a streamed chunk says: whether it brought tokens, how the answer ended, what the server counted, what went wrong."""
+"""Reads streamed chunks: whether a chunk brought tokens, how the answer ended, what the server counted, what went wrong."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ChunkReader:
         self.done = False
 
     def take(self, event: bytes, now_s: float) -> None:
-        """now_s: when its bytes were read, after the request was sent."""
+        """now_s: when its bytes were read, in seconds after the request was sent."""
         sample = self._sample
         if event == DONE:
             self.done = True
@@ -45,7 +45,7 @@ class ChunkReader:
         delta = choice.get("delta") or {}
         text = choice.get("text") or next((delta[name] for name in TEXT_FIELDS if delta.get(name)), "")
         reason = choice.get("finish_reason")
-        # Without text, reason or role it is a token that has no text of its own (yet). Without text and with a reason it is an end, which a
+        # A chunk without text, reason or role is a token that has no text (yet). One with a reason and without text is an end, which a
         # server may send some time after the last token.
         if text or (reason is None and "role" not in delta):
             sample.arrivals_s.append(now_s)

@@ -1,4 +1,4 @@
-"""How late the load generator itself was, so that nobody takes its own delays for the server's."""
+"""How late the load generator itself was, so that its own delays are not taken for the server's."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PERIOD_S = 0.005
 MAX_CPU = 0.9  # of one core
 MAX_GAP_OF_TPOT = 0.25
 MAX_LATE_OF_TTFT = 0.1
-LEAST_S = 0.005  # what a timer of the kernel and the loop may well be late
+LEAST_S = 0.005  # a normal delay of the kernel's and the loop's timers
 
 
 @dataclass(slots=True)
 class LagMeter:
-    """A task that wakes every 5 ms and notes by how much it came late: while it could not run, no answer was read or stamped either."""
+    """A task that wakes every 5 ms and notes how late it is. While it could not run, no answer was read or time-stamped either."""
 
     gaps_s: list[float] = field(default_factory=list[float])
     cpu_share: float = 0.0
@@ -46,7 +46,7 @@ class LagMeter:
 
 
 def client_lag(meter: LagMeter, late_s: Sequence[float], ttft_p50_s: float | None, tpot_p50_s: float | None) -> dict[str, Any]:
-    """The client's figures, and in "limited_by" why it may have been the bottleneck; empty where it was not."""
+    """The client's figures. "limited_by" says why it may have been the bottleneck, and is empty if it was not."""
     gap_p99, gap_max = (_quantile(meter.gaps_s, share) for share in (0.99, 1.0))
     late_p99, late_max = (_quantile(late_s, share) for share in (0.99, 1.0))
     found: list[str] = []

@@ -1,4 +1,4 @@
-"""A run's figures as tables, arms side by side: for a terminal (rich), or in Markdown where rich is not installed."""
+"""A run's figures as tables, arms side by side: for a terminal (rich), or in Markdown if rich is not installed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Grid(NamedTuple):
 
 
 def joint_tables(arms: Arms) -> list[Grid]:
-    """A line a window, in two tables that fit a terminal of 80 columns. In SLO: percent by mean TPOT / by the longest tenth of gaps."""
+    """A line for each window, in two tables of at most 80 columns. In SLO: percent by mean TPOT / by the longest tenth of gaps."""
     slos: list[tuple[float, float]] = []
     for arm in arms:
         for window in arm["windows"]:
@@ -70,7 +70,7 @@ def _factor(window: dict[str, Any]) -> str:
 
 
 def detail_tables(arm: dict[str, Any]) -> list[Grid]:
-    """Of each window every distribution, and Halfmoon's phases where the server told them."""
+    """Every distribution of each window, and Halfmoon's phases if the server sent them."""
     grids: list[Grid] = []
     for window in arm["windows"]:
         summary = window["summary"]
@@ -98,7 +98,7 @@ def goodput_lines(arms: Arms) -> list[str]:
 
 
 def warnings(arms: Arms) -> list[str]:
-    """What a reader of the figures must know."""
+    """Warnings for readers of the figures."""
     lines: list[str] = []
     for arm in arms:
         for window in arm["windows"]:

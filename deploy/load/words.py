@@ -1,4 +1,4 @@
-"""Prompts as text for endpoints that take no token ids: a word for each id, about a token each in most vocabularies."""
+"""Prompts as text for endpoints that take no token ids: a word for each id, which is about one token in most vocabularies."""
 
 from __future__ import annotations
 

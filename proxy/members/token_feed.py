@@ -1,9 +1,9 @@
-"""The token feed of one decode worker: a single stream that brings a step's tokens for all calls of this proxy.
+"""The token feed of one decode worker: a single stream that brings the tokens of each step for all calls of this proxy.
 
 enter(sink) ─► feed id, call number ─► DecodeRequest        StepTokens ─► sink.on_tokens, by call number
-leave(call)    what still comes for it is dropped           the stream's end ─► every sink.on_feed_lost
+leave(call)    its later tokens are dropped                 the stream's end ─► every sink.on_feed_lost
 
-Opened by the first call. A feed that has ended is not mended: its calls fail, and the next one opens a new feed.
+The first call opens the feed. A feed that has ended stays ended: its calls fail, and the next call opens a new feed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 class TokenSink(Protocol):
     def on_tokens(self, token_ids: list[int], outputs: list[common_pb2.TokenOutput]) -> None:
-        """outputs: one for each token where the call asked for logprobs, else none."""
+        """outputs: one for each token if the call asked for logprobs, else none."""
         ...
 
     def on_feed_lost(self, error: HalfmoonError) -> None: ...
@@ -104,11 +104,11 @@ class TokenFeed:
         self._stub = stub
         self._title = title
         self._worker_id = worker_id
-        self._numbers = itertools.count(1)  # never used twice, whatever feed is open
+        self._numbers = itertools.count(1)  # never used twice, on any feed
         self._feed: _OpenFeed | None = None
 
     async def enter(self, sink: TokenSink) -> FeedCall:
-        """The sink gets what comes for the call from now on; leave() has to follow. Raises WorkerLost where no feed can be opened."""
+        """From now on the sink gets the call's tokens, until leave(). Raises WorkerLost if no feed can be opened."""
         feed = self._feed
         if feed is None or feed.error is not None:
             feed = self._feed = _OpenFeed(self._stub, self._title, self._worker_id)

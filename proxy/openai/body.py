@@ -1,4 +1,4 @@
-"""The body of a POST, read and checked so that none holds up the event loop, however long or odd it is.
+"""Reads and checks the body of a POST. No body holds up the event loop, however long or odd it is.
 
 http.request … ─► at most MAX_BODY_BYTES ─► JSON ─► its pydantic model ─► FastAPI's handler, which finds the work done
                         └─ more: a 400            ├── in a thread from INLINE_BYTES on
@@ -34,7 +34,7 @@ _shown.maxlevel = 3
 
 
 def body_route(process: RequestProcess) -> type[APIRoute]:
-    """A class of routes whose body, where they take one, is a pydantic model in JSON."""
+    """A class for routes whose body, if they take one, is a pydantic model in JSON."""
 
     class BodyRoute(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -44,10 +44,10 @@ def body_route(process: RequestProcess) -> type[APIRoute]:
             body_type: type[GenerateBody] = self.body_field.field_info.annotation  # pyright: ignore[reportAssignmentType] - the app's
 
             async def handle_read(request: Request) -> Response:
-                request.state.arrival = time.monotonic()  # the head is here; the body may be long under way
+                request.state.arrival = time.monotonic()  # the head is here; the body may take long
                 content = await _read(request)
                 if not _is_json(request.headers.get("content-type", "")):
-                    content = b""  # FastAPI refuses it then, as a body that is missing
+                    content = b""  # FastAPI then refuses it as a missing body
                 model = await _parse_aside(body_type, content, process) if content else None
                 return await handle(_ReadRequest(request, content, model))
 
@@ -66,7 +66,7 @@ async def _parse_aside(body_type: type[GenerateBody], content: bytes, process: R
 
 
 class _ReadRequest(Request):
-    """As it was, but its body has been read: pydantic takes a model for what it is and does not check it again."""
+    """The same request with its body already read. pydantic accepts a model as it is and does not check it again."""
 
     def __init__(self, request: Request, content: bytes, model: GenerateBody | None) -> None:
         super().__init__(request.scope, request.receive)
@@ -81,7 +81,7 @@ class _ReadRequest(Request):
 
 
 async def _read(request: Request) -> bytes:
-    """Raises InvalidRequest where the body is too long: at once where its length is told, else with the first byte too many."""
+    """Raises InvalidRequest for a body that is too long: at once if content-length says so, else at the first byte too many."""
     told = request.headers.get("content-length", "")
     if told.isdecimal() and int(told) > MAX_BODY_BYTES:
         raise _too_long(f"{told} bytes")
@@ -106,7 +106,7 @@ def _is_json(content_type: str) -> bool:
 
 
 def _parse(body_type: type[GenerateBody], content: bytes) -> GenerateBody:
-    """Raises InvalidRequest, or RequestValidationError with the first of what is wrong, its value short enough to show."""
+    """Raises InvalidRequest, or RequestValidationError with the first fault only, its value short enough to show."""
     try:
         return body_type.model_validate(json.loads(content))
     except json.JSONDecodeError as error:
@@ -124,7 +124,7 @@ def _parse(body_type: type[GenerateBody], content: bytes) -> GenerateBody:
 
 
 def parse_packed(body_type: type[GenerateBody], content: bytes) -> Packed[dict[str, Any]] | list[Any]:
-    """As _parse, with the model's other fields as the rest; or the errors of its RequestValidationError. Runs in the process."""
+    """As _parse; the rest are the model's other fields. Returns the errors of a RequestValidationError as a list. Runs in the process."""
     try:
         body = _parse(body_type, content)
     except RequestValidationError as error:
@@ -151,7 +151,7 @@ async def _unpack(body_type: type[GenerateBody], packed: Packed[dict[str, Any]] 
 
 
 class _Shown:
-    """A value as an error shows it, of any size."""
+    """A value of any size as an error shows it."""
 
     def __init__(self, value: Any) -> None:
         self._text = _shown.repr(value)

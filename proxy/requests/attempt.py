@@ -1,11 +1,11 @@
-"""One pair of workers at work on a request, under one epoch of its hand-off.
+"""One attempt at a request: a pair of workers, under one epoch of the hand-off.
 
         ┌─► Decode on d ─► Admitted, first token ─► Finished, number of tokens ─┐
 start ──┤   d's token feed ─► the other tokens ─────────────────────────────────┼─► outcome: Finished, with all its tokens | LegFailed
         └─► Prefill on p ─► state                                               │
    p, d or d's store leaves the cluster, a call or the token feed fails ────────┘
-The two streams of d are not ordered: what the feed brings before Admitted waits for it, and Finished waits for the last token.
-A local pair has the Decode leg alone, and no hand-off: d computes the prompt, and neither p nor the store is part of it.
+The two streams of d are not ordered. Tokens that the feed brings before Admitted wait for it, and Finished waits for the last token.
+A local pair has only the Decode leg and no hand-off: d computes the prompt, and neither p nor the store takes part.
 close: both calls cancelled, the store told why, what was assigned undone
 """
 
@@ -30,7 +30,7 @@ from .pair import Pair
 logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 5.0  # of Stop and Abort
-DEADLINE_SLACK_S = 1.0  # the request runner's own timer ends the request and says in which state; gRPC's stands behind it
+DEADLINE_SLACK_S = 1.0  # the runner's own timer comes first and knows the request's state; gRPC's deadline is the fallback
 
 
 class LegFailed(Exception):
@@ -53,8 +53,8 @@ class AttemptListener(Protocol):
 class Attempt:
     """
     Args:
-        sequence: but for what the pair's prompt has of it.
-        tasks: own what the attempt runs; Stop and Abort may outlive it.
+        sequence: without the token ids and block keys, which come from the pair's prompt.
+        tasks: owns what the attempt runs. Stop and Abort may outlive the attempt.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class Attempt:
         self._unwatch: list[Callable[[], None]] = []
 
     def start(self) -> None:
-        """Opens the calls. decode first: it waits for a hand-off, the hand-off does not wait for it."""
+        """Opens the calls, decode first: decode waits for the hand-off, and the hand-off does not wait for decode."""
         pair = self.pair
         for member in {pair.decode} if pair.is_local else {pair.prefill, pair.decode, pair.store}:
             self._unwatch.append(member.on_gone(self._member_gone))
-            if member.gone:  # since it was placed there
+            if member.gone:  # it left after the placement
                 self._member_gone(member)
         if self.outcome.done():
             return
@@ -91,11 +91,11 @@ class Attempt:
             self._tasks.append(self._background.spawn(self._follow_prefill(), self._title("its prefill leg"), self._leg_broke))
 
     def stop(self, on_unheard: Callable[[], None]) -> None:
-        """Asks decode to end the sequence as finished. on_unheard runs where it does not know it or cannot be asked."""
+        """Asks decode to end the sequence as finished. on_unheard runs if decode does not know the sequence or cannot be reached."""
         self._background.spawn(self._stop(on_unheard), self._title("Stop"), lambda _: on_unheard())
 
     def close(self, reason: HalfmoonError) -> None:
-        """At once, and once. An attempt that has not finished is aborted with the reason, everywhere."""
+        """Takes effect at once; further calls do nothing. An unfinished attempt is aborted everywhere, with the reason."""
         if self.closed:
             return
         self.closed = True
@@ -112,7 +112,9 @@ class Attempt:
             call.cancel()
         self.outcome.cancel()
         if not (self.admitted or self.pair.is_local or self.pair.store.gone):
-            self._background.spawn(self._abort_handoff(reason), self._title("Abort"))  # the hand-off's lease ends by itself, too
+            self._background.spawn(
+                self._abort_handoff(reason), self._title("Abort")
+            )  # if this fails, the hand-off's lease still ends by itself
 
     @property
     def _finished(self) -> bool:
@@ -208,13 +210,13 @@ class Attempt:
 
     def _leg_broke(self, bug: Exception) -> None:
         if not self.outcome.done():
-            self.outcome.set_exception(bug)  # ends the request; nobody would else
+            self.outcome.set_exception(bug)  # nothing else would end the request
 
     def _title(self, what: str) -> str:
         return f"request {self._sequence.request_id}: {what}"
 
     def _interrupted(self, member: Member) -> None:
-        # not by close(): the channel was closed under the call
+        # close() cancels the task first, so here the channel was closed under the call
         self._fail(member, WorkerLost(f"{member.title} is gone: its channel was closed", worker=member.id))
 
     def _member_gone(self, member: Member) -> None:
@@ -224,7 +226,7 @@ class Attempt:
             self._fail(member, WorkerLost(f"{member.title} is gone: it left the cluster", worker=member.id))
 
     def _fail(self, member: Member, error: HalfmoonError) -> None:
-        # a sealed hand-off that decode has taken needs neither its prefill worker nor its store; decode itself is always needed
+        # once decode has admitted the hand-off, the prefill worker and the store are no longer needed; decode always is
         pair = self.pair
         needless = (member is pair.prefill and (self.prefilled or self.admitted)) or (member is pair.store and self.admitted)
         if (member is pair.decode or not needless) and not self.outcome.done():
@@ -252,11 +254,11 @@ class Attempt:
 
 
 def _leg_error(error: grpc.aio.AioRpcError, member: Member) -> HalfmoonError:
-    """A typed error of the worker as it is; what only a dying or leaving worker gives as WorkerLost."""
+    """The worker's typed error as it is. What only a dying or leaving worker causes becomes WorkerLost."""
     found = from_rpc_error(error, member.title)
     typed = any(key == TRAILER for key, _ in error.trailing_metadata() or ())
     details = error.details() or ""
-    # a connection that breaks under a call is mostly UNAVAILABLE, but not always
+    # a connection that breaks under a call usually gives UNAVAILABLE, but not always
     broken = "RST_STREAM" in details or "Stream removed" in details
     lost = broken or error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
     if (lost and not typed) or isinstance(found, Draining):

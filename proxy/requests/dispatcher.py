@@ -1,4 +1,4 @@
-"""From a prompt to an assigned pair of members, and what the decode pool's load says of the pair later.
+"""Takes a prompt to an assigned pair of members, and judges the pair again when its prefill is done.
 
 Prompt ─► Placer ─► Placement ─► Assigner ─► Pair ─► judge_again, when its prefill is done ─► finished
                 └─► Rejection ─► NoWorker | PromptTooLong | Overloaded
@@ -51,9 +51,9 @@ class Dispatcher:
         return self._assign(self._placer.place_again(request, prompt, decision, failed.queue_order, exclude, avoid), prompt)
 
     def judge_again(self, pair: Pair) -> Overloaded | None:
-        """When the prefill is done: whether the decode worker's step, as it is now, has room for the request within its SLO.
+        """Called when the prefill is done. An error if the decode worker's step, at its present load, would miss the request's SLO.
 
-        None also where the admission does not ask again, as of replays.
+        None also for replays, and if the admission does not check twice.
         """
         admission, asked = self._placer.admission, pair.decided.asked
         if admission is None or not admission.checks_again or asked.admitted or asked.slo is None or pair.is_local:
@@ -71,7 +71,7 @@ class Dispatcher:
         )
 
     def finished(self, pair: Pair) -> None:
-        """Its request came to its own end."""
+        """The pair's request has finished by itself."""
         seconds, admission = self._placer.load_tracker.finished(pair, time.monotonic()), self._placer.admission
         if seconds is not None and admission is not None:
             admission.observe_decode(seconds, pair.num_tokens)

@@ -1,4 +1,4 @@
-"""What a user asked for, the same for every face, and its way to validated requests.
+"""What a user asked for, in one form for every face, and its way to checked requests.
 
 GenerateRequest ─► prompts to token ids ─► limits ─► SamplingParams ─► a ProxyRequest for each choice
  (prompt text, token ids or messages; n)                    choice p*n+i: prompt p, seed+i
@@ -25,15 +25,15 @@ from ..text.tokenizer import Tokenizer
 
 MAX_STOPS = 16
 PIECE_LEN = 2**16  # tokens that are checked in one go
-MAX_STOP_CHARS = 1024  # of each; every token's text is compared with them
+MAX_STOP_CHARS = 1024  # of each, because every token's text is compared with them
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for a prompt; a chat may use what is left
 REQUEST_ID_LEN = 128
-CHARS_COMPOSED = 4  # characters that a tokenizer's Unicode normal form makes one of, at most
+CHARS_COMPOSED = 4  # at most so many characters become one in a tokenizer's Unicode normal form
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """Types are right, values are as they came. Exactly one of prompts and messages is set."""
+    """The types are right; the values are as they came, not yet checked. Exactly one of prompts and messages is set."""
 
     prompts: Sequence[str | Sequence[int]] = ()
     messages: Sequence[ChatMessage] | None = None
@@ -48,7 +48,7 @@ class GenerateRequest:
     ttft_slo_s: float | None = None  # None: the proxy's
     tpot_slo_s: float | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)  # SamplingParams' other fields
-    arrival: float = field(default_factory=time.monotonic)  # of its first byte, where the face can know it
+    arrival: float = field(default_factory=time.monotonic)  # of its first byte, if the face can know it
 
 
 class RequestBuilder:
@@ -58,7 +58,7 @@ class RequestBuilder:
         self._default_timeout_s = min(default_timeout_s, MAX_TIMEOUT_S)
 
     async def build(self, asked: GenerateRequest, max_model_len: int) -> list[ProxyRequest]:
-        """A request for each choice, all choices of the first prompt first. Those of one prompt share its token_ids: the list itself.
+        """One request for each choice, the first prompt's choices first. Choices of one prompt share the same token_ids object.
 
         Raises InvalidRequest (PromptTooLong, UnknownModel), naming the field, the value and the limit.
         """
@@ -133,8 +133,9 @@ class RequestBuilder:
         return [next(encoded) if isinstance(prompt, str) else list(prompt) for prompt in asked.prompts]
 
     def _require_text_fits(self, num_chars: int, param: str, max_model_len: int) -> None:
-        """Before it is tokenised, which for a text of megabytes takes seconds: no text that fits is as long as the limit,
-        unless the tokenizer drops parts of it, as some do with long runs of blanks.
+        """Checked before the text is tokenised, which takes seconds for megabytes.
+
+        No text that fits is longer than the limit, unless the tokenizer drops parts of it, as some do with long runs of blanks.
         """
         limit = max_model_len * self._tokenizer.max_token_chars * CHARS_COMPOSED
         if num_chars > limit:
@@ -190,7 +191,7 @@ def _require(holds: bool, message: str, param: str, error: type[InvalidRequest] 
 
 
 def _clean(text: str, param: str) -> str:
-    """JSON can spell half of a surrogate pair, which no encoding of Unicode has."""
+    """The text itself. Raises InvalidRequest for half a surrogate pair, which JSON can spell and Unicode cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

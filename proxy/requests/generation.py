@@ -1,10 +1,10 @@
-"""The one path from what a user asked to text that streams back. Both faces, HTTP and gRPC, use it.
+"""The path from a user's request to the text that streams back. Both faces, HTTP and gRPC, use it.
 
 GenerateRequest ─► RequestBuilder ─► ProxyRequest per choice ─► Router.open_all ─► TokenStream
                                                                                         │ tokens
 Generation ◄─ TextDelta …, ChoiceEnd ◄─ ChoiceText (detokenise, stop strings, logprobs) ◄─┘
-A step's tokens wake the reader once, whatever the number of choices.
-Leaving a Generation in any way cancels all its choices.
+The tokens of one step wake the reader once, whatever the number of choices.
+Leaving a Generation in any way cancels all of its choices.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from .generate_request import GenerateRequest, RequestBuilder
 from .router import Router
 from .token_stream import LEFT, TokenStream
 
-MAX_BEHIND = 32  # steps of a reader's, whose tokens are each an event of their own
+MAX_BEHIND = 32  # steps; a reader further behind gets all their tokens as one event
 _ENDS = (RequestState.DONE, RequestState.REJECTED, RequestState.ABORTED, RequestState.FAILED)
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """text: whole characters that can no longer change; may be "" while a character or a stop string is under way."""
+    """text: whole characters that can no longer change. It may be "" while a character or a stop string is incomplete."""
 
     index: int
     text: str
     token_ids: list[int]
-    outputs: list[common_pb2.TokenOutput]  # one for each token where logprobs were asked for, else none; as are token_texts
+    outputs: list[common_pb2.TokenOutput]  # one for each token if logprobs were asked for, else none; so are token_texts
     token_texts: list[TokenText]
 
 
@@ -55,7 +55,7 @@ GenerationEvent = TextDelta | ChoiceEnd
 
 
 class _Inbox:
-    """Which choices have news. Runners hold it, and through it no stream."""
+    """Which choices have news. Runners hold the inbox, and the inbox holds no stream."""
 
     def __init__(self) -> None:
         self.news = asyncio.Event()
@@ -72,7 +72,7 @@ class _Inbox:
 
 
 class Generation:
-    """One admitted GenerateRequest: the events of all choices, as they come. A choice's last is its ChoiceEnd."""
+    """One admitted GenerateRequest: the events of all choices as they come. The last event of a choice is its ChoiceEnd."""
 
     def __init__(self, request_id: str, model: str, num_prompt_tokens: int, choices: list[_Choice]) -> None:
         self.request_id = request_id
@@ -89,9 +89,9 @@ class Generation:
             choice.listen(self._inbox)
 
     async def next_events(self) -> list[GenerationEvent]:
-        """At least one, or none at the end. A caller that is cancelled cancels all choices.
+        """At least one event, or none at the end. If the caller is cancelled, all choices are cancelled.
 
-        Raises the HalfmoonError that ended one of the choices, after every event before it; the others are cancelled.
+        If a choice failed, raises its HalfmoonError after all events before it, and cancels the other choices.
         """
         while True:
             if events := self._take():
@@ -122,7 +122,7 @@ class Generation:
             if found and isinstance(found[-1], ChoiceEnd):
                 self._num_open -= 1
             elif choice.is_over:
-                self._inbox.put(index)  # its error comes behind these
+                self._inbox.put(index)  # its error comes after these
         return events
 
     def __aiter__(self) -> Generation:
@@ -141,7 +141,7 @@ class Generation:
         return all(choice.is_over for choice in self._choices)
 
     def cancel(self, reason: str) -> None:
-        """Whoever reads the events gets RequestCancelled with the reason."""
+        """The reader of the events gets RequestCancelled with the reason."""
         self._cancel(reason)
 
     def _cancel(self, reason: str) -> None:
@@ -159,7 +159,7 @@ class Generation:
 
 
 class Generator:
-    """Opens Generations, and knows those that are under way. The choices of a GenerateRequest are admitted together or not at all."""
+    """Opens Generations and knows those that are under way. All choices of a GenerateRequest are admitted, or none is."""
 
     def __init__(self, router: Router, tokenizer: Tokenizer, card: ModelCard, default_timeout_s: float) -> None:
         self.router = router
@@ -170,7 +170,7 @@ class Generator:
 
     @property
     def max_model_len(self) -> int:
-        """What the workers can hold; before any joined, what the model was made for."""
+        """What the workers can hold. Before any has joined: what the model was made for."""
         return self.router.max_model_len or self.card.max_model_len
 
     async def decode_aside(self, prompts: Sequence[str | list[int]]) -> list[str]:
@@ -178,7 +178,7 @@ class Generator:
         return [prompt if isinstance(prompt, str) else await self._tokenizer.decode_aside(prompt) for prompt in prompts]
 
     async def open(self, request: GenerateRequest) -> Generation:
-        """Raises InvalidRequest, or what Router.open raises; nothing is left running then."""
+        """Raises InvalidRequest, or what Router.open raises. Nothing is left running then."""
         requests = await self._builder.build(request, self.max_model_len)
         if (other := self._under_way.get(request.request_id)) is not None and not other.is_over:
             raise InvalidRequest(f"request id {request.request_id!r} is under way already; choose another", param="request_id")
@@ -193,7 +193,7 @@ class Generator:
         return generation
 
     async def cancel(self, request_id: str, reason: str) -> bool:
-        """Whether there was such a request under way."""
+        """True if such a request was under way."""
         generation = self._under_way.pop(request_id, None)
         if generation is None or generation.is_over:
             return False
@@ -213,10 +213,10 @@ class _Choice:
 
     def listen(self, inbox: _Inbox) -> None:
         self.stream.listen(partial(inbox.put, self.index))
-        inbox.put(self.index)  # what came before
+        inbox.put(self.index)  # something may have come already
 
     def take(self) -> list[GenerationEvent]:
-        """What has come since the last call. Raises the HalfmoonError that ended it."""
+        """The events since the last call. Raises the HalfmoonError that ended the choice."""
         events: list[GenerationEvent] = []
         arrived = self.stream.take()
         for event in arrived if len(arrived) <= MAX_BEHIND else _together(arrived):
@@ -238,7 +238,7 @@ class _Choice:
     def _end(self, finished: Finished) -> ChoiceEnd:
         usage = common_pb2.Usage(
             num_prompt_tokens=finished.usage.num_prompt_tokens,
-            num_completion_tokens=self._text.num_tokens,  # those up to a stop string, not those that came in its wake
+            num_completion_tokens=self._text.num_tokens,  # up to a stop string, not what came after it
             num_cached_tokens=finished.usage.num_cached_tokens,
         )
         reason = finished.reason if self._text.matched_stop is None else common_pb2.FINISH_REASON_STOP
@@ -246,7 +246,7 @@ class _Choice:
 
 
 def _together(events: list[TokenEvent]) -> list[TokenEvent]:
-    """All tokens in one event, for a reader that is far behind."""
+    """The same with all tokens in one event, for a reader that is far behind."""
     token_ids: list[int] = []
     outputs: list[common_pb2.TokenOutput] = []
     rest: list[TokenEvent] = []

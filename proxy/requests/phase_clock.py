@@ -1,7 +1,7 @@
-"""Takes a request's times once; metrics and the PhaseRecord both read them from here. Only durations leave it.
+"""Takes each time of a request once. Metrics and the PhaseRecord both read it from here. Only durations leave this file.
 
 arrival ── queue ──► placed ── (prefill queue, load, prefill, push) ──► prefilled ── handoff_wait ──► admitted ──► tokens ─► end
-           an attempt that failed before the first token counts as queue: the phases up to that token add up to the TTFT
+           an attempt that failed before the first token counts as queue, so the phases up to that token add up to the TTFT
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class PhaseClock:
             record.predicted_tpot_s = placement.tpot_s or 0.0
 
     def prefilled(self) -> None:
-        """The first time that prefill reported done, or that decode proved it by admitting the hand-off."""
+        """Prefill reported done, or decode proved it by admitting the hand-off. The first call counts."""
         if self.record.prefill_done_s == 0:
             self.record.prefill_done_s = self._elapsed()
             self._metrics.prefill_done(self.record.prefill_done_s)
@@ -60,7 +60,7 @@ class PhaseClock:
             record.handoff_wait_s = time.monotonic() - self._prefilled
 
     def tokens(self, num_tokens: int) -> None:
-        """They leave the proxy now."""
+        """So many tokens leave the proxy now."""
         now = time.monotonic()
         if not self._first:
             self._first = now
@@ -74,7 +74,7 @@ class PhaseClock:
         self._last = now
 
     def finished(self, num_tokens: int, phases: common_pb2.DecodePhases) -> common_pb2.PhaseRecord:
-        """num_tokens: sent in all. Observes the whole record."""
+        """num_tokens: all that were sent. Observes the whole record in the metrics."""
         record = self.record
         record.first_decode_s = phases.first_decode_s
         record.decode_s = phases.decode_s
@@ -89,5 +89,5 @@ class PhaseClock:
 
 
 def handoff_s(record: common_pb2.PhaseRecord) -> float:
-    """What of the time to the first token no phase before the hand-off names: the hand-off itself, and the calls around it."""
+    """The part of the TTFT that no phase before the hand-off covers: the hand-off itself, and the calls around it."""
     return record.ttft_s - (record.queue_s + record.prefill_queue_s + record.prefix_load_s + record.prefill_s)

@@ -1,4 +1,4 @@
-"""Asks the Conductor where a request goes: what it is, what the cluster looks like to it, and how often to ask.
+"""Asks the Conductor where a request goes: describes the request and the cluster, and asks again where needed.
 
 Prompt ─► prefix index ─► PlacementRequest ─┐
           its queue order ──────► Snapshot ──┴► Conductor ─► AttemptDecision
@@ -23,7 +23,7 @@ from .decisions import AttemptDecision, RequestDecision
 from .learner import Learner
 from .prompt import Prompt
 
-PROBE_S = 30.0  # between two requests that are let in against the prediction
+PROBE_S = 30.0  # between two requests that are admitted against the prediction
 
 
 class QueueOrdering:
@@ -47,7 +47,7 @@ class QueueOrdering:
 
 
 class Placer:
-    """profiled: the predictors begin with a profile, not with a guess."""
+    """profiled: the predictors start from a profile, not from a guess."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Placer:
         return self.conductor.admission
 
     def place(self, request: ProxyRequest, prompt: Prompt, decision: RequestDecision) -> AttemptDecision:
-        """The answer, a Placement or a Rejection, stands in what it returns."""
+        """The decision holds the answer: a Placement or a Rejection."""
         slo, now_s = decision.slo, time.monotonic()
         asked = PlacementRequest(
             len(prompt.token_ids),
@@ -91,7 +91,7 @@ class Placer:
         if self._ordering.order == "late" and isinstance(answer, Placement) and answer.ttft_s is not None:
             predicted_s = answer.ttft_s + asked.waited_s
             if predicted_s > slo.ttft_s:
-                # too late even so: it gives way, and what it then waits for is another prediction
+                # late even so: it gives way to others, and then waits longer, so it is predicted anew
                 order = self._ordering.order_of(request, slo, predicted_s)
                 seen, answer = self._ask(asked, order, now_s)
         return decision.decided(asked, seen, self.learner.frozen(), answer, order)
@@ -107,7 +107,7 @@ class Placer:
     ) -> AttemptDecision:
         """It keeps its queue order, and no SLO keeps it out.
 
-        prompt: with the tokens sent so far. exclude, avoid: incarnations.
+        prompt: includes the tokens sent so far. exclude, avoid: incarnations.
         """
         now_s, held = time.monotonic(), self._index.leading_runs(prompt.keys)
         waited_s = now_s - request.arrival
@@ -116,9 +116,10 @@ class Placer:
         return decision.decided(asked, seen, self.learner.frozen(), answer, order)
 
     def _may_probe(self, now_s: float) -> bool:
-        """Whether to let a request in that is predicted to miss its SLO: if a wrong prediction refused all, nothing would put it right.
+        """True if a request may be admitted although it is predicted to miss its SLO.
 
-        Only where it harms nobody, for nothing else is under way: while all predictions are a guess, and then once every PROBE_S.
+        A wrong prediction that refused everybody would never be corrected. A probe runs only while nothing else is under way, so
+        it harms nobody: always while the predictions are still a guess, and after that once every PROBE_S.
         """
         if not self.load_tracker.is_idle or (now_s < self._next_probe_s and (self._profiled or self.learner.knows)):
             return False

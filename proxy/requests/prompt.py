@@ -1,4 +1,4 @@
-"""What is made of a prompt's tokens once, for all of its choices and for both workers of each: block keys, and the wire's part.
+"""What is made of a prompt's tokens once, for all choices and both workers of each: the block keys and the encoded token ids.
 
 token ids ─► block keys ─► SequenceSpec(token_ids, block_keys) ─copied─► each choice's message to each worker
 A prompt of a million tokens takes tenths of a second, so it is made in parts between which the event loop may serve others.
@@ -20,7 +20,7 @@ PART_TOKENS = 2**14  # some tenths of a millisecond
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """With the tokens already sent, where it is a replay's."""
+    """A replay's prompt includes the tokens already sent."""
 
     token_ids: Sequence[int]
     keys: Sequence[BlockKey]  # of its full blocks

@@ -1,4 +1,4 @@
-"""The proxy's core: admits a request, runs it on a pair of workers, knows every request that is under way.
+"""The proxy's core: admits requests, starts each on a pair of workers, and knows all that are under way.
 
 open ─► draining? room? a pair? ─► RequestRunner ─► TokenStream        drain ─► admits no more, waits for the last
              └─ no: Draining | Overloaded | NoWorker
@@ -35,13 +35,13 @@ from .runner import RequestRunner, RunnerContext
 from .scheduling import create_conductor, create_placer, create_predictors, default_slo
 from .token_stream import TokenStream
 
-SLICE_S = 0.002  # of opening many or long choices, before the loop may serve others
-CLOSE_GRACE_S = 1.0  # for aborts that are on their way
+SLICE_S = 0.002  # of opening many or long choices before the event loop serves others
+CLOSE_GRACE_S = 1.0  # for aborts still being sent
 
 
 class Router:
     def __init__(self, config: ProxyConfig, cluster: Cluster, metrics: ProxyMetrics, *, eos_token_ids: frozenset[int]) -> None:
-        """eos_token_ids: the model's; a replay must not go on behind one. Made before the first member joins the cluster.
+        """eos_token_ids: the model's; a replay must not go past one. The router is made before the first member joins the cluster.
 
         Raises ConfigError for a cost model that cannot be read.
         """
@@ -94,7 +94,7 @@ class Router:
 
     @property
     def allows_local_prefill(self) -> bool:
-        """A cluster without prefill workers serves, too."""
+        """True if a cluster without prefill workers can serve."""
         return self.conductor.local_prefill != "never"
 
     @property
@@ -110,7 +110,7 @@ class Router:
         """Starts the request. Called in the event loop.
 
         Raises Draining, Overloaded (with retry_after_s), NoWorker, PromptTooLong, or InvalidRequest for a request id that
-        is under way: nothing was started then.
+        is under way. Nothing was started then.
         """
         opening = self._open([request])
         while True:
@@ -120,25 +120,25 @@ class Router:
                 return done.value[0]
 
     async def open_all(self, requests: Sequence[ProxyRequest]) -> list[TokenStream]:
-        """The choices of one request: all are started, or none is. Raises as open does.
+        """Starts all choices of one request, or none. Raises as open does.
 
-        However many and long they are, the loop serves others meanwhile. Choices of one prompt share its token_ids: the list itself.
+        The event loop serves others meanwhile, however many and long they are. Choices of one prompt share the same token_ids object.
         """
         opening = self._open(requests)
         begun_s = time.monotonic()
         try:
             while True:
                 has_started = next(opening)
-                if has_started or time.monotonic() - begun_s >= SLICE_S:  # what was started runs in a turn of its own
+                if has_started or time.monotonic() - begun_s >= SLICE_S:  # a started request gets a turn of its own
                     await asyncio.sleep(0)
                     begun_s = time.monotonic()
         except StopIteration as done:
             return done.value
         finally:
-            opening.close()  # undoes all, where the caller was cancelled
+            opening.close()  # undoes everything if the caller was cancelled
 
     def require_room(self, num_requests: int, num_tokens: int) -> None:
-        """Whether so many requests with so many prompt tokens together would be let into the queue. Raises Draining, Overloaded."""
+        """Raises Draining or Overloaded unless the queue takes num_requests with num_tokens prompt tokens together."""
         self._require_open()
         try:
             self._queue.require_room(num_requests, num_tokens)
@@ -152,14 +152,14 @@ class Router:
             raise Draining("the proxy is draining: it finishes what it has and admits no more; ask another")
 
     def cancel(self, request_id: str, reason: str) -> bool:
-        """Whether such a request was under way."""
+        """True if such a request was under way."""
         runner = self._runners.get(request_id)
         if runner is not None:
             runner.cancel(reason)
         return runner is not None
 
     async def drain(self, timeout_s: float) -> int:
-        """Admits no more, and returns when no request is left. Those that need longer are ended; returns how many."""
+        """Admits no more and returns when no request is left. Ends those that need longer than timeout_s; returns how many."""
         self.draining = True
         try:
             await asyncio.wait_for(self._empty.wait(), timeout_s)
@@ -171,7 +171,7 @@ class Router:
         return len(late)
 
     async def close(self) -> None:
-        """Cancels what is under way and leaves the stores. The cluster is its maker's to close."""
+        """Cancels what is under way and leaves the stores. Does not close the cluster."""
         self.draining = True
         for runner in list(self._runners.values()):
             runner.cancel("the proxy is shutting down")
@@ -180,9 +180,9 @@ class Router:
         await self._watch.close()
 
     def _open(self, requests: Sequence[ProxyRequest]) -> Generator[bool, None, list[TokenStream]]:
-        """Yields between short pieces of work, and returns the streams. Whatever ends it before that undoes all it did.
+        """Yields between short pieces of work and returns the streams. If it ends before that, everything it did is undone.
 
-        It yields whether the piece of work started a request.
+        Yields True if the piece of work started a request.
         """
         decisions: list[RequestDecision] = []
         try:
@@ -211,7 +211,7 @@ class Router:
             raise
 
     def _reserve(self, requests: Sequence[ProxyRequest], decisions: list[RequestDecision], undo: contextlib.ExitStack) -> None:
-        """Takes their ids and their room in the queue, so that whoever comes between two pieces of work finds them taken."""
+        """Takes the ids and the room in the queue, so that requests which come between two pieces of work find them taken."""
         for request in requests:
             if request.request_id in self._runners or request.request_id in self._opening:
                 raise InvalidRequest(f"request id {request.request_id!r} is under way already; choose another", param="request_id")
@@ -239,7 +239,7 @@ class Router:
             decision.end(state, f"{code}: {why}")
 
     def _slo_of(self, request: ProxyRequest) -> Slo:
-        """Its own, where it has one."""
+        """The request's own SLO, if it has one, else the proxy's."""
         ttft_s, tpot_s = request.ttft_slo_s, request.tpot_slo_s
         return Slo(self._slo.ttft_s if ttft_s is None else ttft_s, self._slo.tpot_s if tpot_s is None else tpot_s)
 

@@ -1,11 +1,11 @@
-"""One admitted request on its way: the state machine, its attempts, the tokens that were sent.
+"""Runs one admitted request: its state, its attempts, the tokens that were sent.
 
              ┌──────────── failed leg: cancel the other, next epoch, prompt + sent tokens ────────────┐
              ▼                                                                                        │
 place ─► QUEUED ─► PREFILL (both calls open) ─► HANDOFF (prefill done) ─► DECODE (decode admitted) ───┤
                       └──── local: one call, no hand-off, decode admits its own prefill ─────┘        │
                                                                                                       ▼
-             one end, decided once and at once by finish(), fail() or cancel(): DONE | FAILED | ABORTED
+             one end, decided once by finish(), fail() or cancel(), with immediate effect: DONE | FAILED | ABORTED
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ STOP_TIMEOUT_S = 5.0  # for the Finished that answers a Stop
 
 @dataclass(frozen=True, slots=True)
 class RunnerContext:
-    """What all runners share."""
+    """Shared by all runners."""
 
     dispatcher: Dispatcher
     learner: Learner
@@ -60,17 +60,17 @@ class RunnerContext:
 
 
 class RequestRunner:
-    """Placed by its maker; everything runs in the event loop that made it."""
+    """Already placed when it is made. Everything runs in the event loop that made it."""
 
     def __init__(self, request: ProxyRequest, decision: RequestDecision, pair: Pair, remaining_s: float, context: RunnerContext) -> None:
         self.request = request
         self.decision = decision
         self.state = RequestState.QUEUED
         self.is_waiting = True  # for its first token
-        self.events: deque[TokenEvent] = deque()  # for the consumer; what came before an error is delivered before it
+        self.events: deque[TokenEvent] = deque()  # for the consumer; events before an error are delivered first
         self.error: HalfmoonError | None = None
         self.finished: Finished | None = None
-        self.on_news: Callable[[], None] = _nobody  # something was added to events, or the runner ended; must not hold the TokenStream
+        self.on_news: Callable[[], None] = _nobody  # called after an event or the end; must not hold the TokenStream
         self.clock = PhaseClock(request.arrival, decision.slo, context.metrics)
         self._context = context
         self._sent: list[int] = []
@@ -81,7 +81,7 @@ class RequestRunner:
         self._exclude: set[str] = set()
         self._avoid: set[str] = set()
         self._stopping = False
-        # a request id may come twice in a row, a hand-off id may not: its aborted epochs are remembered
+        # a client may use a request id again, but a hand-off id must be new: stores remember its aborted epochs
         self._handoff_id = f"{request.request_id}.{uuid.uuid4().hex}"
         self._loop = asyncio.get_running_loop()
         self._deadline = self._loop.time() + remaining_s
@@ -95,21 +95,21 @@ class RequestRunner:
         return self._ended
 
     def cancel(self, reason: str) -> None:
-        """Both workers and the store are told before this returns. Without effect on a runner that is over."""
+        """When it returns, both workers' calls are cancelled and the store's abort is on its way. Does nothing on a runner that is over."""
         if not self.is_over:
             self._end(RequestState.ABORTED, RequestCancelled(reason))
             self._task.cancel()
 
     def abort(self, error: HalfmoonError) -> None:
-        """As cancel, but it is the cluster that ends it, with error."""
+        """As cancel, but the cluster ends the request, with this error."""
         if not self.is_over:
             self._fail(error)
             self._task.cancel()
 
     def stop(self, num_taken_tokens: int) -> None:
-        """Is to end as DONE/stop: Finished comes within a few seconds. num_taken_tokens of those sent were used, all others are dropped.
+        """Ends the request as DONE/stop; Finished comes within a few seconds. Tokens after the first num_taken_tokens are dropped.
 
-        Without effect on a runner that is over.
+        Does nothing on a runner that is over.
         """
         if self.is_over or self._stopping:
             return
@@ -138,7 +138,7 @@ class RequestRunner:
         except HalfmoonError as error:
             self._fail(error)
         except asyncio.CancelledError:
-            self.cancel("the proxy is shutting down")  # without effect where cancel() or stop() is the cause
+            self.cancel("the proxy is shutting down")  # does nothing if cancel() or stop() is the cause
             raise
 
     def _broke(self, bug: Exception) -> None:
@@ -175,7 +175,7 @@ class RequestRunner:
         return self._attempt
 
     def _prepare_retry(self, failure: LegFailed) -> None:
-        """Places the runner on another pair. Raises the failure's error, or NoWorker, where that is not possible."""
+        """Places the request on another pair. Raises the failure's error or NoWorker if that is not possible."""
         error = failure.error
         if not error.retryable:
             raise error
@@ -186,7 +186,7 @@ class RequestRunner:
         if failed.gone or isinstance(error, WorkerLost):
             self._exclude.add(failed.incarnation)
         elif isinstance(error, HandoffError):
-            # what one side reports of a hand-off, the other side caused: its death may be known to the store first
+            # a hand-off error that one side reports was caused by the other, whose death the store may know first
             pair = self._pair
             self._avoid.add((pair.prefill if failed is pair.decode else pair.decode).incarnation)
         elif not isinstance(error, StoreUnavailable):
@@ -202,7 +202,7 @@ class RequestRunner:
         self._context.metrics.replayed(error.code)
 
     def _reached_end(self) -> common_pb2.FinishReason | None:
-        """Why a sequence has all its tokens although its Finished was lost: one more would be a wrong one."""
+        """The finish reason if the sequence already has all its tokens and only its Finished was lost. One more token would be wrong."""
         params = self.request.sampling
         if self._stopping:
             return common_pb2.FINISH_REASON_STOP
@@ -221,7 +221,7 @@ class RequestRunner:
             return
         self.clock.prefilled()
         self._enter(RequestState.HANDOFF)
-        # what decode took in before this was heard of has been admitted for good
+        # a request that decode has admitted by now stays admitted
         if error := self._context.dispatcher.judge_again(self._pair):
             self._end(RequestState.REJECTED, error)
             self._task.cancel()
@@ -229,7 +229,7 @@ class RequestRunner:
     def on_admitted(self, state: common_pb2.HandoffState) -> None:
         if self._pair.is_local:
             self.clock.prefilled()
-        elif self.state is RequestState.PREFILL:  # decode's word may overtake prefill's
+        elif self.state is RequestState.PREFILL:  # decode's admission may arrive before prefill's reply
             self.clock.prefilled()
             self._enter(RequestState.HANDOFF)
         if self.state in (RequestState.PREFILL, RequestState.HANDOFF):
@@ -287,7 +287,7 @@ class RequestRunner:
         self.error = error
         if self._attempt is not None:
             self._attempt.close(error or RequestCancelled(f"request {self.request.request_id} has ended"))
-        self._pair.release()  # placed, and perhaps not started
+        self._pair.release()  # there may be no attempt yet
         self._enter(state)
         self._context.metrics.ended(state, error.code if error is not None else reason)
         self.decision.end(state, f"{error.code}: {error.message}" if error is not None else reason)

@@ -1,4 +1,4 @@
-"""The Conductor and its parts as the configuration names them."""
+"""Builds the Conductor and its parts from the configuration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..prefixes.index import PrefixIndex
 from .learner import Learner
 from .placer import Placer, QueueOrdering
 
-PREFIX_LINK = "grpc"  # a prefix that the worker's own store lacks comes from another node
+PREFIX_LINK = "grpc"  # a prefix missing in the worker's own store comes from another node
 
 
 def default_slo(config: ProxyConfig) -> Slo:
@@ -28,7 +28,7 @@ def default_slo(config: ProxyConfig) -> Slo:
 
 
 def create_predictors(config: ProxyConfig, cluster: Cluster) -> Predictors:
-    """Raises ConfigError for a cost model that cannot be read. How many bytes a token has, the cluster's own schema says."""
+    """Raises ConfigError for a cost model that cannot be read. The bytes of a token come from the cluster's own schema."""
     predictors = Predictors(CostModel.load(Path(config.cost_model))) if config.cost_model else Predictors.guess()
     predictors.transfer.default_link = PREFIX_LINK
 

@@ -10,10 +10,10 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Literal
 
 from ..kvstore.client import StoreClient
 from ..kvstore.store_link import StoreLink
+from ..kvstore.transport import TransportChoice
 from ..protocol.schema import KVSchema
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class Stores:
         client_id: str,
         node_id: str,
         schema: KVSchema,
-        transport: Literal["auto", "grpc"],
+        transport: TransportChoice,
         on_lost: Callable[[StoreClient], None],
         on_attached: Callable[[StoreClient], Awaitable[None]],
     ) -> None:
@@ -39,7 +39,7 @@ class Stores:
         self._client_id = client_id
         self._node_id = node_id
         self._schema = schema
-        self._transport: Literal["auto", "grpc"] = transport
+        self._transport: TransportChoice = transport
         self._on_lost = on_lost
         self._on_attached = on_attached
         self._sessions: dict[str, asyncio.Task[StoreClient]] = {}

@@ -13,11 +13,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import grpc.aio
 
 from ..kvstore.client import StoreClient
+from ..kvstore.transport import TransportChoice
 from ..protocol.address import join_address
 from ..protocol.blocks import root_key
 from ..protocol.channel import create_server
@@ -95,7 +96,7 @@ class Worker:
         *,
         role: WorkerRole,
         load: LoadExecutor,
-        transport: Literal["auto", "grpc"],
+        transport: TransportChoice,
         prefill: Half,
         decode: Half,
     ) -> None:
@@ -107,7 +108,7 @@ class Worker:
         self.changed = threading.Condition()  # guards the schedulers; notified when there may be a step
         self._halves = {"decode": decode, "prefill": prefill}  # in this order pages that became free are given
         self._load_executor = load
-        self._transport: Literal["auto", "grpc"] = transport
+        self._transport: TransportChoice = transport
 
     async def start(self) -> str:
         """Loads the model, attaches to the store, listens and joins the proxy. Returns "host:port".

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import grpc
@@ -35,6 +35,7 @@ class Connection:
         self.welcome = kvstore_pb2.AttachReply.Welcome()
         self._channel = open_channel(address)
         self.stub = kvstore_pb2_grpc.KVStoreStub(self._channel)
+        self.on_end: list[Callable[[], None]] = []  # called once, when the session ends from either side
         self._ended: StoreUnavailable | None = None
         self._calls: set[Any] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -194,5 +195,7 @@ class Connection:
     def _end(self, message: str) -> None:
         if self._ended is None:
             self._ended = StoreUnavailable(message)
+            for callback in self.on_end:
+                callback()
         for call in list(self._calls):
             call.cancel()

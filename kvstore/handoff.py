@@ -55,6 +55,7 @@ class Lease:
     progress: Progress
     handoff: Handoff | None = None
     checksums: list[int] = field(default_factory=list[int])  # known once sealed
+    without_data: bool = False  # READ: the client gets the bytes by itself, over a data connection
     revoked: HalfmoonError | None = None  # why it counts no more; slots that its client may still touch stay pinned
 
 

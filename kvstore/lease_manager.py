@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from ..protocol.blocks import KEY_BYTES
@@ -44,6 +45,10 @@ class Observer(Protocol):
         ...
 
     def handoff_ended(self, handoff_id: HandoffId, error: HalfmoonError | None) -> None: ...
+
+    def when_untouched(self, lease_id: str, then: Callable[[], None]) -> None:
+        """Calls then once no thread of the store copies into or out of the lease's slots any more, and none will."""
+        ...
 
     def room_freed(self) -> None: ...
 
@@ -345,7 +350,7 @@ class LeaseManager:
         lease.revoked = error
         if not lease.client.shares_arena:
             slots, lease.slots = lease.slots, []
-            self._unpin(slots)
+            self._observer.when_untouched(lease.lease_id, partial(self._unpin, slots))
         self._observer.lease_ended(lease.lease_id, error)
 
     def _end_lease(self, lease: Lease, error: HalfmoonError | None) -> None:
@@ -354,7 +359,7 @@ class LeaseManager:
         handoff = lease.handoff
         if lease.access is Access.READ and handoff is not None and lease.revoked is None:
             self._end_handoff(handoff, error or RequestCancelled("it was fetched and released"), None)
-        self._unpin(lease.slots)
+        self._observer.when_untouched(lease.lease_id, partial(self._unpin, lease.slots))
         if lease.revoked is None:
             self._observer.lease_ended(lease.lease_id, error)
 

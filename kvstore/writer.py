@@ -18,7 +18,7 @@ from typing import Any
 import grpc.aio
 import numpy as np
 
-from ..protocol.errors import HalfmoonError, InvalidRequest, RequestCancelled, StoreUnavailable
+from ..protocol.errors import HalfmoonError, InvalidRequest, LeaseExpired, RequestCancelled, StoreUnavailable
 from ..protocol.grpc_errors import error_to_proto
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import common_pb2, kvstore_pb2
@@ -174,12 +174,31 @@ class BlockWriter:
     def _push_run(self, layer: int, first_block: int, blocks: np.ndarray) -> None:
         self._progress.check(layer, first_block, len(blocks))
         slots = self._slots[first_block : first_block + len(blocks)]
-        for message in self._transport.push(slots, layer, first_block, blocks):
-            self._enqueue(message)
+        try:
+            for start, stop, message in self._transport.push(self._lease_id, slots, layer, first_block, blocks):
+                self._hashes.update(first_block + start, blocks[start:stop])
+                if message is not None:
+                    self._enqueue(message)
+        except LeaseExpired as error:
+            raise self._why_ended(error) from error
+        except HalfmoonError as error:
+            self._broke(error)
+            raise
         # only now: a slice that was not handed over completely must not count as pushed
-        self._hashes.add(first_block, blocks)
-        self._hashes.wait()
         self._record(layer, first_block, len(blocks))
+
+    def _why_ended(self, error: LeaseExpired) -> HalfmoonError:
+        """What the Push stream says of a lease that the data connection found to be over; its word comes, for the store ends the stream."""
+        if threading.get_ident() == self._loop_thread:
+            return error
+        with self._changed:
+            self._changed.wait_for(lambda: self.failed is not None)
+        assert self.failed is not None
+        return self.failed
+
+    def _broke(self, error: HalfmoonError) -> None:
+        """Part of a slice was hashed and not handed over: nothing that follows can make the blocks right."""
+        self._to_loop(lambda: self._fail(error))
 
     def _record(self, layer: int, first_block: int, num_blocks: int, num_layers: int = 1) -> None:
         self._progress.record(layer, first_block, num_blocks, num_layers)

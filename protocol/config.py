@@ -66,8 +66,9 @@ class PrefillConfig:
     """Tokens that a prefill worker's pages hold; 0: twice max_model_len on CPU, 90 % of the free memory on CUDA."""
     num_threads: int = 1
     """Torch threads of a prefill worker on CPU."""
-    transport: Literal["auto", "grpc"] = "auto"
-    """How a prefill worker exchanges KV with stores; auto: shared memory on its own node, gRPC to others; grpc: always gRPC."""
+    transport: Literal["auto", "tcp", "grpc"] = "auto"
+    """How a prefill worker exchanges KV with stores; auto: shared memory on its own node, data connections (TCP beside
+    gRPC) to others; tcp: data connections everywhere; grpc: gRPC everywhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +83,9 @@ class DecodeConfig:
     """Tokens that a decode worker's pages hold; 0: eight times max_model_len on CPU, 90 % of the free memory on CUDA."""
     num_threads: int = 1
     """Torch threads of a decode worker on CPU."""
-    transport: Literal["auto", "grpc"] = "auto"
-    """How a decode worker exchanges KV with stores; auto: shared memory on its own node, gRPC to others; grpc: gRPC everywhere."""
+    transport: Literal["auto", "tcp", "grpc"] = "auto"
+    """How a decode worker exchanges KV with stores; auto: shared memory on its own node, data connections (TCP beside
+    gRPC) to others; tcp: data connections everywhere; grpc: gRPC everywhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

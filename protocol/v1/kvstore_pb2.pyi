@@ -27,18 +27,20 @@ class AttachRequest(_message.Message):
 class AttachReply(_message.Message):
     __slots__ = ("welcome", "heartbeat")
     class Welcome(_message.Message):
-        __slots__ = ("session_id", "store_id", "lease_ttl_s", "heartbeat_interval_s", "arena")
+        __slots__ = ("session_id", "store_id", "lease_ttl_s", "heartbeat_interval_s", "arena", "data")
         SESSION_ID_FIELD_NUMBER: _ClassVar[int]
         STORE_ID_FIELD_NUMBER: _ClassVar[int]
         LEASE_TTL_S_FIELD_NUMBER: _ClassVar[int]
         HEARTBEAT_INTERVAL_S_FIELD_NUMBER: _ClassVar[int]
         ARENA_FIELD_NUMBER: _ClassVar[int]
+        DATA_FIELD_NUMBER: _ClassVar[int]
         session_id: str
         store_id: str
         lease_ttl_s: float
         heartbeat_interval_s: float
         arena: AttachReply.Arena
-        def __init__(self, session_id: _Optional[str] = ..., store_id: _Optional[str] = ..., lease_ttl_s: _Optional[float] = ..., heartbeat_interval_s: _Optional[float] = ..., arena: _Optional[_Union[AttachReply.Arena, _Mapping]] = ...) -> None: ...
+        data: AttachReply.Data
+        def __init__(self, session_id: _Optional[str] = ..., store_id: _Optional[str] = ..., lease_ttl_s: _Optional[float] = ..., heartbeat_interval_s: _Optional[float] = ..., arena: _Optional[_Union[AttachReply.Arena, _Mapping]] = ..., data: _Optional[_Union[AttachReply.Data, _Mapping]] = ...) -> None: ...
     class Arena(_message.Message):
         __slots__ = ("path", "num_bytes", "token", "data_offset", "slot_bytes", "num_slots")
         PATH_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +56,13 @@ class AttachReply(_message.Message):
         slot_bytes: int
         num_slots: int
         def __init__(self, path: _Optional[str] = ..., num_bytes: _Optional[int] = ..., token: _Optional[bytes] = ..., data_offset: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., num_slots: _Optional[int] = ...) -> None: ...
+    class Data(_message.Message):
+        __slots__ = ("port", "token")
+        PORT_FIELD_NUMBER: _ClassVar[int]
+        TOKEN_FIELD_NUMBER: _ClassVar[int]
+        port: int
+        token: bytes
+        def __init__(self, port: _Optional[int] = ..., token: _Optional[bytes] = ...) -> None: ...
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     welcome: AttachReply.Welcome
@@ -131,16 +140,18 @@ class SealReply(_message.Message):
     def __init__(self) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("session_id", "handoff", "prefix", "deadline_s")
+    __slots__ = ("session_id", "handoff", "prefix", "deadline_s", "without_data")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_DATA_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     handoff: _common_pb2.HandoffId
     prefix: BlockKeys
     deadline_s: float
-    def __init__(self, session_id: _Optional[str] = ..., handoff: _Optional[_Union[_common_pb2.HandoffId, _Mapping]] = ..., prefix: _Optional[_Union[BlockKeys, _Mapping]] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    without_data: bool
+    def __init__(self, session_id: _Optional[str] = ..., handoff: _Optional[_Union[_common_pb2.HandoffId, _Mapping]] = ..., prefix: _Optional[_Union[BlockKeys, _Mapping]] = ..., deadline_s: _Optional[float] = ..., without_data: bool = ...) -> None: ...
 
 class BlockKeys(_message.Message):
     __slots__ = ("keys",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -58,6 +59,9 @@ class Recorder:
     def handoff_ended(self, handoff_id: HandoffId, error: HalfmoonError | None) -> None:
         assert handoff_id not in self.ended_handoffs
         self.ended_handoffs[handoff_id] = error
+
+    def when_untouched(self, lease_id: str, then: Callable[[], None]) -> None:
+        then()
 
     def room_freed(self) -> None:
         self.num_room_freed += 1

@@ -36,7 +36,10 @@ from halfmoon.kvstore.client import StoreClient
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.config import StoreConfig
 from halfmoon.protocol.schema import KVSchema
+from halfmoon.kvstore import store
 from halfmoon.protocol.v1 import common_pb2
+
+store.READ_BYTES = 1  # a slice is one layer of one block, and a copy many slices
 
 async def main():
     schema = KVSchema(model_fingerprint="f" * 16, dtype="float32", num_layers=3, num_kv_heads=2, head_dim=4, block_size=4)

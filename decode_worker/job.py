@@ -65,6 +65,7 @@ class DecodeJob:
         """The first token counts as sent now."""
         self.state = state
         self.admitted_at = self.last_token_at = time.monotonic()
+        self.sequence.pace(self.admitted_at)
         self.num_given_tokens = 1
         if self.feed is None:
             self.unsent.append(state.first_token)

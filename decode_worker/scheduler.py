@@ -16,6 +16,7 @@ Who did end in step n has its token of step n+1 thrown away. Nobody is preempted
 from __future__ import annotations
 
 import itertools
+import math
 from bisect import insort
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -23,8 +24,11 @@ from typing import NamedTuple
 
 from ..engine.page_allocator import PageAllocator
 from ..engine.sequence import Sequence, StepChunk
+from ..engine.step_budget import DecodeLoad
 from ..protocol.blocks import div_ceil
 from ..protocol.errors import ConfigError, PromptTooLong
+from ..protocol.timing.chunk_sizer import token_target_s
+from ..protocol.timing.step_cost import ChunkWork, StepWork
 from ..protocol.v1 import common_pb2
 
 
@@ -178,14 +182,43 @@ class DecodeScheduler:
         entry.held = False
         insort(self._running, entry, key=_order)
 
-    def schedule(self) -> Step:
+    @property
+    def waiting_chunks(self) -> list[ChunkWork]:
+        """What the next step's prefill chunks are of, in their order."""
+        waiting: list[ChunkWork] = []
+        for entry in self._running:
+            num_left = _num_missing(entry)
+            if num_left > 1:
+                waiting.append(ChunkWork(entry.sequence.num_tokens + entry.num_coming - num_left, num_left))
+        return waiting
+
+    def load(self, begins_at: float, default_tpot_s: float) -> DecodeLoad:
+        """What the next step decodes, were it to begin then. default_tpot_s: of sequences without a TPOT of their own."""
+        num_decodes = num_context_tokens = 0
+        target_s = math.inf
+        for entry in self._running:
+            if num_decodes == self.max_running:
+                break
+            if _num_missing(entry) == 1 and not _surely_ends(entry):
+                sequence = entry.sequence
+                num_decodes += 1
+                num_context_tokens += sequence.num_tokens + entry.num_coming
+                num_given = sequence.num_output_tokens + entry.num_coming - sequence.paced_from
+                since_s = begins_at - sequence.paced_at if sequence.paced_at else 0.0
+                target_s = min(target_s, token_target_s(sequence.tpot_slo_s or default_tpot_s, num_given, since_s))
+        return DecodeLoad(StepWork(num_decodes=num_decodes, num_context_tokens=num_context_tokens), target_s)
+
+    def schedule(self, budget: int | None = None) -> Step:
         """The next step, without chunks if nothing runs. Every step before it has been recorded.
 
         Prefill chunks share a budget of tokens in order; who gets none of it leaves its place in the step to the next.
+
+        Args:
+            budget: None: max_prefill_tokens_per_step.
         """
         chunks: list[StepChunk] = []
         preempted: list[Sequence] = []
-        budget = self.max_prefill_tokens_per_step
+        budget = self.max_prefill_tokens_per_step if budget is None else budget
         for entry in self._running.copy():
             if len(chunks) == self.max_running:
                 break
@@ -199,14 +232,14 @@ class DecodeScheduler:
             chunks.append(_take(entry, size))
         return Step(chunks, preempted, [chunk.sequence for chunk in chunks if chunk.is_last])
 
-    def schedule_ahead(self) -> Step | None:
+    def schedule_ahead(self, budget: int | None = None) -> Step | None:
         """The step behind the one that runs, which is the only one that is not recorded yet; its record comes before this one's.
 
         A chunk may begin at the token that its sequence gets in the step that runs. Who is sure to end there has none, and others have
         its place. No chunks where nobody is left; None where that can't be decided yet, because pages are short.
         """
         chosen: list[tuple[_Entry, int]] = []
-        budget = self.max_prefill_tokens_per_step
+        budget = self.max_prefill_tokens_per_step if budget is None else budget
         for entry in self._running:
             if len(chosen) == self.max_running:
                 break

@@ -9,6 +9,7 @@ from ..engine.executor import Progress
 from ..engine.local_executor import LocalExecutor
 from ..engine.model_config import ModelConfig
 from ..engine.resolve import resolve_device, resolve_folder, resolve_max_model_len
+from ..engine.step_budget import StepLimits
 from ..engine.worker import Worker
 from ..engine.worker_life import WorkerAddress
 from ..prefill_worker.worker import PrefillHalf
@@ -39,4 +40,6 @@ def make_worker(
             on_crash=on_crash,
         )
 
-    return Worker(worker_address, role=role, load=load, transport=config.transport, prefill=PrefillHalf(prefill), decode=DecodeHalf(decode))
+    limits = StepLimits(prefill.max_tokens_per_step, decode.max_prefill_tokens_per_step, decode.tpot_target_s)
+    halves = PrefillHalf(prefill), DecodeHalf(decode)
+    return Worker(worker_address, role=role, load=load, transport=config.transport, prefill=halves[0], decode=halves[1], limits=limits)

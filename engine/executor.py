@@ -36,6 +36,8 @@ class ExecutorFacts:
     max_model_len: int
     num_pages: int
     device: str
+    row_counts: tuple[int, ...] = ()
+    """Rows that steps with chunks are padded to, ascending; empty: they are not."""
 
     @property
     def page_size(self) -> int:

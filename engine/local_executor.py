@@ -31,6 +31,7 @@ class LocalExecutor:
             max_model_len=engine.max_model_len,
             num_pages=engine.cache.num_pages,
             device=str(engine.device),
+            row_counts=engine.row_counts,
         )
         self._pages = LocalPageTransfer(engine.cache, TransferThread(f"{name}-transfer", engine.device, on_crash))
         self.pages: PageTransfer = self._pages

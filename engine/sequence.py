@@ -24,8 +24,11 @@ class Sequence:
     sampling: SamplingParams
     deadline: float = float("inf")  # of time.monotonic() in this process
     queue_order: int = 0
+    tpot_slo_s: float = 0.0  # that its steps are sized for; 0: the worker's own
     num_computed_tokens: int = 0  # their KV stands in pages
     pages: list[int] = field(default_factory=list)
+    paced_at: float = 0.0  # its time per output token counts from here, of time.monotonic(); 0: from no token yet
+    paced_from: int = 0  # output tokens that it had then
     stop_token_ids: frozenset[int] = field(init=False)  # sampling's; asked for every token, and there may be a thousand
 
     def __post_init__(self) -> None:
@@ -42,6 +45,10 @@ class Sequence:
     @property
     def remaining_s(self) -> float:
         return self.deadline - time.monotonic()
+
+    def pace(self, now: float) -> None:
+        """It has its first token, in this process."""
+        self.paced_from, self.paced_at = self.num_output_tokens, now
 
     def check_tokens(self, vocab_size: int) -> None:
         """Raises InvalidRequest where there is no token, one that the model does not have, or fewer tokens than the prompt's."""
@@ -94,6 +101,7 @@ class Sequence:
             sampling=SamplingParams.from_proto(message.sampling),
             deadline=time.monotonic() + message.deadline_s,
             queue_order=message.queue_order,
+            tpot_slo_s=message.tpot_slo_s,
         )
 
 

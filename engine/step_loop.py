@@ -103,7 +103,7 @@ class StepLoop:
         """Sleeps until there is one; None when stopping."""
         with self._changed:
             while not self._stopping:
-                step = self._scheduler.schedule()
+                step = self._scheduler.schedule(time.monotonic())
                 if step is not None:
                     return step
                 self._changed.wait()
@@ -127,7 +127,7 @@ class StepLoop:
     def _launch_behind(self) -> _Launched | None:
         """The step after the one that runs, where it can be told before that one has ended."""
         with self._changed:
-            ahead = None if self._stopping else self._scheduler.schedule_ahead()
+            ahead = None if self._stopping else self._scheduler.schedule_ahead(time.monotonic())
         if ahead is None:
             return None
         launched = self._launch(ahead, time.monotonic())
@@ -156,6 +156,7 @@ class StepLoop:
     def _end(self, step: CombinedStep, samples: list[TokenSample], began: float) -> float:
         """Returns when it was over."""
         run = StepRun(step.chunks, began, time.monotonic())
+        self._scheduler.observe(run.chunks, run.seconds)
         num_decode = len(step.decode.sampled)
         if step.decode.chunks or step.decode.preempted:
             self._decode.end(step.decode, samples[:num_decode], run)

@@ -24,12 +24,15 @@ from ..protocol.blocks import root_key
 from ..protocol.channel import create_server
 from ..protocol.errors import InvalidRequest, WorkerLost
 from ..protocol.roles import ROLE_NAMES, ROLE_NUMBERS, WORKER_ROLES, WorkerRole, decodes, prefills
+from ..protocol.timing.step_cost import StepCost
 from ..protocol.v1 import control_pb2
 from .block_cacher import BlockCacher
+from .calibration import calibrate
 from .combined_scheduler import CombinedScheduler
 from .executor import Executor, Progress
 from .page_allocator import PageAllocator
 from .prefix_loader import PrefixLoader
+from .step_budget import StepBudget, StepLimits
 from .step_loop import StepHalf, StepLoop
 from .stores import Stores
 from .worker_life import WorkerAddress, WorkerLife
@@ -99,6 +102,7 @@ class Worker:
         transport: TransportChoice,
         prefill: Half,
         decode: Half,
+        limits: StepLimits,
     ) -> None:
         self.worker_id = worker_address.worker_id
         self.life = WorkerLife(worker_address, self._fail_all)
@@ -107,6 +111,7 @@ class Worker:
         self.decode = decode
         self.changed = threading.Condition()  # guards the schedulers; notified when there may be a step
         self._halves = {"decode": decode, "prefill": prefill}  # in this order pages that became free are given
+        self._limits = limits
         self._load_executor = load
         self._transport: TransportChoice = transport
 
@@ -116,12 +121,9 @@ class Worker:
         Raises CheckpointError, ConfigError, StoreUnavailable, SchemaMismatch.
         """
         life, worker_address = self.life, self.life.worker_address
-        self.executor = await life.load(
-            lambda: self._load_executor(name=self.worker_id, progress=life.progress.report, on_crash=life.crashed)
-        )
+        self.executor, self.allocator, self._step_cost = await life.load(self._load)
         facts = self.facts = self.executor.facts
         self.root = root_key(facts.schema.fingerprint)
-        self.allocator = PageAllocator(facts.num_pages)
         self.metrics = WorkerMetrics()
         self.stores = Stores(
             worker_address.store_address,
@@ -182,9 +184,17 @@ class Worker:
         for half in self._halves.values():
             half.start_waiting()
 
+    def _load(self) -> tuple[Executor, PageAllocator, StepCost]:
+        """In a thread. The executor, its pages, and what its steps take."""
+        life = self.life
+        executor = self._load_executor(name=self.worker_id, progress=life.progress.report, on_crash=life.crashed)
+        allocator = PageAllocator(executor.facts.num_pages)
+        return executor, allocator, calibrate(executor, allocator, self._limits.max_tokens)
+
     def _mount(self) -> StepLoop:
         steps = {name: half.mount(self) for name, half in self._halves.items()}
-        scheduler = CombinedScheduler(self.decode.scheduler, self.prefill.scheduler)
+        budget = StepBudget(self._limits, self._step_cost, self.facts.page_size, self.facts.row_counts)
+        scheduler = CombinedScheduler(self.decode.scheduler, self.prefill.scheduler, budget)
         name = f"{self.worker_id}-engine"
         return StepLoop(name, self.executor, scheduler, self.changed, **steps, on_crash=self.life.crashed)
 

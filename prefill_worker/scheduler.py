@@ -18,6 +18,7 @@ from ..engine.page_allocator import PageAllocator
 from ..engine.sequence import Sequence, StepChunk
 from ..protocol.blocks import div_ceil
 from ..protocol.errors import ConfigError, PromptTooLong
+from ..protocol.timing.step_cost import ChunkWork
 
 
 class Step(NamedTuple):
@@ -55,6 +56,7 @@ class PrefillScheduler:
 
     Attributes:
         num_reserved_pages: that its prompts leave to others of the allocator, unless one alone needs more than the rest.
+        chunk_alignment: tokens; chunks end at a multiple of it but for a prompt's last. A block, so that blocks are pushed whole.
     """
 
     def __init__(self, allocator: PageAllocator, block_size: int, max_tokens_per_step: int) -> None:
@@ -67,6 +69,7 @@ class PrefillScheduler:
         self.block_size = block_size
         self.max_tokens_per_step = max_tokens_per_step
         self.num_reserved_pages = 0
+        self.chunk_alignment = block_size
         self._num_pages = 0  # of its prompts
         self._arrivals = itertools.count()
         self._entries: dict[Sequence, _Entry] = {}  # until the pages are free
@@ -85,6 +88,16 @@ class PrefillScheduler:
     @property
     def has_runnable(self) -> bool:
         return any(entry.runnable and _num_missing(entry) for entry in self._started)
+
+    @property
+    def waiting_chunks(self) -> list[ChunkWork]:
+        """What the next step's chunks are of, in their order."""
+        waiting: list[ChunkWork] = []
+        for entry in self._started:
+            num_left = _num_missing(entry) if entry.runnable else 0
+            if num_left:
+                waiting.append(ChunkWork(entry.sequence.num_tokens - num_left, num_left))
+        return waiting
 
     @property
     def num_outstanding_tokens(self) -> int:
@@ -211,11 +224,11 @@ class PrefillScheduler:
         return budget
 
     def _chunk_size(self, entry: _Entry, limit: int) -> int:
-        """At most limit tokens, ending at a block boundary or at the prompt's end."""
+        """At most limit tokens, ending at a multiple of the alignment or at the prompt's end."""
         start, missing = entry.sequence.num_computed_tokens + entry.num_pending, _num_missing(entry)
         if missing <= limit:
             return missing
-        return max((start + limit) // self.block_size * self.block_size - start, 0)
+        return max((start + limit) // self.chunk_alignment * self.chunk_alignment - start, 0)
 
     def _leave(self, entry: _Entry) -> None:
         entry.left = True

@@ -77,8 +77,11 @@ class DecodeConfig:
     """Decode workers to start, each on a GPU of its own."""
     max_running: int = 256
     """Sequences that one decode worker runs at a time."""
-    max_prefill_tokens_per_step: int = 512
-    """Prompt tokens computed in one step beside decode tokens: local prefill, preempted sequences and prompts to hand off."""
+    max_prefill_tokens_per_step: int = 2048
+    """Prompt tokens computed in one step beside decode tokens, at most: local prefill, preempted sequences and prompts to hand off."""
+    tpot_target_s: float = 0.05
+    """Seconds per output token that steps with prompt tokens are sized for, of requests that neither bring an SLO nor have
+    proxy.tpot_slo_s; 0: they bound no step, and chunks are max_prefill_tokens_per_step."""
     kv_capacity_tokens: int = 0
     """Tokens that a decode worker's pages hold; 0: eight times max_model_len on CPU, 90 % of the free memory on CUDA."""
     num_threads: int = 1

@@ -63,8 +63,10 @@ class Scenario:
     """Tokens that a request's block id stands for."""
     page_size: int = 128
     max_tokens_per_step: int = 2048
-    chunk_tokens: int = 256
-    """Prompt tokens in a mixed step of a coupled instance."""
+    chunk_tokens: int = 0
+    """Prompt tokens in a step that also decodes; 0: as many as the TPOT allows."""
+    tpot_target_s: float = 0.05
+    """What chunks are sized by where the SLO has no TPOT."""
     max_running: int = 512
     learn: bool = False
     """Predictors are fitted to what the run shows; without, they are the cost model's formulas."""
@@ -93,7 +95,7 @@ class Scenario:
     @property
     def title(self) -> str:
         if self.coupled:
-            return f"{self.num_instances} coupled, chunk {self.chunk_tokens}, {self.policy}"
+            return f"{self.num_instances} coupled, chunk {self.chunk_tokens or 'sized'}, {self.policy}"
         if self.flexible:
             return f"{self.num_instances} {self.policy}"
         return f"{self.num_prefill}P{self.num_decode}D, {self.policy}"

@@ -69,16 +69,18 @@ class MemberLoad(_message.Message):
     def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_outstanding_tokens: _Optional[int] = ..., kv_usage_ratio: _Optional[float] = ..., steps: _Optional[_Iterable[_Union[StepSample, _Mapping]]] = ..., num_prefill_tokens: _Optional[int] = ...) -> None: ...
 
 class StepSample(_message.Message):
-    __slots__ = ("num_sequences", "num_kv_tokens", "num_prefill_tokens", "seconds")
+    __slots__ = ("num_sequences", "num_kv_tokens", "num_prefill_tokens", "seconds", "prefill_attention")
     NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     NUM_KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_ATTENTION_FIELD_NUMBER: _ClassVar[int]
     num_sequences: int
     num_kv_tokens: int
     num_prefill_tokens: int
     seconds: float
-    def __init__(self, num_sequences: _Optional[int] = ..., num_kv_tokens: _Optional[int] = ..., num_prefill_tokens: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+    prefill_attention: float
+    def __init__(self, num_sequences: _Optional[int] = ..., num_kv_tokens: _Optional[int] = ..., num_prefill_tokens: _Optional[int] = ..., seconds: _Optional[float] = ..., prefill_attention: _Optional[float] = ...) -> None: ...
 
 class MemberReport(_message.Message):
     __slots__ = ("info", "load", "role", "answer")

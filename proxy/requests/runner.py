@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import uuid
 from collections import deque
 from collections.abc import Callable
@@ -165,6 +166,7 @@ class RequestRunner:
             sampling=request.sampling.to_proto(),
             deadline_s=max(self._deadline - self._loop.time(), 0.0),
             queue_order=pair.queue_order,
+            tpot_slo_s=tpot_s if math.isfinite(tpot_s := self.decision.slo.tpot_s) else 0.0,
         )
         self._epoch += 1
         handoff = common_pb2.HandoffId(id=self._handoff_id, epoch=self._epoch)

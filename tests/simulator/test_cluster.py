@@ -60,9 +60,10 @@ def test_a_coupled_instance_mixes_a_chunk_into_the_decode_step(small_cost: CostM
     scenario = Scenario(cost=small_cost, num_prefill=1, num_decode=0, coupled=True, chunk_tokens=128)
     rows = Result(simulate(scenario, replay)).rows
     assert rows[0].ttft_s == pytest.approx(0.128)
-    # steps of 11 ms from 0.128; the first that begins after 0.2 begins at 0.205, and two mixed ones follow, of 11 + 128 ms
-    assert rows[1].ttft_s == pytest.approx(0.205 + 2 * (0.011 + 0.128) - 0.2)
-    assert rows[0].tbt_s == pytest.approx((2 * (0.011 + 0.128) + 8 * 0.011) / 10)
+    # steps of 11 ms from 0.128; the first that begins after 0.2 begins at 0.205, and two mixed ones follow, of 128 + 1 ms: the 10 ms
+    # that every step takes are under the chunk
+    assert rows[1].ttft_s == pytest.approx(0.205 + 2 * (0.001 + 0.128) - 0.2)
+    assert rows[0].tbt_s == pytest.approx((2 * (0.001 + 0.128) + 8 * 0.011) / 10)
 
 
 SCENARIOS: dict[str, dict[str, Any]] = {

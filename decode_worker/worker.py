@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
 
 import grpc.aio
@@ -31,6 +32,7 @@ from ..protocol.errors import (
     WorkerLost,
 )
 from ..protocol.roles import WorkerRole
+from ..protocol.tasks import Tasks
 from ..protocol.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from .answer_cacher import AnswerCacher
 from .job import DecodeJob
@@ -56,6 +58,7 @@ class DecodeHalf:
         self.feeds = TokenFeeds()
         self._jobs: dict[Sequence, DecodeJob] = {}
         self._samples = StepSamples()
+        self._intakes = Tasks("the decode half")
 
     def mount(self, worker: Worker) -> DecodeSteps:
         """Raises ConfigError."""
@@ -114,8 +117,8 @@ class DecodeHalf:
         job = DecodeJob(request, sequence, keys, loop.create_future(), self.feeds.enter(request))
         job.timer = loop.call_later(max(sequence.remaining_s, 0.0), self._time_out, job)
         self._jobs[sequence] = job
-        job.intake = loop.create_task(self._prefill(job) if job.is_local else self._take_in(job))
-        job.intake.add_done_callback(partial(self._intake_done, job))
+        work, what = self._prefill(job) if job.is_local else self._take_in(job), f"the intake of {sequence.request_id}"
+        job.intake = self._intakes.spawn(work, what, partial(self._intake_broke, job))
         return job
 
     def close(self, job: DecodeJob) -> None:
@@ -152,7 +155,7 @@ class DecodeHalf:
             return
         self._admit(job, state)
         self._loader.count(job)
-        self._life.spawn(self._loader.release(job))
+        self._life.spawn(self._loader.release(job), f"releasing the hand-off of {job.sequence.request_id}")
 
     async def _prefill(self, job: DecodeJob) -> None:
         """For a local prefill: up to the point from which the engine's steps compute the prompt."""
@@ -167,11 +170,9 @@ class DecodeHalf:
             self.scheduler.begin_prefill(job.sequence, job.prefix.num_tokens)
             self._changed.notify()
 
-    def _intake_done(self, job: DecodeJob, task: asyncio.Task[None]) -> None:
-        error = None if task.cancelled() else task.exception()
-        if error is not None:  # a bug; it ends only this request
-            logger.error("request %s: its intake failed", job.sequence.request_id, exc_info=error)
-            self._fail(job, InternalError(f"{type(error).__name__}: {error}; the decode worker's log has the traceback"))
+    def _intake_broke(self, job: DecodeJob, bug: Exception) -> None:
+        """A bug; it ends only this request."""
+        self._fail(job, InternalError(f"{type(bug).__name__}: {bug}; the decode worker's log has the traceback"))
 
     def _admit(self, job: DecodeJob, state: common_pb2.HandoffState) -> None:
         with self._changed:
@@ -226,7 +227,7 @@ class DecodeHalf:
         if job.timer is not None:
             job.timer.cancel()
         job.changed.set()
-        self._life.spawn(self._release(job))
+        self._life.spawn(self._release(job), f"releasing {job.sequence.request_id}")
 
     async def _release(self, job: DecodeJob) -> None:
         """Caches the blocks, or aborts a hand-off that nobody takes. Frees the pages once no thread touches them."""
@@ -242,6 +243,8 @@ class DecodeHalf:
         finally:
             job.let_finish()
             await self._loader.end_intake(job)
+            if job.state is None and job.reader is not None:  # what came of a hand-off that was given up may be no numbers
+                self._pages.scrub(job.sequence.pages)
             await self._pages.drained()
             with self._changed:
                 self.scheduler.release(job.sequence)
@@ -254,18 +257,24 @@ class DecodeHalf:
         for sequence in result.preempted:
             if sequence in self._jobs:
                 self._local.preempted(self._jobs[sequence])
+        for job, error in result.failed:
+            if not job.ended:
+                self._worker.metrics.failed("decode", error.code)
+                error.fields["worker"] = self._worker.worker_id
+                self._fail(job, error)
         for job, token, reason in result.outputs:
             if job.ended:
                 continue
             if job.state is None:
                 job.admit(local_state(job, token))
-                job.caching_prompt = self._life.spawn(self._cacher.cache_prompt(job)) if reason is None else None
+                if reason is None:
+                    job.caching_prompt = self._life.spawn(self._cacher.cache_prompt(job), f"caching {job.sequence.request_id}")
             else:
                 job.push(token)
             if reason is not None:
                 self._finish(job, reason)
         self._worker.start_waiting()
 
-    def fail_all(self, error: WorkerLost) -> None:
+    def fail_all(self, lost: Callable[[str], WorkerLost]) -> None:
         for job in list(self._jobs.values()):
-            self._fail(job, error)
+            self._fail(job, lost(job.sequence.request_id))

@@ -17,6 +17,7 @@ from ..protocol.config import ModelOptions, ProxyConfig, StoreConfig
 from ..protocol.load_progress import Numbered
 from ..protocol.membership import stay_joined
 from ..protocol.schema import KVSchema
+from ..protocol.tasks import Tasks, beside
 from ..protocol.v1 import control_pb2
 
 
@@ -62,24 +63,35 @@ class StoreActor:
             id=store_id, incarnation=uuid.uuid4().hex, role=control_pb2.ROLE_STORE, node_id=node_id, store_id=store_id, pid=os.getpid()
         )
         self._stopped = asyncio.Event()
-        self._membership: asyncio.Task[None] | None = None
+        self._tasks = Tasks(store_id)
+        self._refusal: Exception | None = None
 
     async def start(self) -> str:
         address = await self._server.start(self._host, self._port)
         self._info.address = self._info.store_address = address
         self._info.metrics_address = self._server.serve_metrics(self._host)
         joined = asyncio.Event()
-        self._membership = asyncio.create_task(stay_joined(self._proxy_address, self._info, self._load, joined.set))
-        await joined.wait()
+        joining = stay_joined(self._proxy_address, self._info, self._load, joined.set)
+        self._tasks.spawn(joining, "its membership", self._end)
+        async with beside(joined.wait()) as accepted, beside(self.run()) as ended:
+            await asyncio.wait((accepted, ended), return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                await ended
         return address
 
     async def run(self) -> None:
+        """Returns when stopped; raises what the proxy refused it for."""
         await self._stopped.wait()
+        if self._refusal is not None:
+            raise self._refusal
 
     async def stop(self, grace_s: float) -> None:
-        if self._membership is not None:
-            self._membership.cancel()
+        await self._tasks.close()
         await self._server.stop(grace_s)
+        self._stopped.set()
+
+    def _end(self, refusal: Exception) -> None:
+        self._refusal = refusal
         self._stopped.set()
 
     def _load(self) -> control_pb2.MemberLoad:
@@ -100,7 +112,7 @@ class WorkerActor:
     async def start(self) -> str:
         """Returns the gRPC address once the worker takes requests and the proxy knows it."""
         address = await self._worker.start()
-        await self._life.joined.wait()
+        await self._life.until_joined()
         return address
 
     async def progress(self, seen: int) -> Numbered | None:

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from ..client import AsyncClient, Delta
 from ..protocol.errors import Overloaded, WorkerLost
+from ..protocol.tasks import Tasks
 from ..proxy.conductor.predictors.cost_model import CostModel
 from .profile_fit import Facts, Points, fit
 from .profile_target import Target, look
@@ -139,7 +140,8 @@ class Profiler:
         for num_prefills, num_streams in self._repeat(cases, lambda case: 2 * NUM_BESIDE * prefill_s, least=1):
             self._report("all workers at once")
             begun = [asyncio.Event() for _ in range(num_streams)]
-            streams = [asyncio.ensure_future(self._one(self._tokens(short), num_tokens, event)) for event in begun]
+            tasks = Tasks("the profile")
+            streams = [tasks.start(self._one(self._tokens(short), num_tokens, event)) for event in begun]
             await asyncio.gather(*(event.wait() for event in begun))
             for _ in range(NUM_BESIDE):
                 self.samples += await asyncio.gather(*(self._one(self._tokens(length), 1) for _ in range(num_prefills)))

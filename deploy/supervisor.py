@@ -27,6 +27,7 @@ from ..protocol.errors import HalfmoonError, InternalError
 from ..protocol.load_progress import LoadProgress
 from ..protocol.roles import WorkerRole
 from ..protocol.schema import KVSchema
+from ..protocol.tasks import Tasks, beside
 from ..protocol.v1 import control_pb2, control_pb2_grpc
 from .actors import ProxyActor, StoreActor, WorkerActor, remote
 from .plan import ClusterPlan, Placed
@@ -71,6 +72,7 @@ class Supervisor:
         self._spec = spec
         self._notify = notify
         self._members: dict[str, Member] = {}
+        self._tasks = Tasks("the supervisor")
         self._keepers: dict[str, asyncio.Task[None]] = {}
 
     @property
@@ -112,16 +114,14 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Stops workers, then stores, then the proxy. May be called in the middle of a start."""
-        for keeper in self._keepers.values():
-            keeper.cancel()
-        await asyncio.gather(*self._keepers.values(), return_exceptions=True)
+        await self._tasks.close()
         for going in (WorkerActor, StoreActor, ProxyActor):
             await asyncio.gather(*(self._stop(member) for member in self._members.values() if member.actor_class is going))
 
     async def _start_all(self, members: Sequence[Member]) -> None:
         for member in members:
             self._members[member.id] = member
-            self._keepers[member.id] = asyncio.create_task(self._keep(member), name=member.id)
+            self._keepers[member.id] = self._tasks.start(self._keep(member))
         started = [member.started for member in members]
         done, _ = await asyncio.wait(started, return_when=asyncio.FIRST_EXCEPTION)
         for error in [future.exception() for future in done]:  # reads each, because asyncio complains of exceptions that nobody read
@@ -158,20 +158,19 @@ class Supervisor:
                 if not member.started.done():  # it never worked: the configuration is wrong, and a restart would not help
                     member.started.set_exception(cause)
                     return
-                logger.warning("%s failed to start: %s", member.id, cause)
-                self._notify(member.id, f"failed: {cause}")
+                what = "failed to start again" if served_since == math.inf else "broke while it served"
+                logger.warning("%s %s: %s", member.id, what, cause)
+                self._notify(member.id, f"{what}: {cause}")
             steady = time.monotonic() - served_since > STEADY_S
             backoff_s = FIRST_BACKOFF_S if steady else min(backoff_s * 2, LONGEST_BACKOFF_S)
             await asyncio.sleep(backoff_s)
 
     async def _started(self, member: Member) -> Any:
         """Returns what its start() returns, and reports its progress meanwhile."""
-        following = asyncio.create_task(self._follow(member)) if hasattr(member.actor_class, "progress") else None
-        try:
+        if not hasattr(member.actor_class, "progress"):
             return await member.actor.start.remote()
-        finally:
-            if following is not None:
-                following.cancel()
+        async with beside(self._follow(member)):
+            return await member.actor.start.remote()
 
     async def _follow(self, member: Member) -> None:
         from ray.exceptions import RayError

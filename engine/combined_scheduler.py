@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 from ..protocol.timing.step_cost import ChunkWork
-from .sequence import StepChunk
+from .sequence import Sequence, StepChunk
 from .step_budget import DecodeLoad, StepBudget
 
 
@@ -21,6 +21,9 @@ class StepPart(Protocol):
 
     @property
     def chunks(self) -> list[StepChunk]: ...
+
+    @property
+    def sampled(self) -> list[Sequence]: ...
 
 
 class DecodeQueue(Protocol):

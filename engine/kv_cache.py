@@ -110,6 +110,13 @@ class PagedKVCache:
         """Clears tokens >= num_tokens of page in every layer, so that a partial block's bytes are those of its tokens alone."""
         self.data[:, :, page, :, num_tokens:] = 0
 
+    def scrub(self, pages: Sequence[int]) -> None:
+        """What is no finite number in these pages becomes 0, on the current stream."""
+        index = self._index(pages)
+        for layer in self._layers:
+            held = layer[:, index]
+            layer[:, index] = torch.where(held.float().isfinite(), held.float(), 0.0).to(held.dtype)
+
     def _index(self, pages: Sequence[int]) -> torch.Tensor:
         index = torch.tensor(pages, dtype=torch.int64)
         # pinned: from pageable memory the copy would wait for what the stream still has to do

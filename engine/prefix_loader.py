@@ -50,7 +50,7 @@ class PrefixLoader:
         pages: PageTransfer,
         stores: Stores,
         metrics: WorkerMetrics,
-        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]],
     ) -> None:
         self._pages = pages
         self._stores = stores
@@ -73,7 +73,8 @@ class PrefixLoader:
             failed = True
             self._count_failure(sequence, error)
         finally:
-            released = self._spawn(self._release(readers))  # also where this call is cancelled
+            # also where this call is cancelled
+            released = self._spawn(self._release(readers), f"releasing the prefix of {sequence.request_id}")
         if failed:  # slices may still be on their way into the pages
             await asyncio.wait({released})
         found.num_tokens = min(num_blocks * self._pages.schema.block_size, sequence.num_tokens - 1)

@@ -78,7 +78,9 @@ class Half(Protocol):
 
     def store_lost(self, client: StoreClient) -> None: ...
 
-    def fail_all(self, error: WorkerLost) -> None: ...
+    def fail_all(self, lost: Callable[[str], WorkerLost]) -> None:
+        """lost: what a request's id fails with."""
+        ...
 
     def leave(self) -> None:
         """The worker leaves the proxy: streams that no call owns end with their last call."""
@@ -145,7 +147,7 @@ class Worker:
             half.register(server)
         await server.start()
         self.address = join_address(worker_address.host, port)
-        life.tend(self.stores.own.stay_attached())
+        life.tend(self.stores.own.stay_attached(), "staying attached to its store")
         await life.serve(server, self.metrics.registry, self._info(), self.load, self._obey)
         return self.address
 
@@ -237,6 +239,6 @@ class Worker:
         for half in self._halves.values():
             half.store_lost(client)
 
-    def _fail_all(self, error: WorkerLost) -> None:
+    def _fail_all(self, lost: Callable[[str], WorkerLost]) -> None:
         for half in self._halves.values():
-            half.fail_all(error)
+            half.fail_all(lost)

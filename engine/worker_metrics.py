@@ -31,6 +31,7 @@ class WorkerMetrics:
         self._usage = gauge(metrics.KV_CACHE_USAGE, self.registry)
         self._step_seconds = histogram(metrics.STEP_SECONDS, self.registry)
         self._step_tokens = counter(metrics.STEP_TOKENS, self.registry)
+        self._failed = counter(metrics.SEQUENCES_FAILED, self.registry)
         self._transfer_bytes = counter(metrics.KV_TRANSFER_BYTES, self.registry)
         self._transfer_seconds = histogram(metrics.KV_TRANSFER_SECONDS, self.registry)
         self._prefix_queries = counter(metrics.PREFIX_CACHE_QUERIES, self.registry)
@@ -52,6 +53,10 @@ class WorkerMetrics:
         """seconds: of the whole step, whatever the other half had in it."""
         self._step_seconds.labels(half).observe(seconds)
         self._step_tokens.labels(half).inc(num_tokens)
+
+    def failed(self, half: str, code: str) -> None:
+        """A step gave a sequence no token. code: of the error that ended it."""
+        self._failed.labels(half, code).inc()
 
     def transferred(self, transport: str, direction: str, num_bytes: int, seconds: float) -> None:
         """direction: fetch | load | push | cache."""

@@ -167,14 +167,14 @@ class StoreClient:
         return BlockWriter(self._connection, self._transport, self._schema, reply, handoff)
 
     async def _reserve(self, request: kvstore_pb2.ReserveRequest) -> kvstore_pb2.ReserveReply:
-        task = self._connection.spawn(self._connection.call(self._connection.stub.Reserve, request))
+        task = self._connection.start(self._connection.call(self._connection.stub.Reserve, request))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             if task.cancelled():
                 self._connection.raise_if_ended()
             else:
-                self._connection.spawn(self._undo(task, request))
+                self._connection.spawn(self._undo(task, request), "undoing a cancelled Reserve")
             raise
 
     async def _undo(self, task: asyncio.Task[Any], request: kvstore_pb2.ReserveRequest) -> None:
@@ -199,7 +199,7 @@ class StoreClient:
         """A lease was granted and taken away before its layout was read: the store waits for our word."""
         lease_id = error.fields.pop("lease_id", None)
         if lease_id is not None:
-            self._connection.spawn(self._release(lease_id))
+            self._connection.spawn(self._release(lease_id), "releasing a lease")
 
     async def _read_end(self, call: Any) -> None:
         try:
@@ -217,7 +217,7 @@ class StoreClient:
             raise
         except BaseException:
             if not call.cancel():  # it had ended by itself, and what with was not read
-                self._connection.spawn(self._read_end(call))
+                self._connection.spawn(self._read_end(call), "reading the end of a fetch")
             raise
         if event is None:
             raise StoreUnavailable(f"{self._connection.peer} ended the fetch; it is stopping")

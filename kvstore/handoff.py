@@ -133,4 +133,5 @@ def aborted(handoff_id: HandoffId, reason: HalfmoonError) -> HandoffAborted:
         epoch=handoff_id.epoch,
         reason=reason.code,
         reason_message=reason.message,
+        reason_fields=reason.fields,
     )

@@ -118,7 +118,7 @@ class BlockReader:
     async def _events_ahead(self) -> AsyncIterator[tuple[Any, BlockRows | None]]:
         """As _events; the bytes of the next slices are on their way meanwhile."""
         reads: asyncio.Queue[Any] = asyncio.Queue(MAX_AHEAD)
-        self._pump = self._connection.spawn(self._read_ahead(reads))
+        self._pump = self._connection.spawn(self._read_ahead(reads), "reading ahead")
         while True:
             found = await reads.get()
             if isinstance(found, BaseException):

@@ -21,6 +21,7 @@ import numpy as np
 from ..protocol.errors import HalfmoonError, InvalidRequest, LeaseExpired, RequestCancelled, StoreUnavailable
 from ..protocol.grpc_errors import error_to_proto
 from ..protocol.schema import KVSchema
+from ..protocol.tasks import beside
 from ..protocol.v1 import common_pb2, kvstore_pb2
 from .block_rows import BlockRows
 from .checksums import Checksums
@@ -68,7 +69,7 @@ class BlockWriter:
         self._needs_ack = False  # released, except that a push still copies: the store is told when that is over
         self._filled = asyncio.Event()
         self._loop_thread = threading.get_ident()
-        self._stream = connection.spawn(self._run())
+        self._stream = connection.spawn(self._run(), "pushing")
 
     def push(self, layer: int, first_block: int, blocks: np.ndarray) -> None:
         """Takes one layer of blocks first_block.. over; the array is the caller's again on return.
@@ -140,7 +141,7 @@ class BlockWriter:
             await self._seal(state)
         except asyncio.CancelledError:
             # nobody knows whether the seal arrived: the hand-off is not to be read then
-            self._connection.spawn(self.abort(RequestCancelled("the seal was cancelled")))
+            self._connection.spawn(self.abort(RequestCancelled("the seal was cancelled")), "giving up a seal")
             raise
         except HalfmoonError as error:
             self._fail(error)
@@ -240,7 +241,7 @@ class BlockWriter:
             if self._num_copying or not self._needs_ack:
                 return
             self._needs_ack = False
-        self._to_loop(lambda: self._connection.spawn(self._send_release()))
+        self._to_loop(lambda: self._connection.spawn(self._send_release(), "releasing a lease"))
 
     def _to_loop(self, callback: Any) -> None:
         try:
@@ -250,11 +251,10 @@ class BlockWriter:
 
     async def _run(self) -> None:
         """The Push stream: open from the start, so that the store can say through it that the lease is gone."""
-        sender: asyncio.Task[None] | None = None
         try:
             call = self._connection.track(self._connection.stub.Push())
-            sender = asyncio.ensure_future(self._send(call))
-            await call
+            async with beside(self._send(call)):
+                await call
         except grpc.aio.AioRpcError as error:
             self._fail(self._connection.error(error))
         except asyncio.CancelledError:
@@ -262,10 +262,6 @@ class BlockWriter:
             self._fail(StoreUnavailable(f"the connection to {self._connection.peer} is gone"))
         except HalfmoonError as error:
             self._fail(error)
-        finally:
-            if sender is not None:
-                sender.cancel()
-                await asyncio.wait({sender})
 
     async def _send(self, call: Any) -> None:
         try:
@@ -305,7 +301,7 @@ class BlockWriter:
             self._is_released = True
             self._needs_ack = self._num_copying > 0
         if not self._needs_ack:
-            self._connection.spawn(self._send_release())
+            self._connection.spawn(self._send_release(), "releasing a lease")
 
     async def _send_release(self) -> None:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 import grpc.aio
 
@@ -20,6 +21,7 @@ from ..protocol.blocks import div_ceil, sent_or_made_keys
 from ..protocol.config import PrefillConfig
 from ..protocol.errors import HalfmoonError, HandoffCorrupt, InternalError, RequestCancelled, StoreUnavailable, WorkerLost
 from ..protocol.roles import WorkerRole
+from ..protocol.tasks import beside
 from ..protocol.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from .job import PrefillJob
 from .pusher import push_prefix
@@ -47,7 +49,7 @@ class PrefillHalf:
         self._stores = worker.stores
         self._changed = worker.changed
         self._pages: PageTransfer = worker.executor.pages
-        return PrefillSteps(self.scheduler, self._jobs, self._pages, worker.changed, worker.life.tell, self._stepped)
+        return PrefillSteps(self.scheduler, self._jobs, self._pages, worker.changed, worker.life.tell, self._stepped, self._failed)
 
     def register(self, server: grpc.aio.Server) -> None:
         worker_pb2_grpc.add_PrefillWorkerServicer_to_server(PrefillService(self), server)
@@ -131,13 +133,8 @@ class PrefillHalf:
 
         Raises what the reserve raises, or HandoffCorrupt if the reserve counted on a block that the load found corrupt and dropped.
         """
-        preparing = [asyncio.ensure_future(self._load_prefix(job)), asyncio.ensure_future(self._reserve(job))]
-        try:
-            await asyncio.gather(*preparing)
-        finally:
-            for task in preparing:
-                task.cancel()
-            await asyncio.wait(preparing)
+        async with beside(self._load_prefix(job)) as loading, beside(self._reserve(job)) as reserving:
+            await asyncio.gather(loading, reserving)
         assert job.writer is not None
         if job.prefix.corrupt_in is job.client and any(job.writer.present[block] for block in job.prefix.corrupt_blocks):
             raise HandoffCorrupt(
@@ -160,7 +157,7 @@ class PrefillHalf:
         with self._changed:
             self.scheduler.abort(job.sequence)
         del self._jobs[job.sequence]
-        self._life.spawn(self._release(job, error))
+        self._life.spawn(self._release(job, error), f"releasing {job.sequence.request_id}")
 
     async def _release(self, job: PrefillJob, error: HalfmoonError | None) -> None:
         """Aborts the hand-off after a failure, else caches the blocks. Frees the pages once no thread touches them."""
@@ -202,10 +199,15 @@ class PrefillHalf:
     def leave(self) -> None:
         """Does nothing: every stream belongs to one call."""
 
-    def fail_all(self, error: WorkerLost) -> None:
+    def fail_all(self, lost: Callable[[str], WorkerLost]) -> None:
         for job in list(self._jobs.values()):
-            job.fail(error)
+            job.fail(lost(job.sequence.request_id))
 
     def _stepped(self, seconds: float, num_tokens: int) -> None:
         self._worker.metrics.stepped("prefill", seconds, num_tokens)
         self._worker.start_waiting()
+
+    def _failed(self, job: PrefillJob, error: HalfmoonError) -> None:
+        self._worker.metrics.failed("prefill", error.code)
+        error.fields["worker"] = self._worker.worker_id  # decode may hear of it first, by the hand-off's abort
+        job.fail(error)

@@ -113,6 +113,9 @@ NUM_REQUESTS_WAITING = MetricSpec("halfmoon_num_requests_waiting", "gauge", "Req
 KV_CACHE_USAGE = MetricSpec("halfmoon_kv_cache_usage_ratio", "gauge", "Share of a worker's pages in use.", ("role",))
 STEP_SECONDS = MetricSpec("halfmoon_step_seconds", "histogram", "One engine step: forward pass, sampling, record.", ("role",), ITL_BUCKETS)
 STEP_TOKENS = MetricSpec("halfmoon_step_tokens", "counter", "Tokens computed in engine steps.", ("role",))
+SEQUENCES_FAILED = MetricSpec(
+    "halfmoon_sequences_failed", "counter", "Sequences that a step could not compute, by error code.", ("role", "reason")
+)
 PREEMPTIONS = MetricSpec("halfmoon_num_preemptions", "counter", "Sequences preempted: their pages went to others.", ())
 KV_TRANSFER_BYTES = MetricSpec(
     "halfmoon_kv_transfer_bytes", "counter", "KV bytes moved, by transport and direction.", ("transport", "direction")

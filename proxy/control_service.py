@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncIterator
 
@@ -13,6 +14,8 @@ from ..protocol.roles import ROLE_NUMBERS
 from ..protocol.v1 import control_pb2, control_pb2_grpc
 from .requests.explanation import explain
 from .requests.router import Router
+
+logger = logging.getLogger(__name__)
 
 
 class ControlService(control_pb2_grpc.ControlServicer):
@@ -35,6 +38,12 @@ class ControlService(control_pb2_grpc.ControlServicer):
             async for report in reports:
                 if member.gone or member.stream != stream:
                     return  # a newer process, or a newer stream of this one, has replaced it
+                if report.HasField("broken"):
+                    member.broken = report.broken
+                    logger.error(
+                        "%s broke while it computed %d requests: %s", member.title, len(report.broken.request_ids), report.broken.reason
+                    )
+                    return
                 if report.HasField("answer"):
                     member.orders.answered(report.answer)
                 self._cluster.report(member, report.load, report.role)

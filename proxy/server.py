@@ -27,6 +27,7 @@ from ..protocol.channel import create_server
 from ..protocol.config import ModelOptions, ProxyConfig
 from ..protocol.errors import ConfigError
 from ..protocol.schema import KVSchema
+from ..protocol.tasks import Tasks, beside
 from ..protocol.v1 import control_pb2, control_pb2_grpc, inference_pb2
 from .control_service import ControlService
 from .inference_service import InferenceService
@@ -93,6 +94,7 @@ class ProxyServer:
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] - made by its __init__
         self._grpc: grpc.aio.Server | None = None
         self._http: _HttpServer | None = None
+        self._tasks = Tasks("the proxy")
         self._http_task: asyncio.Task[None] | None = None
 
     async def start(self) -> Endpoints:
@@ -160,10 +162,9 @@ class ProxyServer:
             timeout_graceful_shutdown=int(CLOSE_GRACE_S),
         )
         self._http = _HttpServer(config)
-        self._http_task = asyncio.create_task(self._http.serve(sockets=[listener]))
-        accepting = asyncio.create_task(self._http.accepting.wait())
-        await asyncio.wait((self._http_task, accepting), return_when=asyncio.FIRST_COMPLETED)
-        accepting.cancel()
+        self._http_task = self._tasks.start(self._http.serve(sockets=[listener]))
+        async with beside(self._http.accepting.wait()) as accepting:
+            await asyncio.wait((self._http_task, accepting), return_when=asyncio.FIRST_COMPLETED)
         if self._http_task.done():
             self._http_task.result()  # raises the error that kept it from starting
 

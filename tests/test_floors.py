@@ -28,15 +28,14 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 PROXY_FLOORS: dict[str, set[str]] = {
     "request": set(),
-    "tasks": set(),
     "conductor": set(),
     "text": set(),
     "request_process": {"text"},
     "model_card": {"text"},
     "metrics": {"request", "conductor"},
-    "members": {"conductor", "metrics", "tasks"},
-    "prefixes": {"conductor", "members", "tasks"},
-    "requests": {"request", "conductor", "text", "model_card", "metrics", "members", "prefixes", "tasks"},
+    "members": {"conductor", "metrics"},
+    "prefixes": {"conductor", "members"},
+    "requests": {"request", "conductor", "text", "model_card", "metrics", "members", "prefixes"},
     "openai": {"requests", "request_process", "text"},
     "inference_service": {"requests", "request_process", "text"},
     "control_service": {"requests"},
@@ -185,6 +184,26 @@ def test_no_function_is_longer_than_a_screen_and_no_file_than_500_lines() -> Non
                 continue
             text = path.read_text()
             assert len(text.splitlines()) <= 500, f"{path.relative_to(ROOT)} has {len(text.splitlines())} lines"
+
+
+def test_nobody_starts_a_task_but_protocol_tasks() -> None:
+    """A task without an owner is one whose exception nobody sees. asyncio.TaskGroup is an owner, too."""
+    for room in MAY_IMPORT:
+        for path in modules(room):
+            if path == ROOT / "protocol" / "tasks.py":
+                continue
+            tree = ast.parse(path.read_text())
+            groups = {
+                item.optional_vars.id
+                for node in ast.walk(tree)
+                if isinstance(node, ast.AsyncWith)
+                for item in node.items
+                if ast.unparse(item.context_expr) == "asyncio.TaskGroup()" and isinstance(item.optional_vars, ast.Name)
+            }
+            for node in ast.walk(tree):
+                starts = isinstance(node, ast.Attribute) and node.attr in ("create_task", "ensure_future")
+                owned = starts and isinstance(node.value, ast.Name) and node.value.id in groups
+                assert not starts or owned, f"{path.relative_to(ROOT)}:{node.lineno}: use Tasks or beside of protocol/tasks.py"
 
 
 def _environment_without_safe_path() -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -11,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from ...protocol.tasks import beside
 
 PERIOD_S = 0.005
 MAX_CPU = 0.9  # of one core
@@ -29,13 +30,10 @@ class LagMeter:
     @asynccontextmanager
     async def measuring(self) -> AsyncIterator[None]:
         wall, cpu = time.perf_counter(), time.process_time()
-        task = asyncio.create_task(self._watch())
         try:
-            yield
+            async with beside(self._watch()):
+                yield
         finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
             self.cpu_share = (time.process_time() - cpu) / max(time.perf_counter() - wall, 1e-9)
 
     async def _watch(self) -> None:

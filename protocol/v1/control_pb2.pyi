@@ -83,16 +83,26 @@ class StepSample(_message.Message):
     def __init__(self, num_sequences: _Optional[int] = ..., num_kv_tokens: _Optional[int] = ..., num_prefill_tokens: _Optional[int] = ..., seconds: _Optional[float] = ..., prefill_attention: _Optional[float] = ...) -> None: ...
 
 class MemberReport(_message.Message):
-    __slots__ = ("info", "load", "role", "answer")
+    __slots__ = ("info", "load", "role", "answer", "broken")
     INFO_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ANSWER_FIELD_NUMBER: _ClassVar[int]
+    BROKEN_FIELD_NUMBER: _ClassVar[int]
     info: MemberInfo
     load: MemberLoad
     role: Role
     answer: OrderAnswer
-    def __init__(self, info: _Optional[_Union[MemberInfo, _Mapping]] = ..., load: _Optional[_Union[MemberLoad, _Mapping]] = ..., role: _Optional[_Union[Role, str]] = ..., answer: _Optional[_Union[OrderAnswer, _Mapping]] = ...) -> None: ...
+    broken: Broken
+    def __init__(self, info: _Optional[_Union[MemberInfo, _Mapping]] = ..., load: _Optional[_Union[MemberLoad, _Mapping]] = ..., role: _Optional[_Union[Role, str]] = ..., answer: _Optional[_Union[OrderAnswer, _Mapping]] = ..., broken: _Optional[_Union[Broken, _Mapping]] = ...) -> None: ...
+
+class Broken(_message.Message):
+    __slots__ = ("reason", "request_ids")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    request_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, reason: _Optional[str] = ..., request_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class OrderAnswer(_message.Message):
     __slots__ = ("number", "refusal")

@@ -16,12 +16,12 @@ import numpy as np
 from ...protocol.errors import DeadlineExceeded, InvalidRequest
 from ...protocol.roles import ROLE_NAMES, ROLE_NUMBERS, WORKER_ROLES, WorkerRole, decodes, prefills
 from ...protocol.schema import KVSchema
+from ...protocol.tasks import Tasks
 from ...protocol.v1 import control_pb2
 from ..conductor.placement import Snapshot
 from ..conductor.policies.base import cost_by_blocks
 from ..conductor.pool import Ints, Pool, Roster
 from ..metrics import ProxyMetrics
-from ..tasks import Tasks
 from .load_table import LoadTable
 from .member import CLOSE_GRACE_S, STATE_ROLES, Member
 

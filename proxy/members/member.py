@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...protocol.channel import open_channel
+from ...protocol.errors import WorkerLost
 from ...protocol.roles import ROLE_NAMES
 from ...protocol.schema import KVSchema
 from ...protocol.v1 import control_pb2, kvstore_pb2_grpc, worker_pb2_grpc
@@ -50,6 +51,7 @@ class Member:
         self.stream = 0  # number of its process's present Join stream
         self.orders = Orders(self)
         self.gone = False
+        self.broken = control_pb2.Broken()  # as it says itself, before it leaves
         self._joined = time.monotonic()
         self._channel = open_channel(info.address)
         # typed Any: the generated stubs carry no types
@@ -129,6 +131,14 @@ class Member:
             assigned.num_requests,
             assigned.num_running,
             assigned.num_running_tokens,
+        )
+
+    def lost(self, request_id: str) -> WorkerLost:
+        """What a request on it fails with once it is gone."""
+        if not self.broken.reason:
+            return WorkerLost(f"{self.title} is gone: it left the cluster", worker=self._id)
+        return WorkerLost(
+            f"{self.title} is gone: it broke: {self.broken.reason}", worker=self._id, in_step=request_id in self.broken.request_ids
         )
 
     def on_gone(self, callback: GoneCallback) -> Callable[[], None]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import grpc.aio
 
 from ...protocol.errors import HalfmoonError, WorkerLost
+from ...protocol.tasks import Tasks
 from ...protocol.v1 import common_pb2, worker_pb2
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ class _OpenFeed:
         self._title = title
         self._worker_id = worker_id
         self._call = stub.Tokens(worker_pb2.TokensRequest(feed_id=self.id))
-        self._task = asyncio.create_task(self._read())
+        self._tasks = Tasks(title)
+        self._task = self._tasks.start(self._read())
         self._task.add_done_callback(self._ended)
 
     def close(self) -> None:

@@ -19,8 +19,9 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 
-from ...protocol.errors import InvalidRequest
+from ...protocol.errors import InvalidRequest, RequestCancelled
 from ..request_process import LARGE_BYTES, Packed, RequestProcess, pack, unpack_messages, unpack_prompts
 from .types import ChatBody, CompletionBody, GenerateBody
 
@@ -81,15 +82,21 @@ class _ReadRequest(Request):
 
 
 async def _read(request: Request) -> bytes:
-    """Raises InvalidRequest for a body that is too long: at once if content-length says so, else at the first byte too many."""
+    """Raises InvalidRequest for a body that is too long: at once if content-length says so, else at the first byte too many.
+
+    RequestCancelled where the client leaves before its end.
+    """
     told = request.headers.get("content-length", "")
     if told.isdecimal() and int(told) > MAX_BODY_BYTES:
         raise _too_long(f"{told} bytes")
     content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > MAX_BODY_BYTES:
-            raise _too_long("more bytes")
+    try:
+        async for part in request.stream():
+            content += part
+            if len(content) > MAX_BODY_BYTES:
+                raise _too_long("more bytes")
+    except ClientDisconnect:
+        raise RequestCancelled("the client closed the connection before its body had come") from None
     return bytes(content)
 
 

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ...protocol.errors import RequestCancelled
+from ...protocol.tasks import beside
 from ..requests.generation import Generation
 from .chunks import ChunkWriter
 
@@ -25,16 +26,11 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) 
     Args:
         receive: of a request whose body has been read, so that the next message is its disconnect.
     """
-    task, watch = asyncio.create_task(work), asyncio.create_task(_disconnected(receive))
-    try:
+    async with beside(work) as task, beside(_disconnected(receive)) as watch:
         await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise RequestCancelled("the client closed the connection")
         return task.result()
-    finally:
-        task.cancel()
-        watch.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -22,9 +22,9 @@ from ...protocol import metrics as specs
 from ...protocol.blocks import div_ceil
 from ...protocol.exporter import counter, gauge
 from ...protocol.grpc_errors import from_rpc_error
+from ...protocol.tasks import Tasks
 from ...protocol.v1 import kvstore_pb2
 from ..members.cluster import Cluster
-from ..tasks import Tasks
 from .hot import MIN_TOKENS, Budget, Copy, HotPrefixes, next_copy
 from .index import PrefixIndex
 

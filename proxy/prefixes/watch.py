@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 import grpc.aio
 
+from ...protocol.tasks import Tasks
 from ...protocol.v1 import kvstore_pb2
 from ..members.cluster import Cluster
 from ..members.member import Member
-from ..tasks import Tasks
 from .index import PrefixIndex
 
 logger = logging.getLogger(__name__)

@@ -12,6 +12,7 @@ close: both calls cancelled, the store told why, what was assigned undone
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -19,12 +20,12 @@ from typing import Any, Protocol
 import grpc
 import grpc.aio
 
-from ...protocol.errors import Draining, HalfmoonError, InternalError, StoreUnavailable, WorkerLost
+from ...protocol.errors import Draining, HalfmoonError, HandoffAborted, InternalError, StoreUnavailable, WorkerLost, build_error
 from ...protocol.grpc_errors import TRAILER, error_to_proto, from_rpc_error
+from ...protocol.tasks import Tasks
 from ...protocol.v1 import common_pb2, kvstore_pb2, worker_pb2
 from ..members.member import Member
 from ..members.token_feed import FeedCall
-from ..tasks import Tasks
 from .pair import Pair
 
 logger = logging.getLogger(__name__)
@@ -223,14 +224,17 @@ class Attempt:
         if member is self.pair.store:
             self._fail(member, StoreUnavailable(f"{member.title} left the cluster", store=member.id))
         else:
-            self._fail(member, WorkerLost(f"{member.title} is gone: it left the cluster", worker=member.id))
+            self._fail(member, member.lost(self._sequence.request_id))
 
     def _fail(self, member: Member, error: HalfmoonError) -> None:
         # once decode has admitted the hand-off, the prefill worker and the store are no longer needed; decode always is
         pair = self.pair
         needless = (member is pair.prefill and (self.prefilled or self.admitted)) or (member is pair.store and self.admitted)
         if (member is pair.decode or not needless) and not self.outcome.done():
-            self.outcome.set_exception(LegFailed(member, error))
+            error = _cause(error)
+            named = error.fields.get("worker")
+            culprit = next((one for one in (pair.prefill, pair.decode) if one.id == named), member)
+            self.outcome.set_exception(LegFailed(culprit, error))
 
     async def _stop(self, on_unheard: Callable[[], None]) -> None:
         request = worker_pb2.StopRequest(request_id=self._sequence.request_id)
@@ -251,6 +255,14 @@ class Attempt:
             logger.warning("%s did not take the abort of %s: %s", self.pair.store.title, self._handoff.id, error.details())
         except asyncio.CancelledError:
             logger.debug("%s left before it took the abort of %s", self.pair.store.title, self._handoff.id)
+
+
+def _cause(error: HalfmoonError) -> HalfmoonError:
+    """Why a worker gave a hand-off up, where it said so: decode may hear of it before the prefill call has ended."""
+    fields = error.fields.get("reason_fields") or {}
+    if not isinstance(error, HandoffAborted) or "worker" not in fields:
+        return error
+    return build_error(error.fields["reason"], error.fields["reason_message"], json.dumps(fields))
 
 
 def _leg_error(error: grpc.aio.AioRpcError, member: Member) -> HalfmoonError:

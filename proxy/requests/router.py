@@ -16,6 +16,7 @@ from collections.abc import Generator, Sequence
 from ...protocol.config import ProxyConfig
 from ...protocol.errors import Draining, HalfmoonError, InvalidRequest
 from ...protocol.schema import KVSchema
+from ...protocol.tasks import Tasks
 from ..conductor.placement import Slo
 from ..members.cluster import Cluster
 from ..metrics import ProxyMetrics
@@ -23,7 +24,6 @@ from ..prefixes.index import PrefixIndex
 from ..prefixes.replicator import Replicator
 from ..prefixes.watch import PrefixWatch
 from ..request import ProxyRequest, RequestState
-from ..tasks import Tasks
 from .admission_queue import AdmissionQueue, Waiting
 from .assigner import Assigner
 from .decisions import DecisionLog, RequestDecision

@@ -26,14 +26,16 @@ from ...protocol.errors import (
     NoWorker,
     PromptTooLong,
     RequestCancelled,
+    RequestQuarantined,
+    SequenceFailed,
     StoreUnavailable,
     WorkerLost,
     build_error,
 )
+from ...protocol.tasks import Tasks
 from ...protocol.v1 import common_pb2, worker_pb2
 from ..metrics import ProxyMetrics
 from ..request import Finished, ProxyRequest, RequestState, TokenEvent, Tokens
-from ..tasks import Tasks
 from .attempt import Attempt, LegFailed
 from .decisions import RequestDecision
 from .dispatcher import Dispatcher
@@ -44,6 +46,7 @@ from .phase_clock import PhaseClock
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 5.0  # for the Finished that answers a Stop
+MAX_BREAKS = 2  # workers that may break while they compute a request; it is not given to another then
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ class RequestRunner:
         decision.record = self.clock.record
         self._attempt: Attempt | None = None
         self._epoch = 0
+        self._num_breaks = 0  # workers that broke while they computed it
         self._exclude: set[str] = set()
         self._avoid: set[str] = set()
         self._stopping = False
@@ -167,6 +171,7 @@ class RequestRunner:
             deadline_s=max(self._deadline - self._loop.time(), 0.0),
             queue_order=pair.queue_order,
             tpot_slo_s=tpot_s if math.isfinite(tpot_s := self.decision.slo.tpot_s) else 0.0,
+            suspect=self._num_breaks > 0,
         )
         self._epoch += 1
         handoff = common_pb2.HandoffId(id=self._handoff_id, epoch=self._epoch)
@@ -178,12 +183,12 @@ class RequestRunner:
 
     def _prepare_retry(self, failure: LegFailed) -> None:
         """Places the request on another pair. Raises the failure's error or NoWorker if that is not possible."""
-        error = failure.error
+        error, failed = failure.error, failure.member
         if not error.retryable:
             raise error
+        self._count_break(error)
         if self._epoch >= self._context.max_attempts:
             raise build_error(error.code, f"{error.message} (attempt {self._epoch} of {self._context.max_attempts})", error.fields_json)
-        failed = failure.member
         self._pair.decided.error = error.message
         if failed.gone or isinstance(error, WorkerLost):
             self._exclude.add(failed.incarnation)
@@ -202,6 +207,16 @@ class RequestRunner:
         except (NoWorker, PromptTooLong) as none_left:
             raise NoWorker(f"{error.message}; nothing to replay it on: {none_left.message}", **error.fields) from error
         self._context.metrics.replayed(error.code)
+
+    def _count_break(self, error: HalfmoonError) -> None:
+        """Whoever was merely on the worker is not counted. Raises RequestQuarantined."""
+        if isinstance(error, SequenceFailed) or error.fields.get("in_step"):
+            self._num_breaks += 1
+        if self._num_breaks >= MAX_BREAKS:
+            raise RequestQuarantined(
+                f"{self._num_breaks} workers broke while they computed {self.request.request_id}, and it is not given to another; "
+                f"the last: {error.message}"
+            )
 
     def _reached_end(self) -> common_pb2.FinishReason | None:
         """The finish reason if the sequence already has all its tokens and only its Finished was lost. One more token would be wrong."""

@@ -91,6 +91,7 @@ class Members(control_pb2_grpc.ControlServicer):
         self.address = ""
         self.infos: dict[str, control_pb2.MemberInfo] = {}
         self.loads: dict[str, control_pb2.MemberLoad] = {}
+        self.broken: dict[str, control_pb2.Broken] = {}
 
     async def Join(self, request_iterator: Any, context: Any) -> AsyncIterator[control_pb2.MemberOrder]:
         name = ""
@@ -100,6 +101,8 @@ class Members(control_pb2_grpc.ControlServicer):
                     name = report.info.id
                     self.infos[name] = report.info
                     yield control_pb2.MemberOrder(accepted=True)
+                if report.HasField("broken"):
+                    self.broken[name] = report.broken
                 self.loads[name] = report.load
         finally:
             self.infos.pop(name, None)
@@ -166,7 +169,9 @@ class Cluster:
     async def _channel(self, address: str) -> Any:
         return await self._exits.enter_async_context(open_channel(address))
 
-    def sequence(self, token_ids: list[int], *, num_prompt_tokens: int = 0, deadline_s: float = 600.0, **sampling: Any) -> Any:
+    def sequence(
+        self, token_ids: list[int], *, num_prompt_tokens: int = 0, deadline_s: float = 600.0, suspect: bool = False, **sampling: Any
+    ) -> Any:
         self.num_requests += 1
         params = SamplingParams(**{"temperature": 0.0, "ignore_eos": True, **sampling})
         return common_pb2.SequenceSpec(
@@ -175,6 +180,7 @@ class Cluster:
             num_prompt_tokens=num_prompt_tokens or len(token_ids),
             sampling=params.to_proto(),
             deadline_s=deadline_s,
+            suspect=suspect,
         )
 
     def start_prefill(self, sequence: Any, *, epoch: int = 1, store_address: str = "") -> Any:

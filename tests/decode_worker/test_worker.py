@@ -34,7 +34,6 @@ from halfmoon.protocol.errors import (
     RequestCancelled,
     SchemaMismatch,
     StoreUnavailable,
-    WorkerLost,
 )
 from halfmoon.protocol.grpc_errors import from_rpc_error
 from halfmoon.protocol.schema import KVSchema
@@ -456,26 +455,6 @@ async def test_a_stores_death_fails_who_waits_at_once_and_leaves_who_decodes_alo
     again = await cluster.run(prompt(20), max_tokens=5)
     assert again.token_ids == answer.token_ids[:5]
     await cluster.at_rest()
-
-
-async def test_an_engine_that_breaks_ends_every_call_and_the_worker(make_cluster: Any) -> None:
-    cluster = await make_cluster()
-    await cluster.decode.life.joined.wait()
-    sequence = cluster.sequence(prompt(20), max_tokens=200)
-    waiting = cluster.start_decode(cluster.sequence(prompt(21)))
-    decode = cluster.start_decode(sequence)
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise MemoryError("no memory for the step")
-
-    cluster.decode.engine.forward = fail
-    await cluster.start_prefill(sequence)
-    for call in (decode, waiting, cluster.start_decode(cluster.sequence(prompt(22)))):
-        error = await error_of(call)
-        assert isinstance(error, WorkerLost) and "no memory for the step" in error.message
-    with pytest.raises(MemoryError):
-        await cluster.decode.serve_until_stopped()
-    await until(lambda: "decode-0" not in cluster.members.infos)
 
 
 async def test_the_proxy_is_told_who_joins_and_how_loaded_it_is(make_cluster: Any, members: Any) -> None:

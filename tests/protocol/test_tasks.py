@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from halfmoon.proxy.tasks import Tasks
+from halfmoon.protocol.tasks import Tasks
 
 
 async def test_an_unexpected_exception_is_logged_with_its_traceback_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -24,7 +24,7 @@ async def test_an_unexpected_exception_is_logged_with_its_traceback_and_told_onc
         await asyncio.sleep(0)
     assert [str(error) for error in told] == ["a bug"] and len(tasks) == 0
     (record,) = caplog.records
-    assert record.getMessage() == "the owner: its work failed"
+    assert record.getMessage() == "the owner: its work failed: a bug"
     assert record.exc_info is not None and record.exc_info[2] is not None
 
 

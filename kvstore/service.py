@@ -38,7 +38,7 @@ class KVStoreService(kvstore_pb2_grpc.KVStoreServicer):
         try:
             await context.write(kvstore_pb2.AttachReply(welcome=welcome))
             writes = WholeWrites(context)
-            await until_ended(self._answer_heartbeats(session, context, writes), session.ended, writes.idle)
+            await until_ended(self._answer_heartbeats(session, context, writes), session.ended, writes.close)
         finally:
             self._store.sessions.end(session, "went away")
 
@@ -81,7 +81,7 @@ class KVStoreService(kvstore_pb2_grpc.KVStoreServicer):
         try:
             ending = self._store.ending(lease.lease_id)
             writes = WholeWrites(context)
-            await until_ended(self._send(lease, deadline, writes), ending, writes.idle)
+            await until_ended(self._send(lease, deadline, writes), ending, writes.close)
             await asyncio.wait({ending})
         except asyncio.CancelledError:
             self._store.release(lease.lease_id)

@@ -17,16 +17,24 @@ async def read_next(stream: Any) -> Any | None:
 
 
 class WholeWrites:
-    """Writes of one stream by one task. gRPC ends no call while a message is on its way: who cancels the task waits for idle first."""
+    """Writes of one stream by one task. gRPC ends no call while a message is on its way: close() comes before the task is cancelled."""
 
     def __init__(self, stream: Any) -> None:
-        self.idle = asyncio.Event()
-        self.idle.set()
         self._stream = stream
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._is_closed = False
 
     async def write(self, message: Any) -> None:
-        self.idle.clear()
+        if self._is_closed:
+            await asyncio.Event().wait()  # to be cancelled
+        self._idle.clear()
         try:
             await self._stream.write(message)
         finally:
-            self.idle.set()
+            self._idle.set()
+
+    async def close(self) -> None:
+        """Returns once no message is on its way, and none will be."""
+        self._is_closed = True
+        await self._idle.wait()

@@ -6,7 +6,7 @@ check ─► wait(key) ◄── notify(key) ─► check again        (one even
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Hashable
+from collections.abc import Awaitable, Callable, Coroutine, Hashable
 from typing import Any, TypeVar
 
 from ..protocol.errors import HalfmoonError
@@ -51,11 +51,11 @@ class Waiters:
 
 
 async def until_ended(
-    work: Coroutine[Any, Any, Result], ended: asyncio.Future[HalfmoonError | None], idle: asyncio.Event | None = None
+    work: Coroutine[Any, Any, Result], ended: asyncio.Future[HalfmoonError | None], close: Callable[[], Awaitable[None]] | None = None
 ) -> Result | None:
     """Awaits work, and drops it as soon as `ended` is set.
 
-    idle: is waited for before work is dropped.
+    close: is awaited before work is dropped.
 
     Returns work's result, or None where `ended` came first without an error. Raises work's error, or the one in `ended`.
     """
@@ -63,8 +63,8 @@ async def until_ended(
         await asyncio.wait({task, ended}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        while idle is not None and not (idle.is_set() or task.done()):
-            await idle.wait()
+        if close is not None:
+            await close()
         error = ended.result()
         if error is not None:
             raise error

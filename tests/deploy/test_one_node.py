@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 import pytest_asyncio
@@ -65,6 +66,32 @@ async def test_the_second_turn_reports_its_cached_tokens_and_the_same_tokens(clu
     # the answer's last token has no KV: it was sampled and never fed back
     assert result.usage.num_cached_tokens == (len(first) + NUM_TOKENS - 1) // 64 * 64
     assert result.phases.transport == "shm"
+
+
+NO_SAMPLER_TAKES = [
+    ("top_p", {"top_p": 1e-300}),
+    ("top_p", {"top_p": 1e-46, "temperature": 1}),
+    ("repetition_penalty", {"repetition_penalty": 1e-300, "top_p": 0.9}),
+    ("repetition_penalty", {"repetition_penalty": 1e-38, "seed": 1}),
+]
+EDGES = [{"top_p": 1e-37}, {"repetition_penalty": 0.01, "top_p": 0.9}, {"temperature": 1e-300, "min_p": 1e-300}]
+
+
+async def test_sampling_at_the_edge_of_numbers_is_served_or_refused_and_harms_nobody(cluster, reference, prompt_of) -> None:
+    before = {member.info.incarnation for member in (await cluster.status()).members}
+    prompts = [prompt_of(30 + 5 * i, seed=9) for i in range(12)]
+    neighbours = asyncio.gather(*(cluster.greedy(prompt, NUM_TOKENS_EACH_OF_MANY) for prompt in prompts))
+    url = f"http://{cluster.supervisor.http_address}/v1/completions"
+    async with httpx.AsyncClient(timeout=120) as http:
+        for param, sampling in NO_SAMPLER_TAKES:
+            reply = await http.post(url, json={"prompt": [11, 12], "max_tokens": 4, **sampling})
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+        for sampling in EDGES:
+            reply = await http.post(url, json={"prompt": [11, 12], "max_tokens": 4, **sampling})
+            assert reply.status_code == 200, reply.text
+    assert await neighbours == [reference.generate(prompt, NUM_TOKENS_EACH_OF_MANY) for prompt in prompts]
+    assert {member.info.incarnation for member in (await cluster.status()).members} == before, "no worker was lost"
+    await cluster.at_rest()
 
 
 async def test_a_seed_gives_the_same_tokens_again_and_another_seed_others(cluster, prompt_of) -> None:

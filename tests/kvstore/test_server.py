@@ -11,6 +11,7 @@ import pytest
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.config import StoreConfig
 from halfmoon.protocol.errors import ConfigError, InvalidRequest, SchemaMismatch, WorkerLost
+from halfmoon.protocol.v1 import common_pb2, kvstore_pb2
 
 
 async def scrape(address: str) -> dict[str, float]:
@@ -87,3 +88,13 @@ async def test_a_schema_without_a_size_is_refused(kv, store, attach_to) -> None:
     with pytest.raises(InvalidRequest, match="blocks have no size"):
         await attach_to(store.address, "c", schema=dataclasses.replace(kv.schema, num_layers=0))
     await attach_to(store.address, "c")
+
+
+@pytest.mark.parametrize("fields_json", ["{", "[]", "7", '{"message": "x"}', "[" * 100_000])
+async def test_a_reason_that_is_none_is_the_callers_fault(store, attach_to, fields_json, caplog) -> None:
+    client = await attach_to(store.address, "prefill-0")
+    reason = common_pb2.Error(code="worker_lost", message="gone", fields_json=fields_json)
+    request = kvstore_pb2.AbortRequest(handoff=common_pb2.HandoffId(id="r", epoch=1), reason=reason)
+    with pytest.raises(InvalidRequest, match="fields_json"):
+        await client._connection.call(client._connection.stub.Abort, request)
+    assert [record for record in caplog.records if record.exc_info] == []

@@ -79,6 +79,7 @@ class Peer:
         self.roles: list[control_pb2.Role] = []  # that it can take on
         self.taken: list[str] = []
         self.refusal: HalfmoonError | None = None  # of every order
+        self.broken: asyncio.Future[control_pb2.Broken] = asyncio.get_running_loop().create_future()
 
     async def start(self, proxy_address: str) -> None:
         self.server, port = create_server("127.0.0.1", 0)
@@ -99,7 +100,8 @@ class Peer:
             schema=self.schema.to_proto() if self.role != "store" else None,
         )
         self.info = info
-        self.member = asyncio.create_task(stay_joined(proxy_address, info, lambda: self.load, self.joined.set, self._take_role))
+        joining = stay_joined(proxy_address, info, lambda: self.load, self.joined.set, self._take_role, self.broken)
+        self.member = asyncio.create_task(joining)
 
     def register(self, server: grpc.aio.Server) -> None:
         raise NotImplementedError
@@ -108,6 +110,10 @@ class Peer:
         if self.refusal is not None:
             raise self.refusal
         self.taken.append(ROLE_NAMES[role])
+
+    def breaks(self, *request_ids: str) -> None:
+        """It says that it broke, and what it computed then, and leaves; its calls hang."""
+        self.broken.set_result(control_pb2.Broken(reason="the context is gone", request_ids=request_ids))
 
     async def leave(self) -> None:
         """The Join stream ends; the gRPC server lives on."""

@@ -276,3 +276,15 @@ def test_a_bug_amid_a_stream_is_an_event_too(face: Any, http: httpx.Client, monk
     monkeypatch.setattr("halfmoon.proxy.requests.choice_text.StopStrings.push", push)
     *_, last = events(http.post("/v1/completions", json={"prompt": "x", "stream": True}))
     assert last["error"]["code"] == "internal_error" and "ZeroDivisionError" in last["error"]["message"]
+
+
+def test_a_client_that_leaves_before_its_body_has_come_is_no_error(face: Any, http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    host, port = face.http.removeprefix("http://").split(":")
+    for path in ("/v1/completions", CHAT):
+        for sent in (b"", b"{"):
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n".encode() + sent)
+                http.get("/health")  # it has been read by now
+    for _ in range(3):
+        assert http.post("/v1/completions", json={"prompt": "x"}).status_code == 200
+    assert [record.getMessage() for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")] == []

@@ -12,15 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client import CollectorRegistry
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from halfmoon.deploy.worker import make_worker
 from halfmoon.engine.worker_life import WorkerAddress
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.channel import create_server, open_channel
-from halfmoon.protocol.config import DecodeConfig, ModelOptions, PrefillConfig, StoreConfig
+from halfmoon.protocol.config import DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig, StoreConfig
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.v1 import common_pb2, control_pb2, control_pb2_grpc, worker_pb2, worker_pb2_grpc
+from halfmoon.proxy.control_service import ControlService
+from halfmoon.proxy.members.cluster import Cluster as ProxyCluster
+from halfmoon.proxy.metrics import ProxyMetrics
+from halfmoon.proxy.requests.router import Router
 
 BLOCK_SIZE = 8
 VOCAB_SIZE = 160
@@ -244,6 +249,35 @@ async def members() -> AsyncIterator[Members]:
     await server.start()
     found.address = f"127.0.0.1:{port}"
     yield found
+    await server.stop(0.0)
+
+
+@dataclass
+class Proxy:
+    cluster: ProxyCluster
+    router: Router
+
+    def know_store(self, store: StoreServer) -> None:
+        info = control_pb2.MemberInfo(
+            id=store.store_id, incarnation="first", role=control_pb2.ROLE_STORE, node_id="node-a", store_id=store.store_id
+        )
+        info.address = info.store_address = store.address
+        self.cluster.join(info, control_pb2.MemberLoad(), control_pb2.ROLE_STORE)
+
+
+@pytest.fixture
+async def proxy(members: Members) -> AsyncIterator[Proxy]:
+    """The real end of Join, and the router behind it, in the place of the fake one."""
+    metrics = ProxyMetrics(CollectorRegistry())
+    cluster = ProxyCluster(metrics)
+    router = Router(ProxyConfig(), cluster, metrics, eos_token_ids=frozenset())
+    server, port = create_server("127.0.0.1", 0)
+    control_pb2_grpc.add_ControlServicer_to_server(ControlService(router, "tiny"), server)
+    await server.start()
+    members.address = f"127.0.0.1:{port}"
+    yield Proxy(cluster, router)
+    await router.close()
+    await cluster.close()
     await server.stop(0.0)
 
 

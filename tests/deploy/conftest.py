@@ -54,14 +54,22 @@ class SharedRay:
 
 
 SHARED_RAY = SharedRay()
+NUM_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    """The other folders' tests have the machine to themselves again. After the fixtures: those of a module need their Ray."""
+    """The tests of other folders, or of other groups of `pytest -n`, have the machine to themselves again.
+
+    After the fixtures: those of a module need their Ray.
+    """
     yield
-    if nextitem is None or nextitem.path.parent != item.path.parent:
+    if nextitem is None or nextitem.path.parent != item.path.parent or (NUM_WORKERS > 1 and _group(nextitem) != _group(item)):
         SHARED_RAY.close()
+
+
+def _group(item: pytest.Item) -> pytest.Mark | None:
+    return item.get_closest_marker("xdist_group")
 
 
 @pytest.fixture(scope="module")

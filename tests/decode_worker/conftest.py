@@ -59,7 +59,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForCausa
 
 @pytest.fixture(scope="session")
 def greedy(model: tuple[Path, LlamaForCausalLM]) -> Callable[[list[int], int], list[int]]:
-    """transformers' greedy continuation, past any end-of-sequence token."""
+    """transformers' greedy continuation, past any end-of-sequence token. What was computed once is kept."""
+    kept: dict[tuple[int, ...], list[int]] = {}
 
     def generate(token_ids: list[int], num_tokens: int) -> list[int]:
         with torch.inference_mode():
@@ -74,7 +75,13 @@ def greedy(model: tuple[Path, LlamaForCausalLM]) -> Callable[[list[int], int], l
             )
         return found[0, len(token_ids) :].tolist()
 
-    return generate
+    def greedy(token_ids: list[int], num_tokens: int) -> list[int]:
+        prompt = tuple(token_ids)
+        if len(kept.get(prompt, [])) < num_tokens:
+            kept[prompt] = generate(token_ids, num_tokens)
+        return kept[prompt][:num_tokens]
+
+    return greedy
 
 
 @dataclass

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 if not Path("/dev/nvidiactl").exists():
@@ -27,6 +28,9 @@ if NUM_WORKERS > 1:
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 # a shell that runs the suite in the background has it ignored, and so would have every process that a test starts and interrupts
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# an example may take as long as it has to: on a busy machine it would fail after 200 ms, or for being slow to draw
+hypothesis.settings.register_profile("halfmoon", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("halfmoon")
 
 
 EXIT_S = 60  # from the last test to the end of the process

@@ -166,7 +166,7 @@ class Cluster:
         info = next(member.info for member in (await self.status()).members if member.info.id == member_id)
         os.kill(info.pid, signal.SIGKILL)
 
-    async def all_joined(self, num_members: int, timeout_s: float = 120.0) -> None:
+    async def all_joined(self, num_members: int, timeout_s: float = 300.0) -> None:
         async with asyncio.timeout(timeout_s):
             while len((await self.status()).members) < num_members:
                 await asyncio.sleep(0.05)

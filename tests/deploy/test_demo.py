@@ -15,7 +15,7 @@ from halfmoon.deploy.ray_session import RayNode
 from halfmoon.protocol.config import ClusterConfig, ProxyConfig
 from halfmoon.protocol.errors import HandoffCorrupt
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 CONFIG = ClusterConfig(proxy=ProxyConfig(http_port=0, grpc_port=0))
 

@@ -26,7 +26,7 @@ from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import control_pb2
 from halfmoon.proxy.conductor.predictors import CostModel
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 NUM_TOKENS = 64
 NUM_TOKENS_EACH_OF_MANY = 24

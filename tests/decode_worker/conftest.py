@@ -12,15 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client import CollectorRegistry
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from halfmoon.deploy.worker import make_worker
 from halfmoon.engine.worker_life import WorkerAddress
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.channel import create_server, open_channel
-from halfmoon.protocol.config import DecodeConfig, ModelOptions, PrefillConfig, StoreConfig
+from halfmoon.protocol.config import DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig, StoreConfig
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.v1 import common_pb2, control_pb2, control_pb2_grpc, worker_pb2, worker_pb2_grpc
+from halfmoon.proxy.control_service import ControlService
+from halfmoon.proxy.members.cluster import Cluster as ProxyCluster
+from halfmoon.proxy.metrics import ProxyMetrics
+from halfmoon.proxy.requests.router import Router
 
 BLOCK_SIZE = 8
 VOCAB_SIZE = 160
@@ -54,7 +59,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForCausa
 
 @pytest.fixture(scope="session")
 def greedy(model: tuple[Path, LlamaForCausalLM]) -> Callable[[list[int], int], list[int]]:
-    """transformers' greedy continuation, past any end-of-sequence token."""
+    """transformers' greedy continuation, past any end-of-sequence token. What was computed once is kept."""
+    kept: dict[tuple[int, ...], list[int]] = {}
 
     def generate(token_ids: list[int], num_tokens: int) -> list[int]:
         with torch.inference_mode():
@@ -69,7 +75,13 @@ def greedy(model: tuple[Path, LlamaForCausalLM]) -> Callable[[list[int], int], l
             )
         return found[0, len(token_ids) :].tolist()
 
-    return generate
+    def greedy(token_ids: list[int], num_tokens: int) -> list[int]:
+        prompt = tuple(token_ids)
+        if len(kept.get(prompt, [])) < num_tokens:
+            kept[prompt] = generate(token_ids, num_tokens)
+        return kept[prompt][:num_tokens]
+
+    return greedy
 
 
 @dataclass
@@ -250,6 +262,35 @@ async def members() -> AsyncIterator[Members]:
     await server.start()
     found.address = f"127.0.0.1:{port}"
     yield found
+    await server.stop(0.0)
+
+
+@dataclass
+class Proxy:
+    cluster: ProxyCluster
+    router: Router
+
+    def know_store(self, store: StoreServer) -> None:
+        info = control_pb2.MemberInfo(
+            id=store.store_id, incarnation="first", role=control_pb2.ROLE_STORE, node_id="node-a", store_id=store.store_id
+        )
+        info.address = info.store_address = store.address
+        self.cluster.join(info, control_pb2.MemberLoad(), control_pb2.ROLE_STORE)
+
+
+@pytest.fixture
+async def proxy(members: Members) -> AsyncIterator[Proxy]:
+    """The real end of Join, and the router behind it, in the place of the fake one."""
+    metrics = ProxyMetrics(CollectorRegistry())
+    cluster = ProxyCluster(metrics)
+    router = Router(ProxyConfig(), cluster, metrics, eos_token_ids=frozenset())
+    server, port = create_server("127.0.0.1", 0)
+    control_pb2_grpc.add_ControlServicer_to_server(ControlService(router, "tiny"), server)
+    await server.start()
+    members.address = f"127.0.0.1:{port}"
+    yield Proxy(cluster, router)
+    await router.close()
+    await cluster.close()
     await server.stop(0.0)
 
 

@@ -7,20 +7,13 @@ import random
 import threading
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry
 
-from halfmoon.protocol.channel import create_server
-from halfmoon.protocol.config import ProxyConfig
 from halfmoon.protocol.errors import RequestCancelled
-from halfmoon.protocol.v1 import control_pb2, control_pb2_grpc
-from halfmoon.proxy.control_service import ControlService
-from halfmoon.proxy.members.cluster import Cluster as ProxyCluster
-from halfmoon.proxy.metrics import ProxyMetrics
-from halfmoon.proxy.requests.router import Router
+from halfmoon.protocol.v1 import control_pb2
 
 Greedy = Callable[[list[int], int], list[int]]
 
@@ -167,25 +160,7 @@ async def test_both_halves_export_under_their_own_label(make_cluster: Any) -> No
     assert 'role="decode"' in page and 'role="prefill"' not in page, "a worker exports the halves of its role"
 
 
-@pytest.fixture
-async def proxy(members: Any) -> AsyncIterator[ProxyCluster]:
-    """The real end of Join, in the place of the fake one."""
-    metrics = ProxyMetrics(CollectorRegistry())
-    found = ProxyCluster(metrics)
-    router = Router(ProxyConfig(), found, metrics, eos_token_ids=frozenset())
-    server, port = create_server("127.0.0.1", 0)
-    control_pb2_grpc.add_ControlServicer_to_server(ControlService(router, "tiny"), server)
-    await server.start()
-    members.address = f"127.0.0.1:{port}"
-    yield found
-    await router.close()
-    await found.close()
-    await server.stop(0.0)
-
-
-async def test_a_real_worker_takes_on_every_role_and_what_runs_ends_where_it_is(
-    proxy: ProxyCluster, make_cluster: Any, greedy: Greedy
-) -> None:
+async def test_a_real_worker_takes_on_every_role_and_what_runs_ends_where_it_is(proxy: Any, make_cluster: Any, greedy: Greedy) -> None:
     cluster = await make_cluster()
     await asyncio.gather(cluster.prefill.life.joined.wait(), cluster.decode.life.joined.wait())
     gate = threading.Event()
@@ -193,12 +168,12 @@ async def test_a_real_worker_takes_on_every_role_and_what_runs_ends_where_it_is(
     decoding = asyncio.create_task(cluster.run(prompt(20), max_tokens=100))
     await until(lambda: cluster.decode.scheduler.num_running == 1)
     for role in ("prefill", "both", "decode", "prefill"):
-        await proxy.set_role(proxy.members["decode-0"], role, 60.0)
-        assert cluster.decode.worker.role == proxy.members["decode-0"].role == role
+        await proxy.cluster.set_role(proxy.cluster.members["decode-0"], role, 60.0)
+        assert cluster.decode.worker.role == proxy.cluster.members["decode-0"].role == role
     assert steps == [], "its second token is still to come"
     gate.set()
     assert (await decoding).token_ids == greedy(prompt(20), 100)
-    await proxy.set_role(proxy.members["prefill-0"], "decode", 60.0)
+    await proxy.cluster.set_role(proxy.cluster.members["prefill-0"], "decode", 60.0)
     cluster.prefill_stub, cluster.decode_stub = cluster.stub_pair(cluster.workers[1], cluster.workers[0])
     assert (await cluster.run(prompt(70, 1), max_tokens=20)).token_ids == greedy(prompt(70, 1), 20), "the two have changed places"
     assert cluster.workers[1].prefill.scheduler.num_reserved_pages == 0

@@ -359,8 +359,8 @@ async def test_stop_before_the_first_token_ends_it_and_keeps_what_was_computed(m
 
 async def test_a_deadline_says_where_it_found_the_request(make_cluster: Any) -> None:
     cluster = await make_cluster(decode={"kv_capacity_tokens": 264, "max_prefill_tokens_per_step": 8})
-    slow(cluster.decode.engine, 0.02)
-    computing = cluster.start_decode(cluster.sequence(prompt(200), deadline_s=0.3), local=True)
+    slow(cluster.decode.engine, 0.1)  # 25 steps
+    computing = cluster.start_decode(cluster.sequence(prompt(200), deadline_s=1.5), local=True)
     await until(lambda: cluster.decode.scheduler.num_running == 1)
     queued = cluster.start_decode(cluster.sequence(prompt(100), deadline_s=0.1), local=True)
     errors = await asyncio.gather(*(error_of(cluster, call, cluster.answer()) for call in (queued, computing)))

@@ -54,14 +54,22 @@ class SharedRay:
 
 
 SHARED_RAY = SharedRay()
+NUM_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    """The other folders' tests have the machine to themselves again. After the fixtures: those of a module need their Ray."""
+    """The tests of other folders, or of other groups of `pytest -n`, have the machine to themselves again.
+
+    After the fixtures: those of a module need their Ray.
+    """
     yield
-    if nextitem is None or nextitem.path.parent != item.path.parent:
+    if nextitem is None or nextitem.path.parent != item.path.parent or (NUM_WORKERS > 1 and _group(nextitem) != _group(item)):
         SHARED_RAY.close()
+
+
+def _group(item: pytest.Item) -> pytest.Mark | None:
+    return item.get_closest_marker("xdist_group")
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +166,7 @@ class Cluster:
         info = next(member.info for member in (await self.status()).members if member.info.id == member_id)
         os.kill(info.pid, signal.SIGKILL)
 
-    async def all_joined(self, num_members: int, timeout_s: float = 120.0) -> None:
+    async def all_joined(self, num_members: int, timeout_s: float = 300.0) -> None:
         async with asyncio.timeout(timeout_s):
             while len((await self.status()).members) < num_members:
                 await asyncio.sleep(0.05)

@@ -17,7 +17,7 @@ from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, 
 from halfmoon.protocol.errors import Unavailable
 from halfmoon.protocol.v1 import control_pb2
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 NUM_MEMBERS = 5  # store, 2 prefill, 2 decode
 
@@ -151,7 +151,7 @@ async def test_a_killed_proxy_comes_back_on_its_ports_and_members_rejoin(cluster
     prompt = prompt_of(80, seed=6)
     address = cluster.supervisor.grpc_address
     ray.kill(next(member.actor for member in cluster.supervisor.members if member.id == "proxy"), no_restart=True)
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(300):
         while True:
             try:
                 await cluster.all_joined(NUM_MEMBERS)

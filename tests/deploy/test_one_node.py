@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import time
 import urllib.request
 from collections.abc import AsyncIterator
@@ -13,9 +14,11 @@ import openai
 import pytest
 import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 
 from halfmoon.client import Delta
 from halfmoon.deploy.cluster import running_cluster
+from halfmoon.deploy.demo import TURNS, converse
 from halfmoon.deploy.profile import profile
 from halfmoon.deploy.ray_session import RayNode
 from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
@@ -24,7 +27,7 @@ from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import control_pb2
 from halfmoon.proxy.conductor.predictors import CostModel
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 NUM_TOKENS = 64
 NUM_TOKENS_EACH_OF_MANY = 24
@@ -128,6 +131,14 @@ async def test_the_openai_client_works_unmodified(cluster) -> None:
     with pytest.raises(openai.NotFoundError):
         await client.chat.completions.create(model="gpt-nothing", messages=messages)
     await client.close()
+
+
+async def test_the_demo_answers_right_and_its_second_turn_hits_the_cache(cluster) -> None:
+    shown = io.StringIO()
+    outcome = await converse(cluster.supervisor.grpc_address, Console(file=shown, width=200))
+    assert outcome.num_right == len(TURNS), shown.getvalue()
+    assert outcome.num_cached_tokens >= 128
+    assert "4821" in shown.getvalue() and "time to first token" in shown.getvalue()
 
 
 async def test_a_large_request_is_parsed_in_a_process_that_ray_s_actor_starts(cluster) -> None:

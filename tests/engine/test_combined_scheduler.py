@@ -298,7 +298,7 @@ EVENTS = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     num_pages=st.integers(2, 14),
     beside=st.integers(1, 12),

@@ -44,7 +44,7 @@ def random_logits(num_rows: int, vocab_size: int, seed: int) -> torch.Tensor:
     return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     rows=st.lists(
         st.tuples(

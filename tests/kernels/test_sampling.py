@@ -66,7 +66,7 @@ def test_temperature_zero_takes_the_likeliest_and_the_first_of_equals():
     assert draw(logits, temperature=0.0, top_k=2, top_p=0.1).tolist() == [1, 0]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     data=st.lists(
         st.tuples(

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from halfmoon.kvstore.eviction import LRU, create_eviction_policy
@@ -9,7 +9,6 @@ from halfmoon.protocol.errors import ConfigError
 
 
 @given(st.lists(st.tuples(st.sampled_from(["add", "remove", "evict"]), st.integers(0, 5))))
-@settings(deadline=None)
 def test_lru_evicts_what_was_added_longest_ago(steps: list[tuple[str, int]]) -> None:
     policy, expected = LRU(), []
     for step, key in steps:

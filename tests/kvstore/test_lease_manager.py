@@ -273,7 +273,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 # the machine reads ended_handoffs to know which sealed ones are over; an epoch can't come back within the tombstones' time
-StoreMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+StoreMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestStoreMachine = StoreMachine.TestCase
 
 
@@ -394,7 +394,7 @@ uses = st.lists(st.tuples(st.sampled_from(["keep", "keep", "hold", "release"]), 
 
 
 @given(uses)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_end_of_a_chain_goes_before_its_start_and_what_fits_is_what_can_be_reserved(found: list[tuple[str, str, int]]) -> None:
     """Who reads chains by bisection relies on it: a store holds no block without those before it."""
     recorder = Recorder()

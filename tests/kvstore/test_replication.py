@@ -339,7 +339,7 @@ def shared(held: dict[str, int], chain: str, num_blocks: int) -> int:
     num_leased=st.integers(0, 5),
     asked=st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 7)), min_size=1, max_size=5),
 )
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_whatever_stands_where_copies_are_leading_runs_of_the_right_bytes(kv, there, here, num_leased, asked) -> None:
     async def scenario() -> None:
         stores = [StoreServer(StoreConfig(arena_bytes=8 * kv.schema.block_bytes), node_id=kv.node) for _ in range(2)]

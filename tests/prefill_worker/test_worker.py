@@ -205,8 +205,8 @@ async def test_a_full_store_does_not_keep_a_prefix_from_being_loaded_and_let_go(
     await until(lambda: at_rest(site))
     client = await site.client("hoarder")
     keys = [number.to_bytes(16) for number in range(site.store.accounting().num_slots - 7)]
-    hoard = await client.reserve("hoard", 1, keys, len(keys), 5.0)  # all but the cached blocks
-    call = site.start([*prompt(60)[:56], *prompt(20, 1)], "h", deadline_s=20.0)
+    hoard = await client.reserve("hoard", 1, keys, len(keys), 600.0)  # all but the cached blocks
+    call = site.start([*prompt(60)[:56], *prompt(20, 1)], "h", deadline_s=600.0)
     await until(lambda: site.metric("halfmoon_prefix_cache_hits_total", tier="local") == 56)
     await until(lambda: site.store.stats().num_leases == 1)
     assert site.worker.scheduler.num_running == 1, "it waits for room"

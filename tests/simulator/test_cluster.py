@@ -100,7 +100,7 @@ class Watched(Cluster):
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 2**20), num=st.integers(1, 60))
 def test_every_request_ends_exactly_once_and_nothing_is_left(small_cost: CostModel, talk: Talk, name: str, seed: int, num: int) -> None:
     scenario = Scenario(cost=small_cost, num_prefill=2, num_decode=2).with_(**SCENARIOS[name])
@@ -121,7 +121,7 @@ def test_every_request_ends_exactly_once_and_nothing_is_left(small_cost: CostMod
         assert instance.cache.dram_slots.num_leased == 0
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 2**20))
 def test_bytes_moved_are_the_bytes_asked_for(small_cost: CostModel, talk: Talk, seed: int) -> None:
     cluster = simulate(Scenario(cost=small_cost, num_prefill=2, num_decode=2), talk(50, seed))

@@ -78,7 +78,7 @@ def test_a_change_back_waits_until_the_last_change_is_a_while_ago_and_the_peak_i
     assert seconds > 10
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     roles=st.lists(st.sampled_from(["prefill", "decode"]), min_size=1, max_size=12),
     loads=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 100_000), st.floats(0, 50)), min_size=12, max_size=12),

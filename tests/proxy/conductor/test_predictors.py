@@ -20,7 +20,7 @@ TRUE = CostModel(
 )  # fmt: skip
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 2**20))
 def test_recursive_least_squares_ends_at_the_ridge_solution_of_all_it_saw(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -82,7 +82,7 @@ def test_a_prefix_in_the_workers_own_store_is_free_until_loading_one_was_seen() 
     assert found.transfer.own(0.0) == 0.0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seconds=st.floats(0.001, 5), prefix=st.integers(0, 10**5))
 def test_the_tokens_that_fit_into_a_time_take_that_time_and_not_more(seconds: float, prefix: int) -> None:
     prefill = Predictors(TRUE).prefill

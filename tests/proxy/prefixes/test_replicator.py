@@ -47,7 +47,7 @@ def test_the_longest_shared_run_is_hot_and_what_follows_it_is_not() -> None:
 
 
 @given(gaps=st.lists(st.floats(0, 40), min_size=1, max_size=60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_hits_are_those_of_a_sliding_window_to_within_the_window_before(gaps: list[float]) -> None:
     prefixes, times, now = HotPrefixes(window_s=60.0, hits_a_copy=1), [], 0.0
     for gap in gaps:
@@ -80,7 +80,6 @@ stores = st.sets(st.sampled_from("abcdef"))
 
 
 @given(stores, stores, loads, stores, st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 3)), st.integers(0, 7))
-@settings(deadline=None)
 def test_a_copy_goes_from_a_holder_to_the_least_loaded_store_without_one(holders, coming, load_of, avoid, copies_from, wanted) -> None:
     copy = next_copy(
         [b"k"], wanted, holders=holders, coming=coming, load_of=load_of, copies_from=Counter(copies_from), avoid=avoid
@@ -96,7 +95,6 @@ def test_a_copy_goes_from_a_holder_to_the_least_loaded_store_without_one(holders
 
 
 @given(st.lists(st.tuples(st.integers(1, 500), st.floats(0, 3)), max_size=60))
-@settings(deadline=None)
 def test_the_budget_holds_over_any_stretch_of_time(asked: list[tuple[int, float]]) -> None:
     budget, now, taken, largest = Budget(100.0), 0.0, 0, 0
     for num_bytes, gap in asked:

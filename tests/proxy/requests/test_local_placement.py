@@ -45,7 +45,7 @@ def conductor(local_prefill: Any, policy: str = "cache_aware") -> Conductor:
     excluded=st.sets(st.sampled_from(["prefill-0.1", "prefill-1.1", "decode-0.1", "decode-1.1"])),
     held=st.dictionaries(st.sampled_from(["store-0", "store-1", "store-7"]), st.integers(1, 5)),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_decode_worker_prefills_exactly_when_it_must_and_may(
     policy: str, local_prefill: str, num_prefill: int, loads: list[int], excluded: set[str], held: dict[str, int]
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from halfmoon.protocol.blocks import block_keys, root_key
@@ -35,7 +35,6 @@ def assert_is(prompt: Prompt, token_ids: list[int], schema: KVSchema) -> None:
     assert list(prompt.keys) == list(prompt.spec.block_keys) == keys
 
 
-@settings(deadline=None)
 @given(tokens)
 def test_parts_make_what_one_go_makes(token_ids: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -52,7 +51,6 @@ def test_parts_make_what_one_go_makes(token_ids: list[int]) -> None:
     assert num_parts == -(-len(token_ids) // 8), "two blocks of four each"
 
 
-@settings(deadline=None)
 @given(tokens, tokens, tokens)
 def test_a_replay_s_prompt_is_as_if_encoded_whole(token_ids: list[int], sent: list[int], more: list[int]) -> None:
     made, _ = encoder()

@@ -69,10 +69,12 @@ class ContentIndex:
             self._slots.pin(slot)
 
     def unpin(self, slots: Sequence[int]) -> None:
+        """slots: of a chain, from its start."""
         # last block first: the end of a chain is older than its start, so that eviction never cuts a chain in its middle
-        for slot in reversed(slots):
+        for position in reversed(range(len(slots))):
+            slot = slots[position]
             if self._slots.unpin(slot) and slot in self._key_of:
-                self._policy.add(self._key_of[slot])
+                self._policy.add(self._key_of[slot], position, len(slots))
 
     def add(self, blocks: Iterable[tuple[bytes, int, int]]) -> None:
         """(key, pinned slot, checksum): found by key from now on. The first slot of a key wins, a duplicate stays nameless."""
@@ -95,6 +97,7 @@ class ContentIndex:
             key = self._key_of.get(slot)
             if key is not None:
                 self._remove(key)
+                self._policy.forget(key)
                 self._slots.forget(slot)
                 dropped.append(key)
         if dropped:

@@ -52,8 +52,9 @@ class StoreConfig:
     """Shared memory for KV blocks, preallocated on every node."""
     lease_ttl_s: float = 5.0
     """A client of the store that sends no heartbeat for this long loses its session and every lease."""
-    eviction: Literal["lru"] = "lru"
-    """Which cached block goes when room is needed; lru: the one that has been unused for longest."""
+    eviction: Literal["lru", "lfu", "length_aware", "cost"] = "lru"
+    """Which cached block goes when room is needed; lru: the one unused for longest; lfu: the one used least; length_aware: as lfu, the end of
+    a chain first; cost: the one whose uses saved the least time of prefill a byte."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

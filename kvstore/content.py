@@ -62,6 +62,33 @@ class ContentIndex:
             self._on_change([], evicted)
         return self._slots.allocate(num_slots)
 
+    def key(self, slot: int) -> bytes:
+        """Of a slot that is found by its key."""
+        return self._key_of[slot]
+
+    def pin_coldest(self, max_slots: int) -> list[int]:
+        """The slots that would be evicted next, pinned, in that order. let_go has to follow."""
+        slots: list[int] = []
+        while len(slots) < max_slots and len(self._policy):
+            slot = self._slot_of[cast(bytes, self._policy.evict())]
+            self._slots.pin(slot)
+            slots.append(slot)
+        return slots
+
+    def let_go(self, slots: Sequence[int]) -> None:
+        """Slots of pin_coldest: those that nobody else has pinned meanwhile are evicted."""
+        evicted: list[bytes] = []
+        for slot in slots:
+            if self._slots.num_pins(slot) == 1 and slot in self._key_of:
+                evicted.append(self._key_of[slot])
+                self._remove(evicted[-1])
+                self._slots.forget(slot)
+                self._slots.unpin(slot)
+            else:
+                self.unpin([slot])
+        if evicted:
+            self._on_change([], evicted)
+
     def pin(self, slots: Iterable[int]) -> None:
         for slot in slots:
             if self._slots.num_pins(slot) == 0:

@@ -55,6 +55,12 @@ class StoreConfig:
     eviction: Literal["lru", "lfu", "length_aware", "cost"] = "lru"
     """Which cached block goes when room is needed; lru: the one unused for longest; lfu: the one used least; length_aware: as lfu, the end of
     a chain first; cost: the one whose uses saved the least time of prefill a byte."""
+    ssd_path: str = ""
+    """Folder on an SSD for cached blocks that have cooled; one store each. They are served again after a restart. Empty: no SSD tier."""
+    ssd_bytes: int = 16 * 2**30
+    """Size of the SSD tier, taken at the start."""
+    ssd_free_ratio: float = 0.1
+    """Share of the arena that is kept free by writing the coldest cached blocks to the SSD; room beyond it is made by dropping them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

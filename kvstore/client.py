@@ -115,14 +115,17 @@ class StoreClient:
         )
         return await self._fetch(request, f"hand-off {handoff_id} epoch {epoch}")
 
-    async def fetch_prefix(self, block_keys: Sequence[bytes]) -> BlockReader:
-        """The longest run of leading keys held here, pinned until release; num_blocks may be 0."""
+    async def fetch_prefix(self, block_keys: Sequence[bytes], compute_s: float = 0.0) -> BlockReader:
+        """The longest run of leading keys held here, pinned until release; num_blocks may be 0.
+
+        compute_s: what computing one block takes; blocks on SSD are read only where that is predicted to be faster. 0: not known.
+        """
         keys = kvstore_pb2.BlockKeys(keys=block_keys)
-        request = kvstore_pb2.FetchRequest(session_id=self._connection.session_id, prefix=keys)
+        request = kvstore_pb2.FetchRequest(session_id=self._connection.session_id, prefix=keys, compute_s=compute_s)
         return await self._fetch(request, "the cached prefix")
 
     async def lookup(self, block_keys: Sequence[bytes]) -> int:
-        """How many leading keys are held now; nothing is pinned."""
+        """How many leading keys are held now, on any tier; nothing is pinned."""
         reply = await self._connection.call(self._connection.stub.Lookup, kvstore_pb2.LookupRequest(block_keys=block_keys))
         return reply.num_blocks
 

@@ -18,6 +18,8 @@ from ..protocol.metrics import (
     STORE_REPLICATED_BYTES,
     STORE_REPLICATION_SECONDS,
     STORE_SESSIONS,
+    STORE_SSD_BLOCKS,
+    STORE_SSD_BYTES,
 )
 from ..protocol.v1 import kvstore_pb2
 
@@ -30,6 +32,10 @@ class StoreMetrics:
         arena.labels("leased").set_function(lambda: stats().num_bytes_leased)
         arena.labels("cached").set_function(lambda: stats().num_bytes_cached)
         arena.labels("free").set_function(lambda: stats().num_bytes_free)
+        ssd = exporter.gauge(STORE_SSD_BYTES, self.registry)
+        ssd.labels("used").set_function(lambda: stats().num_bytes_ssd_used)
+        ssd.labels("free").set_function(lambda: stats().num_bytes_ssd - stats().num_bytes_ssd_used)
+        self._ssd_blocks = exporter.counter(STORE_SSD_BLOCKS, self.registry)
         exporter.gauge(STORE_LEASES, self.registry).set_function(lambda: stats().num_leases)
         exporter.gauge(STORE_HANDOFFS, self.registry).set_function(lambda: stats().num_handoffs)
         exporter.gauge(STORE_SESSIONS, self.registry).set_function(lambda: stats().num_sessions)
@@ -50,6 +56,9 @@ class StoreMetrics:
         self._replicated_blocks.inc(num_blocks)
         self._replicated_bytes.inc(num_bytes)
         self._replication_seconds.labels(outcome).observe(seconds)
+
+    def moved(self, outcome: str, num_blocks: int) -> None:
+        self._ssd_blocks.labels(outcome).inc(num_blocks)
 
     def aborted(self, reason_code: str) -> None:
         self._aborted_handoffs.labels(reason_code).inc()

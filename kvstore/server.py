@@ -60,11 +60,13 @@ class StoreServer:
             replication = Replication(store)
             kvstore_pb2_grpc.add_KVStoreServicer_to_server(KVStoreService(store, replication), server)
             store.data.start(host)
+            await store.tiers.opened()
             await server.start()
         except BaseException:
             await server.stop(0)
             if store is not None:
                 await asyncio.to_thread(store.data.stop)
+                await store.tiers.close()
             if arena is not None:
                 arena.close()
             raise
@@ -87,6 +89,7 @@ class StoreServer:
         await store.drain(grace_s)
         await server.stop(0.5)
         await asyncio.to_thread(store.data.stop)
+        await store.tiers.close()
         if self._stop_metrics is not None:
             await asyncio.to_thread(self._stop_metrics)
         arena.close()

@@ -36,6 +36,11 @@ class KVStoreService(kvstore_pb2_grpc.KVStoreServicer):
             raise InvalidRequest("the first message of Attach must be hello")
         session, welcome = self._store.attach(first.hello)
         try:
+            await self._store.tiers.opened()
+        except HalfmoonError:
+            self._store.sessions.end(session, "was refused")
+            raise
+        try:
             await context.write(kvstore_pb2.AttachReply(welcome=welcome))
             writes = WholeWrites(context)
             await until_ended(self._answer_heartbeats(session, context, writes), session.ended, writes.close)
@@ -114,7 +119,7 @@ class KVStoreService(kvstore_pb2_grpc.KVStoreServicer):
 
     @unary_boundary
     async def Lookup(self, request: kvstore_pb2.LookupRequest, context: Context) -> kvstore_pb2.LookupReply:
-        return kvstore_pb2.LookupReply(num_blocks=self._store.lookup(request.block_keys))
+        return kvstore_pb2.LookupReply(**self._store.tiers.lookup(request.block_keys)._asdict())
 
     @unary_boundary
     async def Watch(self, request: kvstore_pb2.WatchRequest, context: Context) -> None:

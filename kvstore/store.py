@@ -31,9 +31,9 @@ from .progress import SliceCursor
 from .reserve_queue import ReserveQueue
 from .sessions import Session, Sessions
 from .slot_access import SlotAccess
+from .tiers import Tiers
 from .transport import MESSAGE_BYTES, READ_BYTES, SLICE_BYTES
 from .waiters import Waiters
-from .watch import WatchFeed
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,9 @@ class Store:
         self.node_id = node_id
         self.schema: KVSchema | None = None
         self.sessions = Sessions(config.lease_ttl_s, self._session_ended)
-        self.feed = WatchFeed(lambda: self._leases.content.keys() if self._leases else [])
         self.metrics = StoreMetrics(self.stats)
+        self.tiers = Tiers(config, self.metrics.moved)
+        self.feed = self.tiers.feed
         self.data = DataServer(self._access, self._layout, self._moved)
         self._config = config
         self._arena = arena
@@ -169,6 +170,7 @@ class Store:
         """
         self._require_running(or_draining=True)
         if request.WhichOneof("what") == "prefix":
+            await self.tiers.promote(request.prefix.keys, request.compute_s)
             return self._opened(self._manager().fetch_prefix(request.session_id, request.prefix.keys), request.without_data)
         handoff_id = _handoff_id(request.handoff)
         while True:
@@ -226,7 +228,8 @@ class Store:
         return found
 
     def lookup(self, block_keys: Sequence[bytes]) -> int:
-        return len(self._leases.content.find_run(block_keys)) if self._leases else 0
+        """Leading blocks held, on any tier."""
+        return self.tiers.lookup(block_keys).num_blocks
 
     # replicas: blocks that the store itself writes, out of another one (kvstore/replication.py)
 
@@ -328,6 +331,8 @@ class Store:
         reply.num_expired_leases = manager.num_expired_leases
         reply.num_query_blocks = manager.num_query_blocks
         reply.num_hit_blocks = manager.num_hit_blocks
+        places, used = self.tiers.num_ssd_blocks
+        reply.num_bytes_ssd, reply.num_bytes_ssd_used = places * schema.block_bytes, used * schema.block_bytes
         reply.schema.CopyFrom(schema.to_proto())
         return reply
 
@@ -356,10 +361,11 @@ class Store:
 
     def room_freed(self) -> None:
         self._reserving.wake_first()
+        self.tiers.look()
 
     def content_changed(self, stored: list[bytes], evicted: list[bytes]) -> None:
         self.metrics.evicted(len(evicted))
-        self.feed.publish(stored, evicted)
+        self.tiers.content_changed(stored, evicted)
 
     # inside
 
@@ -368,7 +374,13 @@ class Store:
         policy = create_eviction_policy(self._config.eviction)
         self._leases = LeaseManager(self._map.num_slots, schema.num_layers, policy, time.monotonic, self)
         self.schema = schema
+        self.tiers.open(schema, self._leases, self._block)
         logger.info("store %s: %d slots of %d bytes for %s", self.store_id, self._map.num_slots, schema.block_bytes, schema)
+
+    def _block(self, slot: int) -> np.ndarray:
+        """All layers of a slot, uint8 [block_bytes]."""
+        layout = self._layout()
+        return layout.rows([slot], 0, layout.num_layers).runs[0][0]
 
     def _manager(self) -> LeaseManager:
         if self._leases is None:
@@ -405,6 +417,7 @@ class Store:
         lease.without_data = without_data
         if not lease.client.shares_arena:
             self._access.open(lease)
+        self.tiers.look()
         self._endings[lease.lease_id] = asyncio.get_running_loop().create_future()
         return lease
 

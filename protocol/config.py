@@ -52,8 +52,15 @@ class StoreConfig:
     """Shared memory for KV blocks, preallocated on every node."""
     lease_ttl_s: float = 5.0
     """A client of the store that sends no heartbeat for this long loses its session and every lease."""
-    eviction: Literal["lru"] = "lru"
-    """Which cached block goes when room is needed; lru: the one that has been unused for longest."""
+    eviction: Literal["lru", "lfu", "length_aware", "cost"] = "lru"
+    """Which cached block goes when room is needed; lru: the one unused for longest; lfu: the one used least; length_aware: as lfu, the end of
+    a chain first; cost: the one whose uses saved the least time of prefill a byte."""
+    ssd_path: str = ""
+    """Folder on an SSD for cached blocks that have cooled; one store each. They are served again after a restart. Empty: no SSD tier."""
+    ssd_bytes: int = 16 * 2**30
+    """Size of the SSD tier, taken at the start."""
+    ssd_free_ratio: float = 0.1
+    """Share of the arena that is kept free by writing the coldest cached blocks to the SSD; room beyond it is made by dropping them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

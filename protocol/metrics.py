@@ -136,6 +136,13 @@ STORE_LEASES = MetricSpec("halfmoon_store_leases", "gauge", "Leases held.")
 STORE_HANDOFFS = MetricSpec("halfmoon_store_handoffs", "gauge", "Hand-offs not yet released.")
 STORE_SESSIONS = MetricSpec("halfmoon_store_sessions", "gauge", "Clients attached.")
 STORE_EVICTED_BLOCKS = MetricSpec("halfmoon_store_evicted_blocks", "counter", "Cached blocks evicted.")
+STORE_SSD_BYTES = MetricSpec("halfmoon_store_ssd_bytes", "gauge", "The SSD tier, by state: used, free.", ("state",))
+STORE_SSD_BLOCKS = MetricSpec(
+    "halfmoon_store_ssd_blocks",
+    "counter",
+    "Blocks moved: demoted (written to the SSD), promoted (read back), dropped (their bytes did not match), failed (the disk refused).",
+    ("outcome",),
+)
 STORE_EXPIRED_LEASES = MetricSpec("halfmoon_store_expired_leases", "counter", "Leases ended for want of a heartbeat or a live client.")
 STORE_REPLICATED_BLOCKS = MetricSpec("halfmoon_store_replicated_blocks", "counter", "Blocks copied here out of another store.")
 STORE_REPLICATED_BYTES = MetricSpec("halfmoon_store_replicated_bytes", "counter", "Their bytes.")

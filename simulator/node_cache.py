@@ -27,6 +27,7 @@ class NodeCache:
 
     def __init__(self, num_blocks: int, on_change: Change, *, num_ssd_blocks: int = 0, eviction: str = "lru") -> None:
         self._on_change = on_change
+        self._eviction = eviction
         self.dram_slots = SlotAllocator(num_blocks)
         self.dram = ContentIndex(self.dram_slots, create_eviction_policy(eviction), self._dram_changed)
         self.ssd_slots = SlotAllocator(num_ssd_blocks)
@@ -56,7 +57,7 @@ class NodeCache:
     def clear(self) -> list[bytes]:
         """The node died. Returns what was held; on_change is not called."""
         keys = self.dram.keys() + self.ssd.keys()
-        self.__init__(self.dram_slots.num_slots, self._on_change, num_ssd_blocks=self.ssd_slots.num_slots)
+        self.__init__(self.dram_slots.num_slots, self._on_change, num_ssd_blocks=self.ssd_slots.num_slots, eviction=self._eviction)
         return keys
 
     def _dram_changed(self, stored: list[bytes], evicted: list[bytes]) -> None:

@@ -50,7 +50,7 @@ def _count(config: dict[str, Any], key: str, folder: Path) -> int:
 
 def _eos_token_ids(generation: dict[str, Any], config: dict[str, Any]) -> frozenset[int]:
     """From generation_config.json if it has any, because it names all the tokens that end a turn. Else from config.json."""
-    found = generation.get("eos_token_id")
+    found: int | list[int] | None = generation.get("eos_token_id")
     if found is None:
         found = config.get("eos_token_id")
     if found is None:

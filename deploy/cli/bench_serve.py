@@ -13,7 +13,7 @@ import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -198,7 +198,7 @@ def _body(text: str) -> dict[str, Any]:
         raise ConfigError(f"--extra-body {text!r} is not JSON: {error}") from error
     if not isinstance(body, dict):
         raise ConfigError(f"--extra-body {text!r} is no JSON object, as in '{{\"min_tokens\": 8}}'")
-    return body
+    return cast(dict[str, Any], body)
 
 
 def _one_of(value: str, *known: str) -> Any:

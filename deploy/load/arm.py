@@ -122,8 +122,8 @@ class Arm:
         label = f"{self._target.name}: {plan.kind} {factor:g}"
         window = await run_window(requests, self._sender, self._balancer, lambda progress: self._notify(label, progress))
         summary = summarise(window.samples, options.slos)
-        medians = ((summary[name] or {}).get("p50") for name in ("ttft_s", "tpot_s"))
-        lag = client_lag(window.lag, [sample.late_s for sample in window.samples], *medians)
+        spreads: list[dict[str, float]] = [summary[name] or {} for name in ("ttft_s", "tpot_s")]
+        lag = client_lag(window.lag, [sample.late_s for sample in window.samples], *(spread.get("p50") for spread in spreads))
         rows = [sample.as_dict() for sample in window.samples]
         head = {"kind": plan.kind, "factor": factor, "offered_rate": _offered_rate(requests), "salt": self._salt}
         self.windows.append({**head, "summary": summary, "lag": lag, "requests": rows})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +28,7 @@ class LagMeter:
     cpu_share: float = 0.0
 
     @asynccontextmanager
-    async def measuring(self) -> AsyncIterator[None]:
+    async def measuring(self) -> AsyncGenerator[None, None]:
         wall, cpu = time.perf_counter(), time.process_time()
         try:
             async with beside(self._watch()):

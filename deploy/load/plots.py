@@ -48,7 +48,8 @@ def write_png(arms: Arms, path: Path) -> None:
 
 
 def _first_slos(arms: Arms) -> list[dict[str, Any]]:
-    return next((window["summary"]["slos"] for arm in arms for window in arm["windows"]), [])
+    found: list[list[dict[str, Any]]] = [window["summary"]["slos"] for arm in arms for window in arm["windows"]]
+    return found[0] if found else []
 
 
 def _attained(window: dict[str, Any], slo: tuple[float, ...]) -> float | None:

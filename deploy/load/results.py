@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ...protocol.errors import ConfigError
 
@@ -22,14 +22,15 @@ def write_json(arms: Arms, path: Path) -> None:
 def read_json(path: Path) -> Arms:
     """Raises ConfigError for a file that is not from a run."""
     try:
-        found = json.loads(path.read_text())
+        found: Any = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise ConfigError(f"no file {path}; --merge takes the JSON files of earlier runs") from error
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    run = cast(dict[str, Any], found) if isinstance(found, dict) else {}
+    if run.get("format") != FORMAT:
         raise ConfigError(f"{path} was not written by `halfmoon bench serve --out`")
-    return found["arms"]
+    return run["arms"]
 
 
 def merge(paths: Sequence[Path]) -> Arms:

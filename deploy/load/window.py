@@ -6,7 +6,7 @@ import asyncio
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -84,7 +84,7 @@ async def _one(
 
 
 @contextmanager
-def _frozen_heap() -> Iterator[None]:
+def _frozen_heap() -> Generator[None, None, None]:
     """Keeps existing objects out of garbage collections. Walking them takes tens of milliseconds, in which nothing is read."""
     gc.collect()
     gc.freeze()

@@ -78,7 +78,7 @@ class Snapshot:
 @dataclass(frozen=True, slots=True)
 class PlacementRequest:
     num_tokens: int  # to prefill: the prompt, and for a replay the tokens already sent
-    held_blocks: Mapping[str, int] = field(default_factory=dict)  # store address -> leading blocks of the request that it holds
+    held_blocks: Mapping[str, int] = field(default_factory=dict[str, int])  # store address -> leading blocks of the request that it holds
     exclude: frozenset[str] = frozenset()  # incarnations never to be chosen
     avoid: frozenset[str] = frozenset()  # incarnations to be chosen only where there is no other
     slo: Slo | None = None  # its own; None: the admission's

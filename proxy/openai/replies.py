@@ -23,8 +23,8 @@ _REASONS = {common_pb2.FINISH_REASON_STOP: "stop", common_pb2.FINISH_REASON_LENG
 @dataclass(slots=True)
 class WholeChoice:
     index: int
-    texts: list[str] = field(default_factory=list)
-    token_texts: list[TokenText] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list[str])
+    token_texts: list[TokenText] = field(default_factory=list[TokenText])
     end: ChoiceEnd | None = None
 
 

@@ -6,7 +6,7 @@ known, not served    refused, unless empty (REFUSED)     unknown                
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, PrivateAttr, model_validator
 
@@ -110,6 +110,7 @@ class GenerateBody(BaseModel):
     def _without_what_is_not_served(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
+        body = cast(dict[str, Any], body)
         if len(body) > MAX_FIELDS:
             raise InvalidRequest(f"the body has {len(body)} fields; it may have {MAX_FIELDS}")
         for name, limit in MAX_LENGTHS.items():

@@ -19,7 +19,8 @@ MAX_TRACKED = 65_536  # runs counted in one window; with more the window ends ea
 
 
 def _depths() -> tuple[int, ...]:
-    depths, depth = [], 1
+    depths: list[int] = []
+    depth = 1
     while depth < 2**21:
         depths.append(depth)
         depth = max(depth + 1, depth * 5 // 4)

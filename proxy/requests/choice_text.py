@@ -40,7 +40,7 @@ class ChoiceText:
         self._detokenizer = create_detokenizer(tokenizer, request.token_ids)
         self._stops = StopStrings(stop)
         # tokens that end the answer are not part of its text
-        self._silent = frozenset(self._params.stop_token_ids) | (frozenset() if self._params.ignore_eos else eos_token_ids)
+        self._silent = frozenset(self._params.stop_token_ids) | (frozenset[int]() if self._params.ignore_eos else eos_token_ids)
         self._text_len = 0  # of everything decoded, held back or not
 
     @property

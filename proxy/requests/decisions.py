@@ -42,7 +42,7 @@ class RequestDecision:
     slo: Slo
     priority: int
     arrival: float  # of time.monotonic()
-    attempts: list[AttemptDecision] = field(default_factory=list)
+    attempts: list[AttemptDecision] = field(default_factory=list[AttemptDecision])
     state: str = RequestState.QUEUED.value
     ended: str = ""  # finish reason, or the error's code and words
     record: common_pb2.PhaseRecord = field(default_factory=common_pb2.PhaseRecord)  # the request's own, filled in as it goes on

@@ -47,7 +47,7 @@ class GenerateRequest:
     priority: int = 0
     ttft_slo_s: float | None = None  # None: the proxy's
     tpot_slo_s: float | None = None
-    sampling: Mapping[str, Any] = field(default_factory=dict)  # SamplingParams' other fields
+    sampling: Mapping[str, Any] = field(default_factory=dict[str, Any])  # SamplingParams' other fields
     arrival: float = field(default_factory=time.monotonic)  # of its first byte, if the face can know it
 
 

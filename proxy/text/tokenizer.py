@@ -12,7 +12,7 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import Tokenizer as RustTokenizer
 
@@ -159,7 +159,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__}; it must hold an object")
-    return found
+    return cast(dict[str, Any], found)
 
 
 def _special_tokens(settings: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def _special_tokens(settings: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in _SPECIAL_NAMES:
         token = settings.get(name)
-        text = token.get("content") if isinstance(token, dict) else token
+        text: Any = cast(dict[str, Any], token).get("content") if isinstance(token, dict) else token
         if isinstance(text, str):
             found[name] = text
     return found
@@ -177,7 +177,7 @@ def _template_source(folder: Path, settings: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    inline = settings.get("chat_template")
+    inline: str | list[dict[str, str]] | None = settings.get("chat_template")
     if isinstance(inline, list):  # several, by name
-        inline = {entry["name"]: entry["template"] for entry in inline}.get("default")
+        return {entry["name"]: entry["template"] for entry in inline}.get("default")
     return inline

@@ -19,7 +19,7 @@ from .text.chat_template import ChatMessage
 
 LARGE_BYTES = 2**18
 """Requests larger than this are parsed in the process. For smaller ones the parsers need a few milliseconds."""
-PIECE_LEN = 2**13
+PIECE_LEN = 2**11
 """Messages that are made in one go, in a few milliseconds."""
 
 Parsed = TypeVar("Parsed")

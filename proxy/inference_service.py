@@ -70,7 +70,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         packed = await self._process.run(parse_packed, content)
         return dataclasses.replace(
             packed.rest,
-            prompts=await unpack_prompts(packed),
+            prompts=unpack_prompts(packed),
             messages=None if packed.rest.messages is None else await unpack_messages(packed),
             arrival=time.monotonic(),
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ class ProxyRequest:
     """One choice of a request, checked: the token ids fit the model, the sampling parameters are in range, the seed is set."""
 
     request_id: str
-    token_ids: list[int]
+    token_ids: Sequence[int]
     sampling: SamplingParams
     timeout_s: float
     priority: int = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import numpy as np
@@ -164,13 +164,21 @@ class Cluster:
     def store_addresses(self) -> Set[str]:
         return self._stores.keys()
 
+    @property
+    def prefill_stores(self) -> Sequence[str]:
+        """The stores beside the workers that prefill; the same object until somebody comes or goes."""
+        return self._prefilling().roster.stores[0]
+
     def store_loads(self) -> dict[str, int]:
         """The stores on the nodes of workers that prefill -> tokens that those workers still have to compute."""
-        prefill, decode = self._live_candidates()
-        roster, rows = prefill if len(prefill.rows) else decode
+        roster, rows = self._prefilling()
         addresses, places = roster.stores
         tokens = np.bincount(places, self._table.outstanding_tokens(rows), len(addresses))
         return dict(zip(addresses, tokens.astype(np.int64).tolist(), strict=True))
+
+    def _prefilling(self) -> _Candidates:
+        prefill, decode = self._live_candidates()
+        return prefill if len(prefill.rows) else decode
 
     def snapshot(self, block_size: int, now_s: float = 0.0, asking: Asking | None = None) -> Snapshot:
         """asking None: shows the workers as if no prefill were waiting."""

@@ -61,14 +61,16 @@ class LoadTable:
     def pool(self, roster: Roster, rows: Ints) -> Pool:
         """The roster's members, which stand in these rows, without waiting prefills: those are in TaskTable."""
         self._refresh()
-        tokens, capacity, requests, running, running_tokens = self._values[:, rows]
+        tokens, capacity, requests, running, running_tokens = self._values.take(rows, axis=1)
         return Pool(roster, tokens, capacity, np.zeros(len(rows)), requests, running, running_tokens)
 
     def outstanding_tokens(self, rows: Ints) -> Ints:
         self._refresh()
-        return self._values[0, rows]
+        return self._values[0].take(rows)
 
     def _refresh(self) -> None:
+        if not self._stale:
+            return
         for row in self._stale:
             if (read := self._read.get(row)) is not None:
                 self._values[:, row] = read()

@@ -15,7 +15,7 @@ from ...protocol.channel import open_channel
 from ...protocol.errors import WorkerLost
 from ...protocol.roles import ROLE_NAMES
 from ...protocol.schema import KVSchema
-from ...protocol.v1 import control_pb2, kvstore_pb2_grpc, worker_pb2_grpc
+from ...protocol.v1 import control_pb2, kvstore_pb2_grpc, worker_pb2, worker_pb2_grpc
 from ..conductor.member_state import MemberState
 from .assigned_load import AssignedLoad
 from .backlog import Backlog
@@ -55,8 +55,14 @@ class Member:
         self._joined = time.monotonic()
         self._channel = open_channel(info.address)
         # typed Any: the generated stubs carry no types
-        self.prefill_worker: Any = worker_pb2_grpc.PrefillWorkerStub(self._channel)
         self.decode_worker: Any = worker_pb2_grpc.DecodeWorkerStub(self._channel)
+        # with a request that is bytes already: a prompt is serialised once, in parts
+        self.start_prefill: Any = self._channel.unary_unary(
+            "/halfmoon.v1.PrefillWorker/Prefill", response_deserializer=worker_pb2.PrefillReply.FromString
+        )
+        self.start_decode: Any = self._channel.unary_stream(
+            "/halfmoon.v1.DecodeWorker/Decode", response_deserializer=worker_pb2.DecodeReply.FromString
+        )
         self.token_feed = TokenFeed(self.decode_worker, self.title, self._id)
         self.store: Any = kvstore_pb2_grpc.KVStoreStub(self._channel)
         self._gone_callbacks: dict[int, GoneCallback] = {}

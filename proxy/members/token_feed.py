@@ -12,6 +12,7 @@ import asyncio
 import itertools
 import logging
 import uuid
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import grpc.aio
@@ -61,14 +62,12 @@ class _OpenFeed:
             self._deliver(step)
 
     def _deliver(self, step: worker_pb2.StepTokens) -> None:
-        sinks = self.sinks
-        found: dict[int, list[int]] = {}
-        for call, token_id in zip(step.calls, step.token_ids, strict=True):
-            if call in found:
-                found[call].append(token_id)
-            else:
-                found[call] = [token_id]
-        for call, token_ids in found.items():
+        sinks, calls = self.sinks, list(step.calls)
+        if len(set(calls)) == len(calls):  # mostly: one step's
+            found = zip(calls, [[token_id] for token_id in step.token_ids], strict=True)
+        else:
+            found = _by_call(calls, step.token_ids).items()
+        for call, token_ids in found:
             sink = sinks.get(call)
             if sink is not None:
                 sink.on_tokens(token_ids, [])
@@ -97,6 +96,13 @@ class _OpenFeed:
         sinks, self.sinks = self.sinks, {}
         for sink in sinks.values():
             sink.on_feed_lost(self.error)
+
+
+def _by_call(calls: Sequence[int], token_ids: Sequence[int]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for call, token_id in zip(calls, token_ids, strict=True):
+        found.setdefault(call, []).append(token_id)
+    return found
 
 
 class TokenFeed:

@@ -150,7 +150,7 @@ async def _unpack(body_type: type[GenerateBody], packed: Packed[dict[str, Any]] 
     if isinstance(packed, list):
         raise RequestValidationError(packed)
     if issubclass(body_type, CompletionBody):
-        return body_type.model_construct(**packed.rest, prompt=await unpack_prompts(packed))
+        return body_type.model_construct(**packed.rest, prompt=unpack_prompts(packed))
     body = body_type.model_construct(**packed.rest, messages=[])
     if isinstance(body, ChatBody):
         body.chat = await unpack_messages(packed)

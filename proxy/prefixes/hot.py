@@ -121,10 +121,11 @@ class Budget:
         self._left = bytes_per_s
         self._at_s = 0.0
 
-    def take(self, num_bytes: int, now_s: float) -> bool:
+    def has_left(self, now_s: float) -> bool:
         self._left = min(self._bytes_per_s, self._left + (now_s - self._at_s) * self._bytes_per_s)
         self._at_s = now_s
-        if self._left <= 0:
-            return False
+        return self._left > 0
+
+    def take(self, num_bytes: int) -> None:
+        """To be asked first whether any is left."""
         self._left -= num_bytes
-        return True

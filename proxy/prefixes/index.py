@@ -58,6 +58,7 @@ class PrefixIndex:
         self._retired: dict[int, set[bytes]] = {}  # of stores dropped, not cleared yet
         self._live = 0  # the bits that count
         self._cut: set[str] = set()
+        self._masks_of: tuple[Sequence[str], int] | None = None  # stores last counted among, and their bits; None: a store came or went
         self._promises = Promises(clock, promise_ttl_s)
 
     def __len__(self) -> int:
@@ -112,7 +113,7 @@ class PrefixIndex:
             self._promises.forget(slot)
             self._cut.discard(store)
             del self._stores[slot]
-            self._name_array = None
+            self._name_array = self._masks_of = None
             self._sweep()
 
     def expect(self, store: str, keys: Sequence[bytes]) -> None:
@@ -147,6 +148,15 @@ class PrefixIndex:
         """The stores that a block is promised to."""
         self._promises.expire()
         return self._names(self._promises.stores.get(key, 0) & self._live)
+
+    def num_held(self, key: bytes, stores: Sequence[str]) -> int:
+        """How many of the stores hold a block, or will by what was promised. Cheap while stores is the very same object."""
+        self._promises.expire()
+        return (self._mask(key) & self._bits_of(stores)).bit_count()
+
+    def is_held(self, key: bytes) -> bool:
+        """By any store, promises left out."""
+        return bool(self._holders.get(key, 0) & self._live)
 
     def leading_runs(self, keys: Sequence[bytes]) -> dict[str, int]:
         """Store address -> number of leading keys that it holds or is promised. Leaves out stores with none."""
@@ -209,6 +219,15 @@ class PrefixIndex:
     def _note(self, runs: dict[str, int], bits: int, num_blocks: int) -> None:
         runs.update(dict.fromkeys(self._names(bits), num_blocks))
 
+    def _bits_of(self, stores: Sequence[str]) -> int:
+        if self._masks_of is None or self._masks_of[0] is not stores:
+            bits = 0
+            for store in stores:
+                slot = self._slots.get(store)
+                bits |= 0 if slot is None else 1 << slot
+            self._masks_of = stores, bits
+        return self._masks_of[1]
+
     def _names(self, bits: int) -> list[str]:
         if bits.bit_count() > MANY_STORES:
             return self._many_names(bits)
@@ -253,5 +272,5 @@ class PrefixIndex:
             slot = next(slot for slot in range(len(taken) + 1) if slot not in taken)
             self._slots[store], self._stores[slot], self._held[slot] = slot, store, set()
             self._live |= 1 << slot
-            self._name_array = None
+            self._name_array = self._masks_of = None
         return slot

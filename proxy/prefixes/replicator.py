@@ -74,18 +74,24 @@ class Replicator:
         hot = self._prefixes.hit(keys, div_ceil(MIN_TOKENS, schema.block_size), now_s)
         if hot is None:
             return
-        run = keys[: hot.num_blocks]
-        copy = self._next_copy(run, self._prefixes.num_copies(hot), now_s)
-        if copy is None:
+        run, num_copies = keys[: hot.num_blocks], self._prefixes.num_copies(hot)
+        if not self._wants_copy(run, num_copies):
             return
         if len(self._under_way) >= self._max_in_flight:
             self._replications.labels("too_many").inc()
-        elif not self._budget.take(len(run) * schema.block_bytes, now_s):
+        elif not self._budget.has_left(now_s):
             self._replications.labels("over_budget").inc()
-        else:
+        elif (copy := self._next_copy(run, num_copies, now_s)) is not None:
+            self._budget.take(len(run) * schema.block_bytes)
             self._under_way.append(copy)
             title = f"copying {len(run)} hot blocks to {copy.target}"
             self._tasks.spawn(self._copy(copy, hot.num_hits), title, lambda _: self._ended(copy, "internal"))
+
+    def _wants_copy(self, run: Sequence[bytes], num_copies: int) -> bool:
+        """Whether a look at all stores may find one that is to take a copy. Of a hot prefix that is everywhere already it would not."""
+        stores, last = self._cluster.prefill_stores, run[-1]
+        num_coming = sum(_overlap(copy.keys, run) for copy in self._under_way)
+        return self._index.is_held(last) and self._index.num_held(last, stores) + num_coming < min(num_copies, len(stores))
 
     async def close(self) -> None:
         await self._tasks.close()

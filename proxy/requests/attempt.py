@@ -27,6 +27,7 @@ from ...protocol.v1 import common_pb2, kvstore_pb2, worker_pb2
 from ..members.member import Member
 from ..members.token_feed import FeedCall
 from .pair import Pair
+from .prompt import to_wire
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class Attempt:
     def _timeout_s(self) -> float:
         return self._sequence.deadline_s + DEADLINE_SLACK_S
 
-    def _prefill_request(self) -> worker_pb2.PrefillRequest:
+    def _prefill_request(self) -> bytes:
         prefix = self.pair.placement.prefix
         request = worker_pb2.PrefillRequest(
             sequence=self._sequence,
@@ -133,8 +134,7 @@ class Attempt:
             store_address=self.pair.decode.info.store_address,
             prefix=worker_pb2.PrefixHint(store_address=prefix.store_address, num_blocks=prefix.num_blocks) if prefix else None,
         )
-        request.sequence.MergeFrom(self.pair.prompt.spec)
-        return request
+        return to_wire(request, self.pair.prompt)
 
     def on_tokens(self, token_ids: list[int], outputs: list[common_pb2.TokenOutput]) -> None:
         """From the token feed."""
@@ -160,8 +160,7 @@ class Attempt:
                 feed_id=feed_call.feed_id,
                 call=feed_call.number,
             )
-            request.sequence.MergeFrom(self.pair.prompt.spec)
-            call = member.decode_worker.Decode(request, timeout=self._timeout_s)
+            call = member.start_decode(to_wire(request, self.pair.prompt), timeout=self._timeout_s)
             self._calls.append(call)
             async for reply in call:
                 if self.closed:
@@ -197,7 +196,7 @@ class Attempt:
     async def _follow_prefill(self) -> None:
         member = self.pair.prefill
         try:
-            call = member.prefill_worker.Prefill(self._prefill_request(), timeout=self._timeout_s)
+            call = member.start_prefill(self._prefill_request(), timeout=self._timeout_s)
             self._calls.append(call)
             reply = await call
             self.prefilled = True

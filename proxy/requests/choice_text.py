@@ -49,6 +49,9 @@ class ChoiceText:
 
     def push(self, token_ids: list[int], outputs: list[common_pb2.TokenOutput]) -> Pushed:
         """Leaves out tokens after a stop string. outputs: of the same tokens, if logprobs were asked for."""
+        if len(token_ids) == 1 and not outputs:
+            self.num_tokens += 1
+            return Pushed(self._text_of(token_ids[0]), token_ids, outputs, [])
         out: list[str] = []
         texts: list[TokenText] = []
         for position, token_id in enumerate(token_ids):

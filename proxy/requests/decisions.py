@@ -97,9 +97,9 @@ class DecisionLog:
 
 
 def _kept(pool: Pool, chosen: str) -> Pool:
-    """A copy with the chosen worker and the least loaded others."""
+    """The chosen worker and the least loaded of the others."""
     if len(pool) <= NUM_KEPT:
-        return pool.take(np.arange(len(pool)))
+        return pool
     loads = pool.busy_until_s * 1e9 + pool.num_outstanding_tokens  # by time, and by tokens if the times are equal
     least = np.argpartition(loads, NUM_KEPT)[: NUM_KEPT + 1]
     rows = least[np.argsort(loads[least])].tolist()

@@ -30,7 +30,7 @@ class Dispatcher:
 
     def place(self, request: ProxyRequest, prompt: Prompt, decision: RequestDecision) -> Pair:
         """Raises NoWorker, PromptTooLong, Overloaded."""
-        prompt = self._prompts.refreshed(prompt)
+        prompt = self._prompts.refreshed(prompt, request.token_ids)
         return self._assign(self._placer.place(request, prompt, decision), prompt)
 
     def place_again(
@@ -46,8 +46,7 @@ class Dispatcher:
 
         It keeps its queue order, and no SLO keeps it out. exclude, avoid: incarnations. Raises NoWorker, PromptTooLong.
         """
-        num_known = len(failed.prompt.token_ids) - len(request.token_ids)  # of the sent, when the failed pair began
-        prompt = self._prompts.extend(failed.prompt, sent[num_known:])
+        prompt = self._prompts.extend(failed.prompt, request.token_ids, sent)
         return self._assign(self._placer.place_again(request, prompt, decision, failed.queue_order, exclude, avoid), prompt)
 
     def judge_again(self, pair: Pair) -> Overloaded | None:

@@ -55,20 +55,29 @@ GenerationEvent = TextDelta | ChoiceEnd
 
 
 class _Inbox:
-    """Which choices have news. Runners hold the inbox, and the inbox holds no stream."""
+    """Which choices have news. Runners hold the inbox, and the inbox holds no stream. One reader waits; a future costs half of an Event."""
 
     def __init__(self) -> None:
-        self.news = asyncio.Event()
         self._ready: dict[int, None] = {}
+        self._waiting: asyncio.Future[None] | None = None
 
     def put(self, index: int) -> None:
         self._ready[index] = None
-        self.news.set()
+        waiting = self._waiting
+        if waiting is not None:
+            self._waiting = None
+            if not waiting.done():
+                waiting.set_result(None)
 
     def take(self) -> dict[int, None]:
         ready, self._ready = self._ready, {}
-        self.news.clear()
         return ready
+
+    async def wait(self) -> None:
+        """Until something is ready, which may be so at once."""
+        if not self._ready:
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
 
 
 class Generation:
@@ -101,7 +110,7 @@ class Generation:
             if self._num_open == 0:
                 return []
             try:
-                await self._inbox.news.wait()
+                await self._inbox.wait()
             except asyncio.CancelledError:
                 self._cancel(LEFT)
                 raise

@@ -77,7 +77,7 @@ class Placer:
         """The decision holds the answer: a Placement or a Rejection."""
         slo, now_s = decision.slo, time.monotonic()
         asked = PlacementRequest(
-            len(prompt.token_ids),
+            prompt.num_tokens,
             self._index.leading_runs(prompt.keys),
             slo=slo,
             priority=request.priority,
@@ -111,7 +111,7 @@ class Placer:
         """
         now_s, held = time.monotonic(), self._index.leading_runs(prompt.keys)
         waited_s = now_s - request.arrival
-        asked = PlacementRequest(len(prompt.token_ids), held, exclude, avoid, NO_SLO, request.priority, waited_s, admitted=True)
+        asked = PlacementRequest(prompt.num_tokens, held, exclude, avoid, NO_SLO, request.priority, waited_s, admitted=True)
         seen, answer = self._ask(asked, order, now_s)
         return decision.decided(asked, seen, self.learner.frozen(), answer, order)
 

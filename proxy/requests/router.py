@@ -194,6 +194,7 @@ class Router:
                     prompt = prompts.get(id(request.token_ids))
                     if prompt is None:
                         prompt = prompts[id(request.token_ids)] = yield from self._prompts.encode_in_parts(request.token_ids)
+                        yield False
                     self._require_open()
                     pairs.append(self._dispatcher.place(request, prompt, decision))
                     undo.callback(pairs[-1].release)

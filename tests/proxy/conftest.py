@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import types
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import grpc.aio
@@ -39,7 +39,7 @@ SCHEMA = KVSchema(model_fingerprint="test", dtype="float32", num_layers=2, num_k
 incarnations = itertools.count(1)
 
 
-def token_at(prompt: list[int], index: int) -> int:
+def token_at(prompt: Sequence[int], index: int) -> int:
     """Output token number `index` of a prompt; never an EOS."""
     return (sum(prompt) * 31 + index * index * 7 + index) % 1000 + 10
 
@@ -278,6 +278,38 @@ class BothPeer(PrefillPeer, DecodePeer):
         DecodePeer.register(self, server)
 
 
+class UnreadPeer(Peer):
+    """A worker that takes its requests as bytes, and gives every one the single token 9. What reading a long prompt costs stays out."""
+
+    def register(self, server: grpc.aio.Server) -> None:
+        handlers = {
+            "PrefillWorker": {"Prefill": grpc.unary_unary_rpc_method_handler(self._prefill)},
+            "DecodeWorker": {
+                "Decode": grpc.unary_stream_rpc_method_handler(self._decode),
+                "Tokens": grpc.unary_stream_rpc_method_handler(self._tokens),
+            },
+        }
+        server.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler(f"halfmoon.v1.{service}", found) for service, found in handlers.items()]
+        )
+
+    async def _prefill(self, request: bytes, context: Any) -> bytes:
+        self._arrive(request)
+        return worker_pb2.PrefillReply().SerializeToString()
+
+    async def _decode(self, request: bytes, context: Any) -> None:
+        self._arrive(request)
+        state = common_pb2.HandoffState(first_token=common_pb2.TokenOutput(token_id=9))
+        admitted = worker_pb2.DecodeReply.Admitted(state=state)
+        await context.write(worker_pb2.DecodeReply(admitted=admitted).SerializeToString())
+        finished = worker_pb2.DecodeReply.Finished(reason=common_pb2.FINISH_REASON_LENGTH, num_tokens=1)
+        await context.write(worker_pb2.DecodeReply(finished=finished).SerializeToString())
+
+    async def _tokens(self, request: bytes, context: Any) -> None:
+        await context.write(worker_pb2.StepTokens().SerializeToString())
+        await asyncio.Event().wait()
+
+
 class StorePeer(Peer, kvstore_pb2_grpc.KVStoreServicer):
     """An in-memory source of Watch, and the hand-offs' abort."""
 
@@ -335,6 +367,7 @@ class Bench:
         self.prefills: list[PrefillPeer] = []
         self.decodes: list[DecodePeer] = []
         self.boths: list[BothPeer] = []
+        self.unread: list[UnreadPeer] = []
         self._ids = itertools.count(1)
 
     async def start(self) -> None:
@@ -343,15 +376,21 @@ class Bench:
         await self.server.start()
         self.address = f"127.0.0.1:{port}"
 
-    async def add(self, role: str, store: StorePeer | None = None) -> Any:
-        kind, known = {
-            "prefill": (PrefillPeer, self.prefills),
-            "decode": (DecodePeer, self.decodes),
-            "both": (BothPeer, self.boths),
-            "store": (StorePeer, self.stores),
-        }[role]
+    async def add(self, role: str, store: StorePeer | None = None, *, schema: KVSchema = SCHEMA, unread: bool = False) -> Any:
+        """unread: a worker that takes its requests as bytes."""
+        kind, known = (
+            (UnreadPeer, self.unread)
+            if unread
+            else {
+                "prefill": (PrefillPeer, self.prefills),
+                "decode": (DecodePeer, self.decodes),
+                "both": (BothPeer, self.boths),
+                "store": (StorePeer, self.stores),
+            }[role]
+        )
         peer = kind(role, len(known), self.board, store)
         known.append(peer)
+        peer.schema = schema
         await self.join(peer)
         return peer
 

@@ -23,11 +23,12 @@ async def process() -> AsyncIterator[RequestProcess]:
 
 @pytest.mark.parametrize("prompt", ["", "text 😀", [], [0, 2**32 - 1], list(range(2 * PIECE_LEN + 5))])
 async def test_a_prompt_is_the_same_when_it_is_unpacked(prompt: str | list[int]) -> None:
-    assert await unpack_prompts(pack(None, [prompt])) == [prompt]
+    (found,) = unpack_prompts(pack(None, [prompt]))
+    assert (found if isinstance(found, str) else list(found)) == prompt
 
 
 async def test_messages_are_the_same_when_they_are_unpacked() -> None:
-    messages = [ChatMessage("user", str(number)) for number in range(PIECE_LEN // 8 + 5)]
+    messages = [ChatMessage("user", str(number)) for number in range(PIECE_LEN + 5)]
     assert await unpack_messages(pack(None, messages=messages)) == messages
 
 

@@ -109,8 +109,10 @@ def cost_by_blocks(num_blocks: Ints, cost: Callable[[int], float]) -> Floats:
     first = int(num_blocks[0])
     if (num_blocks == first).all():
         return np.full(len(num_blocks), cost(first))
-    different, rows = np.unique(num_blocks, return_inverse=True)
-    return np.array([cost(entry) for entry in different.tolist()])[rows]
+    different = np.flatnonzero(np.bincount(num_blocks))
+    costs = np.zeros(int(different[-1]) + 1)
+    costs[different] = [cost(entry) for entry in different.tolist()]
+    return costs[num_blocks]
 
 
 def least_outstanding(pool: Pool) -> MemberState:

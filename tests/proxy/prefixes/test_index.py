@@ -114,6 +114,9 @@ class IndexMachine(RuleBasedStateMachine):
         for wanted in (KEYS, KEYS[3:], KEYS[::-1], [KEYS[5]]):
             expected = {store: leading_run(found, wanted) for store, found in there.items()}
             assert self.index.leading_runs(wanted) == {store: run for store, run in expected.items() if run}
+            for stores in (STORES, STORES[1:]):
+                assert self.index.num_held(wanted[0], stores) == sum(wanted[0] in there.get(store, ()) for store in stores)
+        assert self.index.is_held(KEYS[0]) == any(KEYS[0] in held for held in self.held.values())
         if self.clears_at_once or not self.index._retired:
             assert len(self.index) == len(set().union(*self.held.values())), "a block that no store holds is forgotten"
             assert self.index.num_copies == sum(map(len, self.held.values()))

@@ -53,8 +53,8 @@ class StoreConfig:
     lease_ttl_s: float = 5.0
     """A client of the store that sends no heartbeat for this long loses its session and every lease."""
     eviction: Literal["lru", "lfu", "length_aware", "cost"] = "lru"
-    """Which cached block goes when room is needed; lru: the one unused for longest; lfu: the one used least; length_aware: as lfu, the end of
-    a chain first; cost: the one whose uses saved the least time of prefill a byte."""
+    """Which cached block goes when room is needed; lru: the one unused for longest; lfu: the one used least; length_aware: as lfu, the end
+    of a chain first; cost: the one whose uses saved the least time of prefill a byte."""
     ssd_path: str = ""
     """Folder on an SSD for cached blocks that have cooled; one store each. They are served again after a restart. Empty: no SSD tier."""
     ssd_bytes: int = 16 * 2**30

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfmoon.kvstore.content import ContentIndex
@@ -29,7 +29,6 @@ def test_lru_evicts_what_was_added_longest_ago(steps: list[tuple[str, int]]) -> 
 
 
 @given(st.lists(st.tuples(st.sampled_from(["add", "add", "remove", "evict", "forget"]), st.integers(0, 5), st.integers(0, 3))))
-@settings(deadline=None)
 def test_lfu_and_length_aware_evict_the_least_of_a_sorted_list(steps: list[tuple[str, int, int]]) -> None:
     for policy, by_position in ((LFU(), False), (LengthAware(), True)):
         uses: dict[int, int] = {}
@@ -70,7 +69,7 @@ def test_cost_gives_up_short_runs_first_and_old_worth_in_the_end() -> None:
     uses=st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 6)), min_size=1, max_size=30),
     num_slots=st.integers(6, 10),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_the_end_of_a_chain_goes_before_its_start(name: str, uses: list[tuple[str, int]], num_slots: int) -> None:
     slots = SlotAllocator(num_slots)
     content = ContentIndex(slots, create_eviction_policy(name), lambda stored, evicted: None)

@@ -122,8 +122,8 @@ class ProxyServer:
         """To be called after the start, in a process that runs only this server.
 
         Objects that exist now live as long as the process. They are hidden from the garbage collector, because a full collection
-        through all imported modules holds the event loop for 100 ms and more. Later objects are collected less often. The process for large requests is started as well:
-        otherwise the first large request would wait a second for it.
+        through all imported modules holds the event loop for 100 ms and more. Later objects are collected less often. The process
+        for large requests is started as well: otherwise the first large request would wait a second for it.
         """
         gc.collect()
         gc.freeze()

@@ -64,7 +64,6 @@ def test_a_replay_s_prompt_is_as_if_encoded_whole(token_ids: list[int], sent: li
     assert_is(first, token_ids, SCHEMA)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**32 - 1), max_size=300), st.text(max_size=20), st.booleans())
 def test_a_worker_reads_a_request_with_its_prompt_as_if_it_had_been_merged(token_ids: list[int], request_id: str, local: bool) -> None:
     prompt = encoder()[0].encode(token_ids)

@@ -170,14 +170,14 @@ async def test_a_prompt_preempted_while_it_is_published_leaves_nothing_wrong_in_
     read, schedule = cache.read_bytes, scheduler.schedule
     reading, taken = [], threading.Event()
 
-    def take_the_pages_that_are_read() -> Any:
+    def take_the_pages_that_are_read(*limits: Any) -> Any:
         if not reading or taken.is_set():
-            return schedule()
+            return schedule(*limits)
         victim = scheduler._running[0]
         scheduler._preempt(victim)
         cache.data[:, :, reading] = 7.0  # as another sequence would
         taken.set()
-        step = schedule()
+        step = schedule(*limits)
         return step._replace(preempted=[*step.preempted, victim.sequence])
 
     def read_what_was_taken(layer: int, pages: Any) -> Any:

@@ -15,6 +15,7 @@ from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.ray_session import RayNode
 from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
 from halfmoon.protocol.errors import Unavailable
+from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import control_pb2
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
@@ -63,12 +64,16 @@ async def test_a_client_that_leaves_while_decoding_frees_everything_long_before_
     await cluster.at_rest(within_s=1.0 + 1000 * pace_s)  # 1,950 tokens are left
 
 
-async def test_a_client_that_leaves_while_prefilling_frees_everything(cluster, prompt_of) -> None:
+async def test_a_client_that_leaves_while_prefilling_frees_everything_before_its_prompt_is_computed(cluster, prompt_of) -> None:
+    (before,) = await cluster.store_stats()
     task = asyncio.create_task(cluster.greedy(prompt_of(3900), 4))
     await handoff_begun(cluster)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     await cluster.at_rest()
+    (after,) = await cluster.store_stats()
+    block_bytes = KVSchema.from_proto((await cluster.members(control_pb2.ROLE_DECODE))[0].schema).block_bytes
+    assert after.num_bytes_pushed - before.num_bytes_pushed < 3900 // 64 * block_bytes
 
 
 async def test_a_prefill_worker_killed_while_it_pushes_costs_a_replay_and_no_error(cluster, reference, prompt_of) -> None:

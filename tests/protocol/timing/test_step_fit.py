@@ -28,7 +28,7 @@ def worst_error(cost: StepCost, truth: StepCost, seed: int) -> float:
     return max(abs(cost.seconds(work) / truth.seconds(work) - 1.0) for work in works)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10_000), prior=st.floats(0.5, 2.0))
 def test_it_finds_the_costs_of_a_machine_under_noise_and_hiccups(seed: int, prior: float) -> None:
     rng = random.Random(seed)

@@ -14,7 +14,7 @@ from halfmoon.engine.sequence import Sequence
 from halfmoon.prefill_worker.scheduler import PrefillScheduler
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.v1 import common_pb2
-from halfmoon.proxy.conductor.queue_order import AGEING, GIVE_WAY, queue_order
+from halfmoon.proxy.conductor.queue_order import AGEING, GIVE_WAY, LONGEST_S, queue_order
 
 moments = st.floats(0, 1e5, allow_nan=False)
 
@@ -56,7 +56,8 @@ def test_the_shortest_goes_first_and_passes_nobody_for_longer_than_his_own_work_
     assert place(arrival, min(work, later), predicted) <= found, "of those that came at once"
     # however short and however urgent: who comes after that goes behind it
     assert found <= place(arrival + AGEING * work, 0.0, None)
-    if predicted is None or predicted <= slo < math.inf:
+    assert found <= place(arrival + LONGEST_S, 0.0, None)
+    if math.isfinite(slo) and (predicted is None or predicted <= slo):
         assert found <= place(arrival + slo, 0.0, None), "and none passes after its first token is due"
 
 

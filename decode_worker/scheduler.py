@@ -203,8 +203,10 @@ class DecodeScheduler:
                 sequence = entry.sequence
                 num_decodes += 1
                 num_context_tokens += sequence.num_tokens + entry.num_coming
-                num_given = sequence.num_output_tokens + entry.num_coming - sequence.paced_from
-                since_s = begins_at - sequence.paced_at if sequence.paced_at else 0.0
+                num_given, since_s = 0, 0.0
+                if sequence.paced_at:
+                    num_given = sequence.num_output_tokens + entry.num_coming - sequence.paced_from
+                    since_s = begins_at - sequence.paced_at
                 target_s = min(target_s, token_target_s(sequence.tpot_slo_s or default_tpot_s, num_given, since_s))
         return DecodeLoad(StepWork(num_decodes=num_decodes, num_context_tokens=num_context_tokens), target_s)
 

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from ..engine.sequence import StepChunk
+from ..engine.step_budget import work_of
 from ..protocol.v1 import control_pb2
 
 INTERVAL_S = 0.02  # between two samples: about ten for each report
@@ -24,11 +25,14 @@ class StepSamples:
         if not chunks or ended - self._last < INTERVAL_S:
             return
         self._last = ended
-        decoded = [chunk.start + 1 for chunk in chunks if chunk.num_tokens == 1]
-        num_prefill_tokens = sum(chunk.num_tokens for chunk in chunks if chunk.num_tokens > 1)
+        work = work_of(chunks)
         self._kept.append(
             control_pb2.StepSample(
-                num_sequences=len(decoded), num_kv_tokens=sum(decoded), num_prefill_tokens=num_prefill_tokens, seconds=ended - began
+                num_sequences=work.num_decodes,
+                num_kv_tokens=work.num_context_tokens,
+                num_prefill_tokens=work.num_chunk_tokens,
+                prefill_attention=work.attention,
+                seconds=ended - began,
             )
         )
 

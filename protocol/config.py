@@ -21,7 +21,7 @@ from .errors import ConfigError
 
 Policy = Literal["random", "round_robin", "least_loaded", "cache_aware", "kvcache_centric", "adaptive"]
 AdmissionName = Literal["none", "two_stage", "ttft_tbt", "early_rejection", "predictive"]
-QueueOrder = Literal["fair", "fcfs", "edf", "late"]
+QueueOrder = Literal["short", "fair", "fcfs", "edf", "late"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 
@@ -122,9 +122,10 @@ class ProxyConfig:
     """Bound on the time to the first token for a request that brings none of its own; 0: no bound."""
     tpot_slo_s: float = 0.0
     """Bound on the time per output token for a request that brings none of its own; 0: no bound."""
-    order: QueueOrder = "fair"
-    """Order of a worker's queue. fair: requests of one priority share each step; fcfs: by arrival; edf: by the time at which the first
-    token is due; late: as edf, but a request that will be late in any case lets the others pass."""
+    order: QueueOrder = "short"
+    """Order of a worker's queue. short: the prompt with the least to compute first, and nobody is passed for ever; fair: requests of one
+    priority share each step; fcfs: by arrival; edf: by the time at which the first token is due; late: as edf, but a request that will
+    be late in any case lets the others pass."""
     cost_model: str = ""
     """Profile from `halfmoon profile` that predictions start from; empty: a guess. Observations correct either one."""
     num_explained: int = 1000

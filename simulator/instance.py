@@ -180,7 +180,7 @@ class Instance:
         work = decodes._replace(num_chunk_tokens=num_tokens, attention=attention)
         self.fit.observe(work, seconds)
         if work.num_decodes:
-            self._predictors.step.observe_work(work, seconds)
+            self._predictors.step.observe(work, seconds)
 
     def _equal(self, now: float, first_s: float, slow: float) -> list[float]:
         ends: list[float] = []

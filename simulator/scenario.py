@@ -49,7 +49,7 @@ class Scenario:
     policy: str = "kvcache_centric"
     admission: str = "none"
     slo: Slo = PAPER_SLO
-    order: Order | Literal["fair"] = "edf"
+    order: Order | Literal["fair"] = "short"
     """Order of the prefill queues. fair: as in the worker, which shares a step's budget between prompts."""
     balancing_threshold: float = 1.0
     remote_prefix: bool = True

@@ -38,14 +38,14 @@ def simulate(
     prefill: Annotated[int, typer.Option(help="Prefill instances.")] = 8,
     decode: Annotated[int, typer.Option(help="Decode instances.")] = 8,
     coupled: Annotated[bool, typer.Option(help="The baseline: all instances do both, chunked.")] = False,
-    chunk: Annotated[int, typer.Option(help="Prefill tokens of a coupled instance's step.")] = 256,
+    chunk: Annotated[int, typer.Option(help="Prefill tokens of a step that also decodes; 0: sized each step by the SLO.")] = 0,
     speed: Annotated[float, typer.Option(help="Arrivals are this many times faster.")] = 1.0,
     slo_ttft: Annotated[float, typer.Option(help="Seconds.")] = 30.0,
     slo_tbt: Annotated[float, typer.Option(help="Milliseconds, of the mean of a request's longest tenth of gaps.")] = 100.0,
     seed: Annotated[int, typer.Option()] = 0,
     seeds: Annotated[int, typer.Option(help="--sweep: so many seeds, mean and deviation.")] = 1,
     cost_model: Annotated[str, typer.Option(help="A shipped one's name or a file.")] = "a800-70b",
-    order: Annotated[str, typer.Option(help="Of prefill queues: fcfs, edf, late, fair; default: the policy's own.")] = "",
+    order: Annotated[str, typer.Option(help="Of prefill queues: short, fcfs, edf, late, fair; default: the policy's own.")] = "",
     threshold: Annotated[float, typer.Option(help="kvcache_centric's balancing threshold.")] = 1.0,
     local_cache: Annotated[bool, typer.Option(help="No prefix comes from another node.")] = False,
     dram: Annotated[int, typer.Option(help="Tokens of a node's cache in DRAM; default: the cost model's.")] = -1,
@@ -106,8 +106,8 @@ def _names(text: str, known: Collection[str], what: str) -> list[str]:
 
 
 def _order(order: str, policy: str) -> Any:
-    if order not in ("", "fcfs", "edf", "late", "fair"):
-        raise ValueError(f"no order {order!r}; choose of fcfs, edf, late, fair")
+    if order not in ("", "short", "fcfs", "edf", "late", "fair"):
+        raise ValueError(f"no order {order!r}; choose of short, fcfs, edf, late, fair")
     return order or policy_type(policy).order
 
 

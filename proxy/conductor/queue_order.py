@@ -18,6 +18,7 @@ CLASS_S = 60.0  # that one step of priority counts for
 NO_SLO_S = 30.0  # that a request without an SLO counts with
 GIVE_WAY = 10.0
 AGEING = 20.0
+LONGEST_S = 120.0  # that the longest prompt lets others pass
 
 
 def queue_order(
@@ -39,7 +40,7 @@ def queue_order(
         return round(arrival_s * TICKS_PER_S)
     is_late = predicted_ttft_s is not None and predicted_ttft_s > ttft_slo_s
     if order == "short":
-        waits_s = AGEING * work_s if is_late else min(AGEING * work_s, ttft_slo_s)
+        waits_s = min(AGEING * work_s, LONGEST_S if is_late else min(ttft_slo_s, LONGEST_S))
     else:
         waits_s = ttft_slo_s if math.isfinite(ttft_slo_s) else NO_SLO_S
         if order == "late" and is_late:

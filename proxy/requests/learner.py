@@ -1,7 +1,7 @@
 """Feeds the predictors with what the live cluster measures, and keeps how far off they were.
 
 a hand-off admitted ─► prefill: its share of its steps' seconds · transfer: prefix bytes over their load · handoff: the rest of the TTFT
-a decode worker's report ─► step: sequences, KV tokens, seconds of steps that only decoded; STEPS_PER_S of them in the whole cluster
+a decode worker's report ─► step: what steps decoded and computed beside it, and their seconds; STEPS_PER_S of them in the whole cluster
                                 └─► its error: always a metric ─► learnt if the outlier filter admits it
 
 A prompt shares its steps with others, so its wall time shows what the worker was doing and not what the prompt cost. Workers therefore
@@ -14,7 +14,9 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
+from ...protocol.timing.step_cost import StepWork
 from ...protocol.v1 import common_pb2, control_pb2
 from ..conductor.predictors.outlier_filter import OutlierFilter
 from ..conductor.predictors.timing import ErrorTrack, LinkTime, Predictors, PrefillTime, StepTime
@@ -77,7 +79,7 @@ class Learner:
         self._note_link("handoff", handoff, num_bytes, link, 0, handoff.predict(num_bytes, link), rest_s)
 
     def reported(self, member: Member, load: control_pb2.MemberLoad) -> None:
-        """Learns from a worker's step samples. Steps that also computed prompts are left out, because their time can't be divided.
+        """Learns from a worker's step samples. Steps that also computed prompts teach what both cost.
 
         The cost is bounded for the whole cluster. In a small cluster all samples are used, in a large one a random part of each
         worker's. The part is random because workers report in step with each other.
@@ -90,9 +92,11 @@ class Learner:
         # not exactly one each: a fixed price would always favour the same workers
         self._steps_left -= sum(self._rng.uniform(0.5, 1.5) for _ in samples)
         for sample in samples:
-            num, tokens, seconds = sample.num_sequences, sample.num_kv_tokens, sample.seconds
-            if num and not sample.num_prefill_tokens:
-                self._note("step", step, (num, tokens), step.predict(num, tokens), seconds)
+            work = StepWork(sample.num_prefill_tokens, sample.prefill_attention, sample.num_sequences, sample.num_kv_tokens)
+            if work.num_decodes:
+                mixed = work.num_chunk_tokens > 0
+                # far off in a mixed step may be either half: no reason to think the whole machine another
+                self._note("step", step, (work,), step.cost.seconds(work), sample.seconds, not mixed, kind="mixed" if mixed else "")
 
     def _refill(self) -> float:
         now_s = self._clock()
@@ -104,17 +108,18 @@ class Learner:
         self,
         name: str,
         fit: PrefillTime | StepTime,
-        features: tuple[int, int],
+        features: tuple[Any, ...],
         predicted_s: float,
         measured_s: float,
         telling: bool = True,
+        kind: str = "",
     ) -> None:
         """telling: a large error would show the machine's speed, and not a fixed cost that large prefills hide."""
-        outlier_filter = self._judged(name, "", predicted_s, measured_s, predicted_s)
+        outlier_filter = self._judged(name, kind, predicted_s, measured_s, predicted_s)
         if outlier_filter is not None:
             if telling and self._is_new(fit.error, outlier_filter):
                 fit.rescale(outlier_filter.level)
-            fit.observe(*features, measured_s)
+            fit.observe(*features, measured_s=measured_s)
 
     def _note_link(
         self, name: str, fit: LinkTime, num_bytes: int, link: str, in_flight: int, predicted_s: float, measured_s: float

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from functools import partial
 
 from ...protocol.config import QueueOrder
 from ..conductor.admission import Admission
@@ -33,8 +34,13 @@ class QueueOrdering:
         self.order: QueueOrder = order
         self._epoch = time.monotonic()  # orders count from here: they are compared among requests of this process only
 
-    def order_of(self, request: ProxyRequest, slo: Slo, predicted_ttft_s: float | None = None) -> int:
-        """predicted_ttft_s: counted from the arrival."""
+    @property
+    def asks_twice(self) -> bool:
+        """A request that is predicted to be late has another place."""
+        return self.order in ("late", "short")
+
+    def order_of(self, request: ProxyRequest, slo: Slo, work_s: float, predicted_ttft_s: float | None = None) -> int:
+        """work_s: predicted seconds of its prefill alone; predicted_ttft_s: counted from the arrival."""
         if self.order == "fair":
             return request.priority
         return queue_order(
@@ -42,6 +48,7 @@ class QueueOrdering:
             arrival_s=request.arrival - self._epoch,
             ttft_slo_s=slo.ttft_s,
             predicted_ttft_s=predicted_ttft_s,
+            work_s=work_s,
             priority=request.priority,
         )
 
@@ -83,16 +90,17 @@ class Placer:
             priority=request.priority,
             waited_s=now_s - request.arrival,
         )
-        order = self._ordering.order_of(request, slo)
+        work_s = self._work_s(asked, max(asked.held_blocks.values(), default=0))
+        order = self._ordering.order_of(request, slo, work_s)
         seen, answer = self._ask(asked, order, now_s)
         if isinstance(answer, Rejection) and answer.code == "overloaded" and self._may_probe(now_s):
             asked = dataclasses.replace(asked, admitted=True)
             seen, answer = self._ask(asked, order, now_s)
-        if self._ordering.order == "late" and isinstance(answer, Placement) and answer.ttft_s is not None:
+        if self._ordering.asks_twice and isinstance(answer, Placement) and answer.ttft_s is not None:
             predicted_s = answer.ttft_s + asked.waited_s
             if predicted_s > slo.ttft_s:
                 # late even so: it gives way to others, and then waits longer, so it is predicted anew
-                order = self._ordering.order_of(request, slo, predicted_s)
+                order = self._ordering.order_of(request, slo, work_s, predicted_s)
                 seen, answer = self._ask(asked, order, now_s)
         return decision.decided(asked, seen, self.learner.frozen(), answer, order)
 
@@ -126,16 +134,18 @@ class Placer:
         self._next_probe_s = now_s + PROBE_S
         return True
 
-    def _ask(self, asked: PlacementRequest, order: int, now_s: float) -> tuple[Snapshot, Placement | Rejection]:
-        schema, prefill = self._cluster.schema, self.learner.predictors.prefill
+    def _work_s(self, asked: PlacementRequest, num_held: int) -> float:
+        """Predicted seconds of the prefill alone, behind so many held blocks."""
+        schema = self._cluster.schema
         assert schema is not None  # the keys were made by it
-        block_size = schema.block_size
+        cached = usable_blocks(asked, num_held, schema.block_size) * schema.block_size
+        return self.learner.predictors.prefill.predict(asked.num_tokens - cached, cached)
 
-        def work_s(num_held: int) -> float:
-            cached = usable_blocks(asked, num_held, block_size) * block_size
-            return prefill.predict(asked.num_tokens - cached, cached)
-
-        seen = self._cluster.snapshot(block_size, now_s, Asking(asked.held_blocks, order, work_s))
+    def _ask(self, asked: PlacementRequest, order: int, now_s: float) -> tuple[Snapshot, Placement | Rejection]:
+        schema = self._cluster.schema
+        assert schema is not None
+        asking = Asking(asked.held_blocks, order, partial(self._work_s, asked))
+        seen = self._cluster.snapshot(schema.block_size, now_s, asking)
         if self.admission is not None and self.admission.wants_arrivals:
             seen = dataclasses.replace(seen, arriving=self.load_tracker.arriving, began_s=self.load_tracker.began_s)
         return seen, self.conductor.place(asked, seen)

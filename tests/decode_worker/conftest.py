@@ -182,7 +182,14 @@ class Cluster:
         return await self._exits.enter_async_context(open_channel(address))
 
     def sequence(
-        self, token_ids: list[int], *, num_prompt_tokens: int = 0, deadline_s: float = 600.0, suspect: bool = False, **sampling: Any
+        self,
+        token_ids: list[int],
+        *,
+        num_prompt_tokens: int = 0,
+        deadline_s: float = 600.0,
+        suspect: bool = False,
+        tpot_slo_s: float = 0.0,
+        **sampling: Any,
     ) -> Any:
         self.num_requests += 1
         params = SamplingParams(**{"temperature": 0.0, "ignore_eos": True, **sampling})
@@ -193,6 +200,7 @@ class Cluster:
             sampling=params.to_proto(),
             deadline_s=deadline_s,
             suspect=suspect,
+            tpot_slo_s=tpot_slo_s,
         )
 
     def start_prefill(self, sequence: Any, *, epoch: int = 1, store_address: str = "") -> Any:

@@ -179,3 +179,34 @@ async def test_a_real_worker_takes_on_every_role_and_what_runs_ends_where_it_is(
     assert cluster.workers[1].prefill.scheduler.num_reserved_pages == 0
     assert cluster.decode.metrics.registry.get_sample_value("halfmoon_step_tokens_total", {"role": "prefill"}) == 70
     await cluster.at_rest()
+
+
+@pytest.mark.parametrize(
+    ("target_s", "tpot_slo_s", "most", "expected"),
+    [(0.0, 0.0, 24, 24), (1e-6, 0.0, 2048, 64), (100.0, 1e-6, 2048, 64), (100.0, 0.0, 2048, 190), (0.0, 100.0, 2048, 190)],
+    ids=["constant", "the worker's target, tight", "the request's own, tight", "the worker's target, wide", "the request's own, wide"],
+)
+async def test_tokens_are_the_same_whatever_the_chunks_that_the_tightest_pace_leaves_room_for(
+    make_cluster: Any, greedy: Greedy, target_s: float, tpot_slo_s: float, most: int, expected: int
+) -> None:
+    """64 tokens are computed in any case; the prompts of 190 and 100 fit into a step as a whole where nobody is in a hurry."""
+    cluster = await make_cluster(
+        both=1, prefill={"max_tokens_per_step": 256}, decode={"tpot_target_s": target_s, "max_prefill_tokens_per_step": most}
+    )
+    gate = threading.Event()
+    gate.set()
+    steps = forwards(cluster.decode.engine, 0.0, gate)
+    decoding = asyncio.create_task(cluster.run(prompt(20), max_tokens=100, tpot_slo_s=tpot_slo_s))  # r1
+    await until(lambda: cluster.decode.scheduler.num_running == 1)
+    gate.clear()
+    others = [asyncio.create_task(cluster.run_local(prompt(190, 1), max_tokens=6))]  # r2
+    await until(lambda: cluster.decode.scheduler.num_running == 2)
+    others.append(asyncio.create_task(cluster.run(prompt(100, 2), max_tokens=6)))  # r3
+    await until(lambda: cluster.decode.worker.prefill.scheduler.has_runnable)
+    gate.set()
+    answers = await asyncio.gather(*others)
+    assert [answer.token_ids for answer in answers] == [greedy(prompt(190, 1), 6), greedy(prompt(100, 2), 6)]
+    assert (await decoding).token_ids == greedy(prompt(20), 100)
+    chunks = [size for step in steps for name, _, size in step if name == "r2" and size > 1]
+    assert chunks[0] == expected and sum(chunks) == 190
+    await cluster.at_rest()

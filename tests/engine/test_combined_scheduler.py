@@ -323,3 +323,31 @@ def test_in_any_order_each_token_is_computed_once_and_everything_ends(
         while len(tokens) < sequence.num_tokens:
             tokens.append(token_after(tokens))
         assert sequence.token_ids == tokens and sequence.num_output_tokens == sequence.sampling.max_tokens
+
+
+def sized(rig: Rig) -> list[int]:
+    """Chunks of the next step, prompts of both halves together, its decode tokens left out."""
+    step = rig.schedule()
+    assert step is not None
+    return [one.num_tokens for one in step.chunks if not one.is_decode]
+
+
+def test_chunks_are_as_large_as_the_tightest_pace_of_those_who_decode_allows() -> None:
+    """1 ms a token. 64 tokens go in any case, so the paces leave room for more; 92 % of them counts."""
+    for tpot_s, expected in ((0.01, 64), (0.1, 64), (0.3, 256), (9.0, 400)):
+        rig = running(Rig(500, beside=400, alone=1000, target_s=tpot_s), 1200, decoding=(5, 6))
+        assert sized(rig) == [expected]
+        rig = running(Rig(500, beside=400, alone=1000, target_s=9.0), decoding=(5, 6))
+        rig.decoding[1].tpot_slo_s = tpot_s
+        assert sized(running(rig, 1200)) == [expected], "one of them is in a hurry"
+
+
+def test_without_decode_tokens_a_step_holds_what_prefill_takes() -> None:
+    assert sized(running(Rig(500, beside=400, alone=1000, target_s=0.01), 1200)) == [1000]
+
+
+def test_what_was_saved_so_far_is_lent_to_a_larger_chunk() -> None:
+    rig = running(Rig(500, beside=1000, alone=1000, target_s=0.3), 1200, decoding=(5,))
+    one = rig.decoding[0]
+    one.paced_at, one.paced_from, rig.now = 10.0, -4, 10.1  # five tokens since, in a tenth of a second; 276 ms each were allowed
+    assert sized(rig) == [576], "276 ms and a quarter of 1.28 s, but not more than 300 ms: 576, that is 9 times 64"

@@ -37,11 +37,6 @@ class RoleChange(NamedTuple):
 class RolePlanner(Protocol):
     """What a policy offers that gives workers their roles."""
 
-    @property
-    def step_target_s(self) -> float:
-        """What a step with a prefill chunk in it may take."""
-        ...
-
     def select_decode(self, request: PlacementRequest, candidates: Snapshot) -> tuple[MemberState, float]:
         """The decode worker, selected when the prefill begins; and its predicted step with the request."""
         ...
@@ -62,7 +57,7 @@ class Policy(ABC):
     """It weighs a decode worker's own prefill against the prefill workers', and so is shown both kinds."""
     plans_roles: ClassVar[bool] = False
     """It changes workers' roles: `roles` is not None."""
-    order: ClassVar[Order] = "edf"
+    order: ClassVar[Order] = "short"
     """Of prefill queues, where nothing else is asked for."""
 
     @classmethod

@@ -103,12 +103,8 @@ class StepTime:
         """The same for many workers at once, added up in the same order."""
         return self.base_s + num_sequences * self.per_sequence_s + num_kv_tokens * self.per_kv_token_s
 
-    def observe(self, num_sequences: int, num_kv_tokens: int, measured_s: float) -> None:
-        """A step that did nothing but decode."""
-        self.observe_work(StepWork(num_decodes=num_sequences, num_context_tokens=num_kv_tokens), measured_s)
-
-    def observe_work(self, work: StepWork, measured_s: float) -> None:
-        """Any step."""
+    def observe(self, work: StepWork, measured_s: float) -> None:
+        """A step with or without a prompt in it."""
         self.error.note(measured_s - self.cost.seconds(work), measured_s)
         self._fit.observe(work, measured_s)
         self._refresh()

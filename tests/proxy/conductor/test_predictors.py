@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfmoon.protocol.errors import ConfigError
+from halfmoon.protocol.timing.step_cost import StepWork
 from halfmoon.proxy.conductor.placement import MemberState
 from halfmoon.proxy.conductor.predictors import CostModel, Predictors, RecursiveLeastSquares, queue_s
 
@@ -56,7 +57,8 @@ def test_wrong_predictors_learn_the_machine_from_its_records_and_know_their_erro
         new, prefix = rng.randint(64, 8000), rng.randint(0, 30_000)
         found.prefill.observe(new, prefix, TRUE.prefill_time(new, prefix) * rng.uniform(0.98, 1.02))
         batch, tokens = rng.randint(1, 64), rng.randint(1000, 600_000)
-        found.step.observe(batch, tokens, TRUE.step_time(batch, tokens) * rng.uniform(0.98, 1.02))
+        work = StepWork(num_decodes=batch, num_context_tokens=tokens)
+        found.step.observe(work, TRUE.step_time(batch, tokens) * rng.uniform(0.98, 1.02))
     assert found.prefill.predict(4000, 10_000) == pytest.approx(TRUE.prefill_time(4000, 10_000), rel=0.05)
     assert found.step.predict(30, 200_000) == pytest.approx(TRUE.step_time(30, 200_000), rel=0.05)
     assert 0.0 < found.prefill.error.mean_relative < 0.1

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..protocol.config import StoreConfig
 from ..protocol.schema import KVSchema
+from ..protocol.tasks import Tasks
 from .content import ContentIndex
 from .eviction import create_eviction_policy
 from .lease_manager import LeaseManager, check_keys
@@ -43,6 +44,7 @@ class Tiers:
         self._on_moved = on_moved
         self._dram: ContentIndex | None = None
         self._ssd: SsdTier | None = None
+        self._tasks = Tasks("the store's tiers")
         self._opening: asyncio.Task[None] | None = None
 
     @property
@@ -54,7 +56,7 @@ class Tiers:
         """Begins to open the SSD, if there is one. row: as SsdTier's."""
         self._dram = manager.content
         if self._config.ssd_path:
-            self._opening = asyncio.get_running_loop().create_task(self._open_ssd(schema, manager, row))
+            self._opening = self._tasks.start(self._open_ssd(schema, manager, row))
 
     async def opened(self) -> None:
         """What an earlier store left on the SSD is found by now. Raises ConfigError where the SSD can't be used."""

@@ -253,15 +253,20 @@ class BlockWriter:
         """The Push stream: open from the start, so that the store can say through it that the lease is gone."""
         try:
             call = self._connection.track(self._connection.stub.Push())
-            async with beside(self._send(call)):
-                await call
+        except HalfmoonError as error:
+            self._fail(error)
+            return
+        async with beside(self._send(call)):
+            await self._follow(call)
+
+    async def _follow(self, call: Any) -> None:
+        try:
+            await call
         except grpc.aio.AioRpcError as error:
             self._fail(self._connection.error(error))
         except asyncio.CancelledError:
             # the call was cancelled with its session, or this task with its connection
             self._fail(StoreUnavailable(f"the connection to {self._connection.peer} is gone"))
-        except HalfmoonError as error:
-            self._fail(error)
 
     async def _send(self, call: Any) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
 import threading
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import pytest
 
 from halfmoon.engine.engine import Engine
 from halfmoon.engine.sequence import Sequence, StepChunk
+from halfmoon.protocol.errors import NonFiniteLogits
+from halfmoon.protocol.grpc_errors import from_rpc_error
 from halfmoon.protocol.v1 import common_pb2
 
 Greedy = Callable[[list[int], int], list[int]]
@@ -165,6 +168,44 @@ async def test_a_cancelled_request_frees_its_pages_once_no_step_writes_to_them(l
         await asyncio.sleep(0.001)
     call.cancel()
     assert (await staying).token_ids == greedy(prompt(30), 150)
+    await cluster.at_rest()
+
+
+async def test_a_row_without_a_token_ends_its_sequence_and_the_step_behind_it_harms_nobody(launching: Any, greedy: Greedy) -> None:
+    """That step is under way when the host reads of it, and looks up a token that is none."""
+    cluster, launcher = await launching()
+    poison = 159
+    cluster.decode.engine._decoder.weights.embed[poison] = math.nan
+    answer = cluster.answer()
+    sequence = cluster.sequence(prompt(20), max_tokens=50, logit_bias={poison: 100.0})
+    prompts = [[token for token in prompt(15 + index) if token != poison] for index in range(3)]
+    neighbours = asyncio.gather(*(cluster.run(token_ids, max_tokens=30) for token_ids in prompts))
+    decode = cluster.start_decode(sequence)
+    await cluster.start_prefill(sequence)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await cluster.read(decode, answer)
+    assert isinstance(from_rpc_error(caught.value, "worker"), NonFiniteLogits) and answer.token_ids == [poison]
+    assert [one.token_ids for one in await neighbours] == [greedy(token_ids, 30) for token_ids in prompts]
+    assert launcher.num_ahead > 0
+    await cluster.at_rest()
+    assert cluster.decode.engine.cache.data.isfinite().all()
+
+
+async def test_a_launch_that_breaks_is_computed_in_turn(launching: Any, greedy: Greedy) -> None:
+    cluster, launcher = await launching()
+    launch, num_broken = launcher.launch, 0
+
+    def breaks(chunks: Any, **hooks: Any) -> Any:
+        nonlocal num_broken
+        if len(chunks) == 2:
+            num_broken += 1
+            raise RuntimeError("no graph likes it")
+        return launch(chunks, **hooks)
+
+    cluster.decode.engine.launch = breaks
+    answers = await asyncio.gather(*(cluster.run(prompt(20 + index), max_tokens=20) for index in range(3)))
+    assert [answer.token_ids for answer in answers] == [greedy(prompt(20 + index), 20) for index in range(3)]
+    assert num_broken > 0
     await cluster.at_rest()
 
 

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from ..protocol.tasks import Tasks
 from .content import ContentIndex
 from .eviction import EvictionPolicy
 from .slots import SlotAllocator
@@ -54,6 +55,7 @@ class SsdTier:
         self._slots = SlotAllocator(files.num_places)
         self._content = ContentIndex(self._slots, policy, lambda stored, evicted: on_evicted(evicted) if evicted else None)
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="store-ssd")
+        self._tasks = Tasks("the SSD tier")
         self._demoting: asyncio.Task[None] | None = None
         self._promoting: dict[bytes, asyncio.Future[None]] = {}
         self._seconds_a_block = 0.0  # of a read, others beside it; 0: none was made
@@ -86,7 +88,7 @@ class SsdTier:
     def look(self) -> None:
         """Slots were taken: perhaps some have to be freed."""
         if self._demoting is None and not self._is_closed and self._num_failures < MAX_FAILURES and self._num_short() > 0:
-            self._demoting = asyncio.get_running_loop().create_task(self._demote())
+            self._demoting = self._tasks.start(self._demote())
             self._demoting.add_done_callback(self._demoted)
 
     def _num_short(self) -> int:
@@ -163,8 +165,8 @@ class SsdTier:
         self._content.pin(places)
         done = asyncio.get_running_loop().create_future()
         self._promoting.update(dict.fromkeys(fitting, done))
-        # owned by its awaiting caller; shielded, because a read that has begun writes into the slots to its end
-        reading = asyncio.ensure_future(self._finish(fitting, places, slots, held, done))
+        # shielded, because a read that has begun writes into the slots to its end
+        reading = self._tasks.start(self._finish(fitting, places, slots, held, done))
         return await asyncio.shield(reading) and len(fitting) == len(wanted)
 
     async def _finish(

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..protocol.config import StoreConfig
 from ..protocol.schema import KVSchema
+from ..protocol.tasks import Tasks
 from .content import ContentIndex
 from .eviction import create_eviction_policy
 from .lease_manager import LeaseManager, check_keys
@@ -41,6 +42,7 @@ class Tiers:
         self.feed = WatchFeed(self._keys, demoted=self._keys_on_ssd_alone)
         self._config = config
         self._on_moved = on_moved
+        self._tasks = Tasks("the tiers")
         self._dram: ContentIndex | None = None
         self._ssd: SsdTier | None = None
         self._opening: asyncio.Task[None] | None = None
@@ -54,7 +56,7 @@ class Tiers:
         """Begins to open the SSD, if there is one. row: as SsdTier's."""
         self._dram = manager.content
         if self._config.ssd_path:
-            self._opening = asyncio.get_running_loop().create_task(self._open_ssd(schema, manager, row))
+            self._opening = self._tasks.start(self._open_ssd(schema, manager, row))
 
     async def opened(self) -> None:
         """What an earlier store left on the SSD is found by now. Raises ConfigError where the SSD can't be used."""

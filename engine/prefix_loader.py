@@ -28,6 +28,7 @@ from .worker_metrics import WorkerMetrics
 logger = logging.getLogger(__name__)
 
 NO_HINT = worker_pb2.PrefixHint()
+NEWEST_WEIGHT = 0.1  # of a step in the mean of what a token takes
 
 
 @dataclass(slots=True)
@@ -56,6 +57,12 @@ class PrefixLoader:
         self._stores = stores
         self._metrics = metrics
         self._spawn = spawn
+        self._seconds_per_token = 0.0  # of computing, lately; 0: not known yet
+
+    def computed(self, seconds_per_token: float) -> None:
+        """A prompt's tokens took so long each: a block that a store has on SSD alone is loaded only where that is faster."""
+        known = self._seconds_per_token or seconds_per_token
+        self._seconds_per_token = known + NEWEST_WEIGHT * (seconds_per_token - known)
 
     async def load(self, sequence: Sequence, block_keys: list[bytes], hint: worker_pb2.PrefixHint = NO_HINT) -> CachedPrefix:
         """block_keys: of the prompt's full blocks. hint: a store beside the own one that may hold more of them.
@@ -116,7 +123,7 @@ class PrefixLoader:
     ) -> tuple[StoreClient | None, BlockReader | None]:
         try:
             client = await self._stores.client(address)
-            reader = await client.fetch_prefix(keys)
+            reader = await client.fetch_prefix(keys, self._seconds_per_token * self._pages.schema.block_size)
         except HalfmoonError as error:
             self._count_failure(sequence, error)
             return None, None

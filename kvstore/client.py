@@ -73,6 +73,7 @@ class StoreClient:
             logger.warning("%s can't share the arena of %s (%s); using data connections", client_id, connection.peer, error)
             await connection.close()
             return await cls.attach(address, client_id=client_id, node_id="", schema=schema, transport="tcp", timeout_s=timeout_s)
+        await asyncio.to_thread(arena.populate)
         return cls(connection, schema, ShmTransport(arena), arena)
 
     async def reserve(self, handoff_id: str, epoch: int, block_keys: Sequence[bytes], num_blocks: int, deadline_s: float) -> BlockWriter:

@@ -25,7 +25,7 @@ class OpenLease:
     access: Access
     slots: list[int]
     progress: Progress  # READ: of what is written; WRITE: of what is claimed, so that no slice is written twice
-    copying: dict[object, Break] = field(default_factory=dict[object, Break])
+    copying: dict[object, tuple[Request, Break]] = field(default_factory=dict[object, tuple[Request, Break]])
     untouched: Callable[[], None] | None = None  # set by close
 
 
@@ -35,7 +35,7 @@ class SlotAccess:
     def __init__(self, post: Callable[[Callable[[], None]], object]) -> None:
         """post: runs a callback on the event loop."""
         self._post = post
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()  # notified of every leave
         self._leases: dict[str, OpenLease] = {}
 
     def open(self, lease: Lease) -> None:
@@ -52,7 +52,7 @@ class SlotAccess:
             lease = self._leases.pop(lease_id, None)
             if lease is not None and lease.copying:
                 lease.untouched = untouched
-                for stop in lease.copying.values():
+                for _, stop in lease.copying.values():
                     stop()
                 return
         untouched()
@@ -63,9 +63,13 @@ class SlotAccess:
         Raises LeaseExpired where the lease is over, InvalidRequest for a slice that may not be copied.
         """
         with self._lock:
-            lease = self._leases.get(request.lease_id)
-            if lease is None or lease.session_id != session_id:
-                raise LeaseExpired(f"no lease {request.lease_id!r} of this session")
+            lease = self._find(session_id, request)
+            while (again := [stop for other, stop in lease.copying.values() if other == request and request.op is Op.WRITE]) != []:
+                # its client has found that connection broken and begun anew; here it is not known yet
+                for stop_other in again:
+                    stop_other()
+                self._lock.wait()
+                lease = self._find(session_id, request)
             if (lease.access is Access.WRITE) is not (request.op is Op.WRITE):
                 raise InvalidRequest(f"{request.op.name.lower()} on a lease to {lease.access.value}")
             slice_of = (request.layer, request.first_block, request.num_blocks, request.num_layers)
@@ -73,7 +77,7 @@ class SlotAccess:
                 lease.progress.record(*slice_of)
             else:
                 lease.progress.require_written(*slice_of)
-            lease.copying[copy] = stop
+            lease.copying[copy] = (request, stop)
             return lease
 
     def leave(self, lease: OpenLease, copy: object, request: Request, *, done: bool) -> None:
@@ -83,5 +87,12 @@ class SlotAccess:
             if not done and request.op is Op.WRITE:
                 lease.progress.take_back(request.first_block, request.num_blocks, request.num_layers)
             untouched = None if lease.copying else lease.untouched
+            self._lock.notify_all()
         if untouched is not None:
             self._post(untouched)
+
+    def _find(self, session_id: str, request: Request) -> OpenLease:
+        lease = self._leases.get(request.lease_id)
+        if lease is None or lease.session_id != session_id:
+            raise LeaseExpired(f"no lease {request.lease_id!r} of this session")
+        return lease

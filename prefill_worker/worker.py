@@ -205,6 +205,7 @@ class PrefillHalf:
 
     def _stepped(self, seconds: float, num_tokens: int) -> None:
         self._worker.metrics.stepped("prefill", seconds, num_tokens)
+        self._worker.prefixes.computed(seconds / max(num_tokens, 1))
         self._worker.start_waiting()
 
     def _failed(self, job: PrefillJob, error: HalfmoonError) -> None:

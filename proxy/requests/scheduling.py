@@ -20,7 +20,7 @@ from ..prefixes.index import PrefixIndex
 from .learner import Learner
 from .placer import Placer, QueueOrdering
 
-PREFIX_LINK = "grpc"  # a prefix missing in the worker's own store comes from another node
+PREFIX_LINK = "tcp"  # a prefix missing in the worker's own store comes from another node
 
 
 def default_slo(config: ProxyConfig) -> Slo:

@@ -4,7 +4,8 @@
 
 store (a process) ◄── sessions of this process: put = Reserve, push, Seal; get = Fetch, every byte received, every checksum compared
 Beside them in the same run: memcpy, a raw TCP socket between two processes, Mooncake's transfer engine over TCP (no checksums).
-A rate is the median over transfers; with several clients their sum. CPU: of both processes, for one GB. --out also draws FILE.png.
+A rate is the median over transfers, `best` the fastest of them (on a machine that others load, the one to compare); with several
+clients their sum. CPU: of both processes, for one GB. --out also draws FILE.png.
 `pinned`: the store on one half of the cores and this process on the other.
 """
 
@@ -47,6 +48,11 @@ Row = dict[str, Any]
 def show(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def line(row: Row) -> str:
+    name, size, clients = f"{row['what']} {row['direction']}", row["size"] / 2**20, row["clients"]
+    return f"{name:18s} {size:6.2f} MiB x{clients:2d} {row['gb_s']:6.2f} GB/s, best {row['best']:6.2f}, {row['cpu_s_gb']:7.2f} CPU s/GB"
 
 
 def pin(half: int) -> None:
@@ -116,16 +122,17 @@ def receive(connection: socket.socket, view: memoryview) -> None:
         view = view[connection.recv_into(view) :]
 
 
-def timed(run: Callable[[], object], size: int, seconds: float) -> float:
-    """Median GB/s."""
+def timed(run: Callable[[], object], size: int, seconds: float, pids: tuple[int, ...] = ()) -> Row:
+    """GB/s, and CPU seconds a GB of this process and the others."""
     rates: list[float] = []
     run()
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time() + sum(map(cpu_s, pids))
     while time.perf_counter() - began < seconds or len(rates) < 4:
         start = time.perf_counter()
         run()
         rates.append(size / (time.perf_counter() - start) / 1e9)
-    return statistics.median(rates)
+    used = time.process_time() + sum(map(cpu_s, pids)) - used
+    return {"gb_s": statistics.median(rates), "best": max(rates), "cpu_s_gb": used / (len(rates) * size / 1e9)}
 
 
 def measure_memcpy(sizes: list[int], seconds: float) -> list[Row]:
@@ -138,7 +145,7 @@ def measure_memcpy(sizes: list[int], seconds: float) -> list[Row]:
             start = next(turn) % 4 * size  # not the same cache lines again
             target[start : start + size] = source[start : start + size]
 
-        rows.append({"what": "memcpy", "size": size, "clients": 1, "direction": "put", "gb_s": timed(copy, size, seconds)})
+        rows.append({"what": "memcpy", "size": size, "clients": 1, "direction": "put", **timed(copy, size, seconds)})
     return rows
 
 
@@ -159,7 +166,15 @@ def measure_socket(sizes: list[int], seconds: float) -> list[Row]:
                 receive(connection, data[:size])
 
             for direction, run in (("put", put), ("get", get)):
-                rows.append({"what": "raw TCP", "size": size, "clients": 1, "direction": direction, "gb_s": timed(run, size, seconds)})
+                rows.append(
+                    {
+                        "what": "raw TCP",
+                        "size": size,
+                        "clients": 1,
+                        "direction": direction,
+                        **timed(run, size, seconds, (child.process.pid,)),
+                    }
+                )
     child.close()
     return rows
 
@@ -211,7 +226,7 @@ class Transfers:
             target[:, part.first_block + index] = block.reshape(part.num_layers, -1)
 
 
-async def rate(runs: list[Callable[[], Awaitable[None]]], size: int, seconds: float) -> float:
+async def rate(runs: list[Callable[[], Awaitable[None]]], size: int, seconds: float) -> Row:
     """GB/s of all runs together, each again and again."""
     for run in runs:
         await run()
@@ -225,7 +240,8 @@ async def rate(runs: list[Callable[[], Awaitable[None]]], size: int, seconds: fl
             times.append(time.perf_counter() - start)
 
     await asyncio.gather(*map(again, runs))
-    return len(runs) * size / statistics.median(times) / 1e9
+    total = len(runs) * size / 1e9
+    return {"gb_s": total / statistics.median(times), "best": total / min(times)}
 
 
 async def measure_store(transport: str, sizes: list[int], clients: list[int], seconds: float) -> list[Row]:
@@ -241,16 +257,14 @@ async def measure_store(transport: str, sizes: list[int], clients: list[int], se
                 ]
                 transfers = [Transfers(session, schema, size) for session in sessions]
                 for direction in ("put", "get"):
-                    before, moved = cpu_s(child.process.pid) + time.process_time(), (await sessions[0].stats())
-                    gb_s = await rate([getattr(one, direction) for one in transfers], size, seconds)
+                    before, moved = cpu_s(child.process.pid) + time.process_time(), await sessions[0].stats()
+                    found = await rate([getattr(one, direction) for one in transfers], size, seconds)
                     after = await sessions[0].stats()
                     num_bytes = after.num_bytes_pushed + after.num_bytes_fetched - moved.num_bytes_pushed - moved.num_bytes_fetched
-                    used = (cpu_s(child.process.pid) + time.process_time() - before) / (num_bytes / 1e9)
-                    name = sessions[0].transport
-                    rows.append(
-                        {"what": name, "size": size, "clients": num_clients, "direction": direction, "gb_s": gb_s, "cpu_s_gb": used}
-                    )
-                    show(f"{name:5s} {direction} {size / 2**20:8.2f} MiB {num_clients:2d} clients {gb_s:7.2f} GB/s {used:6.2f} CPU s/GB")
+                    found["cpu_s_gb"] = (cpu_s(child.process.pid) + time.process_time() - before) / (num_bytes / 1e9)
+                    row = {"what": sessions[0].transport, "size": size, "clients": num_clients, "direction": direction, **found}
+                    rows.append(row)
+                    show(line(row))
                 for session in sessions:
                     await session.close()
         child.close()
@@ -344,7 +358,7 @@ def main() -> None:
     pin(1)
     rows += measure_memcpy(sizes, options.seconds) + measure_socket(sizes, options.seconds)
     for row in rows:
-        show(f"{row['what']:12s} {row['direction']} {row['size'] / 2**20:8.2f} MiB {row['gb_s']:7.2f} GB/s")
+        show(line(row))
     for transport in options.transports.split(","):
         rows += asyncio.run(measure_store(transport, sizes, clients, options.seconds))
     if not options.no_index:

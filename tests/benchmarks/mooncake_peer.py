@@ -67,7 +67,8 @@ def main(sizes: list[int], seconds: float) -> None:
                 rates.append(size / (time.perf_counter() - start) / 1e9)
                 moved += size
             cpu = cpu_s(target.pid) + cpu_s(os.getpid()) - before
-            rows.append({"size": size, "direction": direction, "gb_s": statistics.median(rates), "cpu_s_gb": cpu / (moved / 1e9)})
+            row = {"size": size, "direction": direction, "gb_s": statistics.median(rates), "best": max(rates)}
+            rows.append({**row, "cpu_s_gb": cpu / (moved / 1e9)})
     sys.stdout.write(json.dumps(rows) + "\n")
     target.stdin.close()
     target.wait(10)

@@ -92,6 +92,30 @@ async def test_a_connection_that_breaks_is_opened_again(kv, store, attach_to, di
     assert np.array_equal(await kv.read(await client.fetch("r1", 1, 5)), sent)
 
 
+async def test_a_push_that_begins_anew_waits_for_the_end_of_the_one_that_broke(kv, store, attach_to, monkeypatch) -> None:
+    client = await attach_to(store.address, "prefill-0", transport="tcp")
+    writer = await client.reserve("r1", 1, kv.keys("r1", 2), 2, 10)
+    gate, entered = threading.Event(), []
+
+    def slow_once(connection: socket.socket, views: list[memoryview]) -> None:
+        entered.append(connection)
+        if len(entered) == 1:
+            client._transport._lanes._open.copy().pop().shutdown(socket.SHUT_RDWR)
+            gate.wait()
+            raise ConnectionError("broken")
+        receive_into(connection, views)
+
+    monkeypatch.setattr(data_server, "receive_into", slow_once)
+    access = store._running()._access
+    pushing = asyncio.create_task(kv.push(writer, kv.blocks("r1", 2)))
+    await until(lambda: len(store._running().data._connections) == 2)  # the second try has come
+    assert len(entered) == 1 and len(access._leases[writer._lease_id].copying) == 1
+    gate.set()
+    await pushing
+    await writer.seal(kv.state)
+    assert np.array_equal(await kv.read(await client.fetch("r1", 1, 5)), kv.blocks("r1", 2))
+
+
 async def test_a_port_that_nobody_answers_at_leaves_grpc(kv, store, attach_to, monkeypatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         free = taken.getsockname()[1]

@@ -22,7 +22,6 @@ from ..placement import NO_SLO, PlacementRequest, PrefixHint, Selection, Slo, Sn
 from ..pool import Bools, Floats, Pool
 from ..predictors.timing import Predictors
 from ..predictors.waiting import least_step, queue_s, queue_times, slowdowns_beside, step_with
-from ..queue_order import Order
 from .base import Policy, PolicySettings, RoleChange, best_prefix, cached_blocks, cost_by_blocks
 
 DEFAULT_TPOT_S = 0.05  # where the SLO bounds none: what workers then size their steps for
@@ -50,7 +49,6 @@ class Adaptive(Policy):
     fetches: ClassVar[bool] = True
     weighs_local: ClassVar[bool] = True
     plans_roles: ClassVar[bool] = True
-    order: ClassVar[Order] = "late"
 
     @classmethod
     def create(cls, settings: PolicySettings) -> Self:

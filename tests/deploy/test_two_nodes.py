@@ -34,18 +34,18 @@ async def cluster(
         yield opened
 
 
-async def test_tokens_over_grpc_equal_those_of_transformers(cluster, reference, prompt_of) -> None:
+async def test_tokens_over_tcp_equal_those_of_transformers(cluster, reference, prompt_of) -> None:
     transports = set()
     for prompt_len in (1, 64, 65, 700, 1500):
         prompt = prompt_of(prompt_len)
         result = await cluster.client.generate(token_ids=list(prompt), max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
         assert list(result.token_ids) == reference.generate(prompt, NUM_TOKENS, result.token_ids)
         transports.add(result.phases.transport)
-    assert "grpc" in transports
+    assert "tcp" in transports
     await cluster.at_rest()
 
 
-async def test_32_concurrent_streams_over_grpc_give_the_same_tokens(cluster, reference, prompt_of) -> None:
+async def test_32_concurrent_streams_over_tcp_give_the_same_tokens(cluster, reference, prompt_of) -> None:
     prompts = [prompt_of(20 + 17 * i, seed=1) for i in range(32)]
     answers = await asyncio.gather(*(cluster.greedy(prompt, NUM_TOKENS_EACH_OF_MANY) for prompt in prompts))
     assert answers == [reference.generate(prompt, NUM_TOKENS_EACH_OF_MANY, answer) for prompt, answer in zip(prompts, answers, strict=True)]

@@ -125,7 +125,7 @@ async def test_a_prompt_cached_to_its_end_computes_one_token(make_site: Any, ref
 async def test_a_hand_off_to_another_nodes_store_leaves_the_blocks_in_the_own_one_too(make_site: Any, reference: Any) -> None:
     here, there = await make_site("node-t"), await make_site("node-u", name="prefill-1")
     reply = await here.start(prompt(60), "h", into=there)
-    assert reply.state.phases.transport == "grpc"
+    assert reply.state.phases.transport == "tcp"
     np.testing.assert_allclose((await there.fetch("h")).kv, reference(prompt(60)).kv, atol=2e-5)
     await until(lambda: at_rest(here, there))
     client = await here.client()

@@ -112,6 +112,10 @@ class DataServer:
     def copy(self, connection: _Connection, session_id: str, request: Request) -> None:
         """Raises HalfmoonError before the first byte of a refused request, OSError where the connection broke."""
         lease = self._access.enter(session_id, request, connection, connection.shut_down)
+        if lease is None:
+            self.skip(connection, request)
+            connection.reply(Status.OK)
+            return
         done = False
         try:
             views = self._views(lease, request)
@@ -128,7 +132,7 @@ class DataServer:
             connection.reply(Status.OK)
 
     def skip(self, connection: _Connection, request: Request) -> None:
-        """Reads the bytes of a write that was refused. Raises ConnectionError for more than an arena holds."""
+        """Reads the bytes of a write that are not wanted. Raises ConnectionError for more than an arena holds."""
         arena = self._arena()
         left = request.num_blocks * request.num_layers * arena.memory.shape[1]
         if request.op is Op.READ:

@@ -73,10 +73,14 @@ class Progress:
         """The last num_layers layers recorded of these blocks are not written after all."""
         self.num_layers_done[first_block : first_block + num_blocks] -= num_layers
 
+    def is_written(self, layer: int, first_block: int, num_blocks: int, num_layers: int) -> bool:
+        """Raises InvalidRequest where the slice lies outside."""
+        self._require_inside(layer, first_block, num_blocks, num_layers)
+        return int(self.num_layers_done[first_block : first_block + num_blocks].min()) >= layer + num_layers
+
     def require_written(self, layer: int, first_block: int, num_blocks: int, num_layers: int) -> None:
         """Raises InvalidRequest where the slice lies outside, or is not written yet."""
-        self._require_inside(layer, first_block, num_blocks, num_layers)
-        if int(self.num_layers_done[first_block : first_block + num_blocks].min()) < layer + num_layers:
+        if not self.is_written(layer, first_block, num_blocks, num_layers):
             raise InvalidRequest(f"layers {layer}..{layer + num_layers - 1} of blocks from {first_block} on are not written yet")
 
     def require_complete(self, what: str) -> None:

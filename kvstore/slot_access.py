@@ -57,8 +57,9 @@ class SlotAccess:
                 return
         untouched()
 
-    def enter(self, session_id: str, request: Request, copy: object, stop: Break) -> OpenLease:
-        """A copy begins. copy: its name. stop: breaks it off, from any thread.
+    def enter(self, session_id: str, request: Request, copy: object, stop: Break) -> OpenLease | None:
+        """A copy begins. copy: its name. stop: breaks it off, from any thread. None for a slice that is written already: its client did not
+        hear of it, and says it again.
 
         Raises LeaseExpired where the lease is over, InvalidRequest for a slice that may not be copied.
         """
@@ -73,6 +74,8 @@ class SlotAccess:
             if (lease.access is Access.WRITE) is not (request.op is Op.WRITE):
                 raise InvalidRequest(f"{request.op.name.lower()} on a lease to {lease.access.value}")
             slice_of = (request.layer, request.first_block, request.num_blocks, request.num_layers)
+            if lease.access is Access.WRITE and lease.progress.is_written(*slice_of):
+                return None
             if lease.access is Access.WRITE:
                 lease.progress.record(*slice_of)
             else:

@@ -37,7 +37,7 @@ from halfmoon.kvstore.server import StoreServer
 from halfmoon.kvstore.ssd_files import SsdFiles
 from halfmoon.kvstore.writer import BlockWriter
 from halfmoon.protocol.config import StoreConfig
-from halfmoon.protocol.errors import HalfmoonError, StoreUnavailable, WorkerLost
+from halfmoon.protocol.errors import HalfmoonError, InvalidRequest, StoreUnavailable, WorkerLost
 from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import common_pb2
 
@@ -223,6 +223,8 @@ class Soak:
         error = task.exception()
         if error is None:
             return "done"
+        if isinstance(error, InvalidRequest):
+            show(f"a request that ought to be right was refused: {error.message}")
         if isinstance(error, HalfmoonError):
             return error.code
         raise error

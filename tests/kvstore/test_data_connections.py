@@ -116,6 +116,19 @@ async def test_a_push_that_begins_anew_waits_for_the_end_of_the_one_that_broke(k
     assert np.array_equal(await kv.read(await client.fetch("r1", 1, 5)), kv.blocks("r1", 2))
 
 
+async def test_a_push_whose_answer_was_lost_is_written_once(kv, store, attach_to) -> None:
+    client = await attach_to(store.address, "prefill-0", transport="tcp")
+    writer = await client.reserve("r1", 1, kv.keys("r1", 2), 2, 10)
+    blocks = kv.blocks("r1", 2)
+    again = np.zeros_like(blocks[:, 0])
+    await asyncio.to_thread(writer.push, 0, 0, blocks[:, 0])
+    await asyncio.to_thread(lambda: list(client._transport.push(writer._lease_id, [0, 1], 0, 0, again)))
+    for layer in (1, 2):
+        await asyncio.to_thread(writer.push, layer, 0, blocks[:, layer])
+    await writer.seal(kv.state)
+    assert np.array_equal(await kv.read(await client.fetch("r1", 1, 5)), blocks)
+
+
 async def test_a_port_that_nobody_answers_at_leaves_grpc(kv, store, attach_to, monkeypatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         free = taken.getsockname()[1]

@@ -47,12 +47,15 @@ class QueueOrdering:
 
 
 class Placer:
-    """profiled: the predictors start from a profile, not from a guess."""
+    """index, page_index: what stores hold, by address, and what stands in workers' pages, by id.
+    profiled: the predictors start from a profile, not from a guess.
+    """
 
     def __init__(
         self,
         cluster: Cluster,
         index: PrefixIndex,
+        page_index: PrefixIndex,
         conductor: Conductor,
         learner: Learner,
         load_tracker: LoadTracker,
@@ -65,6 +68,7 @@ class Placer:
         self.load_tracker = load_tracker
         self._cluster = cluster
         self._index = index
+        self._page_index = page_index
         self._ordering = ordering
         self._profiled = profiled
         self._next_probe_s = time.monotonic() + PROBE_S
@@ -82,6 +86,7 @@ class Placer:
             slo=slo,
             priority=request.priority,
             waited_s=now_s - request.arrival,
+            page_blocks=self._page_index.leading_runs(prompt.keys),
         )
         order = self._ordering.order_of(request, slo)
         seen, answer = self._ask(asked, order, now_s)
@@ -111,7 +116,17 @@ class Placer:
         """
         now_s, held = time.monotonic(), self._index.leading_runs(prompt.keys)
         waited_s = now_s - request.arrival
-        asked = PlacementRequest(prompt.num_tokens, held, exclude, avoid, NO_SLO, request.priority, waited_s, admitted=True)
+        asked = PlacementRequest(
+            prompt.num_tokens,
+            held,
+            exclude,
+            avoid,
+            NO_SLO,
+            request.priority,
+            waited_s,
+            admitted=True,
+            page_blocks=self._page_index.leading_runs(prompt.keys),
+        )
         seen, answer = self._ask(asked, order, now_s)
         return decision.decided(asked, seen, self.learner.frozen(), answer, order)
 
@@ -135,7 +150,7 @@ class Placer:
             cached = usable_blocks(asked, num_held, block_size) * block_size
             return prefill.predict(asked.num_tokens - cached, cached)
 
-        seen = self._cluster.snapshot(block_size, now_s, Asking(asked.held_blocks, order, work_s))
+        seen = self._cluster.snapshot(block_size, now_s, Asking(asked.held_blocks, order, work_s, asked.page_blocks))
         if self.admission is not None and self.admission.wants_arrivals:
             seen = dataclasses.replace(seen, arriving=self.load_tracker.arriving, began_s=self.load_tracker.began_s)
         return seen, self.conductor.place(asked, seen)

@@ -1,5 +1,7 @@
 """Loads a hand-off into a sequence's pages, and refuses one that must not be decoded.
 
+Leading blocks that stand in the worker's pages already are not read.
+
 fetch ─► layout: the number of blocks and their keys fit the tokens ─► slices ─► sealed: checksums, state
                                                                        └─ transfers ─► pages, once started
 
@@ -53,17 +55,19 @@ class HandoffLoader:
         """
         assert job.reader is not None
         load = PageLoad(self._pages)
+        if job.started.done():
+            job.reader.skip(self._num_shared(job))
         unwritten: list[BlockSlice] = []
         num_slices = 0
         async for piece in job.reader.slices():
             unwritten.append(piece)
             num_slices += len(piece.blocks) * piece.num_layers
             if job.started.done():
-                await _write(load, job, unwritten)
+                await self._write(load, job, unwritten)
         job.sealed_at = time.monotonic()
         state = check_state(job, job.reader, num_slices, self._pages.schema.num_layers, self._vocab_size)
         await job.started
-        await _write(load, job, unwritten)
+        await self._write(load, job, unwritten)
         await load.finished()
         return state
 
@@ -101,11 +105,17 @@ class HandoffLoader:
         except HalfmoonError as error:
             logger.warning("a hand-off's lease could not be released: %s", error)
 
+    async def _write(self, load: PageLoad, job: DecodeJob, unwritten: list[BlockSlice]) -> None:
+        num_shared = self._num_shared(job)
+        for piece in unwritten:
+            new = piece.behind(num_shared)
+            if new is not None:
+                await load.write(job.sequence.pages, new)
+        unwritten.clear()
 
-async def _write(load: PageLoad, job: DecodeJob, unwritten: list[BlockSlice]) -> None:
-    for piece in unwritten:
-        await load.write(job.sequence.pages, piece)
-    unwritten.clear()
+    def _num_shared(self, job: DecodeJob) -> int:
+        """Leading blocks that others use, too. Of a job that has its pages and is not admitted."""
+        return job.sequence.num_computed_tokens // self._pages.schema.block_size
 
 
 def check_layout(job: DecodeJob, reader: BlockReader, block_size: int) -> None:
@@ -136,9 +146,10 @@ def check_layout(job: DecodeJob, reader: BlockReader, block_size: int) -> None:
 def check_state(job: DecodeJob, reader: BlockReader, num_slices: int, num_layers: int, vocab_size: int) -> common_pb2.HandoffState:
     """num_slices: received layers of blocks. Raises HandoffIncomplete, HandoffCorrupt."""
     name = handoff_name(job)
-    if num_slices != reader.num_blocks * num_layers:
+    num_read = reader.num_blocks - reader.num_skipped
+    if num_slices != num_read * num_layers:
         raise HandoffIncomplete(
-            f"{name} came with {num_slices} layers of blocks; {reader.num_blocks} blocks have {reader.num_blocks * num_layers}",
+            f"{name} came with {num_slices} layers of blocks; {num_read} blocks have {num_read * num_layers}",
             num_slices=num_slices,
         )
     if reader.state is None or not reader.state.HasField("first_token"):

@@ -75,4 +75,5 @@ def local_state(job: DecodeJob, token: common_pb2.TokenOutput) -> common_pb2.Han
         load_transport=job.prefix.transport,
     )
     num_tokens = len(job.request.sequence.token_ids)  # the sequence itself grows on
-    return common_pb2.HandoffState(num_tokens=num_tokens, num_cached_tokens=job.prefix.num_tokens, first_token=token, phases=phases)
+    num_cached_tokens = job.prefix.num_tokens + job.sequence.num_skipped_tokens
+    return common_pb2.HandoffState(num_tokens=num_tokens, num_cached_tokens=num_cached_tokens, first_token=token, phases=phases)

@@ -138,16 +138,16 @@ class DecodeScheduler:
     def start(self) -> list[Sequence]:
         """Gives pages to the waiting, in order, for as long as they are there. Returns those that have something to load now.
 
-        Those that were preempted run again. A page for each running sequence stays free, lest a start preempts at once.
+        Those that were preempted run again. A page for each running sequence stays free, lest a start preempts at once. Leading blocks
+        that are here count as computed: nothing is to be loaded into their pages, the first num_computed_tokens // block_size.
         """
         to_load: list[Sequence] = []
         while self._waiting:
             entry = self._waiting[0]
             num_pages = div_ceil(entry.sequence.num_tokens, self.block_size)
-            if not self.allocator.can_allocate(num_pages + len(self._running)):
+            if not self.allocator.take(entry.sequence, num_pages, num_spare=len(self._running)):
                 break
             del self._waiting[0]
-            entry.sequence.pages = self.allocator.allocate(num_pages)
             insort(self._running if entry.admitted else self._loading, entry, key=_order)
             if not entry.admitted:
                 entry.held = True
@@ -161,6 +161,7 @@ class DecodeScheduler:
         """
         entry = self._loaded(sequence)
         sequence.num_computed_tokens = sequence.num_tokens
+        self.allocator.keep(sequence)
         sequence.token_ids.append(first_token_id)
         reason = sequence.finish_reason(self.eos_token_ids)
         if reason is None:
@@ -179,6 +180,7 @@ class DecodeScheduler:
             raise ValueError(f"{num_cached_tokens} of {sequence.num_tokens} tokens are cached; at least the last one must be computed")
         entry = self._loaded(sequence)
         sequence.num_computed_tokens = num_cached_tokens
+        self.allocator.keep(sequence)
         entry.held = False
         insort(self._running, entry, key=_order)
 
@@ -227,6 +229,7 @@ class DecodeScheduler:
             sequence = entry.sequence
             if not sequence.pages:  # preempted by one before it
                 continue
+            self._catch_up(entry)
             size = _chunk_size(entry, budget)
             if size == 0 or not self._grow(entry, preempted):
                 continue
@@ -245,6 +248,7 @@ class DecodeScheduler:
         for entry in self._running:
             if len(chosen) == self.max_running:
                 break
+            self._catch_up(entry)
             size = 0 if _surely_ends(entry) else _chunk_size(entry, budget)
             if size > 0:
                 chosen.append((entry, size))
@@ -284,6 +288,7 @@ class DecodeScheduler:
                 self._free_if_done(entry)
                 continue
             sequence.num_computed_tokens += chunk.num_tokens
+            self.allocator.keep(sequence)
             if row is not None:
                 sequence.token_ids.append(token_ids[row])
                 reason = sequence.finish_reason(self.eos_token_ids)
@@ -330,6 +335,14 @@ class DecodeScheduler:
         """That hold its tokens, those it gets in steps under way among them."""
         return div_ceil(entry.sequence.num_tokens + entry.num_coming, self.block_size)
 
+    def _catch_up(self, entry: _Entry) -> None:
+        """Past the blocks of its prompt that another has computed since its last chunk."""
+        sequence = entry.sequence
+        if not entry.num_steps and _num_missing(entry) > self.block_size:
+            found = self.allocator.advance(sequence, sequence.num_computed_tokens)
+            sequence.num_skipped_tokens += found - sequence.num_computed_tokens
+            sequence.num_computed_tokens = found
+
     def _grow(self, entry: _Entry, preempted: list[Sequence]) -> bool:
         """A page for the next token where the last one is full. False where that took the sequence's own pages."""
         sequence = entry.sequence
@@ -346,9 +359,8 @@ class DecodeScheduler:
 
     def _preempt(self, entry: _Entry) -> None:
         self._running.remove(entry)
-        self.allocator.free(entry.sequence.pages)
-        entry.sequence.pages = []
-        entry.sequence.num_computed_tokens = 0
+        self.allocator.release(entry.sequence)
+        entry.sequence.num_computed_tokens = entry.sequence.num_skipped_tokens = 0
         entry.num_preemptions += 1
         insort(self._waiting, entry, key=_order)
 
@@ -364,8 +376,7 @@ class DecodeScheduler:
 
     def _free_if_done(self, entry: _Entry) -> None:
         if entry.left and not entry.held and not entry.num_steps:
-            self.allocator.free(entry.sequence.pages)
-            entry.sequence.pages = []
+            self.allocator.release(entry.sequence)
             del self._entries[entry.sequence]
 
 

@@ -113,6 +113,7 @@ class DecodeHalf:
         sequence.check_len(self._facts.max_model_len, with_answer=True)
         self.scheduler.check(sequence)
         keys = sent_or_made_keys(request.sequence.block_keys, self._worker.root, sequence.token_ids, self._facts.page_size)
+        sequence.block_keys = list(keys)
         loop = asyncio.get_running_loop()
         job = DecodeJob(request, sequence, keys, loop.create_future(), self.feeds.enter(request))
         job.timer = loop.call_later(max(sequence.remaining_s, 0.0), self._time_out, job)

@@ -40,6 +40,13 @@ def make_worker(
             on_crash=on_crash,
         )
 
-    limits = StepLimits(prefill.max_tokens_per_step, decode.max_prefill_tokens_per_step, decode.tpot_target_s)
-    halves = PrefillHalf(prefill), DecodeHalf(decode)
-    return Worker(worker_address, role=role, load=load, transport=config.transport, prefill=halves[0], decode=halves[1], limits=limits)
+    return Worker(
+        worker_address,
+        role=role,
+        load=load,
+        transport=config.transport,
+        keeps_prefixes=options.prefix_cache_hbm,
+        prefill=PrefillHalf(prefill),
+        decode=DecodeHalf(decode),
+        limits=StepLimits(prefill.max_tokens_per_step, decode.max_prefill_tokens_per_step, decode.tpot_target_s),
+    )

@@ -180,6 +180,10 @@ class PageTransfer(Protocol):
         """
         ...
 
+    def copy(self, source: int, target: int) -> Future[None]:
+        """All layers of a page into another one."""
+        ...
+
     def zero_tail(self, page: int, num_tokens: int) -> None:
         """Clears the tokens from num_tokens on."""
         ...

@@ -106,6 +106,10 @@ class PagedKVCache:
             kv_pack(self._layers[layer], index, packed[:, place])
         return packed.view(torch.uint8).view(len(pages), -1)
 
+    def copy_page(self, source: int, target: int) -> None:
+        """All layers of a page into another one."""
+        self.data[:, :, target] = self.data[:, :, source]
+
     def zero_tail(self, page: int, num_tokens: int) -> None:
         """Clears tokens >= num_tokens of page in every layer, so that a partial block's bytes are those of its tokens alone."""
         self.data[:, :, page, :, num_tokens:] = 0

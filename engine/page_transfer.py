@@ -46,6 +46,9 @@ class LocalPageTransfer:
         """To be called by the step loop's thread with each layer of a step."""
         return StepPush(self._cache, self._transfer, pushes)
 
+    def copy(self, source: int, target: int) -> Future[None]:
+        return self._transfer.start(partial(self._cache.copy_page, source, target))
+
     def zero_tail(self, page: int, num_tokens: int) -> None:
         self._transfer.submit(partial(self._cache.zero_tail, page, num_tokens))
 

@@ -31,7 +31,9 @@ from .calibration import calibrate
 from .combined_scheduler import CombinedScheduler
 from .executor import Executor, Progress
 from .page_allocator import PageAllocator
+from .prefix_feed import PrefixFeed
 from .prefix_loader import PrefixLoader
+from .prefix_pages import PrefixPages
 from .step_budget import StepBudget, StepLimits
 from .step_loop import StepHalf, StepLoop
 from .stores import Stores
@@ -93,6 +95,7 @@ class Worker:
     Args:
         role: that it starts with.
         load: makes the executor, in a thread.
+        keeps_prefixes: pages stay after their sequence, found by block key, until others need them.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class Worker:
         role: WorkerRole,
         load: LoadExecutor,
         transport: TransportChoice,
+        keeps_prefixes: bool = True,
         prefill: Half,
         decode: Half,
         limits: StepLimits,
@@ -116,6 +120,7 @@ class Worker:
         self._limits = limits
         self._load_executor = load
         self._transport: TransportChoice = transport
+        self._keeps_prefixes = keeps_prefixes
 
     async def start(self) -> str:
         """Loads the model, attaches to the store, listens and joins the proxy. Returns "host:port".
@@ -137,7 +142,7 @@ class Worker:
             on_attached=self._store_attached,
         )
         await self.stores.own.attach()
-        self.prefixes = PrefixLoader(self.executor.pages, self.stores, self.metrics, life.spawn)
+        self.prefixes = PrefixLoader(self.executor.pages, self.allocator, self.changed, self.stores, self.metrics, life.spawn)
         self.blocks = BlockCacher(self.executor.pages, self.metrics)
         self.steps = self._mount()
         self._take_role(self.role)
@@ -148,7 +153,9 @@ class Worker:
         await server.start()
         self.address = join_address(worker_address.host, port)
         life.tend(self.stores.own.stay_attached(), "staying attached to its store")
-        await life.serve(server, self.metrics.registry, self._info(), self.load, self._obey)
+        prefixes = self.allocator.prefixes
+        feed = PrefixFeed(prefixes.changes, self.changed) if prefixes is not None else None
+        await life.serve(server, self.metrics.registry, self._info(), self.load, self._obey, feed)
         return self.address
 
     async def serve_until_stopped(self) -> None:
@@ -170,13 +177,14 @@ class Worker:
     def load(self) -> control_pb2.MemberLoad:
         with self.changed:
             prefill, decode = self.prefill.load(), self.decode.load()
-            usage_ratio = self.allocator.usage_ratio
+            usage_ratio, num_cached = self.allocator.usage_ratio, self.allocator.num_cached
         num_prefill_tokens = prefill.num_prefill_tokens + decode.num_prefill_tokens
         return control_pb2.MemberLoad(
             num_running=prefill.num_running + decode.num_running,
             num_waiting=prefill.num_waiting + decode.num_waiting,
             num_outstanding_tokens=decode.num_context_tokens if decodes(self.role) else num_prefill_tokens,
             kv_usage_ratio=usage_ratio,
+            num_cached_pages=num_cached,
             steps=decode.steps,
             num_prefill_tokens=num_prefill_tokens if decodes(self.role) else 0,
         )
@@ -190,7 +198,9 @@ class Worker:
         """In a thread. The executor, its pages, and what its steps take."""
         life = self.life
         executor = self._load_executor(name=self.worker_id, progress=life.progress.report, on_crash=life.crashed)
-        allocator = PageAllocator(executor.facts.num_pages)
+        facts = executor.facts
+        prefixes = PrefixPages(root_key(facts.schema.fingerprint), facts.page_size) if self._keeps_prefixes else None
+        allocator = PageAllocator(facts.num_pages, prefixes)
         return executor, allocator, calibrate(executor, allocator, self._limits.max_tokens)
 
     def _mount(self) -> StepLoop:

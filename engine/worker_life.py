@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry
 from ..protocol.errors import WorkerLost
 from ..protocol.exporter import serve_metrics
 from ..protocol.load_progress import ProgressFeed
-from ..protocol.membership import stay_joined
+from ..protocol.membership import PrefixFeed, stay_joined
 from ..protocol.tasks import Tasks, beside
 from ..protocol.v1 import control_pb2
 
@@ -81,12 +81,13 @@ class WorkerLife:
         info: control_pb2.MemberInfo,
         load: Callable[[], control_pb2.MemberLoad],
         take_role: Callable[[control_pb2.Role], None],
+        prefixes: PrefixFeed | None = None,
     ) -> None:
         """Serves metrics and joins the proxy.
 
         Args:
             info: roles, address, store_id and what the executor says of itself.
-            take_role: as stay_joined's.
+            take_role, prefixes: as stay_joined's.
         """
         self._server = server
         worker_address = self.worker_address
@@ -101,7 +102,7 @@ class WorkerLife:
         )
         ours.MergeFrom(info)
         self._told: asyncio.Future[control_pb2.Broken] = self._loop.create_future()
-        joining = stay_joined(worker_address.proxy_address, ours, load, self.joined.set, take_role, self._told)
+        joining = stay_joined(worker_address.proxy_address, ours, load, self.joined.set, take_role, self._told, prefixes)
         self._membership = self._tended.spawn(joining, "its membership", self._break)
         logger.info("%s serves on %s", worker_address.worker_id, info.address)
 

@@ -34,6 +34,13 @@ class BlockSlice(NamedTuple):
     blocks: BlockRows  # uint8 [num_layers * layer_bytes] each, read-only, valid until release
     num_layers: int = 1
 
+    def behind(self, num_blocks: int) -> BlockSlice | None:
+        """What it has of the blocks behind the first num_blocks of all; None: nothing."""
+        if num_blocks <= self.first_block:
+            return self
+        blocks = self.blocks.behind(num_blocks - self.first_block)
+        return BlockSlice(self.layer, num_blocks, blocks, self.num_layers) if len(blocks) else None
+
 
 class BlockReader:
     """Belongs to the event loop."""
@@ -43,6 +50,7 @@ class BlockReader:
     ) -> None:
         """name: of what is read, for messages."""
         self.num_blocks = layout.num_blocks
+        self.num_skipped = 0  # leading blocks that are not read
         self.block_keys = list(layout.block_keys)
         self.state: common_pb2.HandoffState | None = None
         self.num_bytes = 0
@@ -60,8 +68,14 @@ class BlockReader:
         self._released = False
         self._pump: asyncio.Task[None] | None = None
 
+    def skip(self, num_blocks: int) -> None:
+        """The first num_blocks are not read, nor verified: the caller has them. Before slices()."""
+        self.num_skipped = num_blocks
+
     async def slices(self) -> AsyncIterator[BlockSlice]:
-        """Every layer of every block once, as they come; lower layers of a block first. Ends when all is there and right.
+        """Every layer of every block but the skipped ones, once, as they come; lower layers of a block first.
+
+        Ends when all is there and right.
 
         Raises HandoffAborted (with the reason), HandoffIncomplete (naming what is missing), HandoffCorrupt (naming the
         blocks), DeadlineExceeded, StoreUnavailable. What was read before an error must not be used.
@@ -75,10 +89,11 @@ class BlockReader:
                 self.checksums = list(part.checksums)
                 self.state = part.state if part.HasField("state") else None
                 return
-            num_layers = max(part.num_layers, 1)
-            self._hashes.add(part.first_block, blocks)
-            self.num_bytes += part.num_blocks * num_layers * self._layer_bytes
-            yield BlockSlice(part.layer, part.first_block, blocks, num_layers)
+            piece = BlockSlice(part.layer, part.first_block, blocks, max(part.num_layers, 1)).behind(self.num_skipped)
+            if piece is not None:
+                self._hashes.add(piece.first_block, piece.blocks)
+                self.num_bytes += len(piece.blocks) * piece.num_layers * self._layer_bytes
+                yield piece
 
     async def release(self) -> None:
         """Lets go of the blocks: no slice may be touched any more. A hand-off is over with it. Idempotent."""
@@ -151,7 +166,8 @@ class BlockReader:
         self._progress.require_complete(self._name)
         if len(sealed.checksums) != self.num_blocks:
             raise HandoffIncomplete(f"{self._name} has {self.num_blocks} blocks and {len(sealed.checksums)} checksums")
-        self._corrupt_blocks = [block for block, expected in enumerate(sealed.checksums) if self._hashes.digest(block) != expected]
+        read = range(self.num_skipped, self.num_blocks)
+        self._corrupt_blocks = [block for block in read if self._hashes.digest(block) != sealed.checksums[block]]
         if self._corrupt_blocks:
             first = self._corrupt_blocks[0]
             raise HandoffCorrupt(

@@ -128,16 +128,19 @@ class PrefillScheduler:
         insort(self._waiting, entry, key=_order)
 
     def start(self) -> list[Sequence]:
-        """Gives pages to the waiting, in order, for as long as they are there. The caller loads prefixes, then calls ready()."""
+        """Gives pages to the waiting, in order, for as long as they are there. The caller loads prefixes, then calls ready().
+
+        Leading blocks that are here count as computed: nothing is to be loaded into their pages, the first
+        num_computed_tokens // block_size.
+        """
         started: list[Sequence] = []
         while self._waiting:
             entry = self._waiting[0]
             num_pages = div_ceil(entry.sequence.num_tokens, self.block_size)
-            if not self._may_take(num_pages):
+            if not (self._may_take(num_pages) and self.allocator.take(entry.sequence, num_pages)):
                 break
             del self._waiting[0]
             self._num_pages += num_pages
-            entry.sequence.pages = self.allocator.allocate(num_pages)
             entry.held = True
             insort(self._started, entry, key=_order)
             started.append(entry.sequence)
@@ -151,6 +154,7 @@ class PrefillScheduler:
         if entry is None or entry.left:
             return
         sequence.num_computed_tokens = num_cached_tokens
+        self.allocator.keep(sequence)
         entry.runnable = True
 
     def schedule(self, budget: int | None = None) -> Step:
@@ -187,6 +191,7 @@ class PrefillScheduler:
                 self._free_if_done(entry)
                 continue
             chunk.sequence.num_computed_tokens += chunk.num_tokens
+            self.allocator.keep(chunk.sequence)
             if chunk.is_last:
                 self._leave(entry)
                 finished.append(chunk.sequence)
@@ -207,8 +212,8 @@ class PrefillScheduler:
             self._free_if_done(entry)
 
     def _may_take(self, num_pages: int) -> bool:
-        within = self._num_pages == 0 or self._num_pages + num_pages <= self.allocator.num_pages - self.num_reserved_pages
-        return within and self.allocator.can_allocate(num_pages)
+        """As far as its own share goes; a page that two of its prompts use counts twice."""
+        return self._num_pages == 0 or self._num_pages + num_pages <= self.allocator.num_pages - self.num_reserved_pages
 
     def _share(self, entries: list[_Entry], budget: int, sizes: dict[_Entry, int]) -> int:
         """Divides budget, adds the chunks' sizes to sizes and returns what is left."""
@@ -238,8 +243,7 @@ class PrefillScheduler:
     def _free_if_done(self, entry: _Entry) -> None:
         if entry.left and not entry.held and not entry.num_steps:
             self._num_pages -= len(entry.sequence.pages)
-            self.allocator.free(entry.sequence.pages)
-            entry.sequence.pages = []
+            self.allocator.release(entry.sequence)
             del self._entries[entry.sequence]
 
 

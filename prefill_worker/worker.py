@@ -103,6 +103,7 @@ class PrefillHalf:
         sequence.check_tokens(self._facts.vocab_size)
         sequence.check_len(self._facts.max_model_len, with_answer=False)
         keys = sent_or_made_keys(request.sequence.block_keys, self._worker.root, sequence.token_ids, self._facts.page_size)
+        sequence.block_keys = list(keys)
         loop = asyncio.get_running_loop()
         job = PrefillJob(request, sequence, keys, task, loop.create_future(), loop.create_future())
         with self._changed:
@@ -113,11 +114,11 @@ class PrefillHalf:
 
     async def _prefill(self, job: PrefillJob) -> common_pb2.HandoffState:
         await job.started
-        if tail := job.sequence.num_tokens % self._facts.page_size:
-            # an earlier owner's KV must not travel in the rest of the last page; pushes are queued after this
-            self._pages.zero_tail(job.sequence.pages[-1], tail)
         await self._prepare(job)
         assert job.client is not None and job.writer is not None
+        if tail := job.sequence.num_tokens % self._facts.page_size:
+            # another's KV must not travel in the rest of the last page; pushes come behind this
+            self._pages.zero_tail(job.sequence.pages[-1], tail)
         push_prefix(self._pages, job)
         with self._changed:
             self.scheduler.ready(job.sequence, job.prefix.num_tokens)

@@ -44,6 +44,8 @@ class ModelOptions:
     """Tokens in one KV block, and in one page of a worker."""
     max_model_len: int = 0
     """Longest prompt and answer together, in tokens; 0: the length that the model was made for."""
+    prefix_cache_hbm: bool = True
+    """Whether a worker's pages keep the KV of sequences that ended, for prompts that begin alike, until others need the room."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """How a worker or a store belongs to the cluster: a stream to the proxy, held open for as long as it lives.
 
 member ── Join(info, role) ─► proxy  the proxy now places requests on it, or refuses it: that ends the member
-member ── Join(load) ─► proxy        every report_interval_s
+member ── Join(load) ─► proxy        every report_interval_s; of a worker with the blocks that came to its pages and went
 member ◄── order: a role ── proxy    taken on or refused ── answer ─► proxy, at once
 member ── Join(broken) ─► proxy      it broke, and what it computed then; the stream ends behind it
 member ── (stream ends) ─► proxy     it is gone, at once: killed, left, or cut off
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
+from typing import Protocol
 
 import grpc.aio
 
@@ -29,6 +30,16 @@ Broken = asyncio.Future[control_pb2.Broken]
 """Set once the member is broken."""
 
 
+class PrefixFeed(Protocol):
+    """What can be found in a worker's pages."""
+
+    def restart(self) -> None:
+        """The next take begins with the whole."""
+        ...
+
+    def take(self) -> control_pb2.PrefixChange | None: ...
+
+
 class _Membership:
     """One member's side. The role outlives a stream, the answers do not: who asked is gone with it."""
 
@@ -38,8 +49,10 @@ class _Membership:
         load: Callable[[], control_pb2.MemberLoad],
         take_role: Callable[[control_pb2.Role], None] | None,
         broken: Broken | None,
+        prefixes: PrefixFeed | None,
     ) -> None:
         self.bug: Exception | None = None  # of load
+        self._prefixes = prefixes
         self._info = info
         self._load = load
         self._take_role = take_role
@@ -63,7 +76,9 @@ class _Membership:
 
     async def _reports(self) -> AsyncIterator[control_pb2.MemberReport]:
         answers = self._answers = asyncio.Queue()
-        yield control_pb2.MemberReport(info=self._info, load=self._load(), role=self._role)
+        if self._prefixes is not None:
+            self._prefixes.restart()
+        yield self._report(info=self._info)
         while self._broken is None or not self._broken.done():
             answer = None
             try:
@@ -72,8 +87,14 @@ class _Membership:
             except TimeoutError:
                 pass  # the time of a report in turn
             if not self.has_left:
-                yield control_pb2.MemberReport(load=self._load(), role=self._role, answer=answer)
+                yield self._report(answer=answer)
         yield control_pb2.MemberReport(role=self._role, broken=self._broken.result())
+
+    def _report(
+        self, info: control_pb2.MemberInfo | None = None, answer: control_pb2.OrderAnswer | None = None
+    ) -> control_pb2.MemberReport:
+        prefixes = self._prefixes.take() if self._prefixes is not None else None
+        return control_pb2.MemberReport(info=info, load=self._load(), role=self._role, answer=answer, prefixes=prefixes)
 
     def obey(self, order: control_pb2.MemberOrder) -> None:
         answer = control_pb2.OrderAnswer(number=order.number)
@@ -95,16 +116,18 @@ async def stay_joined(
     on_joined: Callable[[], None] = lambda: None,
     take_role: Callable[[control_pb2.Role], None] | None = None,
     broken: Broken | None = None,
+    prefixes: PrefixFeed | None = None,
 ) -> None:
     """Joins and reports until cancelled, or broken and the proxy knows; joins again whenever the proxy comes back.
 
     Args:
         take_role: called with a role that the proxy orders; what HalfmoonError it raises is the refusal. None: all are refused.
         broken: once it is set, it is reported, and the member leaves.
+        prefixes: told to the proxy with the reports; None: there are none to tell of.
 
     Raises what the proxy refuses the member for: InvalidRequest (a newer process has its id, say), SchemaMismatch. And what load raises.
     """
-    membership = _Membership(info, load, take_role, broken)
+    membership = _Membership(info, load, take_role, broken, prefixes)
     told = ""  # what is wrong is said once, however often it is tried
     async with open_channel(proxy_address) as channel:
         stub = control_pb2_grpc.ControlStub(channel)
@@ -117,6 +140,8 @@ async def stay_joined(
                         on_joined()
                     if order.number:
                         membership.obey(order)
+                    if order.tell_prefixes and prefixes is not None:
+                        prefixes.restart()
                 found = f"the proxy at {proxy_address} ended the stream"
             except grpc.aio.AioRpcError as error:
                 refusal = from_rpc_error(error, f"the proxy at {proxy_address}")

@@ -35,6 +35,8 @@ class ControlService(control_pb2_grpc.ControlServicer):
         stream = member.stream
         try:
             await member.orders.open(context.write)
+            if first.HasField("prefixes"):
+                self._cluster.prefixes_changed(member, first.prefixes)
             async for report in reports:
                 if member.gone or member.stream != stream:
                     return  # a newer process, or a newer stream of this one, has replaced it
@@ -47,6 +49,8 @@ class ControlService(control_pb2_grpc.ControlServicer):
                 if report.HasField("answer"):
                     member.orders.answered(report.answer)
                 self._cluster.report(member, report.load, report.role)
+                if report.HasField("prefixes"):
+                    self._cluster.prefixes_changed(member, report.prefixes)
         finally:
             if member.stream == stream:
                 member.orders.closed()

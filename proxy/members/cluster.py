@@ -20,13 +20,14 @@ from ...protocol.tasks import Tasks
 from ...protocol.v1 import control_pb2
 from ..conductor.placement import Snapshot
 from ..conductor.policies.base import cost_by_blocks
-from ..conductor.pool import Ints, Pool, Roster
+from ..conductor.pool import NOTHING, Ints, Pool, Roster
 from ..metrics import ProxyMetrics
 from .load_table import LoadTable
 from .member import CLOSE_GRACE_S, STATE_ROLES, Member
 
 JoinCallback = Callable[[Member], None]
 ReportCallback = Callable[[Member, control_pb2.MemberLoad], None]
+PrefixCallback = Callable[[Member, control_pb2.PrefixChange], None]
 NUM_SUPERSEDED = 4096  # replaced processes to remember; older ones have ended by now
 
 
@@ -36,6 +37,7 @@ class Asking(NamedTuple):
     held_blocks: Mapping[str, int]  # store address -> leading blocks of it that are held there
     queue_order: int  # in the workers' queues
     work_s: Callable[[int], float]  # held blocks -> seconds of its prefill after them
+    page_blocks: Mapping[str, int] = NOTHING  # worker id -> leading blocks of it that stand in its pages
 
 
 class Cluster:
@@ -55,6 +57,7 @@ class Cluster:
         self._superseded: dict[str, None] = {}  # incarnations that a newer process of their id has replaced, oldest first
         self._join_callbacks: list[JoinCallback] = []
         self._report_callbacks: list[ReportCallback] = []
+        self._prefix_callbacks: list[PrefixCallback] = []
         self._closing = Tasks("cluster")
 
     @property
@@ -76,6 +79,14 @@ class Cluster:
     def on_report(self, callback: ReportCallback) -> None:
         """callback runs for every load report from now on."""
         self._report_callbacks.append(callback)
+
+    def on_prefixes(self, callback: PrefixCallback) -> None:
+        """callback runs for every change of what stands in a worker's pages, from now on."""
+        self._prefix_callbacks.append(callback)
+
+    def prefixes_changed(self, member: Member, change: control_pb2.PrefixChange) -> None:
+        for callback in self._prefix_callbacks:
+            callback(member, change)
 
     def report(self, member: Member, load: control_pb2.MemberLoad, role: control_pb2.Role = control_pb2.ROLE_UNSPECIFIED) -> None:
         """role: its present one; unspecified: unchanged."""
@@ -195,7 +206,8 @@ class Cluster:
         work_s = np.zeros(self._table.size)
         for pool, (_, rows) in zip(pools, candidates, strict=True):
             if has_task[rows].any():
-                pool.num_held_blocks = pool.held(asking.held_blocks)
+                pool.num_page_blocks = pool.in_pages(asking.page_blocks)
+                pool.num_held_blocks = pool.held(asking.held_blocks, asking.page_blocks)
                 work_s[rows] = cost_by_blocks(pool.num_held_blocks, asking.work_s)
         ahead_s = tasks.ahead_s(asking.queue_order, work_s, now_s)
         for pool, (_, rows) in zip(pools, candidates, strict=True):

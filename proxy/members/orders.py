@@ -80,6 +80,15 @@ class Orders:
         else:
             future.set_result(None)
 
+    async def tell(self, order: control_pb2.MemberOrder) -> None:
+        """Without an answer. Nothing happens where its stream has ended."""
+        if self._write is None:
+            return
+        try:
+            await self._send(self._write, order)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the stream's end says so itself
+            return
+
     async def _send(self, write: Write, order: control_pb2.MemberOrder) -> None:
         async with self._writing:  # a stream takes one message at a time
             await write(order)

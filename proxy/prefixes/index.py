@@ -1,4 +1,5 @@
 """Which store holds which block: block key -> stores, from the stores' Watch streams, together with promised blocks.
+A second index says in which worker's pages a block stands: there a "store" is a worker, by its id.
 
 key ─► 0b0101        bit i: the store at slot i holds it. A store's longest leading run ends where its bit is first unset.
 

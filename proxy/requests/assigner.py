@@ -10,6 +10,7 @@ from contextlib import ExitStack
 
 from ..conductor.load_tracker import LoadTracker
 from ..conductor.placement import Placement
+from ..conductor.policies.base import page_blocks
 from ..members.cluster import Cluster
 from ..members.member import Member
 from ..prefixes.index import PrefixIndex
@@ -20,9 +21,13 @@ from .prompt import Prompt
 
 
 class Assigner:
-    def __init__(self, cluster: Cluster, index: PrefixIndex, load_tracker: LoadTracker, replicator: Replicator) -> None:
+    def __init__(
+        self, cluster: Cluster, index: PrefixIndex, page_index: PrefixIndex, load_tracker: LoadTracker, replicator: Replicator
+    ) -> None:
+        """index, page_index: as Placer's."""
         self._cluster = cluster
         self._index = index
+        self._page_index = page_index
         self._load_tracker = load_tracker
         self._replicator = replicator
 
@@ -48,21 +53,25 @@ class Assigner:
         return pair
 
     def _assign_prefill(self, pair: Pair) -> None:
-        num_cached = pair.placement.num_cached_tokens
+        decided, num_cached = pair.decided, pair.placement.num_cached_tokens
+        block_size = decided.seen.block_size
         num_new = pair.num_tokens - num_cached
-        seconds = pair.decided.predictors.prefill.predict(num_new, num_cached)
-        task = pair.prefill.backlog.place(num_new, seconds, pair.queue_order, pair.decided.seen.now_s)
+        seconds = decided.predictors.prefill.predict(num_new, num_cached)
+        task = pair.prefill.backlog.place(num_new, seconds, pair.queue_order, decided.seen.now_s)
         pair.until_prefilled.callback(lambda: task.end(time.monotonic()))
-        if num_cached > 0:
+        if num_cached > page_blocks(decided.asked, pair.placement.prefill, block_size) * block_size:  # else nothing is to be loaded
             pair.prefill.num_loads += 1
             pair.until_prefilled.callback(_end_load, pair.prefill)
 
     def _promise_blocks(self, pair: Pair) -> None:
-        """In the store that they are pushed to, and in the prefill worker's own."""
-        for address in {pair.placement.prefill.store_address, pair.placement.decode.store_address}:
-            self._index.expect(address, pair.prompt.keys)
-            # kept once decode has begun: the blocks are there, and the store itself reports any that are not
-            pair.until_decoding.callback(self._index.withdraw, address, pair.prompt.keys)
+        """In the store that they are pushed to, and in the prefill worker's own; and in the pages of both workers."""
+        prefill, decode, keys = pair.placement.prefill, pair.placement.decode, pair.prompt.keys
+        holders = [(self._index, address) for address in {prefill.store_address, decode.store_address}]
+        holders += [(self._page_index, worker_id) for worker_id in {prefill.id, decode.id}]
+        for index, holder in holders:
+            index.expect(holder, keys)
+            # kept once decode has begun: the blocks are there, and the holder itself reports any that are not
+            pair.until_decoding.callback(index.withdraw, holder, keys)
 
 
 def _end_load(member: Member) -> None:

@@ -54,12 +54,15 @@ class QueueOrdering:
 
 
 class Placer:
-    """profiled: the predictors start from a profile, not from a guess."""
+    """index, page_index: what stores hold, by address, and what stands in workers' pages, by id.
+    profiled: the predictors start from a profile, not from a guess.
+    """
 
     def __init__(
         self,
         cluster: Cluster,
         index: PrefixIndex,
+        page_index: PrefixIndex,
         conductor: Conductor,
         learner: Learner,
         load_tracker: LoadTracker,
@@ -72,6 +75,7 @@ class Placer:
         self.load_tracker = load_tracker
         self._cluster = cluster
         self._index = index
+        self._page_index = page_index
         self._ordering = ordering
         self._profiled = profiled
         self._next_probe_s = time.monotonic() + PROBE_S
@@ -89,8 +93,9 @@ class Placer:
             slo=slo,
             priority=request.priority,
             waited_s=now_s - request.arrival,
+            page_blocks=self._page_index.leading_runs(prompt.keys),
         )
-        work_s = self._work_s(asked, max(asked.held_blocks.values(), default=0))
+        work_s = self._work_s(asked, max((*asked.held_blocks.values(), *asked.page_blocks.values()), default=0))
         order = self._ordering.order_of(request, slo, work_s)
         seen, answer = self._ask(asked, order, now_s)
         if isinstance(answer, Rejection) and answer.code == "overloaded" and self._may_probe(now_s):
@@ -119,7 +124,17 @@ class Placer:
         """
         now_s, held = time.monotonic(), self._index.leading_runs(prompt.keys)
         waited_s = now_s - request.arrival
-        asked = PlacementRequest(prompt.num_tokens, held, exclude, avoid, NO_SLO, request.priority, waited_s, admitted=True)
+        asked = PlacementRequest(
+            prompt.num_tokens,
+            held,
+            exclude,
+            avoid,
+            NO_SLO,
+            request.priority,
+            waited_s,
+            admitted=True,
+            page_blocks=self._page_index.leading_runs(prompt.keys),
+        )
         seen, answer = self._ask(asked, order, now_s)
         return decision.decided(asked, seen, self.learner.frozen(), answer, order)
 
@@ -144,7 +159,7 @@ class Placer:
     def _ask(self, asked: PlacementRequest, order: int, now_s: float) -> tuple[Snapshot, Placement | Rejection]:
         schema = self._cluster.schema
         assert schema is not None
-        asking = Asking(asked.held_blocks, order, partial(self._work_s, asked))
+        asking = Asking(asked.held_blocks, order, partial(self._work_s, asked), asked.page_blocks)
         seen = self._cluster.snapshot(schema.block_size, now_s, asking)
         if self.admission is not None and self.admission.wants_arrivals:
             seen = dataclasses.replace(seen, arriving=self.load_tracker.arriving, began_s=self.load_tracker.began_s)

@@ -21,6 +21,7 @@ from ..conductor.placement import Slo
 from ..members.cluster import Cluster
 from ..metrics import ProxyMetrics
 from ..prefixes.index import PrefixIndex
+from ..prefixes.page_watch import PageWatch
 from ..prefixes.replicator import Replicator
 from ..prefixes.watch import PrefixWatch
 from ..request import ProxyRequest, RequestState
@@ -60,15 +61,17 @@ class Router:
         self._tasks = Tasks("router")
         self._index = PrefixIndex()
         self._watch = PrefixWatch(cluster, self._index)
+        page_index = PrefixIndex()
+        self._page_watch = PageWatch(cluster, page_index)
         self._replicator = Replicator(cluster, self._index, metrics.registry, replicate=config.replicate)
         self.predictors = create_predictors(config, cluster)
         self.learner = Learner(self.predictors, metrics)
         cluster.on_report(self.learner.reported)
         # any seed will do here: tests and the simulator give policies theirs
         self.conductor = create_conductor(config, self.predictors, random.Random())
-        self._placer = create_placer(config, cluster, self._index, self.conductor, self.learner)
+        self._placer = create_placer(config, cluster, self._index, page_index, self.conductor, self.learner)
         self._prompts = PromptEncoder(cluster)
-        assigner = Assigner(cluster, self._index, self._placer.load_tracker, self._replicator)
+        assigner = Assigner(cluster, self._index, page_index, self._placer.load_tracker, self._replicator)
         self._dispatcher = Dispatcher(self._prompts, self._placer, assigner, metrics)
         self._slo = default_slo(config)
         self._context = RunnerContext(
@@ -178,6 +181,7 @@ class Router:
         await self._tasks.close(CLOSE_GRACE_S)
         await self._replicator.close()
         await self._watch.close()
+        await self._page_watch.close()
 
     def _open(self, requests: Sequence[ProxyRequest]) -> Generator[bool, None, list[TokenStream]]:
         """Yields between short pieces of work and returns the streams. If it ends before that, everything it did is undone.

@@ -48,5 +48,8 @@ def create_conductor(config: ProxyConfig, predictors: Predictors, rng: random.Ra
     return Conductor(policy, create_admission(config.admission, slo, predictors), predictors, local_prefill=config.local_prefill)
 
 
-def create_placer(config: ProxyConfig, cluster: Cluster, index: PrefixIndex, conductor: Conductor, learner: Learner) -> Placer:
-    return Placer(cluster, index, conductor, learner, LoadTracker(), QueueOrdering(config.order), profiled=bool(config.cost_model))
+def create_placer(
+    config: ProxyConfig, cluster: Cluster, index: PrefixIndex, page_index: PrefixIndex, conductor: Conductor, learner: Learner
+) -> Placer:
+    ordering = QueueOrdering(config.order)
+    return Placer(cluster, index, page_index, conductor, learner, LoadTracker(), ordering, profiled=bool(config.cost_model))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -140,12 +141,13 @@ class Cluster:
         port: int = 0,
         flip_pushed_bytes: bool = False,
         both: int = 0,
+        prefix_cache_hbm: bool = True,
     ) -> Cluster:
         """both: so many workers of both roles in the place of the two. Prompts go to the first one, answers come from the last."""
         self.store = StoreServer(StoreConfig(arena_bytes=arena_bytes), node_id="node-a")
         await self.store.start("127.0.0.1", port)
         configs: Any = {
-            "options": self.options,
+            "options": dataclasses.replace(self.options, prefix_cache_hbm=prefix_cache_hbm),
             "prefill": PrefillConfig(transport=self.transport, **{"max_tokens_per_step": 64, **(prefill or {})}),
             "decode": DecodeConfig(transport=self.transport, **(decode or {})),
         }

@@ -116,7 +116,7 @@ async def test_a_prompt_goes_in_chunks_of_the_budget(make_cluster: Any, greedy: 
 @pytest.mark.parametrize("transport", ["auto", "grpc"])
 @pytest.mark.parametrize("num_tokens", [64, 70])
 async def test_a_prompt_seen_before_is_loaded_and_not_computed(make_cluster: Any, greedy: Greedy, transport: str, num_tokens: int) -> None:
-    cluster = await make_cluster(transport)
+    cluster = await make_cluster(transport, prefix_cache_hbm=False)
     first = await cluster.run_local(prompt(num_tokens), max_tokens=10)
     await cluster.at_rest()  # the answer's blocks are cached after its end
     sizes = chunk_sizes(cluster.decode.engine)
@@ -135,7 +135,7 @@ async def test_the_very_next_turn_finds_prompt_and_answer_whoever_computed_them(
     make_cluster: Any, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("halfmoon.decode_worker.worker.CACHE_PATIENCE_S", 5.0)  # whatever else this machine does
-    cluster = await make_cluster()
+    cluster = await make_cluster(prefix_cache_hbm=False)
     for first, second in ((cluster.run_local, cluster.run_local), (cluster.run_local, cluster.run), (cluster.run, cluster.run_local)):
         opening = prompt(20, cluster.num_requests)
         answer = await first(opening, max_tokens=30)
@@ -165,7 +165,7 @@ async def test_another_request_finds_a_prompts_blocks_while_it_is_still_being_an
 
 
 async def test_a_prompt_preempted_while_it_is_published_leaves_nothing_wrong_in_the_store(make_cluster: Any, greedy: Greedy) -> None:
-    cluster = await make_cluster(decode={"kv_capacity_tokens": 160})
+    cluster = await make_cluster(decode={"kv_capacity_tokens": 160}, prefix_cache_hbm=False)
     scheduler, cache = cluster.decode.scheduler, cluster.decode.engine.cache
     read, schedule = cache.read_bytes, scheduler.schedule
     reading, taken = [], threading.Event()
@@ -197,7 +197,7 @@ async def test_a_prompt_preempted_while_it_is_published_leaves_nothing_wrong_in_
 
 
 async def test_a_corrupt_prefix_is_computed_and_right_ever_after(make_cluster: Any, greedy: Greedy) -> None:
-    cluster = await make_cluster(flip_pushed_bytes=True)
+    cluster = await make_cluster(flip_pushed_bytes=True, prefix_cache_hbm=False)
     await cluster.start_prefill(cluster.sequence(prompt(60)))  # its blocks are altered on their way to the store
     for num_cached_tokens, num_failures in ((0, 1), (56, 1)):
         answer = await cluster.run_local(prompt(60), max_tokens=10)
@@ -299,7 +299,7 @@ async def test_a_seed_draws_what_it_draws_behind_a_hand_off_and_so_does_a_replay
 
 @pytest.mark.parametrize("phase", ["waiting for pages", "loading its prefix", "waiting for a chunk", "prefill", "decode"])
 async def test_cancelling_frees_everything_long_before_the_last_token(make_cluster: Any, phase: str) -> None:
-    cluster = await make_cluster(decode={"kv_capacity_tokens": 264, "max_prefill_tokens_per_step": 8})
+    cluster = await make_cluster(decode={"kv_capacity_tokens": 264, "max_prefill_tokens_per_step": 8}, prefix_cache_hbm=False)
     scheduler = cluster.decode.scheduler
     await cluster.run_local(prompt(200), max_tokens=1)
     await cluster.at_rest()

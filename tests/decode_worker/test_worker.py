@@ -114,7 +114,7 @@ async def test_a_prompt_in_chunks_of_one_block_gives_the_same_tokens(make_cluste
 @pytest.mark.parametrize("transport", ["auto", "grpc"])
 @pytest.mark.parametrize("num_tokens", [64, 70])
 async def test_a_prompt_seen_before_is_loaded_and_not_computed(make_cluster: Any, greedy: Greedy, transport: str, num_tokens: int) -> None:
-    cluster = await make_cluster(transport)
+    cluster = await make_cluster(transport, prefix_cache_hbm=False)
     first = await cluster.run(prompt(num_tokens), max_tokens=10)
     again = await cluster.run(prompt(num_tokens), max_tokens=10)
     assert (first.state.num_cached_tokens, again.state.num_cached_tokens) == (0, min(64, num_tokens - 1))
@@ -239,6 +239,7 @@ async def test_cancelling_decode_frees_pages_and_leases_long_before_the_last_tok
     assert len(steps) < 150, "it ran on to its last token"
     load = cluster.decode.load()
     del load.steps[:]
+    load.num_cached_pages = 0  # what it computed stays
     assert load == control_pb2.MemberLoad()
 
 

@@ -99,7 +99,7 @@ async def test_an_earlier_owners_kv_does_not_travel_in_a_partial_page(make_site:
 
 
 async def test_blocks_that_the_store_has_are_neither_computed_nor_pushed(make_site: Any, reference: Any) -> None:
-    site = await make_site()
+    site = await make_site(prefix_cache_hbm=False)
     block_bytes = site.worker.engine.schema.block_bytes
     await site.start(prompt(60), "one")
     reply = await site.start([*prompt(60)[:40], *prompt(30, 1)], "two")
@@ -123,7 +123,7 @@ async def test_a_prompt_cached_to_its_end_computes_one_token(make_site: Any, ref
 
 
 async def test_a_hand_off_to_another_nodes_store_leaves_the_blocks_in_the_own_one_too(make_site: Any, reference: Any) -> None:
-    here, there = await make_site("node-t"), await make_site("node-u", name="prefill-1")
+    here, there = await make_site("node-t", prefix_cache_hbm=False), await make_site("node-u", name="prefill-1", prefix_cache_hbm=False)
     reply = await here.start(prompt(60), "h", into=there)
     assert reply.state.phases.transport == "tcp"
     np.testing.assert_allclose((await there.fetch("h")).kv, reference(prompt(60)).kv, atol=2e-5)
@@ -138,7 +138,7 @@ async def test_a_hand_off_to_another_nodes_store_leaves_the_blocks_in_the_own_on
 
 
 async def test_a_prefix_found_only_here_is_pushed_to_the_hand_offs_store(make_site: Any, reference: Any) -> None:
-    here, there = await make_site("node-t"), await make_site("node-u", name="prefill-1")
+    here, there = await make_site("node-t", prefix_cache_hbm=False), await make_site("node-u", name="prefill-1", prefix_cache_hbm=False)
     await here.start(prompt(64), "one")
     for num_tokens in (64, 60):
         reply = await here.start(prompt(64)[:num_tokens], f"h{num_tokens}", into=there)
@@ -149,7 +149,7 @@ async def test_a_prefix_found_only_here_is_pushed_to_the_hand_offs_store(make_si
 
 
 async def test_a_longer_prefix_is_loaded_from_the_store_that_the_proxy_names(make_site: Any, reference: Any) -> None:
-    here, there = await make_site("node-t"), await make_site("node-u", name="prefill-1")
+    here, there = await make_site("node-t", prefix_cache_hbm=False), await make_site("node-u", name="prefill-1", prefix_cache_hbm=False)
     await here.start(prompt(60)[:20], "short")
     await there.start(prompt(60), "long")
     hint = worker_pb2.PrefixHint(store_address=there.store.address, num_blocks=7)
@@ -161,7 +161,7 @@ async def test_a_longer_prefix_is_loaded_from_the_store_that_the_proxy_names(mak
 
 
 async def test_a_hint_that_is_no_longer_than_what_is_here_is_not_followed(make_site: Any) -> None:
-    here = await make_site()
+    here = await make_site(prefix_cache_hbm=False)
     await here.start(prompt(60), "one")
     hint = worker_pb2.PrefixHint(store_address="127.0.0.1:9", num_blocks=7)
     assert (await here.start(prompt(60), "two", prefix=hint)).state.num_cached_tokens == 56
@@ -199,7 +199,7 @@ async def test_a_corrupt_prefix_is_computed_where_the_hand_off_goes_to_another_s
 
 
 async def test_a_full_store_does_not_keep_a_prefix_from_being_loaded_and_let_go(make_site: Any) -> None:
-    site = await make_site()
+    site = await make_site(prefix_cache_hbm=False)
     await site.start(prompt(60), "cached")
     await site.fetch("cached")
     await until(lambda: at_rest(site))

@@ -22,7 +22,7 @@ from ..placement import NO_SLO, PlacementRequest, PrefixHint, Selection, Slo, Sn
 from ..pool import Bools, Floats, Pool
 from ..predictors.timing import Predictors
 from ..predictors.waiting import least_step, queue_s, queue_times, slowdowns_beside, step_with
-from .base import Policy, PolicySettings, RoleChange, best_prefix, cached_blocks, cost_by_blocks
+from .base import Policy, PolicySettings, RoleChange, best_prefix, own_blocks
 
 DEFAULT_TPOT_S = 0.05  # where the SLO bounds none: what workers then size their steps for
 PEAK_FADE = 0.02  # of the distance to the present need, with every rebalance
@@ -61,10 +61,10 @@ class Adaptive(Policy):
     def select(self, request: PlacementRequest, candidates: Snapshot) -> Selection:
         pool, block_size = candidates.prefill, candidates.block_size
         holder, best = best_prefix(request, block_size)
-        num_own = np.minimum(pool.held(request.held_blocks), best)
+        own_of = own_blocks(request, pool, block_size)
         slowdowns, blocked = self._slowdowns(pool, request.num_tokens // 2)
         ttfts = queue_times(self.predictors, pool, candidates.now_s)
-        ttfts += cost_by_blocks(num_own, lambda own: self._compute_s(request, own, best, block_size)) * slowdowns
+        ttfts += own_of.costs(lambda own, in_pages: self._compute_s(request, own, in_pages, max(best, own), block_size)) * slowdowns
         ttfts[blocked] = math.inf
         row = int(ttfts.argmin())  # ties go to the first
         prefill, ttft_s = pool[row], float(ttfts[row])
@@ -72,9 +72,11 @@ class Adaptive(Policy):
         decode, tpot_s = (
             (prefill, step_with(self.predictors, prefill, request.num_tokens)) if local else self.select_decode(request, candidates)
         )
-        prefix = PrefixHint(holder, best) if best > cached_blocks(request, prefill, block_size) else None
+        own = int(own_of.held[row])
+        prefix = PrefixHint(holder, best) if best > own else None
         where = "in its own decode batch" if local else f"for {decode.id}"
-        reason = f"{prefill.id} is predicted to give the first token in {ttft_s:.3f} s {where}, behind {best * block_size} cached tokens"
+        num_cached = max(best, own) * block_size
+        reason = f"{prefill.id} is predicted to give the first token in {ttft_s:.3f} s {where}, behind {num_cached} cached tokens"
         return Selection(prefill, decode, reason, prefix, ttft_s, tpot_s)
 
     def select_decode(self, request: PlacementRequest, candidates: Snapshot) -> tuple[MemberState, float]:
@@ -115,10 +117,10 @@ class Adaptive(Policy):
         capacity = members[0].kv_capacity_tokens
         return max(by_time, num_tokens / (self.full_share * capacity) if capacity else 0.0)
 
-    def _compute_s(self, request: PlacementRequest, own: int, best: int, block_size: int) -> float:
-        """Seconds of transfer and prefill on a worker that holds own blocks; it fetches what another holds more."""
+    def _compute_s(self, request: PlacementRequest, own: int, in_pages: int, best: int, block_size: int) -> float:
+        """Seconds of transfer and prefill on a worker that holds own blocks, some in its pages; it fetches what another holds more."""
         block_bytes, transfer = block_size * self.predictors.model.kv_bytes_per_token, self.predictors.transfer
-        transfer_s = transfer.own(own * block_bytes) + transfer.predict((best - own) * block_bytes)
+        transfer_s = transfer.own((own - in_pages) * block_bytes) + transfer.predict((best - own) * block_bytes)
         return transfer_s + self.predictors.prefill.predict(request.num_tokens - best * block_size, best * block_size)
 
     def _slowdowns(self, pool: Pool, num_prefix_tokens: int) -> tuple[Floats, Bools]:

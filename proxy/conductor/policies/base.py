@@ -18,6 +18,8 @@ from ..pool import Floats, Ints, Pool
 from ..predictors.timing import Predictors
 from ..queue_order import Order
 
+_FAR = 2**31  # more blocks than any request has
+
 
 class PolicySettings(NamedTuple):
     """What a policy may be made of; each takes what it needs."""
@@ -80,8 +82,36 @@ def usable_blocks(request: PlacementRequest, num_blocks: int, block_size: int) -
 
 
 def cached_blocks(request: PlacementRequest, member: MemberState, block_size: int) -> int:
-    """Leading blocks that the store on the member's own node spares it."""
-    return usable_blocks(request, request.held_blocks.get(member.store_address, 0), block_size)
+    """Leading blocks that the member's pages or the store on its own node spare it."""
+    num_held = max(request.held_blocks.get(member.store_address, 0), request.page_blocks.get(member.id, 0))
+    return usable_blocks(request, num_held, block_size)
+
+
+def page_blocks(request: PlacementRequest, member: MemberState, block_size: int) -> int:
+    """Of these, those in its pages: nobody has to load them."""
+    return usable_blocks(request, request.page_blocks.get(member.id, 0), block_size)
+
+
+class OwnBlocks(NamedTuple):
+    """Usable leading blocks of a request. [workers] each."""
+
+    held: Ints  # in the worker's pages or its own store
+    in_pages: Ints
+
+    @property
+    def ranks(self) -> Ints:
+        """More where more is held; of equals, where more of it is in pages."""
+        return self.held * _FAR + self.in_pages
+
+    def costs(self, cost: Callable[[int, int], float]) -> Floats:
+        """cost(held, in pages) of each worker, as cost_by_blocks."""
+        return cost_by_blocks(self.ranks, lambda rank: cost(*divmod(rank, _FAR)))
+
+
+def own_blocks(request: PlacementRequest, pool: Pool, block_size: int) -> OwnBlocks:
+    most = usable_blocks(request, _FAR - 1, block_size)
+    held = pool.held(request.held_blocks, request.page_blocks)
+    return OwnBlocks(np.minimum(held, most), np.minimum(pool.in_pages(request.page_blocks), most))
 
 
 def selected_blocks(request: PlacementRequest, selection: Selection, block_size: int) -> int:

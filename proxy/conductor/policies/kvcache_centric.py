@@ -19,7 +19,7 @@ from ..placement import PlacementRequest, PrefixHint, Selection, Snapshot
 from ..pool import Floats, Pool
 from ..predictors.timing import Predictors
 from ..predictors.waiting import least_step, queue_times, step_with
-from .base import Policy, PolicySettings, best_prefix, cost_by_blocks
+from .base import Policy, PolicySettings, best_prefix, own_blocks
 
 DECODES_ITS_OWN = frozenset({"coupled", "decode"})  # roles that are offered for a prefill only where they decode what they prefill
 NEARLY = 1.1
@@ -40,11 +40,11 @@ class KvcacheCentric(Policy):
     def select(self, request: PlacementRequest, candidates: Snapshot) -> Selection:
         pool, block_size = candidates.prefill, candidates.block_size
         holder, best = best_prefix(request, block_size)
-        num_own = np.minimum(pool.held(request.held_blocks), best)
+        own_of = own_blocks(request, pool, block_size)
         ttfts = queue_times(self.predictors, pool, candidates.now_s)
-        ttfts += cost_by_blocks(num_own, lambda own: self._compute_s(request, own, best, block_size))
+        ttfts += own_of.costs(lambda own, in_pages: self._compute_s(request, own, in_pages, best, block_size))
         row = self._least(pool, ttfts)
-        prefill, ttft_s, own = pool[row], float(ttfts[row]), int(num_own[row])
+        prefill, ttft_s, own = pool[row], float(ttfts[row]), int(own_of.held[row])
         used = self._used_blocks(own, best)
         decode = least_step(self.predictors, candidates.decode)  # what is promised to the worker included
         tpot_s = step_with(self.predictors, decode, request.num_tokens)
@@ -68,10 +68,10 @@ class KvcacheCentric(Policy):
         ratio = best / own if own else math.inf
         return best if best > own and ratio > self.balancing_threshold else own
 
-    def _compute_s(self, request: PlacementRequest, own: int, best: int, block_size: int) -> float:
-        """Seconds of transfer and prefill on a worker that holds own blocks."""
+    def _compute_s(self, request: PlacementRequest, own: int, in_pages: int, best: int, block_size: int) -> float:
+        """Seconds of transfer and prefill on a worker that holds own blocks, some of them in its pages."""
         block_bytes, transfer = block_size * self.predictors.model.kv_bytes_per_token, self.predictors.transfer
-        used, transfer_s = self._used_blocks(own, best), transfer.own(own * block_bytes)
+        used, transfer_s = self._used_blocks(own, best), transfer.own((own - in_pages) * block_bytes)
         if used > own:
             transfer_s += transfer.predict((best - own) * block_bytes)
         num_cached = used * block_size

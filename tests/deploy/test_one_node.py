@@ -92,7 +92,8 @@ async def test_sampling_at_the_edge_of_numbers_is_served_or_refused_and_harms_no
         for sampling in EDGES:
             reply = await http.post(url, json={"prompt": [11, 12], "max_tokens": 4, **sampling})
             assert reply.status_code == 200, reply.text
-    assert await neighbours == [reference.generate(prompt, NUM_TOKENS_EACH_OF_MANY) for prompt in prompts]
+    answers = await neighbours
+    assert answers == [reference.generate(prompt, NUM_TOKENS_EACH_OF_MANY, answer) for prompt, answer in zip(prompts, answers, strict=True)]
     assert {member.info.incarnation for member in (await cluster.status()).members} == before, "no worker was lost"
     await cluster.at_rest()
 

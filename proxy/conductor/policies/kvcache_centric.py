@@ -13,6 +13,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+import numpy as np
+
 from ..placement import PlacementRequest, PrefixHint, Selection, Snapshot
 from ..pool import Floats, Pool
 from ..predictors.timing import Predictors

@@ -127,7 +127,7 @@ HANDOFFS_REFUSED = MetricSpec("halfmoon_handoffs_refused", "counter", "Hand-offs
 PREFIX_CACHE_QUERIES = MetricSpec(
     "halfmoon_prefix_cache_queries",
     "counter",
-    "Prompt tokens looked up, by tier: hbm (the worker's pages), local (its node's store), remote.",
+    "Prompt tokens looked up, by tier: hbm, local, remote.",
     ("tier",),
 )
 PREFIX_CACHE_HITS = MetricSpec("halfmoon_prefix_cache_hits", "counter", "Prompt tokens found, by tier.", ("tier",))

@@ -362,7 +362,7 @@ async def test_a_deadline_says_where_it_found_the_request(make_cluster: Any) -> 
     slow(cluster.decode.engine, 0.1)  # 25 steps
     computing = cluster.start_decode(cluster.sequence(prompt(200), deadline_s=1.5), local=True)
     await until(lambda: cluster.decode.scheduler.num_running == 1)
-    queued = cluster.start_decode(cluster.sequence(prompt(100, 1), deadline_s=0.1), local=True)
+    queued = cluster.start_decode(cluster.sequence(prompt(100), deadline_s=0.1), local=True)
     errors = await asyncio.gather(*(error_of(cluster, call, cluster.answer()) for call in (queued, computing)))
     assert all(isinstance(error, DeadlineExceeded) for error in errors)
     assert "waiting for the decode worker's pages" in errors[0].message

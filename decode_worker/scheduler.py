@@ -288,8 +288,8 @@ class DecodeScheduler:
                 self._free_if_done(entry)
                 continue
             sequence.num_computed_tokens += chunk.num_tokens
-            self.allocator.keep(sequence)
             if row is not None:
+                self.allocator.keep(sequence)
                 sequence.token_ids.append(token_ids[row])
                 reason = sequence.finish_reason(self.eos_token_ids)
                 generated.append(Generated(sequence, row, reason))

@@ -101,12 +101,17 @@ class PageAllocator:
         self.share(shared)  # first, lest they be evicted for the others
         sequence.pages = shared + self.allocate(num_pages - len(shared))
         sequence.num_kept_blocks = len(shared)
+        sequence.num_sound_tokens = len(shared) * self._block_size
         if shared:
-            sequence.num_computed_tokens = len(shared) * self._block_size
+            sequence.num_computed_tokens = sequence.num_sound_tokens
         return True
 
     def keep(self, sequence: Sequence) -> None:
-        """Its blocks that are full by now are found by others from now on. Where another's copy of a block is here, that one stays."""
+        """What it has computed is sound: others find its full blocks from now on. Where another's copy of a block is here, that one stays.
+
+        To be called once finite logits came of it, or a checksum proved it: KV that is no numbers must not reach others.
+        """
+        sequence.num_sound_tokens = sequence.num_computed_tokens
         prefixes, keys = self.prefixes, sequence.block_keys
         if prefixes is None or keys is None:
             return
@@ -156,7 +161,7 @@ class PageAllocator:
         return PartialHit(page, num_agreeing)
 
     def release(self, sequence: Sequence) -> None:
-        """The sequence's pages have a user less; what it computed stays, its last tokens included. It is in no step."""
+        """The sequence's pages have a user less; what of it is sound stays, its last tokens included. It is in no step."""
         last = self._keep_tail(sequence)
         self.free(sequence.pages)
         sequence.pages = []
@@ -180,13 +185,13 @@ class PageAllocator:
     def _keep_tail(self, sequence: Sequence) -> Iterable[int]:
         """The pages of the sequence's chain, its end first, which is so the first to be evicted."""
         prefixes, keys = self.prefixes, sequence.block_keys
-        if prefixes is None or keys is None or not sequence.num_computed_tokens:
+        if prefixes is None or keys is None or not sequence.num_sound_tokens:
             return ()
-        size, num_tokens = prefixes.block_size, sequence.num_computed_tokens
+        size, num_tokens = prefixes.block_size, sequence.num_sound_tokens
         num_full = num_tokens // size
         parent = keys[num_full - 1] if num_full else prefixes.root
         tail = None
-        if num_tokens % size:
+        if num_tokens % size and sequence.pages[num_full] not in prefixes:
             tail = prefixes.add(parent, None, sequence.token_ids[num_full * size : num_tokens], sequence.pages[num_full])
         end = tail or prefixes.find(parent)
         return prefixes.chain(end) if end is not None else ()

@@ -31,6 +31,7 @@ class Sequence:
     paced_at: float = 0.0  # its time per output token counts from here, of time.monotonic(); 0: from no token yet
     paced_from: int = 0  # output tokens that it had then
     block_keys: list[bytes] | None = None  # of its leading full blocks, as far as they are known; None: nobody else uses its pages
+    num_sound_tokens: int = 0  # of the computed ones: their KV gave finite logits, or came verified
     num_kept_blocks: int = 0  # leading blocks that were offered to others, or are another's
     num_skipped_tokens: int = 0  # of its prompt, computed for another while it waited for its own chunks
     stop_token_ids: frozenset[int] = field(init=False)  # sampling's; asked for every token, and there may be a thousand

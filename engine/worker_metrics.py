@@ -64,7 +64,7 @@ class WorkerMetrics:
         self._transfer_seconds.labels(transport, direction).observe(seconds)
 
     def prefix(self, tier: str, num_queried: int, num_hit: int) -> None:
-        """Tokens. tier: local | remote, where they were found or last looked for."""
+        """Tokens. tier: hbm (the worker's own pages) | local | remote, where they were found or last looked for."""
         self._prefix_queries.labels(tier).inc(num_queried)
         self._prefix_hits.labels(tier).inc(num_hit)
 

@@ -191,8 +191,8 @@ class PrefillScheduler:
                 self._free_if_done(entry)
                 continue
             chunk.sequence.num_computed_tokens += chunk.num_tokens
-            self.allocator.keep(chunk.sequence)
             if chunk.is_last:
+                self.allocator.keep(chunk.sequence)
                 self._leave(entry)
                 finished.append(chunk.sequence)
         return finished

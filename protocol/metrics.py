@@ -124,8 +124,13 @@ KV_TRANSFER_SECONDS = MetricSpec(
     "halfmoon_kv_transfer_seconds", "histogram", "One hand-off's transfer.", ("transport", "direction"), PHASE_BUCKETS
 )
 HANDOFFS_REFUSED = MetricSpec("halfmoon_handoffs_refused", "counter", "Hand-offs that decode refused, by error code.", ("reason",))
-PREFIX_CACHE_QUERIES = MetricSpec("halfmoon_prefix_cache_queries", "counter", "Prompt tokens looked up.", ("tier",))
-PREFIX_CACHE_HITS = MetricSpec("halfmoon_prefix_cache_hits", "counter", "Prompt tokens found.", ("tier",))
+PREFIX_CACHE_QUERIES = MetricSpec(
+    "halfmoon_prefix_cache_queries",
+    "counter",
+    "Prompt tokens looked up, by tier: hbm, local, remote.",
+    ("tier",),
+)
+PREFIX_CACHE_HITS = MetricSpec("halfmoon_prefix_cache_hits", "counter", "Prompt tokens found, by tier.", ("tier",))
 PREFIX_LOAD_FAILURES = MetricSpec(
     "halfmoon_prefix_load_failures", "counter", "Cached prefixes computed instead of loaded, by error code.", ("reason",)
 )

@@ -192,3 +192,12 @@ def test_a_follower_that_does_not_ask_for_long_gets_the_whole_again(monkeypatch)
     allocator.release(computed(allocator, [*range(24)]))
     computed(allocator, list(range(50, 56)))
     assert changes.take() == (True, allocator.prefixes.keys(), [])
+
+
+def test_what_was_computed_and_gave_no_logits_yet_is_nobody_elses() -> None:
+    allocator = make_allocator()
+    for num_computed in (4, 8, 11):
+        sequence = started(allocator, list(range(12)))
+        sequence.num_computed_tokens = num_computed  # and then it failed
+        allocator.release(sequence)
+        assert allocator.num_cached == 0 and allocator.num_free == 20

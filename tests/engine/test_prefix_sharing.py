@@ -94,6 +94,8 @@ class SharedPages(RuleBasedStateMachine):
         for place in range(first, last):
             self._write(sequence.pages[place // SIZE], place % SIZE, [tuple(sequence.token_ids[: place + 1])])
         sequence.num_computed_tokens = last
+        if last < sequence.num_tokens:
+            return  # no logits came of it yet
         self.allocator.keep(sequence)
         keys = block_keys(ROOT, sequence.token_ids, SIZE)
         self.parents.update(zip(keys, [ROOT, *keys], strict=False))

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable
 import grpc.aio
 
 from .channel import open_channel
-from .errors import HalfmoonError, InvalidRequest, SchemaMismatch
+from .errors import HalfmoonError, InvalidRequest, SchemaMismatch, WorkerLost
 from .grpc_errors import error_to_proto, from_rpc_error
 from .v1 import control_pb2, control_pb2_grpc
 
@@ -102,7 +102,8 @@ async def stay_joined(
         take_role: called with a role that the proxy orders; what HalfmoonError it raises is the refusal. None: all are refused.
         broken: once it is set, it is reported, and the member leaves.
 
-    Raises what the proxy refuses the member for: InvalidRequest (a newer process has its id, say), SchemaMismatch. And what load raises.
+    Raises what the proxy refuses the member for: InvalidRequest (a newer process has its id, say), SchemaMismatch, WorkerLost (it makes no
+    progress). And what load raises.
     """
     membership = _Membership(info, load, take_role, broken)
     told = ""  # what is wrong is said once, however often it is tried
@@ -120,7 +121,7 @@ async def stay_joined(
                 found = f"the proxy at {proxy_address} ended the stream"
             except grpc.aio.AioRpcError as error:
                 refusal = from_rpc_error(error, f"the proxy at {proxy_address}")
-                if isinstance(refusal, (InvalidRequest, SchemaMismatch)):
+                if isinstance(refusal, (InvalidRequest, SchemaMismatch, WorkerLost)):
                     raise refusal from None
                 found = refusal.message
             if membership.bug is not None:

@@ -19,6 +19,7 @@ from ...protocol.schema import KVSchema
 from ...protocol.tasks import Tasks
 from ..conductor.placement import Slo
 from ..members.cluster import Cluster
+from ..members.liveness import Liveness
 from ..metrics import ProxyMetrics
 from ..prefixes.index import PrefixIndex
 from ..prefixes.replicator import Replicator
@@ -60,6 +61,7 @@ class Router:
         self._tasks = Tasks("router")
         self._index = PrefixIndex()
         self._watch = PrefixWatch(cluster, self._index)
+        self.liveness = Liveness(cluster, config)
         self._replicator = Replicator(cluster, self._index, metrics.registry, replicate=config.replicate)
         self.predictors = create_predictors(config, cluster)
         self.learner = Learner(self.predictors, metrics)
@@ -178,6 +180,7 @@ class Router:
         await self._tasks.close(CLOSE_GRACE_S)
         await self._replicator.close()
         await self._watch.close()
+        await self.liveness.close()
 
     def _open(self, requests: Sequence[ProxyRequest]) -> Generator[bool, None, list[TokenStream]]:
         """Yields between short pieces of work and returns the streams. If it ends before that, everything it did is undone.

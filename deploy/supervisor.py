@@ -130,6 +130,7 @@ class Supervisor:
 
     async def _keep(self, member: Member) -> None:
         """Keeps one member alive, over as many processes as that takes."""
+        import ray
         from ray.exceptions import RayActorError, RayTaskError
 
         backoff_s = FIRST_BACKOFF_S
@@ -161,6 +162,7 @@ class Supervisor:
                 what = "failed to start again" if served_since == math.inf else "broke while it served"
                 logger.warning("%s %s: %s", member.id, what, cause)
                 self._notify(member.id, f"{what}: {cause}")
+                ray.kill(member.actor, no_restart=True)  # a process with a step that does not end does not end by itself
             steady = time.monotonic() - served_since > STEADY_S
             backoff_s = FIRST_BACKOFF_S if steady else min(backoff_s * 2, LONGEST_BACKOFF_S)
             await asyncio.sleep(backoff_s)

@@ -101,6 +101,10 @@ class CombinedScheduler:
         """What a step took. Before its record."""
         self._budget.observe(chunks, seconds)
 
+    def expected_s(self, chunks: list[StepChunk]) -> float:
+        """What such a step takes, by those that were observed. Any thread, without the lock."""
+        return self._budget.seconds(chunks)
+
     def withdraw(self, step: CombinedStep) -> None:
         """It was scheduled ahead, and does not run after all."""
         self._decode.withdraw(step.decode)

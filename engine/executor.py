@@ -21,6 +21,7 @@ from ..protocol.errors import HalfmoonError
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import common_pb2
 from .sequence import StepChunk
+from .work_front import WorkFront
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, how much of it is done, how much there is): bytes of weights, kernels, graphs"""
@@ -163,6 +164,11 @@ class PageTransfer(Protocol):
     """
 
     schema: KVSchema
+
+    @property
+    def front(self) -> WorkFront:
+        """Of what was asked for and is not over."""
+        ...
 
     def load(self, pages: Seq[int], piece: Slice) -> Future[None]:
         """A slice into pages, those of the whole sequence. The slice's memory has to stay until the future is done."""

@@ -22,6 +22,7 @@ from .kv_cache import PagedKVCache
 from .page_copy import PUSH_BYTES
 from .slice_copy import push_pages, write_slice
 from .transfer import Landing, TransferThread
+from .work_front import WorkFront
 
 MIN_LAYERS = 4  # that go together even where they have more than PUSH_BYTES
 TAIL_BYTES = 4 * 2**20  # the last layers go together where they have no more: 0.1 ms of a copy
@@ -32,6 +33,10 @@ class LocalPageTransfer:
         self.schema = cache.schema
         self._cache = cache
         self._transfer = transfer
+
+    @property
+    def front(self) -> WorkFront:
+        return self._transfer.front
 
     def load(self, pages: Sequence[int], piece: Slice) -> Future[None]:
         return self._transfer.start(partial(write_slice, self._cache, pages, piece))

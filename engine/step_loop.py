@@ -22,6 +22,7 @@ from .combined_scheduler import CombinedScheduler, CombinedStep
 from .executor import NOTHING_LEFT, BlockPush, Executor, InFlightStep, StepFailed, TokenSample
 from .sequence import Sequence, StepChunk
 from .step_runner import Computed, StepRunner
+from .work_front import WorkFront
 
 logger = logging.getLogger(__name__)
 
@@ -89,11 +90,18 @@ class StepLoop:
         self._on_crash = on_crash
         self._runner = StepRunner(executor)
         self._in_flight: list[CombinedStep] = []
+        self.front = WorkFront()
+        self._oldest: list[StepChunk] = []  # of the oldest step that is not over
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
 
     def start(self) -> None:
         self._thread.start()
+
+    @property
+    def expected_s(self) -> float:
+        """What the oldest step that is not over should take. Any thread."""
+        return self._scheduler.expected_s(self._oldest)
 
     def stop(self) -> None:
         """Waits for the step under way."""
@@ -126,12 +134,17 @@ class StepLoop:
 
     def _run(self, step: CombinedStep) -> None:
         began = time.monotonic()
+        self._oldest = step.chunks
+        self.front.begin()
         launched = self._launch(step, began)
         if launched is None:
             self._end(step, self._compute(step, began), began)
+            self.front.end()
         while launched is not None:
+            self._oldest = launched.step.chunks
             ahead = self._launch_behind()
             began = self._land(launched, began)
+            self.front.end()
             launched = ahead
 
     def _launch(self, step: CombinedStep, now: float) -> _Launched | None:
@@ -161,6 +174,8 @@ class StepLoop:
         if launched is None:
             with self._changed:
                 self._scheduler.withdraw(ahead)
+        else:
+            self.front.begin()
         return launched
 
     def _begin(self, step: CombinedStep, now: float) -> list[BlockPush]:

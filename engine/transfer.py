@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import torch
 
+from .work_front import WorkFront
+
 Landing = Callable[[], None]  # called once the copies are over
 Call = Callable[[], Landing | None]
 
@@ -44,6 +46,7 @@ class TransferThread:
         self._under_way = threading.Semaphore(MAX_UNDER_WAY)
         self._starting = threading.Lock()  # so that both threads get the calls in the same order
         self._on_crash = on_crash
+        self.front = WorkFront()
 
     def event(self) -> torch.cuda.Event | None:
         """An event after all work that the calling thread has given the device so far. None if nothing is asynchronous."""
@@ -59,11 +62,15 @@ class TransferThread:
 
     def start(self, call: Call, after: torch.cuda.Event | None = None) -> Future[None]:
         """As submit, but errors go to the future. It is done when the call has landed, and must not be cancelled."""
+        self.front.begin()
         if self._stream is None:
-            return self._issuing.submit(_call, call)
-        with self._starting:
-            issued = self._issuing.submit(self._issue, self._stream, call, after)
-            return self._landing.submit(self._land, issued)
+            landed = self._issuing.submit(_call, call)
+        else:
+            with self._starting:
+                issued = self._issuing.submit(self._issue, self._stream, call, after)
+                landed = self._landing.submit(self._land, issued)
+        landed.add_done_callback(lambda _: self.front.end())
+        return landed
 
     async def run(self, call: Call) -> None:
         """As start, and waits. Cancelling the wait does not stop the call."""

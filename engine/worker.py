@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +24,7 @@ from ..protocol.address import join_address
 from ..protocol.blocks import root_key
 from ..protocol.channel import create_server
 from ..protocol.errors import InvalidRequest, WorkerLost
+from ..protocol.membership import REPORT_INTERVAL_S
 from ..protocol.roles import ROLE_NAMES, ROLE_NUMBERS, WORKER_ROLES, WorkerRole, decodes, prefills
 from ..protocol.timing.step_cost import StepCost
 from ..protocol.v1 import control_pb2
@@ -37,8 +39,11 @@ from .prefix_pages import PrefixPages
 from .step_budget import StepBudget, StepLimits
 from .step_loop import StepHalf, StepLoop
 from .stores import Stores
+from .work_front import WorkAge
 from .worker_life import WorkerAddress, WorkerLife
 from .worker_metrics import WorkerMetrics
+
+MOST_GAPS = 2  # between reports, that one of them may count of a step's age
 
 
 class LoadExecutor(Protocol):
@@ -145,6 +150,8 @@ class Worker:
         self.prefixes = PrefixLoader(self.executor.pages, self.allocator, self.changed, self.stores, self.metrics, life.spawn)
         self.blocks = BlockCacher(self.executor.pages, self.metrics)
         self.steps = self._mount()
+        self._step_age = WorkAge(self.steps.front, MOST_GAPS * REPORT_INTERVAL_S)
+        self._transfer_age = WorkAge(self.executor.pages.front, MOST_GAPS * REPORT_INTERVAL_S)
         self._take_role(self.role)
         self.steps.start()
         server, port = create_server(worker_address.host, 0)
@@ -175,6 +182,9 @@ class Worker:
         await self.life.end()
 
     def load(self) -> control_pb2.MemberLoad:
+        """As of now, for a report: ages are counted from one to the next. It waits for no step and no copy."""
+        now = time.monotonic()
+        step_age_s = self._step_age.look(now)
         with self.changed:
             prefill, decode = self.prefill.load(), self.decode.load()
             usage_ratio, num_cached = self.allocator.usage_ratio, self.allocator.num_cached
@@ -187,6 +197,9 @@ class Worker:
             num_cached_pages=num_cached,
             steps=decode.steps,
             num_prefill_tokens=num_prefill_tokens if decodes(self.role) else 0,
+            step_age_s=step_age_s,
+            step_expected_s=self.steps.expected_s if step_age_s else 0.0,
+            transfer_age_s=self._transfer_age.look(now),
         )
 
     def start_waiting(self) -> None:

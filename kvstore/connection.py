@@ -18,7 +18,7 @@ from ..protocol.channel import open_channel
 from ..protocol.errors import HalfmoonError, RequestCancelled, StoreUnavailable, Unavailable
 from ..protocol.grpc_errors import from_rpc_error
 from ..protocol.schema import KVSchema
-from ..protocol.tasks import Tasks
+from ..protocol.tasks import Tasks, beside
 from ..protocol.v1 import kvstore_pb2, kvstore_pb2_grpc
 from .streams import read_next
 
@@ -178,8 +178,7 @@ class Connection:
         ttl_s = self.welcome.lease_ttl_s
         try:
             while True:
-                async with asyncio.timeout(ttl_s):
-                    reply = await read_next(self._attach)
+                reply = await self._next_answer()
                 if reply is None:
                     self._lose(f"{self.peer} ended the session")
                     return
@@ -188,6 +187,18 @@ class Connection:
             self._lose(f"{self.peer} did not answer heartbeats for {ttl_s} s")
         except grpc.aio.AioRpcError as error:
             self._lose(self.error(error).message)
+
+    async def _next_answer(self) -> kvstore_pb2.AttachReply | None:
+        """Raises TimeoutError where a whole time to live of heartbeats is unanswered. A process that was stopped for a while has sent
+        none meanwhile, and may have answers that it has not read."""
+        interval_s, ttl_s = self.welcome.heartbeat_interval_s, self.welcome.lease_ttl_s
+        async with beside(read_next(self._attach)) as reading:
+            await asyncio.wait({reading}, timeout=ttl_s)
+            while not reading.done():
+                if (len(self._heartbeats) + 1) * interval_s >= ttl_s:
+                    raise TimeoutError
+                await asyncio.wait({reading}, timeout=interval_s)
+            return await reading
 
     def _broke(self, bug: Exception) -> None:
         self._lose(f"the session with {self.peer} broke: {type(bug).__name__}: {bug}")

@@ -15,6 +15,8 @@ from ..protocol.errors import HalfmoonError, LeaseExpired
 
 logger = logging.getLogger(__name__)
 
+LATE_SHARE = 0.25  # of lease_ttl_s, by which the loop may be late and still call others silent; clients' heartbeats come as often
+
 
 @dataclass(slots=True, eq=False)
 class Session:
@@ -62,9 +64,13 @@ class Sessions:
 
     def _check(self, session: Session) -> None:
         loop = asyncio.get_running_loop()
-        silent_s = loop.time() - session.last_seen
-        if silent_s < self.lease_ttl_s:
-            session.timer = loop.call_later(self.lease_ttl_s - silent_s, self._check, session)
+        now = loop.time()
+        silent_s, late_s = now - session.last_seen, now - session.timer.when() if session.timer is not None else 0.0
+        left_s = self.lease_ttl_s - silent_s
+        if late_s > self.lease_ttl_s * LATE_SHARE:  # this loop stood still: heartbeats may have come that it has not read
+            left_s = max(left_s, self.lease_ttl_s * LATE_SHARE)
+        if left_s > 0.0:
+            session.timer = loop.call_later(left_s, self._check, session)
             return
         what = f"was silent for {silent_s:.1f} s"
         self.end(session, what, LeaseExpired(f"{session.client_id} {what}; the limit is {self.lease_ttl_s} s; attach again"))

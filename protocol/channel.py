@@ -8,12 +8,15 @@ from .address import join_address
 from .parsing import Parsing
 
 # Between members message size is bounded by who sends (slices of a few MiB), not by gRPC's 4 MiB default.
-# Keepalive finds a peer whose host vanished without closing its sockets; a killed process is seen at once without it.
+# Keepalive finds a peer that is stopped, or whose host vanished without closing its sockets, after 5 + 3 s at most; a killed process is
+# seen at once without it. What waits for the answer to a keepalive ping is the ping's own timeout, 60 s by default, whatever
+# keepalive_timeout says: that one is of the socket.
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 3_000),
+    ("grpc.http2.ping_timeout_ms", 3_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 2_000),

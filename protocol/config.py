@@ -144,6 +144,16 @@ class ProxyConfig:
     """When decode workers compute prompts themselves; fallback: while no prefill worker is alive, or none is configured."""
     replicate: Literal["never", "hot"] = "hot"
     """Whether a prefix that many requests share is copied to more stores ahead of demand; never: blocks are copied for nobody."""
+    avoid_after_s: float = 1.0
+    """Seconds without a report of a member, or of a worker at one step beyond step_patience, after which others get the new requests."""
+    leave_after_s: float = 2.5
+    """Seconds, counted in the same way, after which the proxy leaves the member and runs its requests elsewhere; it rejoins by itself."""
+    step_patience: float = 10.0
+    """How many times as long as predicted a worker's step may take, before those seconds begin."""
+    transfer_limit_s: float = 10.0
+    """Seconds that a worker may be at one copy to or from a store before the proxy leaves it."""
+    restart_after_s: float = 30.0
+    """Seconds that a worker which was left for a step may go on with it, before it is told to end and is started again."""
     drain_timeout_s: float = 30.0
     """Seconds that running requests have to finish when the proxy stops; after that they are cancelled."""
 
@@ -151,6 +161,12 @@ class ProxyConfig:
         for name in ("http_port", "grpc_port"):
             if getattr(self, name) > 65535:
                 raise ConfigError(f"proxy.{name} is {getattr(self, name)}; a port is at most 65535 (0: any free one)", key=f"proxy.{name}")
+        if not 0 < self.avoid_after_s <= self.leave_after_s:
+            raise ConfigError(
+                f"proxy.avoid_after_s is {self.avoid_after_s:g} and proxy.leave_after_s {self.leave_after_s:g}; a member is avoided before "
+                "it is left, so give the first a value above 0 and at most the second's",
+                key="proxy.avoid_after_s",
+            )
         if self.http_port == self.grpc_port != 0:
             raise ConfigError(f"proxy.http_port and proxy.grpc_port are both {self.http_port}; give each its own", key="proxy.grpc_port")
 

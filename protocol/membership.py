@@ -17,7 +17,7 @@ from typing import Protocol
 import grpc.aio
 
 from .channel import open_channel
-from .errors import HalfmoonError, InvalidRequest, SchemaMismatch
+from .errors import HalfmoonError, InvalidRequest, SchemaMismatch, WorkerLost
 from .grpc_errors import error_to_proto, from_rpc_error
 from .v1 import control_pb2, control_pb2_grpc
 
@@ -125,7 +125,8 @@ async def stay_joined(
         broken: once it is set, it is reported, and the member leaves.
         prefixes: told to the proxy with the reports; None: there are none to tell of.
 
-    Raises what the proxy refuses the member for: InvalidRequest (a newer process has its id, say), SchemaMismatch. And what load raises.
+    Raises what the proxy refuses the member for: InvalidRequest (a newer process has its id, say), SchemaMismatch, WorkerLost (it makes no
+    progress). And what load raises.
     """
     membership = _Membership(info, load, take_role, broken, prefixes)
     told = ""  # what is wrong is said once, however often it is tried
@@ -145,7 +146,7 @@ async def stay_joined(
                 found = f"the proxy at {proxy_address} ended the stream"
             except grpc.aio.AioRpcError as error:
                 refusal = from_rpc_error(error, f"the proxy at {proxy_address}")
-                if isinstance(refusal, (InvalidRequest, SchemaMismatch)):
+                if isinstance(refusal, (InvalidRequest, SchemaMismatch, WorkerLost)):
                     raise refusal from None
                 found = refusal.message
             if membership.bug is not None:

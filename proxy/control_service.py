@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import grpc.aio
 
-from ..protocol.errors import InvalidRequest
+from ..protocol.errors import InvalidRequest, WorkerLost
 from ..protocol.grpc_errors import unary_boundary
 from ..protocol.roles import ROLE_NUMBERS
 from ..protocol.v1 import control_pb2, control_pb2_grpc
@@ -31,7 +31,10 @@ class ControlService(control_pb2_grpc.ControlServicer):
         first = await anext(aiter(reports), None)
         if first is None or not first.HasField("info"):
             raise InvalidRequest("the first report of a Join stream says who the member is; send MemberReport.info")
-        member = self._cluster.join(first.info, first.load, first.role)
+        latest = await self._progressing(first, reports)
+        if latest is None:
+            return
+        member = self._cluster.join(first.info, latest.load, latest.role)
         stream = member.stream
         try:
             await member.orders.open(context.write)
@@ -55,6 +58,23 @@ class ControlService(control_pb2_grpc.ControlServicer):
             if member.stream == stream:
                 member.orders.closed()
             self._cluster.leave(member, stream)
+
+    async def _progressing(
+        self, first: control_pb2.MemberReport, reports: AsyncIterator[control_pb2.MemberReport]
+    ) -> control_pb2.MemberReport | None:
+        """The report from which on the member makes progress; None where it has left before. Raises WorkerLost, which ends the member."""
+        latest, num_stalled = first, 0
+        while why := self._router.liveness.stalled(latest.load):
+            if not num_stalled:
+                logger.warning("%s joins once it makes progress: %s", first.info.id, why)
+            num_stalled += 1
+            if self._router.liveness.gave_up(num_stalled):
+                raise WorkerLost(f"{first.info.id} makes no progress: {why}; end this process", worker=first.info.id)
+            report = await anext(aiter(reports), None)
+            if report is None or report.HasField("broken"):
+                return None
+            latest = report
+        return latest
 
     @unary_boundary
     async def Status(self, request: control_pb2.StatusRequest, context: grpc.aio.ServicerContext) -> control_pb2.StatusReply:

@@ -167,6 +167,18 @@ class Cluster:
         if not member.gone and member.stream == stream:
             self._remove(member)
 
+    def lose(self, member: Member, reason: str) -> None:
+        """The proxy leaves a member that makes no progress. reason: follows "<member> is gone:"."""
+        member.left_because = reason
+        if not member.gone:
+            self._remove(member)
+
+    def avoid(self, member: Member, avoided: bool) -> None:
+        """Whether it gets new requests only where there is no other one, or is such a store's worker."""
+        if member.avoided != avoided:
+            member.avoided = avoided
+            self._candidates = None
+
     def store_at(self, address: str) -> Member | None:
         found = self._stores.get(address)
         return found[0] if found else None
@@ -220,8 +232,9 @@ class Cluster:
         return self._candidates
 
     def _live(self, does: Callable[[str], bool]) -> _Candidates:
-        """Workers whose role satisfies does and whose own store is alive, sorted by id."""
+        """Workers whose role satisfies does and whose own store is alive, sorted by id. Those that are avoided only if all are."""
         members = [member for member in self.members.values() if does(member.role) and member.store_address in self._stores]
+        members = [member for member in members if not self._is_avoided(member)] or members
         members.sort(key=lambda member: member.id)
         roster = Roster(
             [member.id for member in members],
@@ -230,6 +243,10 @@ class Cluster:
             [STATE_ROLES.get(member.role, member.role) for member in members],
         )
         return _Candidates(roster, np.array([member.row for member in members], np.int64))
+
+    def _is_avoided(self, worker: Member) -> bool:
+        store = self.store_at(worker.store_address)
+        return worker.avoided or (store is not None and store.avoided)
 
     async def close(self) -> None:
         for member in list(self.members.values()):

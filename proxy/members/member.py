@@ -51,6 +51,9 @@ class Member:
         self.stream = 0  # number of its process's present Join stream
         self.orders = Orders(self)
         self.gone = False
+        self.left_because = ""  # where it was the proxy that left it
+        self.silent_s = 0.0  # since its last report, as Liveness counts
+        self.avoided = False  # no new requests, where there are others
         self.broken = control_pb2.Broken()  # as it says itself, before it leaves
         self._joined = time.monotonic()
         self._channel = open_channel(info.address)
@@ -107,6 +110,7 @@ class Member:
 
     def report(self, load: control_pb2.MemberLoad) -> None:
         self.load = load
+        self.silent_s = 0.0
         self.assigned.report(load.num_outstanding_tokens)
         if self._role != "prefill":
             self.backlog.assigned.report(load.num_prefill_tokens)
@@ -142,7 +146,7 @@ class Member:
     def lost(self, request_id: str) -> WorkerLost:
         """What a request on it fails with once it is gone."""
         if not self.broken.reason:
-            return WorkerLost(f"{self.title} is gone: it left the cluster", worker=self._id)
+            return WorkerLost(f"{self.title} is gone: {self.left_because or 'it left the cluster'}", worker=self._id)
         return WorkerLost(
             f"{self.title} is gone: it broke: {self.broken.reason}", worker=self._id, in_step=request_id in self.broken.request_ids
         )

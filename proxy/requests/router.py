@@ -19,6 +19,7 @@ from ...protocol.schema import KVSchema
 from ...protocol.tasks import Tasks
 from ..conductor.placement import Slo
 from ..members.cluster import Cluster
+from ..members.liveness import Liveness
 from ..metrics import ProxyMetrics
 from ..prefixes.index import PrefixIndex
 from ..prefixes.page_watch import PageWatch
@@ -63,6 +64,7 @@ class Router:
         self._watch = PrefixWatch(cluster, self._index)
         page_index = PrefixIndex()
         self._page_watch = PageWatch(cluster, page_index)
+        self.liveness = Liveness(cluster, config)
         self._replicator = Replicator(cluster, self._index, metrics.registry, replicate=config.replicate)
         self.predictors = create_predictors(config, cluster)
         self.learner = Learner(self.predictors, metrics)
@@ -182,6 +184,7 @@ class Router:
         await self._replicator.close()
         await self._watch.close()
         await self._page_watch.close()
+        await self.liveness.close()
 
     def _open(self, requests: Sequence[ProxyRequest]) -> Generator[bool, None, list[TokenStream]]:
         """Yields between short pieces of work and returns the streams. If it ends before that, everything it did is undone.

@@ -293,7 +293,8 @@ async def proxy(members: Members) -> AsyncIterator[Proxy]:
     """The real end of Join, and the router behind it, in the place of the fake one."""
     metrics = ProxyMetrics(CollectorRegistry())
     cluster = ProxyCluster(metrics)
-    router = Router(ProxyConfig(), cluster, metrics, eos_token_ids=frozenset())
+    # the store that know_store joins sends no reports
+    router = Router(ProxyConfig(avoid_after_s=600.0, leave_after_s=600.0), cluster, metrics, eos_token_ids=frozenset())
     server, port = create_server("127.0.0.1", 0)
     control_pb2_grpc.add_ControlServicer_to_server(ControlService(router, "tiny"), server)
     await server.start()

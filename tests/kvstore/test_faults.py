@@ -8,6 +8,7 @@ import signal
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -162,6 +163,17 @@ async def test_heartbeats_keep_an_idle_session_alive(kv, start_store, attach_to)
     (session,) = store._running().sessions._open.values()
     attached = session.last_seen
     await until(lambda: session.last_seen > attached + 2.5)  # longer than the TTL, by heartbeats alone
+    await kv.cache(client, "p", 1)
+    assert not client.lost.is_set()
+
+
+async def test_a_loop_that_stood_still_for_longer_than_the_ttl_loses_no_session(kv, start_store, attach_to) -> None:
+    store = await start_store(lease_ttl_s=0.4)
+    client = await attach_to(store.address, "prefill-0")
+    (session,) = store._running().sessions._open.values()
+    time.sleep(1.0)  # both sides: nobody could send a heartbeat, or read one
+    resumed = asyncio.get_running_loop().time()
+    await until(lambda: session.last_seen > resumed + 0.2)
     await kv.cache(client, "p", 1)
     assert not client.lost.is_set()
 

@@ -136,6 +136,7 @@ async def test_a_real_store_s_seals_and_evictions_reach_the_index(bench: Any, pe
     address = await server.start("127.0.0.1")
     info = control_pb2.MemberInfo(id="store-real", incarnation="1", role=control_pb2.ROLE_STORE, address=address, store_address=address)
     member = bench.cluster.join(info, control_pb2.MemberLoad())
+    await bench.router.liveness.close()  # it sends no reports
     client = await StoreClient.attach(address, client_id="test", node_id="elsewhere", schema=schema)
     keys = [bytes([n]) * 16 for n in range(16)]
 

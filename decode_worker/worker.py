@@ -245,7 +245,9 @@ class DecodeHalf:
             job.let_finish()
             await self._loader.end_intake(job)
             if job.state is None and job.reader is not None:  # what came of a hand-off that was given up may be no numbers
-                self._pages.scrub(job.sequence.pages)
+                with self._changed:
+                    own = self._worker.allocator.own_pages(job.sequence)
+                self._pages.scrub(own)
             await self._pages.drained()
             with self._changed:
                 self.scheduler.release(job.sequence)

@@ -251,6 +251,10 @@ class Executor(Protocol):
         """
         ...
 
+    def find_not_finite(self, pages: Seq[int]) -> list[int]:
+        """The pages with a number that is not finite, behind the steps so far; waits for them."""
+        ...
+
     def scrub(self, pages: Seq[int]) -> None:
         """Behind the steps so far: what of these pages is no finite number becomes 0, so that whoever gets them next meets none."""
         ...

@@ -114,6 +114,14 @@ class PagedKVCache:
         """Clears tokens >= num_tokens of page in every layer, so that a partial block's bytes are those of its tokens alone."""
         self.data[:, :, page, :, num_tokens:] = 0
 
+    def find_not_finite(self, pages: Sequence[int]) -> list[int]:
+        """The pages with a number that is not finite. Waits for the current stream."""
+        index = self._index(pages)
+        sound = torch.ones(len(pages), dtype=torch.bool, device=self.data.device)
+        for layer in self._layers:
+            sound &= layer[:, index].float().isfinite().transpose(0, 1).flatten(1).all(dim=1)
+        return [page for page, ok in zip(pages, sound.tolist(), strict=True) if not ok]
+
     def scrub(self, pages: Sequence[int]) -> None:
         """What is no finite number in these pages becomes 0, on the current stream."""
         index = self._index(pages)

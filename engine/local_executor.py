@@ -76,6 +76,10 @@ class LocalExecutor:
         with self._typed(push):
             return self.engine.launch(chunks, after_layer=push)
 
+    def find_not_finite(self, pages: Seq[int]) -> list[int]:
+        with self._typed(None):
+            return self.engine.cache.find_not_finite(pages)
+
     def scrub(self, pages: Seq[int]) -> None:
         with self._typed(None):
             self.engine.cache.scrub(pages)

@@ -160,6 +160,25 @@ class PageAllocator:
         self.share([page])
         return PartialHit(page, num_agreeing)
 
+    def own_pages(self, sequence: Sequence) -> list[int]:
+        """Those that nobody else uses or may find."""
+        return [page for page in sequence.pages if self._num_users[page] == 1 and (self.prefixes is None or page not in self.prefixes)]
+
+    def discard(self, sequence: Sequence, pages: Iterable[int]) -> list[int]:
+        """What some of its pages hold is not to be found any more, nor is anything kept of it from now on. Returns own_pages of these.
+
+        Who uses them beside it goes on with what stands there.
+        """
+        sequence.block_keys = None
+        wrong = set(pages)
+        if self.prefixes is not None:
+            for page in wrong:
+                for gone in self.prefixes.remove(page) if page in self.prefixes else ():
+                    if gone in self._idle:
+                        del self._idle[gone]
+                        self._free.append(gone)
+        return [page for page in self.own_pages(sequence) if page in wrong]
+
     def release(self, sequence: Sequence) -> None:
         """The sequence's pages have a user less; what of it is sound stays, its last tokens included. It is in no step."""
         last = self._keep_tail(sequence)

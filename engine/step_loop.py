@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 from ..protocol.errors import HalfmoonError, InvalidRequest, NonFiniteLogits, SequenceFailed
 from .combined_scheduler import CombinedScheduler, CombinedStep
 from .executor import NOTHING_LEFT, BlockPush, Executor, InFlightStep, StepFailed, TokenSample
+from .page_allocator import PageAllocator
 from .sequence import Sequence, StepChunk
 from .step_runner import Computed, StepRunner
 from .work_front import WorkFront
@@ -78,6 +79,7 @@ class StepLoop:
         scheduler: CombinedScheduler,
         changed: threading.Condition,
         *,
+        allocator: PageAllocator,
         decode: StepHalf,
         prefill: StepHalf,
         on_crash: Callable[[BaseException, frozenset[str]], None],
@@ -85,6 +87,7 @@ class StepLoop:
         self._executor = executor
         self._scheduler = scheduler
         self._changed = changed
+        self._allocator = allocator
         self._decode = decode
         self._prefill = prefill
         self._on_crash = on_crash
@@ -216,8 +219,15 @@ class StepLoop:
             if sample.token_id < 0 and sequence not in failed:
                 failed[sequence] = _no_token(sequence, sample.token_id)
                 if sample.token_id != NOTHING_LEFT:
-                    self._executor.scrub(sequence.pages)  # before the record may give them to another
+                    self._clear(sequence)  # before the record may give its pages to another
         return failed
+
+    def _clear(self, sequence: Sequence) -> None:
+        """Nobody finds its numbers that are none. Pages that others use stay as they are: zeros would give them a wrong answer."""
+        pages = self._executor.find_not_finite(sequence.pages)
+        with self._changed:
+            own = self._allocator.discard(sequence, pages)
+        self._executor.scrub(own)
 
 
 def _no_token(sequence: Sequence, reason: int) -> HalfmoonError:

@@ -221,7 +221,7 @@ class Worker:
         budget = StepBudget(self._limits, self._step_cost, self.facts.page_size, self.facts.row_counts)
         scheduler = CombinedScheduler(self.decode.scheduler, self.prefill.scheduler, budget)
         name = f"{self.worker_id}-engine"
-        return StepLoop(name, self.executor, scheduler, self.changed, **steps, on_crash=self.life.crashed)
+        return StepLoop(name, self.executor, scheduler, self.changed, allocator=self.allocator, **steps, on_crash=self.life.crashed)
 
     def _obey(self, role: control_pb2.Role) -> None:
         """Raises InvalidRequest for what is no role of a worker."""

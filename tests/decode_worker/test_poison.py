@@ -76,6 +76,16 @@ def among(greedy: Greedy) -> Callable[..., Any]:
     return run
 
 
+async def test_what_is_no_number_is_not_found_as_a_prefix_by_those_who_ask_the_same(make_cluster: Any, among: Any) -> None:
+    """In chunks, at once and again: no answer is built on pages that were cleared."""
+    cluster = await make_cluster(prefill={"max_tokens_per_step": 8}, decode={"max_prefill_tokens_per_step": 8})
+    put_nan(cluster)
+    same = [POISON, *prompt(60)]
+    for _ in range(3):
+        poisoned = [run(same, max_tokens=4) for run in (cluster.run, cluster.run_local) for _ in range(2)]
+        assert {type(error) for error in await among(cluster, *poisoned, num_neighbours=2)} == {NonFiniteLogits}
+
+
 SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"temperature": 1.0, "seed": 3},

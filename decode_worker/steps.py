@@ -11,6 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 from ..engine.executor import BlockPush, TokenSample
+from ..engine.model_flops import StepWork
 from ..engine.sequence import Sequence
 from ..engine.step_loop import StepRun
 from ..protocol.v1 import common_pb2
@@ -31,7 +32,7 @@ class StepOutput(NamedTuple):
 class StepResult(NamedTuple):
     outputs: list[StepOutput]
     seconds: float  # from its launch, or the end of the step it was launched behind
-    num_tokens: int
+    work: StepWork
     preempted: list[Sequence]
 
 
@@ -64,11 +65,11 @@ class DecodeSteps:
         return []  # its blocks are cached at the end, from the pages
 
     def end(self, part: Step, samples: list[TokenSample], run: StepRun) -> None:
-        num_tokens = part.num_tokens
+        work = StepWork.of(part.chunks, len(samples))
         self._local.stepped(part, run.seconds_per_token)
         self._samples.note(run.chunks, run.began, run.ended)
         with self._changed:
             generated = self._scheduler.record(part, [sample.token_id for sample in samples])
         found = ((self._jobs.get(sequence), row, reason) for sequence, row, reason in generated)
         outputs = [StepOutput(job, samples[row].to_proto(), reason) for job, row, reason in found if job is not None]
-        self._tell(partial(self._on_stepped, StepResult(outputs, run.seconds, num_tokens, part.preempted)))
+        self._tell(partial(self._on_stepped, StepResult(outputs, run.seconds, work, part.preempted)))

@@ -51,11 +51,21 @@ class StoreActor:
     """The node's KV store, as a member of the cluster. start() returns once the proxy knows it."""
 
     def __init__(
-        self, *, store_id: str, node_id: str, host: str, port: int, proxy_address: str, config: StoreConfig, schema: KVSchema
+        self,
+        *,
+        store_id: str,
+        node_id: str,
+        host: str,
+        port: int,
+        proxy_address: str,
+        config: StoreConfig,
+        schema: KVSchema,
+        model_name: str,
     ) -> None:
         configure_logging()
         self._server = StoreServer(config, node_id=node_id, store_id=store_id, schema=schema)
         self._host, self._port, self._proxy_address = host, port, proxy_address
+        self._model_name = model_name
         self._info = control_pb2.MemberInfo(
             id=store_id, incarnation=uuid.uuid4().hex, role=control_pb2.ROLE_STORE, node_id=node_id, store_id=store_id, pid=os.getpid()
         )
@@ -65,7 +75,7 @@ class StoreActor:
     async def start(self) -> str:
         address = await self._server.start(self._host, self._port)
         self._info.address = self._info.store_address = address
-        self._info.metrics_address = self._server.serve_metrics(self._host)
+        self._info.metrics_address = self._server.serve_metrics(self._host, self._model_name)
         joined = asyncio.Event()
         self._membership = asyncio.create_task(stay_joined(self._proxy_address, self._info, self._load, joined.set))
         await joined.wait()

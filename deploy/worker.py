@@ -8,7 +8,7 @@ from ..decode_worker.worker import DecodeHalf
 from ..engine.executor import Progress
 from ..engine.local_executor import LocalExecutor
 from ..engine.model_config import ModelConfig
-from ..engine.resolve import resolve_device, resolve_folder, resolve_max_model_len
+from ..engine.resolve import resolve_device, resolve_folder, resolve_max_model_len, resolve_name
 from ..engine.worker import Worker
 from ..engine.worker_life import WorkerAddress
 from ..prefill_worker.worker import PrefillHalf
@@ -39,4 +39,12 @@ def make_worker(
             on_crash=on_crash,
         )
 
-    return Worker(worker_address, role=role, load=load, transport=config.transport, prefill=PrefillHalf(prefill), decode=DecodeHalf(decode))
+    return Worker(
+        worker_address,
+        role=role,
+        model_name=resolve_name(options),
+        load=load,
+        transport=config.transport,
+        prefill=PrefillHalf(prefill),
+        decode=DecodeHalf(decode),
+    )

@@ -20,6 +20,7 @@ import numpy as np
 from ..protocol.errors import HalfmoonError
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import common_pb2
+from .model_flops import ModelFlops
 from .sequence import StepChunk
 
 Progress = Callable[[str, int, int], None]
@@ -36,6 +37,9 @@ class ExecutorFacts:
     max_model_len: int
     num_pages: int
     device: str
+    weight_bytes: int
+    flops: ModelFlops
+    peak_flops: float | None  # of the device, a second; None: not known
 
     @property
     def page_size(self) -> int:

@@ -14,6 +14,7 @@ import torch
 from ..protocol.config import ModelOptions
 from .engine import Engine
 from .executor import BlockPush, ExecutorFacts, InFlightStep, PageTransfer, Progress, TokenSample
+from .model_flops import ModelFlops, peak_flops
 from .page_transfer import LocalPageTransfer
 from .sequence import StepChunk
 from .transfer import TransferThread
@@ -31,6 +32,9 @@ class LocalExecutor:
             max_model_len=engine.max_model_len,
             num_pages=engine.cache.num_pages,
             device=str(engine.device),
+            weight_bytes=engine.weight_bytes,
+            flops=ModelFlops.of_model(config),
+            peak_flops=_peak_flops(engine),
         )
         self._pages = LocalPageTransfer(engine.cache, TransferThread(f"{name}-transfer", engine.device, on_crash))
         self.pages: PageTransfer = self._pages
@@ -71,3 +75,9 @@ class LocalExecutor:
 
     def close(self) -> None:
         self.pages.close()
+
+
+def _peak_flops(engine: Engine) -> float | None:
+    if engine.device.type != "cuda":
+        return None
+    return peak_flops(torch.cuda.get_device_name(engine.device), engine.compute_dtype)

@@ -79,10 +79,17 @@ class StepLoop:
         self._prefill = prefill
         self._on_crash = on_crash
         self._stopping = False
+        self._oldest_began: float | None = None  # of the step that is to end next
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
 
     def start(self) -> None:
         self._thread.start()
+
+    @property
+    def oldest_step_age_s(self) -> float:
+        """Of the steps that have not ended, 0 where there is none. Any thread."""
+        began = self._oldest_began
+        return 0.0 if began is None else time.monotonic() - began
 
     def stop(self) -> None:
         """Waits for the step under way."""
@@ -110,14 +117,15 @@ class StepLoop:
         return None
 
     def _run(self, step: CombinedStep) -> None:
-        began = time.monotonic()
+        began = self._oldest_began = time.monotonic()
         launched = self._launch(step, began)
         if launched is None:
             self._end(step, self._compute(step, began), began)
         while launched is not None:
             ahead = self._launch_behind()
-            began = self._land(launched, began)
+            began = self._oldest_began = self._land(launched, began)
             launched = ahead
+        self._oldest_began = None
 
     def _launch(self, step: CombinedStep, now: float) -> _Launched | None:
         """None where its tokens can't be had without waiting for it."""

@@ -22,6 +22,7 @@ from ..protocol.address import join_address
 from ..protocol.blocks import root_key
 from ..protocol.channel import create_server
 from ..protocol.errors import InvalidRequest, WorkerLost
+from ..protocol.exporter import Identity, ProcessMetrics
 from ..protocol.roles import ROLE_NAMES, ROLE_NUMBERS, WORKER_ROLES, WorkerRole, decodes, prefills
 from ..protocol.v1 import control_pb2
 from .block_cacher import BlockCacher
@@ -86,6 +87,7 @@ class Worker:
 
     Args:
         role: that it starts with.
+        model_name: for its metrics.
         load: makes the executor, in a thread.
     """
 
@@ -94,6 +96,7 @@ class Worker:
         worker_address: WorkerAddress,
         *,
         role: WorkerRole,
+        model_name: str,
         load: LoadExecutor,
         transport: Literal["auto", "grpc"],
         prefill: Half,
@@ -102,6 +105,7 @@ class Worker:
         self.worker_id = worker_address.worker_id
         self.life = WorkerLife(worker_address, self._fail_all)
         self.role: WorkerRole = role
+        self._model_name = model_name
         self.prefill = prefill
         self.decode = decode
         self.changed = threading.Condition()  # guards the schedulers; notified when there may be a step
@@ -121,7 +125,7 @@ class Worker:
         facts = self.facts = self.executor.facts
         self.root = root_key(facts.schema.fingerprint)
         self.allocator = PageAllocator(facts.num_pages)
-        self.metrics = WorkerMetrics()
+        self.metrics = WorkerMetrics(facts.flops)
         self.stores = Stores(
             worker_address.store_address,
             client_id=self.worker_id,
@@ -135,6 +139,7 @@ class Worker:
         self.prefixes = PrefixLoader(self.executor.pages, self.stores, self.metrics, life.spawn)
         self.blocks = BlockCacher(self.executor.pages, self.metrics)
         self.steps = self._mount()
+        self.metrics.watch_engine(facts, self.allocator, lambda: self.steps.oldest_step_age_s)
         self._take_role(self.role)
         self.steps.start()
         server, port = create_server(worker_address.host, 0)
@@ -143,7 +148,8 @@ class Worker:
         await server.start()
         self.address = join_address(worker_address.host, port)
         life.tend(self.stores.own.stay_attached())
-        await life.serve(server, self.metrics.registry, self._info(), self.load, self._obey)
+        served = ProcessMetrics(self.metrics.registry, self._identity)
+        await life.serve(server, served, self._info(), self.load, self._obey)
         return self.address
 
     async def serve_until_stopped(self) -> None:
@@ -201,6 +207,9 @@ class Worker:
             if takes:
                 self.metrics.watch(name, half.scheduler)
             half.take_role(role)
+
+    def _identity(self) -> Identity:
+        return Identity(self.worker_id, self.role, self._model_name)
 
     def _info(self) -> control_pb2.MemberInfo:
         facts = self.facts

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from ..engine.executor import BlockPush, PageTransfer, TokenSample
+from ..engine.model_flops import StepWork
 from ..engine.sequence import Sequence
 from ..engine.step_loop import StepRun
 from .job import PrefillJob
@@ -20,7 +21,7 @@ from .scheduler import PrefillScheduler, Step
 class PrefillSteps:
     """Args:
     changed: guards the scheduler.
-    tell: runs a call on the event loop. on_stepped: told the seconds and tokens of each step, there.
+    tell: runs a call on the event loop. on_stepped: told the seconds and the work of each step, there.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class PrefillSteps:
         pages: PageTransfer,
         changed: threading.Condition,
         tell: Callable[[Callable[[], None]], None],
-        on_stepped: Callable[[float, int], None],
+        on_stepped: Callable[[float, StepWork], None],
     ) -> None:
         self._scheduler = scheduler
         self._jobs = jobs
@@ -59,9 +60,9 @@ class PrefillSteps:
             if job is not None:
                 job.sample, job.sampled = sample, run.ended
                 done.append(job)
-        num_tokens = part.num_tokens
+        work = StepWork.of(part.chunks, len(samples))
         with self._changed:
             self._scheduler.record(part)
         for job in done:
             self._pages.when_landed(job.tell_pushed)  # there is no more to push for it
-        self._tell(partial(self._on_stepped, run.seconds, num_tokens))
+        self._tell(partial(self._on_stepped, run.seconds, work))

@@ -13,6 +13,7 @@ import logging
 import grpc.aio
 
 from ..engine.executor import PageTransfer
+from ..engine.model_flops import StepWork
 from ..engine.sequence import Sequence
 from ..engine.worker import HalfLoad, Worker
 from ..kvstore.client import StoreClient
@@ -206,6 +207,6 @@ class PrefillHalf:
         for job in list(self._jobs.values()):
             job.fail(error)
 
-    def _stepped(self, seconds: float, num_tokens: int) -> None:
-        self._worker.metrics.stepped("prefill", seconds, num_tokens)
+    def _stepped(self, seconds: float, work: StepWork) -> None:
+        self._worker.metrics.stepped("prefill", seconds, work)
         self._worker.start_waiting()

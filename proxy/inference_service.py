@@ -5,16 +5,19 @@ Generate ─► GenerateRequest ─► Generation ─► Admitted, Delta …, Fi
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import functools
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from ..protocol.errors import InvalidRequest
+from ..protocol.errors import HalfmoonError, InvalidRequest
 from ..protocol.grpc_errors import unary_boundary
 from ..protocol.v1 import inference_pb2, inference_pb2_grpc
 from .request_process import (
@@ -40,9 +43,36 @@ _SAMPLING = (
 )
 
 
+Handler = Callable[["InferenceService", Any, grpc.aio.ServicerContext], Awaitable[Any]]
+
+
+def _counted(handler: Handler) -> Handler:
+    """A servicer method whose calls are counted, by how they end."""
+
+    @functools.wraps(handler)
+    async def counted(self: InferenceService, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        status = grpc.StatusCode.INTERNAL
+        try:
+            reply = await handler(self, request, context)
+            status = grpc.StatusCode.OK
+            return reply
+        except HalfmoonError as error:
+            status = error.grpc_status
+            self._faces.refused("grpc", error.code)
+            raise
+        except asyncio.CancelledError:
+            status = grpc.StatusCode.CANCELLED
+            raise
+        finally:
+            self._faces.grpc_call(handler.__name__, status.name)
+
+    return counted
+
+
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     def __init__(self, generator: Generator, process: RequestProcess) -> None:
         self._generator = generator
+        self._faces = generator.router.metrics.faces
         self._process = process
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -62,6 +92,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     # a coroutine that writes, not a generator: what it holds is let go at the stream's end and not at the collector's leisure
     @unary_boundary
+    @_counted
     async def Generate(self, content: bytes, context: grpc.aio.ServicerContext) -> None:
         async with await self._generator.open(await self._request(content)) as generation:
             admitted = inference_pb2.GenerateReply.Admitted(
@@ -85,10 +116,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         )
 
     @unary_boundary
+    @_counted
     async def Cancel(self, request: inference_pb2.CancelRequest, context: grpc.aio.ServicerContext) -> inference_pb2.CancelReply:
         return inference_pb2.CancelReply(found=await self._generator.cancel(request.request_id, "cancelled by request"))
 
     @unary_boundary
+    @_counted
     async def Models(self, request: inference_pb2.ModelsRequest, context: grpc.aio.ServicerContext) -> inference_pb2.ModelsReply:
         card = self._generator.card
         model = inference_pb2.ModelInfo(

@@ -79,6 +79,11 @@ class Member:
         return time.monotonic() - self._joined
 
     @property
+    def report_age_s(self) -> float:
+        """Since its last load report."""
+        return time.monotonic() - self._reported
+
+    @property
     def role(self) -> str:
         return self._role
 
@@ -98,7 +103,7 @@ class Member:
         return self.backlog.assigned if self._role == "prefill" else self._context
 
     def report(self, load: control_pb2.MemberLoad) -> None:
-        self.load = load
+        self.load, self._reported = load, time.monotonic()
         self.assigned.report(load.num_outstanding_tokens)
         if self._role != "prefill":
             self.backlog.assigned.report(load.num_prefill_tokens)

@@ -85,14 +85,20 @@ class Generation:
         self._inbox = _Inbox()
         self._given: deque[GenerationEvent] = deque()  # for the iterator
         self._error: HalfmoonError | None = None
+        self._unwritten: list[TokenStream] = []  # of choices whose events were given last
         for choice in choices:
             choice.listen(self._inbox)
 
     async def next_events(self) -> list[GenerationEvent]:
         """At least one, or none at the end. A caller that is cancelled cancels all choices.
 
+        Who asks for more has written what it was given: the times of those tokens are taken here.
+
         Raises the HalfmoonError that ended one of the choices, after every event before it; the others are cancelled.
         """
+        for stream in self._unwritten:
+            stream.wrote()
+        self._unwritten.clear()
         while True:
             if events := self._take():
                 return events
@@ -119,6 +125,7 @@ class Generation:
                 self._cancel(LEFT)
                 return events
             events += found
+            self._unwritten.append(choice.stream)
             if found and isinstance(found[-1], ChoiceEnd):
                 self._num_open -= 1
             elif choice.is_over:

@@ -24,6 +24,7 @@ from ..prefixes.replicator import Replicator
 from ..prefixes.watch import PrefixWatch
 from ..request import ProxyRequest, RequestState
 from ..tasks import Tasks
+from ..verdict import Verdict, judge_error, judge_left
 from .admission_queue import AdmissionQueue, Waiting
 from .books import Books
 from .decisions import DecisionLog, RequestDecision
@@ -233,10 +234,16 @@ class Router:
             state, code, why = RequestState.ABORTED, "cancelled", "the client left before it was placed"
         else:
             state, code, why = RequestState.FAILED, "internal", f"{type(error).__name__}: {error}"
-        self.metrics.entered(state)
-        self.metrics.ended(state, code)
         for decision in decisions:
+            self.metrics.entered(state)
+            self.metrics.ended(state, code, self._verdict(decision, state, error))
             decision.end(state, f"{code}: {why}")
+
+    def _verdict(self, decision: RequestDecision, state: RequestState, error: BaseException) -> Verdict:
+        if state is RequestState.ABORTED:
+            return judge_left(decision.terms, time.monotonic() - decision.arrival)
+        known = error if isinstance(error, HalfmoonError) else None
+        return judge_error(decision.terms, known, rejected=state is RequestState.REJECTED)
 
     def _slo_of(self, request: ProxyRequest) -> Slo:
         """Its own, where it has one."""

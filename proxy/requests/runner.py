@@ -71,7 +71,7 @@ class RequestRunner:
         self.error: HalfmoonError | None = None
         self.finished: Finished | None = None
         self.on_news: Callable[[], None] = _nobody  # something was added to events, or the runner ended; must not hold the TokenStream
-        self.clock = PhaseClock(request.arrival, decision.slo, context.metrics)
+        self.clock = PhaseClock(request.arrival, decision.terms, context.metrics)
         self._context = context
         self._sent: list[int] = []
         self._pair = pair
@@ -87,6 +87,7 @@ class RequestRunner:
         self._deadline = self._loop.time() + remaining_s
         self._stop_timer: asyncio.TimerHandle | None = None
         self._ended = False
+        self._settled = False
         context.metrics.entered(self.state)
         self._task = context.tasks.spawn(self._run(), f"request {request.request_id}", self._broke)
 
@@ -94,11 +95,31 @@ class RequestRunner:
     def is_over(self) -> bool:
         return self._ended
 
+    @property
+    def is_settled(self) -> bool:
+        """It is over, and has been judged."""
+        return self._settled
+
     def cancel(self, reason: str) -> None:
-        """Both workers and the store are told before this returns. Without effect on a runner that is over."""
+        """Both workers and the store are told before this returns. Nobody waits for the end of a runner that is over."""
         if not self.is_over:
             self._end(RequestState.ABORTED, RequestCancelled(reason))
             self._task.cancel()
+        else:
+            self.settle()
+
+    def settle(self, num_unwritten: int = 0) -> None:
+        """Its consumer has taken Finished, and with it so many tokens that it writes now; or it takes no more. Idempotent.
+
+        A request that came to its own end is measured and judged here, by what its client got.
+        """
+        if self._settled or self.finished is None:
+            return
+        self._settled = True
+        if num_unwritten:
+            self.clock.wrote(num_unwritten)
+        verdict = self.clock.finished(self.finished.usage)
+        self._context.metrics.ended(RequestState.DONE, _reason_name(self.finished.reason), verdict)
 
     def abort(self, error: HalfmoonError) -> None:
         """As cancel, but it is the cluster that ends it, with error."""
@@ -234,6 +255,8 @@ class RequestRunner:
             self._enter(RequestState.HANDOFF)
         if self.state in (RequestState.PREFILL, RequestState.HANDOFF):
             self.clock.admitted(state)
+            if state.phases.transport == "grpc" and self._pair.handoff_link == "node":
+                self._context.metrics.fell_back("transport")
             self._context.learner.prefilled(state, self._pair.num_loads)
             self._enter(RequestState.DECODE)
 
@@ -241,18 +264,16 @@ class RequestRunner:
         if self._stopping:
             return
         if self.is_waiting:
-            self._first_tokens(len(token_ids))
-        else:
-            self.clock.tokens(len(token_ids))
+            self._first_tokens()
         self._sent += token_ids
         self._pair.decode_assignment.grow(len(token_ids))
         self.events.append(Tokens(token_ids, outputs))
         self.on_news()
 
-    def _first_tokens(self, num_tokens: int) -> None:
+    def _first_tokens(self) -> None:
         self.is_waiting = False
         self._context.on_first_token(self)
-        self.clock.tokens(num_tokens)
+        self.clock.first_came()
         if not self._pair.is_local:
             self._context.learner.handed_off(self.clock.record, self._pair.handoff_bytes, self._pair.handoff_link)
 
@@ -261,16 +282,16 @@ class RequestRunner:
     def _finish(self, reason: common_pb2.FinishReason, phases: common_pb2.DecodePhases) -> None:
         if self.is_over:
             return
-        record = self.clock.finished(len(self._sent), phases)
+        self.clock.decoded(phases)
         usage = common_pb2.Usage(
             num_prompt_tokens=len(self.request.token_ids),
             num_completion_tokens=len(self._sent),
             num_cached_tokens=min(self.clock.num_cached_tokens or 0, len(self.request.token_ids)),
         )
         self._context.dispatcher.finished(self._pair)
-        self.finished = Finished(reason, record, usage)
+        self.finished = Finished(reason, self.clock.record, usage)
         self.events.append(self.finished)
-        self._end(RequestState.DONE, None, common_pb2.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower())
+        self._end(RequestState.DONE, None, _reason_name(reason))
 
     def _finish_stopped(self) -> None:
         if not self.is_over:
@@ -289,7 +310,11 @@ class RequestRunner:
             self._attempt.close(error or RequestCancelled(f"request {self.request.request_id} has ended"))
         self._pair.release()  # placed, and perhaps not started
         self._enter(state)
-        self._context.metrics.ended(state, error.code if error is not None else reason)
+        if error is not None:
+            self._settled = True
+            left = state is RequestState.ABORTED
+            verdict = self.clock.left() if left else self.clock.failed(error, rejected=state is RequestState.REJECTED)
+            self._context.metrics.ended(state, error.code, verdict)
         self.decision.end(state, f"{error.code}: {error.message}" if error is not None else reason)
         self._ended = True
         if self._stop_timer is not None:
@@ -301,6 +326,10 @@ class RequestRunner:
         self.state = state
         self.decision.state = state.value
         self._context.metrics.entered(state)
+
+
+def _reason_name(reason: common_pb2.FinishReason) -> str:
+    return common_pb2.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower()
 
 
 def _nobody() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from ..kvstore.server import StoreServer
 from ..protocol.config import ModelOptions, ProxyConfig, StoreConfig
 from ..protocol.load_progress import Numbered
+from ..protocol.log_context import FORMAT, NameRequest
 from ..protocol.membership import stay_joined
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import control_pb2
@@ -24,7 +25,9 @@ from .worker import make_worker
 
 def configure_logging() -> None:
     """Once a process, at its entry: to standard error, which Ray keeps in its session's logs folder."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.addFilter(NameRequest())
+    logging.basicConfig(level=logging.INFO, format=FORMAT, handlers=[handler])
 
 
 class ProxyActor:

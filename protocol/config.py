@@ -129,6 +129,8 @@ class ProxyConfig:
     """When decode workers compute prompts themselves; fallback: while no prefill worker is alive, or none is configured."""
     replicate: Literal["never", "hot"] = "hot"
     """Whether a prefix that many requests share is copied to more stores ahead of demand; never: blocks are copied for nobody."""
+    tracing: Literal["off", "otlp"] = "off"
+    """otlp: spans of each request go to the OpenTelemetry collector that OTEL_EXPORTER_OTLP_ENDPOINT names; needs halfmoon[tracing]."""
     drain_timeout_s: float = 30.0
     """Seconds that running requests have to finish when the proxy stops; after that they are cancelled."""
 

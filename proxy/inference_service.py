@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 
 from ..protocol.errors import HalfmoonError, InvalidRequest
 from ..protocol.grpc_errors import unary_boundary
+from ..protocol.trace_context import TraceContext
 from ..protocol.v1 import inference_pb2, inference_pb2_grpc
 from .request_process import (
     LARGE_BYTES,
@@ -94,7 +95,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     @unary_boundary
     @_counted
     async def Generate(self, content: bytes, context: grpc.aio.ServicerContext) -> None:
-        async with await self._generator.open(await self._request(content)) as generation:
+        async with await self._generator.open(await self._request(content, context)) as generation:
             admitted = inference_pb2.GenerateReply.Admitted(
                 request_id=generation.request_id, model=generation.model, num_prompt_tokens=generation.num_prompt_tokens
             )
@@ -103,16 +104,18 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 for event in events:
                     await context.write(_reply(event))
 
-    async def _request(self, content: bytes) -> GenerateRequest:
+    async def _request(self, content: bytes, context: grpc.aio.ServicerContext) -> GenerateRequest:
         """Raises InvalidRequest."""
+        trace = TraceContext.from_metadata(context.invocation_metadata())
         if len(content) <= LARGE_BYTES:
-            return parse_request(content)
+            return dataclasses.replace(parse_request(content), trace=trace)
         packed = await self._process.run(parse_packed, content)
         return dataclasses.replace(
             packed.request,
             prompts=[await unpack_prompt(prompt) for prompt in packed.prompts],
             messages=None if packed.messages is None else await unpack_messages(packed.messages),
             arrival=time.monotonic(),
+            trace=trace,
         )
 
     @unary_boundary

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from ..protocol import metrics as specs
 from ..protocol.exporter import LightCounter, LightHistogram, counter, gauge, histogram
+from ..protocol.trace_context import TraceContext
 from ..protocol.v1 import common_pb2, control_pb2
 from .face_metrics import FaceMetrics
 from .member_metrics import MemberMetrics
@@ -133,9 +134,9 @@ class ProxyMetrics:
     def prefill_done(self, prefill_done_s: float) -> None:
         self._prefill_done.observe(prefill_done_s)
 
-    def first_token(self, record: common_pb2.PhaseRecord) -> None:
+    def first_token(self, record: common_pb2.PhaseRecord, trace: TraceContext | None = None) -> None:
         ttft_s, predicted_s = record.ttft_s, record.predicted_ttft_s
-        self._ttft.observe(ttft_s)
+        self._ttft.observe(ttft_s, None if trace is None else {"trace_id": trace.trace_id})
         self.ttft_window.add(ttft_s)
         if predicted_s > 0.0:
             self._predicted_ttft.observe(predicted_s)

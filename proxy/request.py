@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..protocol.sampling import SamplingParams
+from ..protocol.trace_context import TraceContext
 from ..protocol.v1 import common_pb2
 
 MAX_CHOICES = 128  # of one request of a client's, all its prompts together
@@ -41,6 +42,8 @@ class ProxyRequest:
     arrival: float = field(default_factory=time.monotonic)  # when the face received it
     ttft_slo_s: float | None = None  # to be served within; None: the proxy's
     tpot_slo_s: float | None = None
+    trace: TraceContext | None = None
+    operation: str = "text_completion"  # or chat, as OpenTelemetry names them
 
 
 class Tokens(NamedTuple):

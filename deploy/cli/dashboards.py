@@ -39,12 +39,14 @@ def dashboards(
         _draw(f"http://127.0.0.1:{port}", out, minutes * 60)
 
 
-def configure(folder: Path, proxy: str) -> Path:
-    """Writes Prometheus' configuration and rules for the cluster of this proxy into folder."""
+def configure(folder: Path, proxy: str, interval: str = "") -> Path:
+    """Writes Prometheus' configuration and rules for the cluster of this proxy into folder. interval: of scrapes; empty: the file's."""
     shutil.copytree(DEPLOY / "prometheus", folder, dirs_exist_ok=True)
     path = folder / "prometheus.yml"
     config = yaml.safe_load(path.read_text())
     config["scrape_configs"][0]["http_sd_configs"][0]["url"] = f"http://{proxy}/metrics/targets"
+    if interval:
+        config["global"] = {"scrape_interval": interval, "evaluation_interval": interval}
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return path
 

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 
 from ...protocol.errors import UnknownModel
 from ...protocol.exporter import Identity, ProcessMetrics, render
+from ...protocol.trace_context import HEADER, TraceContext
 from ..request_process import RequestProcess
 from ..requests.generate_request import GenerateRequest
 from ..requests.generation import ChoiceEnd, Generation, Generator
@@ -130,8 +131,8 @@ def _request_id(request: Request) -> str:
 
 
 def _stamped(asked: GenerateRequest, request: Request) -> GenerateRequest:
-    """Times to the first token count from the request's head, and not from when its body was read."""
-    return dataclasses.replace(asked, arrival=request.state.arrival)
+    """With the trace that it belongs to. Times to the first token count from the request's head, and not from when its body was read."""
+    return dataclasses.replace(asked, arrival=request.state.arrival, trace=TraceContext.parse(request.headers.get(HEADER)))
 
 
 def _model(generator: Generator, created: int) -> dict[str, Any]:

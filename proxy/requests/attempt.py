@@ -21,6 +21,7 @@ import grpc.aio
 
 from ...protocol.errors import Draining, HalfmoonError, InternalError, StoreUnavailable, WorkerLost
 from ...protocol.grpc_errors import TRAILER, error_to_proto, from_rpc_error
+from ...protocol.trace_context import TraceContext
 from ...protocol.v1 import common_pb2, kvstore_pb2, worker_pb2
 from ..members.member import Member
 from ..members.token_feed import FeedCall
@@ -58,7 +59,13 @@ class Attempt:
     """
 
     def __init__(
-        self, pair: Pair, sequence: common_pb2.SequenceSpec, handoff: common_pb2.HandoffId, listener: AttemptListener, tasks: Tasks
+        self,
+        pair: Pair,
+        sequence: common_pb2.SequenceSpec,
+        handoff: common_pb2.HandoffId,
+        listener: AttemptListener,
+        tasks: Tasks,
+        trace: TraceContext | None = None,
     ) -> None:
         self.pair = pair
         self.prefilled = False
@@ -68,6 +75,7 @@ class Attempt:
         self._sequence = sequence
         self._handoff = handoff
         self._listener = listener
+        self._metadata = None if trace is None else trace.metadata
         self._feed_call: FeedCall | None = None
         self._num_tokens = 0  # that the call has given
         self._early: list[tuple[list[int], list[common_pb2.TokenOutput]]] = []  # came before Admitted
@@ -158,7 +166,7 @@ class Attempt:
                 call=feed_call.number,
             )
             request.sequence.MergeFrom(self.pair.prompt.spec)
-            call = member.decode_worker.Decode(request, timeout=self._timeout_s)
+            call = member.decode_worker.Decode(request, timeout=self._timeout_s, metadata=self._metadata)
             self._calls.append(call)
             async for reply in call:
                 if self.closed:
@@ -194,7 +202,7 @@ class Attempt:
     async def _follow_prefill(self) -> None:
         member = self.pair.prefill
         try:
-            call = member.prefill_worker.Prefill(self._prefill_request(), timeout=self._timeout_s)
+            call = member.prefill_worker.Prefill(self._prefill_request(), timeout=self._timeout_s, metadata=self._metadata)
             self._calls.append(call)
             reply = await call
             self.prefilled = True

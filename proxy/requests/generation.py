@@ -10,6 +10,7 @@ Leaving a Generation in any way cancels all its choices.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 import weakref
 from collections import deque
@@ -18,10 +19,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from ...protocol.errors import HalfmoonError, InvalidRequest
+from ...protocol.log_context import logged
 from ...protocol.v1 import common_pb2
 from ..model_card import ModelCard
 from ..request import Finished, RequestState, TokenEvent, Tokens
 from ..text.tokenizer import Tokenizer
+from ..tracing import trace_of
 from .choice_text import ChoiceText, TokenText
 from .generate_request import GenerateRequest, RequestBuilder
 from .router import Router
@@ -186,6 +189,11 @@ class Generator:
 
     async def open(self, request: GenerateRequest) -> Generation:
         """Raises InvalidRequest, or what Router.open raises; nothing is left running then."""
+        trace = trace_of(request.trace, self.router.tracer)
+        with logged(request.request_id, trace):  # what is spawned inside keeps it
+            return await self._open(dataclasses.replace(request, trace=trace))
+
+    async def _open(self, request: GenerateRequest) -> Generation:
         requests = await self._builder.build(request, self.max_model_len)
         if (other := self._under_way.get(request.request_id)) is not None and not other.is_over:
             raise InvalidRequest(f"request id {request.request_id!r} is under way already; choose another", param="request_id")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 
 from ...protocol.errors import HalfmoonError
+from ...protocol.trace_context import TraceContext
 from ...protocol.v1 import common_pb2
 from ..conductor.placement import Placement
 from ..metrics import ProxyMetrics
@@ -17,13 +18,14 @@ from ..verdict import Terms, Verdict, judge_done, judge_error, judge_left
 
 
 class PhaseClock:
-    def __init__(self, arrival: float, terms: Terms, metrics: ProxyMetrics) -> None:
-        """arrival: of time.monotonic()."""
+    def __init__(self, arrival: float, terms: Terms, metrics: ProxyMetrics, trace: TraceContext | None = None) -> None:
+        """arrival: of time.monotonic(). trace: the exemplar of its time to the first token."""
         self.record = common_pb2.PhaseRecord()
         self.num_cached_tokens: int | None = None  # of the first hand-off that decode admitted
         self._arrival = arrival
         self._terms = terms
         self._metrics = metrics
+        self._trace = trace
         self._prefilled = self._came = self._first = self._last = 0.0
 
     @property
@@ -74,7 +76,7 @@ class PhaseClock:
             self._first = now
             self.record.ttft_s = now - self._arrival
             self.record.write_s = now - self._came
-            self._metrics.first_token(self.record)
+            self._metrics.first_token(self.record, self._trace)
             self._metrics.tokens_written(1, None)
             if num_tokens > 1:
                 self._metrics.tokens_written(num_tokens - 1, 0.0)

@@ -24,6 +24,7 @@ from ..prefixes.replicator import Replicator
 from ..prefixes.watch import PrefixWatch
 from ..request import ProxyRequest, RequestState
 from ..tasks import Tasks
+from ..tracing import Tracer
 from ..verdict import Verdict, judge_error, judge_left
 from .admission_queue import AdmissionQueue, Waiting
 from .books import Books
@@ -41,14 +42,19 @@ CLOSE_GRACE_S = 1.0  # for aborts that are on their way
 
 
 class Router:
-    def __init__(self, config: ProxyConfig, cluster: Cluster, metrics: ProxyMetrics, *, eos_token_ids: frozenset[int]) -> None:
-        """eos_token_ids: the model's; a replay must not go on behind one. Made before the first member joins the cluster.
+    def __init__(
+        self, config: ProxyConfig, cluster: Cluster, metrics: ProxyMetrics, *, eos_token_ids: frozenset[int], tracer: Tracer | None = None
+    ) -> None:
+        """eos_token_ids: the model's; a replay must not go on behind one. tracer: None where tracing is off.
+
+        Made before the first member joins the cluster.
 
         Raises ConfigError for a cost model that cannot be read.
         """
         self.config = config
         self.cluster = cluster
         self.metrics = metrics
+        self.tracer = tracer
         self.draining = False
         self.streams: weakref.WeakValueDictionary[str, TokenStream] = weakref.WeakValueDictionary()  # by request id, under way
         self.decisions = DecisionLog(config.num_explained)
@@ -81,6 +87,7 @@ class Router:
             eos_token_ids,
             on_first_token=self._first_token,
             on_end=self._runner_ended,
+            tracer=tracer,
         )
 
     @property

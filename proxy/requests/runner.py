@@ -33,6 +33,7 @@ from ...protocol.v1 import common_pb2, worker_pb2
 from ..metrics import ProxyMetrics
 from ..request import Finished, ProxyRequest, RequestState, TokenEvent, Tokens
 from ..tasks import Tasks
+from ..tracing import Ended, Tracer
 from .attempt import Attempt, LegFailed
 from .decisions import RequestDecision
 from .dispatcher import Dispatcher
@@ -57,6 +58,7 @@ class RunnerContext:
     eos_token_ids: frozenset[int]
     on_first_token: Callable[[RequestRunner], None]
     on_end: Callable[[RequestRunner], None]
+    tracer: Tracer | None
 
 
 class RequestRunner:
@@ -71,7 +73,7 @@ class RequestRunner:
         self.error: HalfmoonError | None = None
         self.finished: Finished | None = None
         self.on_news: Callable[[], None] = _nobody  # something was added to events, or the runner ended; must not hold the TokenStream
-        self.clock = PhaseClock(request.arrival, decision.terms, context.metrics)
+        self.clock = PhaseClock(request.arrival, decision.terms, context.metrics, request.trace)
         self._context = context
         self._sent: list[int] = []
         self._pair = pair
@@ -120,6 +122,8 @@ class RequestRunner:
             self.clock.wrote(num_unwritten)
         verdict = self.clock.finished(self.finished.usage)
         self._context.metrics.ended(RequestState.DONE, _reason_name(self.finished.reason), verdict)
+        usage = self.finished.usage
+        self._traced(usage.num_completion_tokens, usage.num_cached_tokens, _reason_name(self.finished.reason), "")
 
     def abort(self, error: HalfmoonError) -> None:
         """As cancel, but it is the cluster that ends it, with error."""
@@ -190,7 +194,7 @@ class RequestRunner:
         self._epoch += 1
         handoff = common_pb2.HandoffId(id=self._handoff_id, epoch=self._epoch)
         logger.debug("request %s epoch %d: %s", request.request_id, self._epoch, pair.placement.reason)
-        self._attempt = Attempt(pair, sequence, handoff, self, self._context.tasks)
+        self._attempt = Attempt(pair, sequence, handoff, self, self._context.tasks, request.trace)
         self._attempt.start()
         self._enter(RequestState.PREFILL)
         return self._attempt
@@ -315,12 +319,17 @@ class RequestRunner:
             left = state is RequestState.ABORTED
             verdict = self.clock.left() if left else self.clock.failed(error, rejected=state is RequestState.REJECTED)
             self._context.metrics.ended(state, error.code, verdict)
+            self._traced(len(self._sent), self.clock.num_cached_tokens or 0, "", error.code)
         self.decision.end(state, f"{error.code}: {error.message}" if error is not None else reason)
         self._ended = True
         if self._stop_timer is not None:
             self._stop_timer.cancel()
         self.on_news()
         self._context.on_end(self)
+
+    def _traced(self, num_tokens: int, num_cached_tokens: int, reason: str, error_code: str) -> None:
+        if self._context.tracer is not None:
+            self._context.tracer.ended(self.request, Ended(self.clock.record, num_tokens, num_cached_tokens, reason, error_code))
 
     def _enter(self, state: RequestState) -> None:
         self.state = state

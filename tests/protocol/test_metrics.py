@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from halfmoon.protocol import exporter, metrics
+from halfmoon.protocol import exporter, metrics, metrics_page
 from halfmoon.protocol.exporter import Identity, ProcessMetrics
 
 SPECS = metrics.ALL
@@ -63,3 +63,8 @@ def test_a_scraper_that_asks_for_openmetrics_gets_exemplars_and_gzip_where_it_ma
     exemplars = [one.exemplar for one in found["halfmoon_time_to_first_token_seconds"].samples if one.exemplar]
     assert [one.labels for one in exemplars] == [{"trace_id": "ab" * 16}] and exemplars[0].value == 0.03
     assert "exemplar" not in exporter.render(served, "text/plain", "").content.decode()
+
+
+def test_the_metrics_page_is_made_from_the_code() -> None:
+    assert metrics_page.PAGE.read_text() == metrics_page.page(), "run python -m halfmoon.protocol.metrics_page"
+    assert all(f"`{spec.name}{'_total' if spec.kind == 'counter' else ''}`" in metrics_page.page() for spec in SPECS)

@@ -63,6 +63,8 @@ class ProxyMetrics:
         phase = histogram(specs.REQUEST_PHASE, registry)
         self._phases = {name: phase.labels(name) for name in PHASES}
         self._requests = counter(specs.REQUESTS, registry)
+        for labels in itertools.product(("done",), ("stop", "length"), ("default", "own", "none"), ("yes",), ("none",)):
+            self._requests.labels(*labels)  # 0 is not absent: goodput of none is 0, and not missing
         states = counter(specs.REQUEST_STATE, registry)
         self._states = {state: states.labels(state.value) for state in RequestState}
         self._replays = counter(specs.REQUEST_REPLAYS, registry)
@@ -87,7 +89,7 @@ class ProxyMetrics:
         self._num_errors: Counter[str] = Counter()
         self._slo_requests = counter(specs.SLO_REQUESTS, registry)
         for labels in itertools.product(("ttft", "tpot"), ("default", "own"), ("yes", "no")):
-            self._slo_requests.labels(*labels)  # 0 is not absent: a ratio of none is 0, and not missing
+            self._slo_requests.labels(*labels)
         self.num_in_slo = self.num_outside_slo = 0  # of finished requests with an SLO
         self._streaming = gauge(specs.REQUESTS_STREAMING, registry)
         self._waiting = gauge(specs.REQUESTS_WAITING, registry)

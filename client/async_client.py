@@ -118,14 +118,14 @@ class AsyncClient:
         self._inference: Any = inference_pb2_grpc.InferenceStub(self._channel)
         self._control: Any = control_pb2_grpc.ControlStub(self._channel)
 
-    async def generate(self, **ask: Unpack[GenerateOptions]) -> Completion:
+    async def generate(self, **options: Unpack[GenerateOptions]) -> Completion:
         """Raises an error of protocol/errors.py: InvalidRequest, Overloaded, DeadlineExceeded, Unavailable …"""
-        async with self.stream(**ask) as stream:
+        async with self.stream(**options) as stream:
             return await stream.completion()
 
-    def stream(self, **ask: Unpack[GenerateOptions]) -> AsyncStream:
+    def stream(self, **options: Unpack[GenerateOptions]) -> AsyncStream:
         """Raises InvalidRequest at once for a wrong option; anything else comes while it is read."""
-        return AsyncStream(self._inference, build_request(ask), self.address, self._closed)
+        return AsyncStream(self._inference, build_request(options), self.address, self._closed)
 
     async def models(self, *, timeout_s: float = CALL_TIMEOUT_S) -> list[Model]:
         reply: inference_pb2.ModelsReply = await self._unary(self._inference.Models, inference_pb2.ModelsRequest(), timeout_s)

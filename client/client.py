@@ -114,14 +114,14 @@ class Client:
         self._inference: Any = inference_pb2_grpc.InferenceStub(self._channel)
         self._control: Any = control_pb2_grpc.ControlStub(self._channel)
 
-    def generate(self, **ask: Unpack[GenerateOptions]) -> Completion:
+    def generate(self, **options: Unpack[GenerateOptions]) -> Completion:
         """Raises an error of protocol/errors.py: InvalidRequest, Overloaded, DeadlineExceeded, Unavailable …"""
-        with self.stream(**ask) as stream:
+        with self.stream(**options) as stream:
             return stream.completion()
 
-    def stream(self, **ask: Unpack[GenerateOptions]) -> Stream:
+    def stream(self, **options: Unpack[GenerateOptions]) -> Stream:
         """Raises InvalidRequest at once for a wrong option; anything else comes while it is read."""
-        return Stream(self._inference, build_request(ask), self.address, self._closed)
+        return Stream(self._inference, build_request(options), self.address, self._closed)
 
     def models(self, *, timeout_s: float = CALL_TIMEOUT_S) -> list[Model]:
         reply: inference_pb2.ModelsReply = self._unary(self._inference.Models, inference_pb2.ModelsRequest(), timeout_s)

@@ -64,7 +64,7 @@ class DecisionAttempt:
     error: str
     """The error that ended the attempt; empty if it did not fail."""
     queue_order: int
-    """Its place in the workers' queues; lower is sooner."""
+    """Its order in the workers' queues; lower is sooner."""
     predictions: tuple[Prediction, ...]
 
 

@@ -63,9 +63,9 @@ class GenerateOptions(Options, Input, total=False):
     """Every keyword of generate() and stream()."""
 
 
-def build_request(ask: Mapping[str, Any]) -> inference_pb2.GenerateRequest:
+def build_request(options: Mapping[str, Any]) -> inference_pb2.GenerateRequest:
     """Raises InvalidRequest, naming the keyword, for one that is unknown or has a value of the wrong type or size."""
-    given = {name: value for name, value in ask.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None}
     unknown = sorted(given.keys() - GenerateOptions.__annotations__.keys())
     if unknown:
         raise InvalidRequest(f"{unknown[0]} is not an option; the options are {', '.join(Options.__annotations__)}", param=unknown[0])

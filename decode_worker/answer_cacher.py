@@ -1,6 +1,6 @@
-"""Puts what a sequence has computed into the node's store: a local prompt's blocks as soon as they stand, all of them at the end.
+"""Caches a sequence's computed blocks in the node's store: a local prompt's as soon as they are ready, all others at the end.
 
-pages ─► transfers ─► store       blocks that are there already, from a hand-off or a prefix, are left out
+pages ─► transfers ─► store       blocks that are already there, from a hand-off or a prefix, are left out
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class AnswerCacher:
-    """On the event loop. changed: guards the scheduler."""
+    """Lives on the event loop. changed: guards the scheduler."""
 
     def __init__(self, blocks: BlockCacher, stores: Stores, scheduler: DecodeScheduler, changed: threading.Condition) -> None:
         self._blocks = blocks
@@ -28,10 +28,10 @@ class AnswerCacher:
         self._changed = changed
 
     async def cache_prompt(self, job: DecodeJob) -> None:
-        """Stores the full blocks of a prompt that was computed here, so that other requests find them while it is being answered.
+        """Caches the full blocks of a prompt that was computed here, so that other requests find them while it is being answered.
 
-        The sequence goes on meanwhile; where it is preempted or ends, and others write into its pages, nothing is stored.
-        Never fails: what is not cached now is cached at the end.
+        The sequence goes on meanwhile. If it is preempted or ends, and others write into its pages, nothing is cached.
+        Never fails: blocks that are not cached now are cached at the end.
         """
         num_blocks, page_size, sequence = len(job.block_keys), self._scheduler.block_size, job.sequence
         with self._changed:
@@ -50,7 +50,7 @@ class AnswerCacher:
             logger.info("request %s: its prompt's blocks are not cached yet: %s", sequence.request_id, failure)
 
     async def cache_answer(self, job: DecodeJob, root: bytes) -> None:
-        """Stores the full blocks of prompt and answer whose KV was computed, where there is room for them at once.
+        """Caches the full blocks of prompt and answer whose KV was computed, if there is room for them at once.
 
         Raises StoreFull, StoreUnavailable, HandoffError.
         """
@@ -59,7 +59,7 @@ class AnswerCacher:
 
 
 def computed_keys(job: DecodeJob, root: bytes, block_size: int) -> list[bytes]:
-    """Of the full blocks whose every token has its KV in the pages; the last sampled token never has."""
+    """Keys of the full blocks all of whose tokens have their KV in the pages. The last sampled token never has."""
     num_computed = job.sequence.num_computed_tokens // block_size
     known = job.block_keys[:num_computed]
     rest = job.sequence.token_ids[len(known) * block_size : num_computed * block_size]

@@ -1,8 +1,8 @@
-"""One Decode call as the worker holds it: the sequence, its hand-off, what the client was not sent yet, and what happened when.
+"""One Decode call as the worker holds it: the sequence, its hand-off, what has not been sent to the client yet, and when what happened.
 
-arrived ─hand-off wait─► sealed ─queue, for pages─► granted ─intake─► admitted ─► second token ─► … ─► last token
-                                └── pages may be granted before the seal, and the intake overlap it ──┘
-Local prefill has no hand-off: arrived ─queue─► granted ─prefix load─► queue ─► first chunk ─prefill─► admitted, with its first token
+arrived ─hand-off wait─► sealed ─queue, for pages─► started ─intake─► admitted ─► second token ─► … ─► last token
+                                └── it may start before the seal, and the intake overlap it ───┘
+Local prefill has no hand-off: arrived ─queue─► started ─prefix load─► queue ─► first chunk ─prefill─► admitted, with its first token
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ class DecodeJob:
     request: worker_pb2.DecodeRequest
     sequence: Sequence
     block_keys: list[bytes]  # of the full blocks that the hand-off brings
-    granted: asyncio.Future[None]  # the scheduler gave it pages
-    feed: TokenFeed | None = None  # takes the tokens after the first, where the proxy has opened one
-    intake: asyncio.Task[None] | None = None  # takes in the hand-off
+    started: asyncio.Future[None]  # the scheduler gave it pages
+    feed: TokenFeed | None = None  # takes the tokens after the first, if the proxy has opened one
+    intake: asyncio.Task[None] | None = None  # fetches the hand-off into pages, or loads a local prefill's prefix
     reader: BlockReader | None = None
     transport: str = ""  # of the reader's store
-    caching_prompt: asyncio.Task[None] | None = None  # of a local prefill: its prompt's blocks, while the answer is written
-    given_up: bool = False  # the store knows that nobody takes the hand-off
+    caching_prompt: asyncio.Task[None] | None = None  # of a local prefill: caches the prompt's blocks during the answer
+    aborted: bool = False  # the store knows that nobody will take the hand-off
     timer: asyncio.TimerHandle | None = None  # of the deadline
     state: common_pb2.HandoffState | None = None  # set on admission
     unsent: list[common_pb2.TokenOutput] = field(default_factory=list)
     finish_reason: common_pb2.FinishReason | None = None
     error: HalfmoonError | None = None
-    may_finish: bool = False  # its blocks are cached, or that takes too long: the client may be told of the end
+    may_finish: bool = False  # its blocks are cached, or that takes too long: Finished may be sent
     changed: asyncio.Event = field(default_factory=asyncio.Event)  # there is something to send
     num_given_tokens: int = 0  # the first included
     num_preemptions: int = 0
     arrived_at: float = field(default_factory=time.monotonic)
     sealed_at: float = 0.0
-    granted_at: float = 0.0
+    started_at: float = 0.0
     admitted_at: float = 0.0
     second_token_at: float = 0.0
     last_token_at: float = 0.0
     # local prefill's
     prefix: CachedPrefix = field(default_factory=CachedPrefix)
     first_chunk_at: float = 0.0
-    compute_s: float = 0.0  # of its steps' seconds, by its share of their tokens
+    compute_s: float = 0.0  # its share of its steps' seconds, by tokens
 
     @property
     def is_local(self) -> bool:
-        """The prompt is computed here; there is no hand-off."""
+        """The prompt is computed here, without a hand-off."""
         return self.request.local_prefill
 
     @property
@@ -65,6 +65,7 @@ class DecodeJob:
         """The first token counts as sent now."""
         self.state = state
         self.admitted_at = self.last_token_at = time.monotonic()
+        self.sequence.pace(self.admitted_at)
         self.num_given_tokens = 1
         if self.feed is None:
             self.unsent.append(state.first_token)
@@ -87,13 +88,13 @@ class DecodeJob:
         self.changed.set()
 
     def leave_feed(self) -> None:
-        """Nobody reads it any more. Idempotent."""
+        """The job stops sending to its feed. Idempotent."""
         feed, self.feed = self.feed, None
         if feed is not None:
             feed.leave()
 
     async def replies(self) -> AsyncIterator[worker_pb2.DecodeReply]:
-        """Until it has ended; raises the error that ended it. Tokens that came meanwhile go in one message."""
+        """The replies until the job ends. Raises the error that ended it. Tokens that came meanwhile go in one message."""
         told_admission = False
         while True:
             await self.changed.wait()
@@ -117,7 +118,7 @@ class DecodeJob:
                 return
 
     def phases(self) -> common_pb2.DecodePhases:
-        """What came before the admission of a local prefill stands in its PrefillPhases."""
+        """For a local prefill, what came before the admission is in its PrefillPhases."""
         if self.state is None:  # ended before its hand-off was there
             waited_s = 0.0 if self.is_local else time.monotonic() - self.arrived_at
             return common_pb2.DecodePhases(handoff_wait_s=waited_s, num_preemptions=self.num_preemptions)
@@ -127,7 +128,7 @@ class DecodeJob:
             num_preemptions=self.num_preemptions,
         )
         if not self.is_local:
-            loaded_from = max(self.sealed_at, self.granted_at)
+            loaded_from = max(self.sealed_at, self.started_at)
             phases.handoff_wait_s = self.sealed_at - self.arrived_at
             phases.intake_s = self.admitted_at - loaded_from
             phases.queue_s = loaded_from - self.sealed_at
@@ -136,7 +137,7 @@ class DecodeJob:
     def timeout_error(self) -> DeadlineExceeded:
         if self.state is not None:
             where = f"in decode, with {self.sequence.num_output_tokens} tokens of its answer"
-        elif self.is_local and self.granted.done():
+        elif self.is_local and self.started.done():
             where = "in prefill on the decode worker"
         elif self.is_local or self.sealed_at:
             where = "waiting for the decode worker's pages"

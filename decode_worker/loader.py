@@ -1,9 +1,11 @@
-"""Takes a hand-off into a sequence's pages, and refuses what must not be decoded.
+"""Loads a hand-off into a sequence's pages, and refuses one that must not be decoded.
 
-fetch ─► layout: as many blocks as the tokens make, keys those of the tokens ─► slices ─► sealed: checksums, state
-                                                                       └─ transfers ─► pages, once granted
+Leading blocks that stand in the worker's pages already are not read.
 
-Slices of a sequence that waits for pages are held back here; they are bounded by the store's arena, where they stay leased.
+fetch ─► layout: the number of blocks and their keys fit the tokens ─► slices ─► sealed: checksums, state
+                                                                       └─ transfers ─► pages, once started
+
+Slices of a sequence that waits for pages are held back here. They stay leased in the store's arena, which bounds them.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class HandoffLoader:
-    """On the event loop."""
+    """Lives on the event loop."""
 
     def __init__(self, pages: PageTransfer, stores: Stores, metrics: WorkerMetrics, vocab_size: int) -> None:
         self._pages = pages
@@ -47,49 +49,54 @@ class HandoffLoader:
             check_layout(job, job.reader, self._pages.schema.block_size)
 
     async def load(self, job: DecodeJob) -> common_pb2.HandoffState:
-        """Returns once the pages hold the whole hand-off and it was verified.
+        """Returns once the pages hold the whole hand-off and it is verified.
 
         Raises HandoffIncomplete, HandoffCorrupt, HandoffAborted, StoreUnavailable.
         """
         assert job.reader is not None
         load = PageLoad(self._pages)
+        if job.started.done():
+            job.reader.skip(self._num_shared(job))
         unwritten: list[BlockSlice] = []
         num_slices = 0
         async for piece in job.reader.slices():
             unwritten.append(piece)
             num_slices += len(piece.blocks) * piece.num_layers
-            if job.granted.done():
-                await _write(load, job, unwritten)
+            if job.started.done():
+                await self._write(load, job, unwritten)
         job.sealed_at = time.monotonic()
         state = check_state(job, job.reader, num_slices, self._pages.schema.num_layers, self._vocab_size)
-        await job.granted
-        await _write(load, job, unwritten)
+        await job.started
+        await self._write(load, job, unwritten)
         await load.finished()
         return state
 
     def count(self, job: DecodeJob) -> None:
-        """It was admitted."""
+        """Counts the transfer of a job that was admitted."""
         assert job.reader is not None
         self._metrics.transferred(job.transport, "fetch", job.reader.num_bytes, job.phases().intake_s)
 
-    async def give_up(self, job: DecodeJob) -> None:
-        """Before the intake ends: the store would have to make up a reason. Raises StoreUnavailable."""
+    async def abort(self, job: DecodeJob) -> None:
+        """Aborts the hand-off with the job's reason. Called before the intake ends, or the store would have to make up a reason.
+
+        Raises StoreUnavailable.
+        """
         handoff = job.request.handoff
         reason = job.error or RequestCancelled(f"request {job.sequence.request_id} was stopped before its hand-off was there")
         await self._stores.own.client.abort(handoff.id, handoff.epoch, reason)
-        job.given_up = True
+        job.aborted = True
 
     async def end_intake(self, job: DecodeJob) -> None:
-        """Returns when it is over."""
+        """Ends the intake, and returns when it is over."""
         if job.intake is None:
             return
-        if job.reader is not None or not job.given_up:
+        if job.reader is not None or not job.aborted:
             job.intake.cancel()
-        # else its fetch is being told of the abort, maybe with a lease to release: cancelled now, it would never know
+        # else the store tells its fetch of the abort, and it may have a lease to release; cancelling it now would lose that
         await asyncio.wait({job.intake})
 
     async def release(self, job: DecodeJob) -> None:
-        """Lets go of the job's reader, if it has one. Idempotent."""
+        """Releases the job's reader, if it has one. Idempotent."""
         if job.reader is None:
             return
         await self._pages.drained()  # a cancelled intake may still be copying out of the reader's memory
@@ -98,15 +105,21 @@ class HandoffLoader:
         except HalfmoonError as error:
             logger.warning("a hand-off's lease could not be released: %s", error)
 
+    async def _write(self, load: PageLoad, job: DecodeJob, unwritten: list[BlockSlice]) -> None:
+        num_shared = self._num_shared(job)
+        for piece in unwritten:
+            new = piece.behind(num_shared)
+            if new is not None:
+                await load.write(job.sequence.pages, new)
+        unwritten.clear()
 
-async def _write(load: PageLoad, job: DecodeJob, unwritten: list[BlockSlice]) -> None:
-    for piece in unwritten:
-        await load.write(job.sequence.pages, piece)
-    unwritten.clear()
+    def _num_shared(self, job: DecodeJob) -> int:
+        """Leading blocks that others use, too. Of a job that has its pages and is not admitted."""
+        return job.sequence.num_computed_tokens // self._pages.schema.block_size
 
 
 def check_layout(job: DecodeJob, reader: BlockReader, block_size: int) -> None:
-    """Raises HandoffIncomplete or HandoffCorrupt where the hand-off's blocks are not those of the request's tokens."""
+    """Raises HandoffIncomplete or HandoffCorrupt if the hand-off's blocks do not match the request's tokens."""
     num_tokens = job.sequence.num_tokens
     expected = div_ceil(num_tokens, block_size)
     name = handoff_name(job)
@@ -131,11 +144,12 @@ def check_layout(job: DecodeJob, reader: BlockReader, block_size: int) -> None:
 
 
 def check_state(job: DecodeJob, reader: BlockReader, num_slices: int, num_layers: int, vocab_size: int) -> common_pb2.HandoffState:
-    """num_slices: layers of blocks that came. Raises HandoffIncomplete, HandoffCorrupt."""
+    """num_slices: received layers of blocks. Raises HandoffIncomplete, HandoffCorrupt."""
     name = handoff_name(job)
-    if num_slices != reader.num_blocks * num_layers:
+    num_read = reader.num_blocks - reader.num_skipped
+    if num_slices != num_read * num_layers:
         raise HandoffIncomplete(
-            f"{name} came with {num_slices} layers of blocks; {reader.num_blocks} blocks have {reader.num_blocks * num_layers}",
+            f"{name} came with {num_slices} layers of blocks; {num_read} blocks have {num_read * num_layers}",
             num_slices=num_slices,
         )
     if reader.state is None or not reader.state.HasField("first_token"):

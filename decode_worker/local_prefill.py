@@ -1,6 +1,6 @@
-"""Local prefill: a prompt that comes without a hand-off. Its cached prefix is loaded, the scheduler's chunks compute the rest.
+"""Local prefill: a prompt without a hand-off. Its cached prefix is loaded, and the scheduler's chunks compute the rest.
 
-add ─► granted ─► prefix from the node's store ─► begin_prefill ─► chunks in decode's own steps ─► first token: Admitted, blocks published
+add ─► started ─► prefix from the node's store ─► begin_prefill ─► chunks in decode's own steps ─► first token: Admitted, blocks cached
                     └─ corrupt, gone, none: computed
 """
 
@@ -15,26 +15,26 @@ from .scheduler import Step
 
 
 class LocalPrefill:
-    """On the event loop, where nothing else is said."""
+    """Lives on the event loop, except where a method says otherwise."""
 
     def __init__(self, prefixes: PrefixLoader) -> None:
         self._prefixes = prefixes
-        self._unbegun: dict[object, DecodeJob] = {}  # by sequence: loaded, and in no step yet
+        self._unbegun: dict[object, DecodeJob] = {}  # by sequence: loaded, and not in a step yet
         self._computing: dict[object, DecodeJob] = {}  # begun, and without a first token
 
     async def load(self, job: DecodeJob) -> None:
-        """Sets the job's prefix. Never fails: what is corrupt or gone is computed."""
+        """Sets the job's prefix. Never fails, because what is corrupt or gone is computed."""
         job.prefix = await self._prefixes.load(job.sequence, job.block_keys)
         if not job.ended:
             self._unbegun[job.sequence] = job
 
     def forget(self, job: DecodeJob) -> None:
-        """It has ended."""
+        """The job has ended."""
         self._unbegun.pop(job.sequence, None)
         self._computing.pop(job.sequence, None)
 
     def stepping(self, step: Step, now: float) -> None:
-        """On the step loop's thread, before a step runs: whose prefill begins with it."""
+        """On the step loop's thread, before a step runs: notes the prefills that begin with it."""
         if not self._unbegun:
             return
         for chunk in step.chunks:
@@ -44,24 +44,25 @@ class LocalPrefill:
                 self._computing[chunk.sequence] = job
 
     def stepped(self, step: Step, seconds_per_token: float) -> None:
-        """On the step loop's thread, before a step is recorded: what of its seconds was whose."""
+        """On the step loop's thread, before a step is recorded: divides its seconds among the prefills in it."""
         if not self._computing:
             return
         for chunk in step.chunks:
             job = self._computing.get(chunk.sequence)
             if job is not None:
                 job.compute_s += seconds_per_token * chunk.num_tokens
+                self._prefixes.computed(seconds_per_token)
                 if chunk.is_last:
                     self._computing.pop(chunk.sequence, None)
 
     def preempted(self, job: DecodeJob) -> None:
-        """Where it has no first token yet: what had been loaded is computed after all."""
+        """If the job has no first token yet, its loaded prefix is gone and will be computed."""
         if job.is_local and job.state is None:
             job.prefix.num_tokens = 0
 
 
 def local_state(job: DecodeJob, token: common_pb2.TokenOutput) -> common_pb2.HandoffState:
-    """What a hand-off would have brought, as of now. queue_s: for pages, and for the first chunk."""
+    """The state that a hand-off would have brought, as of now. queue_s covers the waits for pages and for the first chunk."""
     now = time.monotonic()
     first_chunk_at = job.first_chunk_at or now
     phases = common_pb2.PrefillPhases(
@@ -73,5 +74,6 @@ def local_state(job: DecodeJob, token: common_pb2.TokenOutput) -> common_pb2.Han
         compute_s=job.compute_s,
         load_transport=job.prefix.transport,
     )
-    num_tokens = len(job.request.sequence.token_ids)  # the sequence itself goes on growing
-    return common_pb2.HandoffState(num_tokens=num_tokens, num_cached_tokens=job.prefix.num_tokens, first_token=token, phases=phases)
+    num_tokens = len(job.request.sequence.token_ids)  # the sequence itself grows on
+    num_cached_tokens = job.prefix.num_tokens + job.sequence.num_skipped_tokens
+    return common_pb2.HandoffState(num_tokens=num_tokens, num_cached_tokens=num_cached_tokens, first_token=token, phases=phases)

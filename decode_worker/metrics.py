@@ -1,4 +1,4 @@
-"""What the decode half exports beside what the worker does."""
+"""The decode half's own metrics, beside those of the worker."""
 
 from __future__ import annotations
 

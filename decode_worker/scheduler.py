@@ -16,6 +16,7 @@ Who did end in step n has its token of step n+1 thrown away. Nobody is preempted
 from __future__ import annotations
 
 import itertools
+import math
 from bisect import insort
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -23,8 +24,11 @@ from typing import NamedTuple
 
 from ..engine.page_allocator import PageAllocator
 from ..engine.sequence import Sequence, StepChunk
+from ..engine.step_budget import DecodeLoad
 from ..protocol.blocks import div_ceil
 from ..protocol.errors import ConfigError, PromptTooLong
+from ..protocol.timing.chunk_sizer import token_target_s
+from ..protocol.timing.step_cost import ChunkWork, StepWork
 from ..protocol.v1 import common_pb2
 
 
@@ -134,16 +138,16 @@ class DecodeScheduler:
     def start(self) -> list[Sequence]:
         """Gives pages to the waiting, in order, for as long as they are there. Returns those that have something to load now.
 
-        Those that were preempted run again. A page for each running sequence stays free, lest a start preempts at once.
+        Those that were preempted run again. A page for each running sequence stays free, lest a start preempts at once. Leading blocks
+        that are here count as computed: nothing is to be loaded into their pages, the first num_computed_tokens // block_size.
         """
         to_load: list[Sequence] = []
         while self._waiting:
             entry = self._waiting[0]
             num_pages = div_ceil(entry.sequence.num_tokens, self.block_size)
-            if not self.allocator.can_allocate(num_pages + len(self._running)):
+            if not self.allocator.take(entry.sequence, num_pages, num_spare=len(self._running)):
                 break
             del self._waiting[0]
-            entry.sequence.pages = self.allocator.allocate(num_pages)
             insort(self._running if entry.admitted else self._loading, entry, key=_order)
             if not entry.admitted:
                 entry.held = True
@@ -157,6 +161,7 @@ class DecodeScheduler:
         """
         entry = self._loaded(sequence)
         sequence.num_computed_tokens = sequence.num_tokens
+        self.allocator.keep(sequence)
         sequence.token_ids.append(first_token_id)
         reason = sequence.finish_reason(self.eos_token_ids)
         if reason is None:
@@ -175,23 +180,56 @@ class DecodeScheduler:
             raise ValueError(f"{num_cached_tokens} of {sequence.num_tokens} tokens are cached; at least the last one must be computed")
         entry = self._loaded(sequence)
         sequence.num_computed_tokens = num_cached_tokens
+        self.allocator.keep(sequence)
         entry.held = False
         insort(self._running, entry, key=_order)
 
-    def schedule(self) -> Step:
+    @property
+    def waiting_chunks(self) -> list[ChunkWork]:
+        """What the next step's prefill chunks are of, in their order."""
+        waiting: list[ChunkWork] = []
+        for entry in self._running:
+            num_left = _num_missing(entry)
+            if num_left > 1:
+                waiting.append(ChunkWork(entry.sequence.num_tokens + entry.num_coming - num_left, num_left))
+        return waiting
+
+    def load(self, begins_at: float, default_tpot_s: float) -> DecodeLoad:
+        """What the next step decodes, were it to begin then. default_tpot_s: of sequences without a TPOT of their own."""
+        num_decodes = num_context_tokens = 0
+        target_s = math.inf
+        for entry in self._running:
+            if num_decodes == self.max_running:
+                break
+            if _num_missing(entry) == 1 and not _surely_ends(entry):
+                sequence = entry.sequence
+                num_decodes += 1
+                num_context_tokens += sequence.num_tokens + entry.num_coming
+                num_given, since_s = 0, 0.0
+                if sequence.paced_at:
+                    num_given = sequence.num_output_tokens + entry.num_coming - sequence.paced_from
+                    since_s = begins_at - sequence.paced_at
+                target_s = min(target_s, token_target_s(sequence.tpot_slo_s or default_tpot_s, num_given, since_s))
+        return DecodeLoad(StepWork(num_decodes=num_decodes, num_context_tokens=num_context_tokens), target_s)
+
+    def schedule(self, budget: int | None = None) -> Step:
         """The next step, without chunks if nothing runs. Every step before it has been recorded.
 
         Prefill chunks share a budget of tokens in order; who gets none of it leaves its place in the step to the next.
+
+        Args:
+            budget: None: max_prefill_tokens_per_step.
         """
         chunks: list[StepChunk] = []
         preempted: list[Sequence] = []
-        budget = self.max_prefill_tokens_per_step
+        budget = self.max_prefill_tokens_per_step if budget is None else budget
         for entry in self._running.copy():
             if len(chunks) == self.max_running:
                 break
             sequence = entry.sequence
             if not sequence.pages:  # preempted by one before it
                 continue
+            self._catch_up(entry)
             size = _chunk_size(entry, budget)
             if size == 0 or not self._grow(entry, preempted):
                 continue
@@ -199,17 +237,18 @@ class DecodeScheduler:
             chunks.append(_take(entry, size))
         return Step(chunks, preempted, [chunk.sequence for chunk in chunks if chunk.is_last])
 
-    def schedule_ahead(self) -> Step | None:
+    def schedule_ahead(self, budget: int | None = None) -> Step | None:
         """The step behind the one that runs, which is the only one that is not recorded yet; its record comes before this one's.
 
         A chunk may begin at the token that its sequence gets in the step that runs. Who is sure to end there has none, and others have
         its place. No chunks where nobody is left; None where that can't be decided yet, because pages are short.
         """
         chosen: list[tuple[_Entry, int]] = []
-        budget = self.max_prefill_tokens_per_step
+        budget = self.max_prefill_tokens_per_step if budget is None else budget
         for entry in self._running:
             if len(chosen) == self.max_running:
                 break
+            self._catch_up(entry)
             size = 0 if _surely_ends(entry) else _chunk_size(entry, budget)
             if size > 0:
                 chosen.append((entry, size))
@@ -249,6 +288,7 @@ class DecodeScheduler:
                 self._free_if_done(entry)
                 continue
             sequence.num_computed_tokens += chunk.num_tokens
+            self.allocator.keep(sequence)
             if row is not None:
                 sequence.token_ids.append(token_ids[row])
                 reason = sequence.finish_reason(self.eos_token_ids)
@@ -295,6 +335,14 @@ class DecodeScheduler:
         """That hold its tokens, those it gets in steps under way among them."""
         return div_ceil(entry.sequence.num_tokens + entry.num_coming, self.block_size)
 
+    def _catch_up(self, entry: _Entry) -> None:
+        """Past the blocks of its prompt that another has computed since its last chunk."""
+        sequence = entry.sequence
+        if not entry.num_steps and _num_missing(entry) > self.block_size:
+            found = self.allocator.advance(sequence, sequence.num_computed_tokens)
+            sequence.num_skipped_tokens += found - sequence.num_computed_tokens
+            sequence.num_computed_tokens = found
+
     def _grow(self, entry: _Entry, preempted: list[Sequence]) -> bool:
         """A page for the next token where the last one is full. False where that took the sequence's own pages."""
         sequence = entry.sequence
@@ -311,9 +359,8 @@ class DecodeScheduler:
 
     def _preempt(self, entry: _Entry) -> None:
         self._running.remove(entry)
-        self.allocator.free(entry.sequence.pages)
-        entry.sequence.pages = []
-        entry.sequence.num_computed_tokens = 0
+        self.allocator.release(entry.sequence)
+        entry.sequence.num_computed_tokens = entry.sequence.num_skipped_tokens = 0
         entry.num_preemptions += 1
         insort(self._waiting, entry, key=_order)
 
@@ -329,8 +376,7 @@ class DecodeScheduler:
 
     def _free_if_done(self, entry: _Entry) -> None:
         if entry.left and not entry.held and not entry.num_steps:
-            self.allocator.free(entry.sequence.pages)
-            entry.sequence.pages = []
+            self.allocator.release(entry.sequence)
             del self._entries[entry.sequence]
 
 

@@ -35,8 +35,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     async def Decode(self, request: worker_pb2.DecodeRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[worker_pb2.DecodeReply]:
         with logged(request.sequence.request_id, TraceContext.from_metadata(context.invocation_metadata())):
             job = self._worker.open(request)  # the tasks that it begins keep it
-        call: Any = context  # the stubs want an instance of a class that grpc does not have
-        # a generator that waits in `yield` is not told of the call's end; this is
+        call: Any = context  # the stubs ask for a class that grpc does not have
+        # a generator that waits in `yield` does not learn that the call has ended; this callback does
         call.add_done_callback(lambda _: self._worker.close(job))
         try:
             async for reply in job.replies():
@@ -44,7 +44,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         finally:
             self._worker.close(job)
 
-    # a coroutine that writes, not a generator: the feed is closed at the stream's end and not at the collector's leisure
+    # a coroutine that writes, not a generator: the feed is closed at the end of the stream, not when the collector gets to it
     @unary_boundary
     async def Tokens(self, request: worker_pb2.TokensRequest, context: grpc.aio.ServicerContext) -> None:
         feed = self._worker.feeds.open(request.feed_id)

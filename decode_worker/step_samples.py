@@ -1,4 +1,4 @@
-"""How long recent steps took, and over what: a few of them for each load report, from which the proxy learns to predict."""
+"""How long recent steps took, and over what. A few of them go into each load report; the proxy learns to predict from them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections import deque
 from collections.abc import Sequence
 
 from ..engine.sequence import StepChunk
+from ..engine.step_budget import work_of
 from ..protocol.v1 import control_pb2
 
-INTERVAL_S = 0.02  # between two samples: some ten a report
+INTERVAL_S = 0.02  # between two samples: about ten for each report
 NUM_KEPT = 16
 
 
 class StepSamples:
-    """note on the engine's thread, take on any."""
+    """note() runs on the engine's thread, take() on any."""
 
     def __init__(self) -> None:
         self._kept: deque[control_pb2.StepSample] = deque(maxlen=NUM_KEPT)
@@ -24,16 +25,19 @@ class StepSamples:
         if not chunks or ended - self._last < INTERVAL_S:
             return
         self._last = ended
-        decoded = [chunk.start + 1 for chunk in chunks if chunk.num_tokens == 1]
-        num_prefill_tokens = sum(chunk.num_tokens for chunk in chunks if chunk.num_tokens > 1)
+        work = work_of(chunks)
         self._kept.append(
             control_pb2.StepSample(
-                num_sequences=len(decoded), num_kv_tokens=sum(decoded), num_prefill_tokens=num_prefill_tokens, seconds=ended - began
+                num_sequences=work.num_decodes,
+                num_kv_tokens=work.num_context_tokens,
+                num_prefill_tokens=work.num_chunk_tokens,
+                prefill_attention=work.attention,
+                seconds=ended - began,
             )
         )
 
     def take(self) -> list[control_pb2.StepSample]:
-        """Those since the last time."""
+        """The samples since the last call."""
         found: list[control_pb2.StepSample] = []
         while self._kept:
             found.append(self._kept.popleft())

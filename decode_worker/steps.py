@@ -14,6 +14,7 @@ from ..engine.executor import BlockPush, TokenSample
 from ..engine.model_flops import StepWork
 from ..engine.sequence import Sequence
 from ..engine.step_loop import StepRun
+from ..protocol.errors import HalfmoonError
 from ..protocol.v1 import common_pb2
 from .job import DecodeJob
 from .local_prefill import LocalPrefill
@@ -34,6 +35,7 @@ class StepResult(NamedTuple):
     seconds: float  # from its launch, or the end of the step it was launched behind
     work: StepWork
     preempted: list[Sequence]
+    failed: list[tuple[DecodeJob, HalfmoonError]]
 
 
 class DecodeSteps:
@@ -64,12 +66,15 @@ class DecodeSteps:
         self._local.stepping(part, now)
         return []  # its blocks are cached at the end, from the pages
 
-    def end(self, part: Step, samples: list[TokenSample], run: StepRun) -> None:
+    def end(self, part: Step, samples: list[TokenSample], run: StepRun, failed: Mapping[Sequence, HalfmoonError]) -> None:
         work = StepWork.of(part.chunks, len(samples))
         self._local.stepped(part, run.seconds_per_token)
         self._samples.note(run.chunks, run.began, run.ended)
         with self._changed:
+            for sequence in failed:
+                self._scheduler.abort(sequence)
             generated = self._scheduler.record(part, [sample.token_id for sample in samples])
         found = ((self._jobs.get(sequence), row, reason) for sequence, row, reason in generated)
         outputs = [StepOutput(job, samples[row].to_proto(), reason) for job, row, reason in found if job is not None]
-        self._tell(partial(self._on_stepped, StepResult(outputs, run.seconds, work, part.preempted)))
+        ended = [(job, error) for sequence, error in failed.items() if (job := self._jobs.get(sequence)) is not None]
+        self._tell(partial(self._on_stepped, StepResult(outputs, run.seconds, work, part.preempted, ended)))

@@ -1,7 +1,7 @@
-"""Token feeds: one stream to each proxy with the tokens of all its calls, a message a step.
+"""Token feeds: one stream to each proxy with the tokens of all its calls, one message for each step.
 
 job ── add(call, token) ─► TokenFeed.unsent ── next_step ─► StepTokens ─► Tokens stream ─► proxy
-                             └─ what comes while a message is written goes into the next one; too much of it ends the feed
+                             └─ tokens that come while a message is written go into the next one; too many of them end the feed
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 from ..protocol.errors import InvalidRequest, Unavailable
 from ..protocol.v1 import common_pb2, worker_pb2
 
-MAX_UNSENT_TOKENS = 2**20  # some 8 MiB, minutes behind the engine: a proxy that reads no faster will not catch up
+MAX_UNSENT_TOKENS = 2**20  # about 8 MiB; a proxy that is minutes behind the engine will not catch up
 
 
 class TokenFeed:
@@ -19,7 +19,7 @@ class TokenFeed:
 
     def __init__(self, feed_id: str) -> None:
         self.feed_id = feed_id
-        self.ended = False  # nobody reads it any more
+        self.ended = False  # True once nobody reads it any more
         self._num_calls = 0
         self._draining = False
         self._error: Unavailable | None = None
@@ -29,7 +29,7 @@ class TokenFeed:
         self._outputs: list[worker_pb2.StepTokens.Output] = []
 
     def enter(self) -> None:
-        """One more call has its tokens here; leave() has to follow."""
+        """One more call sends its tokens here, until leave()."""
         self._num_calls += 1
 
     def leave(self) -> None:
@@ -50,12 +50,12 @@ class TokenFeed:
         self._changed.set()  # the reader runs after the step's last token
 
     def drain(self) -> None:
-        """It ends with its last call."""
+        """From now on the feed ends with its last call."""
         self._draining = True
         self._changed.set()
 
     async def next_step(self) -> worker_pb2.StepTokens | None:
-        """All tokens that wait; None at the end of a feed that drains. Raises Unavailable where too many waited."""
+        """All waiting tokens, or None at the end of a draining feed. Raises Unavailable if too many waited."""
         while not (self._calls or self._outputs):
             if self._error is not None:
                 raise self._error
@@ -69,14 +69,14 @@ class TokenFeed:
 
 
 class TokenFeeds:
-    """The open feeds, by the id that their proxy gave them."""
+    """The open feeds, by the ids that their proxies gave them."""
 
     def __init__(self) -> None:
         self._feeds: dict[str, TokenFeed] = {}
         self._draining = False
 
     def open(self, feed_id: str) -> TokenFeed:
-        """close() has to follow. Raises InvalidRequest for an id that is missing or taken."""
+        """Opens a feed, until close(). Raises InvalidRequest for an id that is missing or taken."""
         if not feed_id or feed_id in self._feeds:
             raise InvalidRequest(f"a token feed's id must be new and not empty; got {feed_id!r}", param="feed_id")
         feed = self._feeds[feed_id] = TokenFeed(feed_id)
@@ -89,7 +89,7 @@ class TokenFeeds:
         del self._feeds[feed.feed_id]
 
     def enter(self, request: worker_pb2.DecodeRequest) -> TokenFeed | None:
-        """The feed of a new call, or None where its tokens go into its own stream. Raises Unavailable for a feed that is not open."""
+        """The feed of a new call, or None if its tokens go into its own stream. Raises Unavailable if the feed is not open."""
         if not request.feed_id:
             return None
         feed = self._feeds.get(request.feed_id)
@@ -99,7 +99,7 @@ class TokenFeeds:
         return feed
 
     def drain(self) -> None:
-        """Each feed ends with its last call, so that a server that stops does not wait for its streams."""
+        """Each feed ends with its last call, so that a stopping server does not wait for the streams."""
         self._draining = True
         for feed in self._feeds.values():
             feed.drain()

@@ -1,6 +1,6 @@
-"""The decode half of a worker: hand-offs taken in, sequences batched continuously, tokens streamed.
+"""The decode half of a worker: takes in hand-offs, batches sequences continuously, streams tokens.
 
-event loop     Decode ─► fetch ─► add ─► start ─► verify ─► admit ┐     ┌─► tokens ─► reply stream      finished ─► keep
+event loop     Decode ─► fetch ─► add ─► start ─► verify ─► admit ┐     ┌─► tokens ─► reply stream      finished ─► cache
                  └─ local prefill: ─► add ─► start ─► prefix ─► begin_prefill
 step loop                                       schedule ─► compute ─► record
 transfers                 slices into pages ────────────────┘                              pages ─► store ────────┘
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
 
 import grpc.aio
@@ -31,6 +32,7 @@ from ..protocol.errors import (
     WorkerLost,
 )
 from ..protocol.roles import WorkerRole
+from ..protocol.tasks import Tasks
 from ..protocol.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from .answer_cacher import AnswerCacher
 from .job import DecodeJob
@@ -49,13 +51,14 @@ CACHE_PATIENCE_S = 0.02  # about a step: how long an answer's end waits for its 
 
 
 class DecodeHalf:
-    """On the worker's event loop, but for its steps."""
+    """Lives on the worker's event loop, except its steps."""
 
     def __init__(self, config: DecodeConfig) -> None:
         self._config = config
         self.feeds = TokenFeeds()
         self._jobs: dict[Sequence, DecodeJob] = {}
         self._samples = StepSamples()
+        self._intakes = Tasks("the decode half")
 
     def mount(self, worker: Worker) -> DecodeSteps:
         """Raises ConfigError."""
@@ -82,13 +85,13 @@ class DecodeHalf:
         worker_pb2_grpc.add_DecodeWorkerServicer_to_server(DecodeService(self), server)
 
     def take_role(self, role: WorkerRole) -> None:
-        """What is sent here is served in every role."""
+        """Does nothing: decode requests are served in every role."""
 
     def leave(self) -> None:
         self.feeds.drain()
 
     def load(self) -> HalfLoad:
-        """Calls whose hand-off has not begun count as waiting, too."""
+        """Calls whose hand-off has not begun count as waiting too."""
         num_running = self.scheduler.num_running
         computing = (job.sequence for job in self._jobs.values() if job.is_local and job.state is None)
         return HalfLoad(
@@ -100,7 +103,7 @@ class DecodeHalf:
         )
 
     def open(self, request: worker_pb2.DecodeRequest) -> DecodeJob:
-        """Waits for the hand-off from now on, or computes the prompt; what comes is read from the job. close() has to follow.
+        """Begins to wait for the hand-off, or to compute the prompt. The job gives the replies. close() must follow.
 
         Raises InvalidRequest, PromptTooLong, WorkerLost, or Unavailable for a token feed that is not open.
         """
@@ -110,21 +113,22 @@ class DecodeHalf:
         sequence.check_len(self._facts.max_model_len, with_answer=True)
         self.scheduler.check(sequence)
         keys = sent_or_made_keys(request.sequence.block_keys, self._worker.root, sequence.token_ids, self._facts.page_size)
+        sequence.block_keys = list(keys)
         loop = asyncio.get_running_loop()
         job = DecodeJob(request, sequence, keys, loop.create_future(), self.feeds.enter(request))
         job.timer = loop.call_later(max(sequence.remaining_s, 0.0), self._time_out, job)
         self._jobs[sequence] = job
-        job.intake = loop.create_task(self._prefill(job) if job.is_local else self._take_in(job))
-        job.intake.add_done_callback(partial(self._intake_done, job))
+        work, what = self._prefill(job) if job.is_local else self._take_in(job), f"the intake of {sequence.request_id}"
+        job.intake = self._intakes.spawn(work, what, partial(self._intake_broke, job))
         return job
 
     def close(self, job: DecodeJob) -> None:
-        """Nobody reads the job any more: frees everything it holds, unless it has ended. Idempotent."""
+        """Nobody reads the job any more. Frees all that it holds, unless it has ended. Idempotent."""
         job.leave_feed()
         self._fail(job, RequestCancelled(f"request {job.sequence.request_id} was cancelled in decode"))
 
     def stop_sequence(self, request_id: str) -> bool:
-        """Ends a request as finished, with the tokens it has; its blocks are cached. False where there is none."""
+        """Ends a request as finished with the tokens it has, and caches its blocks. False if there is no such request."""
         found = [job for job in self._jobs.values() if job.sequence.request_id == request_id]
         for job in found:
             with self._changed:
@@ -152,14 +156,14 @@ class DecodeHalf:
             return
         self._admit(job, state)
         self._loader.count(job)
-        self._life.spawn(self._loader.release(job))
+        self._life.spawn(self._loader.release(job), f"releasing the hand-off of {job.sequence.request_id}")
 
     async def _prefill(self, job: DecodeJob) -> None:
-        """Without a hand-off: to the moment from which the engine's steps compute the prompt."""
+        """For a local prefill: up to the point from which the engine's steps compute the prompt."""
         with self._changed:
             self.scheduler.add(job.sequence)
         self.start_waiting()
-        await job.granted
+        await job.started
         await self._local.load(job)
         if job.ended:
             return
@@ -167,11 +171,9 @@ class DecodeHalf:
             self.scheduler.begin_prefill(job.sequence, job.prefix.num_tokens)
             self._changed.notify()
 
-    def _intake_done(self, job: DecodeJob, task: asyncio.Task[None]) -> None:
-        error = None if task.cancelled() else task.exception()
-        if error is not None:  # a bug, and this request's alone
-            logger.error("request %s: its intake failed", job.sequence.request_id, exc_info=error)
-            self._fail(job, InternalError(f"{type(error).__name__}: {error}; the decode worker's log has the traceback"))
+    def _intake_broke(self, job: DecodeJob, bug: Exception) -> None:
+        """A bug; it ends only this request."""
+        self._fail(job, InternalError(f"{type(bug).__name__}: {bug}; the decode worker's log has the traceback"))
 
     def _admit(self, job: DecodeJob, state: common_pb2.HandoffState) -> None:
         with self._changed:
@@ -184,18 +186,18 @@ class DecodeHalf:
     def start_waiting(self) -> None:
         with self._changed:
             started = self.scheduler.start()
-            self._changed.notify()  # those that were preempted run again
+            self._changed.notify()  # preempted sequences may run again
         for sequence in started:
             job = self._jobs.get(sequence)
-            if job is not None and not job.granted.done():
-                job.granted_at = time.monotonic()
-                job.granted.set_result(None)
+            if job is not None and not job.started.done():
+                job.started_at = time.monotonic()
+                job.started.set_result(None)
 
     def _time_out(self, job: DecodeJob) -> None:
         self._fail(job, job.timeout_error())
 
     def store_lost(self, client: StoreClient) -> None:
-        """Who has its hand-off, or needs none, needs no store any more; hand-offs to this worker lie in its own."""
+        """If the worker's own store is lost, fails the jobs that still wait for a hand-off in it."""
         if client.address != self._worker.stores.own.address:
             return
         for job in list(self._jobs.values()):
@@ -205,7 +207,7 @@ class DecodeHalf:
     # ends
 
     def _finish(self, job: DecodeJob, reason: common_pb2.FinishReason) -> None:
-        """Who is told of the end finds the blocks of the answer in the store, where that takes no longer than CACHE_PATIENCE_S."""
+        """The client learns of the end after the answer's blocks are cached, or after CACHE_PATIENCE_S if that comes first."""
         if not job.ended:
             job.finish_reason = reason
             self._end(job)
@@ -226,15 +228,15 @@ class DecodeHalf:
         if job.timer is not None:
             job.timer.cancel()
         job.changed.set()
-        self._life.spawn(self._let_go(job))
+        self._life.spawn(self._release(job), f"releasing {job.sequence.request_id}")
 
-    async def _let_go(self, job: DecodeJob) -> None:
-        """Caches the blocks, or tells the store of a hand-off that nobody takes; frees the pages once no thread touches them."""
+    async def _release(self, job: DecodeJob) -> None:
+        """Caches the blocks, or aborts a hand-off that nobody takes. Frees the pages once no thread touches them."""
         if job.caching_prompt is not None:
             await asyncio.wait({job.caching_prompt})
         try:
             if job.state is None and not job.is_local:
-                await self._loader.give_up(job)
+                await self._loader.abort(job)
             elif job.finish_reason is not None:
                 await self._cacher.cache_answer(job, self._worker.root)
         except HalfmoonError as failure:
@@ -242,6 +244,8 @@ class DecodeHalf:
         finally:
             job.let_finish()
             await self._loader.end_intake(job)
+            if job.state is None and job.reader is not None:  # what came of a hand-off that was given up may be no numbers
+                self._pages.scrub(job.sequence.pages)
             await self._pages.drained()
             with self._changed:
                 self.scheduler.release(job.sequence)
@@ -254,18 +258,24 @@ class DecodeHalf:
         for sequence in result.preempted:
             if sequence in self._jobs:
                 self._local.preempted(self._jobs[sequence])
+        for job, error in result.failed:
+            if not job.ended:
+                self._worker.metrics.failed("decode", error.code)
+                error.fields["worker"] = self._worker.worker_id
+                self._fail(job, error)
         for job, token, reason in result.outputs:
             if job.ended:
                 continue
             if job.state is None:
                 job.admit(local_state(job, token))
-                job.caching_prompt = self._life.spawn(self._cacher.cache_prompt(job)) if reason is None else None
+                if reason is None:
+                    job.caching_prompt = self._life.spawn(self._cacher.cache_prompt(job), f"caching {job.sequence.request_id}")
             else:
                 job.push(token)
             if reason is not None:
                 self._finish(job, reason)
         self._worker.start_waiting()
 
-    def fail_all(self, error: WorkerLost) -> None:
+    def fail_all(self, lost: Callable[[str], WorkerLost]) -> None:
         for job in list(self._jobs.values()):
-            self._fail(job, error)
+            self._fail(job, lost(job.sequence.request_id))

@@ -1,6 +1,7 @@
 """The processes of a cluster as Ray actors: each has start() -> address, run() (ends when stopped), stop().
 
-run()'s object reference is how the supervisor hears of a death: Ray fails it the moment the process is gone.
+The supervisor learns of a death from run()'s object reference, which Ray fails the moment the process is gone.
+Each actor imports its own server when it is made: a store's process needs no torch, a worker's no HTTP.
 """
 
 from __future__ import annotations
@@ -12,19 +13,17 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from ..kvstore.server import StoreServer
 from ..protocol.config import ModelOptions, ProxyConfig, StoreConfig
 from ..protocol.load_progress import Numbered
 from ..protocol.log_context import FORMAT, NameRequest
 from ..protocol.membership import stay_joined
 from ..protocol.schema import KVSchema
+from ..protocol.tasks import Tasks, beside
 from ..protocol.v1 import control_pb2
-from ..proxy.server import ProxyServer
-from .worker import make_worker
 
 
 def configure_logging() -> None:
-    """Once a process, at its entry: to standard error, which Ray keeps in its session's logs folder."""
+    """Called once in each process, when it starts. Logs go to standard error, which Ray keeps in its session's logs folder."""
     handler = logging.StreamHandler()
     handler.addFilter(NameRequest())
     logging.basicConfig(level=logging.INFO, format=FORMAT, handlers=[handler])
@@ -32,6 +31,8 @@ def configure_logging() -> None:
 
 class ProxyActor:
     def __init__(self, *, config: ProxyConfig, options: ModelOptions, model_folder: str, schema: KVSchema) -> None:
+        from ..proxy.server import ProxyServer
+
         configure_logging()
         self._server = ProxyServer(config=config, options=options, model_folder=Path(model_folder), schema=schema)
         self._stopped = asyncio.Event()
@@ -65,6 +66,8 @@ class StoreActor:
         schema: KVSchema,
         model_name: str,
     ) -> None:
+        from ..kvstore.server import StoreServer
+
         configure_logging()
         self._server = StoreServer(config, node_id=node_id, store_id=store_id, schema=schema)
         self._host, self._port, self._proxy_address = host, port, proxy_address
@@ -73,24 +76,35 @@ class StoreActor:
             id=store_id, incarnation=uuid.uuid4().hex, role=control_pb2.ROLE_STORE, node_id=node_id, store_id=store_id, pid=os.getpid()
         )
         self._stopped = asyncio.Event()
-        self._membership: asyncio.Task[None] | None = None
+        self._tasks = Tasks(store_id)
+        self._refusal: Exception | None = None
 
     async def start(self) -> str:
         address = await self._server.start(self._host, self._port)
         self._info.address = self._info.store_address = address
         self._info.metrics_address = self._server.serve_metrics(self._host, self._model_name)
         joined = asyncio.Event()
-        self._membership = asyncio.create_task(stay_joined(self._proxy_address, self._info, self._load, joined.set))
-        await joined.wait()
+        joining = stay_joined(self._proxy_address, self._info, self._load, joined.set)
+        self._tasks.spawn(joining, "its membership", self._end)
+        async with beside(joined.wait()) as accepted, beside(self.run()) as ended:
+            await asyncio.wait((accepted, ended), return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                await ended
         return address
 
     async def run(self) -> None:
+        """Returns when stopped; raises what the proxy refused it for."""
         await self._stopped.wait()
+        if self._refusal is not None:
+            raise self._refusal
 
     async def stop(self, grace_s: float) -> None:
-        if self._membership is not None:
-            self._membership.cancel()
+        await self._tasks.close()
         await self._server.stop(grace_s)
+        self._stopped.set()
+
+    def _end(self, refusal: Exception) -> None:
+        self._refusal = refusal
         self._stopped.set()
 
     def _load(self) -> control_pb2.MemberLoad:
@@ -99,25 +113,27 @@ class StoreActor:
 
 
 class WorkerActor:
-    """kwargs: make_worker's. Every worker is one of these, whatever its role."""
+    """A worker in any role. kwargs: make_worker's."""
 
     def __init__(self, **kwargs: Any) -> None:
+        from .worker import make_worker
+
         configure_logging()
         self._worker = make_worker(**kwargs)
         self._life = self._worker.life
 
     async def start(self) -> str:
-        """The gRPC address, once requests are taken and the proxy sends some."""
+        """Returns the gRPC address once the worker takes requests and the proxy knows it."""
         address = await self._worker.start()
-        await self._life.joined.wait()
+        await self._life.until_joined()
         return address
 
     async def progress(self, seen: int) -> Numbered | None:
-        """How far start() has come, as soon as that is news to who has seen number `seen`; None once it is over."""
+        """How far start() has come, as soon as there is news after number `seen`. None once the start is over."""
         return await self._life.progress.next(seen)
 
     async def run(self) -> None:
-        """Returns when stopped; raises what broke the worker."""
+        """Returns when the worker is stopped. Raises what broke it."""
         await self._worker.serve_until_stopped()
 
     async def stop(self, grace_s: float) -> None:
@@ -125,7 +141,7 @@ class WorkerActor:
 
 
 def remote(actor_class: type, *, node_id: str, num_gpus: float = 0.0) -> Any:
-    """The actor class for ray: pinned to a node, restarted by the supervisor and not by Ray (a new process gets new arguments)."""
+    """The actor class for Ray, pinned to a node. The supervisor restarts it and not Ray, because a new process gets new arguments."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -18,7 +18,7 @@ from .supervisor import ClusterSpec, Notify, Supervisor
 
 
 def find_model(config: ClusterConfig) -> tuple[Path, ModelConfig]:
-    """The model folder and what it holds; needs no Ray, so that a wrong path is told before anything is started.
+    """The model folder and its model. Needs no Ray, so that a wrong path is reported before anything is started.
 
     Raises CheckpointError and UnsupportedArchitecture.
     """
@@ -29,13 +29,13 @@ def find_model(config: ClusterConfig) -> tuple[Path, ModelConfig]:
 
 
 def make_spec(config: ClusterConfig, nodes: Sequence[RayNode]) -> ClusterSpec:
-    """Everything that can be wrong before a process is started is found here.
+    """Finds everything that can be wrong before a process is started.
 
     Raises ConfigError (plan), and what find_model raises.
     """
     plan = make_plan(config, nodes)
     folder, model = find_model(config)
-    # an empty path stays empty: a worker on another machine has the demo model in a folder of its own
+    # an empty path stays empty: on another machine the demo model is in another folder
     path = str(folder) if config.model.path else ""
     options = dataclasses.replace(config.model, path=path, device=plan.device, name=resolve_name(config.model))
     return ClusterSpec(dataclasses.replace(config, model=options), plan, folder, kv_schema(model, options))
@@ -47,7 +47,7 @@ async def running_cluster(
     nodes: Sequence[RayNode],
     notify: Notify = lambda member_id, event: None,
 ) -> AsyncIterator[Supervisor]:
-    """Yields once every member serves; stops them all on the way out, whatever happened."""
+    """Yields once every member serves. Stops them all on the way out, whatever happened."""
     supervisor = Supervisor(make_spec(config, nodes), notify)
     try:
         await supervisor.start()

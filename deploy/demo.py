@@ -1,4 +1,4 @@
-"""`make demo`: a local cluster, one conversation about a document through prefill, store and decode, and what each turn cost.
+"""`make demo`: one conversation about a document in a local cluster, through prefill, store and decode, with the cost of each turn.
 
 The demo model answers right only if every KV byte arrived. Exits 0 if both answers are right and the second turn found the
 first one's KV in the cache.
@@ -36,7 +36,7 @@ DOCUMENT = (
 
 class Turn(NamedTuple):
     text: str  # what the user says
-    expected: str  # what the answer must hold
+    expected: str  # what the answer must contain
 
 
 TURNS = (
@@ -51,7 +51,7 @@ class Outcome(NamedTuple):
 
 
 async def converse(address: str, console: Console) -> Outcome:
-    """Raises an error of protocol/errors.py."""
+    """Raises a HalfmoonError."""
     conversation = Conversation()
     num_right = num_cached_tokens = 0
     async with AsyncClient(address) as client:
@@ -87,7 +87,7 @@ def main() -> int:
     except HalfmoonError as error:
         console.print(f"[red]{error.code}[/red]: {error.message}")
         return 1
-    except KeyboardInterrupt:  # everything was stopped on the way here
+    except KeyboardInterrupt:  # everything has been stopped on the way here
         console.print("interrupted", style="yellow")
         return 130
     console.print(

@@ -3,9 +3,9 @@
     node 0   proxy   store-0   prefill-0  prefill-2 …   decode-1 …
     node 1           store-1   prefill-1            …   decode-0 …
 
-Prefill goes round the nodes from the first, decode from the last, so that with two nodes and 1P1D each has its own; workers of both
-roles go round from where prefill has ended. Every node that holds a worker has a store. With nobody to prefill the decode workers
-compute prompts themselves.
+Prefill workers take the nodes in turn from the first, decode workers from the last, so that with two nodes and 1P1D each has its own.
+Workers with both roles go on where the prefill workers ended. Every node that holds a worker has a store. Without prefill workers the
+decode workers compute the prompts themselves.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class ClusterPlan:
     decode: tuple[Placed, ...]
     both: tuple[Placed, ...]
     device: str  # "cpu" | "cuda", of every worker
-    proxy_host: str  # where members, and clients on other machines, reach the proxy; it may listen on more
+    proxy_host: str  # where members and remote clients reach the proxy, which may listen on more addresses
 
     @property
     def workers(self) -> dict[WorkerRole, tuple[Placed, ...]]:
-        """By the role that they start with."""
+        """Number of workers by the role that they start with."""
         return {"prefill": self.prefill, "decode": self.decode, "both": self.both}
 
     def store_on(self, node: RayNode) -> Placed:
@@ -46,7 +46,7 @@ class ClusterPlan:
 
 
 def make_plan(config: ClusterConfig, nodes: Sequence[RayNode]) -> ClusterPlan:
-    """Raises ConfigError for a cluster that could not serve, too few GPUs, or a proxy that nodes cannot reach."""
+    """Raises ConfigError for a cluster that could not serve, for too few GPUs, or for a proxy that other nodes cannot reach."""
     num_prefill, num_decode, num_both = config.prefill.num_workers, config.decode.num_workers, config.both.num_workers
     if num_decode + num_both < 1:
         raise ConfigError(
@@ -75,14 +75,14 @@ def make_plan(config: ClusterConfig, nodes: Sequence[RayNode]) -> ClusterPlan:
 
 
 def _spread(nodes: Sequence[RayNode], device: str) -> list[RayNode]:
-    """Nodes in the order in which workers take them; on CUDA a node comes once for each of its GPUs."""
+    """Nodes in the order in which workers take them. On CUDA a node appears once for each of its GPUs."""
     if device == "cpu":
         return list(nodes)
     return [node for node in nodes for _ in range(int(node.num_gpus))]
 
 
 def _require_reachable(proxy_host: str, nodes: Sequence[RayNode]) -> None:
-    """Raises ConfigError. nodes: those that hold a worker."""
+    """Raises ConfigError. nodes: the ones that hold a worker."""
     away = [node.host for node in nodes if not node.host.startswith("127.")]
     if away and (proxy_host.startswith("127.") or proxy_host == "localhost"):
         raise ConfigError(

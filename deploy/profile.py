@@ -1,9 +1,9 @@
-"""Measures a running cluster through its front door, and makes a cost model of it.
+"""Measures a running cluster through its proxy and makes a cost model of it.
 
 warm up ─► prefills alone ─► behind cached prefixes ─► decode batches ─► all workers at once ─► Timeline ─► fit ─► CostModel
                                                                          (where they share cores)
-Every prompt is of random tokens, so that nothing is found in a cache, but for the prefixes that are meant to be. Each part has its
-share of the time and repeats its cases until that is over; what would take longer than is left is left out.
+Every prompt has random tokens, so that no cache holds anything but the intended prefixes. Each part has its share of the time and
+repeats its cases until that is over. Cases that would take longer than the rest of it are left out.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from typing import TypeVar
 
 from ..client import AsyncClient, Delta
 from ..protocol.errors import Overloaded, WorkerLost
+from ..protocol.tasks import Tasks
 from ..proxy.conductor.predictors.cost_model import CostModel
 from .profile_fit import Facts, Points, fit
 from .profile_target import Target, look
 from .profile_timeline import Sample, Timeline
 
-MAX_NEW = 2048  # tokens that a worker computes in one step, by default: a longer prompt is several prefills
+MAX_NEW = 2048  # tokens that a worker computes in one step by default; a longer prompt would take several
 LEAST_NEW = 16
 MAX_PREFIX = 16384
-NUM_STEPS = 24  # of a batch that is complete
-TAIL = 32  # tokens of a decode stream's prompt that are its own
-MAX_STAGGER = 400  # further ones that the first of a batch may wait for the last
+NUM_STEPS = 24  # steps with the whole batch
+TAIL = 32  # tokens at the end of a decode stream's prompt that no other has
+MAX_STAGGER = 400  # more steps that a batch's first stream may wait for the last one
 NUM_BESIDE = 3  # prefills in a row beside the same streams
-SHARES = (0.15, 0.3, 0.6)  # of the time: when prefills, prefixes and batches end; the rest is for all workers at once
-SHARES_APART = (0.25, 0.5, 1.0)  # where each worker has a device of its own
+SHARES = (0.15, 0.3, 0.6)  # shares of the time at which prefills, prefixes and batches end; the rest is for all workers at once
+SHARES_APART = (0.25, 0.5, 1.0)  # if each worker has a device of its own
 
 Case = TypeVar("Case")
-Progress = Callable[[float, str], None]  # share of the time that is over, what is measured
+Progress = Callable[[float, str], None]  # (share of the time that is over, what is being measured)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +49,10 @@ class Profile:
 async def profile(
     address: str, *, seconds: float = 45.0, seed: int | None = None, progress: Progress = lambda share, what: None
 ) -> Profile:
-    """Measures for about so many seconds. seed: of the prompts; a cluster that has seen a seed's prompts has them in its cache.
+    """Measures for about the given seconds. seed: of the prompts; use a new one each time, because the cluster caches prompts.
 
-    Raises Unavailable and its kin where nobody answers, Overloaded where others use the cluster, ConfigError for a cluster or a
-    time that a cost model cannot be measured with.
+    Raises Unavailable or one of its subclasses if nobody answers, Overloaded if others use the cluster, ConfigError for a cluster
+    or a time with which no cost model can be measured.
     """
     begun = time.monotonic()
     async with AsyncClient(address) as client:
@@ -68,11 +69,11 @@ async def profile(
 
 
 class Profiler:
-    """One run: samples fills up."""
+    """One run, which fills samples."""
 
     def __init__(self, client: AsyncClient, target: Target, seconds: float, rng: random.Random, progress: Progress) -> None:
         self.samples: list[Sample] = []
-        self.num_requests = 0  # with those that are no samples
+        self.num_requests = 0  # including requests that are not samples
         self._client = client
         self._target = target
         self._rng = rng
@@ -81,7 +82,7 @@ class Profiler:
         self._seconds = seconds
         self._until = 0.0  # share of the time at which the present part ends
         self._room = target.max_model_len - 1
-        self._token_s = self._step_s = 0.0  # of a prompt's token, of a step: rough, to know what fits into the time
+        self._token_s = self._step_s = 0.0  # of a prompt's token and of a step: rough values, to know what fits into the time
         self._stored: list[int] = []  # a prompt whose blocks are in the store
 
     async def measure(self) -> None:
@@ -96,7 +97,7 @@ class Profiler:
             self._until = 1.0
             await self._everybody()
 
-    # the parts: each yields requests to be sent at once, (prompt, max_tokens), until its time is over
+    # the parts: each yields requests to send together, as (prompt, max_tokens), until its time is over
 
     def _prefills(self) -> Iterator[list[tuple[list[int], int]]]:
         longest = min(MAX_NEW, self._room)
@@ -118,7 +119,7 @@ class Profiler:
             yield [(self._stored[:prefix] + self._tokens(new), 1)]
 
     def _batches(self) -> Iterator[list[tuple[list[int], int]]]:
-        """Contexts are cached prefixes with a tail, so that the time goes to the steps: who computed its KV is no matter to a step."""
+        """Contexts are cached prefixes with a tail: the time goes into decode steps, which cost the same whoever computed the KV."""
         block_size = self._target.block_size
         lengths = sorted({0, *(len(self._stored) * part // 3 // block_size * block_size for part in (1, 2))})
         sizes = [(size, length) for size in (4, 1, 16, 2, 8, 32, 64) for length in lengths if self._holds(size, length)]
@@ -128,7 +129,7 @@ class Profiler:
             yield [([*self._stored[:length], *self._tokens(TAIL)], num_tokens) for _ in range(num_streams)]
 
     async def _everybody(self) -> None:
-        """Prefills on one worker and on all of them, alone and beside decode streams that began before them."""
+        """Prefills on one worker and on all of them, alone and beside decode streams that began earlier."""
         target = self._target
         length = max(min(512, self._room, int(0.2 / self._token_s)), LEAST_NEW)
         prefill_s = 2 * length * self._token_s
@@ -139,7 +140,8 @@ class Profiler:
         for num_prefills, num_streams in self._repeat(cases, lambda case: 2 * NUM_BESIDE * prefill_s, least=1):
             self._report("all workers at once")
             begun = [asyncio.Event() for _ in range(num_streams)]
-            streams = [asyncio.ensure_future(self._one(self._tokens(short), num_tokens, event)) for event in begun]
+            tasks = Tasks("the profile")
+            streams = [tasks.start(self._one(self._tokens(short), num_tokens, event)) for event in begun]
             await asyncio.gather(*(event.wait() for event in begun))
             for _ in range(NUM_BESIDE):
                 self.samples += await asyncio.gather(*(self._one(self._tokens(length), 1) for _ in range(num_prefills)))
@@ -149,11 +151,11 @@ class Profiler:
 
     @property
     def _left_s(self) -> float:
-        """Of the present part."""
+        """Seconds left for the present part."""
         return self._until * self._seconds - (time.monotonic() - self._begun)
 
     def _repeat(self, cases: Sequence[Case], cost_s: Callable[[Case], float], least: int) -> Iterator[Case]:
-        """The first `least` in any case; then all of them that fit, again and again until none does."""
+        """Yields the first `least` cases in any event, then all that fit, again and again until none does."""
         yield from cases[:least]
         fitting = list(cases)
         while fitting:
@@ -167,21 +169,21 @@ class Profiler:
         return size * (length + NUM_STEPS + self._target.block_size) <= self._target.facts.kv_capacity_tokens
 
     def _num_tokens(self, num_streams: int) -> int:
-        """For the first stream to be there still when the last one begins, and then for NUM_STEPS."""
+        """Answer tokens needed so that the first stream still runs when the last begins, and for NUM_STEPS after that."""
         return NUM_STEPS + min(int(self._stagger_s(num_streams) / self._step_s), MAX_STAGGER)
 
     def _stagger_s(self, num_streams: int) -> float:
-        """Between the first stream's first token and the last one's. A short prefill costs more than its tokens: four times, say."""
+        """Time between the first stream's first token and the last one's. A short prefill is taken to cost four times its tokens."""
         return 4 * num_streams * TAIL * self._token_s / self._target.num_prefill
 
     def _batch_s(self, num_streams: int) -> float:
-        slow = max(num_streams / self._target.num_decode / 4, 1.0)  # of a large batch's step, about
+        slow = max(num_streams / self._target.num_decode / 4, 1.0)  # roughly how much slower a large batch's step is
         return self._stagger_s(num_streams) + self._num_tokens(num_streams) * self._step_s * slow
 
     # requests
 
     async def _warm_up(self) -> None:
-        """First requests pay for what is made once. Then two to know how fast the cluster is."""
+        """The first requests pay for what is made once. Two more show how fast the cluster is."""
         length = min(256, self._room // 2)
         for _ in range(2):
             await asyncio.gather(*(self._one(self._tokens(length), 4) for _ in range(self._target.num_prefill + self._target.num_decode)))
@@ -192,7 +194,7 @@ class Profiler:
         self._progress(min((time.monotonic() - self._begun) / self._seconds, 1.0), what)
 
     async def _one(self, prompt: list[int], num_tokens: int, begun: asyncio.Event | None = None) -> Sample:
-        """begun: set with the first token, and with the end of a request that gave none."""
+        """begun: set at the first token, or at the end of a request without tokens."""
         self.num_requests += 1
         sent, moments = time.perf_counter(), []
         stream = self._client.stream(token_ids=prompt, max_tokens=num_tokens, temperature=0.0, ignore_eos=True)

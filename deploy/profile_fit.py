@@ -1,8 +1,8 @@
-"""From what a profile measured to a cost model: least squares of relative errors, no weight below 0.
+"""Fits a cost model to what a profile measured: least squares of relative errors, no weight below 0.
 
 prefill   a + b·n + c·n·p + d·n²          step   a + b·sequences + c·KV tokens          each times slowdown(k busy workers, num_cores)
-transfer  first byte + bytes / link       request   what a first token took beside the prefill and its transfer
-Short and long ones count the same, as in proxy/conductor/predictors/timing.py, which begins where this ends.
+transfer  first byte + bytes / link       request   time to a first token without its prefill and its transfer
+Short and long ones count the same, as in proxy/conductor/predictors/timing.py, which goes on from these weights.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class StepPoint:
 class RequestPoint:
     """What moved for a request that had the cluster to itself."""
 
-    num_bytes_loaded: int  # of the cached prefix, store -> prefill worker
+    num_bytes_loaded: int  # of the cached prefix, from store to prefill worker
     load_s: float
     num_bytes_pushed: int
-    handed_off_s: float  # of the hand-off, what was not hidden under the prefill
-    beside_s: float  # of the first token's time, what was not prefill
+    handed_off_s: float  # the part of the hand-off that the prefill did not hide
+    beside_s: float  # the part of the TTFT that was not prefill
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +61,13 @@ class Points:
     requests: Sequence[RequestPoint]
 
     def __add__(self, other: Points) -> Points:
-        """Those of both: of two profiles of one cluster."""
+        """The points of both, for two profiles of one cluster."""
         return Points([*self.prefill, *other.prefill], [*self.steps, *other.steps], [*self.requests, *other.requests])
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the cluster itself says, and needs no measuring."""
+    """What the cluster reports, so that it need not be measured."""
 
     name: str
     kv_bytes_per_token: int
@@ -78,12 +78,12 @@ class Facts:
 
 
 def fit(points: Points, facts: Facts) -> CostModel:
-    """Raises ConfigError where the points are too few to tell the weights apart."""
+    """Raises ConfigError if the points are too few to tell the weights apart."""
     _require_spread(points)
     num_cores = _num_cores(points) if facts.shares_cores else 0.0
     prefill, step = _prefill_weights(points.prefill, num_cores), _step_weights(points.steps, num_cores)
     link_bytes_per_s = _link(points.requests, facts.num_layers)
-    hidden_bytes_per_s = link_bytes_per_s * facts.num_layers  # only the last layer leaves when the prefill has ended
+    hidden_bytes_per_s = link_bytes_per_s * facts.num_layers  # only the last layer leaves after the end of the prefill
     beside_s = [one.beside_s - one.num_bytes_pushed / hidden_bytes_per_s for one in points.requests]
     return CostModel(
         name=facts.name,
@@ -96,7 +96,7 @@ def fit(points: Points, facts: Facts) -> CostModel:
 
 
 def slowdown(busy: Busy, num_cores: float) -> float:
-    """Of work that went on beside so many others: with k busy workers on c cores each goes on at min(1, c / k) of its speed."""
+    """How much longer work took beside others: with k busy workers on c cores, each runs at min(1, c / k) of its speed."""
     if num_cores <= 0:
         return 1.0
     return 1.0 / sum(share * min(1.0, num_cores / num_busy) for num_busy, share in busy)
@@ -105,19 +105,19 @@ def slowdown(busy: Busy, num_cores: float) -> float:
 def non_negative(features: np.ndarray, measured: np.ndarray) -> np.ndarray:
     """The weights >= 0 with the least squares of relative errors, features @ weights against measured; [n, k] and [n] to [k].
 
-    Relative to what is fitted, found in rounds: relative to what was measured, a measurement that is low by chance would count more
-    than one that is high, and the fit lie below their mean.
+    Errors are relative to the fitted values, which are found in rounds. If they were relative to the measured values, a measurement
+    that is low by chance would count more than a high one, and the fit would lie below the mean.
     """
     unit = measured
     weights = np.zeros(features.shape[1])
     for _ in range(NUM_ROUNDS):
         weights = _non_negative(features / unit[:, None], measured / unit)
-        unit = np.maximum(features @ weights, measured / 10)  # lest a fit near 0 makes a point count for all
+        unit = np.maximum(features @ weights, measured / 10)  # else a point whose fit is near 0 would count for all
     return weights
 
 
 def _non_negative(features: np.ndarray, measured: np.ndarray) -> np.ndarray:
-    """Of absolute errors. An optimum is the unbounded one of the features that it uses: of a handful, all choices are looked at."""
+    """The same for absolute errors. The optimum equals the unbounded optimum over the features that it uses, so all subsets are tried."""
     best, least = np.zeros(features.shape[1]), float("inf")
     for size in range(1, features.shape[1] + 1):
         for used in map(list, itertools.combinations(range(features.shape[1]), size)):
@@ -130,7 +130,7 @@ def _non_negative(features: np.ndarray, measured: np.ndarray) -> np.ndarray:
 
 
 def predicted_prefill(model: CostModel, point: PrefillPoint) -> float:
-    """Seconds, by the model."""
+    """Seconds by the model."""
     return model.prefill_time(point.num_new, point.num_prefix) * slowdown(point.busy, model.num_cores)
 
 
@@ -140,10 +140,10 @@ def predicted_step(model: CostModel, point: StepPoint) -> float:
 
 
 def _weights(points: Sequence[Any], row: Callable[[Any], tuple[float, ...]], num_cores: float) -> tuple[np.ndarray, float]:
-    """And the sum of squared errors of the logarithm, which is as far off at half as at twice."""
+    """The weights, and the sum of squared errors of the logarithm, in which half and double are equally far off."""
     features = np.array([[feature * slowdown(point.busy, num_cores) for feature in row(point)] for point in points])
     measured = np.array([point.seconds for point in points])
-    scale = features.max(axis=0)  # lstsq cuts off what is far below the largest
+    scale = features.max(axis=0)  # lstsq drops what is far below the largest
     scale[scale == 0] = 1.0
     weights = non_negative(features / scale, measured) / scale
     return weights, float((np.log(features @ weights / measured) ** 2).sum())
@@ -166,7 +166,7 @@ def _step_weights(points: Sequence[StepPoint], num_cores: float) -> list[float]:
 
 
 def _num_cores(points: Points) -> float:
-    """That with which all the points fit best. 0, no limit, where as many as were busy at once did not slow each other down."""
+    """The number of cores with which all points fit best. 0, for no limit, if the busy workers did not slow each other down."""
     most = max(num_busy for point in (*points.prefill, *points.steps) for num_busy, _ in point.busy)
 
     def error(num_cores: float) -> float:
@@ -178,7 +178,7 @@ def _num_cores(points: Points) -> float:
 
 
 def _link(points: Sequence[RequestPoint], num_layers: int) -> float:
-    """Bytes a second: of prefixes that were loaded, and of hand-offs' last layers. What is too fast to be seen: as fast as the fastest."""
+    """Bytes a second of loaded prefixes and of hand-offs' last layers. A link too fast to measure counts as the fastest one measured."""
     loads = [(1.0, 0.0, one.num_bytes_loaded, one.load_s) for one in points if one.num_bytes_loaded and one.load_s > 0]
     pushes = [
         (0.0, 1.0, one.num_bytes_pushed / num_layers, one.handed_off_s) for one in points if one.num_bytes_pushed and one.handed_off_s > 0

@@ -1,4 +1,4 @@
-"""The cluster that is to be profiled: who is there, what it says of itself, and whether it can be measured."""
+"""The cluster to profile: its members, what it reports of itself, and whether it can be measured."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..protocol.v1 import control_pb2, control_pb2_grpc, kvstore_pb2, kvstore_pb
 from .profile_fit import Facts
 
 CALL_TIMEOUT_S = 5.0
-MIN_BLOCKS = 4  # of a model's context, for prefixes to be told from none
+MIN_BLOCKS = 4  # in a model's context, so that prefixes can be told from none
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ class Target:
 
 
 async def look(client: AsyncClient) -> Target:
-    """Who is there, and whether they can be measured. Raises as profile()."""
-    models = await client.models()  # with the SDK's patience, before what has none
+    """Finds the members and checks that they can be measured. Raises as profile()."""
+    models = await client.models()  # first, because the SDK tries again for a while; the calls below do not
     status = await _status(client.address)
     if status.num_queued or status.num_running:
         raise Overloaded(
@@ -67,7 +67,7 @@ async def look(client: AsyncClient) -> Target:
 
 
 async def _status(address: str) -> control_pb2.StatusReply:
-    """Whole: the SDK's own leaves schemas and capacities out."""
+    """The whole status. The SDK's own leaves out schemas and capacities."""
     try:
         async with open_channel(address) as channel:
             return await control_pb2_grpc.ControlStub(channel).Status(control_pb2.StatusRequest(), timeout=CALL_TIMEOUT_S)

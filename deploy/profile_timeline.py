@@ -1,8 +1,8 @@
-"""What requests' phase records and token times say of the workers: when each was busy, and so what a prefill and a step took.
+"""Derives from phase records and token times when each worker was busy, and so what a prefill and a step took.
 
 prefill-0  ──████████────            a prefill alone on its worker            ► PrefillPoint
 decode-0   ────────█·█·█·█·█─        a stretch of steps of the same batch     ► StepPoint
-           ─1──1───2─2─1─1─1─        workers of the machine that compute      ► busy, of either
+           ─1──1───2─2─1─1─1─        workers of the machine that compute      ► busy, of each point
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import NamedTuple
 from ..client import PhaseRecord
 from .profile_fit import Busy, PrefillPoint, RequestPoint, StepPoint
 
-MIN_GAPS = 6  # between tokens of a stretch, for its mean to be one
+MIN_GAPS = 6  # between tokens; the mean of a shorter stretch is not used
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One request as its client saw it. Moments are seconds of the client's clock."""
+    """One request as its client saw it. Times are seconds of the client's clock."""
 
     sent: float
     token_moments: tuple[float, ...]
@@ -41,7 +41,7 @@ class Sample:
         return Span(self.phases.decode_worker, self.token_moments[0], self.token_moments[-1])
 
     def num_tokens_at(self, moment: float) -> int:
-        """Of its context."""
+        """Tokens of its context."""
         return self.num_prompt_tokens + sum(token <= moment for token in self.token_moments)
 
 
@@ -55,7 +55,7 @@ class Span(NamedTuple):
 
 
 class Timeline:
-    """Of samples that were the cluster's only requests. node_of: worker id -> the machine whose cores it computes on."""
+    """For samples that were the cluster's only requests. node_of: worker id -> the machine whose cores it computes on."""
 
     def __init__(self, samples: Sequence[Sample], node_of: Mapping[str, str]) -> None:
         self._samples = samples
@@ -63,7 +63,7 @@ class Timeline:
         self._spans = [span for sample in samples for span in (sample.prefill, sample.decode) if span.end > span.start]
 
     def prefill_points(self, max_new: int) -> list[PrefillPoint]:
-        """Of prefills that nobody shared their worker with, and that were one step: of max_new tokens at most."""
+        """Points of prefills that had their worker to themselves and took one step, so at most max_new tokens."""
         prefills = [sample.prefill for sample in self._samples]
         found: list[PrefillPoint] = []
         for number, (sample, span) in enumerate(zip(self._samples, prefills, strict=True)):
@@ -78,7 +78,7 @@ class Timeline:
         for worker in sorted({sample.phases.decode_worker for sample in self._samples}):
             mine = [sample for sample in self._samples if sample.phases.decode_worker == worker and len(sample.token_moments) > 1]
             node = self._node_of.get(worker)
-            # cut wherever anyone of the machine begins or ends: the same workers compute all through a stretch
+            # cut wherever a worker of the machine begins or ends, so that the same workers compute throughout a stretch
             bounds = sorted({bound for span in self._spans if self._node_of.get(span.worker) == node for bound in span[1:]})
             for start, end in pairwise(bounds):
                 stretch = Span(worker, start, end)
@@ -88,7 +88,7 @@ class Timeline:
         return found
 
     def request_points(self) -> list[RequestPoint]:
-        """Of requests that had the cluster to themselves."""
+        """Points of requests that had the cluster to themselves."""
         found: list[RequestPoint] = []
         for sample in self._samples:
             phases = sample.phases
@@ -100,7 +100,7 @@ class Timeline:
         return found
 
     def busy(self, span: Span) -> Busy:
-        """How many workers of its machine computed in it, itself always counted, and for which share of it."""
+        """How many workers of its machine computed during it, itself included, and for what share of it."""
         node = self._node_of.get(span.worker)
         near = [other for other in self._spans if other.overlaps(span) and self._node_of.get(other.worker) == node]
         inside = {bound for other in near for bound in other[1:] if span.start < bound < span.end}
@@ -115,7 +115,7 @@ class Timeline:
         steps: list[float] = []
         for sample in batch:
             inside = [moment for moment in sample.token_moments if stretch.start <= moment <= stretch.end]
-            if len(set(inside)) <= MIN_GAPS:  # tokens that came in one message have one moment
+            if len(set(inside)) <= MIN_GAPS:  # tokens of one message have the same time
                 return None
             steps.append((inside[-1] - inside[0]) / (len(inside) - 1))
         if not steps:

@@ -1,6 +1,6 @@
-"""A Ray to run on: one that we start for ourselves, on loopback only, or one that is there already.
+"""A Ray to run on: one of our own, on loopback only, or one that is already there.
 
-Ray places, watches and restarts the processes. No token and no KV byte passes through it.
+Ray places and watches the processes. No token and no KV byte passes through it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..protocol.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-# Ray rewrites 127.0.0.1 to the machine's outward address; 127.0.0.2 it leaves alone
+# Ray rewrites 127.0.0.1 to the machine's outward address, but leaves 127.0.0.2 alone
 LOOPBACK = "127.0.0.2"
 CONNECT_TIMEOUT_S = 5.0
 OBJECT_STORE_BYTES = 80 * 2**20  # nothing of ours goes through it
@@ -36,9 +36,9 @@ class RayNode:
 
 @contextmanager
 def ray_session(address: str | None = None) -> Iterator[list[RayNode]]:
-    """Joins the Ray at address ("auto", "host:port"), or starts one; yields its live nodes, this one first.
+    """Joins the Ray at address ("auto", "host:port"), or starts one. Yields its live nodes, this one first.
 
-    Raises ConfigError where no Ray answers at address.
+    Raises ConfigError if no Ray answers at address.
     """
     with ray_environment(address):
         # Ray puts the driver's folder on its workers' path: in a checkout they would find kernels/ and proxy/ as top-level packages
@@ -54,17 +54,17 @@ def ray_session(address: str | None = None) -> Iterator[list[RayNode]]:
 
 @functools.cache
 def _token() -> str:
-    """One a process: Ray reads it once."""
+    """The same for the whole process, because Ray reads it once."""
     return secrets.token_hex(32)
 
 
 @contextmanager
 def ray_environment(address: str | None = None) -> Iterator[None]:
-    """What Ray and the processes it starts read. Whatever the user has set stays.
+    """The environment of Ray and the processes that it starts. What the user has set stays.
 
-    A Ray of our own starts workers at the usual niceness and not at its 15: on a shared CPU every token would come after all else.
-    Ray forks to start its processes, and gRPC's handlers for that, while other threads call it, now and then crash the child.
-    Ray's own listeners are on every interface, whatever address a node is given: only a token keeps strangers out.
+    A Ray of our own starts workers at normal niceness and not at its 15, at which on a shared CPU every token would wait for all else.
+    Ray forks to start its processes. gRPC's fork handlers are off, because they sometimes crash the child while other threads use gRPC.
+    Ray's own listeners are on every interface, whatever address a node is given, so only a token keeps strangers out.
     """
     wanted = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "PYTHONSAFEPATH": "1", "GRPC_ENABLE_FORK_SUPPORT": "0"}
     if address is None:
@@ -94,7 +94,7 @@ def _init(address: str | None) -> None:
 
 
 def _require_listener(address: str) -> None:
-    """ray.init tries for more than a minute before it says that nobody is there."""
+    """Checked first, because ray.init tries for more than a minute before it says that nobody is there."""
     host, _, port = address.rpartition(":")
     socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
 

@@ -1,4 +1,4 @@
-"""Starts the members of a cluster, starts again what dies, and lets them go in order.
+"""Starts the members of a cluster, restarts those that die, and stops them in order.
 
 start:  proxy ─► stores ─► workers        each on the node of the plan
 watch:  a member's run() fails ─► a new process with the same id, the same port for proxy and stores; it rejoins by itself
@@ -28,6 +28,7 @@ from ..protocol.errors import HalfmoonError, InternalError
 from ..protocol.load_progress import LoadProgress
 from ..protocol.roles import WorkerRole
 from ..protocol.schema import KVSchema
+from ..protocol.tasks import Tasks, beside
 from ..protocol.v1 import control_pb2, control_pb2_grpc
 from .actors import ProxyActor, StoreActor, WorkerActor, remote
 from .plan import ClusterPlan, Placed
@@ -35,11 +36,11 @@ from .plan import ClusterPlan, Placed
 logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.2, 30.0
-STEADY_S = 10.0  # a member that served this long starts its backoff anew
-MAX_FIRST_STARTS = 3  # of a process that crashes before it served once
+STEADY_S = 10.0  # the backoff starts anew for a member that served this long
+MAX_FIRST_STARTS = 3  # of a process that crashes before it has ever served
 STOP_GRACE_S = 5.0
 
-Notify = Callable[[str, str | LoadProgress], None]  # (member id, what happened, or how far its start has come)
+Notify = Callable[[str, str | LoadProgress], None]  # (member id, what happened or how far its start has come)
 
 
 @dataclass(slots=True)
@@ -49,7 +50,9 @@ class Member:
     node_id: str
     arguments: Callable[[], dict[str, Any]]
     num_gpus: float = 0.0
-    started: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())  # once, or why not
+    started: asyncio.Future[None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )  # done at the first start, or has the error
     address: Any = None  # what its start() returned last
     actor: Any = None
     num_starts: int = 0
@@ -57,7 +60,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class ClusterSpec:
-    """What every member of a cluster is started from."""
+    """What every member of a cluster is started with."""
 
     config: ClusterConfig
     plan: ClusterPlan
@@ -70,6 +73,7 @@ class Supervisor:
         self._spec = spec
         self._notify = notify
         self._members: dict[str, Member] = {}
+        self._tasks = Tasks("the supervisor")
         self._keepers: dict[str, asyncio.Task[None]] = {}
 
     @property
@@ -81,7 +85,7 @@ class Supervisor:
         return self._proxy_address(1)
 
     def _proxy_address(self, face: int) -> str:
-        """As others reach it: what the proxy itself says may be every address of its machine."""
+        """The address at which others reach the proxy. Its own answer may be the one that stands for every address of its machine."""
         _, port = split_address(self._members["proxy"].address[face])
         return join_address(self._spec.plan.proxy_host, port)
 
@@ -90,14 +94,14 @@ class Supervisor:
         return list(self._members.values())
 
     async def start(self) -> None:
-        """Returns when every member serves and has joined the proxy. Raises what kept the first one from starting."""
+        """Returns when every member serves and has joined the proxy. Raises the first error that kept one from starting."""
         plan = self._spec.plan
         await self._start_all([self._proxy()])
         await self._start_all([self._store(placed) for placed in plan.stores])
         await self._start_all([self._worker(placed, role) for role, workers in plan.workers.items() for placed in workers])
 
     async def watch(self) -> None:
-        """Until cancelled. Raises what a keeper could not mend (a bug: deaths are mended)."""
+        """Runs until cancelled. Raises only a bug, because deaths are repaired."""
         await asyncio.gather(*self._keepers.values())
 
     async def drain(self, timeout_s: float) -> int:
@@ -107,28 +111,26 @@ class Supervisor:
                 reply = await control_pb2_grpc.ControlStub(channel).Drain(control_pb2.DrainRequest(timeout_s=timeout_s))
                 return reply.num_left
         except grpc.aio.AioRpcError:
-            return 0  # no proxy, so nobody is waiting on it
+            return 0  # without a proxy there are no requests
 
     async def stop(self) -> None:
-        """Workers, then stores, then the proxy; also half way through a start."""
-        for keeper in self._keepers.values():
-            keeper.cancel()
-        await asyncio.gather(*self._keepers.values(), return_exceptions=True)
+        """Stops workers, then stores, then the proxy. May be called in the middle of a start."""
+        await self._tasks.close()
         for going in (WorkerActor, StoreActor, ProxyActor):
             await asyncio.gather(*(self._stop(member) for member in self._members.values() if member.actor_class is going))
 
     async def _start_all(self, members: Sequence[Member]) -> None:
         for member in members:
             self._members[member.id] = member
-            self._keepers[member.id] = asyncio.create_task(self._keep(member), name=member.id)
+            self._keepers[member.id] = self._tasks.start(self._keep(member))
         started = [member.started for member in members]
         done, _ = await asyncio.wait(started, return_when=asyncio.FIRST_EXCEPTION)
-        for error in [future.exception() for future in done]:  # each looked at, or asyncio complains of those that were not
+        for error in [future.exception() for future in done]:  # reads each, because asyncio complains of exceptions that nobody read
             if error is not None:
                 raise error
 
     async def _keep(self, member: Member) -> None:
-        """One member's life, over as many processes as it takes."""
+        """Keeps one member alive, over as many processes as that takes."""
         from ray.exceptions import RayActorError, RayTaskError
 
         backoff_s = FIRST_BACKOFF_S
@@ -154,23 +156,22 @@ class Supervisor:
                     return
             except RayTaskError as error:
                 cause = error.cause if isinstance(error.cause, HalfmoonError) else InternalError(f"{member.id}: {error.cause!r}")
-                if not member.started.done():  # it never worked: the configuration is wrong, starting again would not help
+                if not member.started.done():  # it never worked: the configuration is wrong, and a restart would not help
                     member.started.set_exception(cause)
                     return
-                logger.warning("%s failed to start: %s", member.id, cause)
-                self._notify(member.id, f"failed: {cause}")
+                what = "failed to start again" if served_since == math.inf else "broke while it served"
+                logger.warning("%s %s: %s", member.id, what, cause)
+                self._notify(member.id, f"{what}: {cause}")
             steady = time.monotonic() - served_since > STEADY_S
             backoff_s = FIRST_BACKOFF_S if steady else min(backoff_s * 2, LONGEST_BACKOFF_S)
             await asyncio.sleep(backoff_s)
 
     async def _started(self, member: Member) -> Any:
-        """What its start() returns; meanwhile tells how far it has come."""
-        following = asyncio.create_task(self._follow(member)) if hasattr(member.actor_class, "progress") else None
-        try:
+        """Returns what its start() returns, and reports its progress meanwhile."""
+        if not hasattr(member.actor_class, "progress"):
             return await member.actor.start.remote()
-        finally:
-            if following is not None:
-                following.cancel()
+        async with beside(self._follow(member)):
+            return await member.actor.start.remote()
 
     async def _follow(self, member: Member) -> None:
         from ray.exceptions import RayError
@@ -180,7 +181,7 @@ class Supervisor:
             while (found := await member.actor.progress.remote(seen)) is not None:
                 seen = found.number
                 self._notify(member.id, found.progress)
-        except RayError as error:  # start() fails of the same, and says it
+        except RayError as error:  # start() fails for the same reason and reports it
             logger.debug("%s: no more progress: %s", member.id, error)
 
     async def _stop(self, member: Member) -> None:
@@ -199,7 +200,7 @@ class Supervisor:
     def _proxy(self) -> Member:
         def arguments() -> dict[str, Any]:
             config = self._spec.config.proxy
-            if member.address is not None:  # the same ports again, for clients and members look for it there
+            if member.address is not None:  # the same ports again, because clients and members look for it there
                 http_port, grpc_port = (split_address(address)[1] for address in member.address)
                 config = dataclasses.replace(config, http_port=http_port, grpc_port=grpc_port)
             spec = self._spec

@@ -1,4 +1,4 @@
-"""A worker as a cluster has it: both halves on one executor. Roles differ in how a worker starts, never in what it is."""
+"""Builds a worker: both halves on one executor. A role decides how a worker starts and not what it can do."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from ..engine.executor import Progress
 from ..engine.local_executor import LocalExecutor
 from ..engine.model_config import ModelConfig
 from ..engine.resolve import resolve_device, resolve_folder, resolve_max_model_len, resolve_name
+from ..engine.step_budget import StepLimits
 from ..engine.worker import Worker
 from ..engine.worker_life import WorkerAddress
 from ..prefill_worker.worker import PrefillHalf
 from ..protocol.config import DecodeConfig, ModelOptions, PrefillConfig
 from ..protocol.roles import WorkerRole
 
-CPU_CAPACITY = 8  # times max_model_len, of a worker that decodes, where no capacity is configured
+CPU_CAPACITY = 8  # times max_model_len: tokens that a worker which decodes can hold, if not configured
 
 
 def make_worker(
     worker_address: WorkerAddress, *, role: WorkerRole, options: ModelOptions, prefill: PrefillConfig, decode: DecodeConfig
 ) -> Worker:
-    """Its pages, threads and transport are those of the role that it starts with; `both` has decode's."""
+    """Pages, threads and transport are those of the role that it starts with; `both` has decode's."""
     config = prefill if role == "prefill" else decode
 
     def load(*, name: str, progress: Progress, on_crash: Callable[[BaseException], None]) -> LocalExecutor:
@@ -45,6 +46,8 @@ def make_worker(
         model_name=resolve_name(options),
         load=load,
         transport=config.transport,
+        keeps_prefixes=options.prefix_cache_hbm,
         prefill=PrefillHalf(prefill),
         decode=DecodeHalf(decode),
+        limits=StepLimits(prefill.max_tokens_per_step, decode.max_prefill_tokens_per_step, decode.tpot_target_s),
     )

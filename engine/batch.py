@@ -17,7 +17,7 @@ import torch
 from .sequence import StepChunk
 from .staging import Staging
 
-# Triton compiles a kernel anew for a stride of 1, of a multiple of 16, and of neither: one of the three is enough
+# Triton compiles a kernel separately for strides of 1, of multiples of 16, and of neither; this allows only one of the three
 TABLE_ALIGNMENT = 16
 
 
@@ -29,13 +29,13 @@ class StepBatch:
     block_table: torch.Tensor  # int32 [num_seqs, max_pages]
     cu_seqlens_q: torch.Tensor  # int32 [num_seqs + 1]
     kv_lens: torch.Tensor  # int32 [num_seqs]
-    last_rows: torch.Tensor  # int64 [num_last]: where the last token of each chunk with is_last stands
+    last_rows: torch.Tensor  # int64 [num_last]: row of the last token of each chunk with is_last
     max_seqlen_q: int
     max_kv_len: int
-    # Decode tokens that stand before the chunks: row i is a token of decode_table[i]. Above they are sequence 0, with a kv_len of 0.
+    # Decode tokens come before the chunks: row i is a token of decode_table[i]. In the fields above they are sequence 0, with kv_len 0.
     decode_table: torch.Tensor | None = None  # int32 [num_decodes, max_pages]
-    decode_lens: torch.Tensor | None = None  # int32 [num_decodes], 0 where the row is a chunk's
-    usual_num_seqs: int | None = None  # of block_table, where its other rows are room for more
+    decode_lens: torch.Tensor | None = None  # int32 [num_decodes], 0 if the row belongs to a chunk
+    usual_num_seqs: int | None = None  # rows of block_table that are normally used, if the others are spare
 
     @property
     def is_decode(self) -> bool:
@@ -43,7 +43,7 @@ class StepBatch:
 
 
 def prepare_batch(chunks: Sequence[StepChunk], page_size: int, device: torch.device, staging: Staging | None = None) -> StepBatch:
-    """With staging in one copy. Raises ValueError for a chunk that is empty, reaches beyond its sequence's tokens, or has no page."""
+    """With staging in one copy. Raises ValueError for a chunk that is empty, beyond its sequence's tokens, or without a page."""
     arrays = step_arrays(chunks, page_size, 1 if staging is None else TABLE_ALIGNMENT)
     if staging is None:
         tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
@@ -54,7 +54,7 @@ def prepare_batch(chunks: Sequence[StepChunk], page_size: int, device: torch.dev
 
 
 def batch_of(tensors: Mapping[str, torch.Tensor], max_seqlen_q: int, max_kv_len: int) -> StepBatch:
-    """tensors: StepBatch's own, by name."""
+    """tensors: those of StepBatch, by name."""
     return StepBatch(
         token_ids=tensors["token_ids"],
         positions=tensors["positions"],

@@ -1,4 +1,4 @@
-"""What stands in a model folder's safetensors files, by their headers alone. No torch.
+"""Lists the tensors in a model folder's safetensors files from their headers only. No torch.
 
 model.safetensors                              one file, or
 model.safetensors.index.json ─► model-0000x-of-0000y.safetensors ...
@@ -31,7 +31,7 @@ class TensorInfo(NamedTuple):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError where path is missing or holds no JSON object."""
+    """Raises CheckpointError if path is missing or does not hold a JSON object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

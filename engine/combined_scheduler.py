@@ -1,17 +1,19 @@
 """One step of a worker from the schedulers of its two halves. Pure: no tensor, no clock, no I/O; the caller brings the lock.
 
-decode half   a token of each running sequence, chunks of prompts that it answers itself    first, as if it were alone
+decode half   a token of each running sequence, chunks of prompts that it answers itself    first
 prefill half  chunks of prompts to hand off                                                 what is left of the step's prefill tokens
 
-Beside decode tokens the prefill tokens of both are bounded by decode.max_prefill_tokens_per_step, for each of them is a wait of all
-who decode; without any, by prefill.max_tokens_per_step.
+Each prefill token is a wait of all who decode beside it, so StepBudget says how many there may be. The decode half's own are at most
+decode.max_prefill_tokens_per_step in any case, those of a step without decode tokens prefill.max_tokens_per_step.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
-from .sequence import StepChunk
+from ..protocol.timing.step_cost import ChunkWork
+from .sequence import Sequence, StepChunk
+from .step_budget import DecodeLoad, StepBudget
 
 
 class StepPart(Protocol):
@@ -20,15 +22,23 @@ class StepPart(Protocol):
     @property
     def chunks(self) -> list[StepChunk]: ...
 
+    @property
+    def sampled(self) -> list[Sequence]: ...
+
 
 class DecodeQueue(Protocol):
     """The decode half's scheduler, with steps of its own kind."""
 
     max_prefill_tokens_per_step: int
 
-    def schedule(self) -> Any: ...
+    @property
+    def waiting_chunks(self) -> list[ChunkWork]: ...
 
-    def schedule_ahead(self) -> Any | None: ...
+    def load(self, begins_at: float, default_tpot_s: float) -> DecodeLoad: ...
+
+    def schedule(self, budget: int | None = None) -> Any: ...
+
+    def schedule_ahead(self, budget: int | None = None) -> Any | None: ...
 
     def withdraw(self, step: Any) -> None: ...
 
@@ -40,7 +50,7 @@ class PrefillQueue(Protocol):
     max_tokens_per_step: int
 
     @property
-    def has_runnable(self) -> bool: ...
+    def waiting_chunks(self) -> list[ChunkWork]: ...
 
     def schedule(self, budget: int | None = None) -> Any: ...
 
@@ -60,23 +70,36 @@ class CombinedStep(NamedTuple):
 class CombinedScheduler:
     """Either queue may have nothing to do for ever: the steps are then those of the other one alone."""
 
-    def __init__(self, decode: DecodeQueue, prefill: PrefillQueue) -> None:
+    def __init__(self, decode: DecodeQueue, prefill: PrefillQueue, budget: StepBudget) -> None:
         self._decode = decode
         self._prefill = prefill
+        self._budget = budget
+        self._last_chunks: list[StepChunk] = []  # of the step that was scheduled last
 
-    def schedule(self) -> CombinedStep | None:
-        """None where nothing is to do. Every step before it has been recorded, by both halves."""
-        decode = self._decode.schedule()
-        prefill = self._prefill_part(decode.chunks)
-        return CombinedStep(decode, prefill) if decode.chunks or decode.preempted or prefill is not None else None
+    def schedule(self, now: float) -> CombinedStep | None:
+        """None where nothing is to do. Every step before it has been recorded, by both halves. now: of time.monotonic()."""
+        waiting = self._prefill.waiting_chunks
+        budget = self._num_tokens(waiting, now)
+        decode = self._decode.schedule(min(budget, self._decode.max_prefill_tokens_per_step))
+        prefill = self._prefill_part(decode.chunks, budget) if waiting else None
+        if not (decode.chunks or decode.preempted or prefill is not None):
+            return None
+        return self._scheduled(CombinedStep(decode, prefill))
 
-    def schedule_ahead(self) -> CombinedStep | None:
-        """The step behind the only one that is not recorded yet; None where that has to wait for its record, or nothing is to do."""
-        decode = self._decode.schedule_ahead()
+    def schedule_ahead(self, now: float) -> CombinedStep | None:
+        """The step behind the only one that is not recorded yet, which has just begun; None where that has to wait for its record, or
+        nothing is to do."""
+        waiting = self._prefill.waiting_chunks
+        budget = self._num_tokens(waiting, now, self._last_chunks)
+        decode = self._decode.schedule_ahead(min(budget, self._decode.max_prefill_tokens_per_step))
         if decode is None:
             return None
-        prefill = self._prefill_part(decode.chunks)
-        return CombinedStep(decode, prefill) if decode.chunks or prefill is not None else None
+        prefill = self._prefill_part(decode.chunks, budget) if waiting else None
+        return self._scheduled(CombinedStep(decode, prefill)) if decode.chunks or prefill is not None else None
+
+    def observe(self, chunks: list[StepChunk], seconds: float) -> None:
+        """What a step took. Before its record."""
+        self._budget.observe(chunks, seconds)
 
     def withdraw(self, step: CombinedStep) -> None:
         """It was scheduled ahead, and does not run after all."""
@@ -84,17 +107,21 @@ class CombinedScheduler:
         if step.prefill is not None:
             self._prefill.withdraw(step.prefill)
 
-    def _prefill_part(self, decode_chunks: list[StepChunk]) -> StepPart | None:
-        if not self._prefill.has_runnable:
-            return None
-        part = self._prefill.schedule(self.prefill_budget(decode_chunks))
+    def _num_tokens(self, waiting: list[ChunkWork], now: float, before: list[StepChunk] | None = None) -> int:
+        """Of both halves' chunks. waiting: the prefill half's. before: of the step that runs."""
+        waiting = self._decode.waiting_chunks + waiting
+        if not waiting:
+            return 0
+        begins_at = now + self._budget.seconds(before) if before else now
+        return self._budget.num_tokens(self._decode.load(begins_at, self._budget.default_tpot_s), waiting)
+
+    def _prefill_part(self, decode_chunks: list[StepChunk], budget: int) -> StepPart | None:
+        """At least a block where the decode half computes no prompt itself: chunks end at block boundaries, and a smaller budget would
+        never let one in."""
+        num_own = sum(chunk.num_tokens for chunk in decode_chunks if not chunk.is_decode)
+        part = self._prefill.schedule(max(budget - num_own, 0 if num_own else self._prefill.block_size))
         return part if part.chunks else None
 
-    def prefill_budget(self, decode_chunks: list[StepChunk]) -> int:
-        """Tokens that the prefill half may compute beside these. At least a block where the decode half computes no prompt itself: chunks
-        end at block boundaries, and a smaller budget would never let one in."""
-        own = [chunk for chunk in decode_chunks if not chunk.is_decode]
-        num_own_tokens = sum(chunk.num_tokens for chunk in own)
-        if len(own) == len(decode_chunks):
-            return max(self._prefill.max_tokens_per_step - num_own_tokens, 0)
-        return max(max(self._decode.max_prefill_tokens_per_step, self._prefill.block_size) - num_own_tokens, 0)
+    def _scheduled(self, step: CombinedStep) -> CombinedStep:
+        self._last_chunks = step.chunks
+        return step

@@ -1,11 +1,11 @@
-"""What a decode step reads, laid out in one host buffer so that one copy brings it to the device.
+"""Lays out the inputs of a decode step in one host buffer, so that one copy brings them to the device.
 
 buffer  [ token_ids | sources | positions | slot_mapping | … | indices ] [ block table, packed: num_seqs x width ]
           a column of max_batch numbers each; rows beyond the sequences are padding: they write to a scratch slot and read nothing
-feed    [ last tokens | token_ids ]     on the device: what the step before gave, and right behind it the buffer's first column
-            a row's token is feed[sources]: the host may not know it yet, for the step that gives it still runs
+feed    [ last tokens | token_ids ]     on the device: the tokens of the step before, followed by the buffer's first column
+            a row's token is feed[sources]: the host may not know it yet, because the step that gives it still runs
 
-What stays from step to step (sampling parameters, pages) is kept, so that a step costs the host a few microseconds a sequence.
+Values that stay from step to step (sampling parameters, pages) are kept, so that a step costs the host a few microseconds a sequence.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ COLUMNS = {
 
 
 def column_offsets(max_batch: int) -> tuple[dict[str, int], int]:
-    """Where each column begins in the buffer, and where the block table does."""
+    """Offset of each column in the buffer, and of the block table."""
     return layout({name: dtype.itemsize * max_batch for name, dtype in COLUMNS.items()})
 
 
 def feed_start(num_results: int) -> int:
-    """Where token_ids begin in the feed: the numbers that the last tokens take, and what keeps the columns aligned."""
+    """Index of token_ids in the feed: the length of the last tokens, rounded up so that the columns stay aligned."""
     return layout({"last_tokens": 8 * num_results})[1] // 8
 
 
@@ -63,17 +63,17 @@ class DecodeInputs:
 
     @property
     def draws(self) -> bool:
-        """Whether a sequence of the last fill is not greedy."""
+        """True if a sequence of the last fill is not greedy."""
         return self._draw_columns.draws
 
     def fill(self, sequences: list[Sequence], batch_size: int, last_rows: Seq[int | None] | None = None) -> int:
-        """The next token of each sequence, padded to batch_size rows. Returns the width of the packed block table; 0 where the last
-        fill's table still holds.
+        """Fills in the next token of each sequence, padded to batch_size rows. Returns the width of the packed block table, or 0 if the
+        last fill's table still holds.
 
         Every sequence has the pages for its tokens.
 
         Args:
-            last_rows: of the step before, which still runs: the row that gives a sequence one token more than it has here, or None.
+            last_rows: for each sequence its row in the step that still runs, which will give it one more token, or None.
         """
         count = len(sequences)
         columns = self.columns

@@ -47,7 +47,8 @@ class Decoder:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the last layer adds to the residual, and the residual before it, both [num_tokens, hidden_size]."""
         eps = self.config.rms_norm_eps
-        residual = F.embedding(batch.token_ids, self.weights.embed)
+        # a row that gave no token may be in a step that was launched before the host knew; to look up -1 would end the device's context
+        residual = F.embedding(batch.token_ids.clamp(0, len(self.weights.embed) - 1), self.weights.embed)
         hidden = cast(torch.Tensor, rms_norm(residual, self.weights.layers[0].input_norm, eps))
         for index, layer in enumerate(self.weights.layers):
             attended = self._attention(index, layer, hidden, batch, cache.layer(index), before_layer)

@@ -50,7 +50,7 @@ class DrawColumns:
     def _take(self, sequences: Seq[Sequence]) -> None:
         params = [sequence.sampling for sequence in sequences]
         count = len(sequences)
-        self._sequences = list(sequences)
+        self._sequences = []  # until all of it is written: what ends this half way must not pass for filled
         self._num_prompt_tokens = np.array([sequence.num_prompt_tokens for sequence in sequences], dtype=np.int64)
         self.draws = not all(one.greedy for one in params)
         self._columns["temperatures"][:count] = [one.temperature for one in params]
@@ -58,3 +58,4 @@ class DrawColumns:
         self._columns["top_ps"][:count] = [one.top_p for one in params]
         self._columns["min_ps"][:count] = [one.min_p for one in params]
         self._columns["seeds"][:count] = np.array([one.seed for one in params], dtype=np.uint64).view(np.int64)
+        self._sequences = list(sequences)

@@ -91,6 +91,11 @@ class Engine:
             engine._get_ready(max_decode_batch, progress)
         return engine
 
+    @property
+    def row_counts(self) -> tuple[int, ...]:
+        """Rows of the graphs that steps with chunks run in, ascending; empty without graphs."""
+        return () if self._graphs is None else self._graphs.mixed.row_counts
+
     def _get_ready(self, max_decode_batch: int, progress: Progress | None) -> None:
         assert self._staging is not None
         scratch_page = self.cache.num_pages

@@ -40,6 +40,8 @@ class ExecutorFacts:
     weight_bytes: int
     flops: ModelFlops
     peak_flops: float | None  # of the device, a second; None: not known
+    row_counts: tuple[int, ...] = ()
+    """Rows that steps with chunks are padded to, ascending; empty: they are not."""
 
     @property
     def page_size(self) -> int:
@@ -47,8 +49,14 @@ class ExecutorFacts:
         return self.schema.block_size
 
 
+NOT_FINITE = -1  # of kernels/sampling.py: the row's logits are no numbers
+NOTHING_LEFT = -2  # the row's logits are sound, and what the request asks for bans every token
+
+
 class TokenSample(NamedTuple):
-    """logprob and top are those of the model's own distribution: before penalties, bias, temperature and filters."""
+    """token_id: below 0 where there was none to draw, and why.
+
+    logprob and top are those of the model's own distribution: before penalties, bias, temperature and filters."""
 
     token_id: int
     logprob: float | None  # None where the request asked for none
@@ -126,11 +134,29 @@ class BlockPush:
     listener: PushListener
 
 
+class StepFailed(Exception):
+    """A step could not be computed, and the device lives. Other chunks can be run, and the same ones again.
+
+    num_pushed_layers: of every push of the step, from the first on, these went to the writers nevertheless.
+    """
+
+    def __init__(self, reason: str, num_pushed_layers: int = 0) -> None:
+        super().__init__(reason)
+        self.num_pushed_layers = num_pushed_layers
+
+
+class DeviceLost(Exception):
+    """No step follows in this process: a device that has failed takes nothing more."""
+
+
 class InFlightStep(Protocol):
     """A step that was launched."""
 
     def tokens(self) -> list[int]:
-        """One for each chunk that samples. Waits for this step alone, not for those behind it."""
+        """One for each chunk that samples, below 0 as TokenSample's. Waits for this step alone, not for those behind it.
+
+        Raises DeviceLost.
+        """
         ...
 
 
@@ -158,8 +184,16 @@ class PageTransfer(Protocol):
         """
         ...
 
+    def copy(self, source: int, target: int) -> Future[None]:
+        """All layers of a page into another one."""
+        ...
+
     def zero_tail(self, page: int, num_tokens: int) -> None:
         """Clears the tokens from num_tokens on."""
+        ...
+
+    def scrub(self, pages: Seq[int]) -> None:
+        """As Executor.scrub, for pages that no step writes to."""
         ...
 
     def when_landed(self, call: Callable[[], None]) -> None:
@@ -203,7 +237,7 @@ class Executor(Protocol):
             pushes: blocks that the step finishes. Their layers go to the writers while later layers are computed; some may still be
                 on their way when the step is over (PageTransfer.when_landed).
 
-        Raises ValueError for a chunk without tokens or pages.
+        Raises StepFailed for whatever is wrong with the chunks, one without pages say, or with so many of them; DeviceLost.
         """
         ...
 
@@ -211,8 +245,12 @@ class Executor(Protocol):
         """Starts a step, with its pushes, and waits for nothing. None, and nothing begun, where this one can't be had that way.
 
         A chunk may begin where its sequence's token_ids end: it then computes the token that the step launched last gives the
-        sequence, whether that has been read or not. Its pages hold that token, too.
+        sequence, whether that has been read or not. Its pages hold that token, too. Raises as run does.
         """
+        ...
+
+    def scrub(self, pages: Seq[int]) -> None:
+        """Behind the steps so far: what of these pages is no finite number becomes 0, so that whoever gets them next meets none."""
         ...
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A model's fingerprint: equal on two machines only where the same weights run under the same configuration. No torch."""
+"""A model's fingerprint: equal on two machines only if the same weights run under the same configuration. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from .checkpoint import TensorInfo, list_tensors
 from .model_config import ModelConfig
 
-# what says when to stop or what the file happens to store, and not what the KV of a token is
+# keys that say when to stop or how the file is stored, and do not change a token's KV
 UNRELATED = ("eos_token_ids", "bos_token_id", "torch_dtype")
 NUM_SAMPLES = 8
 SAMPLE_BYTES = 64
@@ -18,8 +18,8 @@ SAMPLE_BYTES = 64
 def model_fingerprint(folder: Path, load_format: str) -> str:
     """32 hexadecimal digits over the configuration, every tensor's name, dtype and shape, and sampled bytes of each.
 
-    Sampling keeps it to milliseconds where hashing a large checkpoint takes minutes: it tells models and their
-    finetunes apart, it is no proof against a forger. load_format "dummy": the configuration alone.
+    Sampling takes milliseconds, while hashing a large checkpoint takes minutes. It tells models and their finetunes
+    apart, but does not protect against forging. load_format "dummy": only the configuration.
 
     Raises CheckpointError as ModelConfig.from_folder and list_tensors do.
     """
@@ -34,7 +34,7 @@ def model_fingerprint(folder: Path, load_format: str) -> str:
 
 
 def _sample(info: TensorInfo) -> bytes:
-    """NUM_SAMPLES runs of bytes, spread evenly from the tensor's first to its last."""
+    """NUM_SAMPLES runs of bytes, spread evenly over the tensor."""
     with info.file.open("rb") as file:
         if info.num_bytes <= NUM_SAMPLES * SAMPLE_BYTES:
             file.seek(info.offset)

@@ -106,9 +106,20 @@ class PagedKVCache:
             kv_pack(self._layers[layer], index, packed[:, place])
         return packed.view(torch.uint8).view(len(pages), -1)
 
+    def copy_page(self, source: int, target: int) -> None:
+        """All layers of a page into another one."""
+        self.data[:, :, target] = self.data[:, :, source]
+
     def zero_tail(self, page: int, num_tokens: int) -> None:
         """Clears tokens >= num_tokens of page in every layer, so that a partial block's bytes are those of its tokens alone."""
         self.data[:, :, page, :, num_tokens:] = 0
+
+    def scrub(self, pages: Sequence[int]) -> None:
+        """What is no finite number in these pages becomes 0, on the current stream."""
+        index = self._index(pages)
+        for layer in self._layers:
+            held = layer[:, index]
+            layer[:, index] = torch.where(held.float().isfinite(), held.float(), 0.0).to(held.dtype)
 
     def _index(self, pages: Sequence[int]) -> torch.Tensor:
         index = torch.tensor(pages, dtype=torch.int64)

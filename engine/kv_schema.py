@@ -10,7 +10,7 @@ from .resolve import resolve_dtype, resolve_folder
 
 
 def kv_schema(config: ModelConfig, options: ModelOptions) -> KVSchema:
-    """config is that of the options' folder. Raises CheckpointError where the folder's tensors can't be read."""
+    """config: that of the options' folder. Raises CheckpointError if the folder's tensors can't be read."""
     return KVSchema(
         model_fingerprint=model_fingerprint(resolve_folder(options), options.load_format),
         dtype="float8_e4m3fn" if options.kv_dtype == "fp8" else resolve_dtype(config, options),

@@ -2,20 +2,22 @@
 
 run:      forward, with after_layer where blocks are pushed ─► sample ─► the device is done
 launch:   a CUDA graph, where one holds the step
+Whatever they raise: does the device answer? ─► StepFailed, these chunks' matter ─ no: DeviceLost
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 
 import torch
 
 from ..protocol.config import ModelOptions
 from .engine import Engine
-from .executor import BlockPush, ExecutorFacts, InFlightStep, PageTransfer, Progress, TokenSample
+from .executor import BlockPush, DeviceLost, ExecutorFacts, InFlightStep, PageTransfer, Progress, StepFailed, TokenSample
 from .model_flops import ModelFlops, peak_flops
-from .page_transfer import LocalPageTransfer
+from .page_transfer import LocalPageTransfer, StepPush
 from .sequence import StepChunk
 from .transfer import TransferThread
 
@@ -35,6 +37,7 @@ class LocalExecutor:
             weight_bytes=engine.weight_bytes,
             flops=ModelFlops.of_model(config),
             peak_flops=_peak_flops(engine),
+            row_counts=engine.row_counts,
         )
         self._pages = LocalPageTransfer(engine.cache, TransferThread(f"{name}-transfer", engine.device, on_crash))
         self.pages: PageTransfer = self._pages
@@ -63,18 +66,46 @@ class LocalExecutor:
 
     def run(self, chunks: Seq[StepChunk], pushes: Seq[BlockPush] = ()) -> list[TokenSample]:
         engine, sampled = self.engine, [chunk.sequence for chunk in chunks if chunk.is_last]
-        logits = engine.forward(chunks, after_layer=self._pages.after_layer(pushes)) if pushes else engine.forward(chunks)
-        samples = engine.sample(logits, sampled) if sampled else []
-        if engine.device.type == "cuda":
-            # a page that is freed after the step may be another's at once
-            torch.cuda.current_stream(engine.device).synchronize()
+        push = self._pages.after_layer(pushes) if pushes else None
+        with self._typed(push):
+            logits = engine.forward(chunks, after_layer=push)
+            samples = engine.sample(logits, sampled) if sampled else []
+            if engine.device.type == "cuda":
+                # a page that is freed after the step may be another's at once
+                torch.cuda.current_stream(engine.device).synchronize()
         return samples
 
     def launch(self, chunks: Seq[StepChunk], pushes: Seq[BlockPush] = ()) -> InFlightStep | None:
-        return self.engine.launch(chunks, after_layer=self._pages.after_layer(pushes) if pushes else None)
+        push = self._pages.after_layer(pushes) if pushes else None
+        with self._typed(push):
+            return self.engine.launch(chunks, after_layer=push)
+
+    def scrub(self, pages: Seq[int]) -> None:
+        with self._typed(None):
+            self.engine.cache.scrub(pages)
 
     def close(self) -> None:
         self.pages.close()
+
+    @contextlib.contextmanager
+    def _typed(self, push: StepPush | None) -> Iterator[None]:
+        """Whatever computing raises, as StepFailed or DeviceLost."""
+        try:
+            yield
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            if self.engine.device.type == "cuda":
+                self._require_device(error)
+            raise StepFailed(reason, 0 if push is None else push.num_layers) from error
+
+    def _require_device(self, error: Exception) -> None:
+        """Asks the device itself: whatever ended its context, it answers nothing any more. Raises DeviceLost."""
+        try:
+            torch.cuda.synchronize(self.engine.device)
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                torch.cuda.empty_cache()  # in other pieces than those that were too few
+        except RuntimeError as lost:
+            raise DeviceLost(f"{self.engine.device} is lost: {error}") from lost
 
 
 def _peak_flops(engine: Engine) -> float | None:

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..kernels.sampling import sampling
+from ..kernels.sampling import likeliest, sampling
 from .batch import TABLE_ALIGNMENT
-from .decode_graph import batch_size_for, batch_sizes, likeliest
+from .decode_graph import batch_size_for, batch_sizes
 from .decoder import Decoder, LayerHook
 from .draw_columns import DRAW_COLUMNS
 from .kv_cache import PagedKVCache

@@ -1,11 +1,11 @@
-"""What a step of decode tokens and chunks reads, laid out in one host buffer so that one copy brings it to the device.
+"""Lays out the inputs of a step of decode tokens and chunks in one host buffer, so that one copy brings them to the device.
 
-rows      [ a token of each decoding sequence | chunk | chunk | … | padding ]           num_rows, of which the step's kernels see all
+rows      [ a token of each decoding sequence | chunk | chunk | … | padding ]           num_rows; the step's kernels see all of them
 buffer    [ tokens | sources | positions | slot_mapping | kv_lens … | sampling columns ] [ block tables of chunks and of decodes, packed ]
 results   row i of the sampling columns is the i-th chunk that samples: a decode token, or the last chunk of a prompt
-table     [ nobody | chunks … | decodes … ]     the decode rows are sequence 0 of the prefill kernel, which has no keys and is left out
+table     [ nobody | chunks … | decodes … ]     to the prefill kernel the decode rows are sequence 0, which has no keys and is skipped
 
-A decode token that the host does not know yet is named by its row in the results of the step before (sources), else by itself.
+A decode token that the host does not know yet is given by its row in the results of the step before (sources), any other by its id.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from .page_rows import PageRows
 from .sequence import Sequence, StepChunk
 from .staging import DTYPES, layout
 
-HOST = -1  # a token's source where the host knows it
+HOST = -1  # the source of a token that the host knows
 
 
 class MixedStep(NamedTuple):
-    """A step's chunks as the rows are laid out."""
+    """A step's chunks in the order of the rows."""
 
     decodes: list[StepChunk]
     chunks: list[StepChunk]
-    sampled: list[tuple[StepChunk, int]]  # and the row of its last token, in the order in which the step was given
+    sampled: list[tuple[StepChunk, int]]  # each with the row of its last token, in the step's own order
 
     @property
     def num_rows(self) -> int:
@@ -40,7 +40,7 @@ class MixedStep(NamedTuple):
 
 
 def split_step(chunks: Seq[StepChunk]) -> MixedStep:
-    """A chunk that is its sequence's next token alone is a decode row; one may begin where its sequence's token_ids end."""
+    """A chunk with only its sequence's next token is a decode row. It may begin at the end of the sequence's token_ids."""
     decodes = [chunk for chunk in chunks if chunk.is_decode]
     others = [chunk for chunk in chunks if not chunk.is_decode]
     last_rows: dict[Sequence, int] = {}
@@ -54,7 +54,7 @@ def split_step(chunks: Seq[StepChunk]) -> MixedStep:
 
 @dataclass(frozen=True, slots=True)
 class MixedSize:
-    """What the buffers hold at most."""
+    """Capacity of the buffers."""
 
     num_rows: int
     num_decodes: int
@@ -74,7 +74,7 @@ class MixedSize:
         }
 
     def offsets(self) -> tuple[dict[str, int], int]:
-        """Where each column begins, and where the packed block table does."""
+        """Offset of each column, and of the packed block table."""
         return layout({name: dtype.itemsize * count for name, (dtype, count) in self.columns().items()})
 
     @property
@@ -112,23 +112,23 @@ class MixedInputs:
         self._scratch_slot = scratch_slot
         self._draw_columns = DrawColumns(self._columns)
         self._page_rows = PageRows(size.num_chunks + size.num_decodes, size.num_pages)
-        self._held: list[Sequence] = []  # whose packed table stands in the device's
+        self._held: list[Sequence] = []  # sequences whose table rows are on the device
         self._num_held_chunks = 0
         self._width = 0
 
     @property
     def draws(self) -> bool:
-        """Whether a sequence that the last step samples is not greedy."""
+        """True if a sequence that the last step samples is not greedy."""
         return self._draw_columns.draws
 
     def fill(self, step: MixedStep, num_rows: int, num_results: int, last_results: Mapping[Sequence, int]) -> int:
         """Lays the step out, padded to num_rows rows and num_results results.
 
         Args:
-            last_results: the rows that the step before gave, of sequences whose token the host may not know yet.
+            last_results: result rows of the step before, for sequences whose token the host may not know yet.
 
         Returns:
-            The width of the packed block tables, chunks first; 0 where those of the last fill still hold.
+            The width of the packed block tables, chunks first, or 0 if those of the last fill still hold.
         """
         width = self._fill_tables(step)
         columns, num_decodes = self._columns, len(step.decodes)
@@ -182,7 +182,7 @@ class MixedInputs:
         grown = self._page_rows.update([chunk.sequence for chunk in step.chunks])
         grown |= self._page_rows.update([chunk.sequence for chunk in step.decodes], self.size.num_chunks)
         width = max(-(-(chunk.start + chunk.num_tokens) // self._page_size) for chunk in (*step.chunks, *step.decodes))
-        # the number of chunks is part of it: a sequence's own row changes as it goes from one kind to the other
+        # the number of chunks matters too: a sequence's row changes when it turns from a chunk into a decode row
         if not grown and width <= self._width and owners == self._held and len(step.chunks) == self._num_held_chunks:
             return 0
         self._width, self._held, self._num_held_chunks = width, owners, len(step.chunks)
@@ -192,7 +192,7 @@ class MixedInputs:
         return width
 
     def _parts(self, step: MixedStep) -> Iterator[tuple[int, np.ndarray]]:
-        """Of the packed table: where a part begins, and the rows that it holds."""
+        """For each part of the packed table: where it begins, and its rows."""
         yield 0, np.arange(len(step.chunks))
         yield len(step.chunks), self.size.num_chunks + np.arange(len(step.decodes))
 

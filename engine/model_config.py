@@ -15,10 +15,10 @@ from .checkpoint import read_json
 
 
 class Family(NamedTuple):
-    """What transformers' configuration class of an architecture assumes where config.json is silent."""
+    """The values that transformers' configuration class of an architecture assumes if config.json has none."""
 
     defaults: Mapping[str, Any]
-    qkv_bias: bool | None = None  # None: attention_bias says
+    qkv_bias: bool | None = None  # None: as attention_bias says
     qk_norm: bool = False
 
 
@@ -64,9 +64,9 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     sliding_window: int
-    """0: none; else a query at position i sees keys j with i - window < j <= i."""
+    """0: no window. Else a query at position i sees keys j with i - window < j <= i."""
     layer_windows: tuple[int, ...]
-    """sliding_window of each layer: some models mix full and sliding layers."""
+    """sliding_window of each layer, because some models mix full and sliding layers."""
     tie_word_embeddings: bool
     max_position_embeddings: int
     eos_token_ids: frozenset[int]
@@ -76,7 +76,7 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
-        """Raises CheckpointError for a missing or wrong config.json, UnsupportedArchitecture for what the engine can't run."""
+        """Raises CheckpointError for a missing or wrong config.json, UnsupportedArchitecture for a model that the engine can't run."""
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError(f"no model folder at {folder}; name a folder with config.json and *.safetensors")
@@ -84,7 +84,7 @@ class ModelConfig:
 
 
 class _Reader:
-    """config.json's values under the family's defaults, each checked as it is taken."""
+    """config.json's values over the family's defaults. Each is checked when it is read."""
 
     def __init__(self, folder: Path, values: dict[str, Any]) -> None:
         self.path = folder / "config.json"
@@ -149,7 +149,7 @@ class _Reader:
             raise UnsupportedArchitecture(f"{self.path}: the checkpoint is quantized ({method}); supported are {', '.join(DTYPES)}")
 
     def _rope(self, max_position_embeddings: int) -> tuple[float, RopeScaling | None]:
-        # transformers 5 writes one dictionary, earlier ones rope_theta beside rope_scaling (whose key was "type" first)
+        # transformers 5 writes one dictionary; earlier versions rope_theta beside rope_scaling (whose key was first "type")
         rope = self.values.get("rope_parameters") or {**(self.values.get("rope_scaling") or {})}
         theta = float(rope.get("rope_theta") or self.values.get("rope_theta") or 10000.0)
         kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -196,7 +196,7 @@ class _Reader:
         return frozenset(found if isinstance(found, list) else [found])
 
     def _dtype(self) -> str:
-        # "dtype" since transformers 5, "torch_dtype" before; silence means float32, as in transformers
+        # "dtype" since transformers 5, "torch_dtype" before; without either float32, as in transformers
         found = self.values.get("dtype") or self.values.get("torch_dtype") or "float32"
         if found not in DTYPES:
             raise UnsupportedArchitecture(f"{self.path}: the checkpoint's dtype is {found!r}; supported are {', '.join(DTYPES)}")

@@ -1,4 +1,4 @@
-"""Whole sequences between pages and the blocks of a KV store, slice by slice. On the event loop; the store is known by its shape alone.
+"""Copies whole sequences between pages and the blocks of a KV store, slice by slice. Runs on the event loop.
 
 load_pages   a reader's slices ─► pages, several under way
 cache_pages   pages ─► a writer: every layer ─► sealed
@@ -17,22 +17,22 @@ from ..protocol.schema import KVSchema
 from ..protocol.v1 import common_pb2
 from .executor import PageTransfer, Slice, Writer
 
-MAX_SLICES = 4  # of one reader or writer on their way
-PUSH_BYTES = 32 * 2**20  # layers of fewer go together: a push costs the host as much whatever it carries, and the engine's thread waits
+MAX_SLICES = 4  # under way for one reader or writer
+PUSH_BYTES = 32 * 2**20  # smaller layers go together: a push costs the host the same for any size, and the engine's thread waits
 
 
 class Reader(Protocol):
     num_blocks: int
 
     def slices(self) -> AsyncIterator[Any]:
-        """Slice by Slice; ends when all is there and right."""
+        """Gives slice by slice, and ends when all blocks are there and verified."""
         ...
 
 
 class PageLoad:
-    """A reader's slices on their way to pages. On the event loop.
+    """A reader's slices on their way to pages. Lives on the event loop.
 
-    Where it is given up, the transfer thread may still read the slices' memory until it is drained.
+    If it is abandoned, the transfer thread may still read the slices' memory until it is drained.
     """
 
     def __init__(self, transfer: PageTransfer) -> None:
@@ -40,13 +40,13 @@ class PageLoad:
         self._under_way: deque[Future[None]] = deque()
 
     async def write(self, pages: Sequence[int], piece: Slice) -> None:
-        """pages: of the whole sequence. Waits while MAX_SLICES slices are under way; returns before this one is written."""
+        """pages: those of the whole sequence. Waits while MAX_SLICES slices are under way, and returns before this one is written."""
         if len(self._under_way) == MAX_SLICES:
             await _over(self._under_way.popleft())
         self._under_way.append(self._transfer.load(pages, piece))
 
     async def finished(self) -> None:
-        """Until every slice is written."""
+        """Waits until every slice is written."""
         while self._under_way:
             await _over(self._under_way.popleft())
 
@@ -56,7 +56,7 @@ async def _over(call: Future[None]) -> None:
 
 
 async def load_pages(transfer: PageTransfer, pages: Sequence[int], reader: Reader) -> None:
-    """pages: one a block at least. Raises what the reader raises: the pages must not be used then."""
+    """pages: at least one for each block. Raises what the reader raises; the pages must not be used then."""
     load = PageLoad(transfer)
     async for piece in reader.slices():
         await load.write(pages, piece)
@@ -64,7 +64,7 @@ async def load_pages(transfer: PageTransfer, pages: Sequence[int], reader: Reade
 
 
 async def cache_pages(transfer: PageTransfer, pages: Sequence[int], writer: Writer, are_held: Callable[[], bool] | None = None) -> None:
-    """Every layer of all of the writer's blocks, and the seal. As push_pages; gives the lease up before it raises."""
+    """Pushes every layer of all of the writer's blocks, and seals. As push_pages, but aborts the lease before it raises."""
     pushing: deque[Future[None]] = deque()
     try:
         for layers in layer_groups(transfer.schema, len(writer.present)):
@@ -80,6 +80,6 @@ async def cache_pages(transfer: PageTransfer, pages: Sequence[int], writer: Writ
 
 
 def layer_groups(schema: KVSchema, num_blocks: int) -> list[range]:
-    """The layers in order, as many together as have PUSH_BYTES."""
+    """The layers in order, in groups of about PUSH_BYTES."""
     size = max(1, PUSH_BYTES // max(1, num_blocks * schema.layer_bytes))
     return [range(first, min(first + size, schema.num_layers)) for first in range(0, schema.num_layers, size)]

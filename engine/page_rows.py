@@ -1,4 +1,4 @@
-"""Block tables of a step on the host: a row of page numbers a sequence, of which only what has changed is written again."""
+"""A step's block tables on the host: a row of page numbers for each sequence. Only changed rows are written again."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from .sequence import Sequence
 
 
 class PageRows:
-    """table: int32 [max_rows, max_pages]; beyond a sequence's own pages a row holds what stood there before."""
+    """table: int32 [max_rows, max_pages]. Beyond a sequence's own pages a row has old values."""
 
     def __init__(self, max_rows: int, max_pages: int) -> None:
         self.table = np.zeros((max_rows, max_pages), dtype=np.int32)
-        self._pages: list[list[int] | None] = [None] * max_rows  # whose numbers stand in a row
-        self._num_pages = [0] * max_rows  # how many of them
+        self._pages: list[list[int] | None] = [None] * max_rows  # the page list written to each row
+        self._num_pages = [0] * max_rows  # how many of its pages are written
 
     def update(self, sequences: Seq[Sequence], first_row: int = 0) -> bool:
-        """Row first_row + i becomes that of sequences[i]; whether anything changed.
+        """Makes row first_row + i that of sequences[i]. Returns whether anything changed.
 
-        A list of pages only ever grows; a preempted sequence gets a new list.
+        A list of pages only grows; a preempted sequence gets a new list.
         """
         changed = False
         for row, sequence in enumerate(sequences, first_row):

@@ -42,23 +42,18 @@ class LocalPageTransfer:
     def store(self, pages: Sequence[int], writer: Writer, layers: range, are_held: Callable[[], bool] | None = None) -> Future[None]:
         return self._transfer.start(partial(push_pages, self._cache, pages, writer, layers, 0, len(writer.present), are_held))
 
-    def after_layer(self, pushes: Sequence[BlockPush]) -> Callable[[int], None]:
-        """To be called by the step loop's thread with each layer of a step, once its KV stands in the pages; does not wait."""
-        schema = self.schema
-        first, num_bytes = 0, max(1, sum(push.last - push.first for push in pushes) * schema.layer_bytes)  # of a layer
-        least, most = max(1, TAIL_BYTES // num_bytes), max(MIN_LAYERS, PUSH_BYTES // num_bytes)
+    def after_layer(self, pushes: Sequence[BlockPush]) -> StepPush:
+        """To be called by the step loop's thread with each layer of a step."""
+        return StepPush(self._cache, self._transfer, pushes)
 
-        def layer_done(layer: int) -> None:
-            nonlocal first
-            last = layer + 1
-            if last == schema.num_layers or last - first >= min(most, max(least, (schema.num_layers - last) // 2)):
-                self._transfer.submit(partial(_push_layers, self._cache, pushes, range(first, last)), after=self._transfer.event())
-                first = last
-
-        return layer_done
+    def copy(self, source: int, target: int) -> Future[None]:
+        return self._transfer.start(partial(self._cache.copy_page, source, target))
 
     def zero_tail(self, page: int, num_tokens: int) -> None:
         self._transfer.submit(partial(self._cache.zero_tail, page, num_tokens))
+
+    def scrub(self, pages: Sequence[int]) -> None:
+        self._transfer.submit(partial(self._cache.scrub, pages))
 
     def when_landed(self, call: Callable[[], None]) -> None:
         self._transfer.submit(lambda: call)
@@ -76,6 +71,24 @@ class LocalPageTransfer:
     def close(self) -> None:
         self._transfer.close()
         self._cache.pinned.close()
+
+
+class StepPush:
+    """Pushes of a step, while it runs: called with a layer once its KV stands in the pages; does not wait."""
+
+    def __init__(self, cache: PagedKVCache, transfer: TransferThread, pushes: Sequence[BlockPush]) -> None:
+        self.num_layers = 0  # pushed, or on their way
+        self._cache = cache
+        self._transfer = transfer
+        self._pushes = pushes
+        num_bytes = max(1, sum(push.last - push.first for push in pushes) * cache.schema.layer_bytes)  # of a layer
+        self._least, self._most = max(1, TAIL_BYTES // num_bytes), max(MIN_LAYERS, PUSH_BYTES // num_bytes)
+
+    def __call__(self, layer: int) -> None:
+        first, last, num_layers = self.num_layers, layer + 1, self._cache.schema.num_layers
+        if last == num_layers or last - first >= min(self._most, max(self._least, (num_layers - last) // 2)):
+            self._transfer.submit(partial(_push_layers, self._cache, self._pushes, range(first, last)), after=self._transfer.event())
+            self.num_layers = last
 
 
 def _push_layers(cache: PagedKVCache, pushes: Sequence[BlockPush], layers: range) -> Landing:

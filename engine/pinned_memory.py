@@ -1,7 +1,7 @@
-"""Host memory of others, a store's arena say, that the device copies to and from by itself.
+"""Host memory that others own, such as a store's arena, and that the device can copy to and from by itself.
 
 pin ─► registered with the driver: copies run at the link's full rate, and the host goes on meanwhile
-  └─► refused: copies go by a pinned buffer between, slower and as right
+  └─► refused: copies go through a pinned buffer, slower but just as correct
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ PORTABLE = 1  # cudaHostRegisterPortable: for every context of the process
 
 
 class PinnedMemory:
-    """Any thread. On a CPU it holds nothing."""
+    """Usable on any thread. On a CPU it holds nothing."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._held: dict[int, torch.Tensor] = {}  # by address: uint8 [num_bytes], which keeps the mapping alive
 
     def pin(self, memory: np.ndarray) -> bool:
-        """Registers memory, contiguous. Takes some 0.1 s a GiB: for a start, not for a request. False where it is not pinned then."""
+        """Registers contiguous memory. Takes about 0.1 s for each GiB, so not during a request. False if that failed."""
         if self._device.type != "cuda":
             return False
         began = time.monotonic()
         address, gib = _address(memory), memory.nbytes / 2**30
         flat = torch.from_numpy(memory.reshape(-1))
-        # in a thread of its own: an error stays its thread's last one, and torch would take it for that of the next kernel
+        # in a thread of its own: an error stays that thread's last error, and torch would take it for the next kernel's
         with ThreadPoolExecutor(1) as alone:
             error = alone.submit(_register, self._device, address, memory.nbytes).result()
         if error:
@@ -51,19 +51,19 @@ class PinnedMemory:
         return True
 
     def release(self, memory: np.ndarray) -> Callable[[], None] | None:
-        """No direct copy to or from it begins any more. Once those under way are over, call what is returned: it takes the registration
-        back, and keeps the memory mapped until then. None where it was not held."""
+        """Stops new direct copies to or from it. Returns a function to call after those under way are over: it ends the registration, and
+        keeps the memory mapped until then. None if the memory was not held."""
         flat = self._held.pop(_address(memory), None)
         return None if flat is None else partial(_unregister, flat)
 
     def close(self) -> None:
-        """No copy is under way."""
+        """To be called when no copy is under way."""
         while self._held:
             _, flat = self._held.popitem()
             _unregister(flat)
 
     def tensor(self, rows: np.ndarray | None) -> torch.Tensor | None:
-        """uint8 rows as a tensor over the same bytes, strides included; None where they are not held here."""
+        """uint8 rows as a tensor over the same bytes, strides included. None if they are not held here."""
         if rows is None:
             return None
         address = _address(rows)
@@ -78,7 +78,7 @@ def _address(memory: np.ndarray) -> int:
 
 
 def _register(device: torch.device, address: int, num_bytes: int) -> str:
-    """What went wrong; empty where nothing did."""
+    """The error's text; empty if there was none."""
     cudart: Any = torch.cuda.cudart()
     with torch.cuda.device(device):
         code = cudart.cudaHostRegister(address, num_bytes, PORTABLE)

@@ -1,7 +1,9 @@
 """Loads the longest cached prefix of a prompt into its pages, so that it is not computed.
 
-own store: the longest run of leading blocks ─┐
-a store that the proxy names, if longer there ─┴─► slices ─► transfer thread ─► pages
+blocks in the worker's pages: shared when the sequence got its own, nothing to do
+behind them  own store: the longest run ───────────┐
+             a store that the proxy names, if longer ─┴─► slices ─► transfer thread ─► pages
+behind those a block in the worker's pages that begins alike ─► that page is copied
 
 Computing begins when every slice has arrived and every checksum matched, not layer by layer: what had been computed from a
 block that turns out corrupt would have been pushed or decoded by then. Other prompts' chunks run meanwhile.
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -20,6 +23,7 @@ from ..kvstore.client import BlockReader, StoreClient
 from ..protocol.errors import HalfmoonError, HandoffCorrupt
 from ..protocol.v1 import worker_pb2
 from .executor import PageTransfer
+from .page_allocator import PageAllocator
 from .page_copy import load_pages
 from .sequence import Sequence
 from .stores import Stores
@@ -28,6 +32,7 @@ from .worker_metrics import WorkerMetrics
 logger = logging.getLogger(__name__)
 
 NO_HINT = worker_pb2.PrefixHint()
+NEWEST_WEIGHT = 0.1  # of a step in the mean of what a token takes
 
 
 @dataclass(slots=True)
@@ -48,14 +53,25 @@ class PrefixLoader:
     def __init__(
         self,
         pages: PageTransfer,
+        allocator: PageAllocator,
+        changed: threading.Condition,
         stores: Stores,
         metrics: WorkerMetrics,
-        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]],
     ) -> None:
+        """changed: guards the allocator."""
         self._pages = pages
+        self._allocator = allocator
+        self._changed = changed
         self._stores = stores
         self._metrics = metrics
         self._spawn = spawn
+        self._seconds_per_token = 0.0  # of computing, lately; 0: not known yet
+
+    def computed(self, seconds_per_token: float) -> None:
+        """A prompt's tokens took so long each: a block that a store has on SSD alone is loaded only where that is faster."""
+        known = self._seconds_per_token or seconds_per_token
+        self._seconds_per_token = known + NEWEST_WEIGHT * (seconds_per_token - known)
 
     async def load(self, sequence: Sequence, block_keys: list[bytes], hint: worker_pb2.PrefixHint = NO_HINT) -> CachedPrefix:
         """block_keys: of the prompt's full blocks. hint: a store beside the own one that may hold more of them.
@@ -65,47 +81,77 @@ class PrefixLoader:
         """
         began, found, failed = time.monotonic(), CachedPrefix(), False
         readers: list[BlockReader] = []
-        num_blocks = 0
+        block_size = self._pages.schema.block_size
+        num_blocks = num_shared = sequence.num_computed_tokens // block_size
         try:
-            if block_keys:
-                num_blocks = await self._load(sequence, block_keys, hint, found, readers)
+            if num_shared < len(block_keys):
+                num_blocks += await self._load(sequence, block_keys, num_shared, hint, found, readers)
         except HalfmoonError as error:
             failed = True
             self._count_failure(sequence, error)
         finally:
-            released = self._spawn(self._release(readers))  # also where this call is cancelled
+            # also where this call is cancelled
+            released = self._spawn(self._release(readers), f"releasing the prefix of {sequence.request_id}")
         if failed:  # slices may still be on their way into the pages
             await asyncio.wait({released})
-        found.num_tokens = min(num_blocks * self._pages.schema.block_size, sequence.num_tokens - 1)
+        found.num_tokens = await self._finish_in_pages(sequence, min(num_blocks * block_size, sequence.num_tokens - 1))
+        if self._allocator.prefixes is not None:
+            num_in_pages = found.num_tokens - (num_blocks - num_shared) * block_size
+            self._metrics.prefix("hbm", sequence.num_tokens, max(num_in_pages, 0))
         found.load_s = time.monotonic() - began
         return found
 
+    async def _finish_in_pages(self, sequence: Sequence, num_tokens: int) -> int:
+        """Takes in what came to the worker's pages behind its first num_tokens: blocks, and the beginning of one. All that it has then."""
+        with self._changed:
+            num_tokens = self._allocator.advance(sequence, num_tokens)
+            part = None if num_tokens % self._pages.schema.block_size else self._allocator.hold_part(sequence, num_tokens)
+        if part is None:
+            return num_tokens
+        target = sequence.pages[num_tokens // self._pages.schema.block_size]
+        await asyncio.shield(self._spawn(self._copy(part.page, target)))  # to its end, also where this call is cancelled
+        return num_tokens + part.num_tokens
+
+    async def _copy(self, source: int, target: int) -> None:
+        """And lets go of the source."""
+        try:
+            await asyncio.wrap_future(self._pages.copy(source, target))
+        finally:
+            with self._changed:
+                self._allocator.free([source])
+
     async def _load(
-        self, sequence: Sequence, keys: list[bytes], hint: worker_pb2.PrefixHint, found: CachedPrefix, readers: list[BlockReader]
+        self,
+        sequence: Sequence,
+        keys: list[bytes],
+        num_shared: int,
+        hint: worker_pb2.PrefixHint,
+        found: CachedPrefix,
+        readers: list[BlockReader],
     ) -> int:
-        """Returns how many blocks stand in the pages."""
-        client, reader = await self._find(sequence, keys, hint, readers)
+        """The blocks behind the first num_shared. Returns how many of them stand in the pages."""
+        client, reader = await self._find(sequence, keys[num_shared:], hint.num_blocks - num_shared, hint.store_address, readers)
         if client is None or reader is None or reader.num_blocks == 0:
             return 0
         began = time.monotonic()
         try:
-            await load_pages(self._pages, sequence.pages, reader)
+            await load_pages(self._pages, sequence.pages[num_shared:], reader)
         except HandoffCorrupt as error:
-            found.corrupt_in, found.corrupt_blocks = client, error.fields["blocks"]
+            found.corrupt_in, found.corrupt_blocks = client, [num_shared + block for block in error.fields["blocks"]]
             raise
         found.num_bytes, found.transport = reader.num_bytes, client.transport
         self._metrics.transferred(client.transport, "load", reader.num_bytes, time.monotonic() - began)
         return reader.num_blocks
 
     async def _find(
-        self, sequence: Sequence, keys: list[bytes], hint: worker_pb2.PrefixHint, readers: list[BlockReader]
+        self, sequence: Sequence, keys: list[bytes], num_hinted: int, hinted_address: str, readers: list[BlockReader]
     ) -> tuple[StoreClient | None, BlockReader | None]:
-        """The reader with the longest run; all that are opened are added to readers."""
+        """The reader with the longest run; all that are opened are added to readers. num_hinted: blocks that the hinted store may hold."""
         own, found = await self._fetch(sequence, keys, self._stores.own.address, "local", readers)
         held = found.num_blocks if found is not None else 0
-        if hint.num_blocks <= held or self._stores.is_own(hint.store_address):
+        if num_hinted <= held or self._stores.is_own(hinted_address):
             return own, found
-        remote, hinted = await self._fetch(sequence, keys, hint.store_address, "remote", readers)
+        remote, hinted = await self._fetch(sequence, keys, hinted_address, "remote", readers)
         if hinted is not None and hinted.num_blocks > held:
             return remote, hinted
         return own, found
@@ -115,7 +161,7 @@ class PrefixLoader:
     ) -> tuple[StoreClient | None, BlockReader | None]:
         try:
             client = await self._stores.client(address)
-            reader = await client.fetch_prefix(keys)
+            reader = await client.fetch_prefix(keys, self._seconds_per_token * self._pages.schema.block_size)
         except HalfmoonError as error:
             self._count_failure(sequence, error)
             return None, None

@@ -1,6 +1,6 @@
-"""From ModelOptions to what they mean on this machine: folder, device, dtype, context length. No torch.
+"""Resolves ModelOptions on this machine: folder, device, dtype, context length. No torch.
 
-Deploy resolves once and hands concrete values on: a process without a GPU would otherwise read "auto" differently.
+Deploy resolves once and passes concrete values on, because a process without a GPU would read "auto" differently.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ DEMO_NAME = "halfmoon-demo"
 
 
 def resolve_folder(options: ModelOptions) -> Path:
-    """The model folder; where options name none, the model that comes with Halfmoon."""
+    """The model folder. If the options name none: the model that comes with Halfmoon."""
     return Path(options.path).expanduser() if options.path else DEMO_FOLDER
 
 
 def resolve_name(options: ModelOptions) -> str:
-    """What clients call the model."""
+    """The name by which clients call the model."""
     return options.name or (resolve_folder(options).resolve().name if options.path else DEMO_NAME)
 
 
 def resolve_device(options: ModelOptions) -> Literal["cpu", "cuda"]:
-    """ "auto" is CUDA where a GPU is visible and torch can use one."""
+    """ "auto" is CUDA if a GPU is visible and torch can use one."""
     if options.device != "auto":
         return options.device
     return "cuda" if _torch_has_cuda() and _num_visible_gpus() > 0 else "cpu"
 
 
 def resolve_dtype(config: ModelConfig, options: ModelOptions) -> str:
-    """Of weights and activations, and of KV but where options.kv_dtype says otherwise: a key of protocol.schema.DTYPE_BYTES."""
+    """dtype of weights and activations, and of KV unless options.kv_dtype says otherwise. A key of protocol.schema.DTYPE_BYTES."""
     if options.dtype != "auto":
         return options.dtype
     return config.torch_dtype if resolve_device(options) == "cuda" else "float32"
 
 
 def resolve_max_model_len(config: ModelConfig, options: ModelOptions) -> int:
-    """Raises ConfigError where more is asked for than the model was made for."""
+    """Raises ConfigError if the options ask for more than the model was made for."""
     if options.max_model_len > config.max_position_embeddings:
         raise ConfigError(
             f"model.max_model_len is {options.max_model_len}; the model was made for at most {config.max_position_embeddings} tokens",
@@ -61,7 +61,7 @@ def _torch_has_cuda() -> bool:
 
 
 def _num_visible_gpus() -> int:
-    """By NVML: unlike CUDA's own call it leaves no context behind, so that a fork after it still works."""
+    """Asks NVML, because CUDA's own call leaves a context behind, with which a later fork fails."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.split(",")[0].strip() in ("", "-1"):
         return 0

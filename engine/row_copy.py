@@ -1,7 +1,7 @@
-"""Rows between the device and host memory, on the current stream: one strided copy a run where the runtime can be called.
+"""Copies rows between the device and host memory on the current stream, with one strided copy for each run if the runtime can be called.
 
 device   [row][row][row]                  contiguous
-host     [row]…[row]…[row]…               a block slot apart: the other layers of the blocks lie between
+host     [row]…[row]…[row]…               one block slot apart, with the blocks' other layers between them
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def to_host(staged: torch.Tensor, runs: Sequence[torch.Tensor]) -> None:
-    """staged: uint8 [n, row_bytes] on the device. runs: pinned, n rows in all; written once the stream gets there."""
+    """staged: uint8 [n, row_bytes] on the device. runs: pinned, n rows in all. They are written when the stream gets there."""
     start = 0
     for run in runs:
         _copy(run, staged[start : start + len(run)])
@@ -28,8 +28,8 @@ def to_host(staged: torch.Tensor, runs: Sequence[torch.Tensor]) -> None:
 
 
 def to_device(runs: Sequence[np.ndarray], pinned: PinnedMemory, device: torch.device) -> torch.Tensor:
-    """The rows of runs, uint8 [rows of the run, row_bytes] each, as uint8 [n, row_bytes] on the device. Asynchronous for what is pinned:
-    those rows have to stay until the stream gets there; others are read at once."""
+    """The rows of runs, uint8 [rows of the run, row_bytes] each, as uint8 [n, row_bytes] on the device. Asynchronous for pinned rows,
+    which must stay until the stream gets there. Other rows are read at once."""
     staged = torch.empty((sum(map(len, runs)), runs[0].shape[1]), dtype=torch.uint8, device=device)
     start = 0
     for run in runs:
@@ -38,7 +38,7 @@ def to_device(runs: Sequence[np.ndarray], pinned: PinnedMemory, device: torch.de
         if source is None:
             buffer = torch.empty(run.shape, dtype=torch.uint8, pin_memory=True)
             buffer.numpy()[:] = run
-            into.copy_(buffer, non_blocking=True)  # the buffer is not used anew before this is over: torch's allocator sees to it
+            into.copy_(buffer, non_blocking=True)  # torch's allocator does not reuse the buffer before this is over
         else:
             _copy(into, source)
         start += len(run)
@@ -46,12 +46,12 @@ def to_device(runs: Sequence[np.ndarray], pinned: PinnedMemory, device: torch.de
 
 
 def to_buffer(staged: torch.Tensor) -> torch.Tensor:
-    """staged, of any shape, in a pinned tensor of the host's. Asynchronous."""
+    """staged, of any shape, in a pinned host tensor. Asynchronous."""
     return torch.empty(staged.shape, dtype=staged.dtype, pin_memory=True).copy_(staged, non_blocking=True)
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """uint8 [n, row_bytes], each row contiguous; one side pinned, the other on the device."""
+    """Both are uint8 [n, row_bytes] with contiguous rows, one pinned and the other on the device."""
     runtime = _runtime()
     if runtime is None:
         for into, row in zip(target, source, strict=True):
@@ -75,7 +75,7 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
 
 @cache
 def _runtime() -> Any | None:
-    """CUDA's runtime, for what torch has no call for; None where it is not installed."""
+    """CUDA's runtime, for calls that torch lacks. None if it is not installed."""
     try:
         from cuda.bindings import runtime  # pyright: ignore[reportMissingImports]
     except ImportError as error:

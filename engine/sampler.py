@@ -2,6 +2,7 @@
 
 raw logits ─┬─► log_softmax ─► logprobs
             └─► penalties ─► logit_bias ─► min_tokens ban ─► kernels.sampling (temperature, filters, draw) ─► token
+                                                                    └─ none: NOT_FINITE, or NOTHING_LEFT where the ban took all
 """
 
 from __future__ import annotations
@@ -11,26 +12,37 @@ from collections.abc import Sequence as Seq
 import numpy as np
 import torch
 
-from ..kernels.sampling import sampling
+from ..kernels.sampling import NO_TOKEN, likeliest, sampling
 from ..protocol.sampling import SamplingParams
-from .executor import TokenSample
+from .executor import NOT_FINITE, NOTHING_LEFT, TokenSample
 from .sequence import Sequence
 from .staging import read_back
 
+LARGEST = torch.finfo(torch.float32).max
+
 
 def sample(logits: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int]) -> list[TokenSample]:
-    """logits: fp32 [len(sequences), vocab_size], not changed."""
+    """logits: fp32 [len(sequences), vocab_size], not changed. A row without a token to draw leaves the others as they are."""
     adjusted = _adjust(logits, sequences, eos_token_ids)
     params = [sequence.sampling for sequence in sequences]
     if all(one.greedy for one in params):
-        tokens = adjusted.argmax(dim=-1)
+        tokens = likeliest(adjusted)
     else:
         indices = [sequence.num_output_tokens for sequence in sequences]
         tokens = _draw(adjusted, params, indices)
     token_ids = read_back(tokens).tolist()
+    if NO_TOKEN in token_ids:
+        token_ids = _told_apart(token_ids, logits)
     if all(one.num_logprobs is None for one in params):
         return [TokenSample(token_id, None, []) for token_id in token_ids]
     return _with_logprobs(logits, token_ids, params)
+
+
+def _told_apart(token_ids: list[int], logits: torch.Tensor) -> list[int]:
+    """Why a row has no token: the model's own logits are no numbers, or nothing of them is left."""
+    sound = likeliest(logits) != NO_TOKEN
+    reasons = [NOTHING_LEFT if one else NOT_FINITE for one in read_back(sound).tolist()]
+    return [reason if token_id == NO_TOKEN else token_id for token_id, reason in zip(token_ids, reasons, strict=True)]
 
 
 def _draw(logits: torch.Tensor, params: Seq[SamplingParams], indices: list[int]) -> torch.Tensor:
@@ -94,19 +106,23 @@ def _penalise(logits: torch.Tensor, rows: list[int], sequences: Seq[Sequence]) -
     repetition = column([one.repetition_penalty for one in params])
     presence, frequency = column([one.presence_penalty for one in params]), column([one.frequency_penalty for one in params])
     occurrences = torch.from_numpy(counts).to(logits.device)
-    changed = logits[rows]
-    repeated = torch.where(changed > 0, changed / repetition, changed * repetition)
-    changed = torch.where(torch.from_numpy(seen).to(logits.device), repeated, changed)
-    logits[rows] = changed - frequency * occurrences - presence * (occurrences > 0)
+    raw = logits[rows]
+    repeated = torch.where(raw > 0, raw / repetition, raw * repetition)
+    changed = torch.where(torch.from_numpy(seen).to(logits.device), repeated, raw)
+    changed = changed - frequency * occurrences - presence * (occurrences > 0)
+    # a finite logit stays finite, however large it is; what was none stays what it was
+    logits[rows] = torch.where(raw.isfinite(), changed.clamp(-LARGEST, LARGEST), raw)
 
 
 def _with_logprobs(logits: torch.Tensor, token_ids: list[int], params: Seq[SamplingParams]) -> list[TokenSample]:
-    rows = [row for row, one in enumerate(params) if one.num_logprobs is not None]
+    samples = [TokenSample(token_id, None, []) for token_id in token_ids]
+    rows = [row for row, one in enumerate(params) if one.num_logprobs is not None and token_ids[row] >= 0]
+    if not rows:
+        return samples
     logprobs = logits[rows].log_softmax(dim=-1)
     chosen = logprobs.gather(1, torch.tensor([token_ids[row] for row in rows], device=logits.device).unsqueeze(1)).squeeze(1)
     num_top = min(max(params[row].num_logprobs or 0 for row in rows), logits.shape[1])
     top = logprobs.topk(num_top, dim=-1)
-    samples = [TokenSample(token_id, None, []) for token_id in token_ids]
     found = (read_back(tensor).tolist() for tensor in (chosen, top.indices, top.values))
     for row, logprob, tokens, values in zip(rows, *found, strict=True):
         pairs = list(zip(tokens, values, strict=True))

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..protocol.errors import InvalidRequest, PromptTooLong
+from ..protocol.errors import InternalError, InvalidRequest, PromptTooLong
 from ..protocol.sampling import SamplingParams
 from ..protocol.v1 import common_pb2
 
@@ -24,8 +24,15 @@ class Sequence:
     sampling: SamplingParams
     deadline: float = float("inf")  # of time.monotonic() in this process
     queue_order: int = 0
+    tpot_slo_s: float = 0.0  # that its steps are sized for; 0: the worker's own
+    suspect: bool = False  # a worker broke while it computed this: it is computed apart
     num_computed_tokens: int = 0  # their KV stands in pages
     pages: list[int] = field(default_factory=list)
+    paced_at: float = 0.0  # its time per output token counts from here, of time.monotonic(); 0: from no token yet
+    paced_from: int = 0  # output tokens that it had then
+    block_keys: list[bytes] | None = None  # of its leading full blocks, as far as they are known; None: nobody else uses its pages
+    num_kept_blocks: int = 0  # leading blocks that were offered to others, or are another's
+    num_skipped_tokens: int = 0  # of its prompt, computed for another while it waited for its own chunks
     stop_token_ids: frozenset[int] = field(init=False)  # sampling's; asked for every token, and there may be a thousand
 
     def __post_init__(self) -> None:
@@ -43,18 +50,26 @@ class Sequence:
     def remaining_s(self) -> float:
         return self.deadline - time.monotonic()
 
+    def pace(self, now: float) -> None:
+        """It has its first token, in this process."""
+        self.paced_from, self.paced_at = self.num_output_tokens, now
+
     def check_tokens(self, vocab_size: int) -> None:
-        """Raises InvalidRequest where there is no token, one that the model does not have, or fewer tokens than the prompt's."""
+        """Raises InvalidRequest where there is no token, one that the model does not have, or fewer tokens than the prompt's.
+
+        InternalError for a token behind the prompt that the model does not have: the cluster itself drew it.
+        """
         if not 1 <= self.num_prompt_tokens <= self.num_tokens:
             raise InvalidRequest(
                 f"num_prompt_tokens is {self.num_prompt_tokens} of {self.num_tokens} token_ids; it must be at least 1 and at most all",
                 param="num_prompt_tokens",
             )
         largest = max(self.token_ids)
-        if largest >= vocab_size:
-            raise InvalidRequest(
-                f"token {largest} is not of the model's {vocab_size} tokens; use the model's own tokenizer", param="token_ids"
-            )
+        if largest < vocab_size:
+            return
+        if largest > max(self.token_ids[: self.num_prompt_tokens]):
+            raise InternalError(f"the cluster drew token {largest} for {self.request_id}; the model has {vocab_size} tokens")
+        raise InvalidRequest(f"token {largest} is not of the model's {vocab_size} tokens; use the model's own tokenizer", param="token_ids")
 
     def check_len(self, max_model_len: int, *, with_answer: bool) -> None:
         """Raises PromptTooLong where the model does not take the tokens and at least one more; with_answer: all of max_tokens."""
@@ -94,6 +109,8 @@ class Sequence:
             sampling=SamplingParams.from_proto(message.sampling),
             deadline=time.monotonic() + message.deadline_s,
             queue_order=message.queue_order,
+            tpot_slo_s=message.tpot_slo_s,
+            suspect=message.suspect,
         )
 
 

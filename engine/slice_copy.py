@@ -1,10 +1,10 @@
-"""Layers of a run of blocks between one process's pages and a store's memory, on the transfer threads.
+"""Copies layers of a run of blocks between a process's pages and a store's memory, on the transfer threads.
 
 write_slice  a reader's slice ─► pages
-push_pages   pages ─► writer: some layers, less what the store has already
+push_pages   pages ─► writer: some layers, without blocks that the store has already
 
-On CUDA a slice of a pinned arena is copied by the device itself, in both directions; what it left to do is the landing's. Other
-slices go by a pinned buffer. On a CPU they are plain copies.
+On CUDA the device itself copies a slice of a pinned arena, in both directions, and the landing does the rest. Other slices go
+through a pinned buffer. On a CPU they are plain copies.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .transfer import Landing
 
 
 def write_slice(cache: PagedKVCache, pages: Sequence[int], piece: Slice) -> None:
-    """On the transfer thread; on CUDA asynchronous, and the slice's memory has to stay until it has landed."""
+    """Runs on the transfer thread. On CUDA it is asynchronous, and the slice's memory must stay until it has landed."""
     into = pages[piece.first_block : piece.first_block + len(piece.blocks)]
     layers = range(piece.layer, piece.layer + piece.num_layers)
     if not cache.on_cpu:
@@ -41,10 +41,10 @@ def push_pages(
     last: int,
     are_held: Callable[[], bool] | None = None,
 ) -> Landing | None:
-    """Layers of blocks [first, last), on the transfer thread; the landing hands what the device copied over to the writer.
+    """Pushes layers of blocks [first, last), on the transfer thread. The landing passes what the device copied to the writer.
 
-    are_held: asked after each read, whether the pages were the sequence's until now. None: nobody takes them away.
-    Call and landing raise what the writer raises, RequestCancelled where the pages are not held any more.
+    are_held: called after each read; True if the pages have belonged to the sequence until now. None: nobody takes them away.
+    Call and landing raise what the writer raises, or RequestCancelled if the pages are not held any more.
     """
     runs = missing_runs(writer.present, first, last)
     if not runs:
@@ -102,7 +102,7 @@ def _push_buffers(
     runs: Sequence[tuple[int, int]],
     are_held: Callable[[], bool] | None,
 ) -> Landing:
-    """By a pinned buffer, for a writer that takes arrays, or whose memory could not be pinned."""
+    """Through a pinned buffer, for a writer that takes arrays or whose memory could not be pinned."""
     buffers = [(layer, start, cache.copy_to_buffer(layer, pages[start:end])) for layer in layers for start, end in runs]
 
     def land() -> None:

@@ -1,6 +1,6 @@
-"""From numpy arrays to device tensors in one copy: a step's inputs lie side by side in one pinned buffer. And results back.
+"""Brings numpy arrays to the device in one copy, side by side in one pinned buffer, and results back.
 
-arrays ─► [ token_ids | positions | … ] pinned ──one copy──► [ token_ids | positions | … ] on the device ─► a view each
+arrays ─► [ token_ids | positions | … ] pinned ──one copy──► [ token_ids | positions | … ] on the device ─► a view for each
 tensor on the device ──one copy──► pinned ─► event ─► the host reads it
 """
 
@@ -19,7 +19,7 @@ DTYPES = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32, np.d
 
 
 def layout(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
-    """Where each of some byte ranges begins, one after another at multiples of ALIGNMENT, and the bytes of all."""
+    """Offsets of byte ranges that follow one another at multiples of ALIGNMENT, and their total size."""
     offsets: dict[str, int] = {}
     end = 0
     for name, num_bytes in sizes.items():
@@ -29,7 +29,7 @@ def layout(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
 
 
 def pack(arrays: Mapping[str, np.ndarray], buffer: np.ndarray) -> dict[str, int]:
-    """Writes the arrays into buffer, uint8 and large enough; where each begins."""
+    """Writes the arrays into buffer, which is uint8 and large enough. Returns their offsets."""
     offsets, _ = layout({name: array.nbytes for name, array in arrays.items()})
     for name, array in arrays.items():
         at = offsets[name]
@@ -38,10 +38,10 @@ def pack(arrays: Mapping[str, np.ndarray], buffer: np.ndarray) -> dict[str, int]
 
 
 def read_back(tensor: torch.Tensor) -> torch.Tensor:
-    """tensor on the host, once the current stream has computed it.
+    """The tensor on the host, once the current stream has computed it.
 
-    By pinned memory and an event: a copy to other memory waits inside the driver, and every other thread's calls wait with it (seen on
-    an H200: the copies of a hand-off stood still until the prefill was over).
+    Uses pinned memory and an event. A copy to other memory waits inside the driver, and the calls of all other threads wait with it
+    (seen on an H200: the copies of a hand-off stood still until the prefill was over).
     """
     if tensor.device.type == "cpu":
         return tensor
@@ -53,7 +53,7 @@ def read_back(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Staging:
-    """Not thread-safe; copies are ordered by the current stream."""
+    """Not thread-safe. The current stream orders the copies."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -62,7 +62,7 @@ class Staging:
         self._next = 0
 
     def upload(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-        """Tensors like the arrays (int64, int32 or float32) on the device. Waits only where both buffers' copies have not begun yet."""
+        """Tensors like the arrays (int64, int32 or float32) on the device. Waits only if the copies of both buffers have not begun yet."""
         _, num_bytes = layout({name: array.nbytes for name, array in arrays.items()})
         buffer = self._free_buffer(num_bytes)
         offsets = pack(arrays, buffer.numpy())

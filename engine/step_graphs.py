@@ -17,6 +17,7 @@ import torch
 
 from .decode_graph import DecodeGraphs, batch_sizes, is_plain
 from .decoder import Decoder, LayerHook
+from .executor import DeviceLost
 from .kv_cache import PagedKVCache
 from .mixed_graph import MAX_CHUNKS, MixedGraphs
 from .mixed_inputs import split_step
@@ -40,9 +41,12 @@ class InFlight:
         self._tokens: list[int] | None = None
 
     def tokens(self) -> list[int]:
-        """One for each chunk that samples. Waits for this step alone, not for those behind it."""
+        """One for each chunk that samples. Waits for this step alone, not for those behind it. Raises DeviceLost."""
         if self._tokens is None:
-            self._copied.synchronize()
+            try:
+                self._copied.synchronize()
+            except RuntimeError as error:
+                raise DeviceLost(f"a step's tokens did not come: {error}") from error
             self._tokens = self._pinned.tolist()
         return self._tokens
 

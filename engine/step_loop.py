@@ -5,6 +5,8 @@ with changed: scheduler.…; notify ─► schedule (under the lock) ─► begi
 Where the executor can launch a step without waiting for it, the next one is on its way before this one's tokens are read:
 host    schedule n │ launch n │ schedule n+1 │ launch n+1 │ read n, record n │ schedule n+2 │ launch n+2 │ read n+1, record n+1 │ …
 device                        └─ step n ──────────────────┴─ step n+1 ────────────────────────────────┴─ step n+2 ─ …
+
+A sequence that can't be computed, or whose logits give no token, fails alone; a device that is lost ends the loop.
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+from ..protocol.errors import HalfmoonError, InvalidRequest, NonFiniteLogits, SequenceFailed
 from .combined_scheduler import CombinedScheduler, CombinedStep
-from .executor import BlockPush, Executor, InFlightStep, TokenSample
-from .sequence import StepChunk
+from .executor import NOTHING_LEFT, BlockPush, Executor, InFlightStep, StepFailed, TokenSample
+from .sequence import Sequence, StepChunk
+from .step_runner import Computed, StepRunner
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +49,13 @@ class StepHalf(Protocol):
         """Before it runs, or as soon as it is launched. What of it is to be pushed."""
         ...
 
-    def end(self, part: Any, samples: list[TokenSample], run: StepRun) -> None:
-        """Records it, with the lock, and tells the event loop. samples: of the part's chunks with is_last as they were scheduled."""
+    def end(self, part: Any, samples: list[TokenSample], run: StepRun, failed: Mapping[Sequence, HalfmoonError]) -> None:
+        """Records it, with the lock, and tells the event loop.
+
+        Args:
+            samples: of the part's chunks with is_last as they were scheduled; those of failed sequences mean nothing.
+            failed: sequences of either half that end with it; nothing of the step is kept for them. One may come twice.
+        """
         ...
 
 
@@ -58,7 +67,7 @@ class _Launched(NamedTuple):
 class StepLoop:
     """Args:
     changed: guards the scheduler; notified when there may be a step.
-    on_crash: told, on this thread, what broke it; no step follows.
+    on_crash: told, on this thread, what broke it, and the ids of the requests that were computed then; no step follows.
     """
 
     def __init__(
@@ -70,7 +79,7 @@ class StepLoop:
         *,
         decode: StepHalf,
         prefill: StepHalf,
-        on_crash: Callable[[BaseException], None],
+        on_crash: Callable[[BaseException, frozenset[str]], None],
     ) -> None:
         self._executor = executor
         self._scheduler = scheduler
@@ -78,6 +87,8 @@ class StepLoop:
         self._decode = decode
         self._prefill = prefill
         self._on_crash = on_crash
+        self._runner = StepRunner(executor)
+        self._in_flight: list[CombinedStep] = []
         self._stopping = False
         self._oldest_began: float | None = None  # of the step that is to end next
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
@@ -104,13 +115,17 @@ class StepLoop:
                 self._run(step)
         except Exception as error:  # the thread's boundary: the event loop has to hear of it, or every call would hang
             logger.exception("%s broke", self._thread.name)
-            self._on_crash(error)
+            self._on_crash(error, self._computed_ids())
+
+    def _computed_ids(self) -> frozenset[str]:
+        in_flight = [chunk.sequence for step in self._in_flight for chunk in step.chunks]
+        return frozenset(sequence.request_id for sequence in (*in_flight, *self._runner.running))
 
     def _next(self) -> CombinedStep | None:
         """Sleeps until there is one; None when stopping."""
         with self._changed:
             while not self._stopping:
-                step = self._scheduler.schedule()
+                step = self._scheduler.schedule(time.monotonic())
                 if step is not None:
                     return step
                 self._changed.wait()
@@ -128,14 +143,26 @@ class StepLoop:
         self._oldest_began = None
 
     def _launch(self, step: CombinedStep, now: float) -> _Launched | None:
-        """None where its tokens can't be had without waiting for it."""
-        in_flight = self._executor.launch(step.chunks, self._begin(step, now)) if step.chunks else None
-        return None if in_flight is None else _Launched(step, in_flight)
+        """None where its tokens can't be had without waiting for it, or what it holds has to be computed apart."""
+        if not step.chunks or any(chunk.sequence.suspect for chunk in step.chunks):
+            return None
+        pushes = self._begin(step, now)
+        try:
+            in_flight = self._executor.launch(step.chunks, pushes)
+        except StepFailed as failure:
+            logger.warning("a step of %d chunks could not be launched: %s", len(step.chunks), failure)
+            for push in pushes if failure.num_pushed_layers else ():  # what has gone can't go once more
+                push.listener.push_failed(SequenceFailed(f"the step that pushes these blocks failed: {failure}"))
+            return None
+        if in_flight is None:
+            return None
+        self._in_flight.append(step)
+        return _Launched(step, in_flight)
 
     def _launch_behind(self) -> _Launched | None:
         """The step after the one that runs, where it can be told before that one has ended."""
         with self._changed:
-            ahead = None if self._stopping else self._scheduler.schedule_ahead()
+            ahead = None if self._stopping else self._scheduler.schedule_ahead(time.monotonic())
         if ahead is None:
             return None
         launched = self._launch(ahead, time.monotonic())
@@ -156,17 +183,46 @@ class StepLoop:
     def _land(self, launched: _Launched, began: float) -> float:
         """When its tokens were there. A page that the record frees may be another's at once: no step that is under way uses it."""
         samples = [TokenSample(token_id, None, []) for token_id in launched.in_flight.tokens()]
-        return self._end(launched.step, samples, began)
+        self._in_flight.remove(launched.step)
+        return self._end(launched.step, Computed(samples, {}), began)
 
-    def _compute(self, step: CombinedStep, began: float) -> list[TokenSample]:
-        return self._executor.run(step.chunks, self._begin(step, began)) if step.chunks else []
+    def _compute(self, step: CombinedStep, began: float) -> Computed:
+        return self._runner.run(step.chunks, self._begin(step, began)) if step.chunks else Computed([], {})
 
-    def _end(self, step: CombinedStep, samples: list[TokenSample], began: float) -> float:
+    def _end(self, step: CombinedStep, computed: Computed, began: float) -> float:
         """Returns when it was over."""
         run = StepRun(step.chunks, began, time.monotonic())
-        num_decode = len(step.decode.sampled)
+        if not computed.failed:  # else it ran in pieces, more than once
+            self._scheduler.observe(run.chunks, run.seconds)
+        samples, num_decode = computed.samples, len(step.decode.sampled)
+        failed = self._failed(step, computed)
         if step.decode.chunks or step.decode.preempted:
-            self._decode.end(step.decode, samples[:num_decode], run)
+            self._decode.end(step.decode, samples[:num_decode], run, failed)
         if step.prefill is not None:
-            self._prefill.end(step.prefill, samples[num_decode:], run)
+            self._prefill.end(step.prefill, samples[num_decode:], run, failed)
         return run.ended
+
+    def _failed(self, step: CombinedStep, computed: Computed) -> dict[Sequence, HalfmoonError]:
+        failed = dict(computed.failed)
+        sampled = step.decode.sampled + (step.prefill.sampled if step.prefill is not None else [])
+        for sequence, sample in zip(sampled, computed.samples, strict=True):
+            if sample.token_id < 0 and sequence not in failed:
+                failed[sequence] = _no_token(sequence, sample.token_id)
+                if sample.token_id != NOTHING_LEFT:
+                    self._executor.scrub(sequence.pages)  # before the record may give them to another
+        return failed
+
+
+def _no_token(sequence: Sequence, reason: int) -> HalfmoonError:
+    number = sequence.num_output_tokens + 1
+    if reason == NOTHING_LEFT:
+        return InvalidRequest(
+            f"token {number} of {sequence.request_id} can't be drawn: min_tokens and stop_token_ids rule out every token of the model; "
+            "leave one of them out",
+            param="min_tokens",
+        )
+    return NonFiniteLogits(
+        f"the model's logits for token {number} of {sequence.request_id} are not finite; check the checkpoint, and in float16 try "
+        "another model.dtype",
+        token=number,
+    )

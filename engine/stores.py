@@ -10,11 +10,12 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Literal
 
 from ..kvstore.client import StoreClient
 from ..kvstore.store_link import StoreLink
+from ..kvstore.transport import TransportChoice
 from ..protocol.schema import KVSchema
+from ..protocol.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class Stores:
         client_id: str,
         node_id: str,
         schema: KVSchema,
-        transport: Literal["auto", "grpc"],
+        transport: TransportChoice,
         on_lost: Callable[[StoreClient], None],
         on_attached: Callable[[StoreClient], Awaitable[None]],
     ) -> None:
@@ -39,11 +40,11 @@ class Stores:
         self._client_id = client_id
         self._node_id = node_id
         self._schema = schema
-        self._transport: Literal["auto", "grpc"] = transport
+        self._transport: TransportChoice = transport
         self._on_lost = on_lost
         self._on_attached = on_attached
         self._sessions: dict[str, asyncio.Task[StoreClient]] = {}
-        self._watches: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks(client_id)
 
     def is_own(self, address: str) -> bool:
         return address in ("", self.own.address)
@@ -54,16 +55,14 @@ class Stores:
             return self.own.client
         session = self._sessions.get(address)
         if session is None:
-            session = self._sessions[address] = asyncio.create_task(self._attach(address))
+            session = self._sessions[address] = self._tasks.start(self._attach(address))
             session.add_done_callback(partial(self._attached, address))
         return await asyncio.shield(session)
 
     async def close(self) -> None:
-        for task in (*self._watches, *self._sessions.values()):
-            task.cancel()
-        results = await asyncio.gather(*self._sessions.values(), return_exceptions=True)
-        await asyncio.gather(*self._watches, return_exceptions=True)
-        for client in results:
+        sessions = list(self._sessions.values())
+        await self._tasks.close()
+        for client in await asyncio.gather(*sessions, return_exceptions=True):
             if isinstance(client, StoreClient):
                 await client.close()
         self._sessions.clear()
@@ -78,9 +77,7 @@ class Stores:
         except BaseException:
             await client.close()
             raise
-        watch = asyncio.create_task(self._watch(address, client))
-        self._watches.add(watch)
-        watch.add_done_callback(self._watches.discard)
+        self._tasks.spawn(self._watch(address, client), f"waiting for the end of the store at {address}")
         return client
 
     def _attached(self, address: str, session: asyncio.Task[StoreClient]) -> None:

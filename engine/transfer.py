@@ -1,11 +1,11 @@
-"""Copies of KV between pages and a store's memory, beside the engine's thread and the event loop, in the order in which they came.
+"""Copies KV between pages and a store's memory, beside the engine's thread and the event loop, in the order of the calls.
 
 event loop, engine thread ──submit──► transfer thread: calls, which give the device copies to do    (on CUDA: a stream of its own)
                                             │ up to MAX_UNDER_WAY calls' copies at a time
                                             ▼
-                                      landing thread: each call's copies are over ─► what the call left to do with their bytes
+                                      landing thread: each call's copies are over ─► the rest of the call's work on the bytes
 
-On a CPU copies are over when the call is, and one thread does both.
+On a CPU the copies are over when the call returns, and one thread does both.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import torch
 
-Landing = Callable[[], None]  # to be called once the copies are over
+Landing = Callable[[], None]  # called once the copies are over
 Call = Callable[[], Landing | None]
 
-MAX_UNDER_WAY = 3  # one is copied, one before it is being hashed, one behind it waits for the device
+MAX_UNDER_WAY = 3  # one is being copied, the one before it hashed, and the one after it waits for the device
 
 
 class Issued(NamedTuple):
@@ -30,23 +30,23 @@ class Issued(NamedTuple):
 
 
 class TransferThread:
-    """What is submitted runs in order, and lands in order.
+    """Submitted calls run in order and land in order.
 
     Args:
-        on_crash: told, on one of the threads, what a submitted call or its landing raised; they handle the errors they expect themselves.
+        on_crash: gets, on one of the threads, what a call or its landing raised. Calls handle the errors that they expect themselves.
     """
 
     def __init__(self, name: str, device: torch.device, on_crash: Callable[[BaseException], None]) -> None:
         self._issuing = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
         self._landing = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-landing")
-        # its kernels are short and a copy waits for each: they go before those of a step
+        # its kernels are short and a copy waits for each, so they go before those of a step
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._under_way = threading.Semaphore(MAX_UNDER_WAY)
-        self._starting = threading.Lock()  # both threads get the calls in the same order
+        self._starting = threading.Lock()  # so that both threads get the calls in the same order
         self._on_crash = on_crash
 
     def event(self) -> torch.cuda.Event | None:
-        """Marks what the calling thread has given the device so far; None where nothing is asynchronous."""
+        """An event after all work that the calling thread has given the device so far. None if nothing is asynchronous."""
         if self._stream is None:
             return None
         event = torch.cuda.Event()
@@ -54,11 +54,11 @@ class TransferThread:
         return event
 
     def submit(self, call: Call, *, after: torch.cuda.Event | None = None) -> None:
-        """Never waits. after: on the device, the call's copies come after this event."""
+        """Never waits. after: on the device the call's copies come after this event."""
         self.start(call, after).add_done_callback(self._check)
 
     def start(self, call: Call, after: torch.cuda.Event | None = None) -> Future[None]:
-        """As submit, but what is raised is the future's. It is done when the call has landed, and not to be cancelled."""
+        """As submit, but errors go to the future. It is done when the call has landed, and must not be cancelled."""
         if self._stream is None:
             return self._issuing.submit(_call, call)
         with self._starting:
@@ -66,21 +66,21 @@ class TransferThread:
             return self._landing.submit(self._land, issued)
 
     async def run(self, call: Call) -> None:
-        """As start, and waits. Cancelling the wait stops nothing."""
+        """As start, and waits. Cancelling the wait does not stop the call."""
         await asyncio.shield(asyncio.wrap_future(self.start(call)))
 
     async def drained(self) -> None:
-        """Until everything submitted so far has landed."""
+        """Waits until everything submitted so far has landed."""
         await self.run(lambda: None)
 
     def close(self) -> None:
-        """Waits for what was submitted."""
+        """Waits for everything that was submitted."""
         self._issuing.shutdown()
         self._landing.shutdown()
 
     def _issue(self, stream: torch.cuda.Stream, call: Call, after: torch.cuda.Event | None) -> Issued:
-        self._under_way.acquire()  # until it has landed
-        copied = torch.cuda.Event(blocking=True)  # a thread that spins would take a core from the checksums
+        self._under_way.acquire()  # released when it has landed
+        copied = torch.cuda.Event(blocking=True)  # a spinning thread would take a core from the checksums
         with torch.cuda.stream(stream):
             if after is not None:
                 stream.wait_event(after)

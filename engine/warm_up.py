@@ -1,7 +1,7 @@
 """Runs the decoder once over every kind of batch, so that no request waits for a kernel to be compiled.
 
-Triton compiles a kernel for the tiles that the longest chunk asks for and for how numbers divide (1, a multiple of 16, neither).
-The batches' tokens go to a page that belongs to nobody.
+Triton compiles a kernel for the tiles that the longest chunk needs, and for the divisibility of its numbers (1, a multiple of 16,
+neither). The batches write their KV to a page that no sequence owns.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .weights import Progress
 NUM_SEQS = (1, 2, 16)
 CHUNK_LENS = (1, 2, 4, 8, 16, 32, 33, 64, 65, 128)
 LONG_CHUNK = 128
-"""From this length on kernels choose by the length of the context, too."""
+"""From this length on kernels also choose by the length of the context."""
 
 Shape = tuple[int, int, int]
 """(sequences, tokens of each, KV of each)"""
@@ -30,7 +30,7 @@ def warm_up_shapes(max_model_len: int) -> list[Shape]:
     while kv_len < max_model_len:
         shapes += [(count, LONG_CHUNK, kv_len) for count in NUM_SEQS]
         kv_len *= 2
-    # few queries over many keys: kernels then split the keys
+    # few queries over many keys, for which kernels split the keys
     longest = min(kv_len // 2, max_model_len)
     return shapes + [(1, length, longest) for length in CHUNK_LENS if length < longest]
 
@@ -45,7 +45,7 @@ def warm_up(
         if progress is not None:
             progress("compiling kernels", done, len(shapes))
         decoder.forward(_batch(shape, cache, scratch_page, staging), cache)
-    cache.write_blocks(0, [scratch_page], cache.read_blocks(0, [scratch_page]))  # what a hand-off runs
+    cache.write_blocks(0, [scratch_page], cache.read_blocks(0, [scratch_page]))  # the copies of a hand-off
     torch.cuda.synchronize(cache.data.device)
     if progress is not None:
         progress("compiling kernels", len(shapes), len(shapes))

@@ -13,23 +13,29 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import grpc.aio
 
 from ..kvstore.client import StoreClient
+from ..kvstore.transport import TransportChoice
 from ..protocol.address import join_address
 from ..protocol.blocks import root_key
 from ..protocol.channel import create_server
 from ..protocol.errors import InvalidRequest, WorkerLost
 from ..protocol.exporter import Identity, ProcessMetrics
 from ..protocol.roles import ROLE_NAMES, ROLE_NUMBERS, WORKER_ROLES, WorkerRole, decodes, prefills
+from ..protocol.timing.step_cost import StepCost
 from ..protocol.v1 import control_pb2
 from .block_cacher import BlockCacher
+from .calibration import calibrate
 from .combined_scheduler import CombinedScheduler
 from .executor import Executor, Progress
 from .page_allocator import PageAllocator
+from .prefix_feed import PrefixFeed
 from .prefix_loader import PrefixLoader
+from .prefix_pages import PrefixPages
+from .step_budget import StepBudget, StepLimits
 from .step_loop import StepHalf, StepLoop
 from .stores import Stores
 from .worker_life import WorkerAddress, WorkerLife
@@ -75,7 +81,9 @@ class Half(Protocol):
 
     def store_lost(self, client: StoreClient) -> None: ...
 
-    def fail_all(self, error: WorkerLost) -> None: ...
+    def fail_all(self, lost: Callable[[str], WorkerLost]) -> None:
+        """lost: what a request's id fails with."""
+        ...
 
     def leave(self) -> None:
         """The worker leaves the proxy: streams that no call owns end with their last call."""
@@ -89,6 +97,7 @@ class Worker:
         role: that it starts with.
         model_name: for its metrics.
         load: makes the executor, in a thread.
+        keeps_prefixes: pages stay after their sequence, found by block key, until others need them.
     """
 
     def __init__(
@@ -98,9 +107,11 @@ class Worker:
         role: WorkerRole,
         model_name: str,
         load: LoadExecutor,
-        transport: Literal["auto", "grpc"],
+        transport: TransportChoice,
+        keeps_prefixes: bool = True,
         prefill: Half,
         decode: Half,
+        limits: StepLimits,
     ) -> None:
         self.worker_id = worker_address.worker_id
         self.life = WorkerLife(worker_address, self._fail_all)
@@ -110,8 +121,10 @@ class Worker:
         self.decode = decode
         self.changed = threading.Condition()  # guards the schedulers; notified when there may be a step
         self._halves = {"decode": decode, "prefill": prefill}  # in this order pages that became free are given
+        self._limits = limits
         self._load_executor = load
-        self._transport: Literal["auto", "grpc"] = transport
+        self._transport: TransportChoice = transport
+        self._keeps_prefixes = keeps_prefixes
 
     async def start(self) -> str:
         """Loads the model, attaches to the store, listens and joins the proxy. Returns "host:port".
@@ -119,12 +132,9 @@ class Worker:
         Raises CheckpointError, ConfigError, StoreUnavailable, SchemaMismatch.
         """
         life, worker_address = self.life, self.life.worker_address
-        self.executor = await life.load(
-            lambda: self._load_executor(name=self.worker_id, progress=life.progress.report, on_crash=life.crashed)
-        )
+        self.executor, self.allocator, self._step_cost = await life.load(self._load)
         facts = self.facts = self.executor.facts
         self.root = root_key(facts.schema.fingerprint)
-        self.allocator = PageAllocator(facts.num_pages)
         self.metrics = WorkerMetrics(facts.flops)
         self.stores = Stores(
             worker_address.store_address,
@@ -136,7 +146,7 @@ class Worker:
             on_attached=self._store_attached,
         )
         await self.stores.own.attach()
-        self.prefixes = PrefixLoader(self.executor.pages, self.stores, self.metrics, life.spawn)
+        self.prefixes = PrefixLoader(self.executor.pages, self.allocator, self.changed, self.stores, self.metrics, life.spawn)
         self.blocks = BlockCacher(self.executor.pages, self.metrics)
         self.steps = self._mount()
         self.metrics.watch_engine(facts, self.allocator, lambda: self.steps.oldest_step_age_s)
@@ -147,9 +157,11 @@ class Worker:
             half.register(server)
         await server.start()
         self.address = join_address(worker_address.host, port)
-        life.tend(self.stores.own.stay_attached())
+        life.tend(self.stores.own.stay_attached(), "staying attached to its store")
+        prefixes = self.allocator.prefixes
+        feed = PrefixFeed(prefixes.changes, self.changed) if prefixes is not None else None
         served = ProcessMetrics(self.metrics.registry, self._identity)
-        await life.serve(server, served, self._info(), self.load, self._obey)
+        await life.serve(server, served, self._info(), self.load, self._obey, feed)
         return self.address
 
     async def serve_until_stopped(self) -> None:
@@ -171,13 +183,14 @@ class Worker:
     def load(self) -> control_pb2.MemberLoad:
         with self.changed:
             prefill, decode = self.prefill.load(), self.decode.load()
-            usage_ratio = self.allocator.usage_ratio
+            usage_ratio, num_cached = self.allocator.usage_ratio, self.allocator.num_cached
         num_prefill_tokens = prefill.num_prefill_tokens + decode.num_prefill_tokens
         return control_pb2.MemberLoad(
             num_running=prefill.num_running + decode.num_running,
             num_waiting=prefill.num_waiting + decode.num_waiting,
             num_outstanding_tokens=decode.num_context_tokens if decodes(self.role) else num_prefill_tokens,
             kv_usage_ratio=usage_ratio,
+            num_cached_pages=num_cached,
             steps=decode.steps,
             num_prefill_tokens=num_prefill_tokens if decodes(self.role) else 0,
         )
@@ -187,9 +200,19 @@ class Worker:
         for half in self._halves.values():
             half.start_waiting()
 
+    def _load(self) -> tuple[Executor, PageAllocator, StepCost]:
+        """In a thread. The executor, its pages, and what its steps take."""
+        life = self.life
+        executor = self._load_executor(name=self.worker_id, progress=life.progress.report, on_crash=life.crashed)
+        facts = executor.facts
+        prefixes = PrefixPages(root_key(facts.schema.fingerprint), facts.page_size) if self._keeps_prefixes else None
+        allocator = PageAllocator(facts.num_pages, prefixes)
+        return executor, allocator, calibrate(executor, allocator, self._limits.max_tokens)
+
     def _mount(self) -> StepLoop:
         steps = {name: half.mount(self) for name, half in self._halves.items()}
-        scheduler = CombinedScheduler(self.decode.scheduler, self.prefill.scheduler)
+        budget = StepBudget(self._limits, self._step_cost, self.facts.page_size, self.facts.row_counts)
+        scheduler = CombinedScheduler(self.decode.scheduler, self.prefill.scheduler, budget)
         name = f"{self.worker_id}-engine"
         return StepLoop(name, self.executor, scheduler, self.changed, **steps, on_crash=self.life.crashed)
 
@@ -235,6 +258,6 @@ class Worker:
         for half in self._halves.values():
             half.store_lost(client)
 
-    def _fail_all(self, error: WorkerLost) -> None:
+    def _fail_all(self, lost: Callable[[str], WorkerLost]) -> None:
         for half in self._halves.values():
-            half.fail_all(error)
+            half.fail_all(lost)

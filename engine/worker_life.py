@@ -1,7 +1,7 @@
 """The life of a worker around its work: how it starts, what runs beside its calls, what breaks it, how it ends.
 
 load ─► serve ─► joined ─► … ─► leave ─► settle ─► end
-                             └─ broken, by what no request caused: it leaves the proxy, and stopped() raises what broke it
+                             └─ broken: calls fail, the proxy is told what was computed then, and stopped() raises what broke it
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ from prometheus_client.registry import Collector
 from ..protocol.errors import WorkerLost
 from ..protocol.exporter import serve_metrics
 from ..protocol.load_progress import ProgressFeed
-from ..protocol.membership import stay_joined
+from ..protocol.membership import PrefixFeed, stay_joined
+from ..protocol.tasks import Tasks, beside
 from ..protocol.v1 import control_pb2
 
 logger = logging.getLogger(__name__)
+
+TELL_TIMEOUT_S = 1.0  # for the proxy to take in that the worker broke
+MAX_REASON_LEN = 1000
 
 Loaded = TypeVar("Loaded")
 
@@ -44,21 +48,22 @@ class WorkerLife:
     """Belongs to the event loop that load() runs on, where nothing else is said.
 
     Args:
-        fail_calls: ends every call under way with the error that it is given. Called when the worker breaks.
+        fail_calls: ends every call under way, with the error that it is given for its request's id. Called when the worker breaks.
     """
 
-    def __init__(self, worker_address: WorkerAddress, fail_calls: Callable[[WorkerLost], None]) -> None:
+    def __init__(self, worker_address: WorkerAddress, fail_calls: Callable[[Callable[[str], WorkerLost]], None]) -> None:
         self.worker_address = worker_address
         self.progress = ProgressFeed()
         self.joined = asyncio.Event()  # the proxy knows of this worker
         self._fail_calls = fail_calls
-        self._background: set[asyncio.Task[None]] = set()
-        self._tended: set[asyncio.Task[None]] = set()  # of those, the ones without an end of their own
+        self._working = Tasks(worker_address.worker_id)
+        self._tended = Tasks(worker_address.worker_id)  # without an end of its own
         self._server: grpc.aio.Server | None = None  # from serve() to leave()
         self._membership: asyncio.Task[None] | None = None
         self._stop_metrics: Callable[[], None] = lambda: None
         self._ended = asyncio.Event()
         self._broken: BaseException | None = None
+        self._suspects: frozenset[str] = frozenset()  # ids of the requests that were computed when it broke
 
     async def load(self, load: Callable[[], Loaded]) -> Loaded:
         """Runs load in a thread; what it reports to progress.report is there to be watched meanwhile."""
@@ -76,12 +81,13 @@ class WorkerLife:
         info: control_pb2.MemberInfo,
         load: Callable[[], control_pb2.MemberLoad],
         take_role: Callable[[control_pb2.Role], None],
+        prefixes: PrefixFeed | None = None,
     ) -> None:
         """Serves metrics and joins the proxy.
 
         Args:
             info: roles, address, store_id and what the executor says of itself.
-            take_role: as stay_joined's.
+            take_role, prefixes: as stay_joined's.
         """
         self._server = server
         worker_address = self.worker_address
@@ -95,11 +101,13 @@ class WorkerLife:
             pid=os.getpid(),
         )
         ours.MergeFrom(info)
-        self._membership = asyncio.create_task(stay_joined(worker_address.proxy_address, ours, load, self.joined.set, take_role))
+        self._told: asyncio.Future[control_pb2.Broken] = self._loop.create_future()
+        joining = stay_joined(worker_address.proxy_address, ours, load, self.joined.set, take_role, self._told, prefixes)
+        self._membership = self._tended.spawn(joining, "its membership", self._break)
         logger.info("%s serves on %s", worker_address.worker_id, info.address)
 
     async def stopped(self) -> None:
-        """Until it is. Raises what broke the worker."""
+        """Until it is. Raises what broke the worker, once the proxy knows."""
         await self._ended.wait()
         if self._broken is not None:
             raise self._broken
@@ -115,12 +123,15 @@ class WorkerLife:
 
     async def settle(self, grace_s: float) -> None:
         """Gives background work grace_s, leases being released say, then ends it and all that tend() was given."""
-        if working := self._background - self._tended:
-            await asyncio.wait(working, timeout=grace_s)
-        tasks = [*self._background, *([self._membership] if self._membership else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._working.close(grace_s)
+        await self._tended.close()
+
+    async def until_joined(self) -> None:
+        """Until the proxy knows of this worker. Raises what broke it before that: a refusal, say."""
+        async with beside(self.joined.wait()) as joined, beside(self.stopped()) as stopped:
+            await asyncio.wait((joined, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if stopped.done():
+                await stopped
 
     async def end(self) -> None:
         await asyncio.to_thread(self._stop_metrics)
@@ -135,36 +146,32 @@ class WorkerLife:
         """Any thread: call runs on the event loop."""
         self._loop.call_soon_threadsafe(call)
 
-    def crashed(self, error: BaseException) -> None:
-        """Any thread: something is wrong that no request caused."""
-        self.tell(partial(self._break, error))
+    def crashed(self, error: BaseException, suspects: frozenset[str] = frozenset()) -> None:
+        """Any thread: the worker is broken. suspects: ids of the requests that were computed then."""
+        self.tell(partial(self._break, error, suspects))
 
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Runs beside the calls; what it raises breaks the worker."""
-        task = self._loop.create_task(coroutine)
-        self._background.add(task)
-        task.add_done_callback(self._background_done)
-        return task
+    def spawn(self, work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
+        """Runs beside the calls; what it raises breaks the worker. what: the work, for the log."""
+        return self._working.spawn(work, what, self._break)
 
-    def tend(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def tend(self, work: Coroutine[Any, Any, None], what: str) -> None:
         """As spawn, for what lasts until the worker ends."""
-        self._tended.add(self.spawn(coroutine))
+        self._tended.spawn(work, what, self._break)
 
-    def _break(self, error: BaseException) -> None:
+    def _break(self, error: BaseException, suspects: frozenset[str] = frozenset()) -> None:
         if self._broken is None:
-            self._broken = error
+            self._broken, self._suspects = error, suspects
+            self._fail_calls(partial(self._lost, error))
+            self._leave_broken()
+
+    def _leave_broken(self) -> None:
+        if self._membership is None or self._membership.done():
             self._ended.set()
-            if self._membership is not None:
-                self._membership.cancel()
-        self._fail_calls(self._lost(error))
+            return
+        self._membership.add_done_callback(lambda _: self._ended.set())
+        self._told.set_result(control_pb2.Broken(reason=str(self._broken)[:MAX_REASON_LEN], request_ids=sorted(self._suspects)))
+        self._loop.call_later(TELL_TIMEOUT_S, self._membership.cancel)  # the proxy may be gone, too
 
-    def _lost(self, error: BaseException) -> WorkerLost:
+    def _lost(self, error: BaseException, request_id: str = "") -> WorkerLost:
         worker_id = self.worker_address.worker_id
-        return WorkerLost(f"worker {worker_id} broke: {error}", worker_id=worker_id)
-
-    def _background_done(self, task: asyncio.Task[None]) -> None:
-        self._background.discard(task)
-        error = None if task.cancelled() else task.exception()
-        if error is not None:
-            logger.error("%s: background work failed", self.worker_address.worker_id, exc_info=error)
-            self._break(error)
+        return WorkerLost(f"worker {worker_id} broke: {error}", worker=worker_id, in_step=request_id in self._suspects)

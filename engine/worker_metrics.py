@@ -38,6 +38,7 @@ class WorkerMetrics:
         self._step_seconds = histogram(metrics.STEP_SECONDS, self.registry)
         self._step_tokens = counter(metrics.STEP_TOKENS, self.registry)
         self._step_sequences = histogram(metrics.STEP_SEQUENCES, self.registry)
+        self._failed = counter(metrics.SEQUENCES_FAILED, self.registry)
         self._transfer_bytes = counter(metrics.KV_TRANSFER_BYTES, self.registry)
         self._transfer_seconds = histogram(metrics.KV_TRANSFER_SECONDS, self.registry)
         self._prefix_queries = counter(metrics.PREFIX_CACHE_QUERIES, self.registry)
@@ -72,8 +73,12 @@ class WorkerMetrics:
         self._step_sequences.labels(half).observe(work.num_sequences)
         self._flops.inc(self._model_flops.of_step(work))
 
+    def failed(self, half: str, code: str) -> None:
+        """A step gave a sequence no token. code: of the error that ended it."""
+        self._failed.labels(half, code).inc()
+
     def transferred(self, transport: str, direction: str, num_bytes: int, seconds: float) -> None:
-        """direction: fetch | load | push | keep."""
+        """direction: fetch | load | push | cache."""
         self._transfer_bytes.labels(transport, direction).inc(num_bytes)
         self._transfer_seconds.labels(transport, direction).observe(seconds)
 

@@ -31,6 +31,8 @@ PREFIX = "halfmoon-arena-"
 MAGIC = b"HALFMOON"
 TOKEN_BYTES = 32
 DATA_OFFSET = mmap.PAGESIZE
+POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14
+POPULATE_BYTES = 16 * 2**20  # at once: madvise holds the interpreter meanwhile
 _HEADER = struct.Struct(f"<{TOKEN_BYTES}s8sQQQ")
 
 
@@ -46,6 +48,11 @@ class ArenaMap:
         self.memory = flat.reshape(num_slots * num_layers, layer_bytes)
         self.num_slots = num_slots
         self.num_layers = num_layers
+        self._mapped = mapped
+
+    def populate(self) -> None:
+        """Maps every page now, so that no copy into a slot is held up by a page fault (a third of its time). Not on an event loop."""
+        _populate(self._mapped)
 
     def row(self, slot: int, layer: int) -> np.ndarray:
         """uint8 [layer_bytes], a view. Raises IndexError for a slot or layer outside: rows of neighbours must not be met."""
@@ -87,6 +94,7 @@ class Arena:
         try:
             os.posix_fallocate(self._lock, 0, DATA_OFFSET + num_bytes)
             self._mapped = mmap.mmap(self._lock, DATA_OFFSET + num_bytes)
+            _populate(self._mapped)
         except OSError as error:
             self.close()
             raise ConfigError(
@@ -130,6 +138,15 @@ def open_arena(path: str, token: bytes, num_slots: int, num_layers: int, layer_b
     if (slot_bytes, found_slots) != (num_layers * layer_bytes, num_slots) or data_offset + slot_bytes * found_slots > len(mapped):
         raise ValueError(f"{path} is formatted as {found_slots} slots of {slot_bytes} bytes; its store said otherwise")
     return ArenaMap(mapped, data_offset, num_slots, num_layers, layer_bytes)
+
+
+def _populate(mapped: mmap.mmap) -> None:
+    for start in range(0, len(mapped), POPULATE_BYTES):
+        try:
+            mapped.madvise(POPULATE_WRITE, start, min(POPULATE_BYTES, len(mapped) - start))
+        except OSError as error:
+            logger.debug("pages are mapped as they are touched: %s", error)  # an older kernel
+            return
 
 
 def remove_abandoned(folder: Path = FOLDER) -> list[Path]:

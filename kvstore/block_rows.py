@@ -24,5 +24,14 @@ class BlockRows(Sequence[np.ndarray]):
         for run in self.runs:
             yield from run
 
+    def behind(self, num_blocks: int) -> BlockRows:
+        """Those behind the first num_blocks."""
+        runs: list[np.ndarray] = []
+        for run in self.runs:
+            if num_blocks < len(run):
+                runs.append(run[num_blocks:])
+            num_blocks = max(num_blocks - len(run), 0)
+        return BlockRows(runs)
+
     def __getitem__(self, index):  # pyright: ignore[reportIncompatibleMethodOverride]
         return list(self)[index]

@@ -22,8 +22,8 @@ MIN_PARALLEL_BYTES = 2**20  # one layer of all blocks; for less, handing it to a
 @cache
 def lanes() -> tuple[ThreadPoolExecutor, ...]:
     """The process's. Half of the cores: the others have an engine to feed."""
-    num_lanes = min(MAX_LANES, (os.cpu_count() or 1) // 2)
-    return tuple(ThreadPoolExecutor(1, thread_name_prefix=f"checksums-{lane}") for lane in range(num_lanes)) if num_lanes > 1 else ()
+    num_lanes = max(1, min(MAX_LANES, (os.cpu_count() or 1) // 2))
+    return tuple(ThreadPoolExecutor(1, thread_name_prefix=f"checksums-{lane}") for lane in range(num_lanes))
 
 
 class Checksums:
@@ -49,6 +49,12 @@ class Checksums:
         for start in range(min(num_lanes, len(rows))):
             lane = self._threads[(first_block + start) % num_lanes]
             self._under_way.append(lane.submit(_update, hashes[start::num_lanes], rows[start::num_lanes]))
+
+    def update(self, first_block: int, rows: Iterable[np.ndarray]) -> None:
+        """As add, on the caller's thread: for bytes that are in its core's cache."""
+        rows = list(rows)
+        self.wait()
+        _update(self._hashes[first_block : first_block + len(rows)], rows)
 
     def wait(self) -> None:
         """Until everything added is hashed. Not on an event loop."""

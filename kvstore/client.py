@@ -1,4 +1,4 @@
-"""StoreClient: a worker's way into one node's store. It chooses shared memory by itself where both sides map the same arena.
+"""StoreClient: a worker's way into one node's store. It chooses the fastest transport that reaches: shared memory, data connections, gRPC.
 
 attach ─► reserve | cache ─► BlockWriter     fetch | fetch_prefix ─► BlockReader      lookup · abort · watch · stats
        └► lost: the session ended from the other side; every pending call has raised StoreUnavailable
@@ -9,16 +9,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
+from ..protocol.address import split_address
 from ..protocol.errors import HalfmoonError, RequestCancelled, StoreUnavailable
 from ..protocol.grpc_errors import error_to_proto
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import common_pb2, kvstore_pb2
 from .arena import ArenaMap, open_arena
 from .connection import Connection
+from .data_lanes import DataLanes
 from .reader import BlockReader
-from .transport import GrpcTransport, ShmTransport, Transport
+from .tcp_transport import TcpTransport
+from .transport import GrpcTransport, ShmTransport, Transport, TransportChoice, TransportName
 from .writer import BlockWriter
 
 logger = logging.getLogger(__name__)
@@ -38,7 +41,7 @@ class StoreClient:
         self._transport = transport
 
     @property
-    def transport(self) -> Literal["shm", "grpc"]:
+    def transport(self) -> TransportName:
         return self._transport.name
 
     @classmethod
@@ -49,25 +52,28 @@ class StoreClient:
         client_id: str,
         node_id: str,
         schema: KVSchema,
-        transport: Literal["auto", "grpc"] = "auto",
+        transport: TransportChoice = "auto",
         timeout_s: float = 5.0,
     ) -> StoreClient:
         """Opens a session. client_id: as others shall read it in errors ("prefill worker prefill-0").
 
-        transport: auto is shared memory where the store is on node_id and its arena can be mapped here, else gRPC.
+        transport: auto is shared memory where the store is on node_id and its arena can be mapped here, else data connections (tcp), else
+        gRPC; tcp and grpc begin further down. A slower one than could be expected is a warning.
         Raises SchemaMismatch (both sides printed), StoreUnavailable, ConfigError (no block fits the store's arena).
         """
         connection = Connection(address, client_id)
         await connection.open(node_id if transport == "auto" else "", schema, timeout_s)
         if not connection.welcome.HasField("arena"):
-            return cls(connection, schema, GrpcTransport(schema.layer_bytes))
+            remote = None if transport == "grpc" else await _connect_data(connection, schema)
+            return cls(connection, schema, remote or GrpcTransport(schema.layer_bytes))
         offered = connection.welcome.arena
         try:
             arena = open_arena(offered.path, offered.token, offered.num_slots, schema.num_layers, schema.layer_bytes)
         except (OSError, ValueError) as error:
-            logger.warning("%s can't share the arena of %s (%s); using gRPC", client_id, connection.peer, error)
+            logger.warning("%s can't share the arena of %s (%s); using data connections", client_id, connection.peer, error)
             await connection.close()
-            return await cls.attach(address, client_id=client_id, node_id="", schema=schema, transport="grpc", timeout_s=timeout_s)
+            return await cls.attach(address, client_id=client_id, node_id="", schema=schema, transport="tcp", timeout_s=timeout_s)
+        await asyncio.to_thread(arena.populate)
         return cls(connection, schema, ShmTransport(arena), arena)
 
     async def reserve(self, handoff_id: str, epoch: int, block_keys: Sequence[bytes], num_blocks: int, deadline_s: float) -> BlockWriter:
@@ -110,14 +116,17 @@ class StoreClient:
         )
         return await self._fetch(request, f"hand-off {handoff_id} epoch {epoch}")
 
-    async def fetch_prefix(self, block_keys: Sequence[bytes]) -> BlockReader:
-        """The longest run of leading keys held here, pinned until release; num_blocks may be 0."""
+    async def fetch_prefix(self, block_keys: Sequence[bytes], compute_s: float = 0.0) -> BlockReader:
+        """The longest run of leading keys held here, pinned until release; num_blocks may be 0.
+
+        compute_s: what computing one block takes; blocks on SSD are read only where that is predicted to be faster. 0: not known.
+        """
         keys = kvstore_pb2.BlockKeys(keys=block_keys)
-        request = kvstore_pb2.FetchRequest(session_id=self._connection.session_id, prefix=keys)
+        request = kvstore_pb2.FetchRequest(session_id=self._connection.session_id, prefix=keys, compute_s=compute_s)
         return await self._fetch(request, "the cached prefix")
 
     async def lookup(self, block_keys: Sequence[bytes]) -> int:
-        """How many leading keys are held now; nothing is pinned."""
+        """How many leading keys are held now, on any tier; nothing is pinned."""
         reply = await self._connection.call(self._connection.stub.Lookup, kvstore_pb2.LookupRequest(block_keys=block_keys))
         return reply.num_blocks
 
@@ -155,19 +164,21 @@ class StoreClient:
     async def close(self) -> None:
         """Detaches; the store ends what this client still holds. Idempotent."""
         await self._connection.close()
+        if self._transport.threads is not None:
+            await asyncio.to_thread(self._transport.close)
 
     def _writer(self, reply: kvstore_pb2.ReserveReply, handoff: common_pb2.HandoffId | None) -> BlockWriter:
         return BlockWriter(self._connection, self._transport, self._schema, reply, handoff)
 
     async def _reserve(self, request: kvstore_pb2.ReserveRequest) -> kvstore_pb2.ReserveReply:
-        task = self._connection.spawn(self._connection.call(self._connection.stub.Reserve, request))
+        task = self._connection.start(self._connection.call(self._connection.stub.Reserve, request))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             if task.cancelled():
                 self._connection.raise_if_ended()
             else:
-                self._connection.spawn(self._undo(task, request))
+                self._connection.spawn(self._undo(task, request), "undoing a cancelled Reserve")
             raise
 
     async def _undo(self, task: asyncio.Task[Any], request: kvstore_pb2.ReserveRequest) -> None:
@@ -192,7 +203,7 @@ class StoreClient:
         """A lease was granted and taken away before its layout was read: the store waits for our word."""
         lease_id = error.fields.pop("lease_id", None)
         if lease_id is not None:
-            self._connection.spawn(self._release(lease_id))
+            self._connection.spawn(self._release(lease_id), "releasing a lease")
 
     async def _read_end(self, call: Any) -> None:
         try:
@@ -201,6 +212,7 @@ class StoreClient:
             self._release_revoked(error)
 
     async def _fetch(self, request: kvstore_pb2.FetchRequest, name: str) -> BlockReader:
+        request.without_data = self._transport.threads is not None
         call = self._connection.track(self._connection.stub.Fetch(request))
         try:
             event = await self._connection.read(call)
@@ -209,8 +221,31 @@ class StoreClient:
             raise
         except BaseException:
             if not call.cancel():  # it had ended by itself, and what with was not read
-                self._connection.spawn(self._read_end(call))
+                self._connection.spawn(self._read_end(call), "reading the end of a fetch")
             raise
         if event is None:
             raise StoreUnavailable(f"{self._connection.peer} ended the fetch; it is stopping")
         return BlockReader(self._connection, self._transport, self._schema, call, event.layout, name)
+
+
+async def _connect_data(connection: Connection, schema: KVSchema) -> TcpTransport | None:
+    """None, and a warning, where no data connection can be opened."""
+    if not connection.welcome.HasField("data"):
+        return None
+    offered = connection.welcome.data
+    lanes = DataLanes(connection.peer, split_address(connection.address)[0], offered.port, offered.token)
+    transport = TcpTransport(lanes, schema.layer_bytes)
+    connection.on_end.append(lanes.close)
+    try:
+        await asyncio.to_thread(transport.connect)
+    except OSError as error:
+        name, peer = connection.client_id, connection.peer
+        logger.warning("%s can't reach data port %d of %s (%s): KV goes over gRPC, which is slower", name, offered.port, peer, error)
+    except BaseException:
+        await asyncio.shield(connection.close())
+        transport.close()
+        raise
+    else:
+        return transport
+    await asyncio.to_thread(transport.close)
+    return None

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -18,10 +18,13 @@ from ..protocol.channel import open_channel
 from ..protocol.errors import HalfmoonError, RequestCancelled, StoreUnavailable, Unavailable
 from ..protocol.grpc_errors import from_rpc_error
 from ..protocol.schema import KVSchema
+from ..protocol.tasks import Tasks
 from ..protocol.v1 import kvstore_pb2, kvstore_pb2_grpc
 from .streams import read_next
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 class Connection:
@@ -35,9 +38,10 @@ class Connection:
         self.welcome = kvstore_pb2.AttachReply.Welcome()
         self._channel = open_channel(address)
         self.stub = kvstore_pb2_grpc.KVStoreStub(self._channel)
+        self.on_end: list[Callable[[], None]] = []  # called once, when the session ends from either side
         self._ended: StoreUnavailable | None = None
         self._calls: set[Any] = set()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks(client_id)
         self._attach: Any = None
         self._heartbeats: deque[float] = deque()  # when the unanswered ones were sent
         self._alive_until = 0.0  # the store can't have ended the session before
@@ -72,8 +76,8 @@ class Connection:
             raise
         self.welcome = reply.welcome
         self._alive_until = asked + self.welcome.lease_ttl_s
-        self.spawn(self._send_heartbeats())
-        self.spawn(self._watch_session())
+        for work, what in ((self._send_heartbeats(), "sending heartbeats"), (self._watch_session(), "watching its session")):
+            self._tasks.spawn(work, f"{what} at the store", self._broke)
 
     async def call(self, method: Any, request: Any) -> Any:
         """One unary RPC. Raises what the store raised; StoreUnavailable as soon as the store is gone."""
@@ -97,11 +101,13 @@ class Connection:
         call.add_done_callback(self._calls.discard)
         return call
 
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = self.loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+    def spawn(self, work: Coroutine[Any, Any, Result], what: str) -> asyncio.Task[Result]:
+        """Until the connection is closed. what: the work, for the log, where its exceptions are not the store's own refusals."""
+        return self._tasks.spawn(work, what)
+
+    def start(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+        """As spawn, for work whose exceptions the caller takes from the task."""
+        return self._tasks.start(work)
 
     def require_open(self) -> None:
         """Raises StoreUnavailable once the session has ended, from either side."""
@@ -152,11 +158,8 @@ class Connection:
     async def close(self) -> None:
         """Detaches: leases end, pending calls raise StoreUnavailable. Idempotent."""
         self._end(f"the connection to {self.peer} is closed")
-        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
         try:
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._tasks.close()
         finally:  # also where the caller is cancelled meanwhile
             if self._attach is not None:
                 self._attach.cancel()
@@ -186,6 +189,9 @@ class Connection:
         except grpc.aio.AioRpcError as error:
             self._lose(self.error(error).message)
 
+    def _broke(self, bug: Exception) -> None:
+        self._lose(f"the session with {self.peer} broke: {type(bug).__name__}: {bug}")
+
     def _lose(self, message: str) -> None:
         logger.warning("%s lost its store: %s", self.client_id, message)
         self._end(message)
@@ -194,5 +200,7 @@ class Connection:
     def _end(self, message: str) -> None:
         if self._ended is None:
             self._ended = StoreUnavailable(message)
+            for callback in self.on_end:
+                callback()
         for call in list(self._calls):
             call.cancel()

@@ -62,6 +62,33 @@ class ContentIndex:
             self._on_change([], evicted)
         return self._slots.allocate(num_slots)
 
+    def key(self, slot: int) -> bytes:
+        """Of a slot that is found by its key."""
+        return self._key_of[slot]
+
+    def pin_coldest(self, max_slots: int) -> list[int]:
+        """The slots that would be evicted next, pinned, in that order. let_go has to follow."""
+        slots: list[int] = []
+        while len(slots) < max_slots and len(self._policy):
+            slot = self._slot_of[cast(bytes, self._policy.evict())]
+            self._slots.pin(slot)
+            slots.append(slot)
+        return slots
+
+    def let_go(self, slots: Sequence[int]) -> None:
+        """Slots of pin_coldest: those that nobody else has pinned meanwhile are evicted."""
+        evicted: list[bytes] = []
+        for slot in slots:
+            if self._slots.num_pins(slot) == 1 and slot in self._key_of:
+                evicted.append(self._key_of[slot])
+                self._remove(evicted[-1])
+                self._slots.forget(slot)
+                self._slots.unpin(slot)
+            else:
+                self.unpin([slot])
+        if evicted:
+            self._on_change([], evicted)
+
     def pin(self, slots: Iterable[int]) -> None:
         for slot in slots:
             if self._slots.num_pins(slot) == 0:
@@ -69,10 +96,12 @@ class ContentIndex:
             self._slots.pin(slot)
 
     def unpin(self, slots: Sequence[int]) -> None:
+        """slots: of a chain, from its start."""
         # last block first: the end of a chain is older than its start, so that eviction never cuts a chain in its middle
-        for slot in reversed(slots):
+        for position in reversed(range(len(slots))):
+            slot = slots[position]
             if self._slots.unpin(slot) and slot in self._key_of:
-                self._policy.add(self._key_of[slot])
+                self._policy.add(self._key_of[slot], position, len(slots))
 
     def add(self, blocks: Iterable[tuple[bytes, int, int]]) -> None:
         """(key, pinned slot, checksum): found by key from now on. The first slot of a key wins, a duplicate stays nameless."""
@@ -95,6 +124,7 @@ class ContentIndex:
             key = self._key_of.get(slot)
             if key is not None:
                 self._remove(key)
+                self._policy.forget(key)
                 self._slots.forget(slot)
                 dropped.append(key)
         if dropped:

@@ -55,6 +55,7 @@ class Lease:
     progress: Progress
     handoff: Handoff | None = None
     checksums: list[int] = field(default_factory=list[int])  # known once sealed
+    without_data: bool = False  # READ: the client gets the bytes by itself, over a data connection
     revoked: HalfmoonError | None = None  # why it counts no more; slots that its client may still touch stay pinned
 
 
@@ -132,4 +133,5 @@ def aborted(handoff_id: HandoffId, reason: HalfmoonError) -> HandoffAborted:
         epoch=handoff_id.epoch,
         reason=reason.code,
         reason_message=reason.message,
+        reason_fields=reason.fields,
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from ..protocol.blocks import KEY_BYTES
@@ -45,6 +46,10 @@ class Observer(Protocol):
 
     def handoff_ended(self, handoff_id: HandoffId, error: HalfmoonError | None) -> None: ...
 
+    def when_untouched(self, lease_id: str, then: Callable[[], None]) -> None:
+        """Calls then once no thread of the store copies into or out of the lease's slots any more, and none will."""
+        ...
+
     def room_freed(self) -> None: ...
 
     def content_changed(self, stored: list[bytes], evicted: list[bytes]) -> None: ...
@@ -63,8 +68,8 @@ class LeaseManager:
     def __init__(self, num_slots: int, num_layers: int, policy: EvictionPolicy, clock: Callable[[], float], observer: Observer) -> None:
         self._num_layers = num_layers
         self._observer = observer
-        self._slots = SlotAllocator(num_slots)
-        self.content = ContentIndex(self._slots, policy, observer.content_changed)
+        self.slots = SlotAllocator(num_slots)
+        self.content = ContentIndex(self.slots, policy, observer.content_changed)
         self._clients: dict[str, Client] = {}
         self._leases: dict[str, Lease] = {}
         self._handoffs: dict[str, Handoff] = {}
@@ -82,7 +87,7 @@ class LeaseManager:
         return len(self._handoffs)
 
     def accounting(self) -> Accounting:
-        slots = self._slots
+        slots = self.slots
         return Accounting(slots.num_slots, slots.num_leased, slots.num_cached, slots.num_free)
 
     # sessions
@@ -114,10 +119,10 @@ class LeaseManager:
 
     def num_fitting(self, block_keys: Sequence[bytes]) -> int:
         """How many leading blocks can stand here together: those that do, and room for the others without touching a leased one."""
-        room = self._slots.num_free + self._slots.num_cached
+        room = self.slots.num_free + self.slots.num_cached
         for index, key in enumerate(block_keys):
             slot = self.content.slot(key)
-            if slot is None or self._slots.num_pins(slot) == 0:
+            if slot is None or self.slots.num_pins(slot) == 0:
                 room -= 1  # a cached block of the run itself is not there to be evicted for it
             if room < 0:
                 return index
@@ -152,8 +157,8 @@ class LeaseManager:
             raise InvalidRequest(
                 f"{num_blocks} blocks with {len(block_keys)} keys; a full block has a key, only a hand-off's partial last block has none"
             )
-        if num_blocks > self._slots.num_slots:
-            raise StoreFull(f"{num_blocks} blocks can never fit: the arena has {self._slots.num_slots} slots; raise store.arena_bytes")
+        if num_blocks > self.slots.num_slots:
+            raise StoreFull(f"{num_blocks} blocks can never fit: the arena has {self.slots.num_slots} slots; raise store.arena_bytes")
         if handoff_id is not None:
             self._supersede(handoff_id)
         placed = self._place(block_keys, num_blocks)
@@ -345,7 +350,7 @@ class LeaseManager:
         lease.revoked = error
         if not lease.client.shares_arena:
             slots, lease.slots = lease.slots, []
-            self._unpin(slots)
+            self._observer.when_untouched(lease.lease_id, partial(self._unpin, slots))
         self._observer.lease_ended(lease.lease_id, error)
 
     def _end_lease(self, lease: Lease, error: HalfmoonError | None) -> None:
@@ -354,7 +359,7 @@ class LeaseManager:
         handoff = lease.handoff
         if lease.access is Access.READ and handoff is not None and lease.revoked is None:
             self._end_handoff(handoff, error or RequestCancelled("it was fetched and released"), None)
-        self._unpin(lease.slots)
+        self._observer.when_untouched(lease.lease_id, partial(self._unpin, lease.slots))
         if lease.revoked is None:
             self._observer.lease_ended(lease.lease_id, error)
 

@@ -1,4 +1,4 @@
-"""The store's Prometheus metrics: gauges that read the books when scraped, counters fed by the ledger's events."""
+"""The store's Prometheus metrics: gauges that read the lease manager when scraped, counters fed by its events."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ from ..protocol.metrics import (
     STORE_REPLICATED_BYTES,
     STORE_REPLICATION_SECONDS,
     STORE_SESSIONS,
+    STORE_SSD_BLOCKS,
+    STORE_SSD_BYTES,
 )
 from ..protocol.v1 import kvstore_pb2
 
 
-class _Books(Collector):
+class _StatsCollector(Collector):
     """All counts of one moment: bytes of the arena read one by one would not add up while blocks come and go."""
 
     def __init__(self, stats: Callable[[], kvstore_pb2.StatsReply]) -> None:
@@ -40,6 +42,10 @@ class _Books(Collector):
         arena.add_metric(["cached"], stats.num_bytes_cached)
         arena.add_metric(["free"], stats.num_bytes_free)
         yield arena
+        ssd = GaugeMetricFamily(STORE_SSD_BYTES.name, STORE_SSD_BYTES.help, labels=STORE_SSD_BYTES.labels)
+        ssd.add_metric(["used"], stats.num_bytes_ssd_used)
+        ssd.add_metric(["free"], stats.num_bytes_ssd - stats.num_bytes_ssd_used)
+        yield ssd
         for spec, value in (
             (STORE_ARENA_CAPACITY, stats.num_bytes_arena),
             (STORE_LEASES, stats.num_leases),
@@ -55,7 +61,8 @@ class StoreMetrics:
     def __init__(self, stats: Callable[[], kvstore_pb2.StatsReply]) -> None:
         """stats is called from the scraping thread; it only reads counts."""
         self.registry = CollectorRegistry()
-        self.registry.register(_Books(stats))
+        self.registry.register(_StatsCollector(stats))
+        self._ssd_blocks = exporter.counter(STORE_SSD_BLOCKS, self.registry)
         self._evicted_blocks = exporter.counter(STORE_EVICTED_BLOCKS, self.registry)
         self._expired_leases = exporter.counter(STORE_EXPIRED_LEASES, self.registry)
         self._aborted_handoffs = exporter.counter(STORE_ABORTED_HANDOFFS, self.registry)
@@ -73,6 +80,9 @@ class StoreMetrics:
         self._replicated_blocks.inc(num_blocks)
         self._replicated_bytes.inc(num_bytes)
         self._replication_seconds.labels(outcome).observe(seconds)
+
+    def moved(self, outcome: str, num_blocks: int) -> None:
+        self._ssd_blocks.labels(outcome).inc(num_blocks)
 
     def aborted(self, reason_code: str) -> None:
         self._aborted_handoffs.labels(reason_code).inc()

@@ -43,8 +43,7 @@ class Progress:
     def is_complete(self) -> bool:
         return bool((self.num_layers_done == self.num_layers).all())
 
-    def check(self, layer: int, first_block: int, num_blocks: int, num_layers: int = 1) -> None:
-        """Raises InvalidRequest where the slice lies outside, or does not begin with the next layer of each of its blocks."""
+    def _require_inside(self, layer: int, first_block: int, num_blocks: int, num_layers: int) -> None:
         in_layers = 0 <= layer and 1 <= num_layers <= self.num_layers - layer
         if not (in_layers and 0 <= first_block and 1 <= num_blocks <= self.num_blocks - first_block):
             layers = f"layer {layer}" if num_layers == 1 else f"layers {layer}..{layer + num_layers - 1}"
@@ -52,6 +51,10 @@ class Progress:
                 f"slice of {layers}, blocks {first_block}..{first_block + num_blocks - 1}: the lease has "
                 f"{self.num_layers} layers and {self.num_blocks} blocks"
             )
+
+    def check(self, layer: int, first_block: int, num_blocks: int, num_layers: int = 1) -> None:
+        """Raises InvalidRequest where the slice lies outside, or does not begin with the next layer of each of its blocks."""
+        self._require_inside(layer, first_block, num_blocks, num_layers)
         done = self.num_layers_done[first_block : first_block + num_blocks]
         wrong = np.flatnonzero(done != layer)
         if len(wrong):
@@ -65,6 +68,20 @@ class Progress:
         """The slice is written. Raises as check does."""
         self.check(layer, first_block, num_blocks, num_layers)
         self.num_layers_done[first_block : first_block + num_blocks] += num_layers
+
+    def take_back(self, first_block: int, num_blocks: int, num_layers: int) -> None:
+        """The last num_layers layers recorded of these blocks are not written after all."""
+        self.num_layers_done[first_block : first_block + num_blocks] -= num_layers
+
+    def is_written(self, layer: int, first_block: int, num_blocks: int, num_layers: int) -> bool:
+        """Raises InvalidRequest where the slice lies outside."""
+        self._require_inside(layer, first_block, num_blocks, num_layers)
+        return int(self.num_layers_done[first_block : first_block + num_blocks].min()) >= layer + num_layers
+
+    def require_written(self, layer: int, first_block: int, num_blocks: int, num_layers: int) -> None:
+        """Raises InvalidRequest where the slice lies outside, or is not written yet."""
+        if not self.is_written(layer, first_block, num_blocks, num_layers):
+            raise InvalidRequest(f"layers {layer}..{layer + num_layers - 1} of blocks from {first_block} on are not written yet")
 
     def require_complete(self, what: str) -> None:
         """Raises HandoffIncomplete naming the blocks and layers that are missing; what: the subject of the message."""

@@ -107,7 +107,7 @@ class Replication:
     async def _pull(self, pull: Pull, block_keys: Sequence[bytes], wanted: Sequence[bytes], source: str) -> None:
         schema, name = self._store.schema, f"store {self._store.store_id}"
         assert schema is not None, "missing() has read its content"
-        client = await StoreClient.attach(source, client_id=name, node_id="", schema=schema, transport="grpc", timeout_s=ATTACH_TIMEOUT_S)
+        client = await StoreClient.attach(source, client_id=name, node_id="", schema=schema, timeout_s=ATTACH_TIMEOUT_S)
         try:
             reader = await client.fetch_prefix(wanted)
             pull.source_is_short = reader.num_blocks < len(wanted)
@@ -129,7 +129,7 @@ class Replication:
                 return
             async for piece in reader.slices():
                 for first_block, blocks in _runs(piece, places):
-                    self._store.write_replica(lease, piece.layer, first_block, blocks)
+                    self._store.write_replica(lease, piece.layer, piece.num_layers, first_block, blocks)
             checksums = [0] * len(lease.slots)
             for place, checksum in zip(places, reader.checksums, strict=True):
                 if place is not None:

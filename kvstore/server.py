@@ -1,7 +1,7 @@
 """One store process's server: arena, Store, gRPC, metrics; start and stop.
 
-StoreServer.start ─► arena in /dev/shm ─► Store ─► gRPC on host:port
-           .stop  ─► drain ─► sessions end ─► gRPC stops ─► arena removed
+StoreServer.start ─► arena in /dev/shm ─► Store ─► data connections on host:any ─► gRPC on host:port
+           .stop  ─► drain ─► sessions end ─► gRPC stops ─► data connections end ─► arena removed
 """
 
 from __future__ import annotations
@@ -52,15 +52,21 @@ class StoreServer:
         """Returns "host:port". Raises ConfigError (no room for the arena, no block fits it), OSError (the port is taken)."""
         server, bound = create_server(host, port)
         arena: Arena | None = None
+        store: Store | None = None
         try:
             # touching every page of a large arena takes a while
             arena = await asyncio.to_thread(Arena, self._config.arena_bytes)
             store = Store(self._config, arena, store_id=self.store_id, node_id=self._node_id, schema=self._schema)
             replication = Replication(store)
             kvstore_pb2_grpc.add_KVStoreServicer_to_server(KVStoreService(store, replication), server)
+            store.data.start(host)
+            await store.tiers.opened()
             await server.start()
         except BaseException:
             await server.stop(0)
+            if store is not None:
+                await asyncio.to_thread(store.data.stop)
+                await store.tiers.close()
             if arena is not None:
                 arena.close()
             raise
@@ -84,6 +90,8 @@ class StoreServer:
         replication.stop()  # a copy in a store that stops is of use to nobody
         await store.drain(grace_s)
         await server.stop(0.5)
+        await asyncio.to_thread(store.data.stop)
+        await store.tiers.close()
         if self._stop_metrics is not None:
             await asyncio.to_thread(self._stop_metrics)
         arena.close()

@@ -18,7 +18,7 @@ from .handoff import HandoffId, Lease
 from .replication import Replication
 from .sessions import Session
 from .store import Store
-from .streams import read_next
+from .streams import WholeWrites, read_next
 from .waiters import until_ended
 
 Context = grpc.aio.ServicerContext
@@ -36,15 +36,21 @@ class KVStoreService(kvstore_pb2_grpc.KVStoreServicer):
             raise InvalidRequest("the first message of Attach must be hello")
         session, welcome = self._store.attach(first.hello)
         try:
+            await self._store.tiers.opened()
+        except HalfmoonError:
+            self._store.sessions.end(session, "was refused")
+            raise
+        try:
             await context.write(kvstore_pb2.AttachReply(welcome=welcome))
-            await until_ended(self._answer_heartbeats(session, context), session.ended)
+            writes = WholeWrites(context)
+            await until_ended(self._answer_heartbeats(session, context, writes), session.ended, writes.close)
         finally:
             self._store.sessions.end(session, "went away")
 
-    async def _answer_heartbeats(self, session: Session, context: Context) -> None:
+    async def _answer_heartbeats(self, session: Session, context: Context, writes: WholeWrites) -> None:
         while await read_next(context) is not None:
             self._store.sessions.touch(session)
-            await context.write(kvstore_pb2.AttachReply(heartbeat=True))
+            await writes.write(kvstore_pb2.AttachReply(heartbeat=True))
 
     @unary_boundary
     async def Reserve(self, request: kvstore_pb2.ReserveRequest, context: Context) -> kvstore_pb2.ReserveReply:
@@ -79,7 +85,8 @@ class KVStoreService(kvstore_pb2_grpc.KVStoreServicer):
         lease = await self._store.open_fetch(request, deadline)
         try:
             ending = self._store.ending(lease.lease_id)
-            await until_ended(self._send(lease, deadline, context), ending)
+            writes = WholeWrites(context)
+            await until_ended(self._send(lease, deadline, writes), ending, writes.close)
             await asyncio.wait({ending})
         except asyncio.CancelledError:
             self._store.release(lease.lease_id)
@@ -91,14 +98,14 @@ class KVStoreService(kvstore_pb2_grpc.KVStoreServicer):
             named.fields["lease_id"] = lease.lease_id
             raise named from error
 
-    async def _send(self, lease: Lease, deadline: float, context: Context) -> None:
+    async def _send(self, lease: Lease, deadline: float, stream: WholeWrites) -> None:
         layout = kvstore_pb2.FetchReply.Layout(
             lease_id=lease.lease_id, slots=lease.slots, block_keys=lease.block_keys, num_blocks=len(lease.slots)
         )
-        await context.write(kvstore_pb2.FetchReply(layout=layout))
+        await stream.write(kvstore_pb2.FetchReply(layout=layout))
         async for found in self._store.slices(lease, deadline):
-            await context.write(kvstore_pb2.FetchReply(slice=found))
-        await context.write(kvstore_pb2.FetchReply(sealed=self._store.sealed(lease)))
+            await stream.write(kvstore_pb2.FetchReply(slice=found))
+        await stream.write(kvstore_pb2.FetchReply(sealed=self._store.sealed(lease)))
 
     @unary_boundary
     async def Abort(self, request: kvstore_pb2.AbortRequest, context: Context) -> kvstore_pb2.AbortReply:
@@ -112,7 +119,7 @@ class KVStoreService(kvstore_pb2_grpc.KVStoreServicer):
 
     @unary_boundary
     async def Lookup(self, request: kvstore_pb2.LookupRequest, context: Context) -> kvstore_pb2.LookupReply:
-        return kvstore_pb2.LookupReply(num_blocks=self._store.lookup(request.block_keys))
+        return kvstore_pb2.LookupReply(**self._store.tiers.lookup(request.block_keys)._asdict())
 
     @unary_boundary
     async def Watch(self, request: kvstore_pb2.WatchRequest, context: Context) -> None:

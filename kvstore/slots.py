@@ -8,6 +8,7 @@ free ──allocate──► leased ──last unpin──► free
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 
 class SlotAllocator:
@@ -40,6 +41,14 @@ class SlotAllocator:
             self._pins[slot] = 1
         self.num_leased += num_slots
         return slots
+
+    def claim(self, slots: Iterable[int]) -> None:
+        """These very slots, all of them free, each with one pin."""
+        claimed = set(slots)
+        self._free = deque(slot for slot in self._free if slot not in claimed)
+        for slot in claimed:
+            self._pins[slot] = 1
+        self.num_leased += len(claimed)
 
     def pin(self, slot: int) -> None:
         """One more holder. Raises ValueError for a free slot: nothing stands in it."""

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -21,6 +21,8 @@ from ..protocol.errors import DeadlineExceeded, HalfmoonError, InvalidRequest, S
 from ..protocol.schema import DTYPE_BYTES, KVSchema
 from ..protocol.v1 import common_pb2, kvstore_pb2
 from .arena import Arena, ArenaMap
+from .data_server import DataServer
+from .data_wire import Op, Request
 from .eviction import create_eviction_policy
 from .handoff import Handoff, HandoffId, Lease, aborted
 from .lease_manager import Accounting, LeaseManager, check_keys
@@ -28,9 +30,10 @@ from .metrics import StoreMetrics
 from .progress import SliceCursor
 from .reserve_queue import ReserveQueue
 from .sessions import Session, Sessions
-from .transport import MESSAGE_BYTES, SLICE_BYTES
+from .slot_access import SlotAccess
+from .tiers import Tiers
+from .transport import MESSAGE_BYTES, READ_BYTES, SLICE_BYTES
 from .waiters import Waiters
-from .watch import WatchFeed
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +44,16 @@ class Store:
     """Every method but stats() belongs to the event loop's thread."""
 
     def __init__(self, config: StoreConfig, arena: Arena, *, store_id: str, node_id: str, schema: KVSchema | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._access = SlotAccess(self._post)
         self.store_id = store_id
         self.node_id = node_id
         self.schema: KVSchema | None = None
         self.sessions = Sessions(config.lease_ttl_s, self._session_ended)
-        self.feed = WatchFeed(lambda: self._leases.content.keys() if self._leases else [])
         self.metrics = StoreMetrics(self.stats)
+        self.tiers = Tiers(config, self.metrics.moved)
+        self.feed = self.tiers.feed
+        self.data = DataServer(self._access, self._layout, self._moved)
         self._config = config
         self._arena = arena
         self._leases: LeaseManager | None = None
@@ -92,6 +99,9 @@ class Store:
             welcome.arena.data_offset = self._arena.data_offset
             welcome.arena.slot_bytes = self.schema.block_bytes
             welcome.arena.num_slots = self._map.num_slots
+        elif self.data.port:
+            welcome.data.port = self.data.port
+            welcome.data.token = self.data.open_session(session.session_id)
         return session, welcome
 
     # writing
@@ -160,12 +170,13 @@ class Store:
         """
         self._require_running(or_draining=True)
         if request.WhichOneof("what") == "prefix":
-            return self._opened(self._manager().fetch_prefix(request.session_id, request.prefix.keys))
+            await self.tiers.promote(request.prefix.keys, request.compute_s)
+            return self._opened(self._manager().fetch_prefix(request.session_id, request.prefix.keys), request.without_data)
         handoff_id = _handoff_id(request.handoff)
         while True:
             lease = self._manager().open_fetch(request.session_id, handoff_id)
             if lease is not None:
-                return self._opened(lease)
+                return self._opened(lease, request.without_data)
             if not await self._waiters.wait(handoff_id.id, deadline):
                 raise DeadlineExceeded(f"{handoff_id} was not reserved within the fetch's deadline")
             self._require_running(or_draining=True)
@@ -178,16 +189,17 @@ class Store:
         """
         layout = self._layout()
         layer_bytes = layout.memory.shape[1]
-        in_arena = lease.client.shares_arena
-        max_blocks = max(1, len(lease.slots) if in_arena else MESSAGE_BYTES // layer_bytes)
-        max_rows = SLICE_BYTES // layer_bytes if in_arena else 1
+        with_data = not (lease.client.shares_arena or lease.without_data)
+        max_bytes = SLICE_BYTES if lease.client.shares_arena else READ_BYTES if lease.without_data else MESSAGE_BYTES
+        max_blocks = max(1, len(lease.slots) if lease.client.shares_arena else max_bytes // layer_bytes)
+        max_rows = 1 if with_data else max_bytes // layer_bytes
         cursor = SliceCursor(lease.progress)
         while True:
             if lease.revoked is not None:
                 raise lease.revoked
             while (found := cursor.take(max_blocks, max_rows)) is not None:
                 data = b""
-                if not in_arena:
+                if with_data:
                     slots = lease.slots[found.first_block : found.first_block + found.num_blocks]
                     data = b"".join(layout.row(slot, found.layer).data for slot in slots)
                 self._num_bytes_fetched += found.num_blocks * found.num_layers * layer_bytes
@@ -216,7 +228,8 @@ class Store:
         return found
 
     def lookup(self, block_keys: Sequence[bytes]) -> int:
-        return len(self._leases.content.find_run(block_keys)) if self._leases else 0
+        """Leading blocks held, on any tier."""
+        return self.tiers.lookup(block_keys).num_blocks
 
     # replicas: blocks that the store itself writes, out of another one (kvstore/replication.py)
 
@@ -244,12 +257,11 @@ class Store:
         assert lease is not None, "num_fitting said that there is room"
         return lease
 
-    def write_replica(self, lease: Lease, layer: int, first_block: int, blocks: Sequence[np.ndarray]) -> None:
-        """blocks: uint8 [layer_bytes] each. Raises LeaseExpired."""
-        slots = self._manager().push(lease.lease_id, layer, first_block, len(blocks))
-        layout = self._layout()
-        for slot, block in zip(slots, blocks, strict=True):
-            layout.row(slot, layer)[:] = block
+    def write_replica(self, lease: Lease, layer: int, num_layers: int, first_block: int, blocks: Sequence[np.ndarray]) -> None:
+        """blocks: uint8 [num_layers * layer_bytes] each. Raises LeaseExpired."""
+        slots = self._manager().push(lease.lease_id, layer, first_block, len(blocks), num_layers)
+        for row, block in zip(self._layout().rows(slots, layer, num_layers), blocks, strict=True):
+            row[:] = block
 
     def seal_replica(self, lease: Lease, checksums: Sequence[int]) -> None:
         """Its blocks are found by key from now on. Raises HandoffIncomplete, LeaseExpired."""
@@ -319,6 +331,8 @@ class Store:
         reply.num_expired_leases = manager.num_expired_leases
         reply.num_query_blocks = manager.num_query_blocks
         reply.num_hit_blocks = manager.num_hit_blocks
+        places, used = self.tiers.num_ssd_blocks
+        reply.num_bytes_ssd, reply.num_bytes_ssd_used = places * schema.block_bytes, used * schema.block_bytes
         reply.schema.CopyFrom(schema.to_proto())
         return reply
 
@@ -342,12 +356,16 @@ class Store:
             logger.info("%s", error.message)
         self._waiters.notify(_IDLE)
 
+    def when_untouched(self, lease_id: str, then: Callable[[], None]) -> None:
+        self._access.close(lease_id, then)
+
     def room_freed(self) -> None:
         self._reserving.wake_first()
+        self.tiers.look()
 
     def content_changed(self, stored: list[bytes], evicted: list[bytes]) -> None:
         self.metrics.evicted(len(evicted))
-        self.feed.publish(stored, evicted)
+        self.tiers.content_changed(stored, evicted)
 
     # inside
 
@@ -356,7 +374,13 @@ class Store:
         policy = create_eviction_policy(self._config.eviction)
         self._leases = LeaseManager(self._map.num_slots, schema.num_layers, policy, time.monotonic, self)
         self.schema = schema
+        self.tiers.open(schema, self._leases, self._block)
         logger.info("store %s: %d slots of %d bytes for %s", self.store_id, self._map.num_slots, schema.block_bytes, schema)
+
+    def _block(self, slot: int) -> np.ndarray:
+        """All layers of a slot, uint8 [block_bytes]."""
+        layout = self._layout()
+        return layout.rows([slot], 0, layout.num_layers).runs[0][0]
 
     def _manager(self) -> LeaseManager:
         if self._leases is None:
@@ -378,6 +402,7 @@ class Store:
         manager = self._manager()
         before = manager.num_expired_leases
         manager.end_session(session_id, what_happened)
+        self.data.end_session(session_id)
         self.metrics.expired(manager.num_expired_leases - before)
         self._reserving.wake_session(session_id)
 
@@ -388,9 +413,29 @@ class Store:
             self._deadlines[handoff_id.id] = loop.call_at(deadline, self._handoff_due, handoff_id)
         return self._opened(lease)
 
-    def _opened(self, lease: Lease) -> Lease:
+    def _opened(self, lease: Lease, without_data: bool = False) -> Lease:
+        lease.without_data = without_data
+        if not lease.client.shares_arena:
+            self._access.open(lease)
+        self.tiers.look()
         self._endings[lease.lease_id] = asyncio.get_running_loop().create_future()
         return lease
+
+    def _post(self, callback: Callable[[], None]) -> None:
+        self._loop.call_soon_threadsafe(callback)
+
+    def _moved(self, request: Request, num_bytes: int) -> None:
+        """On a data connection's thread. The loop knows of the slice before the client does, and so before its seal comes."""
+        if request.op is Op.WRITE:
+            self._post(lambda: self._written(request, num_bytes))
+
+    def _written(self, request: Request, num_bytes: int) -> None:
+        try:
+            self._manager().push(request.lease_id, request.layer, request.first_block, request.num_blocks, request.num_layers)
+        except HalfmoonError as error:
+            logger.debug("a slice came too late: %s", error.message)
+        else:
+            self._num_bytes_pushed += num_bytes
 
     def _handoff_due(self, handoff_id: HandoffId) -> None:
         manager = self._manager()

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Literal
 
 from ..protocol.errors import StoreUnavailable
 from ..protocol.schema import KVSchema
 from .client import StoreClient
+from .transport import TransportChoice
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class StoreLink:
         client_id: str,
         node_id: str,
         schema: KVSchema,
-        transport: Literal["auto", "grpc"],
+        transport: TransportChoice,
         on_lost: Callable[[StoreClient], None],
         on_attached: Callable[[StoreClient], Awaitable[None]] | None = None,
     ) -> None:
@@ -44,7 +44,7 @@ class StoreLink:
         self._client_id = client_id
         self._node_id = node_id
         self._schema = schema
-        self._transport: Literal["auto", "grpc"] = transport
+        self._transport: TransportChoice = transport
         self._on_lost = on_lost
         self._on_attached = on_attached
         self._client: StoreClient | None = None

@@ -1,13 +1,15 @@
-"""How a lease's bytes pass between a client and its store: the one seam, with two ways through it.
+"""How a lease's bytes pass between a client and its store: the one seam, with three ways through it.
 
 shm   push: copy into the arena, send a note    rows: views to be written by the caller, then the note    fetch: views of the arena
-grpc  push: slices in messages of a few MiB                                                               fetch: views of the message
+tcp   push: bytes over a data connection (tcp_transport.py)                                          fetch: into memory used again
+grpc  push: slices in messages of a few MiB                                                          fetch: views of the message
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, Protocol
+from concurrent.futures import Executor
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,19 +18,37 @@ from ..protocol.v1 import kvstore_pb2
 from .arena import ArenaMap
 from .block_rows import BlockRows
 
-MESSAGE_BYTES = 2 * 2**20  # KV in one message: gRPC is fastest from 1 to 4 MiB
+TransportName = Literal["shm", "tcp", "grpc"]
+TransportChoice = Literal["auto", "tcp", "grpc"]
+
+MESSAGE_BYTES = 2 * 2**20  # KV in one gRPC message: it is fastest from 1 to 4 MiB
 SLICE_BYTES = 64 * 2**20  # layers read from an arena as one slice: a slice costs the reader the same, however large it is
+READ_BYTES = 8 * 2**20  # read over a data connection as one slice
+COPY_BYTES = 2**20  # copied at once: what was copied is still in the core's cache when it is hashed
+
+
+class Piece(NamedTuple):
+    """Blocks [start, stop) of a push are handed over, and may be hashed now."""
+
+    start: int
+    stop: int
+    message: kvstore_pb2.PushRequest | None = None  # tells the store; None where nothing has to, or a later piece's does
 
 
 class Transport(Protocol):
     @property
-    def name(self) -> Literal["shm", "grpc"]: ...
+    def name(self) -> TransportName: ...
 
-    def push(self, slots: Sequence[int], layer: int, first_block: int, blocks: np.ndarray) -> Iterator[kvstore_pb2.PushRequest]:
-        """Takes one layer of a run of blocks over; what it yields tells the store, in order.
+    @property
+    def threads(self) -> Executor | None:
+        """Where fetch has to be called; None: it does not block."""
+        ...
+
+    def push(self, lease_id: str, slots: Sequence[int], layer: int, first_block: int, blocks: np.ndarray) -> Iterator[Piece]:
+        """Takes one layer of a run of blocks over, piece by piece.
 
         slots: of these blocks. blocks: uint8 [len(slots), layer_bytes]; the caller's again once the iterator has ended.
-        Runs in the caller's thread.
+        Runs in the caller's thread. Raises LeaseExpired where the store says that the lease is over, StoreUnavailable.
         """
         ...
 
@@ -41,53 +61,75 @@ class Transport(Protocol):
         """The place where the caller writes layers of these blocks itself, instead of push. It then sends a PushRequest without data."""
         ...
 
-    def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:
-        """The slice's blocks, uint8 [its layers * layer_bytes] each, read-only. Raises HandoffIncomplete where bytes are missing."""
+    def fetch(self, lease_id: str, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:
+        """The slice's blocks, uint8 [its layers * layer_bytes] each, read-only. Raises HandoffIncomplete where bytes are missing,
+        LeaseExpired, StoreUnavailable."""
+        ...
+
+    def close(self) -> None:
+        """With the session. Blocks until none of the threads runs."""
         ...
 
 
 class ShmTransport:
-    name: Literal["shm", "grpc"] = "shm"
+    name: TransportName = "shm"
+    threads: Executor | None = None
 
     def __init__(self, arena: ArenaMap) -> None:
         self._arena = arena
         self.memory: np.ndarray | None = arena.memory
 
-    def push(self, slots: Sequence[int], layer: int, first_block: int, blocks: np.ndarray) -> Iterator[kvstore_pb2.PushRequest]:
-        for slot, block in zip(slots, blocks, strict=True):
-            self._arena.row(slot, layer)[:] = block
-        yield kvstore_pb2.PushRequest(layer=layer, first_block=first_block, num_blocks=len(slots))
+    def push(self, lease_id: str, slots: Sequence[int], layer: int, first_block: int, blocks: np.ndarray) -> Iterator[Piece]:
+        for start, stop in pieces(blocks, COPY_BYTES):
+            for slot, block in zip(slots[start:stop], blocks[start:stop], strict=True):
+                self._arena.row(slot, layer)[:] = block
+            note = kvstore_pb2.PushRequest(layer=layer, first_block=first_block, num_blocks=len(slots)) if stop == len(slots) else None
+            yield Piece(start, stop, note)
 
     def rows(self, slots: Sequence[int], layer: int, num_layers: int = 1) -> BlockRows:
         return self._arena.rows(slots, layer, num_layers)
 
-    def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:
+    def fetch(self, lease_id: str, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:
         rows = self._arena.rows(slots, part.layer, max(part.num_layers, 1))
         for run in rows.runs:
             run.flags.writeable = False
         return rows
 
+    def close(self) -> None:
+        pass
+
 
 class GrpcTransport:
-    name: Literal["shm", "grpc"] = "grpc"
+    name: TransportName = "grpc"
+    threads: Executor | None = None
     memory: np.ndarray | None = None
 
     def __init__(self, layer_bytes: int) -> None:
         self._layer_bytes = layer_bytes
-        self._max_blocks = max(1, MESSAGE_BYTES // layer_bytes)
 
-    def push(self, slots: Sequence[int], layer: int, first_block: int, blocks: np.ndarray) -> Iterator[kvstore_pb2.PushRequest]:
-        for start in range(0, len(slots), self._max_blocks):
-            part = blocks[start : start + self._max_blocks]
-            yield kvstore_pb2.PushRequest(layer=layer, first_block=first_block + start, num_blocks=len(part), data=part.tobytes())
+    def push(self, lease_id: str, slots: Sequence[int], layer: int, first_block: int, blocks: np.ndarray) -> Iterator[Piece]:
+        for start, stop in pieces(blocks, MESSAGE_BYTES):
+            data = blocks[start:stop].tobytes()
+            message = kvstore_pb2.PushRequest(layer=layer, first_block=first_block + start, num_blocks=stop - start, data=data)
+            yield Piece(start, stop, message)
 
     def rows(self, slots: Sequence[int], layer: int, num_layers: int = 1) -> BlockRows:
         raise RuntimeError("slices go over gRPC as arrays: push them")
 
-    def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:
+    def fetch(self, lease_id: str, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:
         expected = len(slots) * self._layer_bytes
         if len(part.data) != expected:
             raise HandoffIncomplete(
                 f"layer {part.layer} of {len(slots)} blocks from block {part.first_block} came with {len(part.data)} bytes of {expected}"
             )
         return BlockRows([np.frombuffer(part.data, dtype=np.uint8).reshape(len(slots), self._layer_bytes)])
+
+    def close(self) -> None:
+        pass
+
+
+def pieces(blocks: np.ndarray, max_bytes: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) of runs of at most max_bytes, of one block at least."""
+    step = max(1, max_bytes // blocks.shape[1])
+    for start in range(0, len(blocks), step):
+        yield start, min(start + step, len(blocks))

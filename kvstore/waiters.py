@@ -6,10 +6,11 @@ check ─► wait(key) ◄── notify(key) ─► check again        (one even
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Hashable
+from collections.abc import Awaitable, Callable, Coroutine, Hashable
 from typing import Any, TypeVar
 
 from ..protocol.errors import HalfmoonError
+from ..protocol.tasks import beside
 
 Result = TypeVar("Result")
 
@@ -49,21 +50,22 @@ class Waiters:
         return True
 
 
-async def until_ended(work: Coroutine[Any, Any, Result], ended: asyncio.Future[HalfmoonError | None]) -> Result | None:
+async def until_ended(
+    work: Coroutine[Any, Any, Result], ended: asyncio.Future[HalfmoonError | None], close: Callable[[], Awaitable[None]] | None = None
+) -> Result | None:
     """Awaits work, and drops it as soon as `ended` is set.
+
+    close: is awaited before work is dropped.
 
     Returns work's result, or None where `ended` came first without an error. Raises work's error, or the one in `ended`.
     """
-    task = asyncio.ensure_future(work)
-    try:
+    async with beside(work) as task:
         await asyncio.wait({task, ended}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
+        if close is not None:
+            await close()
         error = ended.result()
         if error is not None:
             raise error
         return None
-    finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})

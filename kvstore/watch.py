@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 MAX_PENDING_KEYS = 65_536
@@ -18,13 +18,25 @@ class Change(NamedTuple):
     sequence: int
     snapshot: bool  # stored is the whole content
     stored: list[bytes]
-    evicted: list[bytes]
+    evicted: list[bytes]  # held on no tier any more
+    demoted: Sequence[bytes] = ()  # held on SSD alone from now on; in a snapshot those of stored that are
+    promoted: Sequence[bytes] = ()  # held in DRAM again
+
+    @property
+    def num_keys(self) -> int:
+        return len(self.stored) + len(self.evicted) + len(self.demoted) + len(self.promoted)
 
 
 class WatchFeed:
-    def __init__(self, content: Callable[[], list[bytes]], max_pending_keys: int = MAX_PENDING_KEYS) -> None:
-        """content: all keys held now. max_pending_keys bounds what waits for one slow watcher."""
+    def __init__(
+        self,
+        content: Callable[[], list[bytes]],
+        max_pending_keys: int = MAX_PENDING_KEYS,
+        demoted: Callable[[], list[bytes]] = list,
+    ) -> None:
+        """content: all keys held now. demoted: those on SSD alone. max_pending_keys bounds what waits for one slow watcher."""
         self._content = content
+        self._demoted = demoted
         self._max_pending_keys = max_pending_keys
         self._watchers: set[Watcher] = set()
         self.sequence = 0
@@ -33,9 +45,9 @@ class WatchFeed:
     def num_watchers(self) -> int:
         return len(self._watchers)
 
-    def publish(self, stored: list[bytes], evicted: list[bytes]) -> None:
+    def publish(self, stored: list[bytes], evicted: list[bytes], demoted: Sequence[bytes] = (), promoted: Sequence[bytes] = ()) -> None:
         self.sequence += 1
-        change = Change(self.sequence, False, stored, evicted)
+        change = Change(self.sequence, False, stored, evicted, demoted, promoted)
         for watcher in self._watchers:
             watcher.put(change)
 
@@ -48,7 +60,7 @@ class WatchFeed:
         self._watchers.discard(watcher)
 
     def _snapshot(self) -> Change:
-        return Change(self.sequence, True, self._content(), [])
+        return Change(self.sequence, True, self._content(), [], self._demoted())
 
 
 class Watcher:
@@ -67,7 +79,7 @@ class Watcher:
         if self._needs_snapshot:
             return  # the snapshot, taken when it is sent, will contain the change
         self._pending.append(change)
-        self.num_pending_keys += len(change.stored) + len(change.evicted)
+        self.num_pending_keys += change.num_keys
         if self.num_pending_keys > self._max_pending_keys:
             self._pending.clear()
             self.num_pending_keys = 0
@@ -81,7 +93,7 @@ class Watcher:
             change = self._snapshot()
         else:
             change = self._pending.popleft()
-            self.num_pending_keys -= len(change.stored) + len(change.evicted)
+            self.num_pending_keys -= change.num_keys
         if not self._pending:
             self._filled.clear()
         return change

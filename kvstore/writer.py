@@ -18,9 +18,10 @@ from typing import Any
 import grpc.aio
 import numpy as np
 
-from ..protocol.errors import HalfmoonError, InvalidRequest, RequestCancelled, StoreUnavailable
+from ..protocol.errors import HalfmoonError, InvalidRequest, LeaseExpired, RequestCancelled, StoreUnavailable
 from ..protocol.grpc_errors import error_to_proto
 from ..protocol.schema import KVSchema
+from ..protocol.tasks import beside
 from ..protocol.v1 import common_pb2, kvstore_pb2
 from .block_rows import BlockRows
 from .checksums import Checksums
@@ -68,7 +69,7 @@ class BlockWriter:
         self._needs_ack = False  # released, except that a push still copies: the store is told when that is over
         self._filled = asyncio.Event()
         self._loop_thread = threading.get_ident()
-        self._stream = connection.spawn(self._run())
+        self._stream = connection.spawn(self._run(), "pushing")
 
     def push(self, layer: int, first_block: int, blocks: np.ndarray) -> None:
         """Takes one layer of blocks first_block.. over; the array is the caller's again on return.
@@ -140,7 +141,7 @@ class BlockWriter:
             await self._seal(state)
         except asyncio.CancelledError:
             # nobody knows whether the seal arrived: the hand-off is not to be read then
-            self._connection.spawn(self.abort(RequestCancelled("the seal was cancelled")))
+            self._connection.spawn(self.abort(RequestCancelled("the seal was cancelled")), "giving up a seal")
             raise
         except HalfmoonError as error:
             self._fail(error)
@@ -174,12 +175,31 @@ class BlockWriter:
     def _push_run(self, layer: int, first_block: int, blocks: np.ndarray) -> None:
         self._progress.check(layer, first_block, len(blocks))
         slots = self._slots[first_block : first_block + len(blocks)]
-        for message in self._transport.push(slots, layer, first_block, blocks):
-            self._enqueue(message)
+        try:
+            for start, stop, message in self._transport.push(self._lease_id, slots, layer, first_block, blocks):
+                self._hashes.update(first_block + start, blocks[start:stop])
+                if message is not None:
+                    self._enqueue(message)
+        except LeaseExpired as error:
+            raise self._why_ended(error) from error
+        except HalfmoonError as error:
+            self._broke(error)
+            raise
         # only now: a slice that was not handed over completely must not count as pushed
-        self._hashes.add(first_block, blocks)
-        self._hashes.wait()
         self._record(layer, first_block, len(blocks))
+
+    def _why_ended(self, error: LeaseExpired) -> HalfmoonError:
+        """What the Push stream says of a lease that the data connection found to be over; its word comes, for the store ends the stream."""
+        if threading.get_ident() == self._loop_thread:
+            return error
+        with self._changed:
+            self._changed.wait_for(lambda: self.failed is not None)
+        assert self.failed is not None
+        return self.failed
+
+    def _broke(self, error: HalfmoonError) -> None:
+        """Part of a slice was hashed and not handed over: nothing that follows can make the blocks right."""
+        self._to_loop(lambda: self._fail(error))
 
     def _record(self, layer: int, first_block: int, num_blocks: int, num_layers: int = 1) -> None:
         self._progress.record(layer, first_block, num_blocks, num_layers)
@@ -221,7 +241,7 @@ class BlockWriter:
             if self._num_copying or not self._needs_ack:
                 return
             self._needs_ack = False
-        self._to_loop(lambda: self._connection.spawn(self._send_release()))
+        self._to_loop(lambda: self._connection.spawn(self._send_release(), "releasing a lease"))
 
     def _to_loop(self, callback: Any) -> None:
         try:
@@ -231,22 +251,22 @@ class BlockWriter:
 
     async def _run(self) -> None:
         """The Push stream: open from the start, so that the store can say through it that the lease is gone."""
-        sender: asyncio.Task[None] | None = None
         try:
             call = self._connection.track(self._connection.stub.Push())
-            sender = asyncio.ensure_future(self._send(call))
+        except HalfmoonError as error:
+            self._fail(error)
+            return
+        async with beside(self._send(call)):
+            await self._follow(call)
+
+    async def _follow(self, call: Any) -> None:
+        try:
             await call
         except grpc.aio.AioRpcError as error:
             self._fail(self._connection.error(error))
         except asyncio.CancelledError:
             # the call was cancelled with its session, or this task with its connection
             self._fail(StoreUnavailable(f"the connection to {self._connection.peer} is gone"))
-        except HalfmoonError as error:
-            self._fail(error)
-        finally:
-            if sender is not None:
-                sender.cancel()
-                await asyncio.wait({sender})
 
     async def _send(self, call: Any) -> None:
         try:
@@ -286,7 +306,7 @@ class BlockWriter:
             self._is_released = True
             self._needs_ack = self._num_copying > 0
         if not self._needs_ack:
-            self._connection.spawn(self._send_release())
+            self._connection.spawn(self._send_release(), "releasing a lease")
 
     async def _send_release(self) -> None:
         try:

@@ -1,6 +1,6 @@
-"""One Prefill call as the worker holds it: the sequence, its hand-off, and what happened when.
+"""One Prefill call as the worker holds it: the sequence, its hand-off, and when what happened.
 
-arrived ─queue─► first chunk ─prefill─► sampled ─push─► sealed        (loading the prefix is taken out of the queue's time)
+arrived ─queue─► first chunk ─prefill─► sampled ─push─► sealed        (the queue's time does not include loading the prefix)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class PrefillJob:
     task: asyncio.Task[None]  # the call's own
     started: asyncio.Future[None]  # the scheduler gave it pages
     pushed: asyncio.Future[None]  # the last slice was handed to the writer
-    error: HalfmoonError | None = None  # why it failed, where that did not come out of the call itself
+    error: HalfmoonError | None = None  # why it failed, if the call itself did not raise it
     closed: bool = False  # nobody reads its pages or writes to its hand-off any more
     client: StoreClient | None = None
     writer: BlockWriter | None = None
@@ -34,7 +34,7 @@ class PrefillJob:
     arrived: float = field(default_factory=time.monotonic)
     first_chunk: float = 0.0
     sampled: float = 0.0
-    compute_s: float = 0.0  # of its steps' seconds, by its share of their tokens
+    compute_s: float = 0.0  # its share of its steps' seconds, by tokens
 
     def fail(self, error: HalfmoonError) -> None:
         """Ends the call with error, wherever it waits. On the event loop."""

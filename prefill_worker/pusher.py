@@ -1,4 +1,4 @@
-"""Which blocks of a prompt go to its hand-off, and when: those of the cached prefix at once, the others with the steps that finish them."""
+"""Which blocks of a prompt go to its hand-off, and when: the cached prefix at once, the others with the steps that finish them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .job import PrefillJob
 
 
 def finished_blocks(job: PrefillJob, chunk: StepChunk, block_size: int) -> BlockPush:
-    """The blocks whose last token chunk computes; the trailing partial one counts as its prompt ends in it."""
+    """The blocks whose last token this chunk computes. A partial block at the end of the prompt counts as well."""
     return _push(job, chunk.start // block_size, div_ceil(chunk.start + chunk.num_tokens, block_size))
 
 
 def push_prefix(pages: PageTransfer, job: PrefillJob) -> None:
-    """All layers of the full blocks that were loaded, where the hand-off's store has them not."""
+    """Pushes all layers of the loaded full blocks that the hand-off's store lacks."""
     push = _push(job, 0, job.prefix.num_tokens // pages.schema.block_size)
     for layers in layer_groups(pages.schema, push.last) if push.last else ():
         pages.push([push], layers)

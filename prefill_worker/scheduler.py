@@ -18,6 +18,7 @@ from ..engine.page_allocator import PageAllocator
 from ..engine.sequence import Sequence, StepChunk
 from ..protocol.blocks import div_ceil
 from ..protocol.errors import ConfigError, PromptTooLong
+from ..protocol.timing.step_cost import ChunkWork
 
 
 class Step(NamedTuple):
@@ -55,6 +56,7 @@ class PrefillScheduler:
 
     Attributes:
         num_reserved_pages: that its prompts leave to others of the allocator, unless one alone needs more than the rest.
+        chunk_alignment: tokens; chunks end at a multiple of it but for a prompt's last. A block, so that blocks are pushed whole.
     """
 
     def __init__(self, allocator: PageAllocator, block_size: int, max_tokens_per_step: int) -> None:
@@ -67,6 +69,7 @@ class PrefillScheduler:
         self.block_size = block_size
         self.max_tokens_per_step = max_tokens_per_step
         self.num_reserved_pages = 0
+        self.chunk_alignment = block_size
         self._num_pages = 0  # of its prompts
         self._arrivals = itertools.count()
         self._entries: dict[Sequence, _Entry] = {}  # until the pages are free
@@ -85,6 +88,16 @@ class PrefillScheduler:
     @property
     def has_runnable(self) -> bool:
         return any(entry.runnable and _num_missing(entry) for entry in self._started)
+
+    @property
+    def waiting_chunks(self) -> list[ChunkWork]:
+        """What the next step's chunks are of, in their order."""
+        waiting: list[ChunkWork] = []
+        for entry in self._started:
+            num_left = _num_missing(entry) if entry.runnable else 0
+            if num_left:
+                waiting.append(ChunkWork(entry.sequence.num_tokens - num_left, num_left))
+        return waiting
 
     @property
     def num_outstanding_tokens(self) -> int:
@@ -115,16 +128,19 @@ class PrefillScheduler:
         insort(self._waiting, entry, key=_order)
 
     def start(self) -> list[Sequence]:
-        """Gives pages to the waiting, in order, for as long as they are there. The caller loads prefixes, then calls ready()."""
+        """Gives pages to the waiting, in order, for as long as they are there. The caller loads prefixes, then calls ready().
+
+        Leading blocks that are here count as computed: nothing is to be loaded into their pages, the first
+        num_computed_tokens // block_size.
+        """
         started: list[Sequence] = []
         while self._waiting:
             entry = self._waiting[0]
             num_pages = div_ceil(entry.sequence.num_tokens, self.block_size)
-            if not self._may_take(num_pages):
+            if not (self._may_take(num_pages) and self.allocator.take(entry.sequence, num_pages)):
                 break
             del self._waiting[0]
             self._num_pages += num_pages
-            entry.sequence.pages = self.allocator.allocate(num_pages)
             entry.held = True
             insort(self._started, entry, key=_order)
             started.append(entry.sequence)
@@ -138,6 +154,7 @@ class PrefillScheduler:
         if entry is None or entry.left:
             return
         sequence.num_computed_tokens = num_cached_tokens
+        self.allocator.keep(sequence)
         entry.runnable = True
 
     def schedule(self, budget: int | None = None) -> Step:
@@ -174,6 +191,7 @@ class PrefillScheduler:
                 self._free_if_done(entry)
                 continue
             chunk.sequence.num_computed_tokens += chunk.num_tokens
+            self.allocator.keep(chunk.sequence)
             if chunk.is_last:
                 self._leave(entry)
                 finished.append(chunk.sequence)
@@ -194,8 +212,8 @@ class PrefillScheduler:
             self._free_if_done(entry)
 
     def _may_take(self, num_pages: int) -> bool:
-        within = self._num_pages == 0 or self._num_pages + num_pages <= self.allocator.num_pages - self.num_reserved_pages
-        return within and self.allocator.can_allocate(num_pages)
+        """As far as its own share goes; a page that two of its prompts use counts twice."""
+        return self._num_pages == 0 or self._num_pages + num_pages <= self.allocator.num_pages - self.num_reserved_pages
 
     def _share(self, entries: list[_Entry], budget: int, sizes: dict[_Entry, int]) -> int:
         """Divides budget, adds the chunks' sizes to sizes and returns what is left."""
@@ -211,11 +229,11 @@ class PrefillScheduler:
         return budget
 
     def _chunk_size(self, entry: _Entry, limit: int) -> int:
-        """At most limit tokens, ending at a block boundary or at the prompt's end."""
+        """At most limit tokens, ending at a multiple of the alignment or at the prompt's end."""
         start, missing = entry.sequence.num_computed_tokens + entry.num_pending, _num_missing(entry)
         if missing <= limit:
             return missing
-        return max((start + limit) // self.block_size * self.block_size - start, 0)
+        return max((start + limit) // self.chunk_alignment * self.chunk_alignment - start, 0)
 
     def _leave(self, entry: _Entry) -> None:
         entry.left = True
@@ -225,8 +243,7 @@ class PrefillScheduler:
     def _free_if_done(self, entry: _Entry) -> None:
         if entry.left and not entry.held and not entry.num_steps:
             self._num_pages -= len(entry.sequence.pages)
-            self.allocator.free(entry.sequence.pages)
-            entry.sequence.pages = []
+            self.allocator.release(entry.sequence)
             del self._entries[entry.sequence]
 
 

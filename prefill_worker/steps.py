@@ -13,6 +13,7 @@ from ..engine.executor import BlockPush, PageTransfer, TokenSample
 from ..engine.model_flops import StepWork
 from ..engine.sequence import Sequence
 from ..engine.step_loop import StepRun
+from ..protocol.errors import HalfmoonError
 from .job import PrefillJob
 from .pusher import finished_blocks
 from .scheduler import PrefillScheduler, Step
@@ -21,7 +22,7 @@ from .scheduler import PrefillScheduler, Step
 class PrefillSteps:
     """Args:
     changed: guards the scheduler.
-    tell: runs a call on the event loop. on_stepped: told the seconds and the work of each step, there.
+    tell: runs a call on the event loop. on_stepped: told the seconds and the work of each step, there. on_failed: of what failed.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class PrefillSteps:
         changed: threading.Condition,
         tell: Callable[[Callable[[], None]], None],
         on_stepped: Callable[[float, StepWork], None],
+        on_failed: Callable[[PrefillJob, HalfmoonError], None],
     ) -> None:
         self._scheduler = scheduler
         self._jobs = jobs
@@ -39,6 +41,7 @@ class PrefillSteps:
         self._changed = changed
         self._tell = tell
         self._on_stepped = on_stepped
+        self._on_failed = on_failed
 
     def begin(self, part: Step, now: float) -> list[BlockPush]:
         pushes: list[BlockPush] = []
@@ -49,7 +52,7 @@ class PrefillSteps:
                 pushes.append(finished_blocks(job, chunk, self._scheduler.block_size))
         return pushes
 
-    def end(self, part: Step, samples: list[TokenSample], run: StepRun) -> None:
+    def end(self, part: Step, samples: list[TokenSample], run: StepRun, failed: Mapping[Sequence, HalfmoonError]) -> None:
         for chunk in part.chunks:
             job = self._jobs.get(chunk.sequence)
             if job is not None:
@@ -57,12 +60,17 @@ class PrefillSteps:
         done: list[PrefillJob] = []
         for sequence, sample in zip(part.sampled, samples, strict=True):
             job = self._jobs.get(sequence)
-            if job is not None:
+            if job is not None and sequence not in failed:
                 job.sample, job.sampled = sample, run.ended
                 done.append(job)
         work = StepWork.of(part.chunks, len(samples))
         with self._changed:
+            for sequence in failed:
+                self._scheduler.abort(sequence)
             self._scheduler.record(part)
+        for sequence, error in failed.items():
+            if (job := self._jobs.get(sequence)) is not None:
+                self._tell(partial(self._on_failed, job, error))
         for job in done:
             self._pages.when_landed(job.tell_pushed)  # there is no more to push for it
         self._tell(partial(self._on_stepped, run.seconds, work))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 import grpc.aio
 
@@ -21,6 +22,7 @@ from ..protocol.blocks import div_ceil, sent_or_made_keys
 from ..protocol.config import PrefillConfig
 from ..protocol.errors import HalfmoonError, HandoffCorrupt, InternalError, RequestCancelled, StoreUnavailable, WorkerLost
 from ..protocol.roles import WorkerRole
+from ..protocol.tasks import beside
 from ..protocol.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from .job import PrefillJob
 from .pusher import push_prefix
@@ -32,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class PrefillHalf:
-    """On the worker's event loop, but for its steps."""
+    """Lives on the worker's event loop, except its steps."""
 
     def __init__(self, config: PrefillConfig) -> None:
         self._config = config
@@ -48,13 +50,13 @@ class PrefillHalf:
         self._stores = worker.stores
         self._changed = worker.changed
         self._pages: PageTransfer = worker.executor.pages
-        return PrefillSteps(self.scheduler, self._jobs, self._pages, worker.changed, worker.life.tell, self._stepped)
+        return PrefillSteps(self.scheduler, self._jobs, self._pages, worker.changed, worker.life.tell, self._stepped, self._failed)
 
     def register(self, server: grpc.aio.Server) -> None:
         worker_pb2_grpc.add_PrefillWorkerServicer_to_server(PrefillService(self), server)
 
     def take_role(self, role: WorkerRole) -> None:
-        """Beside a decode half that is in use it leaves pages to that: room for a sequence of the model's length."""
+        """In the role `both` it leaves pages to the decode half: room for one sequence of the model's length."""
         facts = self._facts
         room = min(div_ceil(facts.max_model_len, facts.page_size), facts.num_pages // 2)
         with self._changed:
@@ -68,7 +70,7 @@ class PrefillHalf:
     async def prefill(self, request: worker_pb2.PrefillRequest) -> common_pb2.HandoffState:
         """Computes the prompt's KV into the hand-off and samples the first token; returns once the hand-off is sealed.
 
-        Cancelling it frees what it held. Whatever ends it otherwise is told to whoever waits for the hand-off, too.
+        Cancelling it frees what it held. Any other error also reaches whoever waits for the hand-off.
         """
         task = asyncio.current_task()
         assert task is not None
@@ -102,6 +104,7 @@ class PrefillHalf:
         sequence.check_tokens(self._facts.vocab_size)
         sequence.check_len(self._facts.max_model_len, with_answer=False)
         keys = sent_or_made_keys(request.sequence.block_keys, self._worker.root, sequence.token_ids, self._facts.page_size)
+        sequence.block_keys = list(keys)
         loop = asyncio.get_running_loop()
         job = PrefillJob(request, sequence, keys, task, loop.create_future(), loop.create_future())
         with self._changed:
@@ -112,11 +115,11 @@ class PrefillHalf:
 
     async def _prefill(self, job: PrefillJob) -> common_pb2.HandoffState:
         await job.started
-        if tail := job.sequence.num_tokens % self._facts.page_size:
-            # an earlier owner's KV must not travel in the rest of the last page; pushes come behind this
-            self._pages.zero_tail(job.sequence.pages[-1], tail)
         await self._prepare(job)
         assert job.client is not None and job.writer is not None
+        if tail := job.sequence.num_tokens % self._facts.page_size:
+            # another's KV must not travel in the rest of the last page; pushes come behind this
+            self._pages.zero_tail(job.sequence.pages[-1], tail)
         push_prefix(self._pages, job)
         with self._changed:
             self.scheduler.ready(job.sequence, job.prefix.num_tokens)
@@ -128,17 +131,12 @@ class PrefillHalf:
         return state
 
     async def _prepare(self, job: PrefillJob) -> None:
-        """Loads the prefix and reserves room for the hand-off, at the same time. Nothing that is loaded stays pinned for the other's sake.
+        """Loads the prefix and reserves room for the hand-off at the same time. No loaded block stays pinned while the reserve waits.
 
-        Raises what the reserve raises; HandoffCorrupt where it was promised a block that the load found corrupt, which is gone now.
+        Raises what the reserve raises, or HandoffCorrupt if the reserve counted on a block that the load found corrupt and dropped.
         """
-        preparing = [asyncio.ensure_future(self._load_prefix(job)), asyncio.ensure_future(self._reserve(job))]
-        try:
-            await asyncio.gather(*preparing)
-        finally:
-            for task in preparing:
-                task.cancel()
-            await asyncio.wait(preparing)
+        async with beside(self._load_prefix(job)) as loading, beside(self._reserve(job)) as reserving:
+            await asyncio.gather(loading, reserving)
         assert job.writer is not None
         if job.prefix.corrupt_in is job.client and any(job.writer.present[block] for block in job.prefix.corrupt_blocks):
             raise HandoffCorrupt(
@@ -161,10 +159,10 @@ class PrefillHalf:
         with self._changed:
             self.scheduler.abort(job.sequence)
         del self._jobs[job.sequence]
-        self._life.spawn(self._release(job, error))
+        self._life.spawn(self._release(job, error), f"releasing {job.sequence.request_id}")
 
     async def _release(self, job: PrefillJob, error: HalfmoonError | None) -> None:
-        """Tells the store of a failure, or caches the blocks; frees the pages once no thread touches them."""
+        """Aborts the hand-off after a failure, else caches the blocks. Frees the pages once no thread touches them."""
         try:
             if error is not None:
                 await self._abort(job, error)
@@ -201,12 +199,18 @@ class PrefillHalf:
                 job.fail(StoreUnavailable(f"the KV store at {client.address} is gone; the hand-off with it", address=client.address))
 
     def leave(self) -> None:
-        """Every stream is a call's own."""
+        """Does nothing: every stream belongs to one call."""
 
-    def fail_all(self, error: WorkerLost) -> None:
+    def fail_all(self, lost: Callable[[str], WorkerLost]) -> None:
         for job in list(self._jobs.values()):
-            job.fail(error)
+            job.fail(lost(job.sequence.request_id))
 
     def _stepped(self, seconds: float, work: StepWork) -> None:
         self._worker.metrics.stepped("prefill", seconds, work)
+        self._worker.prefixes.computed(seconds / max(work.num_tokens, 1))
         self._worker.start_waiting()
+
+    def _failed(self, job: PrefillJob, error: HalfmoonError) -> None:
+        self._worker.metrics.failed("prefill", error.code)
+        error.fields["worker"] = self._worker.worker_id  # decode may hear of it first, by the hand-off's abort
+        job.fail(error)

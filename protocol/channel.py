@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc.aio
 
 from .address import join_address
+from .parsing import Parsing
 
 # Between members message size is bounded by who sends (slices of a few MiB), not by gRPC's 4 MiB default.
 # Keepalive finds a peer whose host vanished without closing its sockets; a killed process is seen at once without it.
@@ -36,7 +37,7 @@ def create_server(host: str, port: int, *, max_request_bytes: int = -1) -> tuple
     Raises OSError where the port is taken.
     """
     options = dict(OPTIONS) | {"grpc.max_receive_message_length": max_request_bytes, "grpc.so_reuseport": 0}
-    server = grpc.aio.server(options=list(options.items()))
+    server = grpc.aio.server(interceptors=(Parsing(),), options=list(options.items()))
     address = join_address(host, port)
     bound = server.add_insecure_port(address)
     if bound == 0:

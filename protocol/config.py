@@ -21,7 +21,7 @@ from .errors import ConfigError
 
 Policy = Literal["random", "round_robin", "least_loaded", "cache_aware", "kvcache_centric", "adaptive"]
 AdmissionName = Literal["none", "two_stage", "ttft_tbt", "early_rejection", "predictive"]
-QueueOrder = Literal["fair", "fcfs", "edf", "late"]
+QueueOrder = Literal["short", "fair", "fcfs", "edf", "late"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 
@@ -44,6 +44,8 @@ class ModelOptions:
     """Tokens in one KV block, and in one page of a worker."""
     max_model_len: int = 0
     """Longest prompt and answer together, in tokens; 0: the length that the model was made for."""
+    prefix_cache_hbm: bool = True
+    """Whether a worker's pages keep the KV of sequences that ended, for prompts that begin alike, until others need the room."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +54,15 @@ class StoreConfig:
     """Shared memory for KV blocks, preallocated on every node."""
     lease_ttl_s: float = 5.0
     """A client of the store that sends no heartbeat for this long loses its session and every lease."""
-    eviction: Literal["lru"] = "lru"
-    """Which cached block goes when room is needed; lru: the one that has been unused for longest."""
+    eviction: Literal["lru", "lfu", "length_aware", "cost"] = "lru"
+    """Which cached block goes when room is needed; lru: the one unused for longest; lfu: the one used least; length_aware: as lfu, the end
+    of a chain first; cost: the one whose uses saved the least time of prefill a byte."""
+    ssd_path: str = ""
+    """Folder on an SSD for cached blocks that have cooled; one store each. They are served again after a restart. Empty: no SSD tier."""
+    ssd_bytes: int = 16 * 2**30
+    """Size of the SSD tier, taken at the start."""
+    ssd_free_ratio: float = 0.1
+    """Share of the arena that is kept free by writing the coldest cached blocks to the SSD; room beyond it is made by dropping them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +75,9 @@ class PrefillConfig:
     """Tokens that a prefill worker's pages hold; 0: twice max_model_len on CPU, 90 % of the free memory on CUDA."""
     num_threads: int = 1
     """Torch threads of a prefill worker on CPU."""
-    transport: Literal["auto", "grpc"] = "auto"
-    """How a prefill worker exchanges KV with stores; auto: shared memory on its own node, gRPC to others; grpc: always gRPC."""
+    transport: Literal["auto", "tcp", "grpc"] = "auto"
+    """How a prefill worker exchanges KV with stores; auto: shared memory on its own node, data connections (TCP beside
+    gRPC) to others; tcp: data connections everywhere; grpc: gRPC everywhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,14 +86,18 @@ class DecodeConfig:
     """Decode workers to start, each on a GPU of its own."""
     max_running: int = 256
     """Sequences that one decode worker runs at a time."""
-    max_prefill_tokens_per_step: int = 512
-    """Prompt tokens computed in one step beside decode tokens: local prefill, preempted sequences and prompts to hand off."""
+    max_prefill_tokens_per_step: int = 2048
+    """Prompt tokens computed in one step beside decode tokens, at most: local prefill, preempted sequences and prompts to hand off."""
+    tpot_target_s: float = 0.05
+    """Seconds per output token that steps with prompt tokens are sized for, of requests that neither bring an SLO nor have
+    proxy.tpot_slo_s; 0: they bound no step, and chunks are max_prefill_tokens_per_step."""
     kv_capacity_tokens: int = 0
     """Tokens that a decode worker's pages hold; 0: eight times max_model_len on CPU, 90 % of the free memory on CUDA."""
     num_threads: int = 1
     """Torch threads of a decode worker on CPU."""
-    transport: Literal["auto", "grpc"] = "auto"
-    """How a decode worker exchanges KV with stores; auto: shared memory on its own node, gRPC to others; grpc: gRPC everywhere."""
+    transport: Literal["auto", "tcp", "grpc"] = "auto"
+    """How a decode worker exchanges KV with stores; auto: shared memory on its own node, data connections (TCP beside
+    gRPC) to others; tcp: data connections everywhere; grpc: gRPC everywhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,9 +124,10 @@ class ProxyConfig:
     """Bound on the time to the first token for a request that brings none of its own; 0: no bound."""
     tpot_slo_s: float = 0.0
     """Bound on the time per output token for a request that brings none of its own; 0: no bound."""
-    order: QueueOrder = "fair"
-    """Order of a worker's queue. fair: requests of one priority share each step; fcfs: by arrival; edf: by the time at which the first
-    token is due; late: as edf, but a request that will be late in any case lets the others pass."""
+    order: QueueOrder = "short"
+    """Order of a worker's queue. short: the prompt with the least to compute first, and nobody is passed for ever; fair: requests of one
+    priority share each step; fcfs: by arrival; edf: by the time at which the first token is due; late: as edf, but a request that will
+    be late in any case lets the others pass."""
     cost_model: str = ""
     """Profile from `halfmoon profile` that predictions start from; empty: a guess. Observations correct either one."""
     num_explained: int = 1000

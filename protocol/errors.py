@@ -19,6 +19,9 @@ HalfmoonError
 │   ├── HandoffIncomplete       500  blocks, layers or keys are missing
 │   ├── HandoffCorrupt          500  a checksum does not match
 │   └── StaleEpoch              500  a slice or seal of an attempt that was given up
+├── NonFiniteLogits             500  the model gave no numbers for a token of this request
+├── SequenceFailed              500  a step broke with this request in it, and not without; another worker may compute it
+├── RequestQuarantined          500  two workers broke while they computed this request; it is not tried again
 ├── SchemaMismatch              500  two sides hold different KV formats
 ├── StoreFull                   503  no block can be evicted
 ├── LeaseExpired                500  the lease ended before the call
@@ -39,15 +42,19 @@ from typing import Any, ClassVar
 
 import grpc
 
+MAX_MESSAGE_LEN = 2000  # characters; what a message quotes of a request may be of any length
+
 
 class HalfmoonError(Exception):
-    """`fields` are JSON values: what the message says in words, for programs."""
+    """`fields` are JSON values: what the message says in words, for programs. A message is cut at MAX_MESSAGE_LEN."""
 
     http_status: ClassVar[int] = 500
     grpc_status: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
     retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, **fields: Any) -> None:
+        if len(message) > MAX_MESSAGE_LEN:
+            message = f"{message[: MAX_MESSAGE_LEN - 40]}… ({len(message)} characters in all)"
         super().__init__(message)
         self.message = message
         self.fields = fields
@@ -153,6 +160,18 @@ class StaleEpoch(HandoffError):
     pass
 
 
+class NonFiniteLogits(HalfmoonError):
+    pass
+
+
+class SequenceFailed(HalfmoonError):
+    retryable = True
+
+
+class RequestQuarantined(HalfmoonError):
+    pass
+
+
 class SchemaMismatch(HalfmoonError):
     grpc_status = grpc.StatusCode.FAILED_PRECONDITION
 
@@ -196,6 +215,13 @@ ERROR_TYPES: dict[str, type[HalfmoonError]] = {error_code(found): found for foun
 
 
 def build_error(code: str, message: str, fields_json: str = "{}") -> HalfmoonError:
-    """The error that `code` names; a code of a newer version becomes an InternalError that keeps its message."""
-    fields = json.loads(fields_json or "{}")
-    return ERROR_TYPES.get(code, InternalError)(message, **fields)
+    """The error that `code` names; a code of a newer version becomes an InternalError that keeps its message.
+
+    Raises InvalidRequest for fields that are no fields of an error: a stranger may have sent them.
+    """
+    try:
+        fields = json.loads(fields_json or "{}")
+        return ERROR_TYPES.get(code, InternalError)(message, **fields)
+    except (ValueError, TypeError, RecursionError):
+        shown = fields_json if len(fields_json) <= 100 else f"{fields_json[:100]}…"
+        raise InvalidRequest(f"fields_json is {shown!r}; it must be an object of an error's fields", param="fields_json") from None

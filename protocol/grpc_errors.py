@@ -17,9 +17,12 @@ import grpc
 import grpc.aio
 
 from .errors import DeadlineExceeded, HalfmoonError, InternalError, InvalidRequest, RequestCancelled, Unavailable, build_error
+from .parsing import REASON, Unparsable
 from .v1 import common_pb2
 
 TRAILER = "halfmoon-error-bin"
+MAX_TRAILER_BYTES = 3000  # gRPC takes 8 KiB of metadata for granted, and a message is there twice, quoted
+SHORT_MESSAGE_LEN = 250
 logger = logging.getLogger(__name__)
 
 _TOO_LARGE = re.compile(r"larger than max \((\d+) vs\. (\d+)\)")  # gRPC's own words; no handler of ours has seen the message
@@ -33,9 +36,12 @@ _BY_STATUS: dict[grpc.StatusCode, type[HalfmoonError]] = {
 
 
 async def abort(context: grpc.aio.ServicerContext, error: HalfmoonError) -> NoReturn:
-    """Ends the RPC with the error's status; the trailer carries code and fields."""
-    trailer = json.dumps([error.code, error.message, error.fields]).encode()
-    await context.abort(error.grpc_status, error.message, ((TRAILER, trailer),))
+    """Ends the RPC with the error's status; the trailer carries code and fields, if they are not too long for one."""
+    message, trailer = error.message, json.dumps([error.code, error.message, error.fields]).encode()
+    if len(trailer) > MAX_TRAILER_BYTES:
+        message = f"{message[:SHORT_MESSAGE_LEN]}…"
+        trailer = json.dumps([error.code, message, {}]).encode()
+    await context.abort(error.grpc_status, message, ((TRAILER, trailer),))
     raise AssertionError("context.abort returned")
 
 
@@ -75,6 +81,8 @@ def unary_boundary(handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awai
     @functools.wraps(handler)
     async def guarded(self: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
+            if isinstance(request, Unparsable):
+                raise InvalidRequest(REASON)
             return await handler(self, request, context)
         except HalfmoonError as error:
             await abort(context, error)
@@ -92,6 +100,8 @@ def stream_boundary(handler: Callable[..., AsyncIterator[Any]]) -> Callable[...,
     @functools.wraps(handler)
     async def guarded(self: Any, request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         try:
+            if isinstance(request, Unparsable):
+                raise InvalidRequest(REASON)
             async for reply in handler(self, request, context):
                 yield reply
         except HalfmoonError as error:

@@ -258,7 +258,10 @@ DEVICE_PEAK_FLOPS = MetricSpec(
     "Dense operations a second of the worker's device by its data sheet, in the model's data type; absent where that is not known.",
 )
 ENGINE_MEMORY = MetricSpec("halfmoon_engine_memory_bytes", "gauge", "worker", "Memory that the engine holds: weights, kv_cache.", ("kind",))
-PREEMPTIONS = MetricSpec("halfmoon_num_preemptions", "counter", "worker", "Sequences that gave up their pages.", ())
+PREEMPTIONS = MetricSpec("halfmoon_num_preemptions", "counter", "worker", "Sequences preempted: their pages went to others.", ())
+SEQUENCES_FAILED = MetricSpec(
+    "halfmoon_sequences_failed", "counter", "worker", "Sequences that a step could not compute, by error code.", ("role", "reason")
+)
 KV_TRANSFER_BYTES = MetricSpec(
     "halfmoon_kv_transfer_bytes", "counter", "worker", "KV bytes moved, by transport and direction.", ("transport", "direction")
 )
@@ -290,6 +293,14 @@ STORE_QUERY_BLOCKS = MetricSpec("halfmoon_store_query_blocks", "counter", "store
 STORE_HIT_BLOCKS = MetricSpec("halfmoon_store_hit_blocks", "counter", "store", "Of those, blocks that were held.")
 STORE_REPLICATED_BLOCKS = MetricSpec("halfmoon_store_replicated_blocks", "counter", "store", "Blocks copied here out of another store.")
 STORE_REPLICATED_BYTES = MetricSpec("halfmoon_store_replicated_bytes", "counter", "store", "Their bytes.")
+STORE_SSD_BYTES = MetricSpec("halfmoon_store_ssd_bytes", "gauge", "store", "The SSD tier, by state: used, free.", ("state",))
+STORE_SSD_BLOCKS = MetricSpec(
+    "halfmoon_store_ssd_blocks",
+    "counter",
+    "store",
+    "Blocks moved: demoted (written to the SSD), promoted (read back), dropped (their bytes did not match), failed (the disk refused).",
+    ("outcome",),
+)
 STORE_REPLICATION_SECONDS = MetricSpec(
     "halfmoon_store_replication_seconds",
     "histogram",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -13,11 +14,16 @@ from .v1 import common_pb2
 
 MAX_LOGPROBS = 20
 MAX_SEED = 2**64 - 1
+LEAST_REPETITION_PENALTY = 0.01  # below, a logit divided by it soon leaves fp32
+LEAST_NORMAL = 2.0**-126  # of fp32: a device may take a smaller number for 0
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Raises InvalidRequest, naming the field and its limit, where a value is out of range or not a number."""
+    """Raises InvalidRequest, naming the field and its limit, where a value is out of range or not a number.
+
+    What is checked is what the kernels use: a number's fp32 value. One that is 0 there is 0 here.
+    """
 
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: all
@@ -39,7 +45,7 @@ class SamplingParams:
         self._require_range("top_k", 0, 2**31 - 1)
         self._require_range("top_p", 0.0, 1.0, exclude_low=True)
         self._require_range("min_p", 0.0, 1.0)
-        self._require_range("repetition_penalty", 0.0, 100.0, exclude_low=True)
+        self._require_range("repetition_penalty", LEAST_REPETITION_PENALTY, 100.0)
         self._require_range("presence_penalty", -2.0, 2.0)
         self._require_range("frequency_penalty", -2.0, 2.0)
         self._require_range("seed", 0, MAX_SEED)
@@ -71,10 +77,24 @@ class SamplingParams:
         return cls(**values)
 
     def _require_range(self, name: str, low: float, high: float, exclude_low: bool = False) -> None:
-        value = getattr(self, name)
+        given = getattr(self, name)
+        if isinstance(given, float):
+            value, low_value = _as_fp32(given), _as_fp32(low)
+            if value == 0.0:
+                object.__setattr__(self, name, 0.0)
+        else:
+            value, low_value = given, low
         # written so that NaN, which compares false with everything, is refused
-        if not (low <= value <= high) or math.isnan(value) or (exclude_low and value == low):
-            self._refuse(name, f"{name} is {value}", f"{'above' if exclude_low else 'at least'} {low} and at most {high}")
+        if not (low_value <= value <= high) or math.isnan(value) or (exclude_low and value == low_value):
+            used = f", which is {value} in fp32" if value == 0.0 != given else ""
+            limit = f"{'above' if exclude_low else 'at least'} {low} and at most {high}"
+            self._refuse(name, f"{name} is {given}{used}", limit)
 
     def _refuse(self, param: str, found: str, limit: str) -> NoReturn:
         raise InvalidRequest(f"{found}; it must be {limit}", param=param)
+
+
+def _as_fp32(value: float) -> float:
+    """As the kernels see it: rounded, and 0 below the smallest normal number."""
+    rounded = ctypes.c_float(value).value
+    return rounded if not abs(rounded) < LEAST_NORMAL else 0.0

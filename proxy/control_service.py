@@ -1,7 +1,8 @@
-"""halfmoon.v1.Control: members join and stay, operators look in and drain."""
+"""halfmoon.v1.Control: members join and report, operators read the status and drain."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncIterator
 
@@ -14,6 +15,8 @@ from ..protocol.v1 import control_pb2, control_pb2_grpc
 from .requests.explanation import explain
 from .requests.router import Router
 
+logger = logging.getLogger(__name__)
+
 
 class ControlService(control_pb2_grpc.ControlServicer):
     def __init__(self, router: Router, model_name: str) -> None:
@@ -22,7 +25,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
         self._model_name = model_name
         self._started = time.monotonic()
 
-    # a coroutine that writes, not a generator: its finally runs at the stream's end and not at the collector's leisure
+    # a coroutine that writes, not a generator: its finally runs at the end of the stream, not when the collector gets to it
     @unary_boundary
     async def Join(self, reports: AsyncIterator[control_pb2.MemberReport], context: grpc.aio.ServicerContext) -> None:
         first = await anext(aiter(reports), None)
@@ -32,12 +35,22 @@ class ControlService(control_pb2_grpc.ControlServicer):
         stream = member.stream
         try:
             await member.orders.open(context.write)
+            if first.HasField("prefixes"):
+                self._cluster.prefixes_changed(member, first.prefixes)
             async for report in reports:
                 if member.gone or member.stream != stream:
-                    return  # a newer process, or a newer stream of this one, has taken its place
+                    return  # a newer process, or a newer stream of this one, has replaced it
+                if report.HasField("broken"):
+                    member.broken = report.broken
+                    logger.error(
+                        "%s broke while it computed %d requests: %s", member.title, len(report.broken.request_ids), report.broken.reason
+                    )
+                    return
                 if report.HasField("answer"):
                     member.orders.answered(report.answer)
                 self._cluster.report(member, report.load, report.role)
+                if report.HasField("prefixes"):
+                    self._cluster.prefixes_changed(member, report.prefixes)
         finally:
             if member.stream == stream:
                 member.orders.closed()

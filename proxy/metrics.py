@@ -1,6 +1,6 @@
 """What the proxy measures: Prometheus metrics, and a window of recent latencies for Status.
 
-Every number is observed once, where the request runner's PhaseClock takes it; the same number stands in the request's PhaseRecord.
+Each number is observed once, where the runner's PhaseClock takes it. The request's PhaseRecord has the same number.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LatencyWindow:
         self._values.append(value_s)
 
     def percentiles(self) -> control_pb2.StatusReply.Percentiles:
-        """By nearest rank; zeros while empty."""
+        """By nearest rank; zeros while the window is empty."""
         ordered = sorted(self._values)
         if not ordered:
             return control_pb2.StatusReply.Percentiles()
@@ -46,7 +46,7 @@ class LatencyWindow:
 
 
 class ProxyMetrics:
-    """Label values are states, roles, policies, phases and error codes, never a client's words."""
+    """Label values are states, roles, policies, phases and error codes, never a client's own text."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
@@ -110,12 +110,12 @@ class ProxyMetrics:
         self._decisions.labels(policy, kind).inc()
 
     def rejected(self, admission: str, code: str) -> None:
-        """admission: who refused: its name, or queue, conductor, drain."""
+        """admission: the admission's name, or who else refused: queue, conductor, drain."""
         self._rejections.labels(admission, code).inc()
         self.rejections[admission] += 1
 
     def predicted(self, predictor: str, predicted_s: float, measured_s: float) -> None:
-        """One number that was predicted, and what it was; predictor: of PREDICTORS."""
+        """One predicted number and its measured value. predictor: one of PREDICTORS."""
         error = abs(predicted_s - measured_s) / max(measured_s, 1e-9)
         self._num_errors[predictor] += 1
         mean = self.mean_errors.get(predictor, 0.0)
@@ -146,13 +146,13 @@ class ProxyMetrics:
             self.predicted("ttft", predicted_s, ttft_s)
 
     def tokens_written(self, num_tokens: int, gap_s: float | None) -> None:
-        """gap_s: since the tokens before, shared evenly among these; None for a request's first."""
+        """gap_s: since the tokens before, divided evenly among these. None for a request's first token."""
         self._generation_tokens.value += num_tokens
         if gap_s is not None:
             self._itl.observe(gap_s / num_tokens, num_tokens)
 
     def finished(self, record: common_pb2.PhaseRecord, usage: common_pb2.Usage) -> None:
-        """A request that came to its own end, with its record."""
+        """A request has finished by itself, with this record."""
         self._e2e.observe(record.e2e_s)
         for name, child in self._phases.items():
             child.observe(getattr(record, f"{name}_s"))
@@ -162,7 +162,7 @@ class ProxyMetrics:
         if usage.num_completion_tokens > 1:
             self._tpot.observe(record.tpot_s)
             self.tpot_window.add(record.tpot_s)
-            if record.predicted_tpot_s > 0.0 and record.tpot_s > 0.0 and record.num_attempts == 1:  # a replay's gap is nobody's step
+            if record.predicted_tpot_s > 0.0 and record.tpot_s > 0.0 and record.num_attempts == 1:  # a replay's gap is no decode step
                 self._predicted_tpot.observe(record.predicted_tpot_s)
                 self._tpot_error.observe(abs(record.predicted_tpot_s - record.tpot_s))
                 self.predicted("tpot", record.predicted_tpot_s, record.tpot_s)

@@ -1,6 +1,6 @@
-"""What the faces must know of the served model: its name and its limits, read from the model folder's JSON files.
+"""What the faces need to know of the served model: its name and limits, from the JSON files of the model folder.
 
-The engine reads the same files its own way (engine/model_config.py); the proxy stands on another floor and needs no tensor.
+The engine reads the same files in its own way (engine/model_config.py). The proxy may not import the engine and needs no tensors.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from .text.tokenizer import read_json
 @dataclass(frozen=True, slots=True)
 class ModelCard:
     name: str
-    """What clients call it."""
+    """Clients use this name."""
     max_model_len: int
     """Prompt and answer together, in tokens."""
     vocab_size: int
-    """Of the embedding: every token id is below it."""
+    """Rows of the embedding. Every token id is smaller."""
     eos_token_ids: frozenset[int]
     dtype: str
 
     @classmethod
     def from_folder(cls, folder: Path, options: ModelOptions, dtype: str) -> ModelCard:
-        """Raises CheckpointError where config.json is missing or lacks a limit."""
+        """Raises CheckpointError if config.json is missing or lacks a limit."""
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"no config.json in {folder}; a model folder in Hugging Face format holds one")
         config = read_json(folder / "config.json")
@@ -49,8 +49,8 @@ def _count(config: dict[str, Any], key: str, folder: Path) -> int:
 
 
 def _eos_token_ids(generation: dict[str, Any], config: dict[str, Any]) -> frozenset[int]:
-    """generation_config.json's where it has any: it names all the tokens that end a turn."""
-    found = generation.get("eos_token_id")
+    """From generation_config.json if it has any, because it names all the tokens that end a turn. Else from config.json."""
+    found: int | list[int] | None = generation.get("eos_token_id")
     if found is None:
         found = config.get("eos_token_id")
     if found is None:

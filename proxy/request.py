@@ -1,6 +1,6 @@
-"""A request as the proxy owns it: what was asked, its state, and the events that a face turns into text.
+"""A request as the proxy owns it: the checked request, its state, and the events that a face turns into text.
 
-QUEUED ─► PREFILL ─► HANDOFF ─► DECODE ─► DONE          (HANDOFF is left out where the decode worker prefills)
+QUEUED ─► PREFILL ─► HANDOFF ─► DECODE ─► DONE          (no HANDOFF if the decode worker prefills)
    │         └─────────┴──────────┴──► QUEUED    a worker died: replayed with the tokens sent so far
    └─► REJECTED        any ─► ABORTED (client gone, cancelled) | FAILED (error, deadline)
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from ..protocol.sampling import SamplingParams
 from ..protocol.trace_context import TraceContext
 from ..protocol.v1 import common_pb2
 
-MAX_CHOICES = 128  # of one request of a client's, all its prompts together
+MAX_CHOICES = 128  # of one client request, over all its prompts
 
 
 class RequestState(enum.StrEnum):
@@ -32,15 +33,15 @@ class RequestState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ProxyRequest:
-    """Validated: the token ids fit the model, the sampling parameters are in range, the seed is set."""
+    """One choice of a request, checked: the token ids fit the model, the sampling parameters are in range, the seed is set."""
 
     request_id: str
-    token_ids: list[int]
+    token_ids: Sequence[int]
     sampling: SamplingParams
     timeout_s: float
     priority: int = 0
     arrival: float = field(default_factory=time.monotonic)  # when the face received it
-    ttft_slo_s: float | None = None  # to be served within; None: the proxy's
+    ttft_slo_s: float | None = None  # None: the proxy's own SLO
     tpot_slo_s: float | None = None
     trace: TraceContext | None = None
     operation: str = "text_completion"  # or chat, as OpenTelemetry names them
@@ -48,7 +49,7 @@ class ProxyRequest:
 
 class Tokens(NamedTuple):
     token_ids: list[int]
-    outputs: list[common_pb2.TokenOutput]  # one for each token where logprobs were asked for, else none
+    outputs: list[common_pb2.TokenOutput]  # one for each token if logprobs were asked for, else none
 
 
 class Finished(NamedTuple):

@@ -1,7 +1,7 @@
-"""Large requests are parsed in a process of their own: JSON's, pydantic's and protobuf's code holds the interpreter from the first
-byte to the last, in a thread as well, and with it every stream of the proxy.
+"""Parses large requests in a process of their own. The code of JSON, pydantic and protobuf holds the interpreter's lock from the first
+byte to the last, even in a thread, and so would stop every stream of the proxy.
 
-bytes ─► process: parse, check ─► Packed (small fields; token ids as bytes, not as a million objects) ─► lists, a piece at a time
+bytes ─► process: parse, check ─► Packed (token ids as bytes) ─► token ids in an array, never as a million objects
 """
 
 from __future__ import annotations
@@ -12,61 +12,61 @@ import concurrent.futures.process
 import multiprocessing
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from ..protocol.errors import InternalError
 from .text.chat_template import ChatMessage
 
 LARGE_BYTES = 2**18
-"""Of a request, from which on it is parsed in the process. Below it the parsers need a few milliseconds."""
-PIECE_LEN = 2**16
-"""Token ids that are made in one go, in about 2 ms."""
+"""Requests larger than this are parsed in the process. For smaller ones the parsers need a few milliseconds."""
+PIECE_LEN = 2**11
+"""Messages that are made in one go, in a few milliseconds."""
 
 Parsed = TypeVar("Parsed")
+Rest = TypeVar("Rest")
 PackedPrompt = str | bytes | list[int]
-"""A prompt's text, its token ids as 32-bit numbers, or the one token id that no model has."""
+"""A prompt's text, its token ids as 32-bit numbers, or one token id that no model has."""
 
 
-class PackedMessages(NamedTuple):
-    roles: list[str]
+class Packed(NamedTuple, Generic[Rest]):
+    """A request on its way between the two processes. What may be long is packed; the rest is in the face's own form."""
+
+    rest: Rest
+    prompts: list[PackedPrompt]
+    roles: list[str]  # of the messages
     contents: list[str]
 
 
-def pack_prompt(prompt: str | Sequence[int]) -> PackedPrompt:
-    if isinstance(prompt, str):
-        return prompt
-    try:
-        return array("I", prompt).tobytes()
-    except OverflowError:
-        return [next(token_id for token_id in prompt if not 0 <= token_id < 2**32)]  # what the request will be refused for
+def pack(rest: Rest, prompts: Sequence[str | Sequence[int]] = (), messages: Sequence[ChatMessage] = ()) -> Packed[Rest]:
+    packed_prompts = [_pack_prompt(prompt) for prompt in prompts]
+    return Packed(rest, packed_prompts, [message.role for message in messages], [message.content for message in messages])
 
 
-async def unpack_prompt(packed: PackedPrompt) -> str | list[int]:
-    if not isinstance(packed, bytes):
-        return packed
-    token_ids: list[int] = []
-    num_bytes = PIECE_LEN * array("I").itemsize
-    for start in range(0, len(packed), num_bytes):
-        token_ids += array("I", packed[start : start + num_bytes])
-        await asyncio.sleep(0)
-    return token_ids
+def unpack_prompts(packed: Packed[Any]) -> list[str | Sequence[int]]:
+    """Token ids come in arrays. To make, copy or free a list of a million takes 10 ms each time."""
+    return [array("I", prompt) if isinstance(prompt, bytes) else prompt for prompt in packed.prompts]
 
 
-def pack_messages(messages: Sequence[ChatMessage]) -> PackedMessages:
-    return PackedMessages([message.role for message in messages], [message.content for message in messages])
-
-
-async def unpack_messages(packed: PackedMessages) -> list[ChatMessage]:
+async def unpack_messages(packed: Packed[Any]) -> list[ChatMessage]:
     messages: list[ChatMessage] = []
-    for start in range(0, len(packed.roles), PIECE_LEN // 8):
-        end = start + PIECE_LEN // 8
+    for start in range(0, len(packed.roles), PIECE_LEN):
+        end = start + PIECE_LEN
         messages += map(ChatMessage, packed.roles[start:end], packed.contents[start:end])
         await asyncio.sleep(0)
     return messages
 
 
+def _pack_prompt(prompt: str | Sequence[int]) -> PackedPrompt:
+    if isinstance(prompt, str):
+        return prompt
+    try:
+        return array("I", prompt).tobytes()
+    except OverflowError:
+        return [next(token_id for token_id in prompt if not 0 <= token_id < 2**32)]  # the request will be refused because of it
+
+
 class RequestProcess:
-    """Belongs to one event loop. The process begins with the first large request, or with warm_up()."""
+    """Belongs to one event loop. The process starts with the first large request, or with warm_up()."""
 
     def __init__(self) -> None:
         self._executor: concurrent.futures.ProcessPoolExecutor | None = None
@@ -76,9 +76,9 @@ class RequestProcess:
         self._running().submit(_nothing)
 
     async def run(self, parse: Callable[..., Parsed], *arguments: Any) -> Parsed:
-        """parse(*arguments) in the process. Arguments and result are pickled, which is quick for few and large parts only.
+        """Runs parse(*arguments) in the process. Arguments and result are pickled, which is fast only for few, large parts.
 
-        Raises what parse raises, or InternalError where the process died under it; the next call has a new one.
+        Raises what parse raises, or InternalError if the process died meanwhile. The next call starts a new process.
         """
         executor = self._running()
         try:

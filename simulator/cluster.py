@@ -6,6 +6,7 @@ arrival ─► Conductor.place(request, snapshot) ─► prefill instance ─►
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 
@@ -70,8 +71,9 @@ class Cluster:
         options = InstanceOptions(
             page_size=scenario.page_size,
             max_tokens_per_step=scenario.max_tokens_per_step,
-            mixed_tokens_per_step=scenario.chunk_tokens,
-            step_target_s=self.roles.step_target_s if self.roles is not None else 0.0,
+            chunk_tokens=scenario.chunk_tokens,
+            tpot_s=scenario.slo.tpot_s if math.isfinite(scenario.slo.tpot_s) else scenario.tpot_target_s,
+            knows=(scenario.knows or scenario.cost).step_cost,
             max_running=scenario.max_running,
             learn=scenario.learn,
         )
@@ -162,7 +164,11 @@ class Cluster:
             return 0
         predicted_s = job.predicted_ttft_s if job.predicted_ttft_s >= 0 else None
         return queue_order(
-            self.scenario.order, arrival_s=job.request.arrival_s, ttft_slo_s=self.scenario.slo.ttft_s, predicted_ttft_s=predicted_s
+            self.scenario.order,
+            arrival_s=job.request.arrival_s,
+            ttft_slo_s=self.scenario.slo.ttft_s,
+            predicted_ttft_s=predicted_s,
+            work_s=job.predicted_prefill_s,
         )
 
     # what instances tell
@@ -195,7 +201,7 @@ class Cluster:
     def prefill_done(self, job: Job) -> None:
         node = self.by_name[job.prefill_on]
         job.prefill_done_s = self.loop.now
-        self.prefixes.kept(node, job)
+        self.prefixes.cached(node, job)
         if self.scenario.learn and job.attempt_cost_s > 0:
             new = job.num_tokens - job.num_cached_tokens
             self.predictors.prefill.observe(new, job.num_cached_tokens, job.attempt_cost_s)
@@ -217,8 +223,8 @@ class Cluster:
                 job.wasted_prefill_s += job.attempt_cost_s
                 self._end(job, "rejected_at_decode", found.reason)
                 return
-        if self.scenario.keep_on_decode and job.decode_on != job.prefill_on:
-            decode.cache.keep(job.keys)
+        if self.scenario.cache_on_decode and job.decode_on != job.prefill_on:
+            decode.cache.insert(job.keys)
         decode.add_decode(job)
 
     def _judge_again(self, job: Job, decode: Instance) -> Rejection | None:

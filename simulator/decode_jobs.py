@@ -6,9 +6,13 @@ step_ends   one moment a step; a job's tokens are runs of them: (instance, first
 
 from __future__ import annotations
 
+import heapq
+import math
+
 from ..decode_worker.scheduler import Step
 from ..engine.page_allocator import PageAllocator
 from ..engine.sequence import Sequence
+from ..protocol.timing.chunk_sizer import MARGIN, token_target_s
 from .decode_batch import DecodeBatch, decode_sequence
 from .job import Job
 from .owner import Owner
@@ -24,8 +28,11 @@ class DecodeJobs:
         self._instance = instance
         self._owner = owner
 
-    def reset(self, allocator: PageAllocator, page_size: int, max_running: int) -> None:
-        """For a new process."""
+    def reset(self, allocator: PageAllocator, page_size: int, max_running: int, tpot_s: float) -> None:
+        """For a new process. tpot_s: of every request; inf: none."""
+        self._tpot_s = tpot_s
+        self._in_hand: list[tuple[float, int, Sequence]] = []  # start less what its steps may have taken; the least is the tightest
+        self._num_started = 0
         self.batch = DecodeBatch(allocator, page_size, max_running=max_running)
         self.jobs: dict[Sequence, Job] = {}
         self._open: dict[Sequence, int] = {}  # decoding -> first of its present run of steps
@@ -46,7 +53,18 @@ class DecodeJobs:
         self.jobs[sequence] = job
         self.batch.add(sequence)
 
-    def start(self) -> None:
+    def target_s(self, now: float) -> float:
+        """What a step that begins now may take, by the sequence with the least in hand; inf where nobody bounds it."""
+        if not math.isfinite(self._tpot_s) or not self.jobs:
+            return math.inf
+        while self._in_hand[0][2] not in self.jobs:
+            heapq.heappop(self._in_hand)
+        steps, usual_s = self.batch.steps.value, MARGIN * self._tpot_s
+        # every sequence gets a token a step, so that the tightest stays the tightest
+        in_hand_s = self._in_hand[0][0] + usual_s * steps - now
+        return token_target_s(self._tpot_s, 0, -in_hand_s)
+
+    def start(self, now: float) -> None:
         """Between two steps: pages are written then."""
         while self.batch.num_waiting:
             started = self.batch.start()
@@ -54,6 +72,9 @@ class DecodeJobs:
                 return
             for sequence in started:
                 self._owner.decode_started(self.jobs[sequence])
+                self._num_started += 1
+                may_have_s = MARGIN * self._tpot_s * self.batch.steps.value if math.isfinite(self._tpot_s) else 0.0
+                heapq.heappush(self._in_hand, (now - may_have_s, self._num_started, sequence))
                 if self.batch.join(sequence):
                     self._ended(sequence)
 

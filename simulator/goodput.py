@@ -46,7 +46,8 @@ class GoodputSearch:
         self.num_runs = 0
 
     def attainment(self, scenario: Scenario, speed: float) -> float:
-        knows_slo = scenario.flexible or scenario.admission != "none" or scenario.order == "late"
+        sized = scenario.coupled and not scenario.chunk_tokens
+        knows_slo = sized or scenario.flexible or scenario.admission != "none" or scenario.order in ("late", "short")
         key = scenario if knows_slo else scenario.with_(slo=Slo())
         result = self._results.get((key, speed))
         if result is None:

@@ -9,12 +9,16 @@ Pages are one pool. Runs of equal decode steps are taken at once (DecodeBatch), 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable
 
 from ..decode_worker.scheduler import Step as DecodeStep
 from ..engine.page_allocator import PageAllocator
 from ..prefill_worker.scheduler import Step as PrefillStep
+from ..protocol.timing.chunk_sizer import token_target_s
+from ..protocol.timing.step_cost import ChunkWork, StepWork, attention_of
+from ..protocol.timing.step_fit import StepFit
 from ..proxy.conductor.placement import MemberState
 from ..proxy.conductor.predictors.cost_model import CostModel
 from ..proxy.conductor.predictors.timing import Predictors
@@ -57,7 +61,8 @@ class Instance:
         options = self.options
         self.allocator = PageAllocator(self.cost.kv_capacity_tokens // options.page_size)
         self.prefill = PrefillQueue(self.allocator, self.cost, options, self._predictors, self._owner, self._loop, self.poke)
-        self.decode.reset(self.allocator, options.page_size, options.max_running)
+        self.decode.reset(self.allocator, options.page_size, options.max_running, options.step_tpot_s)
+        self.fit = StepFit(options.knows)
         self._ending = False
         self._step: tuple[PrefillStep | None, DecodeStep | None] | None = None
         self._step_start_s = 0.0
@@ -90,7 +95,7 @@ class Instance:
         """Its hand-off is here, whole."""
         self.decode.add(job)
         if self._step is None and not self._ending:  # else at the end of the step
-            self.decode.start()
+            self.decode.start(self._loop.now)
         self._on_change(self)
         self.poke()
 
@@ -137,34 +142,45 @@ class Instance:
     def _begin(self) -> None:
         """The next step, if there is something to do."""
         batch = self.decode.batch
-        whole = batch.prepare() if batch.has_work else None
-        batch_s, num_decoding = 0.0, 0
-        if whole is not None:
-            batch_s, num_decoding = self._whole_step_s(whole)
-        elif batch.num_batch:
-            num_decoding = batch.num_batch
-            batch_s = self.cost.step_time(num_decoding, batch.num_kv_tokens)
-            self.decode.open_runs()
-        prefill = self.prefill.schedule(batch_s, num_decoding) if self.prefill.num_ready else None
         now = self._step_start_s = self._loop.now
-        if prefill is None and whole is None and not num_decoding:
+        whole = batch.prepare() if batch.has_work else None
+        decodes, own_chunks = StepWork(num_decodes=batch.num_batch, num_context_tokens=batch.num_kv_tokens), []
+        if whole is not None:
+            decodes, own_chunks = _parts(whole)
+        elif batch.num_batch:
+            self.decode.open_runs()
+        prefill = None
+        if self.prefill.num_ready:
+            prefill = self.prefill.schedule(self.fit.cost, decodes, self.decode.target_s(now) if decodes.num_decodes else math.inf)
+        if prefill is None and whole is None and not decodes.num_decodes:
             self.processor.leave(self)
             return
         self.processor.enter(self)
         slow = self.processor.slowdown
         self._step = (prefill, whole)
+        chunks = own_chunks + [(chunk.num_tokens, chunk.start) for chunk in prefill.chunks] if prefill else own_chunks
+        num_decodes, num_context_tokens = decodes.num_decodes, decodes.num_context_tokens
+        step_s = self.cost.mixed_time(chunks, num_decodes, num_context_tokens)
+        if self.options.learn:
+            self._learn(chunks, decodes, step_s * slow)
         if prefill is None and whole is None:
-            self._equal_ends = self._equal(now, batch_s * slow, slow)
-            if self.options.learn:
-                self._predictors.step.observe(num_decoding, batch.num_kv_tokens, self._equal_ends[0] - now)
+            self._equal_ends = self._equal(now, step_s * slow, slow)
             self._schedule_end(self._equal_ends[-1])
             return
-        prefill_s = self.prefill.begin(prefill) if prefill else 0.0
-        self.prefill_s += prefill_s
-        self._schedule_end(now + batch_s * slow + prefill_s * slow)
+        self._schedule_end(now + step_s * slow)
         if prefill:
+            prefill_s = step_s - (self.cost.mixed_time(own_chunks, num_decodes, num_context_tokens) if own_chunks or num_decodes else 0.0)
+            self.prefill_s += prefill_s
+            self.prefill.begin(prefill, prefill_s)
             self.prefill.computing(prefill_s)
             self._on_change(self)
+
+    def _learn(self, chunks: list[tuple[int, int]], decodes: StepWork, seconds: float) -> None:
+        num_tokens, attention = sum(new for new, _ in chunks), sum(attention_of(new, prefix) for new, prefix in chunks)
+        work = decodes._replace(num_chunk_tokens=num_tokens, attention=attention)
+        self.fit.observe(work, seconds)
+        if work.num_decodes:
+            self._predictors.step.observe(work, seconds)
 
     def _equal(self, now: float, first_s: float, slow: float) -> list[float]:
         ends: list[float] = []
@@ -174,13 +190,6 @@ class Instance:
             ends.append(now)
             first_s += more_s
         return ends
-
-    def _whole_step_s(self, step: DecodeStep) -> tuple[float, int]:
-        decoding = [chunk for chunk in step.chunks if chunk.num_tokens == 1]
-        recomputed_s = sum(self.cost.prefill_time(chunk.num_tokens, chunk.start) for chunk in step.chunks if chunk.num_tokens > 1)
-        if not decoding:
-            return recomputed_s, 0
-        return recomputed_s + self.cost.step_time(len(decoding), sum(chunk.start + 1 for chunk in decoding)), len(decoding)
 
     def _end(self, version: int) -> None:
         if version != self._version or self._step is None:
@@ -200,7 +209,7 @@ class Instance:
                 self.decode.count([now])
         if prefill is not None:
             self.prefill.end(prefill, self._step_start_s)
-        self.decode.start()
+        self.decode.start(now)
         self.prefill.feed()
         self._ending = False
         self._on_change(self)
@@ -228,7 +237,7 @@ class Instance:
             id=self.name,
             incarnation=f"{self.name}#{self.incarnation}",
             store_address=self.node,
-            num_outstanding_tokens=num_context_tokens if self.role == "decode" else prefill.num_left_tokens,
+            num_outstanding_tokens=prefill.num_left_tokens if self.role == "prefill" else num_context_tokens,
             kv_capacity_tokens=self.cost.kv_capacity_tokens,
             busy_until_s=busy_until_s,
             num_requests=num_running + len(jobs.promised),
@@ -239,15 +248,14 @@ class Instance:
 
     def _slowdown(self) -> float:
         """How much longer prefill takes because a decode batch shares its steps."""
-        batch, options = self.decode.batch, self.options
+        batch, options, cost = self.decode.batch, self.options, self.fit.cost
         if not batch.num_batch:
             return 1.0
-        batch_s = self._predictors.step.predict(batch.num_batch, batch.num_kv_tokens)
-        chunk_s = options.step_target_s - batch_s
-        if options.step_target_s <= 0:
-            chunk_s = self._predictors.prefill.predict(options.mixed_tokens_per_step, 0)
-        least_s = self._predictors.prefill.predict(options.page_size, 0) / 4
-        return 1.0 + batch_s / max(chunk_s, least_s)
+        decodes = StepWork(num_decodes=batch.num_batch, num_context_tokens=batch.num_kv_tokens)
+        target_s = token_target_s(options.step_tpot_s, 0, 0.0)
+        num_tokens = options.sizer.num_tokens(cost, decodes, target_s, [ChunkWork(0, options.max_tokens_per_step)])
+        beside = decodes._replace(num_chunk_tokens=num_tokens, attention=attention_of(num_tokens, 0))
+        return cost.seconds(beside) / self.cost.prefill_time(num_tokens, 0)
 
     # failures
 
@@ -267,3 +275,10 @@ class Instance:
     def revive(self) -> None:
         self.down = False
         self._on_change(self)
+
+
+def _parts(step: DecodeStep) -> tuple[StepWork, list[tuple[int, int]]]:
+    """Its decode tokens, and what it recomputes as (tokens, tokens before them)."""
+    decoding = [chunk for chunk in step.chunks if chunk.num_tokens == 1]
+    recomputed = [(chunk.num_tokens, chunk.start) for chunk in step.chunks if chunk.num_tokens > 1]
+    return StepWork(num_decodes=len(decoding), num_context_tokens=sum(chunk.start + 1 for chunk in decoding)), recomputed

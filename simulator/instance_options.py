@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+from ..protocol.timing.chunk_sizer import LEAST_CHUNK_TOKENS, ChunkSizer
+from ..protocol.timing.step_cost import StepCost
 
 Role = Literal["prefill", "decode", "coupled"]
 
@@ -11,13 +15,26 @@ Role = Literal["prefill", "decode", "coupled"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceOptions:
     page_size: int = 128
-    """Tokens; a chunk ends at a page's end."""
+    """Tokens."""
     max_tokens_per_step: int = 2048
     """Prefill budget of a step without a decode batch."""
-    mixed_tokens_per_step: int = 512
-    """Prefill budget of a step with one: the chunk size of a coupled instance."""
-    step_target_s: float = 0.0
-    """Above 0: the budget of a mixed step is what fits under it, and mixed_tokens_per_step is not used."""
+    chunk_tokens: int = 0
+    """Prefill budget of a step with one; 0: as large as tpot_s allows, up to max_tokens_per_step."""
+    tpot_s: float = math.inf
+    """Of every request: what chunks are sized by."""
+    knows: StepCost
+    """What the instance thinks of its steps."""
     max_running: int = 512
     learn: bool = False
-    """Predictors are told what steps took."""
+    """Predictors, and the instance's own fit, are told what steps took."""
+
+    @property
+    def sizer(self) -> ChunkSizer:
+        return ChunkSizer(
+            most=self.max_tokens_per_step, most_beside=self.chunk_tokens or self.max_tokens_per_step, least=LEAST_CHUNK_TOKENS
+        )
+
+    @property
+    def step_tpot_s(self) -> float:
+        """The TPOT that chunks are sized by; inf where their size is given."""
+        return math.inf if self.chunk_tokens else self.tpot_s

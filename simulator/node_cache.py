@@ -1,6 +1,6 @@
 """The blocks that one node's store holds, in the store's own classes: slots, content index and eviction of kvstore/, without bytes.
 
-prompt keys ──acquire──► longest leading run, pinned ──keep──► its new blocks found by key ──release──► evictable
+prompt keys ──acquire──► longest leading run, pinned ──insert──► its new blocks found by key ──release──► evictable
                               DRAM ──evicted──► SSD ──evicted──► gone;   a hit on SSD is promoted
 """
 
@@ -27,6 +27,7 @@ class NodeCache:
 
     def __init__(self, num_blocks: int, on_change: Change, *, num_ssd_blocks: int = 0, eviction: str = "lru") -> None:
         self._on_change = on_change
+        self._eviction = eviction
         self.dram_slots = SlotAllocator(num_blocks)
         self.dram = ContentIndex(self.dram_slots, create_eviction_policy(eviction), self._dram_changed)
         self.ssd_slots = SlotAllocator(num_ssd_blocks)
@@ -38,7 +39,7 @@ class NodeCache:
         num_ssd = len(self.ssd.find_run(keys[len(slots) :])) if self.ssd_slots.num_slots else 0
         return Run(slots, num_ssd, len(keys))
 
-    def keep(self, keys: Sequence[bytes]) -> None:
+    def insert(self, keys: Sequence[bytes]) -> None:
         """All of keys stand here now; those that do not fit beside what is pinned are left out, from the end."""
         missing = [key for key in keys if self.dram.slot(key) is None]
         held = [slot for key in keys if (slot := self.dram.slot(key)) is not None]
@@ -56,7 +57,7 @@ class NodeCache:
     def clear(self) -> list[bytes]:
         """The node died. Returns what was held; on_change is not called."""
         keys = self.dram.keys() + self.ssd.keys()
-        self.__init__(self.dram_slots.num_slots, self._on_change, num_ssd_blocks=self.ssd_slots.num_slots)
+        self.__init__(self.dram_slots.num_slots, self._on_change, num_ssd_blocks=self.ssd_slots.num_slots, eviction=self._eviction)
         return keys
 
     def _dram_changed(self, stored: list[bytes], evicted: list[bytes]) -> None:

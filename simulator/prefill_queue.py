@@ -13,6 +13,7 @@ from ..engine.page_allocator import PageAllocator
 from ..engine.sequence import Sequence
 from ..prefill_worker.scheduler import PrefillScheduler, Step
 from ..protocol.sampling import SamplingParams
+from ..protocol.timing.step_cost import StepCost, StepWork
 from ..proxy.conductor.predictors.cost_model import CostModel
 from ..proxy.conductor.predictors.timing import Predictors
 from .clock import EventLoop
@@ -20,7 +21,6 @@ from .instance_options import InstanceOptions
 from .job import Job
 from .owner import Owner
 
-STARVED_STEPS = 40  # without a chunk; then one goes in whatever the step takes. Under a tenth of the steps, which is what TBT looks at
 NEVER = 2**62  # no priority is less urgent
 NO_SAMPLING = SamplingParams(max_tokens=1, ignore_eos=True)
 
@@ -38,6 +38,7 @@ class PrefillQueue:
         self.num_ready = 0
         self._cost = cost
         self._options = options
+        self._sizer = options.sizer
         self._predictors = predictors
         self._owner = owner
         self._loop = loop
@@ -46,7 +47,6 @@ class PrefillQueue:
         self._num_added = 0
         self._most_urgent_fed = NEVER
         self._fresh: dict[Sequence, Job] = {}  # ready, and no chunk of them computed
-        self._skipped = 0  # mixed steps in a row that had no room for a chunk
 
     def add(self, job: Job, queue_order: int) -> None:
         """queue_order: the queue's order, lower first."""
@@ -103,46 +103,42 @@ class PrefillQueue:
         job.num_cached_tokens = num_cached
         self.scheduler.ready(sequence, num_cached)
 
-    def schedule(self, batch_s: float, num_decoding: int) -> Step | None:
-        """The chunks that go into a step beside a decode batch of batch_s; None where none does."""
-        options = self._options
-        budget = options.max_tokens_per_step
-        if num_decoding:
-            budget = options.mixed_tokens_per_step if options.step_target_s <= 0 else self._fitting_tokens(options.step_target_s - batch_s)
-            if budget < options.page_size:
-                self._skipped += 1
-                return None
-            self._skipped = 0
+    def schedule(self, cost: StepCost, decodes: StepWork, target_s: float) -> Step | None:
+        """The chunks that go into a step beside a decode batch; None where none does.
+
+        Args:
+            cost: as the instance knows it.
+            target_s: what the step may take.
+        """
         for sequence, job in self._fresh.items():
             num_cached = self._owner.look_again(job)
             if num_cached > job.num_cached_tokens:
                 self._recount(sequence, job, num_cached)
-        self.scheduler.max_tokens_per_step = budget
-        step = self.scheduler.schedule()
+        budget = self._sizer.num_tokens(cost, decodes, target_s, self.scheduler.waiting_chunks)
+        # who decodes his own prompt has chunks of any size, as in DecodeScheduler; blocks for another are pushed whole
+        self.scheduler.chunk_alignment = 1 if decodes.num_decodes else self._options.page_size
+        step = self.scheduler.schedule(budget)
         for chunk in step.chunks:
             self._fresh.pop(chunk.sequence, None)
         return step if step.chunks else None
 
-    def _fitting_tokens(self, left_s: float) -> int:
-        """Prefill tokens that fit into the rest of a step; a page now and then where nothing fits, lest a prefill starves."""
-        first = next((entry.sequence for entry in self.scheduler._started if entry.runnable), None)
-        found = self._predictors.prefill.tokens_within(left_s, first.num_computed_tokens) if first is not None else 0
-        page = self._options.page_size
-        return max(found // page * page, page if self._skipped >= STARVED_STEPS else 0)
+    def begin(self, step: Step, seconds: float) -> None:
+        """The step's chunks are computed from now on. seconds: of the step, without what its decode batch takes alone.
 
-    def begin(self, step: Step) -> float:
-        """The step's chunks are computed from now on. Seconds that they take, alone."""
-        seconds = 0.0
-        for chunk in step.chunks:
+        Each has of them what its tokens, its attention and its part of what every step costs would take in a step of chunks alone.
+        """
+        cost, num_tokens = self._cost, step.num_tokens
+        alone = [cost.prefill_time(chunk.num_tokens, chunk.start) for chunk in step.chunks]
+        alone = [each - cost.prefill_s * (1.0 - chunk.num_tokens / num_tokens) for each, chunk in zip(alone, step.chunks, strict=True)]
+        part = seconds / sum(alone)
+        for chunk, each in zip(step.chunks, alone, strict=True):
             job = self.jobs[chunk.sequence]
-            chunk_s = self._cost.prefill_time(chunk.num_tokens, chunk.start)
-            seconds += chunk_s
+            chunk_s = each * part
             job.prefill_cost_s += chunk_s
             job.attempt_cost_s += chunk_s
             if job.prefill_start_s < 0:
                 job.prefill_start_s = self._loop.now
                 self._owner.prefill_started(job)
-        return seconds
 
     def computing(self, seconds: float) -> None:
         """So much of what was queued is in a step now."""

@@ -1,6 +1,6 @@
-"""Cached prefixes on the virtual clock: what a node holds is pinned, what another holds more is fetched, what was computed is kept.
+"""Cached prefixes on the virtual clock: what a node holds is pinned, what another holds more is fetched, what was computed is cached.
 
-placed ─hope─► prefill starts ─load─► … ─look_again─► first chunk … last chunk ─kept─► in the node's cache and in the index
+placed ─hope─► prefill starts ─load─► … ─look_again─► first chunk … last chunk ─cached─► in the node's cache and in the index
 The index knows of a node what was placed there at once, as the live proxy's does; when the prefill has ended it is put right.
 """
 
@@ -43,7 +43,7 @@ class Prefixes:
         nodes = [instance for instance in self.by_name.values() if instance.role != "decode"]
         for request in requests:
             session = max(request.block_ids[:2])  # the second where there is one: the first may be everybody's
-            nodes[session % len(nodes)].cache.keep(self.keys(request))
+            nodes[session % len(nodes)].cache.insert(self.keys(request))
 
     def hope(self, node: Instance, job: Job) -> None:
         """Counts what was placed as cached: it will be by the time that a request behind it starts."""
@@ -96,10 +96,10 @@ class Prefixes:
         job.run = run
         return max(job.num_cached_tokens, len(run.slots) * self._scenario.block_size)
 
-    def kept(self, node: Instance, job: Job) -> None:
+    def cached(self, node: Instance, job: Job) -> None:
         """The prefill is done: its blocks stand on the node, as far as they fit."""
         self.unpin(node, job)
-        node.cache.keep(job.keys)
+        node.cache.insert(job.keys)
         self.heal(node, job)
 
     def unpin(self, node: Instance, job: Job) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Group
 from rich.table import Table
@@ -91,9 +91,9 @@ def slo_text(slo: Slo) -> str:
 def _plain(value: Any) -> Any:
     """JSON has no infinity: as text."""
     if isinstance(value, dict):
-        return {key: _plain(found) for key, found in value.items()}
+        return {key: _plain(found) for key, found in cast(dict[str, Any], value).items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(found) for found in value]
+        return [_plain(found) for found in cast(Sequence[Any], value)]
     if isinstance(value, float) and value in (float("inf"), float("-inf")):
         return str(value)
     return value

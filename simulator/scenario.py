@@ -49,12 +49,12 @@ class Scenario:
     policy: str = "kvcache_centric"
     admission: str = "none"
     slo: Slo = PAPER_SLO
-    order: Order | Literal["fair"] = "edf"
+    order: Order | Literal["fair"] = "short"
     """Order of the prefill queues. fair: as in the worker, which shares a step's budget between prompts."""
     balancing_threshold: float = 1.0
     remote_prefix: bool = True
     """Prefixes are fetched from other nodes' stores; without, each node has its own cache only."""
-    keep_on_decode: bool = False
+    cache_on_decode: bool = False
     """Blocks of a hand-off stay in the decode node's store too."""
     eviction: str = "lru"
     one_node: bool = False
@@ -63,8 +63,10 @@ class Scenario:
     """Tokens that a request's block id stands for."""
     page_size: int = 128
     max_tokens_per_step: int = 2048
-    chunk_tokens: int = 256
-    """Prompt tokens in a mixed step of a coupled instance."""
+    chunk_tokens: int = 0
+    """Prompt tokens in a step that also decodes; 0: as many as the TPOT allows."""
+    tpot_target_s: float = 0.05
+    """What chunks are sized by where the SLO has no TPOT."""
     max_running: int = 512
     learn: bool = False
     """Predictors are fitted to what the run shows; without, they are the cost model's formulas."""
@@ -93,7 +95,7 @@ class Scenario:
     @property
     def title(self) -> str:
         if self.coupled:
-            return f"{self.num_instances} coupled, chunk {self.chunk_tokens}, {self.policy}"
+            return f"{self.num_instances} coupled, chunk {self.chunk_tokens or 'sized'}, {self.policy}"
         if self.flexible:
             return f"{self.num_instances} {self.policy}"
         return f"{self.num_prefill}P{self.num_decode}D, {self.policy}"

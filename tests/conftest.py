@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 if not Path("/dev/nvidiactl").exists():
@@ -27,6 +28,9 @@ if NUM_WORKERS > 1:
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 # a shell that runs the suite in the background has it ignored, and so would have every process that a test starts and interrupts
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# an example may take as long as it has to: on a busy machine it would fail after 200 ms, or for being slow to draw
+hypothesis.settings.register_profile("halfmoon", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("halfmoon")
 
 
 EXIT_S = 60  # from the last test to the end of the process
@@ -53,24 +57,25 @@ def pytest_configure(config: pytest.Config) -> None:
     grpc.aio.init_grpc_aio()
 
 
-LONGEST = ("deploy", "kernels/test_compile_ahead.py", "engine/test_weights.py", "decode_worker/test_worker.py")
-"""Folders and files that take longest: begun first, or one worker would be left alone with them at the end."""
+ON_RAY = "on one Ray"
+LONGEST = (
+    ON_RAY, "kernels/test_compile_ahead.py", "deploy/test_serve.py", "decode_worker/test_worker.py",
+    "decode_worker/test_local_prefill.py", "decode_worker/test_both_roles.py", "engine/test_engine.py", "engine/test_demo_model.py",
+)  # fmt: skip
+"""Groups that take longest: begun first, or one worker would be left alone with them at the end."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For `pytest -n`: a file's tests stay together, and all of deploy/, whose Ray and whose bounds in time are one machine's."""
+    """For `pytest -n`: a file's tests stay together, and those of all files whose clusters share one Ray."""
     if not config.pluginmanager.hasplugin("xdist"):
         return
     folder = Path(__file__).parent
+    on_ray = {item.path for item in items if "two_nodes" in getattr(item, "fixturenames", ())}
+    groups = {item.path: ON_RAY if item.path in on_ray else str(item.path.relative_to(folder)) for item in items}
     for item in items:
-        path = item.path.relative_to(folder)
-        item.add_marker(pytest.mark.xdist_group("deploy" if path.parts[0] == "deploy" else str(path)))
+        item.add_marker(pytest.mark.xdist_group(groups[item.path]))
     if config.getoption("numprocesses", None) or NUM_WORKERS > 1:
-        items.sort(key=lambda item: _rank(str(item.path.relative_to(folder))))
-
-
-def _rank(path: str) -> int:
-    return next((index for index, prefix in enumerate(LONGEST) if path.startswith(prefix)), len(LONGEST))
+        items.sort(key=lambda item: LONGEST.index(groups[item.path]) if groups[item.path] in LONGEST else len(LONGEST))
 
 
 @pytest.hookimpl(trylast=True)

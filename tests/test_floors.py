@@ -7,6 +7,7 @@ import graphlib
 import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,6 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 PROXY_FLOORS: dict[str, set[str]] = {
     "request": set(),
-    "tasks": set(),
     "conductor": set(),
     "text": set(),
     "request_process": {"text"},
@@ -38,9 +38,9 @@ PROXY_FLOORS: dict[str, set[str]] = {
     "tracing": {"request"},
     "member_metrics": set(),
     "metrics": {"request", "verdict", "face_metrics", "member_metrics"},
-    "members": {"conductor", "metrics", "member_metrics", "tasks"},
-    "prefixes": {"conductor", "members", "tasks"},
-    "requests": {"request", "conductor", "text", "model_card", "metrics", "verdict", "tracing", "members", "prefixes", "tasks"},
+    "members": {"conductor", "metrics", "member_metrics"},
+    "prefixes": {"conductor", "members"},
+    "requests": {"request", "conductor", "text", "model_card", "metrics", "verdict", "tracing", "members", "prefixes"},
     "openai": {"requests", "request_process", "text", "members", "face_metrics"},
     "inference_service": {"requests", "request_process", "text"},
     "control_service": {"requests"},
@@ -151,37 +151,41 @@ def test_a_transformers_model_imports_in_a_process_started_in_the_root() -> None
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env=_environment_without_safe_path())
 
 
-@pytest.mark.parametrize(
-    "module",
-    ["halfmoon.engine.sequence", "halfmoon.engine.page_allocator", "halfmoon.engine.combined_scheduler",
-     "halfmoon.prefill_worker.scheduler", "halfmoon.decode_worker.scheduler",
-     "halfmoon.proxy.conductor.conductor", "halfmoon.kvstore.eviction"],
-)  # fmt: skip
-def test_what_the_simulator_runs_imports_neither_torch_nor_ray(module: str) -> None:
-    code = f"import sys, {module}; found = {{'torch', 'ray'}} & set(sys.modules); sys.exit(str(found) if found else 0)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def import_all(modules: Sequence[str], *, without: Sequence[str]) -> None:
+    """In one process of their own, one after the other. Fails at the first that imports one of `without`."""
+    code = (
+        f"import importlib, sys\nfor name in {list(modules)!r}:\n"
+        f"    importlib.import_module(name)\n    found = {set(without)!r} & set(sys.modules)\n    assert not found, (name, found)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_the_simulator_runs_imports_neither_torch_nor_ray() -> None:
+    schedulers = ("engine.combined_scheduler", "prefill_worker.scheduler", "decode_worker.scheduler")
+    others = ("engine.sequence", "engine.page_allocator", "proxy.conductor.conductor", "kvstore.eviction")
+    import_all([f"halfmoon.{name}" for name in (*schedulers, *others)], without=["torch", "ray"])
+
+
+def test_what_stands_above_the_executor_imports_no_torch() -> None:
+    modules = [f"halfmoon.{name}" for name in ("engine.executor", "engine.worker", "prefill_worker.worker", "decode_worker.worker")]
+    import_all(modules, without=["torch", "ray"])
 
 
 @pytest.mark.parametrize(
-    "module", ["halfmoon.engine.executor", "halfmoon.engine.worker", "halfmoon.prefill_worker.worker", "halfmoon.decode_worker.worker"]
+    ("module", "unwanted"), [("proxy.server", ["torch"]), ("kvstore.server", ["torch", "fastapi"]), ("deploy.worker", ["fastapi"])]
 )
-def test_what_stands_above_the_executor_imports_no_torch(module: str) -> None:
-    code = f"import sys; sys.modules['torch'] = sys.modules['ray'] = None; import {module}"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_a_members_process_loads_nothing_that_only_others_need(module: str, unwanted: list[str]) -> None:
+    import_all(["halfmoon.deploy.actors", f"halfmoon.{module}"], without=unwanted)
 
 
 def test_the_conductor_imports_neither_grpc_nor_torch_nor_ray() -> None:
     names = [".".join(["halfmoon", *path.relative_to(ROOT).with_suffix("").parts]) for path in modules("proxy/conductor")]
-    code = f"import sys, {', '.join(names)}; found = {{'grpc', 'torch', 'ray'}} & set(sys.modules); sys.exit(str(found) if found else 0)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    import_all(names, without=["grpc", "torch", "ray"])
 
 
-@pytest.mark.parametrize(
-    "module", ["halfmoon.engine.engine", "halfmoon.engine.worker", "halfmoon.kvstore.server", "halfmoon.deploy.worker"]
-)
-def test_what_runs_on_a_gpu_machine_imports_without_ray(module: str) -> None:
-    code = f"import sys; sys.modules['ray'] = None; import {module}"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_what_runs_on_a_gpu_machine_imports_without_ray() -> None:
+    import_all([f"halfmoon.{name}" for name in ("kvstore.server", "engine.worker", "engine.engine", "deploy.worker")], without=["ray"])
 
 
 def test_no_function_is_longer_than_a_screen_and_no_file_than_500_lines() -> None:
@@ -191,6 +195,26 @@ def test_no_function_is_longer_than_a_screen_and_no_file_than_500_lines() -> Non
                 continue
             text = path.read_text()
             assert len(text.splitlines()) <= 500, f"{path.relative_to(ROOT)} has {len(text.splitlines())} lines"
+
+
+def test_nobody_starts_a_task_but_protocol_tasks() -> None:
+    """A task without an owner is one whose exception nobody sees. asyncio.TaskGroup is an owner, too."""
+    for room in MAY_IMPORT:
+        for path in modules(room):
+            if path == ROOT / "protocol" / "tasks.py":
+                continue
+            tree = ast.parse(path.read_text())
+            groups = {
+                item.optional_vars.id
+                for node in ast.walk(tree)
+                if isinstance(node, ast.AsyncWith)
+                for item in node.items
+                if ast.unparse(item.context_expr) == "asyncio.TaskGroup()" and isinstance(item.optional_vars, ast.Name)
+            }
+            for node in ast.walk(tree):
+                starts = isinstance(node, ast.Attribute) and node.attr in ("create_task", "ensure_future")
+                owned = starts and isinstance(node.value, ast.Name) and node.value.id in groups
+                assert not starts or owned, f"{path.relative_to(ROOT)}:{node.lineno}: use Tasks or beside of protocol/tasks.py"
 
 
 def _environment_without_safe_path() -> dict[str, str]:

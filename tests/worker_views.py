@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from halfmoon.engine.worker import Worker
 from halfmoon.kvstore.block_rows import BlockRows
 from halfmoon.kvstore.client import StoreClient
-from halfmoon.kvstore.transport import Transport
+from halfmoon.kvstore.transport import Piece, Transport, TransportName
 from halfmoon.protocol.v1 import control_pb2, kvstore_pb2
 
 
@@ -66,21 +67,28 @@ class FlippingTransport:
         self._inner = inner
 
     @property
-    def name(self) -> Literal["shm", "grpc"]:
+    def name(self) -> TransportName:
         return self._inner.name
 
-    def push(self, slots: Sequence[int], layer: int, first_block: int, blocks: np.ndarray) -> Iterator[kvstore_pb2.PushRequest]:
+    @property
+    def threads(self) -> Executor | None:
+        return self._inner.threads
+
+    def push(self, lease_id: str, slots: Sequence[int], layer: int, first_block: int, blocks: np.ndarray) -> Iterator[Piece]:
         altered = blocks.copy()
         altered[0, 0] ^= 0xFF
-        return self._inner.push(slots, layer, first_block, altered)
+        return self._inner.push(lease_id, slots, layer, first_block, altered)
 
     def rows(self, slots: Sequence[int], layer: int, num_layers: int = 1) -> BlockRows:
         return self._inner.rows(slots, layer, num_layers)
 
-    def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:
-        return self._inner.fetch(slots, part)
+    def fetch(self, lease_id: str, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:
+        return self._inner.fetch(lease_id, slots, part)
+
+    def close(self) -> None:
+        self._inner.close()
 
 
 def flip_pushed_bytes(client: StoreClient) -> None:
-    """Of a session, from the next reserve or keep on."""
+    """Of a session, from the next reserve or cache on."""
     client._transport = FlippingTransport(client._transport)

@@ -1,7 +1,7 @@
-"""The `halfmoon` command. A subcommand's module is imported when it is called: --help needs neither torch nor ray.
+"""The `halfmoon` command. A subcommand's module is imported only when it is called, so --help needs neither torch nor ray.
 
 halfmoon ─► LazyGroup ─► COMMANDS[name] ─► a module of this folder ─► def <name>(…)
-A HalfmoonError is one line and exit code 1.
+A HalfmoonError prints one line and exits with code 1.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ COMMANDS = {
 
 
 class LazyCommand(typer.core.TyperCommand):
-    """Stands for a subcommand until it is called."""
+    """Stands in for a subcommand until it is called."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         assert self.name is not None

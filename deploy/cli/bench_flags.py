@@ -1,4 +1,4 @@
-"""`halfmoon bench NAME …`: what follows the name is the benchmark's own. `serve` is in the package, the others need a checkout."""
+"""`halfmoon bench NAME …`: arguments after the name belong to the benchmark. `serve` is in the package, the others need a checkout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`halfmoon bench serve`: open-loop load against any OpenAI-compatible endpoint; a table, and where asked JSON, CSV and PNG.
+"""`halfmoon bench serve`: open-loop load against any OpenAI-compatible endpoint. Prints a table; writes JSON, CSV and PNG on request.
 
 halfmoon bench serve http://127.0.0.1:8000 --rate 1,2,4 --slo 2:0.05 --out run.json
 halfmoon bench serve --compare vllm=http://a:8000,http://b:8000 halfmoon=http://c:8000 --trace conversation_trace.jsonl.xz --count 200
@@ -13,7 +13,7 @@ import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -123,14 +123,14 @@ def serve(
 
 
 async def _run(targets: Sequence[ArmTarget], plan: Plan, options: ArmOptions, api_key: str, out: Path | None) -> results.Arms:
-    """out: written after every arm, so that a later one's failure costs nothing of it."""
+    """out: written after every arm, so that the failure of a later one loses nothing."""
     command = shown_command(["halfmoon", "bench", "serve", *_arguments()])
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
         TextColumn("{task.fields[state]}", style="dim"), TimeElapsedColumn(),
     )  # fmt: skip
     arms: results.Arms = []
-    # drawn four times a second: the picture must not take the time that the load needs
+    # drawn only four times a second, so that drawing does not take CPU time from the load
     with Progress(*columns, console=error_console, transient=True, refresh_per_second=4) as bar:
         tasks: dict[str, Any] = {}
 
@@ -198,7 +198,7 @@ def _body(text: str) -> dict[str, Any]:
         raise ConfigError(f"--extra-body {text!r} is not JSON: {error}") from error
     if not isinstance(body, dict):
         raise ConfigError(f"--extra-body {text!r} is no JSON object, as in '{{\"min_tokens\": 8}}'")
-    return body
+    return cast(dict[str, Any], body)
 
 
 def _one_of(value: str, *known: str) -> Any:

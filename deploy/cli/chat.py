@@ -1,7 +1,7 @@
 """`halfmoon chat`: a conversation in the terminal.
 
-you ─► text              the turn, streamed; ctrl-c takes it back
-    ─► /document FILE    goes ahead of your next message      ─► /quit, or the end of the input
+you ─► text              a turn; the answer streams, and ctrl-c takes the turn back
+    ─► /document FILE    is put before your next message      ─► /quit, or the end of the input
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ChatSession:
         self._about = Console(stderr=True)
 
     def run(self) -> None:
-        """Until /quit or the end of the input."""
+        """Runs until /quit or the end of the input."""
         while True:
             try:
                 line = self._about.input("[bold]> [/]").strip()

@@ -1,4 +1,4 @@
-"""`halfmoon explain REQUEST_ID`: why a request went where it went, what that was predicted to take, and what it took."""
+"""`halfmoon explain REQUEST_ID`: why a request went where it went, what was predicted for it, and what was measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PREDICTED = {
     "ttft": "time to first token",
     "tpot": "time per output token",
 }
-FAR_OFF = 0.5  # a relative error from which it stands out
+FAR_OFF = 0.5  # relative errors from here on are highlighted
 
 
 def explain(

@@ -1,4 +1,4 @@
-"""`halfmoon profile`: what a running cluster's work costs, measured in under a minute; measured beside fitted, and a cost model file."""
+"""`halfmoon profile`: measures in under a minute what a running cluster's work costs. Shows measured beside fitted, writes a cost model."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _measured(found: Profile) -> Table:
 
 class _Line(NamedTuple):
     name: str
-    num_others: int  # workers of its machine that computed beside it, on average
+    num_others: int  # other workers of its machine that computed at the same time, on average
     measured_s: float
     fitted_s: float
     num_times: int
@@ -89,7 +89,7 @@ def _prefill_case(point: PrefillPoint) -> tuple[tuple[int, int], str]:
 
 
 def _step_case(point: StepPoint) -> tuple[tuple[int, int], str]:
-    """Powers of two, for the batch, and of four, for its contexts: a hundred stretches of time are no table."""
+    """Grouped by powers of two for the batch and of four for its contexts, because a table can't show a hundred stretches."""
     size = 2 ** round(math.log2(point.num_sequences))
     context = 4 ** round(math.log2(point.num_kv_tokens / point.num_sequences) / 2)
     return (size, context), f"step of about {size}, {context} tokens each"

@@ -1,4 +1,4 @@
-"""What a cluster's start looks like: on a terminal a line a member, with a bar for what it loads; elsewhere plain lines.
+"""Shows a cluster's start: on a terminal one line for each member, with a bar for what it loads; elsewhere plain lines.
 
 ⠸ proxy      starting                                        2 s
 ⠸ prefill-0  loading weights ━━━━━━━━━━╺━━━━━  9.8 of 16.1 GB  7 s
@@ -44,7 +44,7 @@ class StartupProgress:
             self._live.stop()
 
     def notify(self, member_id: str, event: str | LoadProgress) -> None:
-        """As Supervisor's notify: during the start into the table, afterwards a line each."""
+        """The Supervisor's notify. During the start it updates the table; afterwards it prints a line each time."""
         self._since.setdefault(member_id, time.monotonic())
         self._events[member_id] = event
         if isinstance(event, LoadProgress):
@@ -56,7 +56,7 @@ class StartupProgress:
             self._print(f"  {member_id}: {event}", "yellow" if event != "up" else "green")
 
     def done(self, *, quiet: bool = False) -> None:
-        """The start is over. quiet: nothing more is printed."""
+        """Ends the table. quiet: prints nothing from now on."""
         self._starting, self._quiet = False, quiet
 
     def _print_plain(self, member_id: str, progress: LoadProgress) -> None:

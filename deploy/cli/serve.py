@@ -9,6 +9,7 @@ import signal
 from rich.console import Console
 
 from ...protocol.config import ClusterConfig
+from ...protocol.tasks import beside
 from ..cluster import find_model, running_cluster
 from ..ray_session import RayNode, ray_session
 from ..supervisor import Supervisor
@@ -33,23 +34,19 @@ async def _serve(config: ClusterConfig, nodes: list[RayNode]) -> None:
         loop.add_signal_handler(number, interrupted.set)
     with StartupProgress(console) as progress:
         cluster = running_cluster(config, nodes, progress.notify)
-        starting = asyncio.ensure_future(cluster.__aenter__())
-        waiting = asyncio.create_task(interrupted.wait())
-        await asyncio.wait([starting, waiting], return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
-            return
-        supervisor = starting.result()
+        async with beside(cluster.__aenter__()) as starting, beside(interrupted.wait()) as waiting:
+            await asyncio.wait([starting, waiting], return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                return
+            supervisor = starting.result()
         progress.done()
     try:
         _print_endpoints(supervisor, config)
-        watching = asyncio.create_task(supervisor.watch())
-        await asyncio.wait([watching, waiting], return_when=asyncio.FIRST_COMPLETED)
-        if watching.done():
-            watching.result()
-        await _drain(supervisor, config.proxy.drain_timeout_s, interrupted)
-        watching.cancel()
+        async with beside(supervisor.watch()) as watching, beside(interrupted.wait()) as waiting:
+            await asyncio.wait([watching, waiting], return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                watching.result()
+            await _drain(supervisor, config.proxy.drain_timeout_s, interrupted)
     finally:
         await cluster.__aexit__(None, None, None)
 
@@ -58,13 +55,10 @@ async def _drain(supervisor: Supervisor, timeout_s: float, interrupted: asyncio.
     """A second signal ends the wait."""
     console.print(f"draining: no new requests, up to {timeout_s:g} s for those running (interrupt again to stop now)")
     interrupted.clear()
-    draining = asyncio.create_task(supervisor.drain(timeout_s))
-    again = asyncio.create_task(interrupted.wait())
-    await asyncio.wait([draining, again], return_when=asyncio.FIRST_COMPLETED)
-    if draining.done() and draining.result():
-        console.print(f"{draining.result()} requests were still running", style="yellow")
-    draining.cancel()
-    again.cancel()
+    async with beside(supervisor.drain(timeout_s)) as draining, beside(interrupted.wait()) as again:
+        await asyncio.wait([draining, again], return_when=asyncio.FIRST_COMPLETED)
+        if draining.done() and draining.result():
+            console.print(f"{draining.result()} requests were still running", style="yellow")
 
 
 def _print_endpoints(supervisor: Supervisor, config: ClusterConfig) -> None:

@@ -1,4 +1,4 @@
-"""`halfmoon serve`'s flags: each is a key of the configuration file, by a shorter name. --set reaches every other key."""
+"""The flags of `halfmoon serve`. Each is a key of the configuration file under a shorter name. --set reaches every other key."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def serve(
         "proxy.cost_model": str(cost_model) if cost_model is not None else None,
     }
     overrides = {key: value for key, value in flags.items() if value is not None} | dict(map(_setting, settings or []))
-    loaded = ClusterConfig.load(config, overrides)  # before what is heavy: a wrong key is told at once
+    loaded = ClusterConfig.load(config, overrides)  # before the heavy imports, so that a wrong key is reported at once
     if loaded.proxy.cost_model:
-        profile = Path(loaded.proxy.cost_model).absolute()  # the proxy starts in another folder
+        profile = Path(loaded.proxy.cost_model).absolute()  # because the proxy starts in another folder
         CostModel.load(profile)
         loaded = dataclasses.replace(loaded, proxy=dataclasses.replace(loaded.proxy, cost_model=str(profile)))
     from .serve import serve as run

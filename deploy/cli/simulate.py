@@ -1,4 +1,4 @@
-"""`halfmoon simulate`: the Conductor on a virtual clock under a trace. A table, and where asked a CSV, JSON and PNG."""
+"""`halfmoon simulate`: the Conductor on a virtual clock under a trace. Prints a table; writes CSV, JSON and PNG on request."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ def simulate(
     prefill: Annotated[int, typer.Option(help="Prefill instances.")] = 8,
     decode: Annotated[int, typer.Option(help="Decode instances.")] = 8,
     coupled: Annotated[bool, typer.Option(help="The baseline: all instances do both, chunked.")] = False,
-    chunk: Annotated[int, typer.Option(help="Prefill tokens of a coupled instance's step.")] = 256,
+    chunk: Annotated[int, typer.Option(help="Prefill tokens of a step that also decodes; 0: sized each step by the SLO.")] = 0,
     speed: Annotated[float, typer.Option(help="Arrivals are this many times faster.")] = 1.0,
     slo_ttft: Annotated[float, typer.Option(help="Seconds.")] = 30.0,
     slo_tbt: Annotated[float, typer.Option(help="Milliseconds, of the mean of a request's longest tenth of gaps.")] = 100.0,
     seed: Annotated[int, typer.Option()] = 0,
     seeds: Annotated[int, typer.Option(help="--sweep: so many seeds, mean and deviation.")] = 1,
     cost_model: Annotated[str, typer.Option(help="A shipped one's name or a file.")] = "a800-70b",
-    order: Annotated[str, typer.Option(help="Of prefill queues: fcfs, edf, late, fair; default: the policy's own.")] = "",
+    order: Annotated[str, typer.Option(help="Of prefill queues: short, fcfs, edf, late, fair; default: the policy's own.")] = "",
     threshold: Annotated[float, typer.Option(help="kvcache_centric's balancing threshold.")] = 1.0,
     local_cache: Annotated[bool, typer.Option(help="No prefix comes from another node.")] = False,
     dram: Annotated[int, typer.Option(help="Tokens of a node's cache in DRAM; default: the cost model's.")] = -1,
     ssd: Annotated[int, typer.Option(help="Tokens of a node's cache on SSD, behind the DRAM; default: the cost model's.")] = -1,
     fail: Annotated[list[str] | None, typer.Option(help="TIME:INSTANCE[:DOWN_S], as in 600:n0003:60; may be given again.")] = None,
-    keep_on_decode: Annotated[bool, typer.Option(help="Hand-offs stay in the decode node's store too.")] = False,
+    cache_on_decode: Annotated[bool, typer.Option(help="Hand-offs stay in the decode node's store too.")] = False,
     sample: Annotated[float, typer.Option(help="Share of the sessions.")] = 1.0,
     dequantise: Annotated[bool, typer.Option(help="Spreads arrivals inside the trace's 3 s ticks.")] = False,
     start: Annotated[float, typer.Option(help="Seconds of trace time; what came in the 20 min before warms the caches.")] = 0.0,
@@ -72,7 +72,7 @@ def simulate(
             cost=_sized(find_cost_model(cost_model), dram, ssd), failures=tuple(Failure.parse(text) for text in fail or ()),
             num_prefill=prefill, num_decode=decode, coupled=coupled, chunk_tokens=chunk,
             policy=policies[0], admission=admissions[0], slo=Slo(slo_ttft, slo_tbt / 1e3), order=_order(order, policies[0]),
-            balancing_threshold=threshold, remote_prefix=not local_cache, keep_on_decode=keep_on_decode, seed=seed,
+            balancing_threshold=threshold, remote_prefix=not local_cache, cache_on_decode=cache_on_decode, seed=seed,
         )  # fmt: skip
         options = ReplayOptions(speed=speed, sample=sample, dequantise=dequantise, start_s=start, duration_s=duration, seed=seed)
         with progress_console.status("reading the trace"):
@@ -93,7 +93,7 @@ def simulate(
 
 
 def _sized(cost: CostModel, dram: int, ssd: int) -> CostModel:
-    """Tokens of a node's cache on either tier; -1 leaves what the model has."""
+    """Tokens of a node's cache on each tier. -1: the cost model's own."""
     return dataclasses.replace(cost, cache_tokens=dram if dram >= 0 else cost.cache_tokens, ssd_tokens=ssd if ssd >= 0 else cost.ssd_tokens)
 
 
@@ -106,8 +106,8 @@ def _names(text: str, known: Collection[str], what: str) -> list[str]:
 
 
 def _order(order: str, policy: str) -> Any:
-    if order not in ("", "fcfs", "edf", "late", "fair"):
-        raise ValueError(f"no order {order!r}; choose of fcfs, edf, late, fair")
+    if order not in ("", "short", "fcfs", "edf", "late", "fair"):
+        raise ValueError(f"no order {order!r}; choose of short, fcfs, edf, late, fair")
     return order or policy_type(policy).order
 
 

@@ -1,4 +1,4 @@
-"""`halfmoon status`: the cluster at a glance, live on a terminal; --once for a look, --json for a program."""
+"""`halfmoon status`: the cluster at a glance, live on a terminal. --once prints it once, --json for programs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.text import Text
 from ...client import Client, ClusterStatus, Percentiles
 from .terminal import DEFAULT_ADDRESS, Address, seconds
 
-PLAIN_WIDTH = 140  # of the output where it is no terminal, which has no width to cut it to
+PLAIN_WIDTH = 140  # of output that is not a terminal and so has no width of its own
 
 
 def status(
@@ -38,7 +38,7 @@ def status(
 
 
 def _watch(client: Client, found: ClusterStatus, interval_s: float) -> None:
-    pause = threading.Event()  # never set: its wait is a sleep that ctrl-c ends
+    pause = threading.Event()  # never set; its wait is a sleep that ctrl-c can end
     try:
         with Live(picture(found), auto_refresh=False) as live:
             while not pause.wait(interval_s):

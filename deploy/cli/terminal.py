@@ -1,6 +1,6 @@
-"""What the commands that talk to a cluster share: where it is, how an answer and its phase record are shown.
+"""Shared by the commands that talk to a cluster: its address, and how an answer and its phase record are shown.
 
-The answer goes to stdout, everything about it to stderr, so that a pipe gets the text alone.
+The answer goes to stdout and everything about it to stderr, so that a pipe gets only the text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PHASES = (
 
 
 def print_stream(stream: Stream, console: Console) -> None:
-    """Every piece of text as it comes, then an end of line."""
+    """Prints each piece of text as it comes, then an end of line."""
     for text in _pieces(stream):
         console.out(text, end="", highlight=False)
     console.out("")
@@ -66,5 +66,5 @@ def phase_table(phases: PhaseRecord, usage: Usage) -> Table:
 
 
 def seconds(value: float) -> str:
-    """With a unit in which it has some digits before the point."""
+    """With the unit that leaves a few digits before the point."""
     return f"{value * 1e3:.1f} ms" if value < 1.0 else f"{value:.2f} s"

@@ -31,9 +31,9 @@ class Source:
     def __init__(self, address: str) -> None:
         self._address = address
 
-    def ask(self, target: dict[str, Any], span_s: float) -> list[Series]:
-        """What a panel's target shows of the last span_s. An instant one gives a single value each."""
-        end, expr = time.time(), target["expr"].replace("$__rate_interval", RATE_WINDOW)
+    def ask(self, target: dict[str, Any], span_s: float, end: float | None = None) -> list[Series]:
+        """What a panel's target shows of the span_s before end, of time.time(); None: now. An instant one gives a single value each."""
+        end, expr = time.time() if end is None else end, target["expr"].replace("$__rate_interval", RATE_WINDOW)
         if target.get("instant"):
             found = self._get("query", query=expr, time=end)
             return [Series(_legend(target, one["metric"]), [0.0], [float(one["value"][1])]) for one in found]
@@ -61,14 +61,15 @@ def draw(board: Path, source: Source, span_s: float, picture: Path) -> None:
     height = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels)
     with plt.rc_context({"font.size": 7, "axes.edgecolor": "#bbbbbb", "axes.linewidth": 0.6, "axes.titlesize": 8}):
         figure = plt.figure(figsize=(13, height * 0.32), dpi=90)
+        end = time.time()  # one for all: stacked series need the same times
         for panel in panels:
-            _place(figure, panel, height, source, span_s)
+            _place(figure, panel, height, lambda target: source.ask(target, span_s, end))
         figure.suptitle(found["title"], x=0.012, y=1.0, ha="left", va="top", fontsize=11, weight="bold")
         figure.savefig(picture, bbox_inches="tight", pad_inches=0.12)
         plt.close(figure)
 
 
-def _place(figure: Any, panel: dict[str, Any], height: int, source: Source, span_s: float) -> None:
+def _place(figure: Any, panel: dict[str, Any], height: int, ask: Callable[[dict[str, Any]], list[Series]]) -> None:
     grid = panel["gridPos"]
     left, top = grid["x"] / 24, 1 - (grid["y"] + 1.5) / (height + 1.5)
     if panel["type"] == "row":
@@ -77,7 +78,7 @@ def _place(figure: Any, panel: dict[str, Any], height: int, source: Source, span
     width, tall = grid["w"] / 24, grid["h"] / (height + 1.5)
     axes = figure.add_axes((left + 0.034, top - tall + 1.7 / (height + 1.5), width - 0.046, tall - 2.8 / (height + 1.5)))
     axes.set_title(panel["title"], loc="left", pad=3, color="#222222")
-    series = [one for target in panel["targets"] for one in source.ask(target, span_s)]
+    series = [one for target in panel["targets"] for one in ask(target)]
     defaults = panel["fieldConfig"]["defaults"]
     paint = {"stat": _number, "bargauge": _bars}.get(panel["type"], _lines)
     if series:
@@ -103,7 +104,8 @@ def _lines(axes: Any, defaults: dict[str, Any], series: list[Series]) -> None:
             axes.axhline(step["value"], color="#cc3333", linestyle="--", linewidth=0.8)
     axes.set_ylim(bottom=0.0, top=None if highest > 0 else 1.0)
     axes.yaxis.set_major_formatter(lambda value, _: unit(value))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 60:.0f} min" if value else "now")
+    per_unit, name = (60, "min") if min(one.times[0] for one in series if one.times) < -300 else (1, "s")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / per_unit:.0f} {name}" if value else "now")
     axes.grid(True, color="#e8e8e8", linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     shown = min(len(series), 8)
@@ -134,7 +136,7 @@ def _bars(axes: Any, defaults: dict[str, Any], series: list[Series]) -> None:
     axes.set_xticks([])
     axes.set_xlim(0, 1.35 * max(values, default=1.0) or 1.0)
     for place, value in zip(places, values, strict=True):
-        axes.text(value, place, f"  {unit(value)}", va="center", fontsize=6.5)
+        axes.text(0.99, place, unit(value), va="center", ha="right", fontsize=6.5, transform=axes.get_yaxis_transform())
     axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 

@@ -1,4 +1,4 @@
-"""Open-loop load against OpenAI-compatible endpoints: what `halfmoon bench serve` does. Needs aiohttp and numpy, neither torch nor ray.
+"""Open-loop load against OpenAI-compatible endpoints: the work of `halfmoon bench serve`. Needs aiohttp and numpy, not torch or ray.
 
 arrivals, lengths ─► synthetic_plan ┐
 trace file ────────► trace_plan ────┴─► Plan ─► materialise ─► LoadRequest ─► run_window ─► Sample ─► summarise ─► tables, JSON, PNG

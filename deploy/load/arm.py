@@ -1,4 +1,4 @@
-"""An arm: a named server, or several alike, under the same windows as every other arm. What it leaves is plain values for a JSON file.
+"""An arm: one named server, or several alike, under the same windows as every other arm. Its results are plain values for a JSON file.
 
 warm-up ─► a window for each rate, or a search for the highest that holds ─► {"name", "windows": [{"factor", "summary", "lag", "requests"}]}
 """
@@ -26,7 +26,7 @@ from .server_card import ServerCard, read_card, require_room
 from .summary import Slo, attainment, summarise
 from .window import Progress, run_window
 
-Notify = Callable[[str, Progress], None]  # what is being run, and how far it is
+Notify = Callable[[str, Progress], None]  # (what is being run, how far it is)
 
 
 class ArmTarget(NamedTuple):
@@ -60,13 +60,13 @@ class ArmOptions:
     measure_from_s: float = 0.0
     measure_to_s: float = float("inf")
     goodput: bool = False
-    """Searches from the first factor, for the first SLO."""
+    """Searches from the first factor on, for the first SLO."""
     by_tail: bool = False
     level: float = 0.9
     tolerance: float = 0.05
     max_probes: int = 12
     budget_s: float = float("inf")
-    """A window whose last request would be sent after it is left out."""
+    """A window that would send its last request after this is left out."""
 
     def __post_init__(self) -> None:
         if not self.factors or min(self.factors) <= 0:
@@ -80,7 +80,7 @@ class ArmOptions:
 
 
 class Arm:
-    """One target's run. Salts count up from the seed: no window meets a prompt of an earlier one, and every arm meets the same."""
+    """One target's run. Salts count up from the seed: no window repeats a prompt of an earlier one, and all arms get the same."""
 
     def __init__(self, target: ArmTarget, plan: Plan, options: ArmOptions, sender: Sender, notify: Notify) -> None:
         self.windows: list[dict[str, Any]] = []
@@ -95,9 +95,9 @@ class Arm:
         self._balancer: Balancer = make_balancer(options.balance, len(target.urls))
 
     async def warm_up(self) -> int:
-        """Sent and thrown away; its tokens are of the first window's salt, so that a trace's prefixes are there when that begins.
+        """Sends the warm-up and drops its results. It uses the first window's salt, so that a trace's prefixes are cached when that begins.
 
-        Raises Unavailable where not one of it succeeded."""
+        Raises Unavailable if no request of it succeeded."""
         planned = self._plan.warm_up
         if not planned:
             return 0
@@ -112,7 +112,7 @@ class Arm:
         return len(requests)
 
     async def run(self, factor: float) -> list[Sample] | None:
-        """None where the budget has no room for it."""
+        """None if the time budget has no room for it."""
         if time.monotonic() + self._plan.span_s / factor >= self._deadline:
             self.left_out.append(factor)
             return None
@@ -122,8 +122,8 @@ class Arm:
         label = f"{self._target.name}: {plan.kind} {factor:g}"
         window = await run_window(requests, self._sender, self._balancer, lambda progress: self._notify(label, progress))
         summary = summarise(window.samples, options.slos)
-        medians = ((summary[name] or {}).get("p50") for name in ("ttft_s", "tpot_s"))
-        lag = client_lag(window.lag, [sample.late_s for sample in window.samples], *medians)
+        spreads: list[dict[str, float]] = [summary[name] or {} for name in ("ttft_s", "tpot_s")]
+        lag = client_lag(window.lag, [sample.late_s for sample in window.samples], *(spread.get("p50") for spread in spreads))
         rows = [sample.as_dict() for sample in window.samples]
         head = {"kind": plan.kind, "factor": factor, "offered_rate": _offered_rate(requests), "salt": self._salt}
         self.windows.append({**head, "summary": summary, "lag": lag, "requests": rows})
@@ -144,7 +144,7 @@ async def run_arm(
     api_key: str = "",
     command: str = "",
 ) -> dict[str, Any]:  # fmt: skip
-    """Raises Unavailable where an endpoint does not answer, ConfigError where it can't take the load."""
+    """Raises Unavailable if an endpoint does not answer, ConfigError if it can't take the load."""
     async with open_session() as session:
         cards = [await read_card(session, url, options.model, api_key) for url in target.urls]
         for card in cards:
@@ -180,7 +180,7 @@ def _sender(
 
 
 def _offered_rate(requests: list[Any]) -> float | None:
-    """Requests a second over the window; None of fewer than two."""
+    """Requests a second over the window; None for fewer than two requests."""
     return (len(requests) - 1) / requests[-1].due_s if len(requests) > 1 and requests[-1].due_s > 0 else None
 
 

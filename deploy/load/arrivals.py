@@ -1,4 +1,4 @@
-"""When requests come, at a mean of one a second: divided by a rate, the same arrivals serve every rate."""
+"""When requests come, at a mean of one a second. Divided by a rate, the same arrivals serve for every rate."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ PROCESSES = ("poisson", "gamma", "constant")
 
 
 def unit_arrivals(process: str, num_requests: int, seed: int, burstiness: float = 1.0) -> NDArray[np.float64]:
-    """[num_requests] seconds, rising.
+    """Rising times in seconds. [num_requests]
 
     Args:
-        burstiness: of gamma, the shape of its gaps: their coefficient of variation is burstiness ** -0.5. 1 is Poisson, below it
-            requests come in bursts, far above it evenly.
+        burstiness: shape of the gaps of `gamma`; their coefficient of variation is burstiness ** -0.5. 1 is Poisson, below 1
+            requests come in bursts, far above 1 they come evenly.
 
     Raises ConfigError for an unknown process or a burstiness that is not above 0.
     """

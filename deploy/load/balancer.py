@@ -1,4 +1,4 @@
-"""Which of several endpoints a request goes to. One object a run: it knows what is under way and what each endpoint has seen."""
+"""Chooses the endpoint of each request. One object for each run knows what is under way and what each endpoint has seen."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Balancer:
         return chosen
 
     def ended(self, request: LoadRequest, endpoint: int) -> None:
-        """The request that was picked for endpoint is over."""
+        """A request at this endpoint is over."""
 
 
 class LeastOutstanding(Balancer):
-    """Where the fewest tokens, of prompts and answers, are under way; the first of equals."""
+    """Picks the endpoint with the fewest tokens of prompts and answers under way; the first of equals."""
 
     def __init__(self, num_endpoints: int) -> None:
         super().__init__(num_endpoints)
@@ -43,7 +43,7 @@ class LeastOutstanding(Balancer):
 
 
 class PrefixAware(LeastOutstanding):
-    """Where outstanding tokens and those of the prompt that the endpoint has not seen are fewest. What it has seen it is taken to keep."""
+    """Picks the endpoint with the fewest tokens under way plus prompt tokens new to it. What it has seen is taken to stay cached."""
 
     def __init__(self, num_endpoints: int) -> None:
         super().__init__(num_endpoints)

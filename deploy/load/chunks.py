@@ -1,9 +1,9 @@
-"""What a streamed chunk says: whether it brought tokens, how the answer ended, what the server counted, what went wrong."""
+"""Reads streamed chunks: whether a chunk brought tokens, how the answer ended, what the server counted, what went wrong."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 from .sample import Sample
 
@@ -19,7 +19,7 @@ class ChunkReader:
         self.done = False
 
     def take(self, event: bytes, now_s: float) -> None:
-        """now_s: when its bytes were read, after the request was sent."""
+        """now_s: when its bytes were read, in seconds after the request was sent."""
         sample = self._sample
         if event == DONE:
             self.done = True
@@ -42,10 +42,10 @@ class ChunkReader:
 
     def _choice(self, choice: dict[str, Any], now_s: float) -> None:
         sample = self._sample
-        delta = choice.get("delta") or {}
-        text = choice.get("text") or next((delta[name] for name in TEXT_FIELDS if delta.get(name)), "")
+        delta: dict[str, Any] = choice.get("delta") or {}
+        text: Any = choice.get("text") or next((delta[name] for name in TEXT_FIELDS if delta.get(name)), "")
         reason = choice.get("finish_reason")
-        # Without text, reason or role it is a token that has no text of its own (yet). Without text and with a reason it is an end, which a
+        # A chunk without text, reason or role is a token that has no text (yet). One with a reason and without text is an end, which a
         # server may send some time after the last token.
         if text or (reason is None and "role" not in delta):
             sample.arrivals_s.append(now_s)
@@ -56,13 +56,15 @@ class ChunkReader:
         sample = self._sample
         sample.prompt_tokens = usage.get("prompt_tokens")
         sample.completion_tokens = usage.get("completion_tokens")
-        sample.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+        details: dict[str, Any] = usage.get("prompt_tokens_details") or {}
+        sample.cached_tokens = details.get("cached_tokens")
 
 
 def error_text(error: Any) -> str:
     if isinstance(error, dict):
-        code, message = error.get("code"), error.get("message")
+        fields = cast(dict[str, Any], error)
+        code, message = fields.get("code"), fields.get("message")
         if message is None:
-            return json.dumps(error)[:500]
+            return json.dumps(fields)[:500]
         return (f"{code}: {message}" if code else str(message))[:500]
     return str(error)[:500]

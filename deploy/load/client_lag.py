@@ -1,41 +1,39 @@
-"""How late the load generator itself was, so that nobody takes its own delays for the server's."""
+"""How late the load generator itself was, so that its own delays are not taken for the server's."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from ...protocol.tasks import beside
+
 PERIOD_S = 0.005
 MAX_CPU = 0.9  # of one core
 MAX_GAP_OF_TPOT = 0.25
 MAX_LATE_OF_TTFT = 0.1
-LEAST_S = 0.005  # what a timer of the kernel and the loop may well be late
+LEAST_S = 0.005  # a normal delay of the kernel's and the loop's timers
 
 
 @dataclass(slots=True)
 class LagMeter:
-    """A task that wakes every 5 ms and notes by how much it came late: while it could not run, no answer was read or stamped either."""
+    """A task that wakes every 5 ms and notes how late it is. While it could not run, no answer was read or time-stamped either."""
 
     gaps_s: list[float] = field(default_factory=list[float])
     cpu_share: float = 0.0
 
     @asynccontextmanager
-    async def measuring(self) -> AsyncIterator[None]:
+    async def measuring(self) -> AsyncGenerator[None, None]:
         wall, cpu = time.perf_counter(), time.process_time()
-        task = asyncio.create_task(self._watch())
         try:
-            yield
+            async with beside(self._watch()):
+                yield
         finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
             self.cpu_share = (time.process_time() - cpu) / max(time.perf_counter() - wall, 1e-9)
 
     async def _watch(self) -> None:
@@ -46,7 +44,7 @@ class LagMeter:
 
 
 def client_lag(meter: LagMeter, late_s: Sequence[float], ttft_p50_s: float | None, tpot_p50_s: float | None) -> dict[str, Any]:
-    """The client's figures, and in "limited_by" why it may have been the bottleneck; empty where it was not."""
+    """The client's figures. "limited_by" says why it may have been the bottleneck, and is empty if it was not."""
     gap_p99, gap_max = (_quantile(meter.gaps_s, share) for share in (0.99, 1.0))
     late_p99, late_max = (_quantile(late_s, share) for share in (0.99, 1.0))
     found: list[str] = []

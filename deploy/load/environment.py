@@ -1,4 +1,4 @@
-"""Where and by what a run was made, for whoever reads its figures later."""
+"""On what machine and with what versions a run was made, for later readers of its figures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 
 def describe_environment() -> dict[str, Any]:
-    """Of the machine that the load comes from; with a server on the same machine, of both."""
+    """Describes the machine that the load comes from, and the server too if it is on the same machine."""
     return {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _cpu(),
@@ -34,7 +34,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def shown_command(arguments: Sequence[str]) -> str:
-    """As it can be typed again, but without secrets."""
+    """The command line, ready to be typed again, without secrets."""
     shown: list[str] = []
     for argument in arguments:
         flag, equals, _ = argument.partition("=")
@@ -59,7 +59,7 @@ def _version(name: str) -> str | None:
 
 
 def _lines(*command: str) -> list[str]:
-    """What a program says; nothing where it is absent or fails."""
+    """The lines that a program prints; none if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return []
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)

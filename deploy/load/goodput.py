@@ -17,12 +17,12 @@ class Probe(NamedTuple):
 
 
 class Goodput(NamedTuple):
-    """holds: the highest rate that was run and held, fails: the lowest above it that did not; None where there was none."""
+    """holds: the highest rate that was run and held. fails: the lowest rate above it that did not. None: there was none."""
 
     holds: Probe | None
     fails: Probe | None
-    probes: tuple[Probe, ...]  # as they were run
-    ended: str  # why the search ended there
+    probes: tuple[Probe, ...]  # in the order of the runs
+    ended: str  # why the search ended
 
     def as_dict(self) -> dict[str, Any]:
         plain = [probe and probe._asdict() for probe in (self.holds, self.fails)]
@@ -34,8 +34,8 @@ async def search_goodput(
 ) -> Goodput:
     """
     Args:
-        measure: attainment at a rate; None: no time is left for another run.
-        tolerance: the bracket's relative width at which it is narrow enough.
+        measure: attainment at a rate, or None if no time is left for another run.
+        tolerance: the search ends at this relative width of the bracket.
 
     Raises ConfigError for a level outside (0, 1], or a first rate or tolerance that is not above 0.
     """

@@ -1,4 +1,4 @@
-"""How long prompts and answers are: "512", "uniform:100:900", "lognormal:800:1.2"."""
+"""Lengths of prompts and answers: "512", "uniform:100:900", "lognormal:800:1.2"."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Lengths:
 
     @classmethod
     def parse(cls, text: str) -> Lengths:
-        """Raises ConfigError for what has none of the forms, and for lengths below 1."""
+        """Raises ConfigError for any other form, and for lengths below 1."""
         kind, *numbers = text.split(":") if ":" in text else ["fixed", text]
         try:
             values = [float(number) for number in numbers]

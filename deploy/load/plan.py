@@ -1,7 +1,7 @@
-"""The shape of a load, before any token is drawn: when requests come, what they share, how long their answers are.
+"""The shape of a load before any token is drawn: when requests come, what they share, how long their answers are.
 
-A prompt is a run of segments. A segment's tokens are drawn from its key and the run's salt, so that equal keys at the start of two
-prompts are a shared prefix, and another salt gives the same load without a single known token.
+A prompt is a run of segments. A segment's tokens are drawn from its key and the run's salt. Equal keys at the start of two prompts are
+therefore a shared prefix, and another salt gives the same load with entirely new tokens.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK_SIZE = 64  # tokens a block key of the balancer stands for
-VOCAB_LOW = 100  # ids below are often special tokens
+BLOCK_SIZE = 64  # tokens for each of the balancer's block keys
+VOCAB_LOW = 100  # lower ids are often special tokens
 
 TokenIds = NDArray[np.uint32]
 
@@ -26,11 +26,11 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    arrival_s: float  # at factor 1: of a trace its own time, of synthetic load at one request a second
+    arrival_s: float  # at factor 1: a trace's own time, or synthetic load at one request a second
     segments: tuple[Segment, ...]
     num_output_tokens: int
     cancel_after: int | None = None
-    """The client leaves once so many tokens came."""
+    """The client leaves after so many tokens."""
     measured: bool = True
 
     @property
@@ -40,7 +40,7 @@ class PlannedRequest:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    kind: str  # what the factor is: "rate" (requests/s) or "speed" (of a trace's own time)
+    kind: str  # meaning of the factor: "rate" (requests/s) or "speed" (relative to the trace's own time)
     requests: tuple[PlannedRequest, ...]  # by arrival
     warm_up: tuple[PlannedRequest, ...]
     description: dict[str, Any]
@@ -57,13 +57,13 @@ class LoadRequest:
     due_s: float  # after the window's start
     token_ids: TokenIds  # [num_input_tokens]
     num_output_tokens: int
-    block_keys: tuple[int, ...]  # one for each full block, of it and all before it; equal within a process only
+    block_keys: tuple[int, ...]  # one for each full block, over it and all before it; comparable within one process only
     cancel_after: int | None
     measured: bool
 
 
 def with_cancellations(plan: Plan, share: float, seed: int) -> Plan:
-    """A share of the requests, chosen by seed, is left by its client at half of its answer."""
+    """The clients of a share of the requests, chosen by the seed, leave after half of their answer."""
     rng = np.random.default_rng((seed, 0xCA))
     chosen = rng.random(len(plan.requests)) < share
     requests = tuple(
@@ -74,7 +74,7 @@ def with_cancellations(plan: Plan, share: float, seed: int) -> Plan:
 
 
 def measured_within(plan: Plan, factor: float, from_s: float, to_s: float) -> Plan:
-    """Only those that arrive inside [from_s, to_s) of the window count; the others are sent all the same."""
+    """Only requests that arrive inside [from_s, to_s) of the window count. The others are sent as well."""
     first = plan.requests[0].arrival_s if plan.requests else 0.0
     requests = tuple(
         replace(request, measured=from_s <= (request.arrival_s - first) / factor < to_s) for request in plan.requests
@@ -83,11 +83,11 @@ def measured_within(plan: Plan, factor: float, from_s: float, to_s: float) -> Pl
 
 
 def materialise(planned: Sequence[PlannedRequest], factor: float, salt: int, vocab_size: int) -> list[LoadRequest]:
-    """Tokens and times. The first request is due at 0.
+    """Draws the tokens and the times. The first request is due at 0.
 
     Args:
         factor: requests a second, or how many times faster than the trace.
-        salt: two runs with the same salt have the same tokens; with different ones, none in common but by chance.
+        salt: runs with the same salt have the same tokens; runs with different salts share tokens only by chance.
         vocab_size: ids are drawn from [100, vocab_size).
     """
     drawn: dict[Segment, TokenIds] = {}
@@ -102,7 +102,7 @@ def materialise(planned: Sequence[PlannedRequest], factor: float, salt: int, voc
 
 
 def _draw(segment: Segment, salt: int, vocab_size: int) -> TokenIds:
-    # numpy takes no negative seeds; keys of both signs stay apart
+    # numpy takes no negative seeds; this keeps keys of both signs apart
     seed = (salt, abs(segment.key), int(segment.key < 0))
     return np.random.default_rng(seed).integers(VOCAB_LOW, vocab_size, size=segment.num_tokens, dtype=np.uint32)
 

@@ -11,11 +11,11 @@ from ...protocol.errors import ConfigError
 from .results import Arms
 from .tables import factor_name
 
-WIDE = 10.0  # times from the smallest to the largest from which on an axis is logarithmic
+WIDE = 10.0  # largest / smallest value; from this ratio on an axis is logarithmic
 
 
 def write_png(arms: Arms, path: Path) -> None:
-    """Raises ConfigError where matplotlib is not installed."""
+    """Raises ConfigError if matplotlib is not installed."""
     pyplot = _pyplot()
     figure, (reached, ttft, tpot) = pyplot.subplots(1, 3, figsize=(17, 4.6))
     slos = [tuple(map(float, (slo["ttft_s"], slo["tpot_s"]))) for slo in _first_slos(arms)]
@@ -48,7 +48,8 @@ def write_png(arms: Arms, path: Path) -> None:
 
 
 def _first_slos(arms: Arms) -> list[dict[str, Any]]:
-    return next((window["summary"]["slos"] for arm in arms for window in arm["windows"]), [])
+    found: list[list[dict[str, Any]]] = [window["summary"]["slos"] for arm in arms for window in arm["windows"]]
+    return found[0] if found else []
 
 
 def _attained(window: dict[str, Any], slo: tuple[float, ...]) -> float | None:

@@ -1,4 +1,4 @@
-"""The files of a run: JSON with everything, CSV with a line a request. Files of several runs go together by their arms."""
+"""The files of a run: JSON with everything, CSV with a line for each request. Files of several runs can be merged by their arms."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ...protocol.errors import ConfigError
 
@@ -20,20 +20,21 @@ def write_json(arms: Arms, path: Path) -> None:
 
 
 def read_json(path: Path) -> Arms:
-    """Raises ConfigError for a file that is no run's."""
+    """Raises ConfigError for a file that is not from a run."""
     try:
-        found = json.loads(path.read_text())
+        found: Any = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise ConfigError(f"no file {path}; --merge takes the JSON files of earlier runs") from error
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    run = cast(dict[str, Any], found) if isinstance(found, dict) else {}
+    if run.get("format") != FORMAT:
         raise ConfigError(f"{path} was not written by `halfmoon bench serve --out`")
-    return found["arms"]
+    return run["arms"]
 
 
 def merge(paths: Sequence[Path]) -> Arms:
-    """All arms of the files; of the same name, those of later files are numbered."""
+    """All arms of the files. If a name comes again in a later file, it gets a number."""
     arms: Arms = []
     for path in paths:
         for arm in read_json(path):
@@ -46,14 +47,14 @@ def merge(paths: Sequence[Path]) -> Arms:
 
 
 def different_loads(arms: Arms) -> list[str]:
-    """In which points of the load arms differ, so that their figures do not compare; empty where they do."""
+    """The points in which the arms' loads differ, so that their figures can't be compared. Empty if they can."""
     loads = [arm["plan"] | {name: arm["options"].get(name) for name in SAME_OPTIONS} for arm in arms]
     names = sorted({name for load in loads for name in load})
     return [name for name in names if len({json.dumps(load.get(name)) for load in loads}) > 1]
 
 
 def write_csv(arms: Arms, path: Path) -> None:
-    """Without the arrivals of single chunks, which are in the JSON."""
+    """Leaves out the arrivals of single chunks, which are in the JSON."""
     rows = list(_rows(arms))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])

@@ -1,7 +1,7 @@
 """Sends a request to an endpoint and reads its stream into a Sample. Every request ends in exactly one class.
 
 ok         the stream came to its end
-refused    429; what Retry-After says is kept, and nothing is sent again
+refused    429; Retry-After is noted, and nothing is sent again
 error      any other status, an error in the stream, a stream that breaks off, no connection
 timed_out  not over within the limit; the connection is closed
 cancelled  the client left on purpose, half-way
@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from .sample import Sample
 from .sse import EventParser
 from .words import to_text
 
-KEEPALIVE_S = 2.0  # below what servers close idle connections after (uvicorn: 5 s)
+KEEPALIVE_S = 2.0  # shorter than servers keep idle connections (uvicorn: 5 s)
 MAX_ERROR_BYTES = 2000
 
 Api = Literal["completions", "chat"]
@@ -54,7 +54,7 @@ class SendOptions:
 
 
 def encode_body(request: LoadRequest, options: SendOptions) -> bytes:
-    """Ahead of the run: a long prompt takes milliseconds."""
+    """Encodes the bodies before the run, because a long prompt takes milliseconds."""
     body: dict[str, Any] = {
         "model": options.model, "max_tokens": request.num_output_tokens, "temperature": 0.0,
         "stream": True, "stream_options": {"include_usage": True},
@@ -91,7 +91,7 @@ class Sender:
         return encode_body(request, self._options)
 
     async def send(self, request: LoadRequest, body: bytes, endpoint: int, late_s: float) -> Sample:
-        """Never raises for what the server does; cancelling the task closes the connection."""
+        """Never raises for anything that the server does. Cancelling the task closes the connection."""
         sample = Sample(
             request.index, f"{self._run_id}-{request.index}", endpoint, request.due_s, late_s, len(request.token_ids),
             request.num_output_tokens, request.measured,
@@ -140,14 +140,14 @@ async def _refused(response: aiohttp.ClientResponse, sample: Sample) -> None:
         text = error_text(body.get("error") or body)
     sample.error = f"{response.status}: {text}"[:500]
     sample.outcome = "refused" if response.status == 429 else "error"
-    # a date is allowed, too, but no inference server sends one
+    # a date is allowed too, but no inference server sends one
     with contextlib.suppress(ValueError):
         sample.retry_after_s = float(response.headers["retry-after"]) if "retry-after" in response.headers else None
 
 
 @asynccontextmanager
-async def open_session() -> AsyncIterator[aiohttp.ClientSession]:
-    """Without limits of its own, on connections or on time."""
+async def open_session() -> AsyncGenerator[aiohttp.ClientSession, None]:
+    """A session without limits of its own on connections or time."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=30.0)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False) as session:

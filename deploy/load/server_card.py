@@ -1,4 +1,4 @@
-"""What an endpoint says of itself before it is loaded."""
+"""What an endpoint reports of itself before the load begins."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class ServerCard:
 
 
 async def read_card(session: aiohttp.ClientSession, url: str, model: str = "", api_key: str = "") -> ServerCard:
-    """model: what is to be asked; empty: the first of its models.
+    """model: the one to use; empty: the endpoint's first.
 
-    Raises Unavailable where nothing answers as an OpenAI endpoint, ConfigError for a model it does not have.
+    Raises Unavailable if nothing answers as an OpenAI endpoint, ConfigError for a model that it does not have.
     """
     models = await _get(session, f"{base_url(url)}/models", api_key)
     try:
@@ -49,7 +49,7 @@ async def read_card(session: aiohttp.ClientSession, url: str, model: str = "", a
 
 
 def require_room(card: ServerCard, requests: tuple[PlannedRequest, ...]) -> None:
-    """Raises ConfigError where a request is longer than the model takes: it could only be refused."""
+    """Raises ConfigError if a request is longer than the model takes, because it would be refused."""
     limit = card.max_model_len
     too_long = [one for one in requests if limit and one.num_input_tokens + one.num_output_tokens > limit]
     if too_long:

@@ -1,4 +1,4 @@
-"""Server-sent events out of bytes that were cut anywhere."""
+"""Parses server-sent events from bytes that may be cut anywhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ MAX_EVENT_BYTES = 2**24
 
 
 class EventParser:
-    """feed() takes bytes as they come and gives the data of the events that they complete."""
+    """feed() takes bytes as they come and returns the data of the events that they complete."""
 
     def __init__(self) -> None:
         self._rest = b""

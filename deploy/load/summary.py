@@ -1,4 +1,4 @@
-"""What a window's samples say together."""
+"""Summarises the samples of a window."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ class Slo(NamedTuple):
 
 
 def meets(sample: Sample, slo: Slo, *, tail: bool) -> bool:
-    """tail: the mean of the longest tenth of gaps is held against the SLO, and not the mean TPOT. An answer of one token has neither."""
+    """tail: judges the mean of the longest tenth of gaps instead of the mean TPOT. An answer of one token has neither."""
     if sample.outcome != "ok" or sample.ttft_s is None:
         return False
-    pace_s = sample.tail_tbt_s if tail else sample.tpot_s
+    pace_s = sample.tail_itl_s if tail else sample.tpot_s
     return sample.ttft_s <= slo.ttft_s and (pace_s is None or pace_s <= slo.tpot_s)
 
 
 def attainment(samples: Iterable[Sample], slo: Slo, *, tail: bool = False) -> float:
-    """Share of the measured requests that met the SLO. Refused, failed and timed-out ones did not; those that the client left on purpose
-    are not asked."""
+    """Share of the measured requests that met the SLO. Refused, failed and timed-out requests did not. Those that the client left on
+    purpose don't count."""
     asked = [sample for sample in samples if sample.measured and sample.outcome != "cancelled"]
     return sum(meets(sample, slo, tail=tail) for sample in asked) / len(asked) if asked else 0.0
 
 
 def summarise(samples: Sequence[Sample], slos: Sequence[Slo]) -> dict[str, Any]:
-    """Of the measured requests; times are of those that ended well. Plain values.
+    """Figures of the measured requests, as plain values. Times are those of successful requests.
 
-    Tokens and requests a second are over the time from the first measured request's sending to the last one's end.
+    Tokens and requests a second are taken over the time from sending the first measured request to the end of the last.
     """
     measured = [sample for sample in samples if sample.measured]
     good = [sample for sample in measured if sample.outcome == "ok"]
@@ -74,7 +74,7 @@ def summarise(samples: Sequence[Sample], slos: Sequence[Slo]) -> dict[str, Any]:
         "ttft_s": spread(sample.ttft_s for sample in good),
         "tpot_s": spread(sample.tpot_s for sample in good),
         "itl_s": spread(gap for sample in good for gap in sample.gaps_s),
-        "tail_tbt_s": spread(sample.tail_tbt_s for sample in good),
+        "tail_itl_s": spread(sample.tail_itl_s for sample in good),
         "e2e_s": spread(sample.e2e_s for sample in good),
         "phases": _phases(good),
         "slos": [_judged(measured, slo, span_s) for slo in slos],
@@ -82,7 +82,7 @@ def summarise(samples: Sequence[Sample], slos: Sequence[Slo]) -> dict[str, Any]:
 
 
 def spread(values: Iterable[float | None]) -> dict[str, float] | None:
-    """Mean, quantiles (linear between neighbours) and the largest; None of nothing."""
+    """Mean, quantiles (linear between neighbours) and maximum; None for no values."""
     found = np.array([value for value in values if value is not None], dtype=np.float64)
     if not len(found):
         return None
@@ -107,7 +107,7 @@ def _span(measured: Sequence[Sample]) -> float:
 
 
 def _phases(good: Sequence[Sample]) -> dict[str, dict[str, float] | None]:
-    """Halfmoon's own record of where the time went, by phase; and how much later than it says the client had its first token."""
+    """Halfmoon's own record of the phases, and how much later than in that record the client got its first token."""
     records = [sample.phases for sample in good if sample.phases]
     names = [name for name, value in (records[0] if records else {}).items() if name.endswith("_s") and isinstance(value, int | float)]
     found = {name: spread(record.get(name) for record in records) for name in names}

@@ -2,8 +2,8 @@
 
 prompt of turn t = [group's shared prefix][own][answer 1, as drawn][own][answer 2] … [own]
 
-Turns come at drawn times, whether or not the answer before has come, and the history holds drawn answers and not the server's: the
-requests are then the same for every server, and the load stays open.
+Turns come at drawn times, whether or not the answer before has come. The history holds drawn answers and not the server's. So the
+requests are the same for every server, and the load stays open.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class SyntheticOptions:
     process: str = "poisson"
     burstiness: float = 1.0
     shared_share: float = 0.0
-    """Of a first turn's prompt, the share that it has in common with its group."""
+    """The share of a first turn's prompt that it has in common with its group."""
     num_groups: int = 1
     turns: int = 1
     turn_gap: float = 10.0
-    """Between two turns of a conversation, mean, in mean gaps between requests: arrivals scale with the rate, and so does this."""
+    """Mean time between two turns of a conversation, in mean gaps between requests, so that it scales with the rate as arrivals do."""
     max_input: int = 131072
     max_output: int = 131072
     num_warm_up: int = 0
@@ -48,7 +48,7 @@ class SyntheticOptions:
 def synthetic_plan(options: SyntheticOptions) -> Plan:
     """Raises ConfigError for lengths or arrivals that cannot be read."""
     requests = _requests(options, options.num_requests, options.seed, first_key=1)
-    # keys of their own: a warm-up leaves nothing but the groups' prefixes in the caches
+    # keys of their own, so that a warm-up leaves only the groups' prefixes in the caches
     warm = _requests(options, options.num_warm_up, options.seed + 1_000_003, first_key=1 << 40) if options.num_warm_up else ()
     return Plan("rate", requests, warm, {"load": "synthetic", **dataclasses.asdict(options)})
 
@@ -58,7 +58,7 @@ def _requests(options: SyntheticOptions, num_requests: int, seed: int, first_key
     num_sessions = math.ceil(num_requests / options.turns)
     input_lens = Lengths.parse(options.input_len).draw(num_sessions * options.turns, rng, options.max_input)
     output_lens = Lengths.parse(options.output_len).draw(num_sessions * options.turns, rng, options.max_output)
-    # sessions begin so that all turns together come at one a second
+    # sessions begin at such a rate that all turns together come at one a second
     starts = unit_arrivals(options.process, num_sessions, seed, options.burstiness) * options.turns
     pauses = rng.exponential(options.turn_gap, (num_sessions, options.turns))
     groups = rng.integers(options.num_groups, size=num_sessions)

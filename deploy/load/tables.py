@@ -1,4 +1,4 @@
-"""A run's figures as tables, arms side by side: for a terminal (rich), or in Markdown where rich is not installed."""
+"""A run's figures as tables, arms side by side: for a terminal (rich), or in Markdown if rich is not installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 DISTRIBUTIONS = (
     ("TTFT, s", "ttft_s", 1.0), ("TPOT, ms", "tpot_s", 1e3), ("gaps (ITL), ms", "itl_s", 1e3),
-    ("longest tenth of gaps, ms", "tail_tbt_s", 1e3), ("end to end, s", "e2e_s", 1.0),
+    ("longest tenth of gaps, ms", "tail_itl_s", 1e3), ("end to end, s", "e2e_s", 1.0),
 )  # fmt: skip
 COLUMNS = ("mean", "p50", "p90", "p95", "p99", "max")
 
@@ -24,7 +24,7 @@ class Grid(NamedTuple):
 
 
 def joint_tables(arms: Arms) -> list[Grid]:
-    """A line a window, in two tables that fit a terminal of 80 columns. In SLO: percent by mean TPOT / by the longest tenth of gaps."""
+    """A line for each window, in two tables of at most 80 columns. In SLO: percent by mean TPOT / by the longest tenth of gaps."""
     slos: list[tuple[float, float]] = []
     for arm in arms:
         for window in arm["windows"]:
@@ -49,7 +49,7 @@ def _latency_row(name: str, window: dict[str, Any]) -> tuple[str, ...]:
     summary = window["summary"]
     ttft = _slashed(summary["ttft_s"], ("p50", "p90", "p99"), 1.0, 2)
     tpot = _slashed(summary["tpot_s"], ("p50", "p90", "p99"), 1e3, 1)
-    return name, _factor(window), ttft, tpot, _slashed(summary["tail_tbt_s"], ("p50", "p90"), 1e3, 0)
+    return name, _factor(window), ttft, tpot, _slashed(summary["tail_itl_s"], ("p50", "p90"), 1e3, 0)
 
 
 def _rates_row(name: str, window: dict[str, Any], slos: Sequence[tuple[float, float]]) -> tuple[str, ...]:
@@ -70,7 +70,7 @@ def _factor(window: dict[str, Any]) -> str:
 
 
 def detail_tables(arm: dict[str, Any]) -> list[Grid]:
-    """Of each window every distribution, and Halfmoon's phases where the server told them."""
+    """Every distribution of each window, and Halfmoon's phases if the server sent them."""
     grids: list[Grid] = []
     for window in arm["windows"]:
         summary = window["summary"]
@@ -98,7 +98,7 @@ def goodput_lines(arms: Arms) -> list[str]:
 
 
 def warnings(arms: Arms) -> list[str]:
-    """What a reader of the figures must know."""
+    """Warnings for readers of the figures."""
     lines: list[str] = []
     for arm in arms:
         for window in arm["windows"]:

@@ -1,7 +1,7 @@
-"""A window of a trace in Mooncake's format, as a load: a hash id is a segment of 512 tokens, so that prefixes repeat as they did.
+"""A window of a trace in Mooncake's format as a load. A hash id is a segment of 512 tokens, so that prefixes repeat as in the trace.
 
-Prompts above the cap are left out: cut short they would be another load. Answers are cut. Stamps of a clock that ticks (the
-conversation trace's: every 3 s) are spread evenly inside the tick, or whole batches would come at one instant.
+Prompts above the cap are left out, because shortened ones would be a different load. Answers are cut. If the trace's clock ticks (the
+conversation trace's every 3 s), its stamps are spread evenly inside the tick, or whole batches would come at one instant.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from ...protocol.errors import ConfigError
 from ...simulator.trace import BLOCK_SIZE, Trace, TraceRequest, ideal_hits
 from .plan import Plan, PlannedRequest, Segment
 
-CROWDED = 1.5  # requests a distinct stamp, from which on a clock is taken to tick
+CROWDED = 1.5  # requests for each distinct stamp; with more the clock is taken to tick
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceOptions:
     start: int = 0
-    """Of the requests left after the cap, the first of the window."""
+    """Index of the window's first request, among those that the cap leaves."""
     start_s: float = 0.0
-    """In trace time; added to start: the first request from there on is number 0."""
+    """In trace time. start counts from the first request at or after it."""
     count: int | None = None
     seconds: float | None = None
     """In trace time."""
     max_input: int = 131072
     max_output: int = 131072
     spread_s: float | None = None
-    """Width over which equal stamps are spread; None: the clock's own tick where it has one, 0: as they are."""
+    """Width over which equal stamps are spread. None: the clock's own tick, if it has one. 0: not spread."""
     num_warm_up: int = 0
     seed: int = 0
 
 
 def trace_plan(trace: Trace, options: TraceOptions) -> Plan:
-    """Raises ConfigError where the window is empty."""
+    """Raises ConfigError if the window is empty."""
     kept = [request for request in trace.requests if request.num_input_tokens <= options.max_input]
     tick_s = find_tick(kept) if options.spread_s is None else options.spread_s
     spread = _spread(kept, tick_s, options.seed)
@@ -53,7 +53,7 @@ def trace_plan(trace: Trace, options: TraceOptions) -> Plan:
             f"{options.max_input} prompt tokens"
         )
     warm = spread[max(0, first - options.num_warm_up) : first] if options.num_warm_up else []
-    # at the trace's beginning nothing came before: the window's own shapes, with tokens of their own
+    # nothing comes before the beginning of the trace: use the window's own shapes with other tokens
     num_missing = options.num_warm_up - len(warm)
     planned_warm = [_planned(one, options.max_output, negate=True) for one in window[:num_missing]]
     planned_warm += [_planned(one, options.max_output) for one in warm]
@@ -67,7 +67,7 @@ def trace_plan(trace: Trace, options: TraceOptions) -> Plan:
 
 
 def find_tick(requests: list[TraceRequest]) -> float:
-    """Seconds between two stamps of a clock that ticks; 0 where requests seldom share a stamp."""
+    """Seconds between two stamps of a ticking clock; 0 if requests seldom share a stamp."""
     stamps = sorted({request.arrival_s for request in requests})
     if len(stamps) < 2 or len(requests) / len(stamps) < CROWDED:
         return 0.0

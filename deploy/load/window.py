@@ -1,4 +1,4 @@
-"""One run of a list of requests, each sent when it is due, whatever became of those before it."""
+"""One run of a list of requests. Each is sent when it is due, whatever has become of those before it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from .plan import LoadRequest
 from .sample import Sample
 from .sender import Sender
 
-AHEAD_S = 0.2  # from the bodies' being ready to the first request
+AHEAD_S = 0.2  # between the moment when all bodies are ready and the first request
 
 
 @dataclass(slots=True)
@@ -84,8 +84,8 @@ async def _one(
 
 
 @contextmanager
-def _frozen_heap() -> Iterator[None]:
-    """What is there already is left out of garbage collections: walking it takes tens of milliseconds, in which nothing is read."""
+def _frozen_heap() -> Generator[None, None, None]:
+    """Keeps existing objects out of garbage collections. Walking them takes tens of milliseconds, in which nothing is read."""
     gc.collect()
     gc.freeze()
     try:

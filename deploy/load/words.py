@@ -1,4 +1,4 @@
-"""Prompts as text for endpoints that take no token ids: a word for each id, about a token each in most vocabularies."""
+"""Prompts as text for endpoints that take no token ids: a word for each id, which is about one token in most vocabularies."""
 
 from __future__ import annotations
 
@@ -17,4 +17,4 @@ WORDS = (
 
 def to_text(token_ids: TokenIds) -> str:
     """Equal ids at the start give equal text at the start."""
-    return " ".join(WORDS[token_id % len(WORDS)] for token_id in token_ids.tolist())
+    return " ".join(WORDS[token_id % len(WORDS)] for token_id in map(int, token_ids))

@@ -1,6 +1,7 @@
 """Draws one token a row of logits on the device: temperature, top-k, top-p, min-p, all without a word to the host.
 
-row ─► maximum ─► greedy: its token
+row ─► maximum ─► none that is a finite number: -1
+          ├─► greedy: its token
           └─► depth = (maximum − logit) / temperature  ≥ 0, so its bits are in its order
                  └─► limit: the least of those that top-k, top-p and min-p set, found by halving twice a pass over the bits
                         └─► weights exp(−depth) of depth ≤ limit, cumulated in the vocabulary's order ─► inverse at u(seed, index)
@@ -19,6 +20,7 @@ import triton.language as tl
 
 BLOCK = 4096
 INFINITE = tl.constexpr(0x7F800000)  # the bits of an infinite depth: no limit
+NO_TOKEN = tl.constexpr(-1)  # of kernels/reference/sampling.py
 TO_UNIT = tl.constexpr(2.0**-53)
 
 
@@ -111,16 +113,19 @@ def _sampling_kernel(
     lanes = tl.arange(0, BLOCK)
     best = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     best_at = tl.zeros([BLOCK], dtype=tl.int32)
+    odd = tl.zeros([BLOCK], dtype=tl.int32)  # lanes that have met NaN: a maximum passes over it
     for start in range(0, VOCAB, BLOCK):
         columns = start + lanes
         logits = tl.load(row_ptr + columns, mask=columns < VOCAB, other=float("-inf")).to(tl.float32)
         best_at = tl.where(logits > best, columns, best_at)
         best = tl.maximum(logits, best)
+        odd |= (logits != logits).to(tl.int32)
     largest = tl.max(best, axis=0)
     token = tl.min(tl.where(best == largest, best_at, VOCAB), axis=0)
-    token = tl.minimum(token, VOCAB - 1)
+    sound = (tl.max(odd, axis=0) == 0) & (tl.abs(largest) < float("inf"))
+    token = tl.where(sound, tl.minimum(token, VOCAB - 1), NO_TOKEN)
     temperature = tl.load(temperatures_ptr + row)
-    if temperature > 0:
+    if sound & (temperature > 0):
         top_k = tl.load(top_ks_ptr + row)
         top_p = tl.load(top_ps_ptr + row).to(tl.float64)
         num_wanted = tl.where((top_k > 0) & (top_k < VOCAB), top_k, VOCAB).to(tl.int32)

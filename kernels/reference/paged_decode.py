@@ -20,7 +20,7 @@ def paged_decode(
     kv_scales: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See kernels/paged_decode.py. Computed in fp32, rounded once. Pages must hold finite numbers, the unused ones too."""
+    """See kernels/paged_decode.py. Computed in fp32, rounded once."""
     num_seqs, head_dim = q.shape[0], q.shape[-1]
     num_q = q.shape[1] if q.dim() == 4 else 1
     _, _, num_kv_heads, page_size, _ = kv_pages.shape
@@ -39,6 +39,8 @@ def paged_decode(
     ends = kv_lens.view(num_seqs, 1, 1, 1, 1) - torch.arange(num_q - 1, -1, -1, device=q.device).view(1, 1, num_q, 1, 1)
     unseen = key >= ends if sliding_window == 0 else (key >= ends) | (key < ends - sliding_window)
     weights = scores.masked_fill_(unseen, float("-inf")).softmax(dim=-1)
+    # values beyond the sequence may be anything, and 0 · NaN is NaN
+    v.view(num_seqs, num_kv_heads, -1, head_dim).masked_fill_((key >= kv_lens.view(-1, 1)).view(num_seqs, 1, -1, 1), 0.0)
     found = torch.bmm(weights.view(num_seqs * num_kv_heads, -1, num_pages * page_size), v)
     found = found.view(num_seqs, num_kv_heads, num_q, -1, head_dim).masked_fill_(ends <= 0, 0.0)
     found = found.transpose(1, 2).reshape(q.shape).to(q.dtype).contiguous()

@@ -1,5 +1,6 @@
 """Sampling in torch.
 
+a row whose maximum is no finite number ─► NO_TOKEN
 greedy rows ─► argmax
 other rows  ─► − maximum, / temperature ─► cut: a threshold on the scaled logits ─► weights ─► cumulated ─► inverse at u(seed, index)
 """
@@ -10,6 +11,9 @@ import numpy as np
 import torch
 
 from .philox import uniform
+
+NO_TOKEN = -1
+"""The token of a row from which none can be drawn."""
 
 # up to this top_k the k largest are selected; beyond, or for top_p alone, the row is sorted
 MAX_SELECTED = 1024
@@ -25,13 +29,15 @@ def sampling(
     indices: torch.Tensor,
 ) -> torch.Tensor:
     """See kernels/sampling.py."""
-    tokens = logits.argmax(dim=-1)
-    rows = temperatures.nonzero().squeeze(1)
+    largest, tokens = logits.max(dim=-1)  # NaN, where there is one
+    sound = largest.isfinite()
+    tokens.masked_fill_(~sound, NO_TOKEN)
+    rows = (sound & (temperatures > 0.0)).nonzero().squeeze(1)
     if len(rows) == 0:
         return tokens
     chosen = logits[rows]
     # the maximum first: a tiny temperature then gives 0 and -inf, and never inf - inf
-    scaled = (chosen - chosen.max(dim=-1, keepdim=True).values) / temperatures[rows].unsqueeze(1)
+    scaled = (chosen - largest[rows].unsqueeze(1)) / temperatures[rows].unsqueeze(1)
     keep = scaled >= _thresholds(scaled, top_ks[rows], top_ps[rows], min_ps[rows]).unsqueeze(1)
     weights = scaled.exp_().masked_fill_(~keep, 0.0)
     tokens[rows] = _invert(weights, seeds[rows], indices[rows])

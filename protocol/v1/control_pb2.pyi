@@ -53,44 +53,72 @@ class MemberInfo(_message.Message):
     def __init__(self, id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., node_id: _Optional[str] = ..., store_id: _Optional[str] = ..., store_address: _Optional[str] = ..., schema: _Optional[_Union[_common_pb2.KVSchema, _Mapping]] = ..., max_model_len: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ...) -> None: ...
 
 class MemberLoad(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_outstanding_tokens", "kv_usage_ratio", "steps", "num_prefill_tokens")
+    __slots__ = ("num_running", "num_waiting", "num_outstanding_tokens", "kv_usage_ratio", "steps", "num_prefill_tokens", "num_cached_pages")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_OUTSTANDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_USAGE_RATIO_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_PAGES_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_outstanding_tokens: int
     kv_usage_ratio: float
     steps: _containers.RepeatedCompositeFieldContainer[StepSample]
     num_prefill_tokens: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_outstanding_tokens: _Optional[int] = ..., kv_usage_ratio: _Optional[float] = ..., steps: _Optional[_Iterable[_Union[StepSample, _Mapping]]] = ..., num_prefill_tokens: _Optional[int] = ...) -> None: ...
+    num_cached_pages: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_outstanding_tokens: _Optional[int] = ..., kv_usage_ratio: _Optional[float] = ..., steps: _Optional[_Iterable[_Union[StepSample, _Mapping]]] = ..., num_prefill_tokens: _Optional[int] = ..., num_cached_pages: _Optional[int] = ...) -> None: ...
 
 class StepSample(_message.Message):
-    __slots__ = ("num_sequences", "num_kv_tokens", "num_prefill_tokens", "seconds")
+    __slots__ = ("num_sequences", "num_kv_tokens", "num_prefill_tokens", "seconds", "prefill_attention")
     NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     NUM_KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_ATTENTION_FIELD_NUMBER: _ClassVar[int]
     num_sequences: int
     num_kv_tokens: int
     num_prefill_tokens: int
     seconds: float
-    def __init__(self, num_sequences: _Optional[int] = ..., num_kv_tokens: _Optional[int] = ..., num_prefill_tokens: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+    prefill_attention: float
+    def __init__(self, num_sequences: _Optional[int] = ..., num_kv_tokens: _Optional[int] = ..., num_prefill_tokens: _Optional[int] = ..., seconds: _Optional[float] = ..., prefill_attention: _Optional[float] = ...) -> None: ...
 
 class MemberReport(_message.Message):
-    __slots__ = ("info", "load", "role", "answer")
+    __slots__ = ("info", "load", "role", "answer", "prefixes", "broken")
     INFO_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ANSWER_FIELD_NUMBER: _ClassVar[int]
+    PREFIXES_FIELD_NUMBER: _ClassVar[int]
+    BROKEN_FIELD_NUMBER: _ClassVar[int]
     info: MemberInfo
     load: MemberLoad
     role: Role
     answer: OrderAnswer
-    def __init__(self, info: _Optional[_Union[MemberInfo, _Mapping]] = ..., load: _Optional[_Union[MemberLoad, _Mapping]] = ..., role: _Optional[_Union[Role, str]] = ..., answer: _Optional[_Union[OrderAnswer, _Mapping]] = ...) -> None: ...
+    prefixes: PrefixChange
+    broken: Broken
+    def __init__(self, info: _Optional[_Union[MemberInfo, _Mapping]] = ..., load: _Optional[_Union[MemberLoad, _Mapping]] = ..., role: _Optional[_Union[Role, str]] = ..., answer: _Optional[_Union[OrderAnswer, _Mapping]] = ..., prefixes: _Optional[_Union[PrefixChange, _Mapping]] = ..., broken: _Optional[_Union[Broken, _Mapping]] = ...) -> None: ...
+
+class PrefixChange(_message.Message):
+    __slots__ = ("number", "whole", "added", "removed")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
+    ADDED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    whole: bool
+    added: _containers.RepeatedScalarFieldContainer[bytes]
+    removed: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, number: _Optional[int] = ..., whole: bool = ..., added: _Optional[_Iterable[bytes]] = ..., removed: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class Broken(_message.Message):
+    __slots__ = ("reason", "request_ids")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    request_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, reason: _Optional[str] = ..., request_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class OrderAnswer(_message.Message):
     __slots__ = ("number", "refusal")
@@ -101,14 +129,16 @@ class OrderAnswer(_message.Message):
     def __init__(self, number: _Optional[int] = ..., refusal: _Optional[_Union[_common_pb2.Error, _Mapping]] = ...) -> None: ...
 
 class MemberOrder(_message.Message):
-    __slots__ = ("accepted", "number", "role")
+    __slots__ = ("accepted", "number", "role", "tell_prefixes")
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
+    TELL_PREFIXES_FIELD_NUMBER: _ClassVar[int]
     accepted: bool
     number: int
     role: Role
-    def __init__(self, accepted: bool = ..., number: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ...) -> None: ...
+    tell_prefixes: bool
+    def __init__(self, accepted: bool = ..., number: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., tell_prefixes: bool = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()

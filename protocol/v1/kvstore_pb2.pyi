@@ -27,18 +27,20 @@ class AttachRequest(_message.Message):
 class AttachReply(_message.Message):
     __slots__ = ("welcome", "heartbeat")
     class Welcome(_message.Message):
-        __slots__ = ("session_id", "store_id", "lease_ttl_s", "heartbeat_interval_s", "arena")
+        __slots__ = ("session_id", "store_id", "lease_ttl_s", "heartbeat_interval_s", "arena", "data")
         SESSION_ID_FIELD_NUMBER: _ClassVar[int]
         STORE_ID_FIELD_NUMBER: _ClassVar[int]
         LEASE_TTL_S_FIELD_NUMBER: _ClassVar[int]
         HEARTBEAT_INTERVAL_S_FIELD_NUMBER: _ClassVar[int]
         ARENA_FIELD_NUMBER: _ClassVar[int]
+        DATA_FIELD_NUMBER: _ClassVar[int]
         session_id: str
         store_id: str
         lease_ttl_s: float
         heartbeat_interval_s: float
         arena: AttachReply.Arena
-        def __init__(self, session_id: _Optional[str] = ..., store_id: _Optional[str] = ..., lease_ttl_s: _Optional[float] = ..., heartbeat_interval_s: _Optional[float] = ..., arena: _Optional[_Union[AttachReply.Arena, _Mapping]] = ...) -> None: ...
+        data: AttachReply.Data
+        def __init__(self, session_id: _Optional[str] = ..., store_id: _Optional[str] = ..., lease_ttl_s: _Optional[float] = ..., heartbeat_interval_s: _Optional[float] = ..., arena: _Optional[_Union[AttachReply.Arena, _Mapping]] = ..., data: _Optional[_Union[AttachReply.Data, _Mapping]] = ...) -> None: ...
     class Arena(_message.Message):
         __slots__ = ("path", "num_bytes", "token", "data_offset", "slot_bytes", "num_slots")
         PATH_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +56,13 @@ class AttachReply(_message.Message):
         slot_bytes: int
         num_slots: int
         def __init__(self, path: _Optional[str] = ..., num_bytes: _Optional[int] = ..., token: _Optional[bytes] = ..., data_offset: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., num_slots: _Optional[int] = ...) -> None: ...
+    class Data(_message.Message):
+        __slots__ = ("port", "token")
+        PORT_FIELD_NUMBER: _ClassVar[int]
+        TOKEN_FIELD_NUMBER: _ClassVar[int]
+        port: int
+        token: bytes
+        def __init__(self, port: _Optional[int] = ..., token: _Optional[bytes] = ...) -> None: ...
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     welcome: AttachReply.Welcome
@@ -131,16 +140,20 @@ class SealReply(_message.Message):
     def __init__(self) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("session_id", "handoff", "prefix", "deadline_s")
+    __slots__ = ("session_id", "handoff", "prefix", "deadline_s", "compute_s", "without_data")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_DATA_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     handoff: _common_pb2.HandoffId
     prefix: BlockKeys
     deadline_s: float
-    def __init__(self, session_id: _Optional[str] = ..., handoff: _Optional[_Union[_common_pb2.HandoffId, _Mapping]] = ..., prefix: _Optional[_Union[BlockKeys, _Mapping]] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    compute_s: float
+    without_data: bool
+    def __init__(self, session_id: _Optional[str] = ..., handoff: _Optional[_Union[_common_pb2.HandoffId, _Mapping]] = ..., prefix: _Optional[_Union[BlockKeys, _Mapping]] = ..., deadline_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., without_data: bool = ...) -> None: ...
 
 class BlockKeys(_message.Message):
     __slots__ = ("keys",)
@@ -222,26 +235,32 @@ class LookupRequest(_message.Message):
     def __init__(self, block_keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class LookupReply(_message.Message):
-    __slots__ = ("num_blocks",)
+    __slots__ = ("num_blocks", "num_blocks_dram")
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_DRAM_FIELD_NUMBER: _ClassVar[int]
     num_blocks: int
-    def __init__(self, num_blocks: _Optional[int] = ...) -> None: ...
+    num_blocks_dram: int
+    def __init__(self, num_blocks: _Optional[int] = ..., num_blocks_dram: _Optional[int] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class WatchReply(_message.Message):
-    __slots__ = ("sequence", "snapshot", "stored", "evicted")
+    __slots__ = ("sequence", "snapshot", "stored", "evicted", "demoted", "promoted")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     STORED_FIELD_NUMBER: _ClassVar[int]
     EVICTED_FIELD_NUMBER: _ClassVar[int]
+    DEMOTED_FIELD_NUMBER: _ClassVar[int]
+    PROMOTED_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     snapshot: bool
     stored: _containers.RepeatedScalarFieldContainer[bytes]
     evicted: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, sequence: _Optional[int] = ..., snapshot: bool = ..., stored: _Optional[_Iterable[bytes]] = ..., evicted: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    demoted: _containers.RepeatedScalarFieldContainer[bytes]
+    promoted: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, sequence: _Optional[int] = ..., snapshot: bool = ..., stored: _Optional[_Iterable[bytes]] = ..., evicted: _Optional[_Iterable[bytes]] = ..., demoted: _Optional[_Iterable[bytes]] = ..., promoted: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class ReplicateRequest(_message.Message):
     __slots__ = ("block_keys", "source_address", "deadline_s")
@@ -282,7 +301,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatsReply(_message.Message):
-    __slots__ = ("store_id", "num_bytes_arena", "num_bytes_leased", "num_bytes_cached", "num_bytes_free", "num_leases", "num_handoffs", "num_sessions", "num_evicted_blocks", "num_expired_leases", "num_bytes_pushed", "num_bytes_fetched", "num_query_blocks", "num_hit_blocks", "schema")
+    __slots__ = ("store_id", "num_bytes_arena", "num_bytes_leased", "num_bytes_cached", "num_bytes_free", "num_leases", "num_handoffs", "num_sessions", "num_evicted_blocks", "num_expired_leases", "num_bytes_pushed", "num_bytes_fetched", "num_query_blocks", "num_hit_blocks", "num_bytes_ssd", "num_bytes_ssd_used", "schema")
     STORE_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_ARENA_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_LEASED_FIELD_NUMBER: _ClassVar[int]
@@ -297,6 +316,8 @@ class StatsReply(_message.Message):
     NUM_BYTES_FETCHED_FIELD_NUMBER: _ClassVar[int]
     NUM_QUERY_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_HIT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_SSD_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_SSD_USED_FIELD_NUMBER: _ClassVar[int]
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     store_id: str
     num_bytes_arena: int
@@ -312,5 +333,7 @@ class StatsReply(_message.Message):
     num_bytes_fetched: int
     num_query_blocks: int
     num_hit_blocks: int
+    num_bytes_ssd: int
+    num_bytes_ssd_used: int
     schema: _common_pb2.KVSchema
-    def __init__(self, store_id: _Optional[str] = ..., num_bytes_arena: _Optional[int] = ..., num_bytes_leased: _Optional[int] = ..., num_bytes_cached: _Optional[int] = ..., num_bytes_free: _Optional[int] = ..., num_leases: _Optional[int] = ..., num_handoffs: _Optional[int] = ..., num_sessions: _Optional[int] = ..., num_evicted_blocks: _Optional[int] = ..., num_expired_leases: _Optional[int] = ..., num_bytes_pushed: _Optional[int] = ..., num_bytes_fetched: _Optional[int] = ..., num_query_blocks: _Optional[int] = ..., num_hit_blocks: _Optional[int] = ..., schema: _Optional[_Union[_common_pb2.KVSchema, _Mapping]] = ...) -> None: ...
+    def __init__(self, store_id: _Optional[str] = ..., num_bytes_arena: _Optional[int] = ..., num_bytes_leased: _Optional[int] = ..., num_bytes_cached: _Optional[int] = ..., num_bytes_free: _Optional[int] = ..., num_leases: _Optional[int] = ..., num_handoffs: _Optional[int] = ..., num_sessions: _Optional[int] = ..., num_evicted_blocks: _Optional[int] = ..., num_expired_leases: _Optional[int] = ..., num_bytes_pushed: _Optional[int] = ..., num_bytes_fetched: _Optional[int] = ..., num_query_blocks: _Optional[int] = ..., num_hit_blocks: _Optional[int] = ..., num_bytes_ssd: _Optional[int] = ..., num_bytes_ssd_used: _Optional[int] = ..., schema: _Optional[_Union[_common_pb2.KVSchema, _Mapping]] = ...) -> None: ...

@@ -143,7 +143,7 @@ class DecodeWorkerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Stop(self, request, context):
-        """Ends a sequence early as finished (a stop string was found): its stream closes with Finished, its blocks are kept.
+        """Ends a sequence early as finished (a stop string was found): its stream closes with Finished, its blocks stay cached.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -45,7 +45,7 @@ class Conductor:
         decode = _candidates("decode", snapshot.decode, request)
         if isinstance(decode, Rejection):
             return decode
-        snapshot = dataclasses.replace(snapshot, prefill=prefill.with_held(request.held_blocks), decode=decode)
+        snapshot = dataclasses.replace(snapshot, prefill=_with_held(prefill, request), decode=decode)
         selection = self.policy.select(request, snapshot)
         if why_local:
             selection = _local(selection, why_local)
@@ -79,8 +79,12 @@ class Conductor:
         if self.local_prefill == "fallback" and self.policy.weighs_local and not isinstance(candidates, Rejection):
             local = _candidates("decode", snapshot.decode.with_role("decode"), request)
             if not isinstance(local, Rejection):
-                candidates = candidates.with_held(request.held_blocks).join(local.with_held(request.held_blocks))
+                candidates = _with_held(candidates, request).join(_with_held(local, request))
         return candidates, ""
+
+
+def _with_held(pool: Pool, request: PlacementRequest) -> Pool:
+    return pool.with_held(request.held_blocks, request.page_blocks)
 
 
 def _local(selection: Selection, why: str) -> Selection:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from .member_state import MemberState
 from .placement import PlacementRequest, Selection, Snapshot
-from .policies.base import cached_blocks
+from .policies.base import cached_blocks, page_blocks
 from .predictors.timing import Predictors
 from .predictors.waiting import queue_s, step_with
 
@@ -20,7 +20,7 @@ class PrefillForecast(NamedTuple):
     """A first token's parts on one prefill worker, in seconds from now."""
 
     queue_s: float
-    transfer_s: float  # of the prefix, from its own store and from elsewhere
+    transfer_s: float  # of the prefix, from its own store and from elsewhere; what stands in its pages needs none
     prefill_s: float
 
 
@@ -48,7 +48,7 @@ def prefill_forecast(
     block_bytes, transfer = block_size * predictors.model.kv_bytes_per_token, predictors.transfer
     return PrefillForecast(
         queue_s(predictors, member, snapshot.now_s),
-        transfer.own(own * block_bytes) + transfer.predict((num_blocks - own) * block_bytes),
+        transfer.own((own - page_blocks(request, member, block_size)) * block_bytes) + transfer.predict((num_blocks - own) * block_bytes),
         predictors.prefill.predict(request.num_tokens - num_cached, num_cached),
     )
 

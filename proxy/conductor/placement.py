@@ -78,13 +78,14 @@ class Snapshot:
 @dataclass(frozen=True, slots=True)
 class PlacementRequest:
     num_tokens: int  # to prefill: the prompt, and for a replay the tokens already sent
-    held_blocks: Mapping[str, int] = field(default_factory=dict)  # store address -> leading blocks of the request that it holds
+    held_blocks: Mapping[str, int] = field(default_factory=dict[str, int])  # store address -> leading blocks of the request that it holds
     exclude: frozenset[str] = frozenset()  # incarnations never to be chosen
     avoid: frozenset[str] = frozenset()  # incarnations to be chosen only where there is no other
     slo: Slo | None = None  # its own; None: the admission's
     priority: int = 0  # lower is sooner
     waited_s: float = 0.0  # since it arrived; counts against its SLO
     admitted: bool = False  # a replay: no admission is asked again
+    page_blocks: Mapping[str, int] = field(default_factory=dict)  # worker id -> leading blocks of it in its pages
 
 
 class PrefixHint(NamedTuple):

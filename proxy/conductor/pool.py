@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import repeat
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from .member_state import MemberState
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+NOTHING: Mapping[str, int] = MappingProxyType({})
 
 
 class Roster:
@@ -92,7 +94,9 @@ class Pool:
     num_requests: Ints
     num_running: Ints
     num_running_tokens: Ints
-    num_held_blocks: Ints | None = None  # of the request to be placed, by the worker's own store; None: not looked up yet
+    # of the request to be placed; None: not looked up yet
+    num_held_blocks: Ints | None = None  # leading ones in the worker's pages, or in its own store
+    num_page_blocks: Ints | None = None  # leading ones in its pages
 
     @classmethod
     def of(cls, states: Iterable[MemberState]) -> Pool:
@@ -135,7 +139,7 @@ class Pool:
 
     def take(self, rows: Ints) -> Pool:
         """A copy of some rows, in their order."""
-        held = self.num_held_blocks
+        held, in_pages = self.num_held_blocks, self.num_page_blocks
         return Pool(
             self.roster.take(rows.tolist()),
             self.num_outstanding_tokens[rows],
@@ -145,6 +149,7 @@ class Pool:
             self.num_running[rows],
             self.num_running_tokens[rows],
             None if held is None else held[rows],
+            None if in_pages is None else in_pages[rows],
         )
 
     def keep(self, wanted: Bools) -> Pool:
@@ -164,7 +169,6 @@ class Pool:
 
     def join(self, other: Pool) -> Pool:
         """The rows of both, this pool's first."""
-        mine, theirs = self.num_held_blocks, other.num_held_blocks
         return Pool(
             self.roster.join(other.roster),
             np.concatenate((self.num_outstanding_tokens, other.num_outstanding_tokens)),
@@ -173,21 +177,33 @@ class Pool:
             np.concatenate((self.num_requests, other.num_requests)),
             np.concatenate((self.num_running, other.num_running)),
             np.concatenate((self.num_running_tokens, other.num_running_tokens)),
-            None if mine is None or theirs is None else np.concatenate((mine, theirs)),
+            _both(self.num_held_blocks, other.num_held_blocks),
+            _both(self.num_page_blocks, other.num_page_blocks),
         )
 
-    def with_held(self, held_blocks: Mapping[str, int]) -> Pool:
-        """held_blocks: store address -> leading blocks of the request that it holds."""
+    def with_held(self, held_blocks: Mapping[str, int], page_blocks: Mapping[str, int] = NOTHING) -> Pool:
+        """held_blocks: store address -> leading blocks of the request that it holds. page_blocks: worker id -> those in its pages."""
         if self.num_held_blocks is not None:
             return self
-        return dataclasses.replace(self, num_held_blocks=self.held(held_blocks))
+        in_pages, held = self.in_pages(page_blocks), self.held(held_blocks, page_blocks)
+        return dataclasses.replace(self, num_held_blocks=held, num_page_blocks=in_pages)
 
-    def held(self, held_blocks: Mapping[str, int]) -> Ints:
+    def held(self, held_blocks: Mapping[str, int], page_blocks: Mapping[str, int] = NOTHING) -> Ints:
+        """In the worker's pages or its own store, whichever has more."""
         if self.num_held_blocks is not None:
             return self.num_held_blocks
+        in_pages = self.in_pages(page_blocks)
         if self.roster.store_set.isdisjoint(held_blocks):
+            return in_pages
+        in_store = np.fromiter(map(held_blocks.get, self.roster.store_addresses, repeat(0)), np.int64, len(self))
+        return np.maximum(in_store, in_pages) if page_blocks else in_store
+
+    def in_pages(self, page_blocks: Mapping[str, int]) -> Ints:
+        if self.num_page_blocks is not None:
+            return self.num_page_blocks
+        if not page_blocks:
             return np.zeros(len(self), np.int64)
-        return np.fromiter(map(held_blocks.get, self.roster.store_addresses, repeat(0)), np.int64, len(self))
+        return np.fromiter(map(page_blocks.get, self.roster.ids, repeat(0)), np.int64, len(self))
 
     def least(self, values: Ints | Floats) -> int:
         """The row with the least value; of equals the one whose id comes first."""
@@ -210,6 +226,10 @@ class Pool:
         if names <= wanted:
             return self
         return self.take(np.flatnonzero(np.fromiter((one in wanted for one in self.roster.roles), bool, len(self))))
+
+
+def _both(mine: Ints | None, theirs: Ints | None) -> Ints | None:
+    return None if mine is None or theirs is None else np.concatenate((mine, theirs))
 
 
 def total(values: Floats) -> float:

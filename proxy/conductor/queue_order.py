@@ -2,7 +2,9 @@
 
 fcfs   arrival                      edf   the moment by which the first token is due; more urgent classes first
 late   edf, but a request that cannot be in time any more gives way to those that can, for GIVE_WAY times its SLO
-Deadlines are moments, so what waits becomes the most urgent in the end: nothing starves.
+short  the shortest first: a prompt lets those pass that come within AGEING times as long as it takes longer to compute; but none that
+       come after its first token is due, as long as it can be in time
+All are moments, so what waits becomes the most urgent in the end: nothing starves.
 """
 
 from __future__ import annotations
@@ -10,18 +12,37 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-Order = Literal["fcfs", "edf", "late"]
+Order = Literal["fcfs", "edf", "late", "short"]
 TICKS_PER_S = 1000
 CLASS_S = 60.0  # that one step of priority counts for
 NO_SLO_S = 30.0  # that a request without an SLO counts with
 GIVE_WAY = 10.0
+AGEING = 20.0
+LONGEST_S = 120.0  # that the longest prompt lets others pass
 
 
-def queue_order(order: Order, *, arrival_s: float, ttft_slo_s: float, predicted_ttft_s: float | None = None, priority: int = 0) -> int:
-    """arrival_s: on any clock, the same for all requests of a queue; predicted_ttft_s: from the arrival."""
+def queue_order(
+    order: Order,
+    *,
+    arrival_s: float,
+    ttft_slo_s: float,
+    predicted_ttft_s: float | None = None,
+    work_s: float = 0.0,
+    priority: int = 0,
+) -> int:
+    """
+    Args:
+        arrival_s: on any clock, the same for all requests of a queue.
+        predicted_ttft_s: from the arrival.
+        work_s: predicted seconds of the prefill alone, what is cached left out.
+    """
     if order == "fcfs":
         return round(arrival_s * TICKS_PER_S)
-    slo_s = ttft_slo_s if math.isfinite(ttft_slo_s) else NO_SLO_S
-    if order == "late" and predicted_ttft_s is not None and predicted_ttft_s > slo_s:
-        slo_s *= GIVE_WAY
-    return round((arrival_s + slo_s + priority * CLASS_S) * TICKS_PER_S)
+    is_late = predicted_ttft_s is not None and predicted_ttft_s > ttft_slo_s
+    if order == "short":
+        waits_s = min(AGEING * work_s, LONGEST_S if is_late else min(ttft_slo_s, LONGEST_S))
+    else:
+        waits_s = ttft_slo_s if math.isfinite(ttft_slo_s) else NO_SLO_S
+        if order == "late" and is_late:
+            waits_s *= GIVE_WAY
+    return round((arrival_s + waits_s + priority * CLASS_S) * TICKS_PER_S)

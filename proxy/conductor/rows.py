@@ -1,12 +1,12 @@
-"""Numbers under keys, as dense columns: what changes row by row and is read as a whole.
+"""Numbers by key in dense columns. They change row by row and are read as a whole.
 
-add ─► row n          remove ─► the last row fills the gap, so rows have no order          columns ─► arrays over the rows there are
+put ─► row n          remove ─► the last row fills the gap, so rows have no order          columns ─► arrays over all rows
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -17,8 +17,8 @@ FIRST_SIZE = 64
 
 class Rows(Generic[Key]):
     def __init__(self, *types: DTypeLike) -> None:
-        """types: one a column."""
-        self._columns: list[NDArray] = [np.zeros(FIRST_SIZE, kind) for kind in types]
+        """types: one for each column."""
+        self._columns: list[NDArray[Any]] = [np.zeros(FIRST_SIZE, kind) for kind in types]
         self._keys: list[Key] = []
         self._row_of: dict[Key, int] = {}
 
@@ -28,13 +28,13 @@ class Rows(Generic[Key]):
     def __contains__(self, key: Key) -> bool:
         return key in self._row_of
 
-    def columns(self) -> list[NDArray]:
-        """Views, one a column, valid until the next change."""
+    def columns(self) -> list[NDArray[Any]]:
+        """A view of each column, valid until the next change."""
         num = len(self._keys)
         return [column[:num] for column in self._columns]
 
     def put(self, key: Key, *values: float) -> None:
-        """A value a column; over the old ones where the key is there."""
+        """Sets one value for each column. A known key keeps its row."""
         row = self._row_of.get(key)
         if row is None:
             row = self._row_of[key] = len(self._keys)
@@ -49,7 +49,7 @@ class Rows(Generic[Key]):
         return self._columns[column][self._row_of[key]].item()
 
     def remove(self, key: Key) -> bool:
-        """Whether it was there."""
+        """True if the key was there."""
         row = self._row_of.pop(key, None)
         if row is None:
             return False

@@ -1,4 +1,4 @@
-"""What the proxy has placed on a member, so that the next placement sees it before any report does.
+"""What the proxy has placed on a member. The next placement sees it before the member's own report shows it.
 
 place ─► + tokens     grow ─► + tokens (decode: a token was sent)     end ─► - tokens (prefill done, decode ended, aborted)
    decode: begin ─► it runs in the batch
@@ -11,21 +11,21 @@ from dataclasses import dataclass
 
 
 class AssignedLoad:
-    """Placed tokens of one member. Reports of the member refine the sum and never raise it above what was placed.
+    """Placed tokens of one member. The member's reports refine the sum and never raise it above what was placed.
 
-    on_change: runs after every entry and report.
+    on_change: runs after every change and report.
     """
 
     def __init__(self, on_change: Callable[[], None] = lambda: None) -> None:
         self.num_tokens = 0  # placed and not ended
         self.num_requests = 0
-        self.num_running_tokens = 0  # of those, begun
+        self.num_running_tokens = 0  # of requests whose decode has begun
         self.num_running = 0
         self._on_change = on_change
         self._num_reports = 0
         self._reported_tokens = 0
-        # tokens placed since the last report and in the interval before it: the last report, on its way
-        # while they were placed, may not know them
+        # tokens placed since the last report, and in the interval before it: the last report may have been under way
+        # already when they were placed, and not include them
         self._unreported = [0, 0]
 
     def place(self, num_tokens: int) -> Assignment:
@@ -42,7 +42,7 @@ class AssignedLoad:
 
     @property
     def num_left_tokens(self) -> int:
-        """As the member counts down what it has done of the placed tokens; placed in full where it has not reported yet."""
+        """Placed tokens that are not done yet, by the member's own count. Before its first report: all placed tokens."""
         if self._num_reports == 0:
             return self.num_tokens
         return min(self.num_tokens, self._reported_tokens + sum(self._unreported))
@@ -71,7 +71,7 @@ class Assignment:
             self.assigned._add(self, num_tokens)
 
     def begin(self) -> None:
-        """Its tokens run in the member's batch from now on. Once; further calls change nothing."""
+        """Its tokens run in the member's batch from now on. Further calls do nothing."""
         if not (self.running or self.ended):
             self.running = True
             self.assigned.num_running += 1
@@ -79,7 +79,7 @@ class Assignment:
             self.assigned._on_change()
 
     def end(self) -> None:
-        """Once; further calls change nothing."""
+        """Further calls do nothing."""
         if not self.ended:
             self.ended = True
             self.assigned.num_requests -= 1

@@ -1,8 +1,8 @@
-"""The prefills that a worker was given and has not finished, in predicted seconds, most urgent first, as its scheduler has them.
+"""A worker's unfinished prefills in predicted seconds, most urgent first, in the order of its scheduler.
 
 place ─► [ most urgent … least urgent ]
-   the clock takes off at the front ─┘  a report of the worker's own count puts right what the clock took
-TaskTable: the tasks of all workers, so that ahead_s tells of all at once what a new prefill would wait for
+   the clock takes seconds off at the front ─┘  the worker's reports correct what the clock took
+TaskTable holds the tasks of all workers, so that ahead_s gives at once what a new prefill would wait for on each worker
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ..conductor.pool import Floats, Ints
 from ..conductor.rows import Rows
 from .assigned_load import AssignedLoad, Assignment
 
-UNSEEN_S = 1e-6  # a change that need not be told
+UNSEEN_S = 1e-6  # a smaller change is not written to the table
 
 
 class TaskTable:
-    """A row a task. What it has left at some moment follows from two numbers that stand until its worker's backlog changes."""
+    """A row for each task. Two numbers give what is left of it at any moment; they hold until its worker's backlog changes."""
 
     def __init__(self) -> None:
         # worker's row, queue order, whether its worker shares steps, seconds left at the last change, when it ends by the clock
@@ -40,16 +40,17 @@ class TaskTable:
 
     @property
     def rows(self) -> Ints:
-        """Of the workers, one a task."""
+        """The workers' rows, one for each task."""
         return self._tasks.columns()[0]
 
     def ahead_s(self, queue_order: int, work_s: Floats, now_s: float) -> Floats:
-        """Predicted seconds from now in which each worker computes others before a prefill with this order ends there. [workers' rows]
+        """Predicted seconds that each worker spends on other prefills before a prefill with this order ends there. [workers' rows]
 
-        All of the more urgent ones. Of its equals all, or where steps are shared as much as of itself.
+        More urgent prefills count in full. Prefills of the same order count in full too, but where steps are shared each counts at
+        most as much as the prefill itself.
 
         Args:
-            work_s: of the prefill itself, on each worker. [workers' rows]
+            work_s: seconds of the prefill itself on each worker. [workers' rows]
         """
         rows, orders, shares, left_s, end_s = self._tasks.columns()
         left_s = np.minimum(left_s, np.maximum(end_s - now_s, 0.0))
@@ -62,8 +63,8 @@ class TaskTable:
 class Backlog:
     """
     Args:
-        assigned: of the tokens that the worker has yet to compute.
-        shares: whether its scheduler divides a step among those of one priority (a prefill worker's does), else the first has it all.
+        assigned: the tokens that the worker has yet to compute.
+        shares: its scheduler divides a step among prompts of one order, as a prefill worker's does. Else the first prompt gets it all.
         table, row: where its tasks stand beside those of other workers.
     """
 
@@ -74,13 +75,13 @@ class Backlog:
         self._row = row
         self._tasks: list[PrefillTask] = []  # by queue_order, then arrival
         self._numbers = itertools.count()
-        self._now_s = 0.0  # to which the clock has been followed
+        self._now_s = 0.0  # the moment up to which the clock has taken seconds off
 
     def __bool__(self) -> bool:
         return bool(self._tasks)
 
     def place(self, num_tokens: int, seconds: float, queue_order: int, now_s: float) -> PrefillTask:
-        """num_tokens to compute, in so many seconds of the worker's, by prediction. To be ended when the prefill is, however."""
+        """seconds: predicted time for num_tokens. The caller ends the task when the prefill ends, in whatever way."""
         self._follow(now_s)
         task = PrefillTask((queue_order, next(self._numbers)), seconds, self.assigned.place(num_tokens), self)
         at = bisect_right(self._tasks, task.order, key=_order)
@@ -89,7 +90,7 @@ class Backlog:
         return task
 
     def report(self, now_s: float) -> None:
-        """The worker has told how many tokens it has left."""
+        """The worker has reported how many tokens it has left."""
         if not self._tasks:
             return
         self._follow(now_s)
@@ -98,21 +99,21 @@ class Backlog:
         for task in self._tasks:
             num_tokens = task.assignment.num_tokens
             if num_tokens and surplus:
-                # done tokens go off the most urgent, undone ones back on them
+                # tokens that are done come off the most urgent tasks, tokens that are not go back onto them
                 part = min(max(surplus / num_tokens, task.left - 1.0), task.left)
                 task.left -= part
                 surplus -= part * num_tokens
         self._publish()
 
     def share(self, shares: bool) -> None:
-        """Whether its scheduler divides a step, from now on."""
+        """From now on its scheduler divides steps, or does not."""
         if shares != self._shares:
             self._shares = shares
             for task in self._tasks:
                 self._table.put(task, self._row, shares=shares)
 
     def leave_table(self) -> None:
-        """The worker is gone: its tasks are before nobody any more, and its row is another's."""
+        """The worker is gone. Nobody waits for its tasks any more, and its row belongs to another."""
         for task in self._tasks:
             self._table.remove(task)
         self._table = TaskTable()
@@ -138,9 +139,9 @@ class Backlog:
         self._publish(at)
 
     def _publish(self, first: int = 0) -> None:
-        """One after another from now on, as the scheduler has them, those from the first on: before it nothing has changed.
+        """Writes the tasks from index first on to the table, as running one after another from now on.
 
-        What only the clock took is in the table already.
+        Nothing before first has changed. The table already accounts for what only the clock took.
         """
         end_s = max(self._now_s, self._tasks[first - 1].shown_end_s) if first else self._now_s
         for task in islice(self._tasks, first, None):
@@ -157,12 +158,12 @@ class PrefillTask:
     seconds: float
     assignment: Assignment
     backlog: Backlog
-    left: float = 1.0  # of it, as far as clock and reports tell
-    shown_left_s: float = math.inf  # in the table
+    left: float = 1.0  # the share not done yet, by clock and reports
+    shown_left_s: float = math.inf  # as written in the table
     shown_end_s: float = math.inf
 
     def end(self, now_s: float) -> None:
-        """Done or given up. Once; further calls change nothing."""
+        """It is done, or was aborted. Further calls do nothing."""
         if not self.assignment.ended:
             self.assignment.end()
             self.backlog._end(self, now_s)

@@ -1,6 +1,6 @@
-"""Who is alive: prefill workers, decode workers and stores, by their Join streams.
+"""The live members: prefill workers, decode workers and stores, by their Join streams.
 
-join ─► members[id] ◄─ replaced by a newer incarnation of the same id        leave ─► gone at once, its observers told
+join ─► members[id] ◄─ replaced by a newer incarnation of the same id        leave ─► gone at once, its observers called
 snapshot() ─► the workers whose own store is alive, with their load          ─► Conductor
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import numpy as np
@@ -16,44 +16,49 @@ import numpy as np
 from ...protocol.errors import DeadlineExceeded, InvalidRequest
 from ...protocol.roles import ROLE_NAMES, ROLE_NUMBERS, WORKER_ROLES, WorkerRole, decodes, prefills
 from ...protocol.schema import KVSchema
+from ...protocol.tasks import Tasks
 from ...protocol.v1 import control_pb2
 from ..conductor.placement import Snapshot
 from ..conductor.policies.base import cost_by_blocks
-from ..conductor.pool import Ints, Pool, Roster
+from ..conductor.pool import NOTHING, Ints, Pool, Roster
 from ..member_metrics import MemberReport
 from ..metrics import ProxyMetrics
-from ..tasks import Tasks
 from .load_table import LoadTable
 from .member import CLOSE_GRACE_S, STATE_ROLES, Member
 
 JoinCallback = Callable[[Member], None]
 ReportCallback = Callable[[Member, control_pb2.MemberLoad], None]
-NUM_SUPERSEDED = 4096  # processes remembered; who was replaced longer ago has ended
+PrefixCallback = Callable[[Member, control_pb2.PrefixChange], None]
+NUM_SUPERSEDED = 4096  # replaced processes to remember; older ones have ended by now
 
 
 class Asking(NamedTuple):
-    """What a snapshot has to know of the request to be placed, to tell how long it would wait on each worker."""
+    """What a snapshot needs to know of a request, to predict how long it would wait on each worker."""
 
     held_blocks: Mapping[str, int]  # store address -> leading blocks of it that are held there
-    queue_order: int  # its place in the workers' queues
-    work_s: Callable[[int], float]  # seconds of its prefill behind so many held blocks
+    queue_order: int  # in the workers' queues
+    work_s: Callable[[int], float]  # held blocks -> seconds of its prefill after them
+    page_blocks: Mapping[str, int] = NOTHING  # worker id -> leading blocks of it that stand in its pages
 
 
 class Cluster:
     def __init__(self, metrics: ProxyMetrics, schema: KVSchema | None = None) -> None:
-        """schema: what workers must hold; None: what the first worker brings, for as long as there is one."""
+        """schema: the one that all workers must have. None: the first worker's, for as long as there is any worker."""
         self.members: dict[str, Member] = {}
         self._metrics = metrics
         self._given_schema = schema
-        self._schema: KVSchema | None = None  # of the workers there are
+        self._schema: KVSchema | None = None  # of the present workers
         self._max_model_len: int | None = None  # None: to be found again
         self._num_members: Counter[str] = Counter()  # by role
         self._table = LoadTable()
-        self._candidates: tuple[_Candidates, _Candidates] | None = None  # for prefill and decode; None: somebody came or went
+        self._candidates: tuple[_Candidates, _Candidates] | None = (
+            None  # for prefill and decode; None: to be found again after a member came or went
+        )
         self._stores: dict[str, list[Member]] = {}  # by address
         self._superseded: dict[str, None] = {}  # incarnations that a newer process of their id has replaced, oldest first
         self._join_callbacks: list[JoinCallback] = []
         self._report_callbacks: list[ReportCallback] = []
+        self._prefix_callbacks: list[PrefixCallback] = []
         self._closing = Tasks("cluster")
         metrics.members.reports = self._reports
 
@@ -77,18 +82,26 @@ class Cluster:
         """callback runs for every load report from now on."""
         self._report_callbacks.append(callback)
 
+    def on_prefixes(self, callback: PrefixCallback) -> None:
+        """callback runs for every change of what stands in a worker's pages, from now on."""
+        self._prefix_callbacks.append(callback)
+
+    def prefixes_changed(self, member: Member, change: control_pb2.PrefixChange) -> None:
+        for callback in self._prefix_callbacks:
+            callback(member, change)
+
     def report(self, member: Member, load: control_pb2.MemberLoad, role: control_pb2.Role = control_pb2.ROLE_UNSPECIFIED) -> None:
-        """role: that it has now; unspecified: as before."""
+        """role: its present one; unspecified: unchanged."""
         self._heard_role(member, role)
         member.report(load)
         for callback in self._report_callbacks:
             callback(member, load)
 
     async def set_role(self, member: Member, role: WorkerRole, timeout_s: float) -> None:
-        """Has a worker take on a role; returns once it has confirmed it. Placements go by the new role from the call on.
+        """Gives a worker a new role and returns once the worker has confirmed it. Placements use the new role from the call on.
 
-        What was placed on it ends there. Whatever this raises, the role is the former one again: InvalidRequest for a role that the
-        worker does not have, its own refusal, DeadlineExceeded where it does not answer, WorkerLost where it leaves.
+        What was placed on the worker before ends there. After any error the worker has its former role again. Raises InvalidRequest for
+        a role that it cannot take, its own refusal, DeadlineExceeded if it does not answer, WorkerLost if it leaves.
         """
         if ROLE_NUMBERS[role] not in member.info.roles:
             found = ", ".join(sorted(ROLE_NAMES[number] for number in member.info.roles)) or "none but its own"
@@ -107,7 +120,7 @@ class Cluster:
                 raise
 
     def _heard_role(self, member: Member, role: control_pb2.Role) -> None:
-        """It may have taken on a role whose order was given up meanwhile. Raises InvalidRequest for what is no role."""
+        """Follows the reported role: a worker may take one on after its order timed out. Raises InvalidRequest for an unknown role."""
         if role not in (control_pb2.ROLE_UNSPECIFIED, *ROLE_NAMES):
             raise InvalidRequest(f"{member.title} reports role number {role}, which this proxy does not know; run one version on both")
         if role and ROLE_NAMES[role] != member.role and not member.orders.pending:
@@ -123,12 +136,12 @@ class Cluster:
     def join(
         self, info: control_pb2.MemberInfo, load: control_pb2.MemberLoad, role: control_pb2.Role = control_pb2.ROLE_UNSPECIFIED
     ) -> Member:
-        """The member, new or (same incarnation, a second stream) as it was. Its `stream` names this Join stream.
+        """Returns a new member, or the known one for a further stream of one incarnation. Its `stream` numbers this Join stream.
 
-        role: that it has now; unspecified: info's.
+        role: its present one; unspecified: info's.
 
-        Raises InvalidRequest for an incomplete info or a process that a newer one has replaced, SchemaMismatch for
-        another KV format than the cluster's.
+        Raises InvalidRequest for an incomplete info or for a process that a newer one has replaced, SchemaMismatch for a KV format
+        other than the cluster's.
         """
         self._require_valid(info, role)
         known = self.members.get(info.id)
@@ -154,7 +167,7 @@ class Cluster:
         return member
 
     def leave(self, member: Member, stream: int) -> None:
-        """The Join stream that was number `stream` has ended. Without effect where a newer one has taken its place."""
+        """The Join stream with number `stream` has ended. Does nothing if a newer stream has replaced it."""
         if not member.gone and member.stream == stream:
             self._remove(member)
 
@@ -166,43 +179,52 @@ class Cluster:
     def store_addresses(self) -> Set[str]:
         return self._stores.keys()
 
+    @property
+    def prefill_stores(self) -> Sequence[str]:
+        """The stores beside the workers that prefill; the same object until somebody comes or goes."""
+        return self._prefilling().roster.stores[0]
+
     def store_loads(self) -> dict[str, int]:
-        """The stores beside the workers that prefill, with the tokens that these have to compute."""
-        prefill, decode = self._live_candidates()
-        roster, rows = prefill if len(prefill.rows) else decode
+        """The stores on the nodes of workers that prefill -> tokens that those workers still have to compute."""
+        roster, rows = self._prefilling()
         addresses, places = roster.stores
         tokens = np.bincount(places, self._table.outstanding_tokens(rows), len(addresses))
         return dict(zip(addresses, tokens.astype(np.int64).tolist(), strict=True))
 
+    def _prefilling(self) -> _Candidates:
+        prefill, decode = self._live_candidates()
+        return prefill if len(prefill.rows) else decode
+
     def snapshot(self, block_size: int, now_s: float = 0.0, asking: Asking | None = None) -> Snapshot:
-        """asking: None shows workers as if none had a prefill to do."""
+        """asking None: shows the workers as if no prefill were waiting."""
         prefill, decode = (self._table.pool(found.roster, found.rows) for found in self._live_candidates())
         if asking is not None and len(self._table.tasks):
             self._show_queues((prefill, decode), asking, now_s)
         return Snapshot(prefill, decode, block_size, now_s)
 
     def _show_queues(self, pools: tuple[Pool, Pool], asking: Asking, now_s: float) -> None:
-        """Sets busy_until_s, for the request that asks."""
+        """Sets the pools' busy_until_s for this request."""
         candidates, tasks = self._live_candidates(), self._table.tasks
         has_task = np.zeros(self._table.size, np.bool_)
         has_task[tasks.rows] = True
         work_s = np.zeros(self._table.size)
         for pool, (_, rows) in zip(pools, candidates, strict=True):
             if has_task[rows].any():
-                pool.num_held_blocks = pool.held(asking.held_blocks)
+                pool.num_page_blocks = pool.in_pages(asking.page_blocks)
+                pool.num_held_blocks = pool.held(asking.held_blocks, asking.page_blocks)
                 work_s[rows] = cost_by_blocks(pool.num_held_blocks, asking.work_s)
         ahead_s = tasks.ahead_s(asking.queue_order, work_s, now_s)
         for pool, (_, rows) in zip(pools, candidates, strict=True):
             pool.busy_until_s = now_s + ahead_s[rows]
 
     def _live_candidates(self) -> tuple[_Candidates, _Candidates]:
-        """For prefill and for decode."""
+        """Candidates for prefill and for decode."""
         if self._candidates is None:
             self._candidates = self._live(prefills), self._live(decodes)
         return self._candidates
 
     def _live(self, does: Callable[[str], bool]) -> _Candidates:
-        """does: what is asked of their roles. Those whose own store lives, too, by id."""
+        """Workers whose role satisfies does and whose own store is alive, sorted by id."""
         members = [member for member in self.members.values() if does(member.role) and member.store_address in self._stores]
         members.sort(key=lambda member: member.id)
         roster = Roster(

@@ -1,4 +1,4 @@
-"""What the Conductor sees of all members, as columns: a row a member, written where something changed.
+"""What the Conductor sees of all members, as columns. Each member has a row, which is written when something changed.
 
 Member changes ─► its row is stale ─► the next pool() reads it once ─► columns ─► Pool, a copy
 """
@@ -17,7 +17,7 @@ FIRST_SIZE = 64
 
 
 class LoadRow(NamedTuple):
-    """Of a member; the fields are MemberState's."""
+    """One member's load; the fields are MemberState's."""
 
     num_outstanding_tokens: int
     kv_capacity_tokens: int
@@ -40,7 +40,7 @@ class LoadTable:
         return self._values.shape[1]
 
     def enter(self, read: Callable[[], LoadRow]) -> int:
-        """Takes a row; read tells what is to stand in it."""
+        """Takes a free row. read gives its content."""
         if not self._free:
             size = self.size
             self._free = list(range(size, 2 * size))[::-1]
@@ -54,21 +54,23 @@ class LoadTable:
         self._stale.add(row)
 
     def leave(self, row: int) -> None:
-        """Further changes of the row have no effect until somebody enters it."""
+        """Frees the row. Changes to it do nothing until it is taken again."""
         if self._read.pop(row, None) is not None:
             self._free.append(row)
 
     def pool(self, roster: Roster, rows: Ints) -> Pool:
-        """The members of the roster, which stand in these rows. Nobody has a prefill to do: see TaskTable."""
+        """The roster's members, which stand in these rows, without waiting prefills: those are in TaskTable."""
         self._refresh()
-        tokens, capacity, requests, running, running_tokens = self._values[:, rows]
+        tokens, capacity, requests, running, running_tokens = self._values.take(rows, axis=1)
         return Pool(roster, tokens, capacity, np.zeros(len(rows)), requests, running, running_tokens)
 
     def outstanding_tokens(self, rows: Ints) -> Ints:
         self._refresh()
-        return self._values[0, rows]
+        return self._values[0].take(rows)
 
     def _refresh(self) -> None:
+        if not self._stale:
+            return
         for row in self._stale:
             if (read := self._read.get(row)) is not None:
                 self._values[:, row] = read()

@@ -1,4 +1,4 @@
-"""One process of the cluster, as the proxy knows it from its Join stream: who it is, its load, a channel to it, its end.
+"""One process of the cluster as its Join stream shows it: its identity, its load, a channel to it, its end.
 
 Join ─► Member ── report ─► load ...
           └── leave ─► every on_gone callback, at once; the channel closes
@@ -12,14 +12,15 @@ from collections.abc import Callable
 from typing import Any
 
 from ...protocol.channel import open_channel
+from ...protocol.errors import WorkerLost
 from ...protocol.roles import ROLE_NAMES
 from ...protocol.schema import KVSchema
-from ...protocol.v1 import control_pb2, kvstore_pb2_grpc, worker_pb2_grpc
+from ...protocol.v1 import control_pb2, kvstore_pb2_grpc, worker_pb2, worker_pb2_grpc
 from ..conductor.member_state import MemberState
 from .assigned_load import AssignedLoad
 from .backlog import Backlog
 from .load_table import LoadRow, LoadTable
-from .orders import OrderBook
+from .orders import Orders
 from .token_feed import TokenFeed
 
 STATE_ROLES = {"both": "coupled"}  # as the Conductor calls it
@@ -29,32 +30,39 @@ GoneCallback = Callable[["Member"], None]
 
 
 class Member:
-    """Made in a running event loop (its channel belongs to it). It has a row of the table until it leaves.
+    """Made in a running event loop, to which its channel belongs. It has a row of the table until it leaves.
 
-    role: as a number of the protocol, what it has now.
+    role: its present role, as the protocol's number.
     """
 
     def __init__(self, info: control_pb2.MemberInfo, load: control_pb2.MemberLoad, role: control_pb2.Role, table: LoadTable) -> None:
         self.info = info
-        # asked for often, and an attribute of a message is slow
+        # read often, and a message's fields are slow to read
         self._id, self._incarnation, self.address, self.store_address = info.id, info.incarnation, info.address, info.store_address
         self._kv_capacity_tokens = info.kv_capacity_tokens
         self.row = row = table.enter(self._load_row)
         self._table = table
-        self._context = AssignedLoad(lambda: table.changed(row))  # tokens of context, of what it decodes or will
-        # prompts that it computes, its own or to hand off
+        self._context = AssignedLoad(lambda: table.changed(row))  # tokens of context that it decodes now or later
+        # prompts that it computes, for itself or to hand off
         self.backlog = Backlog(AssignedLoad(lambda: table.changed(row)), shares=False, table=table.tasks, row=row)
         self._set_role(ROLE_NAMES[role])
-        self.num_loads = 0  # prefixes that it is to load, of prefills not done
+        self.num_loads = 0  # prefixes to load, of prefills that are not done
         self.schema = KVSchema.from_proto(info.schema) if info.HasField("schema") else None
-        self.stream = 0  # which of its process's Join streams is the present one
-        self.orders = OrderBook(self)
+        self.stream = 0  # number of its process's present Join stream
+        self.orders = Orders(self)
         self.gone = False
+        self.broken = control_pb2.Broken()  # as it says itself, before it leaves
         self._joined = time.monotonic()
         self._channel = open_channel(info.address)
         # typed Any: the generated stubs carry no types
-        self.prefill_worker: Any = worker_pb2_grpc.PrefillWorkerStub(self._channel)
         self.decode_worker: Any = worker_pb2_grpc.DecodeWorkerStub(self._channel)
+        # with a request that is bytes already: a prompt is serialised once, in parts
+        self.start_prefill: Any = self._channel.unary_unary(
+            "/halfmoon.v1.PrefillWorker/Prefill", response_deserializer=worker_pb2.PrefillReply.FromString
+        )
+        self.start_decode: Any = self._channel.unary_stream(
+            "/halfmoon.v1.DecodeWorker/Decode", response_deserializer=worker_pb2.DecodeReply.FromString
+        )
         self.token_feed = TokenFeed(self.decode_worker, self.title, self._id)
         self.store: Any = kvstore_pb2_grpc.KVStoreStub(self._channel)
         self._gone_callbacks: dict[int, GoneCallback] = {}
@@ -89,7 +97,7 @@ class Member:
 
     @role.setter
     def role(self, role: str) -> None:
-        """What runs ends where it is, and in the books that it was written in."""
+        """What was assigned before stays in the sum that it was added to, until it ends."""
         self._set_role(role)
         self._table.changed(self.row)
 
@@ -99,7 +107,7 @@ class Member:
 
     @property
     def assigned(self) -> AssignedLoad:
-        """Role prefill: tokens to compute; else of context."""
+        """Role prefill: tokens to compute. Other roles: tokens of context."""
         return self.backlog.assigned if self._role == "prefill" else self._context
 
     def report(self, load: control_pb2.MemberLoad) -> None:
@@ -111,7 +119,7 @@ class Member:
 
     @property
     def state(self) -> MemberState:
-        """As the Conductor sees it, but for the prefills that it has to do."""
+        """As the Conductor sees it, without the prefills that it has to do."""
         tokens, capacity, num_requests, num_running, running_tokens = self._load_row()
         return MemberState(
             self._id,
@@ -126,7 +134,7 @@ class Member:
         )
 
     def _load_row(self) -> LoadRow:
-        # a prefill worker counts its prompt down chunk by chunk; what a decode worker holds, the proxy knows to the token
+        # a prefill worker counts down its prompts chunk by chunk; the proxy itself knows every token that a decode worker holds
         assigned = self.assigned
         return LoadRow(
             assigned.num_left_tokens if self._role == "prefill" else assigned.num_tokens,
@@ -136,8 +144,16 @@ class Member:
             assigned.num_running_tokens,
         )
 
+    def lost(self, request_id: str) -> WorkerLost:
+        """What a request on it fails with once it is gone."""
+        if not self.broken.reason:
+            return WorkerLost(f"{self.title} is gone: it left the cluster", worker=self._id)
+        return WorkerLost(
+            f"{self.title} is gone: it broke: {self.broken.reason}", worker=self._id, in_step=request_id in self.broken.request_ids
+        )
+
     def on_gone(self, callback: GoneCallback) -> Callable[[], None]:
-        """callback runs when the member leaves. Returns what takes it back."""
+        """callback runs when the member leaves. Returns a function that removes the callback."""
         number = next(self._numbers)
         self._gone_callbacks[number] = callback
         return lambda: self._gone_callbacks.pop(number, None) and None

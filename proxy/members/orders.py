@@ -27,8 +27,8 @@ class Titled(Protocol):
     def title(self) -> str: ...
 
 
-class OrderBook:
-    """Of one member. one_at_a_time: held by who gives an order, until it has been obeyed or undone."""
+class Orders:
+    """The orders to one member. one_at_a_time: held by the giver of an order until it has been obeyed or undone."""
 
     def __init__(self, member: Titled) -> None:
         self.one_at_a_time = asyncio.Lock()
@@ -40,11 +40,11 @@ class OrderBook:
 
     @property
     def pending(self) -> bool:
-        """An order is on its way, or its answer."""
+        """An order or its answer is on its way."""
         return bool(self._unanswered)
 
     async def open(self, write: Write) -> None:
-        """A stream of the member is the present one: it is accepted, and orders go on it. None on an older one is answered any more."""
+        """Makes a stream the present one and accepts the member. Orders go on it, and those on an older stream fail."""
         self._fail_all()
         self._write = write
         await self._send(write, control_pb2.MemberOrder(accepted=True))
@@ -54,7 +54,7 @@ class OrderBook:
         self._fail_all()
 
     async def give(self, order: control_pb2.MemberOrder) -> None:
-        """Returns once it is obeyed. Raises the member's refusal; WorkerLost where its stream ends before that."""
+        """Returns once the order is obeyed. Raises the member's refusal, or WorkerLost if its stream ends first."""
         write = self._write
         if write is None:
             raise self._lost()
@@ -65,13 +65,13 @@ class OrderBook:
             await answered
         except grpc.aio.AioRpcError as error:
             raise self._lost() from error
-        except asyncio.InvalidStateError as error:  # what grpc.aio has for a write on a call that is over
+        except asyncio.InvalidStateError as error:  # grpc.aio's error for a write on a call that is over
             raise self._lost() from error
         finally:
             self._unanswered.pop(order.number, None)
 
     def answered(self, answer: control_pb2.OrderAnswer) -> None:
-        """An answer to what nobody waits for is dropped."""
+        """Drops an answer that nobody waits for."""
         future = self._unanswered.get(answer.number)
         if future is None or future.done():
             return
@@ -79,6 +79,15 @@ class OrderBook:
             future.set_exception(error_from_proto(answer.refusal))
         else:
             future.set_result(None)
+
+    async def tell(self, order: control_pb2.MemberOrder) -> None:
+        """Without an answer. Nothing happens where its stream has ended."""
+        if self._write is None:
+            return
+        try:
+            await self._send(self._write, order)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the stream's end says so itself
+            return
 
     async def _send(self, write: Write, order: control_pb2.MemberOrder) -> None:
         async with self._writing:  # a stream takes one message at a time

@@ -1,9 +1,9 @@
-"""The token feed of one decode worker: a single stream that brings a step's tokens for all calls of this proxy.
+"""The token feed of one decode worker: a single stream that brings the tokens of each step for all calls of this proxy.
 
 enter(sink) ─► feed id, call number ─► DecodeRequest        StepTokens ─► sink.on_tokens, by call number
-leave(call)    what still comes for it is dropped           the stream's end ─► every sink.on_feed_lost
+leave(call)    its later tokens are dropped                 the stream's end ─► every sink.on_feed_lost
 
-Opened by the first call. A feed that has ended is not mended: its calls fail, and the next one opens a new feed.
+The first call opens the feed. A feed that has ended stays ended: its calls fail, and the next call opens a new feed.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import asyncio
 import itertools
 import logging
 import uuid
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import grpc.aio
 
 from ...protocol.errors import HalfmoonError, WorkerLost
+from ...protocol.tasks import Tasks
 from ...protocol.v1 import common_pb2, worker_pb2
 
 logger = logging.getLogger(__name__)
@@ -24,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 class TokenSink(Protocol):
     def on_tokens(self, token_ids: list[int], outputs: list[common_pb2.TokenOutput]) -> None:
-        """outputs: one for each token where the call asked for logprobs, else none."""
+        """outputs: one for each token if the call asked for logprobs, else none."""
         ...
 
     def on_feed_lost(self, error: HalfmoonError) -> None: ...
@@ -46,7 +48,8 @@ class _OpenFeed:
         self._title = title
         self._worker_id = worker_id
         self._call = stub.Tokens(worker_pb2.TokensRequest(feed_id=self.id))
-        self._task = asyncio.create_task(self._read())
+        self._tasks = Tasks(title)
+        self._task = self._tasks.start(self._read())
         self._task.add_done_callback(self._ended)
 
     def close(self) -> None:
@@ -59,14 +62,12 @@ class _OpenFeed:
             self._deliver(step)
 
     def _deliver(self, step: worker_pb2.StepTokens) -> None:
-        sinks = self.sinks
-        found: dict[int, list[int]] = {}
-        for call, token_id in zip(step.calls, step.token_ids, strict=True):
-            if call in found:
-                found[call].append(token_id)
-            else:
-                found[call] = [token_id]
-        for call, token_ids in found.items():
+        sinks, calls = self.sinks, list(step.calls)
+        if len(set(calls)) == len(calls):  # mostly: one step's
+            found = zip(calls, [[token_id] for token_id in step.token_ids], strict=True)
+        else:
+            found = _by_call(calls, step.token_ids).items()
+        for call, token_ids in found:
             sink = sinks.get(call)
             if sink is not None:
                 sink.on_tokens(token_ids, [])
@@ -97,6 +98,13 @@ class _OpenFeed:
             sink.on_feed_lost(self.error)
 
 
+def _by_call(calls: Sequence[int], token_ids: Sequence[int]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for call, token_id in zip(calls, token_ids, strict=True):
+        found.setdefault(call, []).append(token_id)
+    return found
+
+
 class TokenFeed:
     """Belongs to the event loop of its worker's channel. stub: of the DecodeWorker service."""
 
@@ -104,11 +112,11 @@ class TokenFeed:
         self._stub = stub
         self._title = title
         self._worker_id = worker_id
-        self._numbers = itertools.count(1)  # never used twice, whatever feed is open
+        self._numbers = itertools.count(1)  # never used twice, on any feed
         self._feed: _OpenFeed | None = None
 
     async def enter(self, sink: TokenSink) -> FeedCall:
-        """The sink gets what comes for the call from now on; leave() has to follow. Raises WorkerLost where no feed can be opened."""
+        """From now on the sink gets the call's tokens, until leave(). Raises WorkerLost if no feed can be opened."""
         feed = self._feed
         if feed is None or feed.error is not None:
             feed = self._feed = _OpenFeed(self._stub, self._title, self._worker_id)

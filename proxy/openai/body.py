@@ -1,4 +1,4 @@
-"""The body of a POST, read and checked so that none holds up the event loop, however long or odd it is.
+"""Reads and checks the body of a POST. No body holds up the event loop, however long or odd it is.
 
 http.request … ─► at most MAX_BODY_BYTES ─► JSON ─► its pydantic model ─► FastAPI's handler, which finds the work done
                         └─ more: a 400            ├── in a thread from INLINE_BYTES on
@@ -13,24 +13,16 @@ import json
 import reprlib
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 
-from ...protocol.errors import InvalidRequest
-from ..request_process import (
-    LARGE_BYTES,
-    PackedMessages,
-    PackedPrompt,
-    RequestProcess,
-    pack_messages,
-    pack_prompt,
-    unpack_messages,
-    unpack_prompt,
-)
+from ...protocol.errors import InvalidRequest, RequestCancelled
+from ..request_process import LARGE_BYTES, Packed, RequestProcess, pack, unpack_messages, unpack_prompts
 from .types import ChatBody, CompletionBody, GenerateBody
 
 MAX_BODY_BYTES = 16 * 2**20  # a prompt of a million tokens, with room for JSON's escapes
@@ -43,7 +35,7 @@ _shown.maxlevel = 3
 
 
 def body_route(process: RequestProcess) -> type[APIRoute]:
-    """A class of routes whose body, where they take one, is a pydantic model in JSON."""
+    """A class for routes whose body, if they take one, is a pydantic model in JSON."""
 
     class BodyRoute(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -53,10 +45,10 @@ def body_route(process: RequestProcess) -> type[APIRoute]:
             body_type: type[GenerateBody] = self.body_field.field_info.annotation  # pyright: ignore[reportAssignmentType] - the app's
 
             async def handle_read(request: Request) -> Response:
-                request.state.arrival = time.monotonic()  # the head is here; the body may be long under way
+                request.state.arrival = time.monotonic()  # the head is here; the body may take long
                 content = await _read(request)
                 if not _is_json(request.headers.get("content-type", "")):
-                    content = b""  # FastAPI refuses it then, as a body that is missing
+                    content = b""  # FastAPI then refuses it as a missing body
                 model = await _parse_aside(body_type, content, process) if content else None
                 return await handle(_ReadRequest(request, content, model))
 
@@ -75,7 +67,7 @@ async def _parse_aside(body_type: type[GenerateBody], content: bytes, process: R
 
 
 class _ReadRequest(Request):
-    """As it was, but its body has been read: pydantic takes a model for what it is and does not check it again."""
+    """The same request with its body already read. pydantic accepts a model as it is and does not check it again."""
 
     def __init__(self, request: Request, content: bytes, model: GenerateBody | None) -> None:
         super().__init__(request.scope, request.receive)
@@ -90,15 +82,21 @@ class _ReadRequest(Request):
 
 
 async def _read(request: Request) -> bytes:
-    """Raises InvalidRequest where the body is too long: at once where its length is told, else with the first byte too many."""
+    """Raises InvalidRequest for a body that is too long: at once if content-length says so, else at the first byte too many.
+
+    RequestCancelled where the client leaves before its end.
+    """
     told = request.headers.get("content-length", "")
     if told.isdecimal() and int(told) > MAX_BODY_BYTES:
         raise _too_long(f"{told} bytes")
     content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > MAX_BODY_BYTES:
-            raise _too_long("more bytes")
+    try:
+        async for part in request.stream():
+            content += part
+            if len(content) > MAX_BODY_BYTES:
+                raise _too_long("more bytes")
+    except ClientDisconnect:
+        raise RequestCancelled("the client closed the connection before its body had come") from None
     return bytes(content)
 
 
@@ -115,7 +113,7 @@ def _is_json(content_type: str) -> bool:
 
 
 def _parse(body_type: type[GenerateBody], content: bytes) -> GenerateBody:
-    """Raises InvalidRequest, or RequestValidationError with the first of what is wrong, its value short enough to show."""
+    """Raises InvalidRequest, or RequestValidationError with the first fault only, its value short enough to show."""
     try:
         return body_type.model_validate(json.loads(content))
     except json.JSONDecodeError as error:
@@ -132,51 +130,35 @@ def _parse(body_type: type[GenerateBody], content: bytes) -> GenerateBody:
         raise RequestValidationError([{**first, "loc": ("body", *first["loc"]), "input": _Shown(first["input"])}]) from error
 
 
-class _PackedBody(NamedTuple):
-    """A body on its way between two processes. What may be long is packed, the other fields are as the model has them."""
-
-    fields: dict[str, Any]
-    prompts: list[PackedPrompt]
-    several: bool  # the prompt is a list of prompts
-    messages: PackedMessages
-
-
-def parse_packed(body_type: type[GenerateBody], content: bytes) -> _PackedBody | list[Any]:
-    """As _parse, or the errors of its RequestValidationError. Runs in the process."""
+def parse_packed(body_type: type[GenerateBody], content: bytes) -> Packed[dict[str, Any]] | list[Any]:
+    """As _parse; the rest are the model's other fields. Returns the errors of a RequestValidationError as a list. Runs in the process."""
     try:
         body = _parse(body_type, content)
     except RequestValidationError as error:
         return list(error.errors())
     fields = {name: getattr(body, name) for name in body.model_fields_set}
-    prompts: list[PackedPrompt] = []
-    messages = PackedMessages([], [])
-    several = False
     if isinstance(body, CompletionBody):
-        prompt = fields.pop("prompt")
-        several = isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int))
-        prompts = [pack_prompt(one) for one in body.prompts]
-    elif isinstance(body, ChatBody):
-        messages = pack_messages(body.chat)
-        del fields["messages"]
-    return _PackedBody(fields, prompts, several, messages)
+        del fields["prompt"]
+        return pack(fields, prompts=body.prompts)
+    assert isinstance(body, ChatBody)
+    del fields["messages"]
+    return pack(fields, messages=body.chat)
 
 
-async def _unpack(body_type: type[GenerateBody], packed: _PackedBody | list[Any]) -> GenerateBody:
+async def _unpack(body_type: type[GenerateBody], packed: Packed[dict[str, Any]] | list[Any]) -> GenerateBody:
     """Raises RequestValidationError. What was checked in the process is not checked again."""
     if isinstance(packed, list):
         raise RequestValidationError(packed)
-    fields = packed.fields
     if issubclass(body_type, CompletionBody):
-        prompts = [await unpack_prompt(prompt) for prompt in packed.prompts]
-        return body_type.model_construct(**fields, prompt=prompts if packed.several else prompts[0])
-    body = body_type.model_construct(**fields, messages=[])
+        return body_type.model_construct(**packed.rest, prompt=unpack_prompts(packed))
+    body = body_type.model_construct(**packed.rest, messages=[])
     if isinstance(body, ChatBody):
-        body.chat = await unpack_messages(packed.messages)
+        body.chat = await unpack_messages(packed)
     return body
 
 
 class _Shown:
-    """A value as an error shows it, of any size."""
+    """A value of any size as an error shows it."""
 
     def __init__(self, value: Any) -> None:
         self._text = _shown.repr(value)

@@ -1,7 +1,7 @@
-"""A generation as server-sent events: all chunks of a step in one piece of bytes.
+"""A generation as server-sent events, with all chunks of a step in one piece of bytes.
 
-A chunk that only adds text differs from the one before in its text alone, so that its JSON is made once for each choice and
-the text, escaped, put in: head + "…" + tail.
+Chunks that only add text differ in nothing but the text. Their JSON is therefore made once for each choice, and the escaped
+text is put in: head + "…" + tail.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def to_event(value: Any) -> bytes:
 
 
 class ChunkWriter:
-    """path: of the route, for its errors' words."""
+    """path: the route's, which the wording of errors depends on."""
 
     def __init__(self, generation: Generation, shape: Shape, wants_usage: bool, path: str) -> None:
         self._generation = generation
@@ -40,11 +40,11 @@ class ChunkWriter:
         self._ends: list[ChoiceEnd] = []
 
     async def next(self) -> bytes:
-        """The next events; b"" at the end. What goes wrong before the first one is raised, from then on an error is an event."""
+        """The next events; b"" at the end. An error before the first event is raised; a later one is sent as an event."""
         while not self._over:
             try:
                 events = await self._generation.next_events()
-            except Exception as error:  # the process boundary: a client must learn of every end, a bug's too
+            except Exception as error:  # the process boundary: a client must learn of every end, even if a bug caused it
                 if not self._begun:
                     raise
                 self._over = True
@@ -68,7 +68,7 @@ class ChunkWriter:
         return opening + self._text(frame, event) if event.text else opening
 
     def _open(self, index: int) -> tuple[tuple[bytes, bytes], bytes]:
-        """The frame of a choice's text, and the events before its first."""
+        """The frame of a choice's text, and the events that come before its first text."""
         head, hole, tail = self._event(self._shape.chunk(index, _HOLE, [])).partition(to_json(_HOLE).encode())
         assert hole, "a chunk's text does not stand in it"
         frame = self._frames[index] = (head, tail)
@@ -84,5 +84,5 @@ class ChunkWriter:
         return (to_event(self._shape.usage_chunk(self._ends)) if self._wants_usage else b"") + DONE
 
     def _event(self, chunk: dict[str, Any]) -> bytes:
-        """With include_usage, OpenAI's chunks carry the field in each of them, null but in the last."""
+        """With include_usage every chunk of OpenAI's carries the field; it is null in all but the last."""
         return to_event(chunk | {"usage": None} if self._wants_usage else chunk)

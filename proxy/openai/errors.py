@@ -23,7 +23,7 @@ from .types import HINTS, ChatBody, CompletionBody
 logger = logging.getLogger(__name__)
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
-# OpenAI's names for what SamplingParams and GenerateRequest call otherwise
+# OpenAI's names for fields that SamplingParams and GenerateRequest name differently
 _NAMES = {"/v1/completions": {"num_logprobs": "logprobs"}, "/v1/chat/completions": {"num_logprobs": "top_logprobs"}}
 _BODIES = {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody}
 
@@ -41,7 +41,7 @@ def error_response(request: Request, error: HalfmoonError) -> JSONResponse:
     headers: dict[str, str] = {}
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
-        headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after_s * 1e3)))  # which OpenAI's own client reads first
+        headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after_s * 1e3)))  # OpenAI's own client reads this one first
     request_id = getattr(request.state, "request_id", None)
     if request_id is not None:
         headers["x-request-id"] = request_id
@@ -49,7 +49,7 @@ def error_response(request: Request, error: HalfmoonError) -> JSONResponse:
 
 
 def typed(error: Exception, path: str) -> HalfmoonError:
-    """An error of the tree as it is; any other is a bug, logged."""
+    """An error of the tree as it is. Any other is a bug and is logged."""
     if isinstance(error, HalfmoonError):
         return error
     logger.error("%s failed", path, exc_info=error)
@@ -90,7 +90,7 @@ def _route_message(request: Request, error: HTTPException) -> str:
 
 
 def _refused_body(errors: Sequence[Any], request: Request) -> InvalidRequest:
-    """pydantic's first complaint, in words that name the field, the value and what is right."""
+    """pydantic's first complaint, in words that name the field, its value and what is allowed."""
     first = errors[0]
     location = first["loc"][1:]
     if first["type"] == "json_invalid":
@@ -110,7 +110,7 @@ def _refused_body(errors: Sequence[Any], request: Request) -> InvalidRequest:
 
 
 def _path(location: Sequence[int | str]) -> str:
-    """("messages", 0, "content", "str") -> messages[0].content: what follows the first name below is pydantic's."""
+    """("messages", 0, "content", "str") -> messages[0].content. Parts after the field below a list item are pydantic's own."""
     path = str(location[0])
     for part in location[1:3]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}"

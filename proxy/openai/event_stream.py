@@ -1,4 +1,4 @@
-"""Work for an HTTP client that may leave: watched while it waits for a whole reply, and while it reads a stream.
+"""Work for an HTTP client that may leave while it waits for a whole reply or reads a stream.
 
 receive ─► http.disconnect ─► the work is cancelled, and with it the request in the whole cluster
 """
@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ...protocol.errors import RequestCancelled
+from ...protocol.tasks import beside
 from ..requests.generation import Generation
 from .chunks import ChunkWriter
 
@@ -20,21 +21,16 @@ Result = TypeVar("Result")
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """The work's result. Raises RequestCancelled once the client has left; the work has come to its end by then.
+    """The work's result. Raises RequestCancelled if the client leaves; the work has ended by then.
 
     Args:
-        receive: of a request whose body has been read: what comes next is its disconnect.
+        receive: of a request whose body has been read, so that the next message is its disconnect.
     """
-    task, watch = asyncio.create_task(work), asyncio.create_task(_disconnected(receive))
-    try:
+    async with beside(work) as task, beside(_disconnected(receive)) as watch:
         await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise RequestCancelled("the client closed the connection")
         return task.result()
-    finally:
-        task.cancel()
-        watch.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -43,7 +39,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events: `first`, then what the writer gives. The generation is closed at the end, whatever ends it."""
+    """Server-sent events: `first`, then what the writer gives. The generation is closed however the stream ends."""
 
     def __init__(self, generation: Generation, first: bytes, writer: ChunkWriter, headers: dict[str, str]) -> None:
         super().__init__(headers=headers | {"cache-control": "no-cache", "x-accel-buffering": "no"}, media_type="text/event-stream")
@@ -57,7 +53,7 @@ class EventStream(Response):
             try:
                 await until_disconnect(receive, self._send_all(send))
             except RequestCancelled:
-                pass  # nobody is left to be told
+                pass  # the client has left
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -105,9 +105,9 @@ async def _reply(request: Request, generation: Generation, shape: Shape, *, stre
             choices = await until_disconnect(request.receive, _collect(generation))
             return _json(shape.whole(choices), headers=headers)
         writer = ChunkWriter(generation, shape, wants_usage, request.url.path)
-        # the status line waits for the first event: an error before it still has its own status
+        # the status line waits for the first event, so an error before it still gets its own status
         first = await until_disconnect(request.receive, writer.next())
-        stack.pop_all()  # from here on the stream closes it
+        stack.pop_all()  # from here on the stream closes the generation
         return EventStream(generation, first, writer, headers)
 
 
@@ -125,13 +125,13 @@ async def _collect(generation: Generation) -> list[WholeChoice]:
 
 
 def _request_id(request: Request) -> str:
-    """The client's own x-request-id, or a new one; it stands in the reply's header, in the logs, and in Cancel."""
+    """The client's own x-request-id, or a new one. The reply's header and the logs carry it, and Cancel takes it."""
     request.state.request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
     return request.state.request_id
 
 
 def _stamped(asked: GenerateRequest, request: Request) -> GenerateRequest:
-    """With the trace that it belongs to. Times to the first token count from the request's head, and not from when its body was read."""
+    """Gives it its trace, and makes TTFT count from the request's head, and not from the end of its body."""
     return dataclasses.replace(asked, arrival=request.state.arrival, trace=TraceContext.parse(request.headers.get(HEADER)))
 
 

@@ -1,4 +1,4 @@
-"""Generations in OpenAI's two shapes, whole or in chunks. Plain dictionaries: the parts are ours and need no checking.
+"""Generations in OpenAI's two shapes, whole or in chunks. Plain dictionaries, because our own values need no checking.
 
 shape          whole reply (object)     chunk (object)             a choice's text     logprobs
 CompletionShape  text_completion        text_completion            text                tokens, token_logprobs …
@@ -16,20 +16,20 @@ from ...protocol.v1 import common_pb2
 from ..requests.choice_text import TokenText
 from ..requests.generation import ChoiceEnd, Generation
 
-LEAST_LOGPROB = -9999.0  # JSON has no -inf, which a masked token has; OpenAI's own stand-in
+LEAST_LOGPROB = -9999.0  # a masked token has -inf, which JSON lacks; OpenAI sends this instead
 _REASONS = {common_pb2.FINISH_REASON_STOP: "stop", common_pb2.FINISH_REASON_LENGTH: "length"}
 
 
 @dataclass(slots=True)
 class WholeChoice:
     index: int
-    texts: list[str] = field(default_factory=list)
-    token_texts: list[TokenText] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list[str])
+    token_texts: list[TokenText] = field(default_factory=list[TokenText])
     end: ChoiceEnd | None = None
 
 
 class Shape:
-    """echoes: the prompt of each choice, where it is to stand before the answer."""
+    """echoes: the prompts, if each is to be repeated before its answers."""
 
     id_prefix: ClassVar[str]
     whole_object: ClassVar[str]
@@ -47,7 +47,7 @@ class Shape:
         return reply | {"usage": self.usage(ends), "halfmoon": self._extension(ends)}
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """The chunk before a choice's first text, where there is one."""
+        """The chunk before a choice's first text, or None."""
         raise NotImplementedError
 
     def chunk(self, index: int, text: str, token_texts: Sequence[TokenText]) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Shape:
         return self._envelope(self.chunk_object, []) | {"usage": self.usage(ends)}
 
     def usage(self, ends: Sequence[ChoiceEnd]) -> dict[str, Any]:
-        """A prompt counts once for all its choices, and so do those of its tokens that the first of them had cached."""
+        """A prompt counts once for all its choices. Its cached tokens are those of the first choice."""
         num_prompt_tokens = self._generation.num_prompt_tokens
         num_completion_tokens = sum(end.usage.num_completion_tokens for end in ends)
         cached = sum(end.usage.num_cached_tokens for end in ends if end.index % self._n == 0)
@@ -76,7 +76,7 @@ class Shape:
         raise NotImplementedError
 
     def _chunk_choice(self, index: int, text: str | None, token_texts: Sequence[TokenText], reason: str | None) -> dict[str, Any]:
-        """text None: the chunk that only says why the choice ended."""
+        """text None: the chunk that only carries the finish reason."""
         raise NotImplementedError
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -147,8 +147,8 @@ def _legacy_logprobs(token_texts: Sequence[TokenText]) -> dict[str, Any]:
     for token in token_texts:
         top: dict[str, float] = {}
         for found in token.top:
-            top.setdefault(found.text, max(found.logprob, LEAST_LOGPROB))  # several tokens may look alike ("�"): the likeliest stays
-        top.setdefault(token.text, max(token.logprob, LEAST_LOGPROB))  # the sampled one is always there, as in OpenAI's
+            top.setdefault(found.text, max(found.logprob, LEAST_LOGPROB))  # several tokens may look alike ("�"); the likeliest one stays
+        top.setdefault(token.text, max(token.logprob, LEAST_LOGPROB))  # the sampled token is always included, as in OpenAI's API
         tops.append(top)
     return {
         "tokens": [token.text for token in token_texts],

@@ -1,12 +1,12 @@
-"""The bodies of OpenAI's two generating routes, checked by pydantic, and their way to a GenerateRequest.
+"""The bodies of OpenAI's two generating routes, checked by pydantic and turned into a GenerateRequest.
 
-known and meant      its field here                      known, changes nothing   accepted and dropped (IGNORED)
+known and used       a field here                        known, changes nothing   accepted and dropped (IGNORED)
 known, not served    refused, unless empty (REFUSED)     unknown                  refused, with the nearest known name
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, PrivateAttr, model_validator
 
@@ -18,7 +18,7 @@ from ..text.chat_template import ChatMessage
 IGNORED = frozenset(
     "user store metadata service_tier safety_identifier prompt_cache_key prompt_cache_retention parallel_tool_calls prediction".split()
 )
-# field -> the values that ask for nothing; null and an empty list always do
+# field -> values that ask for nothing; null and an empty list never ask for anything
 REFUSED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("none", "auto"),
@@ -33,7 +33,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 MAX_FIELDS = 100
-"""Of a body; there are fewer, known and unknown together, in any honest one."""
+"""In a body. Any honest body has fewer, known and unknown ones together."""
 MAX_LENGTHS = {"logit_bias": 1024, "messages": 2**16, "stop_token_ids": 1024}
 _SAMPLING = (
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
@@ -44,11 +44,11 @@ HINTS = {
     "stop": "a string or a list of strings",
     "logit_bias": "an object from token id to a number",
 }
-"""What a field of several types takes, in words."""
+"""For a field of several types: what it takes, in words."""
 
 
 class _FirstFault:
-    """pydantic.FailFast, which has no hash and cannot stand in a union."""
+    """As pydantic.FailFast, which is not hashable and so can't be part of a union."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
         return {**handler(source), "fail_fast": True}
@@ -56,7 +56,7 @@ class _FirstFault:
 
 Item = TypeVar("Item")
 Checked = Annotated[list[Item], _FirstFault()]
-"""A list whose first wrong item ends the check: a million complaints take seconds to write."""
+"""A list whose check ends at the first wrong item. A million complaints would take seconds to write."""
 
 
 class StreamOptions(BaseModel):
@@ -64,11 +64,11 @@ class StreamOptions(BaseModel):
 
     include_usage: bool = False
     include_obfuscation: bool = False
-    """Padding against traffic analysis; there is none here."""
+    """Asks for padding against traffic analysis; Halfmoon sends none."""
 
 
 class SloBody(BaseModel):
-    """In seconds; what is left out is the proxy's."""
+    """In seconds. A missing field takes the proxy's own SLO."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -79,7 +79,7 @@ class SloBody(BaseModel):
 
 
 class GenerateBody(BaseModel):
-    """What both routes take. Everything below `stream_options` is an extension of Halfmoon's, named as vLLM names it where it has it."""
+    """The fields of both routes. Those below `stream_options` are extensions, with vLLM's names if vLLM has them."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -110,6 +110,7 @@ class GenerateBody(BaseModel):
     def _without_what_is_not_served(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
+        body = cast(dict[str, Any], body)
         if len(body) > MAX_FIELDS:
             raise InvalidRequest(f"the body has {len(body)} fields; it may have {MAX_FIELDS}")
         for name, limit in MAX_LENGTHS.items():
@@ -187,7 +188,7 @@ class TextPart(BaseModel):
 
 
 class MessageBody(BaseModel):
-    """An assistant's message may come back with the empty fields that OpenAI's replies have."""
+    """An assistant's message may carry the empty fields of OpenAI's replies, because clients send replies back."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -201,7 +202,7 @@ class MessageBody(BaseModel):
         if self.content is None and self.role != "assistant":
             raise InvalidRequest(f"messages[{position}] has no content; give it a string", param=f"messages[{position}].content")
         parts = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content or [])
-        # chat templates know OpenAI's newer name for it only rarely
+        # few chat templates know "developer", OpenAI's newer name for it
         return ChatMessage("system" if self.role == "developer" else self.role, parts)
 
 
@@ -214,14 +215,14 @@ class ChatBody(GenerateBody):
 
     @property
     def chat(self) -> list[ChatMessage]:
-        """The messages as GenerateRequest has them. Raises InvalidRequest."""
+        """The messages in GenerateRequest's form. Raises InvalidRequest."""
         if self._chat is None:
             self._chat = [message.to_message(position) for position, message in enumerate(self.messages)]
         return self._chat
 
     @chat.setter
     def chat(self, messages: list[ChatMessage]) -> None:
-        """Instead of `messages`, where another process has read them."""
+        """Set instead of `messages` if another process has parsed the body."""
         self._chat = messages
 
     def to_generate_request(self, request_id: str) -> GenerateRequest:
@@ -242,5 +243,5 @@ def _token_keys(biases: dict[str, float]) -> dict[int, float]:
 
 
 def _unsigned(seed: int | None) -> int | None:
-    """OpenAI's seeds are signed 64-bit numbers; each has an unsigned one of its own here."""
+    """OpenAI's seeds are signed 64-bit numbers. Each maps to an unsigned one of its own."""
     return seed & MAX_SEED if seed is not None and -(2**63) <= seed < 0 else seed

@@ -1,10 +1,10 @@
-"""Which prefixes are asked for so often that more stores should hold them. Pure: the caller brings the time.
+"""Finds prefixes that are requested so often that more stores should hold them. Pure: the caller passes the time.
 
 placements ─► hits of a leading run, over a sliding window ─► longest hot run ─► next_copy ─► Copy: from a holder to the least loaded
 store without it
 
-Runs are counted at some depths only, each a quarter deeper than the one before: a placement costs some 30 counters, however long
-its prompt, and a hot run may be copied up to a fifth too short.
+Runs are counted at some depths only, each a quarter deeper than the one before. So a placement updates about 30 counters however
+long its prompt is, and a hot run may be copied up to a fifth too short.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 WINDOW_S = 60.0
-HITS_A_COPY = 16  # within the window: every store that holds a prefix is worth so many
+HITS_A_COPY = 16  # within the window; a prefix deserves one more copy for each so many
 MIN_TOKENS = 512  # of a run worth a copy
-MAX_TRACKED = 65_536  # runs counted in one window; where there are more it ends early
+MAX_TRACKED = 65_536  # runs counted in one window; with more the window ends early
 
 
 def _depths() -> tuple[int, ...]:
-    depths, depth = [], 1
+    depths: list[int] = []
+    depth = 1
     while depth < 2**21:
         depths.append(depth)
         depth = max(depth + 1, depth * 5 // 4)
@@ -41,7 +42,7 @@ class Copy(NamedTuple):
 
 
 class HotPrefixes:
-    """Hits in the present window and, by what of it is still inside a sliding one, in the window before."""
+    """Counts hits in the present window, plus the part of the window before that a sliding window would still cover."""
 
     def __init__(self, window_s: float = WINDOW_S, hits_a_copy: int = HITS_A_COPY, max_tracked: int = MAX_TRACKED) -> None:
         self._window_s = window_s
@@ -52,7 +53,7 @@ class HotPrefixes:
         self._hits_before: dict[bytes, int] = {}
 
     def hit(self, keys: Sequence[bytes], min_blocks: int, now_s: float) -> HotRun | None:
-        """Counts a placement of keys. The longest leading run of at least min_blocks that is hot now, this placement included."""
+        """Counts a placement of keys. Returns the longest hot leading run of at least min_blocks, this placement included."""
         self._turn(now_s)
         share = max(0.0, 1.0 - (now_s - self._began_s) / self._window_s)  # of the window before that still counts
         hits, before = self._hits, self._hits_before
@@ -69,7 +70,7 @@ class HotPrefixes:
         return hot
 
     def num_copies(self, hot: HotRun) -> int:
-        """So many stores should hold it: the first one anyway, and one more for every so many hits."""
+        """How many stores should hold it: one, and one more for each hits_a_copy hits."""
         return 1 + int(hot.num_hits // self._hits_a_copy)
 
     def _turn(self, now_s: float) -> None:
@@ -91,14 +92,14 @@ def next_copy(
     copies_from: Mapping[str, int],
     avoid: Collection[str] = (),
 ) -> Copy | None:
-    """One more copy of a run, or None where there are enough, or nobody to give or take one.
+    """The next copy of a run, or None if there are enough copies, no holder, or no store to take one.
 
-    Copies count at the stores of load_of only, where prefills read them: a decode worker's store holds what was handed off to it.
+    Only copies at the stores in load_of count, because prefills read there. A decode worker's store also holds what was handed off to it.
 
     Args:
-        holders: stores that hold the run. coming: those that will, by a promise or a copy under way.
-        load_of: of the stores beside workers that prefill. copies_from: copies under way, by source.
-        avoid: stores that failed to take it lately.
+        holders: stores that hold the run. coming: stores that will hold it, by a promise or a copy under way.
+        load_of: load of each store on the node of a worker that prefills. copies_from: number of copies under way, by source.
+        avoid: stores that recently failed to take the run.
     """
     taken = {*holders, *coming}
     if not holders or len(taken & load_of.keys()) >= num_copies:
@@ -113,17 +114,18 @@ def next_copy(
 
 
 class Budget:
-    """Bytes a second, a second's worth at once; one that is larger is let through and paid for afterwards."""
+    """A rate in bytes a second, with bursts of one second's worth. A larger amount is admitted and paid for afterwards."""
 
     def __init__(self, bytes_per_s: float) -> None:
         self._bytes_per_s = bytes_per_s
         self._left = bytes_per_s
         self._at_s = 0.0
 
-    def take(self, num_bytes: int, now_s: float) -> bool:
+    def has_left(self, now_s: float) -> bool:
         self._left = min(self._bytes_per_s, self._left + (now_s - self._at_s) * self._bytes_per_s)
         self._at_s = now_s
-        if self._left <= 0:
-            return False
+        return self._left > 0
+
+    def take(self, num_bytes: int) -> None:
+        """To be asked first whether any is left."""
         self._left -= num_bytes
-        return True

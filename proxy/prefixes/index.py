@@ -1,11 +1,12 @@
-"""Which store holds which block: block key -> stores, as the stores' Watch streams tell it, and what was promised beside it.
+"""Which store holds which block: block key -> stores, from the stores' Watch streams, together with promised blocks.
+A second index says in which worker's pages a block stands: there a "store" is a worker, by its id.
 
-key ─► 0b0101        bit i: the store at slot i holds it. Longest leading run of a store: how far its bit stays set.
+key ─► 0b0101        bit i: the store at slot i holds it. A store's longest leading run ends where its bit is first unset.
 
-A prompt's first exact_blocks keys are looked up one by one. Behind them the runs' ends are found by bisection: a store evicts the
-end of a chain before its start (kvstore/content.py), so that its bit, once gone, stays gone. Where that does not hold for a while
-(a corrupt block was dropped, a promise outlived what it builds on) an answer beyond exact_blocks may be too long; a worker that
-then finds less at the store computes the rest.
+A prompt's first exact_blocks keys are looked up one by one. After them the ends of the runs are found by bisection: a store evicts
+the end of a chain before its start (kvstore/content.py), so its bit stays unset once it is unset. This may fail for a while, when a
+corrupt block was dropped or a promise outlived the blocks before it. Then an answer beyond exact_blocks may be too long, and a worker
+that finds less at the store computes the rest.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from .promises import TTL_S, Promises
 MAX_COPIES = 4_000_000
 EXACT_BLOCKS = 512
 PART_BLOCKS = 4096  # some milliseconds
-MANY_STORES = 16  # from so many on their bits are found by numpy
+MANY_STORES = 16  # with more, numpy finds the bits
 
 
 class PrefixIndex:
-    """Plain ints and bytes; no I/O, so that the simulator holds one too.
+    """Plain ints and bytes without I/O, so that the simulator can use it too.
 
     Args:
-        max_copies: bounds the table: blocks known, each counted once a store that holds it (some 160 bytes, and 110 for every store
-            but the first). A store whose content does not fit is cut: nothing new is learned of it, so that what is known stays
-            leading runs, until a fresh replace.
-        clock: in seconds; asked only where something is promised.
-        exact_blocks: looked up one by one, at least 1.
-        part_blocks: changed in one go, where a store's whole content comes or goes.
+        max_copies: limit of the table. Each known block counts once for each store that holds it (about 160 bytes, and 110 for each
+            further store). A store whose content does not fit is cut: nothing new is learnt of it until a fresh replace, so that
+            what is known of it remains leading runs.
+        clock: in seconds; read only while something is promised.
+        exact_blocks: number of keys looked up one by one, at least 1.
+        part_blocks: blocks changed in one go when a store's whole content comes or goes.
     """
 
     def __init__(
@@ -58,19 +59,20 @@ class PrefixIndex:
         self._retired: dict[int, set[bytes]] = {}  # of stores dropped, not cleared yet
         self._live = 0  # the bits that count
         self._cut: set[str] = set()
+        self._masks_of: tuple[Sequence[str], int] | None = None  # stores last counted among, and their bits; None: a store came or went
         self._promises = Promises(clock, promise_ttl_s)
 
     def __len__(self) -> int:
-        """Distinct blocks known; those of a large store that was dropped leave bit by bit, with later changes."""
+        """Distinct known blocks. Those of a large dropped store disappear in parts, with later changes."""
         return len(self._holders)
 
     def replace(self, store: str, keys: Sequence[bytes]) -> None:
-        """The store's whole content, whatever was known before. What is promised stays promised."""
+        """Replaces all that is known of the store by its whole content. Promises stay."""
         for _ in self.replace_in_parts(store, keys):
             pass
 
     def replace_in_parts(self, store: str, keys: Sequence[bytes]) -> Iterator[None]:
-        """The same, for an event loop that has others to serve between two parts; given up half way, it leaves a part known."""
+        """The same in parts, so that an event loop can serve others in between. If it is ended early, only a part is known."""
         held = self._held[self._slot(store)]
         self._cut.discard(store)
         stale = list(held.difference(keys)) if held else []
@@ -82,7 +84,7 @@ class PrefixIndex:
             yield
 
     def change(self, store: str, stored: Iterable[bytes], evicted: Iterable[bytes]) -> None:
-        """A key that is in both is held afterwards."""
+        """A key that is both stored and evicted counts as held."""
         slot = self._slot(store)
         self._sweep()
         self._clear(self._held[slot], 1 << slot, evicted)
@@ -104,7 +106,7 @@ class PrefixIndex:
         self.num_copies += len(held) - before
 
     def drop(self, store: str) -> None:
-        """The store is gone, or what it holds is not known any more; so with what was promised there."""
+        """Forgets the store and its promises: it is gone, or its content is no longer known."""
         slot = self._slots.pop(store, None)
         if slot is not None:
             self._live &= ~(1 << slot)
@@ -112,12 +114,12 @@ class PrefixIndex:
             self._promises.forget(slot)
             self._cut.discard(store)
             del self._stores[slot]
-            self._name_array = None
+            self._name_array = self._masks_of = None
             self._sweep()
 
     def expect(self, store: str, keys: Sequence[bytes]) -> None:
-        """keys, a chain from its start, will stand at the store: counted as held there until it says so itself, withdraw, or
-        promise_ttl_s. Nothing is noted for a store that is not known."""
+        """Promises that the store will hold keys, a chain from its start. They count as held until the store confirms them,
+        withdraw takes them back, or promise_ttl_s has passed. Does nothing for an unknown store."""
         slot = self._slots.get(store)
         if slot is not None:
             new = keys[self._num_held(self._held[slot], keys) :]
@@ -132,15 +134,15 @@ class PrefixIndex:
             self._promises.withdraw(slot, keys[-1])
 
     def is_cut(self, store: str) -> bool:
-        """Not all of the store's content is known, for want of room."""
+        """True if not all of the store's content is known because the table is full."""
         return store in self._cut
 
     def has_room(self) -> bool:
-        """So much that it is worth while to read a store's content again."""
+        """True if there is so much room that reading a cut store's content again is worthwhile."""
         return self.num_copies <= 0.9 * self._max_copies
 
     def holders(self, key: bytes) -> list[str]:
-        """The stores that hold a block, promises left out."""
+        """The stores that hold a block, without promises."""
         return self._names(self._holders.get(key, 0) & self._live)
 
     def promised(self, key: bytes) -> list[str]:
@@ -148,8 +150,17 @@ class PrefixIndex:
         self._promises.expire()
         return self._names(self._promises.stores.get(key, 0) & self._live)
 
+    def num_held(self, key: bytes, stores: Sequence[str]) -> int:
+        """How many of the stores hold a block, or will by what was promised. Cheap while stores is the very same object."""
+        self._promises.expire()
+        return (self._mask(key) & self._bits_of(stores)).bit_count()
+
+    def is_held(self, key: bytes) -> bool:
+        """By any store, promises left out."""
+        return bool(self._holders.get(key, 0) & self._live)
+
     def leading_runs(self, keys: Sequence[bytes]) -> dict[str, int]:
-        """Store address -> number of leading keys that it holds, or will by what was promised; stores that hold none are left out."""
+        """Store address -> number of leading keys that it holds or is promised. Leaves out stores with none."""
         self._promises.expire()
         runs: dict[str, int] = {}
         held = self._live if keys else 0  # by all the keys so far
@@ -165,7 +176,7 @@ class PrefixIndex:
         return runs
 
     def _masks(self, keys: Sequence[bytes]) -> Iterable[int]:
-        """Of the first exact_blocks keys."""
+        """The masks of the first exact_blocks keys."""
         first = islice(keys, self._exact_blocks)
         if not self._promises.stores:
             return map(self._holders.get, first, repeat(0))
@@ -175,10 +186,10 @@ class PrefixIndex:
         return self._holders.get(key, 0) | self._promises.stores.get(key, 0)
 
     def _note_ends(self, runs: dict[str, int], held: int, keys: Sequence[bytes]) -> None:
-        """Where the runs end of those that hold the first exact_blocks keys."""
+        """Notes where the runs end of the stores that hold the first exact_blocks keys."""
         first = min(self._exact_blocks, len(keys))
         while first < len(keys) and self._mask(keys[-1]) & held != held:
-            last = len(keys) - 1  # not held by all of them, as is every key behind the end of a run
+            last = len(keys) - 1  # not held by all of them; so is every key after the end of a run
             while first < last:
                 middle = (first + last) // 2
                 if self._mask(keys[middle]) & held == held:
@@ -193,7 +204,7 @@ class PrefixIndex:
         self._note(runs, held, len(keys))
 
     def _num_held(self, held: set[bytes], keys: Sequence[bytes]) -> int:
-        """Leading keys that are in held."""
+        """Number of leading keys that are in held."""
         first = next((index for index, key in enumerate(islice(keys, self._exact_blocks)) if key not in held), self._exact_blocks)
         if first < self._exact_blocks:
             return first
@@ -208,6 +219,15 @@ class PrefixIndex:
 
     def _note(self, runs: dict[str, int], bits: int, num_blocks: int) -> None:
         runs.update(dict.fromkeys(self._names(bits), num_blocks))
+
+    def _bits_of(self, stores: Sequence[str]) -> int:
+        if self._masks_of is None or self._masks_of[0] is not stores:
+            bits = 0
+            for store in stores:
+                slot = self._slots.get(store)
+                bits |= 0 if slot is None else 1 << slot
+            self._masks_of = stores, bits
+        return self._masks_of[1]
 
     def _names(self, bits: int) -> list[str]:
         if bits.bit_count() > MANY_STORES:
@@ -239,7 +259,7 @@ class PrefixIndex:
         self.num_copies -= before - len(held)
 
     def _sweep(self) -> None:
-        """Takes a part of what dropped stores held out of the table; their slots are free again when it is all out."""
+        """Removes a part of a dropped store's blocks from the table. Its slot is free once all are removed."""
         if self._retired:
             slot, held = next(iter(self._retired.items()))
             self._clear(held, 1 << slot, list(islice(held, self._part_blocks)))
@@ -253,5 +273,5 @@ class PrefixIndex:
             slot = next(slot for slot in range(len(taken) + 1) if slot not in taken)
             self._slots[store], self._stores[slot], self._held[slot] = slot, store, set()
             self._live |= 1 << slot
-            self._name_array = None
+            self._name_array = self._masks_of = None
         return slot

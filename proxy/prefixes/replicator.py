@@ -1,9 +1,9 @@
-"""Copies hot prefixes to further stores ahead of demand, through the stores' Replicate.
+"""Copies hot prefixes to more stores ahead of demand, by the stores' Replicate call.
 
 placed ─► HotPrefixes ─► next_copy ─► budget? room in flight? ─► Replicate at the target store ─► its Watch tells the prefix index
 
-A prefix that a placement itself moves (Algorithm 1: best / own over the threshold) is not copied here: the prefill worker loads it
-from the store that the placement names, and keeps it in its own node's store.
+A prefix that a placement itself moves (Algorithm 1: best / own over the threshold) is not copied here. The prefill worker loads it
+from the store that the placement names, and caches it in its own node's store.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ...protocol import metrics as specs
 from ...protocol.blocks import div_ceil
 from ...protocol.exporter import counter, gauge
 from ...protocol.grpc_errors import from_rpc_error
+from ...protocol.tasks import Tasks
 from ...protocol.v1 import kvstore_pb2
 from ..members.cluster import Cluster
-from ..tasks import Tasks
 from .hot import MIN_TOKENS, Budget, Copy, HotPrefixes, next_copy
 from .index import PrefixIndex
 
@@ -33,11 +33,11 @@ logger = logging.getLogger(__name__)
 MAX_IN_FLIGHT = 4
 BYTES_PER_S = 500e6
 DEADLINE_S = 30.0  # of one copy
-RETRY_AFTER_S = 30.0  # a copy that failed, or was cut short, is not tried on the same store before
+RETRY_AFTER_S = 30.0  # before a copy that failed or was cut short is tried on the same store again
 
 
 class Replicator:
-    """On the event loop. replicate: "never" makes placed() do nothing."""
+    """Lives on the event loop. With replicate "never", placed() does nothing."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Replicator:
         gauge(specs.REPLICATIONS_IN_FLIGHT, registry).set_function(lambda: len(self._under_way))
 
     def placed(self, keys: Sequence[bytes]) -> None:
-        """A request with these block keys was placed. Cheap; what it starts runs in the background."""
+        """A request with these block keys was placed. Cheap: copies run in the background."""
         schema = self._cluster.schema
         if not self._enabled or schema is None:
             return
@@ -74,18 +74,24 @@ class Replicator:
         hot = self._prefixes.hit(keys, div_ceil(MIN_TOKENS, schema.block_size), now_s)
         if hot is None:
             return
-        run = keys[: hot.num_blocks]
-        copy = self._next_copy(run, self._prefixes.num_copies(hot), now_s)
-        if copy is None:
+        run, num_copies = keys[: hot.num_blocks], self._prefixes.num_copies(hot)
+        if not self._wants_copy(run, num_copies):
             return
         if len(self._under_way) >= self._max_in_flight:
             self._replications.labels("too_many").inc()
-        elif not self._budget.take(len(run) * schema.block_bytes, now_s):
+        elif not self._budget.has_left(now_s):
             self._replications.labels("over_budget").inc()
-        else:
+        elif (copy := self._next_copy(run, num_copies, now_s)) is not None:
+            self._budget.take(len(run) * schema.block_bytes)
             self._under_way.append(copy)
             title = f"copying {len(run)} hot blocks to {copy.target}"
             self._tasks.spawn(self._copy(copy, hot.num_hits), title, lambda _: self._ended(copy, "internal"))
+
+    def _wants_copy(self, run: Sequence[bytes], num_copies: int) -> bool:
+        """Whether a look at all stores may find one that is to take a copy. Of a hot prefix that is everywhere already it would not."""
+        stores, last = self._cluster.prefill_stores, run[-1]
+        num_coming = sum(_overlap(copy.keys, run) for copy in self._under_way)
+        return self._index.is_held(last) and self._index.num_held(last, stores) + num_coming < min(num_copies, len(stores))
 
     async def close(self) -> None:
         await self._tasks.close()
@@ -123,7 +129,7 @@ class Replicator:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            logger.info("%s left while blocks were copied to it", copy.target)  # its channel's end cancelled the call
+            logger.info("%s left while blocks were copied to it", copy.target)  # closing its channel cancelled the call
         self._ended(copy, outcome)
 
     def _ended(self, copy: Copy, outcome: str) -> None:
@@ -134,6 +140,6 @@ class Replicator:
 
 
 def _overlap(run: Sequence[bytes], other: Sequence[bytes]) -> bool:
-    """One is the start of the other: equal keys mean equal chains up to them."""
+    """True if one is the start of the other. Equal keys mean equal chains up to them."""
     num_blocks = min(len(run), len(other))
     return run[num_blocks - 1] == other[num_blocks - 1]

@@ -1,6 +1,6 @@
-"""Keeps the prefix index true: one Watch stream to every store, from its Join to its end.
+"""Keeps the prefix index up to date by a Watch stream to every store, from its Join to its end.
 
-store joins ─► Watch ─► snapshot ─► changes 1, 2, 3 ...                 store leaves, or a new process takes its place ─► forgotten
+store joins ─► Watch ─► snapshot ─► changes 1, 2, 3 ...                 store leaves, or a new process replaces it ─► forgotten
                  ▲                      └─ a gap, a lost stream ─┐
                  └── what was known stands until the snapshot ───┘
 """
@@ -13,16 +13,16 @@ from collections.abc import Sequence
 
 import grpc.aio
 
+from ...protocol.tasks import Tasks
 from ...protocol.v1 import kvstore_pb2
 from ..members.cluster import Cluster
 from ..members.member import Member
-from ..tasks import Tasks
 from .index import PrefixIndex
 
 logger = logging.getLogger(__name__)
 
 RESUBSCRIBE_INTERVAL_S = 0.2
-RESTART_INTERVAL_S = 5.0  # where following a store broke on what nobody expected
+RESTART_INTERVAL_S = 5.0  # after an unexpected error while following a store
 
 
 class PrefixWatch:
@@ -45,14 +45,14 @@ class PrefixWatch:
         self._following[store] = self._tasks.spawn(self._follow(store, delay_s), f"following {store.title}", lambda _: self._broke(store))
 
     def _broke(self, store: Member) -> None:
-        """What is known of the store may be wrong: forgotten, and read anew after a while."""
+        """What is known of the store may be wrong. Forgets it, and reads it anew after a while."""
         if not store.gone:
             self._index.drop(store.address)
             self._start(store, RESTART_INTERVAL_S)
 
     def _left(self, member: Member) -> None:
         self._following.pop(member).cancel()
-        if self._cluster.store_at(member.address) is None:  # else a new store has its address, and its own snapshot
+        if self._cluster.store_at(member.address) is None:  # else a new store has this address, and its own snapshot
             self._index.drop(member.address)
 
     async def _follow(self, store: Member, delay_s: float) -> None:
@@ -67,7 +67,7 @@ class PrefixWatch:
             await asyncio.sleep(RESUBSCRIBE_INTERVAL_S)
 
     async def _watch(self, store: Member) -> bool:
-        """True where the whole content has to be read again at once; False at the stream's end."""
+        """Returns True if the whole content must be read again at once, False at the end of the stream."""
         sequence: int | None = None
         call = store.store.Watch(kvstore_pb2.WatchRequest())
         try:
@@ -88,6 +88,6 @@ class PrefixWatch:
 
     async def _read_all(self, store: Member, keys: Sequence[bytes]) -> None:
         for _ in self._index.replace_in_parts(store.address, keys):
-            await asyncio.sleep(0)  # to serve others
+            await asyncio.sleep(0)  # serves others
         if self._index.is_cut(store.address):
             logger.warning("%s holds more than the prefix index has room for; what is left out counts as absent", store.title)

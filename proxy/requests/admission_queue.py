@@ -1,4 +1,4 @@
-"""The bound on requests that wait for their first token. One more than the bound is told when to come back.
+"""Bounds how many requests may wait for their first token. A request over the bound is refused, with a time to come back.
 
 enter ─► [ admitted, without a first token ] ─► leave (first token: a sample of the rate; or the request ended)
 """
@@ -41,9 +41,9 @@ class AdmissionQueue:
         return len(self._waiting)
 
     def require_room(self, num_requests: int, num_tokens: int) -> None:
-        """For so many requests with so many prompt tokens together: room for all, or Overloaded.
+        """Raises Overloaded unless there is room for all of num_requests, which have num_tokens prompt tokens together.
 
-        Prompts over the token bound on their own are let into an empty queue: waiting would not help them.
+        A prompt that is over the token bound by itself may enter an empty queue, because waiting would not help it.
         """
         num_free = self._max_requests - self.num_requests
         if num_free <= 0:
@@ -61,7 +61,7 @@ class AdmissionQueue:
         raise Overloaded(f"{full}; {come_back(retry_after_s)}", retry_after_s=retry_after_s)
 
     def enter(self, num_tokens: int, first_token_s: float | None = None) -> Waiting:
-        """first_token_s: when its first token is predicted, by the clock; None: not known."""
+        """first_token_s: the predicted time of its first token, on the clock. None: not known."""
         waiting = Waiting(num_tokens, first_token_s)
         self._waiting.add(waiting)
         self.num_tokens += num_tokens
@@ -74,15 +74,15 @@ class AdmissionQueue:
             self._first_tokens.append(self._clock())
 
     def retry_after_s(self, num_requests: int = 1, num_tokens: int = 0) -> float:
-        """When there will be room for so much: by the first tokens predicted for those who wait, else by the rate of the last ones.
+        """Seconds until there is room for so much, at most MAX_RETRY_AFTER_S.
 
-        At most MAX_RETRY_AFTER_S.
+        Taken from the first tokens predicted for the waiting requests, or else from the rate of recent first tokens.
         """
         predicted_s = self._predicted_room_s(num_requests, num_tokens)
         return self._rated_room_s() if predicted_s is None else min(predicted_s, MAX_RETRY_AFTER_S)
 
     def _predicted_room_s(self, num_requests: int, num_tokens: int) -> float | None:
-        """None where a prediction is missing or has passed, or where they would not even fit into an empty queue."""
+        """None if a prediction is missing or has passed, or if the request would not even fit into an empty queue."""
         expected: list[tuple[float, int]] = []
         for waiting in self._waiting:
             if waiting.first_token_s is None:
@@ -99,9 +99,10 @@ class AdmissionQueue:
         return None
 
     def _rated_room_s(self) -> float:
-        """The time in which those who wait now get their first token, at the rate of the last RATE_WINDOW_S seconds
-        (Little's law: requests waiting / first tokens a second), between MIN_ and MAX_RETRY_AFTER_S. A window without a
-        first token tells no rate: the maximum where there were some before it, the minimum before the very first.
+        """Seconds until the waiting requests have their first token, at the rate of the last RATE_WINDOW_S seconds.
+
+        That is Little's law: requests waiting / first tokens a second, bounded by MIN_RETRY_AFTER_S and MAX_RETRY_AFTER_S. A window
+        without a first token has no rate. It gives the maximum, or the minimum before the very first token.
         """
         if not self._first_tokens:
             return MIN_RETRY_AFTER_S
@@ -109,6 +110,6 @@ class AdmissionQueue:
         recent = [moment for moment in self._first_tokens if now - moment <= RATE_WINDOW_S]
         if not recent:
             return MAX_RETRY_AFTER_S
-        # over a second at least: the gaps of a burst are not a rate
+        # over at least a second: the gaps within a burst are not a rate
         rate = len(recent) / max(now - recent[0], 1.0)
         return min(max(self.num_requests / rate, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S)

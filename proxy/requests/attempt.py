@@ -1,17 +1,18 @@
-"""One pair of workers at work on a request, under one epoch of its hand-off.
+"""One attempt at a request: a pair of workers, under one epoch of the hand-off.
 
         ┌─► Decode on d ─► Admitted, first token ─► Finished, number of tokens ─┐
 start ──┤   d's token feed ─► the other tokens ─────────────────────────────────┼─► outcome: Finished, with all its tokens | LegFailed
         └─► Prefill on p ─► state                                               │
    p, d or d's store leaves the cluster, a call or the token feed fails ────────┘
-The two streams of d are not ordered: what the feed brings before Admitted waits for it, and Finished waits for the last token.
-A local pair has the Decode leg alone, and no hand-off: d computes the prompt, and neither p nor the store is part of it.
-close: both calls cancelled, the store told why, what was booked undone
+The two streams of d are not ordered. Tokens that the feed brings before Admitted wait for it, and Finished waits for the last token.
+A local pair has only the Decode leg and no hand-off: d computes the prompt, and neither p nor the store takes part.
+close: both calls cancelled, the store told why, what was assigned undone
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -19,19 +20,20 @@ from typing import Any, Protocol
 import grpc
 import grpc.aio
 
-from ...protocol.errors import Draining, HalfmoonError, InternalError, StoreUnavailable, WorkerLost
+from ...protocol.errors import Draining, HalfmoonError, HandoffAborted, InternalError, StoreUnavailable, WorkerLost, build_error
 from ...protocol.grpc_errors import TRAILER, error_to_proto, from_rpc_error
+from ...protocol.tasks import Tasks
 from ...protocol.trace_context import TraceContext
 from ...protocol.v1 import common_pb2, kvstore_pb2, worker_pb2
 from ..members.member import Member
 from ..members.token_feed import FeedCall
-from ..tasks import Tasks
 from .pair import Pair
+from .prompt import to_wire
 
 logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 5.0  # of Stop and Abort
-DEADLINE_SLACK_S = 1.0  # the request runner's own timer ends the request and says in which state; gRPC's stands behind it
+DEADLINE_SLACK_S = 1.0  # the runner's own timer comes first and knows the request's state; gRPC's deadline is the fallback
 
 
 class LegFailed(Exception):
@@ -54,8 +56,8 @@ class AttemptListener(Protocol):
 class Attempt:
     """
     Args:
-        sequence: but for what the pair's prompt has of it.
-        tasks: own what the attempt runs; Stop and Abort may outlive it.
+        sequence: without the token ids and block keys, which come from the pair's prompt.
+        tasks: owns what the attempt runs. Stop and Abort may outlive the attempt.
     """
 
     def __init__(
@@ -86,11 +88,11 @@ class Attempt:
         self._unwatch: list[Callable[[], None]] = []
 
     def start(self) -> None:
-        """Opens the calls. decode first: it waits for a hand-off, the hand-off does not wait for it."""
+        """Opens the calls, decode first: decode waits for the hand-off, and the hand-off does not wait for decode."""
         pair = self.pair
         for member in {pair.decode} if pair.is_local else {pair.prefill, pair.decode, pair.store}:
             self._unwatch.append(member.on_gone(self._member_gone))
-            if member.gone:  # since it was placed there
+            if member.gone:  # it left after the placement
                 self._member_gone(member)
         if self.outcome.done():
             return
@@ -99,11 +101,11 @@ class Attempt:
             self._tasks.append(self._background.spawn(self._follow_prefill(), self._title("its prefill leg"), self._leg_broke))
 
     def stop(self, on_unheard: Callable[[], None]) -> None:
-        """Asks decode to end the sequence as finished. on_unheard runs where it does not know it or cannot be asked."""
+        """Asks decode to end the sequence as finished. on_unheard runs if decode does not know the sequence or cannot be reached."""
         self._background.spawn(self._stop(on_unheard), self._title("Stop"), lambda _: on_unheard())
 
     def close(self, reason: HalfmoonError) -> None:
-        """At once, and once. An attempt that has not finished is aborted with the reason, everywhere."""
+        """Takes effect at once; further calls do nothing. An unfinished attempt is aborted everywhere, with the reason."""
         if self.closed:
             return
         self.closed = True
@@ -120,7 +122,9 @@ class Attempt:
             call.cancel()
         self.outcome.cancel()
         if not (self.admitted or self.pair.is_local or self.pair.store.gone):
-            self._background.spawn(self._abort_handoff(reason), self._title("Abort"))  # the hand-off's lease ends by itself, too
+            self._background.spawn(
+                self._abort_handoff(reason), self._title("Abort")
+            )  # if this fails, the hand-off's lease still ends by itself
 
     @property
     def _finished(self) -> bool:
@@ -130,7 +134,7 @@ class Attempt:
     def _timeout_s(self) -> float:
         return self._sequence.deadline_s + DEADLINE_SLACK_S
 
-    def _prefill_request(self) -> worker_pb2.PrefillRequest:
+    def _prefill_request(self) -> bytes:
         prefix = self.pair.placement.prefix
         request = worker_pb2.PrefillRequest(
             sequence=self._sequence,
@@ -138,8 +142,7 @@ class Attempt:
             store_address=self.pair.decode.info.store_address,
             prefix=worker_pb2.PrefixHint(store_address=prefix.store_address, num_blocks=prefix.num_blocks) if prefix else None,
         )
-        request.sequence.MergeFrom(self.pair.prompt.spec)
-        return request
+        return to_wire(request, self.pair.prompt)
 
     def on_tokens(self, token_ids: list[int], outputs: list[common_pb2.TokenOutput]) -> None:
         """From the token feed."""
@@ -165,8 +168,7 @@ class Attempt:
                 feed_id=feed_call.feed_id,
                 call=feed_call.number,
             )
-            request.sequence.MergeFrom(self.pair.prompt.spec)
-            call = member.decode_worker.Decode(request, timeout=self._timeout_s, metadata=self._metadata)
+            call = member.start_decode(to_wire(request, self.pair.prompt), timeout=self._timeout_s, metadata=self._metadata)
             self._calls.append(call)
             async for reply in call:
                 if self.closed:
@@ -202,7 +204,7 @@ class Attempt:
     async def _follow_prefill(self) -> None:
         member = self.pair.prefill
         try:
-            call = member.prefill_worker.Prefill(self._prefill_request(), timeout=self._timeout_s, metadata=self._metadata)
+            call = member.start_prefill(self._prefill_request(), timeout=self._timeout_s, metadata=self._metadata)
             self._calls.append(call)
             reply = await call
             self.prefilled = True
@@ -216,27 +218,30 @@ class Attempt:
 
     def _leg_broke(self, bug: Exception) -> None:
         if not self.outcome.done():
-            self.outcome.set_exception(bug)  # ends the request; nobody would else
+            self.outcome.set_exception(bug)  # nothing else would end the request
 
     def _title(self, what: str) -> str:
         return f"request {self._sequence.request_id}: {what}"
 
     def _interrupted(self, member: Member) -> None:
-        # not by close(): the channel was closed under the call
+        # close() cancels the task first, so here the channel was closed under the call
         self._fail(member, WorkerLost(f"{member.title} is gone: its channel was closed", worker=member.id))
 
     def _member_gone(self, member: Member) -> None:
         if member is self.pair.store:
             self._fail(member, StoreUnavailable(f"{member.title} left the cluster", store=member.id))
         else:
-            self._fail(member, WorkerLost(f"{member.title} is gone: it left the cluster", worker=member.id))
+            self._fail(member, member.lost(self._sequence.request_id))
 
     def _fail(self, member: Member, error: HalfmoonError) -> None:
-        # a sealed hand-off that decode has taken needs neither its prefill worker nor its store; decode itself is always needed
+        # once decode has admitted the hand-off, the prefill worker and the store are no longer needed; decode always is
         pair = self.pair
         needless = (member is pair.prefill and (self.prefilled or self.admitted)) or (member is pair.store and self.admitted)
         if (member is pair.decode or not needless) and not self.outcome.done():
-            self.outcome.set_exception(LegFailed(member, error))
+            error = _cause(error)
+            named = error.fields.get("worker")
+            culprit = next((one for one in (pair.prefill, pair.decode) if one.id == named), member)
+            self.outcome.set_exception(LegFailed(culprit, error))
 
     async def _stop(self, on_unheard: Callable[[], None]) -> None:
         request = worker_pb2.StopRequest(request_id=self._sequence.request_id)
@@ -259,12 +264,20 @@ class Attempt:
             logger.debug("%s left before it took the abort of %s", self.pair.store.title, self._handoff.id)
 
 
+def _cause(error: HalfmoonError) -> HalfmoonError:
+    """Why a worker gave a hand-off up, where it said so: decode may hear of it before the prefill call has ended."""
+    fields = error.fields.get("reason_fields") or {}
+    if not isinstance(error, HandoffAborted) or "worker" not in fields:
+        return error
+    return build_error(error.fields["reason"], error.fields["reason_message"], json.dumps(fields))
+
+
 def _leg_error(error: grpc.aio.AioRpcError, member: Member) -> HalfmoonError:
-    """A typed error of the worker as it is; what only a dying or leaving worker gives as WorkerLost."""
+    """The worker's typed error as it is. What only a dying or leaving worker causes becomes WorkerLost."""
     found = from_rpc_error(error, member.title)
     typed = any(key == TRAILER for key, _ in error.trailing_metadata() or ())
     details = error.details() or ""
-    # a connection that breaks under a call is mostly UNAVAILABLE, but not always
+    # a connection that breaks under a call usually gives UNAVAILABLE, but not always
     broken = "RST_STREAM" in details or "Stream removed" in details
     lost = broken or error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
     if (lost and not typed) or isinstance(found, Draining):

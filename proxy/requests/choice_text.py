@@ -1,4 +1,4 @@
-"""The text of one choice: what its tokens add to it, where it ends, how likely each token was."""
+"""The text of one choice: what each token adds, where the text ends, how likely each token was."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TokenText(NamedTuple):
 class Pushed(NamedTuple):
     text: str
     token_ids: list[int]
-    outputs: list[common_pb2.TokenOutput]  # one for each token where logprobs were asked for, else none; as are token_texts
+    outputs: list[common_pb2.TokenOutput]  # one for each token if logprobs were asked for, else none; so are token_texts
     token_texts: list[TokenText]
 
 
@@ -39,8 +39,8 @@ class ChoiceText:
         self._params = request.sampling
         self._detokenizer = create_detokenizer(tokenizer, request.token_ids)
         self._stops = StopStrings(stop)
-        # tokens that end the answer are no part of its text
-        self._silent = frozenset(self._params.stop_token_ids) | (frozenset() if self._params.ignore_eos else eos_token_ids)
+        # tokens that end the answer are not part of its text
+        self._silent = frozenset(self._params.stop_token_ids) | (frozenset[int]() if self._params.ignore_eos else eos_token_ids)
         self._text_len = 0  # of everything decoded, held back or not
 
     @property
@@ -48,7 +48,10 @@ class ChoiceText:
         return self._stops.matched
 
     def push(self, token_ids: list[int], outputs: list[common_pb2.TokenOutput]) -> Pushed:
-        """Tokens behind a stop string are left out of everything. outputs: of the same tokens, where logprobs were asked for."""
+        """Leaves out tokens after a stop string. outputs: of the same tokens, if logprobs were asked for."""
+        if len(token_ids) == 1 and not outputs:
+            self.num_tokens += 1
+            return Pushed(self._text_of(token_ids[0]), token_ids, outputs, [])
         out: list[str] = []
         texts: list[TokenText] = []
         for position, token_id in enumerate(token_ids):
@@ -62,7 +65,7 @@ class ChoiceText:
         return Pushed("".join(out), token_ids, outputs, texts)
 
     def finish(self) -> str:
-        """What was held: half a character, the beginning of a stop string that did not come."""
+        """The text that was held back: an incomplete character, or the beginning of a stop string that did not come."""
         tail = self._stops.push(self._detokenizer.finish())
         return tail if self._stops.matched is not None else tail + self._stops.finish()
 
@@ -71,7 +74,7 @@ class ChoiceText:
             return ""
         text = self._detokenizer.push(token_id)
         self._text_len += len(text)
-        # as in vLLM, a stop string must end behind the min_tokens-th token, wherever it begins
+        # as in vLLM, a stop string must end after the min_tokens-th token, wherever it begins
         return self._stops.push_exempt(text) if self.num_tokens <= self._params.min_tokens else self._stops.push(text)
 
     def _token_text(self, token: common_pb2.TokenOutput) -> TokenText:

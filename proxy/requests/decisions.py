@@ -1,7 +1,7 @@
-"""What was decided for the last requests, and on what grounds: enough to explain each, and cheap to keep.
+"""The last requests' decisions with their grounds: enough to explain each one, and cheap to keep.
 
 open ─► RequestDecision ─► decided: AttemptDecision (the snapshot that the Conductor saw, the predictors as they were) ─► ended
-                └─ the ring forgets the oldest. Predictions for those that were not chosen are made only when somebody asks.
+                └─ the ring drops the oldest. Predictions for workers that were not chosen are made only on request.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from ..conductor.predictors.timing import Predictors
 from ..request import MAX_CHOICES, ProxyRequest, RequestState
 from ..verdict import Terms
 
-NUM_KEPT = 16  # candidates of a role: the chosen one, and the least loaded of the others
+NUM_KEPT = 16  # candidates for each role: the chosen one, and the least loaded others
 
 
 @dataclass(slots=True)
 class AttemptDecision:
     at_s: float  # since the arrival
     asked: PlacementRequest
-    seen: Snapshot  # of the candidates that are kept
+    seen: Snapshot  # of the kept candidates only
     num_prefill: int
     num_decode: int
     predictors: Predictors  # frozen
     answer: Placement | Rejection
     queue_order: int
-    error: str = ""  # what ended the attempt, where it failed
+    error: str = ""  # what ended the attempt, if it failed
 
 
 @dataclass(slots=True)
@@ -43,10 +43,10 @@ class RequestDecision:
     terms: Terms
     priority: int
     arrival: float  # of time.monotonic()
-    attempts: list[AttemptDecision] = field(default_factory=list)
+    attempts: list[AttemptDecision] = field(default_factory=list[AttemptDecision])
     state: str = RequestState.QUEUED.value
     ended: str = ""  # finish reason, or the error's code and words
-    record: common_pb2.PhaseRecord = field(default_factory=common_pb2.PhaseRecord)  # the request's own, as far as it has come
+    record: common_pb2.PhaseRecord = field(default_factory=common_pb2.PhaseRecord)  # the request's own, filled in as it goes on
 
     @property
     def slo(self) -> Slo:
@@ -108,10 +108,10 @@ def _terms(request: ProxyRequest, slo: Slo) -> Terms:
 
 
 def _kept(pool: Pool, chosen: str) -> Pool:
-    """The chosen worker and the least loaded of the others, a copy."""
+    """The chosen worker and the least loaded of the others."""
     if len(pool) <= NUM_KEPT:
-        return pool.take(np.arange(len(pool)))
-    loads = pool.busy_until_s * 1e9 + pool.num_outstanding_tokens  # by time, and where that is the same by tokens
+        return pool
+    loads = pool.busy_until_s * 1e9 + pool.num_outstanding_tokens  # by time, and by tokens if the times are equal
     least = np.argpartition(loads, NUM_KEPT)[: NUM_KEPT + 1]
     rows = least[np.argsort(loads[least])].tolist()
     chosen_row = pool.row_of(chosen)

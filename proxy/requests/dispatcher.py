@@ -1,6 +1,6 @@
-"""From a prompt to a booked pair of members, and what the decode pool's load says of the pair later.
+"""Takes a prompt to an assigned pair of members, and judges the pair again when its prefill is done.
 
-Prompt ─► Placer ─► Placement ─► Books ─► Pair ─► judge_again, when its prefill is done ─► finished
+Prompt ─► Placer ─► Placement ─► Assigner ─► Pair ─► judge_again, when its prefill is done ─► finished
                 └─► Rejection ─► NoWorker | PromptTooLong | Overloaded
 """
 
@@ -14,7 +14,7 @@ from ..conductor.placement import Placement, Rejection, come_back
 from ..conductor.predictors.waiting import step_with
 from ..metrics import ProxyMetrics
 from ..request import ProxyRequest
-from .books import Books
+from .assigner import Assigner
 from .decisions import AttemptDecision, RequestDecision
 from .pair import Pair
 from .placer import Placer
@@ -22,16 +22,16 @@ from .prompt import Prompt, PromptEncoder
 
 
 class Dispatcher:
-    def __init__(self, prompts: PromptEncoder, placer: Placer, books: Books, metrics: ProxyMetrics) -> None:
+    def __init__(self, prompts: PromptEncoder, placer: Placer, assigner: Assigner, metrics: ProxyMetrics) -> None:
         self._prompts = prompts
         self._placer = placer
-        self._books = books
+        self._assigner = assigner
         self._metrics = metrics
 
     def place(self, request: ProxyRequest, prompt: Prompt, decision: RequestDecision) -> Pair:
         """Raises NoWorker, PromptTooLong, Overloaded."""
-        prompt = self._prompts.refreshed(prompt)
-        return self._book(self._placer.place(request, prompt, decision), prompt)
+        prompt = self._prompts.refreshed(prompt, request.token_ids)
+        return self._assign(self._placer.place(request, prompt, decision), prompt)
 
     def place_again(
         self,
@@ -44,16 +44,15 @@ class Dispatcher:
     ) -> Pair:
         """For a request whose pair failed it. sent: all the tokens sent so far.
 
-        It keeps its place in the queues, and no SLO keeps it out. exclude, avoid: incarnations. Raises NoWorker, PromptTooLong.
+        It keeps its queue order, and no SLO keeps it out. exclude, avoid: incarnations. Raises NoWorker, PromptTooLong.
         """
-        num_known = len(failed.prompt.token_ids) - len(request.token_ids)  # of the sent, when the failed pair began
-        prompt = self._prompts.extend(failed.prompt, sent[num_known:])
-        return self._book(self._placer.place_again(request, prompt, decision, failed.queue_order, exclude, avoid), prompt)
+        prompt = self._prompts.extend(failed.prompt, request.token_ids, sent)
+        return self._assign(self._placer.place_again(request, prompt, decision, failed.queue_order, exclude, avoid), prompt)
 
     def judge_again(self, pair: Pair) -> Overloaded | None:
-        """When the prefill is done: whether the decode worker's step, as it is now, has room for the request within its SLO.
+        """Called when the prefill is done. An error if the decode worker's step, at its present load, would miss the request's SLO.
 
-        None also where the admission does not ask again, as of replays.
+        None also for replays, and if the admission does not check twice.
         """
         admission, asked = self._placer.admission, pair.decided.asked
         if admission is None or not admission.checks_again or asked.admitted or asked.slo is None or pair.is_local:
@@ -71,19 +70,19 @@ class Dispatcher:
         )
 
     def finished(self, pair: Pair) -> None:
-        """Its request came to its own end."""
+        """The pair's request has finished by itself."""
         seconds, admission = self._placer.load_tracker.finished(pair, time.monotonic()), self._placer.admission
         if seconds is not None and admission is not None:
             admission.observe_decode(seconds, pair.num_tokens)
 
-    def _book(self, decided: AttemptDecision, prompt: Prompt) -> Pair:
+    def _assign(self, decided: AttemptDecision, prompt: Prompt) -> Pair:
         answer = decided.answer
         if isinstance(answer, Rejection):
             raise self._refused(answer)
         self._metrics.placed(self._placer.conductor.policy.name, _kind(answer))
         if answer.is_local and self._metrics.members.lacks_prefill:
             self._metrics.fell_back("local_prefill")
-        return self._books.book(answer, decided, prompt)
+        return self._assigner.assign(answer, decided, prompt)
 
     def _refused(self, answer: Rejection) -> HalfmoonError:
         admission = self._placer.admission

@@ -1,4 +1,4 @@
-"""A remembered decision in words and numbers: what was predicted for every candidate, and what came of it.
+"""A remembered decision in words and numbers: what was predicted for each candidate, and what was measured.
 
 RequestDecision (snapshot, predictors as they were) ─► Candidate predictions, made now ─► control_pb2.Explanation
                  record (phases as measured)       ─► Prediction: predicted, measured
@@ -64,7 +64,7 @@ def _attempt(attempt: AttemptDecision, policy: str, record: common_pb2.PhaseReco
         found.num_cached_tokens = answer.num_cached_tokens
         if answer.prefix is not None:
             found.prefix_store, found.prefix_blocks = answer.prefix
-        if answer.is_local:  # of the decode workers one was its prefill worker, too
+        if answer.is_local:  # one decode worker was the prefill worker as well
             found.prefill.append(_prefill_candidate(attempt, answer.prefill, policy))
         found.predictions.extend(_predictions(attempt, answer, record))
     return found
@@ -75,7 +75,7 @@ def _prefill_candidate(attempt: AttemptDecision, member: MemberState, policy: st
     chosen, prefix = False, 0
     if isinstance(answer, Placement) and answer.prefill.id == member.id:
         chosen, prefix = True, answer.prefix.num_blocks if answer.prefix is not None else 0
-    elif policy_type(policy).fetches:  # else a candidate's own blocks count alone
+    elif policy_type(policy).fetches:  # otherwise only the candidate's own blocks count
         prefix = usable_blocks(asked, max(asked.held_blocks.values(), default=0), seen.block_size)
     parts = prefill_forecast(attempt.predictors, asked, member, prefix, seen)
     return control_pb2.Explanation.Candidate(
@@ -106,7 +106,7 @@ def _decode_candidate(attempt: AttemptDecision, member: MemberState) -> control_
 def _predictions(
     attempt: AttemptDecision, answer: Placement, record: common_pb2.PhaseRecord | None
 ) -> list[control_pb2.Explanation.Prediction]:
-    """record None: the attempt came to nothing, or the request had its first token before it."""
+    """record None: the attempt failed, or the request already had its first token."""
     asked, seen, predictors = attempt.asked, attempt.seen, attempt.predictors
     parts = prefill_forecast(predictors, asked, answer.prefill, answer.prefix.num_blocks if answer.prefix else 0, seen)
     predicted = {"queue": parts.queue_s, "transfer": parts.transfer_s, "prefill": parts.prefill_s}
@@ -127,7 +127,7 @@ def _predictions(
 
 
 def _measured(record: common_pb2.PhaseRecord) -> dict[str, float]:
-    """What the phases say of each predicted number, as far as the request has come. Sharing steps with others is queueing."""
+    """The measured value of each predicted number, as far as there is one. Time that a step gives to others counts as queueing."""
     if record.ttft_s <= 0.0:
         return {}
     found = {"transfer": record.prefix_load_s, "ttft": record.ttft_s}

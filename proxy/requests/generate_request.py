@@ -1,4 +1,4 @@
-"""What a user asked for, the same for every face, and its way to validated requests.
+"""What a user asked for, in one form for every face, and its way to checked requests.
 
 GenerateRequest ─► prompts to token ids ─► limits ─► SamplingParams ─► a ProxyRequest for each choice
  (prompt text, token ids or messages; n)                    choice p*n+i: prompt p, seed+i
@@ -25,16 +25,16 @@ from ..text.chat_template import ChatMessage
 from ..text.tokenizer import Tokenizer
 
 MAX_STOPS = 16
-PIECE_LEN = 2**16  # tokens that are checked in one go
-MAX_STOP_CHARS = 1024  # of each; every token's text is compared with them
+PIECE_LEN = 2**14  # tokens that are checked in one go, in about 2 ms
+MAX_STOP_CHARS = 1024  # of each, because every token's text is compared with them
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for a prompt; a chat may use what is left
 REQUEST_ID_LEN = 128
-CHARS_COMPOSED = 4  # characters that a tokenizer's Unicode normal form makes one of, at most
+CHARS_COMPOSED = 4  # at most so many characters become one in a tokenizer's Unicode normal form
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """Types are right, values are as they came. Exactly one of prompts and messages is set."""
+    """The types are right; the values are as they came, not yet checked. Exactly one of prompts and messages is set."""
 
     prompts: Sequence[str | Sequence[int]] = ()
     messages: Sequence[ChatMessage] | None = None
@@ -49,8 +49,8 @@ class GenerateRequest:
     ttft_slo_s: float | None = None  # None: the proxy's
     tpot_slo_s: float | None = None
     trace: TraceContext | None = None
-    sampling: Mapping[str, Any] = field(default_factory=dict)  # SamplingParams' other fields
-    arrival: float = field(default_factory=time.monotonic)  # of its first byte, where the face can know it
+    sampling: Mapping[str, Any] = field(default_factory=dict[str, Any])  # SamplingParams' other fields
+    arrival: float = field(default_factory=time.monotonic)  # of its first byte, if the face can know it
 
 
 class RequestBuilder:
@@ -60,7 +60,7 @@ class RequestBuilder:
         self._default_timeout_s = min(default_timeout_s, MAX_TIMEOUT_S)
 
     async def build(self, asked: GenerateRequest, max_model_len: int) -> list[ProxyRequest]:
-        """A request for each choice, all choices of the first prompt first. Those of one prompt share its token_ids: the list itself.
+        """One request for each choice, the first prompt's choices first. Choices of one prompt share the same token_ids object.
 
         Raises InvalidRequest (PromptTooLong, UnknownModel), naming the field, the value and the limit.
         """
@@ -100,7 +100,7 @@ class RequestBuilder:
             for start in range(0, len(token_ids), PIECE_LEN):
                 self._require_known(token_ids[start : start + PIECE_LEN], param)
                 if start:
-                    await asyncio.sleep(0)  # a million tokens take 40 ms
+                    await asyncio.sleep(0)  # a million tokens take 100 ms
         seed = secrets.randbits(63) if asked.seed is None else asked.seed
         _require(0 <= seed <= MAX_SEED, f"seed is {seed}; it must be at least 0 and at most {MAX_SEED}", "seed")
         request_id = asked.request_id
@@ -122,7 +122,7 @@ class RequestBuilder:
             for choice in range(asked.n)
         ]
 
-    async def _token_ids(self, asked: GenerateRequest, max_model_len: int) -> list[list[int]]:
+    async def _token_ids(self, asked: GenerateRequest, max_model_len: int) -> list[Sequence[int]]:
         if asked.messages is not None:
             _require(bool(asked.messages), "messages is empty; send at least one", "messages")
             self._require_text_fits(sum(len(message.content) for message in asked.messages), "messages", max_model_len)
@@ -134,11 +134,12 @@ class RequestBuilder:
             self._require_text_fits(len(text), "prompt", max_model_len)
             _clean(text, "prompt")
         encoded = iter(await self._tokenizer.encode_all_aside(texts))
-        return [next(encoded) if isinstance(prompt, str) else list(prompt) for prompt in asked.prompts]
+        return [next(encoded) if isinstance(prompt, str) else prompt for prompt in asked.prompts]
 
     def _require_text_fits(self, num_chars: int, param: str, max_model_len: int) -> None:
-        """Before it is tokenised, which for a text of megabytes takes seconds: no text that fits is as long as the limit,
-        unless the tokenizer drops parts of it, as some do with long runs of blanks.
+        """Checked before the text is tokenised, which takes seconds for megabytes.
+
+        No text that fits is longer than the limit, unless the tokenizer drops parts of it, as some do with long runs of blanks.
         """
         limit = max_model_len * self._tokenizer.max_token_chars * CHARS_COMPOSED
         if num_chars > limit:
@@ -150,7 +151,7 @@ class RequestBuilder:
                 max_model_len=max_model_len,
             )
 
-    def _require_fits(self, token_ids: list[int], param: str, max_model_len: int) -> None:
+    def _require_fits(self, token_ids: Sequence[int], param: str, max_model_len: int) -> None:
         _require(bool(token_ids), "the prompt is empty; it must have at least one token", param)
         if len(token_ids) >= max_model_len:
             raise PromptTooLong(
@@ -194,7 +195,7 @@ def _require(holds: bool, message: str, param: str, error: type[InvalidRequest] 
 
 
 def _clean(text: str, param: str) -> str:
-    """JSON can spell half of a surrogate pair, which no encoding of Unicode has."""
+    """The text itself. Raises InvalidRequest for half a surrogate pair, which JSON can spell and Unicode cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,10 +1,10 @@
-"""The one path from what a user asked to text that streams back. Both faces, HTTP and gRPC, use it.
+"""The path from a user's request to the text that streams back. Both faces, HTTP and gRPC, use it.
 
 GenerateRequest ─► RequestBuilder ─► ProxyRequest per choice ─► Router.open_all ─► TokenStream
                                                                                         │ tokens
 Generation ◄─ TextDelta …, ChoiceEnd ◄─ ChoiceText (detokenise, stop strings, logprobs) ◄─┘
-A step's tokens wake the reader once, whatever the number of choices.
-Leaving a Generation in any way cancels all its choices.
+The tokens of one step wake the reader once, whatever the number of choices.
+Leaving a Generation in any way cancels all of its choices.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from .generate_request import GenerateRequest, RequestBuilder
 from .router import Router
 from .token_stream import LEFT, TokenStream
 
-MAX_BEHIND = 32  # steps of a reader's, whose tokens are each an event of their own
+MAX_BEHIND = 32  # steps; a reader further behind gets all their tokens as one event
 _ENDS = (RequestState.DONE, RequestState.REJECTED, RequestState.ABORTED, RequestState.FAILED)
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """text: whole characters that can no longer change; may be "" while a character or a stop string is under way."""
+    """text: whole characters that can no longer change. It may be "" while a character or a stop string is incomplete."""
 
     index: int
     text: str
     token_ids: list[int]
-    outputs: list[common_pb2.TokenOutput]  # one for each token where logprobs were asked for, else none; as are token_texts
+    outputs: list[common_pb2.TokenOutput]  # one for each token if logprobs were asked for, else none; so are token_texts
     token_texts: list[TokenText]
 
 
@@ -58,24 +58,33 @@ GenerationEvent = TextDelta | ChoiceEnd
 
 
 class _Inbox:
-    """Which choices have news. Runners hold it, and through it no stream."""
+    """Which choices have news. Runners hold the inbox, and the inbox holds no stream. One reader waits; a future costs half of an Event."""
 
     def __init__(self) -> None:
-        self.news = asyncio.Event()
         self._ready: dict[int, None] = {}
+        self._waiting: asyncio.Future[None] | None = None
 
     def put(self, index: int) -> None:
         self._ready[index] = None
-        self.news.set()
+        waiting = self._waiting
+        if waiting is not None:
+            self._waiting = None
+            if not waiting.done():
+                waiting.set_result(None)
 
     def take(self) -> dict[int, None]:
         ready, self._ready = self._ready, {}
-        self.news.clear()
         return ready
+
+    async def wait(self) -> None:
+        """Until something is ready, which may be so at once."""
+        if not self._ready:
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
 
 
 class Generation:
-    """One admitted GenerateRequest: the events of all choices, as they come. A choice's last is its ChoiceEnd."""
+    """One admitted GenerateRequest: the events of all choices as they come. The last event of a choice is its ChoiceEnd."""
 
     def __init__(self, request_id: str, model: str, num_prompt_tokens: int, choices: list[_Choice]) -> None:
         self.request_id = request_id
@@ -93,11 +102,11 @@ class Generation:
             choice.listen(self._inbox)
 
     async def next_events(self) -> list[GenerationEvent]:
-        """At least one, or none at the end. A caller that is cancelled cancels all choices.
+        """At least one event, or none at the end. If the caller is cancelled, all choices are cancelled.
 
         Who asks for more has written what it was given: the times of those tokens are taken here.
 
-        Raises the HalfmoonError that ended one of the choices, after every event before it; the others are cancelled.
+        If a choice failed, raises its HalfmoonError after all events before it, and cancels the other choices.
         """
         for stream in self._unwritten:
             stream.wrote()
@@ -110,7 +119,7 @@ class Generation:
             if self._num_open == 0:
                 return []
             try:
-                await self._inbox.news.wait()
+                await self._inbox.wait()
             except asyncio.CancelledError:
                 self._cancel(LEFT)
                 raise
@@ -132,7 +141,7 @@ class Generation:
             if found and isinstance(found[-1], ChoiceEnd):
                 self._num_open -= 1
             elif choice.is_over:
-                self._inbox.put(index)  # its error comes behind these
+                self._inbox.put(index)  # its error comes after these
         return events
 
     def __aiter__(self) -> Generation:
@@ -151,7 +160,7 @@ class Generation:
         return all(choice.is_over for choice in self._choices)
 
     def cancel(self, reason: str) -> None:
-        """Whoever reads the events gets RequestCancelled with the reason."""
+        """The reader of the events gets RequestCancelled with the reason."""
         self._cancel(reason)
 
     def _cancel(self, reason: str) -> None:
@@ -169,7 +178,7 @@ class Generation:
 
 
 class Generator:
-    """Opens Generations, and knows those that are under way. The choices of a GenerateRequest are admitted together or not at all."""
+    """Opens Generations and knows those that are under way. All choices of a GenerateRequest are admitted, or none is."""
 
     def __init__(self, router: Router, tokenizer: Tokenizer, card: ModelCard, default_timeout_s: float) -> None:
         self.router = router
@@ -180,7 +189,7 @@ class Generator:
 
     @property
     def max_model_len(self) -> int:
-        """What the workers can hold; before any joined, what the model was made for."""
+        """What the workers can hold. Before any has joined: what the model was made for."""
         return self.router.max_model_len or self.card.max_model_len
 
     async def decode_aside(self, prompts: Sequence[str | list[int]]) -> list[str]:
@@ -188,7 +197,7 @@ class Generator:
         return [prompt if isinstance(prompt, str) else await self._tokenizer.decode_aside(prompt) for prompt in prompts]
 
     async def open(self, request: GenerateRequest) -> Generation:
-        """Raises InvalidRequest, or what Router.open raises; nothing is left running then."""
+        """Raises InvalidRequest, or what Router.open raises. Nothing is left running then."""
         trace = trace_of(request.trace, self.router.tracer)
         with logged(request.request_id, trace):  # what is spawned inside keeps it
             return await self._open(dataclasses.replace(request, trace=trace))
@@ -208,7 +217,7 @@ class Generator:
         return generation
 
     async def cancel(self, request_id: str, reason: str) -> bool:
-        """Whether there was such a request under way."""
+        """True if such a request was under way."""
         generation = self._under_way.pop(request_id, None)
         if generation is None or generation.is_over:
             return False
@@ -228,10 +237,10 @@ class _Choice:
 
     def listen(self, inbox: _Inbox) -> None:
         self.stream.listen(partial(inbox.put, self.index))
-        inbox.put(self.index)  # what came before
+        inbox.put(self.index)  # something may have come already
 
     def take(self) -> list[GenerationEvent]:
-        """What has come since the last call. Raises the HalfmoonError that ended it."""
+        """The events since the last call. Raises the HalfmoonError that ended the choice."""
         events: list[GenerationEvent] = []
         arrived = self.stream.take()
         for event in arrived if len(arrived) <= MAX_BEHIND else _together(arrived):
@@ -253,7 +262,7 @@ class _Choice:
     def _end(self, finished: Finished) -> ChoiceEnd:
         usage = common_pb2.Usage(
             num_prompt_tokens=finished.usage.num_prompt_tokens,
-            num_completion_tokens=self._text.num_tokens,  # those up to a stop string, not those that came in its wake
+            num_completion_tokens=self._text.num_tokens,  # up to a stop string, not what came after it
             num_cached_tokens=finished.usage.num_cached_tokens,
         )
         reason = finished.reason if self._text.matched_stop is None else common_pb2.FINISH_REASON_STOP
@@ -261,7 +270,7 @@ class _Choice:
 
 
 def _together(events: list[TokenEvent]) -> list[TokenEvent]:
-    """All tokens in one event, for a reader that is far behind."""
+    """The same with all tokens in one event, for a reader that is far behind."""
     token_ids: list[int] = []
     outputs: list[common_pb2.TokenOutput] = []
     rest: list[TokenEvent] = []

@@ -1,11 +1,11 @@
-"""What the predictors learn from in the live cluster, and how far off they were.
+"""Feeds the predictors with what the live cluster measures, and keeps how far off they were.
 
 a hand-off admitted ─► prefill: its share of its steps' seconds · transfer: prefix bytes over their load · handoff: the rest of the TTFT
-a decode worker's report ─► step: sequences, KV tokens, seconds of steps that decoded only; STEPS_PER_S of them in the whole cluster
-                                └─► its error: a metric, always ─► learnt where the outlier_filter lets it pass
+a decode worker's report ─► step: what steps decoded and computed beside it, and their seconds; STEPS_PER_S of them in the whole cluster
+                                └─► its error: always a metric ─► learnt if the outlier filter admits it
 
-A prompt shares its steps with others, so that its wall time says what the worker was doing and not what the prompt cost. Workers therefore
-report `compute_s`, each step's seconds divided by tokens: costs that add up to a queue.
+A prompt shares its steps with others, so its wall time shows what the worker was doing and not what the prompt cost. Workers therefore
+report `compute_s`: the seconds of each step, divided among its tokens. These costs add up to the time of a queue.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
+from ...protocol.timing.step_cost import StepWork
 from ...protocol.v1 import common_pb2, control_pb2
 from ..conductor.predictors.outlier_filter import OutlierFilter
 from ..conductor.predictors.timing import ErrorTrack, LinkTime, Predictors, PrefillTime, StepTime
@@ -22,11 +24,11 @@ from ..members.member import Member
 from ..metrics import ProxyMetrics
 from .phase_clock import handoff_s
 
-NUM_UNSURE = 16  # observations, before which a profile or a guess may still be wrong as a whole
-NUM_SMALL = 64  # new tokens, below which, or below an eighth of the largest seen, a prefill tells of what any one costs and not of the rest
-STEPS_PER_S = 200.0  # samples of steps looked at, of all workers together
+NUM_UNSURE = 16  # observations; until then a profile or a guess may still be wrong by a constant factor
+NUM_SMALL = 64  # new tokens; a smaller prefill, or one under an eighth of the largest, shows mostly the fixed cost
+STEPS_PER_S = 200.0  # step samples looked at, of all workers together
 STEPS_AT_ONCE = 100.0  # after a pause
-NUM_KNOWN = 3  # prefills learnt from, before the predictors are asked when there will be room
+NUM_KNOWN = 3  # prefills; the predictors are trusted with times to come back after so many
 
 
 class Learner:
@@ -45,17 +47,17 @@ class Learner:
 
     @property
     def knows(self) -> bool:
-        """Whether its predictions are of this cluster, and not a guess or a profile alone."""
+        """True once the predictions rest on this cluster and not on a guess or a profile alone."""
         return self.predictors.prefill.error.num_observations >= NUM_KNOWN
 
     def frozen(self) -> Predictors:
-        """The predictors as they are now; one copy for all who ask between two observations."""
+        """A copy of the predictors as they are now, shared by all callers between two observations."""
         if self._frozen is None:
             self._frozen = self.predictors.frozen()
         return self._frozen
 
     def prefilled(self, state: common_pb2.HandoffState, num_loads: int) -> None:
-        """num_loads: other prefixes that the worker was to load meanwhile."""
+        """num_loads: other prefixes that the worker had to load at the same time."""
         phases, predictors = state.phases, self.predictors
         if phases.compute_s > 0.0:
             new, prefix = state.num_tokens - state.num_cached_tokens, state.num_cached_tokens
@@ -69,7 +71,7 @@ class Learner:
             self._note_link("transfer", predictors.transfer, num_bytes, link, num_loads, predicted_s, phases.prefix_load_s)
 
     def handed_off(self, record: common_pb2.PhaseRecord, num_bytes: int, link: str) -> None:
-        """record: of a request that has its first token, through a hand-off. num_bytes: that were predicted to be pushed."""
+        """record: of a request that got its first token through a hand-off. num_bytes: the predicted bytes of the push."""
         rest_s = handoff_s(record)
         if record.prefill_compute_s <= 0.0 or rest_s <= 0.0:
             return
@@ -77,22 +79,24 @@ class Learner:
         self._note_link("handoff", handoff, num_bytes, link, 0, handoff.predict(num_bytes, link), rest_s)
 
     def reported(self, member: Member, load: control_pb2.MemberLoad) -> None:
-        """A step that computed prompts beside its batch is not learnt from: which of the two took how long is not known.
+        """Learns from a worker's step samples. Steps that also computed prompts teach what both cost.
 
-        What it costs is bounded for the cluster as a whole: all samples of a small one are looked at, and of a large one some of each
-        worker's. Which ones is drawn, for workers report in step with each other.
+        The cost is bounded for the whole cluster. In a small cluster all samples are used, in a large one a random part of each
+        worker's. The part is random because workers report in step with each other.
         """
         num_left = self._refill()
         if num_left < 1.0:
             return
         step, steps = self.predictors.step, load.steps
         samples = list(steps) if len(steps) <= num_left else self._rng.sample(steps, int(num_left))
-        # not exactly one: a fixed price would meet the same workers again and again
+        # not exactly one each: a fixed price would always favour the same workers
         self._steps_left -= sum(self._rng.uniform(0.5, 1.5) for _ in samples)
         for sample in samples:
-            num, tokens, seconds = sample.num_sequences, sample.num_kv_tokens, sample.seconds
-            if num and not sample.num_prefill_tokens:
-                self._note("step", step, (num, tokens), step.predict(num, tokens), seconds)
+            work = StepWork(sample.num_prefill_tokens, sample.prefill_attention, sample.num_sequences, sample.num_kv_tokens)
+            if work.num_decodes:
+                mixed = work.num_chunk_tokens > 0
+                # far off in a mixed step may be either half: no reason to think the whole machine another
+                self._note("step", step, (work,), step.cost.seconds(work), sample.seconds, not mixed, kind="mixed" if mixed else "")
 
     def _refill(self) -> float:
         now_s = self._clock()
@@ -104,17 +108,18 @@ class Learner:
         self,
         name: str,
         fit: PrefillTime | StepTime,
-        features: tuple[int, int],
+        features: tuple[Any, ...],
         predicted_s: float,
         measured_s: float,
         telling: bool = True,
+        kind: str = "",
     ) -> None:
-        """telling: whether being far off speaks of the machine, and not of a constant that a large one hides."""
-        outlier_filter = self._judged(name, "", predicted_s, measured_s, predicted_s)
+        """telling: a large error would show the machine's speed, and not a fixed cost that large prefills hide."""
+        outlier_filter = self._judged(name, kind, predicted_s, measured_s, predicted_s)
         if outlier_filter is not None:
             if telling and self._is_new(fit.error, outlier_filter):
                 fit.rescale(outlier_filter.level)
-            fit.observe(*features, measured_s)
+            fit.observe(*features, measured_s=measured_s)
 
     def _note_link(
         self, name: str, fit: LinkTime, num_bytes: int, link: str, in_flight: int, predicted_s: float, measured_s: float
@@ -126,7 +131,7 @@ class Learner:
             fit.observe(num_bytes, measured_s, link, in_flight)
 
     def _judged(self, name: str, kind: str, predicted_s: float, measured_s: float, fitted_s: float) -> OutlierFilter | None:
-        """The outlier_filter that lets it pass, or None. fitted_s: what the fit itself has in its place."""
+        """The outlier filter, if it admits the measurement, else None. fitted_s: the fit's own value for it."""
         self._metrics.predicted(name, predicted_s, measured_s)
         outlier_filter = self._filters[name + kind]
         if not outlier_filter.admits(fitted_s, measured_s):
@@ -135,6 +140,8 @@ class Learner:
         return outlier_filter
 
     def _is_new(self, error: ErrorTrack, outlier_filter: OutlierFilter) -> bool:
-        """Whether it is the beginning that is wrong, in everything: a fit of relative errors would take hundreds of observations
-        to climb from a guess to a machine that is a hundred times slower."""
+        """True if the starting values are still wrong by a factor, so that the fit should be scaled as a whole.
+
+        A fit of relative errors would need hundreds of observations to get from a guess to a machine a hundred times slower.
+        """
         return outlier_filter.level != 1.0 and error.num_observations < NUM_UNSURE

@@ -1,12 +1,11 @@
-"""A placement that is booked: the members that work for a request, and how to undo what was booked for it.
+"""A placement assigned to its members: which members work for a request, and how to undo what was assigned.
 
-booked ─► end_prefill (prefill done) ─► begin_decode (decode admitted it) ─► release (ended, however)
-Each step undoes what was booked until then; release undoes all that is left. Every step may be taken more than once.
+assigned ─► end_prefill (prefill done) ─► begin_decode (decode admitted it) ─► release (ended in any way)
+Each step undoes its own part. release undoes all that is left. Every step may be taken more than once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -24,23 +23,23 @@ class Pair:
     decode: Member
     store: Member  # on the decode worker's node, where the hand-off lies
     placement: Placement
-    decided: AttemptDecision  # on what grounds
+    decided: AttemptDecision  # the placement's grounds
     prompt: Prompt
     decode_assignment: Assignment  # grows with every token
     num_loads: int  # prefixes on their way to the prefill worker when this was placed
-    on_decoding: Callable[[], None]  # decode has admitted it
     until_prefilled: ExitStack = field(default_factory=ExitStack)
-    until_decoding: ExitStack = field(default_factory=ExitStack)  # left as it is once decode has begun
+    until_decoding: ExitStack = field(default_factory=ExitStack)  # dropped, not undone, once decode has begun
+    once_decoding: ExitStack = field(default_factory=ExitStack)  # runs when decode begins
     until_released: ExitStack = field(default_factory=ExitStack)
 
     @property
     def is_local(self) -> bool:
-        """prefill is decode, and computes the prompt itself."""
+        """One worker is both: the decode worker computes the prompt itself."""
         return self.placement.is_local
 
     @property
     def queue_order(self) -> int:
-        """Its place in the workers' queues."""
+        """Lower is sooner in the workers' queues."""
         return self.decided.queue_order
 
     @property
@@ -64,10 +63,10 @@ class Pair:
     def begin_decode(self) -> None:
         self.end_prefill()
         self.until_decoding.pop_all()
-        self.decode_assignment.begin()
-        self.on_decoding()
+        self.once_decoding.close()
 
     def release(self) -> None:
         self.until_prefilled.close()
         self.until_decoding.close()
+        self.once_decoding.pop_all()
         self.until_released.close()

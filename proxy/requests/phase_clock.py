@@ -1,4 +1,4 @@
-"""Takes a request's times once; metrics and the PhaseRecord both read them from here. Only durations leave it.
+"""Takes each time of a request once. Metrics and the PhaseRecord both read it from here. Only durations leave this file.
 
 arrival ── queue ──► placed ── (prefill queue, load, prefill, push) ──► prefilled ── handoff_wait ──► admitted, first token came
         ── write ──► written to the client ─► … ─► the last one written: the end
@@ -44,7 +44,7 @@ class PhaseClock:
             record.predicted_tpot_s = placement.tpot_s or 0.0
 
     def prefilled(self) -> None:
-        """The first time that prefill reported done, or that decode proved it by admitting the hand-off."""
+        """Prefill reported done, or decode proved it by admitting the hand-off. The first call counts."""
         if self.record.prefill_done_s == 0:
             self.record.prefill_done_s = self._elapsed()
             self._metrics.prefill_done(self.record.prefill_done_s)

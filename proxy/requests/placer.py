@@ -1,13 +1,14 @@
-"""Asks the Conductor where a request goes: what it is, what the cluster looks like to it, and how often to ask.
+"""Asks the Conductor where a request goes: describes the request and the cluster, and asks again where needed.
 
-Prompt ─► prefix index ─► PlacementRequest ┐
-          its place in the queues ─► Snapshot ──┴► Conductor ─► AttemptDecision
+Prompt ─► prefix index ─► PlacementRequest ─┐
+          its queue order ──────► Snapshot ──┴► Conductor ─► AttemptDecision
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
+from functools import partial
 
 from ...protocol.config import QueueOrder
 from ..conductor.admission import Admission
@@ -23,18 +24,23 @@ from .decisions import AttemptDecision, RequestDecision
 from .learner import Learner
 from .prompt import Prompt
 
-PROBE_S = 30.0  # between two requests that are let in against the prediction
+PROBE_S = 30.0  # between two requests that are admitted against the prediction
 
 
-class QueuePlaces:
-    """order: of the workers' queues."""
+class QueueOrdering:
+    """Gives each request its queue_order. order: how the workers' queues are sorted."""
 
     def __init__(self, order: QueueOrder) -> None:
         self.order: QueueOrder = order
-        self._epoch = time.monotonic()  # places count from here: they are compared among requests of this process only
+        self._epoch = time.monotonic()  # orders count from here: they are compared among requests of this process only
 
-    def place(self, request: ProxyRequest, slo: Slo, predicted_ttft_s: float | None = None) -> int:
-        """predicted_ttft_s: from the arrival."""
+    @property
+    def asks_twice(self) -> bool:
+        """A request that is predicted to be late has another place."""
+        return self.order in ("late", "short")
+
+    def order_of(self, request: ProxyRequest, slo: Slo, work_s: float, predicted_ttft_s: float | None = None) -> int:
+        """work_s: predicted seconds of its prefill alone; predicted_ttft_s: counted from the arrival."""
         if self.order == "fair":
             return request.priority
         return queue_order(
@@ -42,21 +48,25 @@ class QueuePlaces:
             arrival_s=request.arrival - self._epoch,
             ttft_slo_s=slo.ttft_s,
             predicted_ttft_s=predicted_ttft_s,
+            work_s=work_s,
             priority=request.priority,
         )
 
 
 class Placer:
-    """profiled: the predictors begin with a profile, not with a guess."""
+    """index, page_index: what stores hold, by address, and what stands in workers' pages, by id.
+    profiled: the predictors start from a profile, not from a guess.
+    """
 
     def __init__(
         self,
         cluster: Cluster,
         index: PrefixIndex,
+        page_index: PrefixIndex,
         conductor: Conductor,
         learner: Learner,
         load_tracker: LoadTracker,
-        queues: QueuePlaces,
+        ordering: QueueOrdering,
         *,
         profiled: bool = False,
     ) -> None:
@@ -65,7 +75,8 @@ class Placer:
         self.load_tracker = load_tracker
         self._cluster = cluster
         self._index = index
-        self._queues = queues
+        self._page_index = page_index
+        self._ordering = ordering
         self._profiled = profiled
         self._next_probe_s = time.monotonic() + PROBE_S
 
@@ -74,67 +85,82 @@ class Placer:
         return self.conductor.admission
 
     def place(self, request: ProxyRequest, prompt: Prompt, decision: RequestDecision) -> AttemptDecision:
-        """The answer, a Placement or a Rejection, stands in what it returns."""
+        """The decision holds the answer: a Placement or a Rejection."""
         slo, now_s = decision.slo, time.monotonic()
         asked = PlacementRequest(
-            len(prompt.token_ids),
+            prompt.num_tokens,
             self._index.leading_runs(prompt.keys),
             slo=slo,
             priority=request.priority,
             waited_s=now_s - request.arrival,
+            page_blocks=self._page_index.leading_runs(prompt.keys),
         )
-        place = self._queues.place(request, slo)
-        seen, answer = self._ask(asked, place, now_s)
+        work_s = self._work_s(asked, max((*asked.held_blocks.values(), *asked.page_blocks.values()), default=0))
+        order = self._ordering.order_of(request, slo, work_s)
+        seen, answer = self._ask(asked, order, now_s)
         if isinstance(answer, Rejection) and answer.code == "overloaded" and self._may_probe(now_s):
             asked = dataclasses.replace(asked, admitted=True)
-            seen, answer = self._ask(asked, place, now_s)
-        if self._queues.order == "late" and isinstance(answer, Placement) and answer.ttft_s is not None:
+            seen, answer = self._ask(asked, order, now_s)
+        if self._ordering.asks_twice and isinstance(answer, Placement) and answer.ttft_s is not None:
             predicted_s = answer.ttft_s + asked.waited_s
             if predicted_s > slo.ttft_s:
-                # too late even so: it gives way, and what it then waits for is another prediction
-                place = self._queues.place(request, slo, predicted_s)
-                seen, answer = self._ask(asked, place, now_s)
-        return decision.decided(asked, seen, self.learner.frozen(), answer, place)
+                # late even so: it gives way to others, and then waits longer, so it is predicted anew
+                order = self._ordering.order_of(request, slo, work_s, predicted_s)
+                seen, answer = self._ask(asked, order, now_s)
+        return decision.decided(asked, seen, self.learner.frozen(), answer, order)
 
     def place_again(
         self,
         request: ProxyRequest,
         prompt: Prompt,
         decision: RequestDecision,
-        place: int,
+        order: int,
         exclude: frozenset[str],
         avoid: frozenset[str],
     ) -> AttemptDecision:
-        """It keeps its place in the queues, and no SLO keeps it out.
+        """It keeps its queue order, and no SLO keeps it out.
 
-        prompt: with the tokens sent so far. exclude, avoid: incarnations.
+        prompt: includes the tokens sent so far. exclude, avoid: incarnations.
         """
         now_s, held = time.monotonic(), self._index.leading_runs(prompt.keys)
         waited_s = now_s - request.arrival
-        asked = PlacementRequest(len(prompt.token_ids), held, exclude, avoid, NO_SLO, request.priority, waited_s, admitted=True)
-        seen, answer = self._ask(asked, place, now_s)
-        return decision.decided(asked, seen, self.learner.frozen(), answer, place)
+        asked = PlacementRequest(
+            prompt.num_tokens,
+            held,
+            exclude,
+            avoid,
+            NO_SLO,
+            request.priority,
+            waited_s,
+            admitted=True,
+            page_blocks=self._page_index.leading_runs(prompt.keys),
+        )
+        seen, answer = self._ask(asked, order, now_s)
+        return decision.decided(asked, seen, self.learner.frozen(), answer, order)
 
     def _may_probe(self, now_s: float) -> bool:
-        """Whether to let a request in that is predicted to miss its SLO: if a wrong prediction refused all, nothing would put it right.
+        """True if a request may be admitted although it is predicted to miss its SLO.
 
-        Only where it harms nobody, for nothing else is under way: while all predictions are a guess, and then once every PROBE_S.
+        A wrong prediction that refused everybody would never be corrected. A probe runs only while nothing else is under way, so
+        it harms nobody: always while the predictions are still a guess, and after that once every PROBE_S.
         """
         if not self.load_tracker.is_idle or (now_s < self._next_probe_s and (self._profiled or self.learner.knows)):
             return False
         self._next_probe_s = now_s + PROBE_S
         return True
 
-    def _ask(self, asked: PlacementRequest, place: int, now_s: float) -> tuple[Snapshot, Placement | Rejection]:
-        schema, prefill = self._cluster.schema, self.learner.predictors.prefill
+    def _work_s(self, asked: PlacementRequest, num_held: int) -> float:
+        """Predicted seconds of the prefill alone, behind so many held blocks."""
+        schema = self._cluster.schema
         assert schema is not None  # the keys were made by it
-        block_size = schema.block_size
+        cached = usable_blocks(asked, num_held, schema.block_size) * schema.block_size
+        return self.learner.predictors.prefill.predict(asked.num_tokens - cached, cached)
 
-        def work_s(num_held: int) -> float:
-            cached = usable_blocks(asked, num_held, block_size) * block_size
-            return prefill.predict(asked.num_tokens - cached, cached)
-
-        seen = self._cluster.snapshot(block_size, now_s, Asking(asked.held_blocks, place, work_s))
+    def _ask(self, asked: PlacementRequest, order: int, now_s: float) -> tuple[Snapshot, Placement | Rejection]:
+        schema = self._cluster.schema
+        assert schema is not None
+        asking = Asking(asked.held_blocks, order, partial(self._work_s, asked), asked.page_blocks)
+        seen = self._cluster.snapshot(schema.block_size, now_s, asking)
         if self.admission is not None and self.admission.wants_arrivals:
             seen = dataclasses.replace(seen, arriving=self.load_tracker.arriving, began_s=self.load_tracker.began_s)
         return seen, self.conductor.place(asked, seen)

@@ -1,4 +1,4 @@
-"""Whether the cluster can take a request now, and if not, for want of what."""
+"""Whether the cluster can take a request now, and what is missing if it can't."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .router import Router
 
 
 def missing_parts(router: Router) -> list[str]:
-    """In words, one a part; empty: ready. A worker counts once the store on its node is there too."""
+    """One sentence for each missing part; empty if ready. A worker counts once the store on its node has joined too."""
     missing = ["the proxy is draining and takes no new requests"] if router.draining else []
     schema = router.schema
     snapshot = router.cluster.snapshot(schema.block_size) if schema is not None else None

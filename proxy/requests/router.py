@@ -1,4 +1,4 @@
-"""The proxy's core: admits a request, runs it on a pair of workers, knows every request that is under way.
+"""The proxy's core: admits requests, starts each on a pair of workers, and knows all that are under way.
 
 open ─► draining? room? a pair? ─► RequestRunner ─► TokenStream        drain ─► admits no more, waits for the last
              └─ no: Draining | Overloaded | NoWorker
@@ -16,18 +16,19 @@ from collections.abc import Generator, Sequence
 from ...protocol.config import ProxyConfig
 from ...protocol.errors import Draining, HalfmoonError, InvalidRequest
 from ...protocol.schema import KVSchema
+from ...protocol.tasks import Tasks
 from ..conductor.placement import Slo
 from ..members.cluster import Cluster
 from ..metrics import ProxyMetrics
 from ..prefixes.index import PrefixIndex
+from ..prefixes.page_watch import PageWatch
 from ..prefixes.replicator import Replicator
 from ..prefixes.watch import PrefixWatch
 from ..request import ProxyRequest, RequestState
-from ..tasks import Tasks
 from ..tracing import Tracer
 from ..verdict import Verdict, judge_error, judge_left
 from .admission_queue import AdmissionQueue, Waiting
-from .books import Books
+from .assigner import Assigner
 from .decisions import DecisionLog, RequestDecision
 from .dispatcher import Dispatcher
 from .learner import Learner
@@ -37,17 +38,17 @@ from .runner import RequestRunner, RunnerContext
 from .scheduling import create_conductor, create_placer, create_predictors, default_slo
 from .token_stream import TokenStream
 
-SLICE_S = 0.002  # of opening many or long choices, before the loop may serve others
-CLOSE_GRACE_S = 1.0  # for aborts that are on their way
+SLICE_S = 0.002  # of opening many or long choices before the event loop serves others
+CLOSE_GRACE_S = 1.0  # for aborts still being sent
 
 
 class Router:
     def __init__(
         self, config: ProxyConfig, cluster: Cluster, metrics: ProxyMetrics, *, eos_token_ids: frozenset[int], tracer: Tracer | None = None
     ) -> None:
-        """eos_token_ids: the model's; a replay must not go on behind one. tracer: None where tracing is off.
+        """eos_token_ids: the model's; a replay must not go past one. tracer: None where tracing is off.
 
-        Made before the first member joins the cluster.
+        The router is made before the first member joins the cluster.
 
         Raises ConfigError for a cost model that cannot be read.
         """
@@ -67,16 +68,18 @@ class Router:
         self._tasks = Tasks("router")
         self._index = PrefixIndex()
         self._watch = PrefixWatch(cluster, self._index)
+        page_index = PrefixIndex()
+        self._page_watch = PageWatch(cluster, page_index)
         self._replicator = Replicator(cluster, self._index, metrics.registry, replicate=config.replicate)
         self.predictors = create_predictors(config, cluster)
         self.learner = Learner(self.predictors, metrics)
         cluster.on_report(self.learner.reported)
         # any seed will do here: tests and the simulator give policies theirs
         self.conductor = create_conductor(config, self.predictors, random.Random())
-        self._placer = create_placer(config, cluster, self._index, self.conductor, self.learner)
+        self._placer = create_placer(config, cluster, self._index, page_index, self.conductor, self.learner)
         self._prompts = PromptEncoder(cluster)
-        books = Books(cluster, self._index, self._placer.load_tracker, self._replicator)
-        self._dispatcher = Dispatcher(self._prompts, self._placer, books, metrics)
+        assigner = Assigner(cluster, self._index, page_index, self._placer.load_tracker, self._replicator)
+        self._dispatcher = Dispatcher(self._prompts, self._placer, assigner, metrics)
         self._slo = default_slo(config)
         self._context = RunnerContext(
             self._dispatcher,
@@ -102,7 +105,7 @@ class Router:
 
     @property
     def allows_local_prefill(self) -> bool:
-        """A cluster without prefill workers serves, too."""
+        """True if a cluster without prefill workers can serve."""
         return self.conductor.local_prefill != "never"
 
     @property
@@ -118,7 +121,7 @@ class Router:
         """Starts the request. Called in the event loop.
 
         Raises Draining, Overloaded (with retry_after_s), NoWorker, PromptTooLong, or InvalidRequest for a request id that
-        is under way: nothing was started then.
+        is under way. Nothing was started then.
         """
         opening = self._open([request])
         while True:
@@ -128,25 +131,25 @@ class Router:
                 return done.value[0]
 
     async def open_all(self, requests: Sequence[ProxyRequest]) -> list[TokenStream]:
-        """The choices of one request: all are started, or none is. Raises as open does.
+        """Starts all choices of one request, or none. Raises as open does.
 
-        However many and long they are, the loop serves others meanwhile. Choices of one prompt share its token_ids: the list itself.
+        The event loop serves others meanwhile, however many and long they are. Choices of one prompt share the same token_ids object.
         """
         opening = self._open(requests)
         begun_s = time.monotonic()
         try:
             while True:
                 has_started = next(opening)
-                if has_started or time.monotonic() - begun_s >= SLICE_S:  # what was started runs in a turn of its own
+                if has_started or time.monotonic() - begun_s >= SLICE_S:  # a started request gets a turn of its own
                     await asyncio.sleep(0)
                     begun_s = time.monotonic()
         except StopIteration as done:
             return done.value
         finally:
-            opening.close()  # undoes all, where the caller was cancelled
+            opening.close()  # undoes everything if the caller was cancelled
 
     def require_room(self, num_requests: int, num_tokens: int) -> None:
-        """Whether so many requests with so many prompt tokens together would be let into the queue. Raises Draining, Overloaded."""
+        """Raises Draining or Overloaded unless the queue takes num_requests with num_tokens prompt tokens together."""
         self._require_open()
         try:
             self._queue.require_room(num_requests, num_tokens)
@@ -160,14 +163,14 @@ class Router:
             raise Draining("the proxy is draining: it finishes what it has and admits no more; ask another")
 
     def cancel(self, request_id: str, reason: str) -> bool:
-        """Whether such a request was under way."""
+        """True if such a request was under way."""
         runner = self._runners.get(request_id)
         if runner is not None:
             runner.cancel(reason)
         return runner is not None
 
     async def drain(self, timeout_s: float) -> int:
-        """Admits no more, and returns when no request is left. Those that need longer are ended; returns how many."""
+        """Admits no more and returns when no request is left. Ends those that need longer than timeout_s; returns how many."""
         self.draining = True
         try:
             await asyncio.wait_for(self._empty.wait(), timeout_s)
@@ -179,18 +182,19 @@ class Router:
         return len(late)
 
     async def close(self) -> None:
-        """Cancels what is under way and leaves the stores. The cluster is its maker's to close."""
+        """Cancels what is under way and leaves the stores. Does not close the cluster."""
         self.draining = True
         for runner in list(self._runners.values()):
             runner.cancel("the proxy is shutting down")
         await self._tasks.close(CLOSE_GRACE_S)
         await self._replicator.close()
         await self._watch.close()
+        await self._page_watch.close()
 
     def _open(self, requests: Sequence[ProxyRequest]) -> Generator[bool, None, list[TokenStream]]:
-        """Yields between short pieces of work, and returns the streams. Whatever ends it before that undoes all it did.
+        """Yields between short pieces of work and returns the streams. If it ends before that, everything it did is undone.
 
-        It yields whether the piece of work started a request.
+        Yields True if the piece of work started a request.
         """
         decisions: list[RequestDecision] = []
         try:
@@ -202,6 +206,7 @@ class Router:
                     prompt = prompts.get(id(request.token_ids))
                     if prompt is None:
                         prompt = prompts[id(request.token_ids)] = yield from self._prompts.encode_in_parts(request.token_ids)
+                        yield False
                     self._require_open()
                     pairs.append(self._dispatcher.place(request, prompt, decision))
                     undo.callback(pairs[-1].release)
@@ -219,7 +224,7 @@ class Router:
             raise
 
     def _reserve(self, requests: Sequence[ProxyRequest], decisions: list[RequestDecision], undo: contextlib.ExitStack) -> None:
-        """Takes their ids and their room in the queue, so that whoever comes between two pieces of work finds them taken."""
+        """Takes the ids and the room in the queue, so that requests which come between two pieces of work find them taken."""
         for request in requests:
             if request.request_id in self._runners or request.request_id in self._opening:
                 raise InvalidRequest(f"request id {request.request_id!r} is under way already; choose another", param="request_id")
@@ -253,7 +258,7 @@ class Router:
         return judge_error(decision.terms, known, rejected=state is RequestState.REJECTED)
 
     def _slo_of(self, request: ProxyRequest) -> Slo:
-        """Its own, where it has one."""
+        """The request's own SLO, if it has one, else the proxy's."""
         ttft_s, tpot_s = request.ttft_slo_s, request.tpot_slo_s
         return Slo(self._slo.ttft_s if ttft_s is None else ttft_s, self._slo.tpot_s if tpot_s is None else tpot_s)
 

@@ -1,17 +1,18 @@
-"""One admitted request on its way: the state machine, its attempts, the tokens that were sent.
+"""Runs one admitted request: its state, its attempts, the tokens that were sent.
 
              ┌──────────── failed leg: cancel the other, next epoch, prompt + sent tokens ────────────┐
              ▼                                                                                        │
 place ─► QUEUED ─► PREFILL (both calls open) ─► HANDOFF (prefill done) ─► DECODE (decode admitted) ───┤
                       └──── local: one call, no hand-off, decode admits its own prefill ─────┘        │
                                                                                                       ▼
-             one end, decided once and at once by finish(), fail() or cancel(): DONE | FAILED | ABORTED
+             one end, decided once by finish(), fail() or cancel(), with immediate effect: DONE | FAILED | ABORTED
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import uuid
 from collections import deque
 from collections.abc import Callable
@@ -25,14 +26,16 @@ from ...protocol.errors import (
     NoWorker,
     PromptTooLong,
     RequestCancelled,
+    RequestQuarantined,
+    SequenceFailed,
     StoreUnavailable,
     WorkerLost,
     build_error,
 )
+from ...protocol.tasks import Tasks
 from ...protocol.v1 import common_pb2, worker_pb2
 from ..metrics import ProxyMetrics
 from ..request import Finished, ProxyRequest, RequestState, TokenEvent, Tokens
-from ..tasks import Tasks
 from ..tracing import Ended, Tracer
 from .attempt import Attempt, LegFailed
 from .decisions import RequestDecision
@@ -44,11 +47,12 @@ from .phase_clock import PhaseClock
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 5.0  # for the Finished that answers a Stop
+MAX_BREAKS = 2  # workers that may break while they compute a request; it is not given to another then
 
 
 @dataclass(frozen=True, slots=True)
 class RunnerContext:
-    """What all runners share."""
+    """Shared by all runners."""
 
     dispatcher: Dispatcher
     learner: Learner
@@ -62,17 +66,17 @@ class RunnerContext:
 
 
 class RequestRunner:
-    """Placed by its maker; everything runs in the event loop that made it."""
+    """Already placed when it is made. Everything runs in the event loop that made it."""
 
     def __init__(self, request: ProxyRequest, decision: RequestDecision, pair: Pair, remaining_s: float, context: RunnerContext) -> None:
         self.request = request
         self.decision = decision
         self.state = RequestState.QUEUED
         self.is_waiting = True  # for its first token
-        self.events: deque[TokenEvent] = deque()  # for the consumer; what came before an error is delivered before it
+        self.events: deque[TokenEvent] = deque()  # for the consumer; events before an error are delivered first
         self.error: HalfmoonError | None = None
         self.finished: Finished | None = None
-        self.on_news: Callable[[], None] = _nobody  # something was added to events, or the runner ended; must not hold the TokenStream
+        self.on_news: Callable[[], None] = _nobody  # called after an event or the end; must not hold the TokenStream
         self.clock = PhaseClock(request.arrival, decision.terms, context.metrics, request.trace)
         self._context = context
         self._sent: list[int] = []
@@ -80,10 +84,11 @@ class RequestRunner:
         decision.record = self.clock.record
         self._attempt: Attempt | None = None
         self._epoch = 0
+        self._num_breaks = 0  # workers that broke while they computed it
         self._exclude: set[str] = set()
         self._avoid: set[str] = set()
         self._stopping = False
-        # a request id may come twice in a row, a hand-off id may not: its aborted epochs are remembered
+        # a client may use a request id again, but a hand-off id must be new: stores remember its aborted epochs
         self._handoff_id = f"{request.request_id}.{uuid.uuid4().hex}"
         self._loop = asyncio.get_running_loop()
         self._deadline = self._loop.time() + remaining_s
@@ -103,7 +108,7 @@ class RequestRunner:
         return self._settled
 
     def cancel(self, reason: str) -> None:
-        """Both workers and the store are told before this returns. Nobody waits for the end of a runner that is over."""
+        """When it returns, both workers' calls are cancelled and the store's abort is on its way. Does nothing on a runner that is over."""
         if not self.is_over:
             self._end(RequestState.ABORTED, RequestCancelled(reason))
             self._task.cancel()
@@ -126,15 +131,15 @@ class RequestRunner:
         self._traced(usage.num_completion_tokens, usage.num_cached_tokens, _reason_name(self.finished.reason), "")
 
     def abort(self, error: HalfmoonError) -> None:
-        """As cancel, but it is the cluster that ends it, with error."""
+        """As cancel, but the cluster ends the request, with this error."""
         if not self.is_over:
             self._fail(error)
             self._task.cancel()
 
     def stop(self, num_taken_tokens: int) -> None:
-        """Is to end as DONE/stop: Finished comes within a few seconds. num_taken_tokens of those sent were used, all others are dropped.
+        """Ends the request as DONE/stop; Finished comes within a few seconds. Tokens after the first num_taken_tokens are dropped.
 
-        Without effect on a runner that is over.
+        Does nothing on a runner that is over.
         """
         if self.is_over or self._stopping:
             return
@@ -163,7 +168,7 @@ class RequestRunner:
         except HalfmoonError as error:
             self._fail(error)
         except asyncio.CancelledError:
-            self.cancel("the proxy is shutting down")  # without effect where cancel() or stop() is the cause
+            self.cancel("the proxy is shutting down")  # does nothing if cancel() or stop() is the cause
             raise
 
     def _broke(self, bug: Exception) -> None:
@@ -190,6 +195,8 @@ class RequestRunner:
             sampling=request.sampling.to_proto(),
             deadline_s=max(self._deadline - self._loop.time(), 0.0),
             queue_order=pair.queue_order,
+            tpot_slo_s=tpot_s if math.isfinite(tpot_s := self.decision.slo.tpot_s) else 0.0,
+            suspect=self._num_breaks > 0,
         )
         self._epoch += 1
         handoff = common_pb2.HandoffId(id=self._handoff_id, epoch=self._epoch)
@@ -200,18 +207,18 @@ class RequestRunner:
         return self._attempt
 
     def _prepare_retry(self, failure: LegFailed) -> None:
-        """Places the runner on another pair. Raises the failure's error, or NoWorker, where that is not possible."""
-        error = failure.error
+        """Places the request on another pair. Raises the failure's error or NoWorker if that is not possible."""
+        error, failed = failure.error, failure.member
         if not error.retryable:
             raise error
+        self._count_break(error)
         if self._epoch >= self._context.max_attempts:
             raise build_error(error.code, f"{error.message} (attempt {self._epoch} of {self._context.max_attempts})", error.fields_json)
-        failed = failure.member
         self._pair.decided.error = error.message
         if failed.gone or isinstance(error, WorkerLost):
             self._exclude.add(failed.incarnation)
         elif isinstance(error, HandoffError):
-            # what one side reports of a hand-off, the other side caused: its death may be known to the store first
+            # a hand-off error that one side reports was caused by the other, whose death the store may know first
             pair = self._pair
             self._avoid.add((pair.prefill if failed is pair.decode else pair.decode).incarnation)
         elif not isinstance(error, StoreUnavailable):
@@ -226,8 +233,18 @@ class RequestRunner:
             raise NoWorker(f"{error.message}; nothing to replay it on: {none_left.message}", **error.fields) from error
         self._context.metrics.replayed(error.code)
 
+    def _count_break(self, error: HalfmoonError) -> None:
+        """Whoever was merely on the worker is not counted. Raises RequestQuarantined."""
+        if isinstance(error, SequenceFailed) or error.fields.get("in_step"):
+            self._num_breaks += 1
+        if self._num_breaks >= MAX_BREAKS:
+            raise RequestQuarantined(
+                f"{self._num_breaks} workers broke while they computed {self.request.request_id}, and it is not given to another; "
+                f"the last: {error.message}"
+            )
+
     def _reached_end(self) -> common_pb2.FinishReason | None:
-        """Why a sequence has all its tokens although its Finished was lost: one more would be a wrong one."""
+        """The finish reason if the sequence already has all its tokens and only its Finished was lost. One more token would be wrong."""
         params = self.request.sampling
         if self._stopping:
             return common_pb2.FINISH_REASON_STOP
@@ -246,7 +263,7 @@ class RequestRunner:
             return
         self.clock.prefilled()
         self._enter(RequestState.HANDOFF)
-        # what decode took in before this was heard of has been admitted for good
+        # a request that decode has admitted by now stays admitted
         if error := self._context.dispatcher.judge_again(self._pair):
             self._end(RequestState.REJECTED, error)
             self._task.cancel()
@@ -254,7 +271,7 @@ class RequestRunner:
     def on_admitted(self, state: common_pb2.HandoffState) -> None:
         if self._pair.is_local:
             self.clock.prefilled()
-        elif self.state is RequestState.PREFILL:  # decode's word may overtake prefill's
+        elif self.state is RequestState.PREFILL:  # decode's admission may arrive before prefill's reply
             self.clock.prefilled()
             self._enter(RequestState.HANDOFF)
         if self.state in (RequestState.PREFILL, RequestState.HANDOFF):
@@ -312,7 +329,7 @@ class RequestRunner:
         self.error = error
         if self._attempt is not None:
             self._attempt.close(error or RequestCancelled(f"request {self.request.request_id} has ended"))
-        self._pair.release()  # placed, and perhaps not started
+        self._pair.release()  # there may be no attempt yet
         self._enter(state)
         if error is not None:
             self._settled = True

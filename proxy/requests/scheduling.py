@@ -1,4 +1,4 @@
-"""The Conductor and its parts as the configuration names them."""
+"""Builds the Conductor and its parts from the configuration."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..members.cluster import Cluster
 from ..members.member import Member
 from ..prefixes.index import PrefixIndex
 from .learner import Learner
-from .placer import Placer, QueuePlaces
+from .placer import Placer, QueueOrdering
 
-PREFIX_LINK = "grpc"  # a prefix that the worker's own store lacks comes from another node
+PREFIX_LINK = "tcp"  # a prefix missing in the worker's own store comes from another node
 
 
 def default_slo(config: ProxyConfig) -> Slo:
@@ -28,7 +28,7 @@ def default_slo(config: ProxyConfig) -> Slo:
 
 
 def create_predictors(config: ProxyConfig, cluster: Cluster) -> Predictors:
-    """Raises ConfigError for a cost model that cannot be read. How many bytes a token has, the cluster's own schema says."""
+    """Raises ConfigError for a cost model that cannot be read. The bytes of a token come from the cluster's own schema."""
     predictors = Predictors(CostModel.load(Path(config.cost_model))) if config.cost_model else Predictors.guess()
     predictors.transfer.default_link = PREFIX_LINK
 
@@ -48,5 +48,8 @@ def create_conductor(config: ProxyConfig, predictors: Predictors, rng: random.Ra
     return Conductor(policy, create_admission(config.admission, slo, predictors), predictors, local_prefill=config.local_prefill)
 
 
-def create_placer(config: ProxyConfig, cluster: Cluster, index: PrefixIndex, conductor: Conductor, learner: Learner) -> Placer:
-    return Placer(cluster, index, conductor, learner, LoadTracker(), QueuePlaces(config.order), profiled=bool(config.cost_model))
+def create_placer(
+    config: ProxyConfig, cluster: Cluster, index: PrefixIndex, page_index: PrefixIndex, conductor: Conductor, learner: Learner
+) -> Placer:
+    ordering = QueueOrdering(config.order)
+    return Placer(cluster, index, page_index, conductor, learner, LoadTracker(), ordering, profiled=bool(config.cost_model))

@@ -1,8 +1,8 @@
-"""What a face holds of a request: its tokens as they come, and the two ways to end it early.
+"""A face's handle on a request: its tokens as they come, and the two ways to end it early.
 
 async for event in stream:  Tokens ... Finished            stop(): done, keep the cache            cancel(): free everything
 or, for many streams at once: listen(on_news), then take()
-Leaving it in any way (aclose, a cancelled task, the garbage collector) is a cancel.
+Leaving it in any way (aclose, a cancelled task, the garbage collector) cancels the request.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ class TokenStream:
 
     @property
     def is_over(self) -> bool:
-        """It has ended; what came before its end may still have to be taken."""
+        """The request has ended. Events from before its end may still be waiting."""
         return self._runner.is_over
 
     @property
     def phases(self) -> common_pb2.PhaseRecord:
-        """As far as the request has come; whole once Finished was given."""
+        """Filled in as the request goes on; complete once Finished has been given."""
         return self._runner.clock.record
 
     def listen(self, on_news: Callable[[], None]) -> None:
-        """on_news: called, instead of waking an iterator, whenever take() has something to give or to raise.
+        """on_news is called whenever take() has something to return or raise. It takes the place of the iterator.
 
-        It must not hold this stream, which could then never be collected.
+        It must not hold this stream, or the stream could never be garbage-collected.
         """
         self._runner.on_news = on_news
 
     def take(self) -> list[TokenEvent]:
-        """What has come since the last call. Raises the HalfmoonError that ended the request, after every token that came before it."""
+        """The events since the last call. Raises the HalfmoonError that ended the request, once all tokens before it are taken."""
         runner = self._runner
         if not runner.events:
             if runner.error is not None:
@@ -92,13 +92,13 @@ class TokenStream:
     def stop_soon(self, num_used_tokens: int) -> None:
         """A stop string was found: the request ends as DONE/stop, decode keeps its blocks for the next turn.
 
-        Finished is the next event, within a few seconds even where decode does not answer. num_used_tokens: of those that came;
-        usage counts them.
+        Finished is the next event, within a few seconds even if decode does not answer. num_used_tokens: how many of the tokens
+        that came were used; usage counts these.
         """
         self._runner.stop(num_used_tokens)
 
     async def stop(self) -> Finished:
-        """As stop_soon, with all tokens that the iterator gave, until the end. Raises what the request had failed with."""
+        """As stop_soon, with all tokens that the iterator gave, and waits for the end. If the request had failed, raises its error."""
         runner = self._runner
         runner.stop(self._num_taken_tokens)
         while not runner.is_over:
@@ -114,7 +114,7 @@ class TokenStream:
         self._runner.cancel(reason)
 
     def abandon(self, reason: str) -> None:
-        """As cancel, for callers that are no coroutine."""
+        """As cancel, for callers that are not coroutines."""
         self._runner.cancel(reason)
 
     async def aclose(self) -> None:

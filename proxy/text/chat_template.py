@@ -29,7 +29,7 @@ class ChatMessage(NamedTuple):
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}` marks the assistant's text for training; here its body is rendered as it is."""
+    """`{% generation %}…{% endgeneration %}` marks the assistant's text for training. Its body is rendered as plain text."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own form
 
@@ -39,7 +39,7 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """namespace() without underscored names, which would reach CPython's internals."""
+    """namespace() without names that begin with an underscore, which would reach CPython's internals."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
@@ -75,7 +75,7 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """Raises CheckpointError where the source is no template.
+    """Raises CheckpointError if the source does not parse.
 
     Args:
         special_tokens: "bos_token" -> "<s>" …, visible to the template.
@@ -89,7 +89,7 @@ class ChatTemplate:
             raise CheckpointError(f"the chat template does not parse: line {error.lineno}: {error.message}") from error
 
     def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> str:
-        """Raises InvalidRequest where the template refuses the messages (an order of roles, a missing one)."""
+        """Raises InvalidRequest if the template refuses the messages, for instance the order of their roles."""
         try:
             return self._template.render(
                 messages=[message._asdict() for message in messages],
@@ -101,5 +101,5 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"the model's chat template refuses these messages: {error.message}", param="messages") from error
         except (TypeError, ValueError, ArithmeticError, LookupError) as error:
-            # the template's own code failed on these messages; it is the checkpoint's, not ours
+            # the template's code failed on these messages; it belongs to the checkpoint
             raise InvalidRequest(f"the model's chat template fails on these messages: {error}", param="messages") from error

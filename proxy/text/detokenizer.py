@@ -1,12 +1,12 @@
-"""Token ids to text, as they come: whole characters only, stop strings held back and cut.
+"""Turns token ids into text as they come: whole characters only, with stop strings held back and cut.
 
 byte-level    token ─► its bytes, from a table ─► incremental UTF-8 ─┐
 any other     tokens ─► window decode ─► whole characters ───────────┴─► StopStrings ─► text that can no longer change
-                         │ holds a character's first bytes                │ holds what may be the beginning of a stop string
+                         │ holds a character's first bytes                │ holds a possible beginning of a stop string
 
-`tokenizers.decoders.DecodeStream` is not used: it has no flush for the tail, and it raises on bytes that never
-become UTF-8. The window is that of text-generation-inference and vLLM: decode from a safe boundary twice, with and
-without the new tokens, and the difference is the new text whatever the decoder does at the start of a text.
+`tokenizers.decoders.DecodeStream` is not used: it can't flush the tail, and it raises on bytes that never become UTF-8.
+The window is that of text-generation-inference and vLLM: decode from a safe boundary twice, with and without the new
+tokens. The difference is the new text, whatever the decoder does at the start of a text.
 """
 
 from __future__ import annotations
@@ -17,33 +17,31 @@ from typing import Protocol
 
 from .tokenizer import Tokenizer
 
-_CONTEXT_TOKENS = 6  # of the prompt, for decoders that treat a text's first token differently
+_CONTEXT_TOKENS = 6  # last tokens of the prompt, because some decoders treat a text's first token differently
 _UNFINISHED = "\ufffd"  # what the bytes of an unfinished character decode to
-_PATIENCE = 4  # tokens: as many as a character has bytes at most; a longer run of unfinished ones is no character
-_PENDING_TOKENS = 3  # whatever has begun and not ended lies in as many: a character but for its last byte has 3 bytes
+_PATIENCE = 4  # tokens; no character has more bytes, so a longer unfinished run is not a character
+_PENDING_TOKENS = 3  # an unfinished character lies within so many: it has at most 3 bytes
 
 
 class Detokenizer(Protocol):
-    """Invariant: all text returned so far + finish() == decode(all tokens), for tokenizers that decode byte by byte."""
+    """Invariant for tokenizers that decode byte by byte: all text returned so far + finish() == decode(all tokens)."""
 
     def push(self, token_id: int) -> str:
-        """The characters that the token completes; "" while one is under way."""
+        """The characters that the token completes; "" while one is incomplete."""
         ...
 
     def finish(self) -> str:
-        """What is still held: the replacement character of bytes that nothing completed, or ""."""
+        """The text still held: a replacement character for bytes that nothing completed, or ""."""
         ...
 
 
 def create_detokenizer(tokenizer: Tokenizer, context: Sequence[int] = ()) -> Detokenizer:
-    """context: the prompt's token ids; a word that continues it keeps its leading space."""
+    """context: the prompt's token ids. With them, a word that continues the prompt keeps its leading space."""
     return ByteDetokenizer(tokenizer) if tokenizer.is_byte_level else WindowDetokenizer(tokenizer, context)
 
 
 class ByteDetokenizer:
-    """Of a decoder that only strings bytes together. A prompt changes nothing: one that breaks off inside a character leaves the
-    answer to stand by itself.
-    """
+    """For decoders that only join bytes. It needs no context: if the prompt ends inside a character, the answer is decoded by itself."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._bytes_of = tokenizer.decoded_bytes
@@ -57,14 +55,14 @@ class ByteDetokenizer:
 
 
 class WindowDetokenizer:
-    """Of any decoder. A token costs two decodes of a few tokens, however many came before."""
+    """For any decoder. A token costs two decodes of a few tokens, however many came before."""
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._token_ids = list(context[-_CONTEXT_TOKENS:])
         if tokenizer.decode(self._token_ids).endswith(_UNFINISHED):
-            self._token_ids = []  # the prompt breaks off inside a character: what follows stands by itself
-        self._read = len(self._token_ids)  # tokens before it are returned; the window starts at 0
+            self._token_ids = []  # the prompt ends inside a character: the answer is decoded by itself
+        self._read = len(self._token_ids)  # text of the tokens before this index was returned; the window starts at 0
         self._known = tokenizer.decode(self._token_ids)
 
     def push(self, token_id: int) -> str:
@@ -87,18 +85,18 @@ class WindowDetokenizer:
         return new
 
     def _slide(self) -> None:
-        """Shortens a window that ends in bytes which are no character yet, all of it returned but its last replacement character.
+        """Shortens a window that ends in an unfinished character. All of its text but the last replacement character was returned.
 
-        It may now begin inside a character: what that decodes to stands in `known`, and is not returned. UTF-8 is in step
-        again at the next byte that begins a character, and the one that is under way begins among _PENDING_TOKENS.
+        The window may now begin inside a character. What that part decodes to goes into `known` and is not returned. UTF-8 is in
+        step again at the next first byte of a character, and the unfinished character begins among the last _PENDING_TOKENS.
         """
         self._token_ids = self._token_ids[-_PENDING_TOKENS:]
         self._read = 0
         self._known = self._tokenizer.decode(self._token_ids).removesuffix(_UNFINISHED)
 
     def _stable_part(self, text: str) -> str:
-        """Of a text whose last character is unfinished: the rest of it, where nothing to come can change it."""
-        # a byte-fallback decoder shows one replacement character per byte, and all of them turn into one character
+        """The part of text that no later token can change. The last character of text is unfinished."""
+        # a byte-fallback decoder shows one replacement character per byte, and all of these become one character
         return self._known if self._tokenizer.byte_fallback else text.removesuffix(_UNFINISHED)
 
     def finish(self) -> str:
@@ -108,7 +106,7 @@ class WindowDetokenizer:
 
 
 class StopStrings:
-    """Finds the stop string that is complete first (of two that end together, the longer), however the text is cut.
+    """Finds the stop string that is complete first, however the text is cut. If two end together, the longer one wins.
 
     Text is returned as soon as no stop string can begin in it.
     """
@@ -121,7 +119,7 @@ class StopStrings:
         self.matched: str | None = None
 
     def push(self, text: str) -> str:
-        """The text that may go out: up to the stop string once one is `matched`, nothing after it."""
+        """The text that may be sent: up to the stop string when one is `matched`, and nothing after it."""
         if self.matched is not None:
             return ""
         if not self._stops:
@@ -137,7 +135,7 @@ class StopStrings:
         return out
 
     def push_exempt(self, text: str) -> str:
-        """As push, of text in which no stop string counts. One that begins in it may still end behind it."""
+        """As push, but no stop string may end in this text. One that begins in it may end after it."""
         if not self._stops:
             return text
         out, self._held = self._split(self._held + text)
@@ -145,7 +143,7 @@ class StopStrings:
         return out
 
     def finish(self) -> str:
-        """What was held back in case it would become a stop string."""
+        """The text held back because it might have become a stop string."""
         out, self._held = self._held, ""
         return out
 

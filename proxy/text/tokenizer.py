@@ -1,6 +1,6 @@
-"""Text to token ids and back, from a model folder, with the `tokenizers` library alone.
+"""Text to token ids and back, from a model folder, with only the `tokenizers` library.
 
-tokenizer.json         the vocabulary, the pre-tokenizer, the decoder, what is put before a prompt (BOS; add_bos_token of
+tokenizer.json         the vocabulary, the pre-tokenizer, the decoder, the tokens before a prompt (BOS; add_bos_token of
                        tokenizer_config.json is not read, as in transformers 5)
 tokenizer_config.json  special tokens by name, chat_template (or chat_template.jinja beside it, which wins)
 """
@@ -12,7 +12,7 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import Tokenizer as RustTokenizer
 
@@ -21,12 +21,12 @@ from .chat_template import ChatMessage, ChatTemplate
 
 INLINE_CHARS = 4096  # about a millisecond of encoding; a longer text goes to a thread
 INLINE_TOKENS = 4096  # about a millisecond of decoding
-_TURN_CHARS = 64  # what a turn costs a template, in characters of text
+_TURN_CHARS = 64  # rendering a turn costs as much as so many characters of text
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
-    """Thread-safe. The library lets go of the interpreter's lock in its batch calls alone: what is long goes through them, in a thread."""
+    """Thread-safe. Only the library's batch calls release the interpreter's lock, so long texts go through them, in a thread."""
 
     def __init__(self, backend: RustTokenizer, *, special_tokens: dict[str, Any], chat_template: ChatTemplate | None) -> None:
         backend.no_truncation()
@@ -38,14 +38,14 @@ class Tokenizer:
         decoder = backend.decoder.__getstate__() if backend.decoder is not None else b""
         self._byte_level = b'"ByteLevel"' in decoder
         self.is_byte_level = bool(decoder) and json.loads(decoder)["type"] == "ByteLevel"
-        """decode only strings the bytes of its tokens together."""
+        """decode only joins the bytes of the tokens."""
         self._decoded_bytes: dict[int, bytes] = {}
         self.byte_fallback = b'"ByteFallback"' in decoder
         added = backend.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
         self.max_token_chars = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
-        """Of the longest token; a byte-level one counts a character for each byte."""
+        """Characters of the longest token. In byte-level tokenizers each byte is a character."""
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -73,7 +73,7 @@ class Tokenizer:
         return token_ids
 
     async def encode_all_aside(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """As encode_aside, of texts that are long together, too."""
+        """As encode_aside, for several texts. Their total length decides."""
         if sum(map(len, texts)) <= INLINE_CHARS:
             return [self.encode(text, add_special_tokens=add_special_tokens) for text in texts]
 
@@ -84,7 +84,7 @@ class Tokenizer:
         return await asyncio.to_thread(encode_batch)
 
     async def decode_aside(self, token_ids: Sequence[int]) -> str:
-        """As decode; many tokens in a thread."""
+        """As decode, but many tokens are decoded in a thread."""
         if len(token_ids) <= INLINE_TOKENS:
             return self.decode(token_ids)
         (text,) = await asyncio.to_thread(self._backend.decode_batch, [token_ids])
@@ -94,7 +94,7 @@ class Tokenizer:
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def decoded_bytes(self, token_id: int) -> bytes:
-        """What the token adds to what decode gives, special tokens skipped. Of byte-level tokenizers only."""
+        """The bytes that the token adds to decode's text; none for special tokens. For byte-level tokenizers only."""
         found = self._decoded_bytes.get(token_id)
         if found is None:
             piece = None if token_id in self._special else self._backend.id_to_token(token_id)
@@ -102,11 +102,11 @@ class Tokenizer:
         return found
 
     def is_silent(self, token_id: int) -> bool:
-        """decode leaves it out: a special token, or an id that no token has."""
+        """True if decode leaves it out: a special token, or an unknown id."""
         return token_id in self._special or not self._backend.id_to_token(token_id)
 
     async def render_chat_aside(self, messages: Sequence[ChatMessage]) -> str:
-        """As render_chat; a long chat in a thread."""
+        """As render_chat, but a long chat is rendered in a thread."""
         if len(messages) * _TURN_CHARS + sum(len(message.content) for message in messages) <= INLINE_CHARS:
             return self.render_chat(messages)
         return await asyncio.to_thread(self.render_chat, messages)
@@ -118,7 +118,7 @@ class Tokenizer:
         return self.chat_template.render(messages)
 
     def token_text(self, token_id: int) -> str:
-        """Of one token by itself; "�" stands for bytes that are part of a character only."""
+        """The text of one token by itself; "�" stands for bytes that are only part of a character."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -136,7 +136,7 @@ class Tokenizer:
 
 
 def _piece_bytes(piece: str) -> bytes:
-    """As the byte-level decoder reads it: its own bytes where a character stands for none, as in some added tokens."""
+    """The bytes that a byte-level piece stands for. A piece with any other character, as some added tokens have, is its own UTF-8."""
     byte_of_char = _byte_of_char()
     return bytes(byte_of_char[char] for char in piece) if all(char in byte_of_char for char in piece) else piece.encode()
 
@@ -150,7 +150,7 @@ def _byte_of_char() -> dict[str, int]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """{} where there is no such file. Raises CheckpointError where it holds anything but an object."""
+    """The file's object, or {} if there is no such file. Raises CheckpointError if it holds anything else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -159,7 +159,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__}; it must hold an object")
-    return found
+    return cast(dict[str, Any], found)
 
 
 def _special_tokens(settings: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def _special_tokens(settings: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in _SPECIAL_NAMES:
         token = settings.get(name)
-        text = token.get("content") if isinstance(token, dict) else token
+        text: Any = cast(dict[str, Any], token).get("content") if isinstance(token, dict) else token
         if isinstance(text, str):
             found[name] = text
     return found
@@ -177,7 +177,7 @@ def _template_source(folder: Path, settings: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    inline = settings.get("chat_template")
+    inline: str | list[dict[str, str]] | None = settings.get("chat_template")
     if isinstance(inline, list):  # several, by name
-        inline = {entry["name"]: entry["template"] for entry in inline}.get("default")
+        return {entry["name"]: entry["template"] for entry in inline}.get("default")
     return inline

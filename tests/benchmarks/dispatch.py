@@ -1,4 +1,4 @@
-"""Microseconds a request costs the live proxy from its tokens to a booked pair, and back: hash, look up, place, assign, remember, release.
+"""Microseconds a request costs the live proxy from tokens to an assigned pair, and back: hash, look up, place, assign, remember, release.
 
 `halfmoon bench dispatch`: no process but this one; members that never answer. The thread's own time.
 """

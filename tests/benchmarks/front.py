@@ -1,15 +1,17 @@
-"""What the front costs: how long its event loop stands still while large requests come in, and CPU time a streamed token.
+"""What the front costs: how long its event loop stands still while large requests come in, CPU time a streamed token, and a placement.
 
-    halfmoon bench front --streams 1,32,256 --json front.json
+    halfmoon bench front --json front.json                 three minutes on two cores; --parts gaps,tokens,placement takes some of it
 
 The proxy runs in a process of its own, as do scripted workers (no engine: a step is a timer) and the clients, over real HTTP and
 gRPC on loopback.
 
-Gap:   a heartbeat on the proxy's event loop; its longest delay while one request with a large prompt is served from end to end.
+Gap:   a heartbeat on the proxy's event loop; its longest delay while one request with a large prompt is served from end to end. By the
+       clock, which on a busy machine is also other processes' doing, and in CPU time of the proxy between two beats.
 Token: once every stream has its first token, the workers give each a token a step; the proxy's process time (user + system, all
        its threads) from before the first of those steps until every client has the last token, over the tokens. A step lasts
        --step-us-per-stream times the streams, so that nothing piles up and no two tokens share a message. No heartbeat meanwhile.
-Floor: the same streams of the same sizes from a process that has the two servers and nothing else.
+Floor: the same streams of the same sizes from a process that has the two servers and nothing else, in turn with the proxy's.
+Placement: front_placement.py.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import platform
 import random
 import statistics
 import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
@@ -32,6 +35,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import front_placement
 from front_peers import LAST_TEXT, bare_process, clients_process, proxy_process, workers_process
 from rich.console import Console
 from rich.table import Table
@@ -44,6 +48,8 @@ VOCAB_SIZE = 32_000
 MAX_MODEL_LEN = 2**20 + 2**16
 NUM_CHARS = 500_000  # some 128 k tokens
 NUM_IDS = 1_000_000
+LEAST_STEPS, MOST_STEPS = 16, 400  # of a run
+PARTS = ("gaps", "tokens", "placement")
 PACKAGES = ("grpcio", "protobuf", "uvicorn", "uvloop", "httptools", "fastapi", "pydantic", "tokenizers")
 
 
@@ -127,7 +133,7 @@ class Front:
         self.workers.expect("done")
         self.clients.expect("over")
         cpu_s, wall_s = self.proxy.ask("cpu") - cpu_s, time.perf_counter() - wall_s
-        gap_s = self.proxy.ask("watched") if watch else 0.0
+        gap_s, gap_cpu_s = self.proxy.ask("watched") if watch else (0.0, 0.0)
         self.workers.pipe.send("finish")
         num_messages = self.clients.pipe.recv()
         total = num_streams * num_tokens
@@ -136,6 +142,7 @@ class Front:
             "tokens_per_s": total / wall_s,
             "messages_per_token": num_messages / total,
             "longest_gap_ms": 1e3 * gap_s,
+            "longest_gap_cpu_ms": 1e3 * gap_cpu_s,
         }
 
     def gap(self, send: Callable[[], None]) -> dict[str, float]:
@@ -143,7 +150,9 @@ class Front:
         cpu_s, begun = self.proxy.ask("cpu"), time.perf_counter()
         send()
         wall_s, cpu_s = time.perf_counter() - begun, self.proxy.ask("cpu") - cpu_s
-        return {"longest_gap_ms": 1e3 * self.proxy.ask("watched"), "request_ms": 1e3 * wall_s, "proxy_cpu_ms": 1e3 * cpu_s}
+        gap_s, gap_cpu_s = self.proxy.ask("watched")
+        found = {"longest_gap_ms": gap_s, "longest_gap_cpu_ms": gap_cpu_s, "request_ms": wall_s, "proxy_cpu_ms": cpu_s}
+        return {name: 1e3 * seconds for name, seconds in found.items()}
 
     def post(self, prompt: Any) -> None:
         body = json.dumps({"prompt": prompt, "max_tokens": 1, "ignore_eos": True}).encode()
@@ -212,6 +221,7 @@ def gaps(front: Front) -> dict[str, dict[str, float]]:
         runs = [front.gap(send) for _ in range(3)]
         found[name] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         found[name]["worst_gap_ms"] = max(run["longest_gap_ms"] for run in runs)
+        progress(f"{name}: {json.dumps(found[name])}")
     return found
 
 
@@ -237,9 +247,11 @@ def environment(loop: str) -> dict[str, Any]:
 
 def show(document: dict[str, Any]) -> None:
     console = Console()
-    table = Table("request", "longest gap, median of 3", "worst", "request", "proxy CPU", title="the event loop stands still, ms")
+    table = Table(
+        "request", "gap, CPU", "gap, clock", "worst", "request", "proxy CPU", title="the event loop stands still, ms, medians of 3"
+    )
     for name, row in document["gaps"].items():
-        values = (row[key] for key in ("longest_gap_ms", "worst_gap_ms", "request_ms", "proxy_cpu_ms"))
+        values = (row[key] for key in ("longest_gap_cpu_ms", "longest_gap_ms", "worst_gap_ms", "request_ms", "proxy_cpu_ms"))
         table.add_row(name, *(f"{value:.1f}" for value in values))
     console.print(table)
     table = Table("face", "streams", "CPU us/token", "runs", "floor", "tokens/s", "messages/token", "gap ms", title="a streamed token")
@@ -249,44 +261,72 @@ def show(document: dict[str, Any]) -> None:
         rest = (f"{row['floor_us']:.1f}", f"{row['tokens_per_s']:.0f}", f"{row['messages_per_token']:.2f}", f"{row['longest_gap_ms']:.1f}")
         table.add_row(row["face"], str(row["streams"]), f"{row['cpu_us_per_token']:.1f}", runs, *rest)
     console.print(table)
+    table = Table("workers", "policy", "admission", "queued", "p50", "p99", title="a placement with its bookkeeping, ms of CPU time")
+    for row in document["placement"].get("placement", []):
+        table.add_row(f"{row['size']} + {row['size']}", *(str(row[key]) for key in ("policy", "admission", "num_queued", "p50", "p99")))
+    console.print(table)
+
+
+def token_row(front: Front, floor: Floor, face: str, num_streams: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    step_s = max(0.005, 1e-6 * arguments.step_us_per_stream * num_streams)
+    num_tokens = min(max(LEAST_STEPS, arguments.tokens // num_streams), MOST_STEPS)
+    runs, floors = [], []
+    for _ in range(arguments.runs):
+        runs.append(front.token_cost(face, num_streams, num_tokens, step_s))
+        floors.append(floor.token_cost_us(face, num_streams, num_tokens, step_s))
+    row: dict[str, Any] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    watched = front.token_cost(face, num_streams, num_tokens, step_s, watch=True)
+    row |= {key: watched[key] for key in ("longest_gap_ms", "longest_gap_cpu_ms")}
+    row |= {"face": face, "streams": num_streams, "runs_us": [run["cpu_us_per_token"] for run in runs]}
+    row |= {"floor_us": statistics.median(floors), "floor_runs_us": floors}
+    progress(json.dumps(row))
+    return row
+
+
+def progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     document: dict[str, Any] = {"environment": environment(arguments.loop), "arguments": vars(arguments) | {"json": None}}
+    document |= {"gaps": {}, "tokens": [], "idle_cpu_share": 0.0, "placement": {}}
+    if "gaps" in arguments.parts or "tokens" in arguments.parts:
+        measure_streams(arguments, document)
+    if "placement" in arguments.parts:
+        document["placement"] = asyncio.run(front_placement.measure(arguments.sizes, progress))
+    return document
+
+
+def measure_streams(arguments: argparse.Namespace, document: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = write_model(Path(folder))
         front, floor = Front(arguments.loop, Path(folder), tokenizer), Floor(arguments.loop)
         try:
-            document["gaps"] = {} if arguments.no_gaps else gaps(front)
-            document["tokens"] = []
-            document["idle_cpu_share"] = front.idle_share()
-            for face in arguments.faces:
-                for num_streams in arguments.streams:
-                    step_s = max(0.005, 1e-6 * arguments.step_us_per_stream * num_streams)
-                    num_tokens = max(32, arguments.tokens // num_streams)
-                    runs = [front.token_cost(face, num_streams, num_tokens, step_s) for _ in range(arguments.runs)]
-                    watched = front.token_cost(face, num_streams, num_tokens, step_s, watch=True)
-                    row: dict[str, Any] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-                    floors = [floor.token_cost_us(face, num_streams, num_tokens, step_s) for _ in range(arguments.runs)]
-                    row["floor_us"] = statistics.median(floors)
-                    row["longest_gap_ms"] = watched["longest_gap_ms"]
-                    row |= {"face": face, "streams": num_streams, "runs_us": [run["cpu_us_per_token"] for run in runs]}
-                    document["tokens"].append(row)
+            if "gaps" in arguments.parts:
+                document["gaps"] = gaps(front)
+            if "tokens" in arguments.parts:
+                document["idle_cpu_share"] = front.idle_share()
+                pairs = [(face, num_streams) for face in arguments.faces for num_streams in arguments.streams]
+                document["tokens"] = [token_row(front, floor, face, num_streams, arguments) for face, num_streams in pairs]
         finally:
             front.end()
             floor.end()
-    return document
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--streams", type=lambda text: [int(part) for part in text.split(",")], default=[1, 32, 256])
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), help=f"of {','.join(PARTS)}")
+    parser.add_argument("--streams", type=numbers, default=[1, 32, 256])
     parser.add_argument("--faces", type=lambda text: text.split(","), default=["http", "grpc"])
-    parser.add_argument("--tokens", type=int, default=4000, help="in a run, all its streams together; at least 32 a stream")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=4000, help=f"in a run; {LEAST_STEPS} to {MOST_STEPS} a stream")
+    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--sizes", type=numbers, default=[10, 1000], help="of placement: prefill workers, and as many decode workers")
     parser.add_argument("--step-us-per-stream", type=int, default=800)
     parser.add_argument("--loop", choices=("uvloop", "asyncio"), default="uvloop")
-    parser.add_argument("--no-gaps", action="store_true", help="tokens alone")
     parser.add_argument("--json", type=Path, help="write everything here")
     arguments = parser.parse_args()
     document = measure(arguments)

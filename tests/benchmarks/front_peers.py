@@ -66,20 +66,20 @@ def proxy_process(pipe: Connection, loop: str, folder: str) -> None:
 
 
 async def _proxy(pipe: Connection, folder: str) -> None:
-    """Obeys cpu (-> seconds of this process), watch and watched (-> longest gap of the event loop between them), end."""
+    """Obeys cpu (-> seconds of this process), watch and watched (-> longest gaps of the event loop between them), end."""
     config = ProxyConfig(http_port=0, grpc_port=0, policy="least_loaded")
     server = ProxyServer(config=config, options=ModelOptions(), model_folder=Path(folder), schema=SCHEMA)
     endpoints = await server.start()
     server.warm_up()
     pipe.send((endpoints.http, endpoints.grpc))
-    watch: asyncio.Task[float] | None = None
+    watch: asyncio.Task[tuple[float, float]] | None = None
     over = asyncio.Event()
     while (what := await command(pipe)) != "end":
         if what == "cpu":
             pipe.send(time.process_time())
         elif what == "watch":
             over.clear()
-            watch = asyncio.create_task(_longest_gap_s(over))
+            watch = asyncio.create_task(_longest_gaps_s(over))
             pipe.send("watching")
         else:
             over.set()
@@ -88,13 +88,16 @@ async def _proxy(pipe: Connection, folder: str) -> None:
     await server.stop(0.0)
 
 
-async def _longest_gap_s(over: asyncio.Event) -> float:
-    longest_s, last = 0.0, time.perf_counter()
+async def _longest_gaps_s(over: asyncio.Event) -> tuple[float, float]:
+    """By the clock, and in CPU time of this process: its other threads may hold the interpreter, too."""
+    longest_s = longest_cpu_s = 0.0
+    last, last_cpu = time.perf_counter(), time.process_time()
     while not over.is_set():
         await asyncio.sleep(HEARTBEAT_S)
-        now = time.perf_counter()
+        now, now_cpu = time.perf_counter(), time.process_time()
         longest_s, last = max(longest_s, now - last - HEARTBEAT_S), now
-    return longest_s
+        longest_cpu_s, last_cpu = max(longest_cpu_s, now_cpu - last_cpu), now_cpu
+    return longest_s, longest_cpu_s
 
 
 # the floor: what the two servers cost by themselves

@@ -1,6 +1,6 @@
-"""What placing costs the proxy's event loop as the cluster grows. Milliseconds of the thread's own time, unless said otherwise.
+"""Of front.py: what placing costs the proxy's event loop as the cluster grows. Milliseconds of the thread's own time, unless said.
 
-placement        from token ids to a booked pair, hot prefixes' replication included        replication   of that, planning the copies
+placement        from token ids to an assigned pair, hot prefixes' replication included        replication   of that, planning the copies
 learning         share of a core that workers' step samples take                            choices       n answers to one long prompt
 
 Workers and stores are members of a real Router whose addresses take connections and never answer.
@@ -8,15 +8,13 @@ Workers and stores are members of a real Router whose addresses take connections
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
 import random
 import socket
-import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -39,7 +37,6 @@ BLOCK_SIZE = 64
 NUM_TOKENS = 2048  # of a prompt
 NUM_SHARED_TOKENS = 1024  # of those, everybody's: hot
 NUM_PLACEMENTS = 300
-SIZES = (10, 100, 1000)
 PAIRS = (("cache_aware", "none"), ("kvcache_centric", "ttft_tbt"), ("kvcache_centric", "predictive"), ("adaptive", "predictive"))
 SCHEMA = KVSchema(model_fingerprint="bench", dtype="bfloat16", num_layers=2, num_kv_heads=2, head_dim=8, block_size=BLOCK_SIZE)
 ROLES = {"prefill": control_pb2.ROLE_PREFILL, "decode": control_pb2.ROLE_DECODE, "store": control_pb2.ROLE_STORE}
@@ -109,14 +106,14 @@ async def placement(size: int, policy: str, admission: str, num_queued: int = 0)
             for _ in range(500):
                 router.conductor.admission.observe_decode(rng.uniform(1.0, 30.0), NUM_TOKENS)
         for number in range(num_queued):
-            pair = _book(router, _request(number, rng, shared))
+            pair = _assign(router, _request(number, rng, shared))
             if number % 2:
                 pair.begin_decode()
         spent: list[float] = []
         for number in range(NUM_PLACEMENTS):
             request = _request(num_queued + number, rng, shared)
             begun = time.thread_time()
-            pair = _book(router, request)
+            pair = _assign(router, request)
             spent.append(time.thread_time() - begun)
             if number % 2:
                 pair.begin_decode()
@@ -125,7 +122,7 @@ async def placement(size: int, policy: str, admission: str, num_queued: int = 0)
         return {"size": size, "policy": policy, "admission": admission, "num_queued": num_queued, **_percentiles(spent)}
 
 
-def _book(router: Router, request: ProxyRequest) -> Any:
+def _assign(router: Router, request: ProxyRequest) -> Any:
     """As Router.open does, without starting it."""
     with contextlib.ExitStack() as undo:
         decisions: list[RequestDecision] = []
@@ -213,7 +210,7 @@ async def choices(n: int = 128, num_tokens: int = 16_384) -> dict[str, Any]:
         return {"n": n, "num_tokens": num_tokens, "total_ms": total_ms, "longest_gap_ms": longest_ms}
 
 
-async def measure(sizes: tuple[int, ...] = SIZES, show: Callable[[str], None] = lambda _: None) -> dict[str, list[dict[str, Any]]]:
+async def measure(sizes: Sequence[int], show: Callable[[str], None] = lambda _: None) -> dict[str, list[dict[str, Any]]]:
     rows: dict[str, list[dict[str, Any]]] = {"placement": [], "replication": [], "learning": [], "choices": []}
 
     async def row(name: str, found: Awaitable[dict[str, Any]]) -> None:
@@ -229,18 +226,3 @@ async def measure(sizes: tuple[int, ...] = SIZES, show: Callable[[str], None] = 
     await row("choices", choices())
     await row("choices", choices(16, 131_072))
     return rows
-
-
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--sizes", default=",".join(map(str, SIZES)), help="prefill workers, and as many decode workers")
-    options.add_argument("--out", help="JSON file to write")
-    args = options.parse_args()
-    rows = asyncio.run(measure(tuple(int(size) for size in args.sizes.split(",")), lambda line: print(line, flush=True, file=sys.stderr)))
-    if args.out:
-        with open(args.out, "w") as file:
-            json.dump(rows, file, indent=1)
-
-
-if __name__ == "__main__":
-    main()

@@ -46,7 +46,7 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
-class Books:
+class Counters:
     """What the processes have counted so far."""
 
     cpu_s: dict[str, float]  # member -> user + system
@@ -54,7 +54,7 @@ class Books:
     num_steps: dict[str, float]
 
 
-async def books(address: str) -> Books:
+async def counters(address: str) -> Counters:
     async with open_channel(address) as channel:
         status = await control_pb2_grpc.ControlStub(channel).Status(control_pb2.StatusRequest())
     cpu_s, step_s, num_steps = {}, {}, {}
@@ -70,7 +70,7 @@ async def books(address: str) -> Books:
                     step_s[role] = sample.value
                 if sample.name == "halfmoon_step_seconds_count":
                     num_steps[role] = sample.value
-    return Books(cpu_s, step_s, num_steps)
+    return Counters(cpu_s, step_s, num_steps)
 
 
 def process_cpu_s(pid: int) -> float:
@@ -107,7 +107,7 @@ async def load(address: str, num_streams: int, num_requests: int, prompt_len: in
     return samples
 
 
-def summary(samples: list[Sample], before: Books, after: Books, wall_s: float, num_tokens: int) -> dict[str, object]:
+def summary(samples: list[Sample], before: Counters, after: Counters, wall_s: float, num_tokens: int) -> dict[str, object]:
     def median(values: list[float]) -> float:
         return statistics.median(values)
 
@@ -136,10 +136,10 @@ async def measure(arguments: argparse.Namespace) -> dict[str, object]:
             address = supervisor.grpc_address
             await load(address, 4, 8, arguments.prompt_len, arguments.output_len)  # warm-up, not counted
             for num_streams in arguments.streams:
-                before, start = await books(address), time.perf_counter()
+                before, start = await counters(address), time.perf_counter()
                 samples = await load(address, num_streams, max(arguments.requests, num_streams), arguments.prompt_len, arguments.output_len)
                 wall_s = time.perf_counter() - start
-                results[str(num_streams)] = summary(samples, before, await books(address), wall_s, arguments.output_len)
+                results[str(num_streams)] = summary(samples, before, await counters(address), wall_s, arguments.output_len)
     return results
 
 

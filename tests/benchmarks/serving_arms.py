@@ -83,7 +83,7 @@ def _spec(name: str, num_gpus: int, device: str, model: Model, settings: Sequenc
     keys = [f"decode.num_workers={num_gpus if kind else num_decode}", f"prefill.num_workers={0 if kind else num_prefill}"]
     if not kind and int(num_prefill) + int(num_decode) > num_gpus:
         return Spec(name, absent=f"it needs {int(num_prefill) + int(num_decode)} GPUs, there are {num_gpus}")
-    keys += [f"decode.max_prefill_tokens_per_step={chunk}"] if chunk else []
+    keys += [f"decode.max_prefill_tokens_per_step={chunk}", "decode.tpot_target_s=0"] if chunk else []  # a constant
     keys += [f"prefill.max_tokens_per_step={step}"] if step else []
     policy = [f"proxy.ttft_slo_s={slo[0]}", f"proxy.tpot_slo_s={slo[1]}", "proxy.policy=adaptive"] if adaptive else []
     keys += policy or ["proxy.policy=cache_aware" if kind else "proxy.policy=kvcache_centric"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -12,15 +13,20 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client import CollectorRegistry
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from halfmoon.deploy.worker import make_worker
 from halfmoon.engine.worker_life import WorkerAddress
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.channel import create_server, open_channel
-from halfmoon.protocol.config import DecodeConfig, ModelOptions, PrefillConfig, StoreConfig
+from halfmoon.protocol.config import DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig, StoreConfig
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.v1 import common_pb2, control_pb2, control_pb2_grpc, worker_pb2, worker_pb2_grpc
+from halfmoon.proxy.control_service import ControlService
+from halfmoon.proxy.members.cluster import Cluster as ProxyCluster
+from halfmoon.proxy.metrics import ProxyMetrics
+from halfmoon.proxy.requests.router import Router
 
 BLOCK_SIZE = 8
 VOCAB_SIZE = 160
@@ -54,7 +60,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForCausa
 
 @pytest.fixture(scope="session")
 def greedy(model: tuple[Path, LlamaForCausalLM]) -> Callable[[list[int], int], list[int]]:
-    """transformers' greedy continuation, past any end-of-sequence token."""
+    """transformers' greedy continuation, past any end-of-sequence token. What was computed once is kept."""
+    kept: dict[tuple[int, ...], list[int]] = {}
 
     def generate(token_ids: list[int], num_tokens: int) -> list[int]:
         with torch.inference_mode():
@@ -69,7 +76,13 @@ def greedy(model: tuple[Path, LlamaForCausalLM]) -> Callable[[list[int], int], l
             )
         return found[0, len(token_ids) :].tolist()
 
-    return generate
+    def greedy(token_ids: list[int], num_tokens: int) -> list[int]:
+        prompt = tuple(token_ids)
+        if len(kept.get(prompt, [])) < num_tokens:
+            kept[prompt] = generate(token_ids, num_tokens)
+        return kept[prompt][:num_tokens]
+
+    return greedy
 
 
 @dataclass
@@ -91,6 +104,7 @@ class Members(control_pb2_grpc.ControlServicer):
         self.address = ""
         self.infos: dict[str, control_pb2.MemberInfo] = {}
         self.loads: dict[str, control_pb2.MemberLoad] = {}
+        self.broken: dict[str, control_pb2.Broken] = {}
 
     async def Join(self, request_iterator: Any, context: Any) -> AsyncIterator[control_pb2.MemberOrder]:
         name = ""
@@ -100,6 +114,8 @@ class Members(control_pb2_grpc.ControlServicer):
                     name = report.info.id
                     self.infos[name] = report.info
                     yield control_pb2.MemberOrder(accepted=True)
+                if report.HasField("broken"):
+                    self.broken[name] = report.broken
                 self.loads[name] = report.load
         finally:
             self.infos.pop(name, None)
@@ -125,12 +141,13 @@ class Cluster:
         port: int = 0,
         flip_pushed_bytes: bool = False,
         both: int = 0,
+        prefix_cache_hbm: bool = True,
     ) -> Cluster:
         """both: so many workers of both roles in the place of the two. Prompts go to the first one, answers come from the last."""
         self.store = StoreServer(StoreConfig(arena_bytes=arena_bytes), node_id="node-a")
         await self.store.start("127.0.0.1", port)
         configs: Any = {
-            "options": self.options,
+            "options": dataclasses.replace(self.options, prefix_cache_hbm=prefix_cache_hbm),
             "prefill": PrefillConfig(transport=self.transport, **{"max_tokens_per_step": 64, **(prefill or {})}),
             "decode": DecodeConfig(transport=self.transport, **(decode or {})),
         }
@@ -166,7 +183,16 @@ class Cluster:
     async def _channel(self, address: str) -> Any:
         return await self._exits.enter_async_context(open_channel(address))
 
-    def sequence(self, token_ids: list[int], *, num_prompt_tokens: int = 0, deadline_s: float = 600.0, **sampling: Any) -> Any:
+    def sequence(
+        self,
+        token_ids: list[int],
+        *,
+        num_prompt_tokens: int = 0,
+        deadline_s: float = 600.0,
+        suspect: bool = False,
+        tpot_slo_s: float = 0.0,
+        **sampling: Any,
+    ) -> Any:
         self.num_requests += 1
         params = SamplingParams(**{"temperature": 0.0, "ignore_eos": True, **sampling})
         return common_pb2.SequenceSpec(
@@ -175,6 +201,8 @@ class Cluster:
             num_prompt_tokens=num_prompt_tokens or len(token_ids),
             sampling=params.to_proto(),
             deadline_s=deadline_s,
+            suspect=suspect,
+            tpot_slo_s=tpot_slo_s,
         )
 
     def start_prefill(self, sequence: Any, *, epoch: int = 1, store_address: str = "") -> Any:
@@ -244,6 +272,35 @@ async def members() -> AsyncIterator[Members]:
     await server.start()
     found.address = f"127.0.0.1:{port}"
     yield found
+    await server.stop(0.0)
+
+
+@dataclass
+class Proxy:
+    cluster: ProxyCluster
+    router: Router
+
+    def know_store(self, store: StoreServer) -> None:
+        info = control_pb2.MemberInfo(
+            id=store.store_id, incarnation="first", role=control_pb2.ROLE_STORE, node_id="node-a", store_id=store.store_id
+        )
+        info.address = info.store_address = store.address
+        self.cluster.join(info, control_pb2.MemberLoad(), control_pb2.ROLE_STORE)
+
+
+@pytest.fixture
+async def proxy(members: Members) -> AsyncIterator[Proxy]:
+    """The real end of Join, and the router behind it, in the place of the fake one."""
+    metrics = ProxyMetrics(CollectorRegistry())
+    cluster = ProxyCluster(metrics)
+    router = Router(ProxyConfig(), cluster, metrics, eos_token_ids=frozenset())
+    server, port = create_server("127.0.0.1", 0)
+    control_pb2_grpc.add_ControlServicer_to_server(ControlService(router, "tiny"), server)
+    await server.start()
+    members.address = f"127.0.0.1:{port}"
+    yield Proxy(cluster, router)
+    await router.close()
+    await cluster.close()
     await server.stop(0.0)
 
 

@@ -7,20 +7,13 @@ import random
 import threading
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry
 
-from halfmoon.protocol.channel import create_server
-from halfmoon.protocol.config import ProxyConfig
 from halfmoon.protocol.errors import RequestCancelled
-from halfmoon.protocol.v1 import control_pb2, control_pb2_grpc
-from halfmoon.proxy.control_service import ControlService
-from halfmoon.proxy.members.cluster import Cluster as ProxyCluster
-from halfmoon.proxy.metrics import ProxyMetrics
-from halfmoon.proxy.requests.router import Router
+from halfmoon.protocol.v1 import control_pb2
 
 Greedy = Callable[[list[int], int], list[int]]
 
@@ -30,7 +23,7 @@ def prompt(num_tokens: int, seed: int = 0) -> list[int]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(60.0):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -41,7 +34,7 @@ def forwards(engine: Any, seconds: float = 0.0, gate: threading.Event | None = N
 
     def recorded(chunks: Any, **hooks: Any) -> Any:
         time.sleep(seconds)
-        assert gate is None or gate.wait(5)
+        assert gate is None or gate.wait(60)
         found.append([(chunk.sequence.request_id, chunk.start, chunk.num_tokens) for chunk in chunks])
         return forward(chunks, **hooks)
 
@@ -119,7 +112,7 @@ async def test_any_mix_of_cancelled_calls_returns_to_rest(make_cluster: Any, gre
         tokens = prompt(30 + index, index)
         assert (await cluster.run(tokens, max_tokens=15)).token_ids == greedy(tokens, 15)
 
-    async with asyncio.timeout(20.0):
+    async with asyncio.timeout(100.0):
         await asyncio.gather(*(cancelled(index) for index in range(30)), *(finished(index) for index in range(6)))
     await cluster.at_rest()
 
@@ -130,7 +123,7 @@ async def test_hand_offs_that_fill_the_store_do_not_lock_the_halves_out_of_pages
     blocks = 2**17 // cluster.decode.engine.schema.block_bytes
     assert blocks < 40, "a few prompts fill the store"
     prompts = [prompt(80, index) for index in range(10)]
-    async with asyncio.timeout(25.0):
+    async with asyncio.timeout(100.0):
         answers = await asyncio.gather(*(cluster.run(tokens, max_tokens=10) for tokens in prompts))
     assert [answer.token_ids for answer in answers] == [greedy(tokens, 10) for tokens in prompts]
     await cluster.at_rest()
@@ -142,7 +135,7 @@ async def test_load_tells_of_prompts_and_of_context_apart(make_cluster: Any, mem
     assert members.infos["both-0"].role == control_pb2.ROLE_BOTH
     assert set(members.infos["both-0"].roles) == {control_pb2.ROLE_PREFILL, control_pb2.ROLE_DECODE, control_pb2.ROLE_BOTH}
     stuck = threading.Event()
-    cluster.decode.engine.forward = lambda *_, **__: stuck.wait(5)  # nothing is computed until the test has looked
+    cluster.decode.engine.forward = lambda *_, **__: stuck.wait(60)  # nothing is computed until the test has looked
     calls = [cluster.start_prefill(cluster.sequence(prompt(100))), cluster.start_decode(cluster.sequence(prompt(30)), local=True)]
     await until(lambda: cluster.decode.load().num_running == 2)
     load = cluster.decode.load()
@@ -167,37 +160,53 @@ async def test_both_halves_export_under_their_own_label(make_cluster: Any) -> No
     assert 'role="decode"' in page and 'role="prefill"' not in page, "a worker exports the halves of its role"
 
 
-@pytest.fixture
-async def proxy(members: Any) -> AsyncIterator[ProxyCluster]:
-    """The real end of Join, in the place of the fake one."""
-    metrics = ProxyMetrics(CollectorRegistry())
-    found = ProxyCluster(metrics)
-    router = Router(ProxyConfig(), found, metrics, eos_token_ids=frozenset())
-    server, port = create_server("127.0.0.1", 0)
-    control_pb2_grpc.add_ControlServicer_to_server(ControlService(router, "tiny"), server)
-    await server.start()
-    members.address = f"127.0.0.1:{port}"
-    yield found
-    await router.close()
-    await found.close()
-    await server.stop(0.0)
-
-
-async def test_a_real_worker_takes_on_every_role_and_what_runs_ends_where_it_is(
-    proxy: ProxyCluster, make_cluster: Any, greedy: Greedy
-) -> None:
+async def test_a_real_worker_takes_on_every_role_and_what_runs_ends_where_it_is(proxy: Any, make_cluster: Any, greedy: Greedy) -> None:
     cluster = await make_cluster()
     await asyncio.gather(cluster.prefill.life.joined.wait(), cluster.decode.life.joined.wait())
-    forwards(cluster.decode.engine, 0.005)
+    gate = threading.Event()
+    steps = forwards(cluster.decode.engine, gate=gate)
     decoding = asyncio.create_task(cluster.run(prompt(20), max_tokens=100))
     await until(lambda: cluster.decode.scheduler.num_running == 1)
     for role in ("prefill", "both", "decode", "prefill"):
-        await proxy.set_role(proxy.members["decode-0"], role, 2.0)
-        assert cluster.decode.worker.role == proxy.members["decode-0"].role == role
-    assert not decoding.done() and (await decoding).token_ids == greedy(prompt(20), 100)
-    await proxy.set_role(proxy.members["prefill-0"], "decode", 2.0)
+        await proxy.cluster.set_role(proxy.cluster.members["decode-0"], role, 60.0)
+        assert cluster.decode.worker.role == proxy.cluster.members["decode-0"].role == role
+    assert steps == [], "its second token is still to come"
+    gate.set()
+    assert (await decoding).token_ids == greedy(prompt(20), 100)
+    await proxy.cluster.set_role(proxy.cluster.members["prefill-0"], "decode", 60.0)
     cluster.prefill_stub, cluster.decode_stub = cluster.stub_pair(cluster.workers[1], cluster.workers[0])
     assert (await cluster.run(prompt(70, 1), max_tokens=20)).token_ids == greedy(prompt(70, 1), 20), "the two have changed places"
     assert cluster.workers[1].prefill.scheduler.num_reserved_pages == 0
     assert cluster.decode.metrics.registry.get_sample_value("halfmoon_step_tokens_total", {"role": "prefill"}) == 70
+    await cluster.at_rest()
+
+
+@pytest.mark.parametrize(
+    ("target_s", "tpot_slo_s", "most", "expected"),
+    [(0.0, 0.0, 24, 24), (1e-6, 0.0, 2048, 64), (100.0, 1e-6, 2048, 64), (100.0, 0.0, 2048, 190), (0.0, 100.0, 2048, 190)],
+    ids=["constant", "the worker's target, tight", "the request's own, tight", "the worker's target, wide", "the request's own, wide"],
+)
+async def test_tokens_are_the_same_whatever_the_chunks_that_the_tightest_pace_leaves_room_for(
+    make_cluster: Any, greedy: Greedy, target_s: float, tpot_slo_s: float, most: int, expected: int
+) -> None:
+    """64 tokens are computed in any case; the prompts of 190 and 100 fit into a step as a whole where nobody is in a hurry."""
+    cluster = await make_cluster(
+        both=1, prefill={"max_tokens_per_step": 256}, decode={"tpot_target_s": target_s, "max_prefill_tokens_per_step": most}
+    )
+    gate = threading.Event()
+    gate.set()
+    steps = forwards(cluster.decode.engine, 0.0, gate)
+    decoding = asyncio.create_task(cluster.run(prompt(20), max_tokens=100, tpot_slo_s=tpot_slo_s))  # r1
+    await until(lambda: cluster.decode.scheduler.num_running == 1)
+    gate.clear()
+    others = [asyncio.create_task(cluster.run_local(prompt(190, 1), max_tokens=6))]  # r2
+    await until(lambda: cluster.decode.scheduler.num_running == 2)
+    others.append(asyncio.create_task(cluster.run(prompt(100, 2), max_tokens=6)))  # r3
+    await until(lambda: cluster.decode.worker.prefill.scheduler.has_runnable)
+    gate.set()
+    answers = await asyncio.gather(*others)
+    assert [answer.token_ids for answer in answers] == [greedy(prompt(190, 1), 6), greedy(prompt(100, 2), 6)]
+    assert (await decoding).token_ids == greedy(prompt(20), 100)
+    chunks = [size for step in steps for name, _, size in step if name == "r2" and size > 1]
+    assert chunks[0] == expected and sum(chunks) == 190
     await cluster.at_rest()

@@ -79,12 +79,13 @@ async def test_tokens_are_those_of_transformers(make_cluster: Any, greedy: Greed
 
 async def test_the_admission_tells_what_a_hand_off_would_have(make_cluster: Any) -> None:
     cluster = await make_cluster()
-    slow(cluster.decode.engine, 0.02)
+    steps, began = slow(cluster.decode.engine, 0.02), time.monotonic()
     answer = await cluster.run_local(prompt(40), max_tokens=6)
     state = answer.admitted.state
     assert (state.num_tokens, state.num_cached_tokens, state.first_token) == (40, 0, answer.tokens[0])
     assert (state.phases.transport, state.phases.num_bytes_pushed, state.phases.push_s) == ("local", 0, 0)
-    assert 0.02 <= state.phases.prefill_s < 0.2 and 0 < state.phases.queue_s < 0.2
+    assert state.phases.prefill_s >= 0.02 and state.phases.queue_s > 0
+    assert state.phases.queue_s + state.phases.prefill_s < steps[1] - began, "until the second token's step, and no longer"
     assert 0.02 <= state.phases.compute_s <= state.phases.prefill_s, "alone, it had the steps to itself"
     phases = answer.finished.phases
     assert (answer.admitted.handoff_wait_s, phases.handoff_wait_s, phases.intake_s, phases.queue_s) == (0, 0, 0, 0)
@@ -115,9 +116,9 @@ async def test_a_prompt_goes_in_chunks_of_the_budget(make_cluster: Any, greedy: 
 @pytest.mark.parametrize("transport", ["auto", "grpc"])
 @pytest.mark.parametrize("num_tokens", [64, 70])
 async def test_a_prompt_seen_before_is_loaded_and_not_computed(make_cluster: Any, greedy: Greedy, transport: str, num_tokens: int) -> None:
-    cluster = await make_cluster(transport)
+    cluster = await make_cluster(transport, prefix_cache_hbm=False)
     first = await cluster.run_local(prompt(num_tokens), max_tokens=10)
-    await cluster.at_rest()  # the answer's blocks are kept after its end
+    await cluster.at_rest()  # the answer's blocks are cached after its end
     sizes = chunk_sizes(cluster.decode.engine)
     again = await cluster.run_local(prompt(num_tokens), max_tokens=10)
     assert [answer.admitted.state.num_cached_tokens for answer in (first, again)] == [0, min(64, num_tokens - 1)]
@@ -134,7 +135,7 @@ async def test_the_very_next_turn_finds_prompt_and_answer_whoever_computed_them(
     make_cluster: Any, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("halfmoon.decode_worker.worker.CACHE_PATIENCE_S", 5.0)  # whatever else this machine does
-    cluster = await make_cluster()
+    cluster = await make_cluster(prefix_cache_hbm=False)
     for first, second in ((cluster.run_local, cluster.run_local), (cluster.run_local, cluster.run), (cluster.run, cluster.run_local)):
         opening = prompt(20, cluster.num_requests)
         answer = await first(opening, max_tokens=30)
@@ -164,19 +165,19 @@ async def test_another_request_finds_a_prompts_blocks_while_it_is_still_being_an
 
 
 async def test_a_prompt_preempted_while_it_is_published_leaves_nothing_wrong_in_the_store(make_cluster: Any, greedy: Greedy) -> None:
-    cluster = await make_cluster(decode={"kv_capacity_tokens": 160})
+    cluster = await make_cluster(decode={"kv_capacity_tokens": 160}, prefix_cache_hbm=False)
     scheduler, cache = cluster.decode.scheduler, cluster.decode.engine.cache
     read, schedule = cache.read_bytes, scheduler.schedule
     reading, taken = [], threading.Event()
 
-    def take_the_pages_that_are_read() -> Any:
+    def take_the_pages_that_are_read(*limits: Any) -> Any:
         if not reading or taken.is_set():
-            return schedule()
+            return schedule(*limits)
         victim = scheduler._running[0]
         scheduler._preempt(victim)
         cache.data[:, :, reading] = 7.0  # as another sequence would
         taken.set()
-        step = schedule()
+        step = schedule(*limits)
         return step._replace(preempted=[*step.preempted, victim.sequence])
 
     def read_what_was_taken(layer: int, pages: Any) -> Any:
@@ -196,7 +197,7 @@ async def test_a_prompt_preempted_while_it_is_published_leaves_nothing_wrong_in_
 
 
 async def test_a_corrupt_prefix_is_computed_and_right_ever_after(make_cluster: Any, greedy: Greedy) -> None:
-    cluster = await make_cluster(flip_pushed_bytes=True)
+    cluster = await make_cluster(flip_pushed_bytes=True, prefix_cache_hbm=False)
     await cluster.start_prefill(cluster.sequence(prompt(60)))  # its blocks are altered on their way to the store
     for num_cached_tokens, num_failures in ((0, 1), (56, 1)):
         answer = await cluster.run_local(prompt(60), max_tokens=10)
@@ -298,7 +299,7 @@ async def test_a_seed_draws_what_it_draws_behind_a_hand_off_and_so_does_a_replay
 
 @pytest.mark.parametrize("phase", ["waiting for pages", "loading its prefix", "waiting for a chunk", "prefill", "decode"])
 async def test_cancelling_frees_everything_long_before_the_last_token(make_cluster: Any, phase: str) -> None:
-    cluster = await make_cluster(decode={"kv_capacity_tokens": 264, "max_prefill_tokens_per_step": 8})
+    cluster = await make_cluster(decode={"kv_capacity_tokens": 264, "max_prefill_tokens_per_step": 8}, prefix_cache_hbm=False)
     scheduler = cluster.decode.scheduler
     await cluster.run_local(prompt(200), max_tokens=1)
     await cluster.at_rest()
@@ -358,8 +359,8 @@ async def test_stop_before_the_first_token_ends_it_and_keeps_what_was_computed(m
 
 async def test_a_deadline_says_where_it_found_the_request(make_cluster: Any) -> None:
     cluster = await make_cluster(decode={"kv_capacity_tokens": 264, "max_prefill_tokens_per_step": 8})
-    slow(cluster.decode.engine, 0.02)
-    computing = cluster.start_decode(cluster.sequence(prompt(200), deadline_s=0.3), local=True)
+    slow(cluster.decode.engine, 0.1)  # 25 steps
+    computing = cluster.start_decode(cluster.sequence(prompt(200), deadline_s=1.5), local=True)
     await until(lambda: cluster.decode.scheduler.num_running == 1)
     queued = cluster.start_decode(cluster.sequence(prompt(100), deadline_s=0.1), local=True)
     errors = await asyncio.gather(*(error_of(cluster, call, cluster.answer()) for call in (queued, computing)))

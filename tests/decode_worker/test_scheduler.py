@@ -242,7 +242,7 @@ def test_the_first_token_of_a_computed_prompt_can_end_it() -> None:
     scheduler.add(sequence)
     begin_all(scheduler)
     assert run_step(scheduler)[1] == [sequence]
-    assert sequence.num_computed_tokens == 8, "its blocks are all there to be kept"
+    assert sequence.num_computed_tokens == 8, "its blocks are all there to be cached"
     scheduler.release(sequence)
     assert scheduler.at_rest
 

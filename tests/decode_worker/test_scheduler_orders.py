@@ -207,7 +207,7 @@ EVENTS = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     num_pages=st.integers(1, 12),
     max_running=st.integers(1, 6),
@@ -225,7 +225,7 @@ def test_no_page_leaks_and_every_sequence_ends(num_pages: int, max_running: int,
         assert sequence.token_ids == alone(sequence)[: sequence.num_tokens], "it has another's token, or misses one"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 15), st.integers(1, 20), st.none() | st.integers(0, 15)), min_size=1, max_size=8),
     num_pages=st.integers(9, 14),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
 import threading
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import pytest
 
 from halfmoon.engine.engine import Engine
 from halfmoon.engine.sequence import Sequence, StepChunk
+from halfmoon.protocol.errors import NonFiniteLogits
+from halfmoon.protocol.grpc_errors import from_rpc_error
 from halfmoon.protocol.v1 import common_pb2
 
 Greedy = Callable[[list[int], int], list[int]]
@@ -142,7 +145,7 @@ async def test_an_end_that_nobody_foresaw_throws_the_token_behind_it_away(launch
     await cluster.at_rest()
     assert launcher.num_launched == length, "one for each token but the hand-off's, and one for nothing"
     turn = [*prompt(12), *answer.token_ids, 5, 6, 7]
-    assert (await cluster.run(turn, max_tokens=5)).token_ids == greedy(turn, 5), "the blocks that were kept are the answer's"
+    assert (await cluster.run(turn, max_tokens=5)).token_ids == greedy(turn, 5), "the blocks that were cached are the answer's"
 
 
 async def test_preempted_sequences_give_the_same_tokens(launching: Any, greedy: Greedy) -> None:
@@ -168,6 +171,44 @@ async def test_a_cancelled_request_frees_its_pages_once_no_step_writes_to_them(l
     await cluster.at_rest()
 
 
+async def test_a_row_without_a_token_ends_its_sequence_and_the_step_behind_it_harms_nobody(launching: Any, greedy: Greedy) -> None:
+    """That step is under way when the host reads of it, and looks up a token that is none."""
+    cluster, launcher = await launching()
+    poison = 159
+    cluster.decode.engine._decoder.weights.embed[poison] = math.nan
+    answer = cluster.answer()
+    sequence = cluster.sequence(prompt(20), max_tokens=50, logit_bias={poison: 100.0})
+    prompts = [[token for token in prompt(15 + index) if token != poison] for index in range(3)]
+    neighbours = asyncio.gather(*(cluster.run(token_ids, max_tokens=30) for token_ids in prompts))
+    decode = cluster.start_decode(sequence)
+    await cluster.start_prefill(sequence)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await cluster.read(decode, answer)
+    assert isinstance(from_rpc_error(caught.value, "worker"), NonFiniteLogits) and answer.token_ids == [poison]
+    assert [one.token_ids for one in await neighbours] == [greedy(token_ids, 30) for token_ids in prompts]
+    assert launcher.num_ahead > 0
+    await cluster.at_rest()
+    assert cluster.decode.engine.cache.data.isfinite().all()
+
+
+async def test_a_launch_that_breaks_is_computed_in_turn(launching: Any, greedy: Greedy) -> None:
+    cluster, launcher = await launching()
+    launch, num_broken = launcher.launch, 0
+
+    def breaks(chunks: Any, **hooks: Any) -> Any:
+        nonlocal num_broken
+        if len(chunks) == 2:
+            num_broken += 1
+            raise RuntimeError("no graph likes it")
+        return launch(chunks, **hooks)
+
+    cluster.decode.engine.launch = breaks
+    answers = await asyncio.gather(*(cluster.run(prompt(20 + index), max_tokens=20) for index in range(3)))
+    assert [answer.token_ids for answer in answers] == [greedy(prompt(20 + index), 20) for index in range(3)]
+    assert num_broken > 0
+    await cluster.at_rest()
+
+
 async def test_a_step_launched_behind_another_is_timed_from_the_end_of_that(launching: Any) -> None:
     """No second is counted twice."""
     cluster, launcher = await launching()
@@ -186,7 +227,7 @@ async def test_a_step_launched_behind_another_is_timed_from_the_end_of_that(laun
 async def test_steps_that_are_stopped_read_what_they_launched_and_launch_no_more(launching: Any) -> None:
     cluster, launcher = await launching()
     stopping = threading.Event()
-    launcher.reading = lambda: launcher.num_launched < 5 or stopping.wait(5)
+    launcher.reading = lambda: launcher.num_launched < 5 or stopping.wait(60)
     running = asyncio.create_task(cluster.run(prompt(30), max_tokens=200))
     while launcher.num_launched < 5:
         await asyncio.sleep(0.001)

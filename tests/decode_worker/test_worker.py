@@ -34,7 +34,6 @@ from halfmoon.protocol.errors import (
     RequestCancelled,
     SchemaMismatch,
     StoreUnavailable,
-    WorkerLost,
 )
 from halfmoon.protocol.grpc_errors import from_rpc_error
 from halfmoon.protocol.schema import KVSchema
@@ -115,7 +114,7 @@ async def test_a_prompt_in_chunks_of_one_block_gives_the_same_tokens(make_cluste
 @pytest.mark.parametrize("transport", ["auto", "grpc"])
 @pytest.mark.parametrize("num_tokens", [64, 70])
 async def test_a_prompt_seen_before_is_loaded_and_not_computed(make_cluster: Any, greedy: Greedy, transport: str, num_tokens: int) -> None:
-    cluster = await make_cluster(transport)
+    cluster = await make_cluster(transport, prefix_cache_hbm=False)
     first = await cluster.run(prompt(num_tokens), max_tokens=10)
     again = await cluster.run(prompt(num_tokens), max_tokens=10)
     assert (first.state.num_cached_tokens, again.state.num_cached_tokens) == (0, min(64, num_tokens - 1))
@@ -127,7 +126,7 @@ async def test_a_prompt_seen_before_is_loaded_and_not_computed(make_cluster: Any
 async def test_the_very_next_turn_finds_the_blocks_of_the_answer(
     make_cluster: Any, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("halfmoon.decode_worker.worker.CACHE_PATIENCE_S", 5.0)  # whatever else this machine does
+    monkeypatch.setattr("halfmoon.decode_worker.worker.CACHE_PATIENCE_S", 600.0)  # whatever else this machine does
     cluster = await make_cluster()
     answer = await cluster.run(prompt(20), max_tokens=30)
     turn = [*prompt(20), *answer.token_ids, 5, 6, 7]
@@ -143,7 +142,7 @@ async def test_a_store_that_does_not_take_the_blocks_in_time_does_not_hold_up_th
     decode = cluster.start_decode(sequence)
     await cluster.start_prefill(sequence)
     await until(lambda: cluster.decode.scheduler.num_running == 1)
-    cluster.decode.transfer.submit(stuck.wait)  # what is kept waits behind it
+    cluster.decode.transfer.submit(stuck.wait)  # what is cached waits behind it
     assert (await cluster.read(decode, cluster.answer())).finished is not None
     assert not cluster.decode.scheduler.at_rest
     stuck.set()
@@ -240,34 +239,35 @@ async def test_cancelling_decode_frees_pages_and_leases_long_before_the_last_tok
     assert len(steps) < 150, "it ran on to its last token"
     load = cluster.decode.load()
     del load.steps[:]
+    load.num_cached_pages = 0  # what it computed stays
     assert load == control_pb2.MemberLoad()
 
 
 async def test_cancelling_decode_while_it_waits_ends_the_hand_off_for_prefill_too(make_cluster: Any) -> None:
     cluster = await make_cluster(prefill={"max_tokens_per_step": 8})
-    slow(cluster.prefill.engine, 0.1)  # 25 steps
+    steps = slow(cluster.prefill.engine, 0.1)
     sequence = cluster.sequence(prompt(200))
     decode, prefill = cluster.start_decode(sequence), cluster.start_prefill(sequence)
     await until(lambda: cluster.store.stats().num_leases == 2)
     decode.cancel()
-    async with asyncio.timeout(60.0):
-        with pytest.raises(grpc.aio.AioRpcError) as failure:
-            await prefill
-        await cluster.at_rest()
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await prefill
+    await cluster.at_rest()
+    assert len(steps) < 25, "the prompt was computed to its end"
     error = from_rpc_error(failure.value, "prefill")
     assert isinstance(error, HandoffError) and "was cancelled in decode" in error.message
 
 
 async def test_cancelling_prefill_tells_decode_why_and_frees_everything(make_cluster: Any) -> None:
     cluster = await make_cluster(prefill={"max_tokens_per_step": 8})
-    slow(cluster.prefill.engine, 0.1)  # 25 steps
+    steps = slow(cluster.prefill.engine, 0.1)
     sequence = cluster.sequence(prompt(200))
     decode, prefill = cluster.start_decode(sequence), cluster.start_prefill(sequence)
     await until(lambda: cluster.store.stats().num_bytes_pushed > 0)
     prefill.cancel()
-    async with asyncio.timeout(60.0):
-        error = await error_of(decode)
-        await cluster.at_rest()
+    error = await error_of(decode)
+    await cluster.at_rest()
+    assert len(steps) < 25, "the prompt was computed to its end"
     assert isinstance(error, HandoffAborted) and "was cancelled in prefill" in error.message
 
 
@@ -279,7 +279,7 @@ async def test_a_failed_prefill_is_told_to_decode_before_anything_was_reserved(m
     queued = cluster.sequence(prompt(30), deadline_s=0.05)
     patient = common_pb2.SequenceSpec()
     patient.CopyFrom(queued)
-    patient.deadline_s = 20.0
+    patient.deadline_s = 600.0
     decode = cluster.start_decode(patient)
     error = await error_of(cluster.start_prefill(queued))
     assert isinstance(error, DeadlineExceeded) and "in the prefill worker's queue" in error.message
@@ -298,7 +298,7 @@ async def test_a_decode_whose_hand_off_never_comes_ends_at_its_deadline(make_clu
 async def test_a_decode_ends_at_its_deadline_with_the_tokens_so_far(make_cluster: Any) -> None:
     cluster = await make_cluster()
     slow(cluster.decode.engine, 0.02)
-    sequence = cluster.sequence(prompt(9), deadline_s=0.5, max_tokens=200)
+    sequence = cluster.sequence(prompt(9), deadline_s=2.0, max_tokens=200)
     decode = cluster.start_decode(sequence)
     await cluster.start_prefill(sequence)
     answer = cluster.answer()
@@ -456,26 +456,6 @@ async def test_a_stores_death_fails_who_waits_at_once_and_leaves_who_decodes_alo
     again = await cluster.run(prompt(20), max_tokens=5)
     assert again.token_ids == answer.token_ids[:5]
     await cluster.at_rest()
-
-
-async def test_an_engine_that_breaks_ends_every_call_and_the_worker(make_cluster: Any) -> None:
-    cluster = await make_cluster()
-    await cluster.decode.life.joined.wait()
-    sequence = cluster.sequence(prompt(20), max_tokens=200)
-    waiting = cluster.start_decode(cluster.sequence(prompt(21)))
-    decode = cluster.start_decode(sequence)
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise MemoryError("no memory for the step")
-
-    cluster.decode.engine.forward = fail
-    await cluster.start_prefill(sequence)
-    for call in (decode, waiting, cluster.start_decode(cluster.sequence(prompt(22)))):
-        error = await error_of(call)
-        assert isinstance(error, WorkerLost) and "no memory for the step" in error.message
-    with pytest.raises(MemoryError):
-        await cluster.decode.serve_until_stopped()
-    await until(lambda: "decode-0" not in cluster.members.infos)
 
 
 async def test_the_proxy_is_told_who_joins_and_how_loaded_it_is(make_cluster: Any, members: Any) -> None:

@@ -29,7 +29,7 @@ def url() -> Iterator[str]:
     assert child.stdout is not None
     yield child.stdout.readline().strip()
     child.terminate()
-    child.wait(timeout=10)
+    child.wait(timeout=60)
 
 
 def test_its_help_is_its_own_and_a_benchmark_s_is_its_own_too() -> None:

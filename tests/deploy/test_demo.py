@@ -1,4 +1,4 @@
-"""The demo's own check: right answers on a sound cluster, and a failure when KV bytes are altered on their way."""
+"""The demo's own check fails when KV bytes are altered on their way. Right answers on a sound cluster: test_one_node.py."""
 
 from __future__ import annotations
 
@@ -10,23 +10,14 @@ from rich.console import Console
 
 from halfmoon.deploy.actors import WorkerActor
 from halfmoon.deploy.cluster import running_cluster
-from halfmoon.deploy.demo import TURNS, converse
+from halfmoon.deploy.demo import converse
 from halfmoon.deploy.ray_session import RayNode
 from halfmoon.protocol.config import ClusterConfig, ProxyConfig
 from halfmoon.protocol.errors import HandoffCorrupt
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 CONFIG = ClusterConfig(proxy=ProxyConfig(http_port=0, grpc_port=0))
-
-
-async def test_the_demo_answers_right_and_its_second_turn_hits_the_cache(ray_nodes: list[RayNode]) -> None:
-    shown = io.StringIO()
-    async with running_cluster(CONFIG, ray_nodes) as supervisor:
-        outcome = await converse(supervisor.grpc_address, Console(file=shown, width=200))
-    assert outcome.num_right == len(TURNS), shown.getvalue()
-    assert outcome.num_cached_tokens >= 128
-    assert "4821" in shown.getvalue() and "time to first token" in shown.getvalue()
 
 
 def flipping_actor(worker_views: ModuleType) -> type[WorkerActor]:

@@ -15,9 +15,10 @@ from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.ray_session import RayNode
 from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
 from halfmoon.protocol.errors import Unavailable
+from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import control_pb2
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 NUM_MEMBERS = 5  # store, 2 prefill, 2 decode
 
@@ -63,12 +64,16 @@ async def test_a_client_that_leaves_while_decoding_frees_everything_long_before_
     await cluster.at_rest(within_s=1.0 + 1000 * pace_s)  # 1,950 tokens are left
 
 
-async def test_a_client_that_leaves_while_prefilling_frees_everything(cluster, prompt_of) -> None:
+async def test_a_client_that_leaves_while_prefilling_frees_everything_before_its_prompt_is_computed(cluster, prompt_of) -> None:
+    (before,) = await cluster.store_stats()
     task = asyncio.create_task(cluster.greedy(prompt_of(3900), 4))
     await handoff_begun(cluster)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     await cluster.at_rest()
+    (after,) = await cluster.store_stats()
+    block_bytes = KVSchema.from_proto((await cluster.members(control_pb2.ROLE_DECODE))[0].schema).block_bytes
+    assert after.num_bytes_pushed - before.num_bytes_pushed < 3900 // 64 * block_bytes
 
 
 async def test_a_prefill_worker_killed_while_it_pushes_costs_a_replay_and_no_error(cluster, reference, prompt_of) -> None:
@@ -77,7 +82,7 @@ async def test_a_prefill_worker_killed_while_it_pushes_costs_a_replay_and_no_err
     await handoff_begun(cluster)
     await cluster.kill(await holder(cluster, control_pb2.ROLE_PREFILL))
     result = await task
-    assert list(result.token_ids) == reference.generate(prompt, 16)
+    assert list(result.token_ids) == reference.generate(prompt, 16, result.token_ids)
     assert result.phases.num_attempts == 2
     await cluster.all_joined(NUM_MEMBERS)
     await cluster.at_rest()
@@ -125,7 +130,8 @@ async def test_a_killed_store_gives_a_clear_error_or_a_late_answer_and_rejoins(c
     async with asyncio.timeout(60):  # workers attach to it again by themselves
         while True:
             try:
-                assert await cluster.greedy(prompt, 8) == reference.generate(prompt, 8)
+                answer = await cluster.greedy(prompt, 8)
+                assert answer == reference.generate(prompt, 8, answer)
                 break
             except Unavailable:
                 await asyncio.sleep(0.1)
@@ -134,14 +140,13 @@ async def test_a_killed_store_gives_a_clear_error_or_a_late_answer_and_rejoins(c
 
 async def test_sequences_that_already_decode_outlive_the_store(cluster, reference, prompt_of) -> None:
     prompt = prompt_of(100, seed=5)
-    expected = reference.generate(prompt, 200)
     token_ids: list[int] = []
     async for event in cluster.client.stream(token_ids=list(prompt), max_tokens=200, temperature=0.0, ignore_eos=True):
         if isinstance(event, Delta):
             if not token_ids:
                 await cluster.kill("store-0")
             token_ids += event.token_ids
-    assert token_ids == expected
+    assert token_ids == reference.generate(prompt, 200, token_ids)
     await cluster.all_joined(NUM_MEMBERS)
 
 
@@ -151,7 +156,7 @@ async def test_a_killed_proxy_comes_back_on_its_ports_and_members_rejoin(cluster
     prompt = prompt_of(80, seed=6)
     address = cluster.supervisor.grpc_address
     ray.kill(next(member.actor for member in cluster.supervisor.members if member.id == "proxy"), no_restart=True)
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(300):
         while True:
             try:
                 await cluster.all_joined(NUM_MEMBERS)
@@ -166,7 +171,8 @@ async def test_a_killed_proxy_comes_back_on_its_ports_and_members_rejoin(cluster
     async with asyncio.timeout(60):
         while True:
             try:
-                assert await cluster.greedy(prompt, 8) == reference.generate(prompt, 8)
+                answer = await cluster.greedy(prompt, 8)
+                assert answer == reference.generate(prompt, 8, answer)
                 break
             except Unavailable:
                 await asyncio.sleep(0.1)

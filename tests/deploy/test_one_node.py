@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import time
 import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 
 from halfmoon.client import Delta
 from halfmoon.deploy.cluster import running_cluster
+from halfmoon.deploy.demo import TURNS, converse
 from halfmoon.deploy.profile import profile
 from halfmoon.deploy.ray_session import RayNode
 from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
@@ -23,7 +27,7 @@ from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import control_pb2
 from halfmoon.proxy.conductor.predictors import CostModel
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 NUM_TOKENS = 64
 NUM_TOKENS_EACH_OF_MANY = 24
@@ -44,13 +48,14 @@ async def cluster(ray_nodes: list[RayNode], model_folder: Path, cluster_type: ty
 @pytest.mark.parametrize("prompt_len", [1, 63, 64, 65, 300, 1500])
 async def test_tokens_equal_those_of_transformers(cluster, reference, prompt_of, prompt_len: int) -> None:
     prompt = prompt_of(prompt_len)
-    assert await cluster.greedy(prompt, NUM_TOKENS) == reference.generate(prompt, NUM_TOKENS)
+    answer = await cluster.greedy(prompt, NUM_TOKENS)
+    assert answer == reference.generate(prompt, NUM_TOKENS, answer)
 
 
 async def test_32_concurrent_streams_give_the_same_tokens(cluster, reference, prompt_of) -> None:
     prompts = [prompt_of(20 + 17 * i, seed=1) for i in range(32)]
     answers = await asyncio.gather(*(cluster.greedy(prompt, NUM_TOKENS_EACH_OF_MANY) for prompt in prompts))
-    assert answers == [reference.generate(prompt, NUM_TOKENS_EACH_OF_MANY) for prompt in prompts]
+    assert answers == [reference.generate(prompt, NUM_TOKENS_EACH_OF_MANY, answer) for prompt, answer in zip(prompts, answers, strict=True)]
     await cluster.at_rest()
 
 
@@ -60,10 +65,37 @@ async def test_the_second_turn_reports_its_cached_tokens_and_the_same_tokens(clu
     await cluster.at_rest()  # the answer's end does not wait long for its blocks to be cached
     second = (*first, *answer, *prompt_of(30, seed=3))
     result = await cluster.client.generate(token_ids=list(second), max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-    assert list(result.token_ids) == reference.generate(second, NUM_TOKENS)
+    assert list(result.token_ids) == reference.generate(second, NUM_TOKENS, result.token_ids)
     # the answer's last token has no KV: it was sampled and never fed back
     assert result.usage.num_cached_tokens == (len(first) + NUM_TOKENS - 1) // 64 * 64
     assert result.phases.transport == "shm"
+
+
+NO_SAMPLER_TAKES = [
+    ("top_p", {"top_p": 1e-300}),
+    ("top_p", {"top_p": 1e-46, "temperature": 1}),
+    ("repetition_penalty", {"repetition_penalty": 1e-300, "top_p": 0.9}),
+    ("repetition_penalty", {"repetition_penalty": 1e-38, "seed": 1}),
+]
+EDGES = [{"top_p": 1e-37}, {"repetition_penalty": 0.01, "top_p": 0.9}, {"temperature": 1e-300, "min_p": 1e-300}]
+
+
+async def test_sampling_at_the_edge_of_numbers_is_served_or_refused_and_harms_nobody(cluster, reference, prompt_of) -> None:
+    before = {member.info.incarnation for member in (await cluster.status()).members}
+    prompts = [prompt_of(30 + 5 * i, seed=9) for i in range(12)]
+    neighbours = asyncio.gather(*(cluster.greedy(prompt, NUM_TOKENS_EACH_OF_MANY) for prompt in prompts))
+    url = f"http://{cluster.supervisor.http_address}/v1/completions"
+    async with httpx.AsyncClient(timeout=120) as http:
+        for param, sampling in NO_SAMPLER_TAKES:
+            reply = await http.post(url, json={"prompt": [11, 12], "max_tokens": 4, **sampling})
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+        for sampling in EDGES:
+            reply = await http.post(url, json={"prompt": [11, 12], "max_tokens": 4, **sampling})
+            assert reply.status_code == 200, reply.text
+    for prompt, answer in zip(prompts, await neighbours, strict=True):
+        assert answer == reference.generate(prompt, NUM_TOKENS_EACH_OF_MANY, answer)
+    assert {member.info.incarnation for member in (await cluster.status()).members} == before, "no worker was lost"
+    await cluster.at_rest()
 
 
 async def test_a_seed_gives_the_same_tokens_again_and_another_seed_others(cluster, prompt_of) -> None:
@@ -102,6 +134,14 @@ async def test_the_openai_client_works_unmodified(cluster) -> None:
     await client.close()
 
 
+async def test_the_demo_answers_right_and_its_second_turn_hits_the_cache(cluster) -> None:
+    shown = io.StringIO()
+    outcome = await converse(cluster.supervisor.grpc_address, Console(file=shown, width=200))
+    assert outcome.num_right == len(TURNS), shown.getvalue()
+    assert outcome.num_cached_tokens >= 128
+    assert "4821" in shown.getvalue() and "time to first token" in shown.getvalue()
+
+
 async def test_a_large_request_is_parsed_in_a_process_that_ray_s_actor_starts(cluster) -> None:
     client = openai.AsyncOpenAI(base_url=f"http://{cluster.supervisor.http_address}/v1", api_key="none", max_retries=0)
     large = await client.completions.create(model="demo", prompt="Once upon a time", max_tokens=8, temperature=0, user="x" * 2**19)
@@ -117,7 +157,8 @@ async def test_bad_requests_are_refused_with_limit_and_value_and_disturb_nobody(
     for wrong in ({"temperature": float("nan")}, {"max_tokens": 10**6}, {"token_ids": [10**6]}, {"token_ids": []}, {"top_p": 0.0}):
         with pytest.raises(InvalidRequest):
             await cluster.client.generate(**{"token_ids": [5, 6], "max_tokens": 4, **wrong})
-    assert await running == reference.generate(prompt, NUM_TOKENS)
+    answer = await running
+    assert answer == reference.generate(prompt, NUM_TOKENS, answer)
 
 
 async def test_histograms_agree_with_what_the_client_measured(cluster, prompt_of) -> None:

@@ -19,7 +19,7 @@ from halfmoon.client import Client
 from halfmoon.deploy.cli import app
 from halfmoon.deploy.ray_session import LOOPBACK
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 HALFMOON = Path(sys.executable).parent / "halfmoon"
 
@@ -31,7 +31,7 @@ class Served:
         self._up = threading.Event()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
-        assert self._up.wait(120), "".join(self.lines)
+        assert self._up.wait(300), "".join(self.lines)
         text = "".join(self.lines)
         assert "serving" in text, text
         self.http = re.search(r"http://([\d.:]+)/v1", text)[1]  # type: ignore[index]
@@ -46,7 +46,7 @@ class Served:
         self._up.set()
 
     def ended(self) -> int:
-        code = self.process.wait(timeout=60)
+        code = self.process.wait(timeout=300)
         self._reader.join()
         return code
 
@@ -64,7 +64,7 @@ def served(model_folder: Path, tmp_path: Path) -> Iterator[Served]:
 
 
 def halfmoon(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([HALFMOON, *arguments], capture_output=True, text=True, timeout=60)
+    return subprocess.run([HALFMOON, *arguments], capture_output=True, text=True, timeout=300)
 
 
 def test_a_served_cluster_answers_is_looked_at_and_drains_on_sigterm(served: Served) -> None:

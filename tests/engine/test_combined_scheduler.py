@@ -13,10 +13,13 @@ from halfmoon.decode_worker.scheduler import DecodeScheduler
 from halfmoon.engine.combined_scheduler import CombinedScheduler, CombinedStep
 from halfmoon.engine.page_allocator import PageAllocator
 from halfmoon.engine.sequence import Sequence
+from halfmoon.engine.step_budget import StepBudget, StepLimits
 from halfmoon.prefill_worker.scheduler import PrefillScheduler
 from halfmoon.protocol.sampling import SamplingParams
+from halfmoon.protocol.timing.step_cost import StepCost
 
 BLOCK_SIZE = 4
+COST = StepCost(read_s=0.01, chunk_s=0.0, per_token_s=0.001, per_attention_s=0.0, per_decode_s=0.0, per_context_s=0.0)
 EOS = 999
 
 
@@ -28,14 +31,18 @@ def token_after(token_ids: list[int]) -> int:
 class Rig:
     """Both schedulers over one allocator, driven as a worker drives them, with what must always hold checked on the way."""
 
-    def __init__(self, num_pages: int = 100, *, beside: int = 8, alone: int = 16, max_running: int = 8, num_reserved: int = 0) -> None:
+    def __init__(
+        self, num_pages: int = 100, *, beside: int = 8, alone: int = 16, max_running: int = 8, num_reserved: int = 0, target_s: float = 0.0
+    ) -> None:
         self.allocator = PageAllocator(num_pages)
         self.decode = DecodeScheduler(
             self.allocator, BLOCK_SIZE, eos_token_ids=frozenset({EOS}), max_running=max_running, max_prefill_tokens_per_step=beside
         )
         self.prefill = PrefillScheduler(self.allocator, BLOCK_SIZE, alone)
         self.prefill.num_reserved_pages = num_reserved
-        self.scheduler = CombinedScheduler(self.decode, self.prefill)
+        limits = StepLimits(alone, beside, tpot_target_s=target_s)
+        self.budget = StepBudget(limits, COST, 1, ())
+        self.scheduler = CombinedScheduler(self.decode, self.prefill, self.budget)
         self.num_pages, self.beside, self.alone, self.num_reserved = num_pages, beside, alone, num_reserved
         self.decoding: list[Sequence] = []  # live, in the decode half
         self.prompts: list[Sequence] = []  # live, in the prefill half
@@ -47,6 +54,7 @@ class Rig:
         self.handed_off: list[Sequence] = []
         self.ended: list[Sequence] = []
         self.names = itertools.count()
+        self.now = 0.0
 
     def sequence(self, num_tokens: int, max_tokens: int, priority: int = 0) -> Sequence:
         num_tokens = min(num_tokens, self.num_pages * BLOCK_SIZE - 1)
@@ -87,7 +95,7 @@ class Rig:
     def schedule(self) -> CombinedStep | None:
         if self.steps:
             return None
-        step = self.scheduler.schedule()
+        step = self.scheduler.schedule(self.now)
         if step is not None:
             self.launch(step)
         return step
@@ -95,7 +103,7 @@ class Rig:
     def schedule_ahead(self) -> CombinedStep | None:
         if len(self.steps) != 1:
             return None
-        step = self.scheduler.schedule_ahead()
+        step = self.scheduler.schedule_ahead(self.now)
         if step is not None:
             assert step.chunks and not step.decode.preempted
             self.launch(step)
@@ -290,7 +298,7 @@ EVENTS = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     num_pages=st.integers(2, 14),
     beside=st.integers(1, 12),
@@ -315,3 +323,31 @@ def test_in_any_order_each_token_is_computed_once_and_everything_ends(
         while len(tokens) < sequence.num_tokens:
             tokens.append(token_after(tokens))
         assert sequence.token_ids == tokens and sequence.num_output_tokens == sequence.sampling.max_tokens
+
+
+def sized(rig: Rig) -> list[int]:
+    """Chunks of the next step, prompts of both halves together, its decode tokens left out."""
+    step = rig.schedule()
+    assert step is not None
+    return [one.num_tokens for one in step.chunks if not one.is_decode]
+
+
+def test_chunks_are_as_large_as_the_tightest_pace_of_those_who_decode_allows() -> None:
+    """1 ms a token. 64 tokens go in any case, so the paces leave room for more; 92 % of them counts."""
+    for tpot_s, expected in ((0.01, 64), (0.1, 64), (0.3, 256), (9.0, 400)):
+        rig = running(Rig(500, beside=400, alone=1000, target_s=tpot_s), 1200, decoding=(5, 6))
+        assert sized(rig) == [expected]
+        rig = running(Rig(500, beside=400, alone=1000, target_s=9.0), decoding=(5, 6))
+        rig.decoding[1].tpot_slo_s = tpot_s
+        assert sized(running(rig, 1200)) == [expected], "one of them is in a hurry"
+
+
+def test_without_decode_tokens_a_step_holds_what_prefill_takes() -> None:
+    assert sized(running(Rig(500, beside=400, alone=1000, target_s=0.01), 1200)) == [1000]
+
+
+def test_what_was_saved_so_far_is_lent_to_a_larger_chunk() -> None:
+    rig = running(Rig(500, beside=1000, alone=1000, target_s=0.3), 1200, decoding=(5,))
+    one = rig.decoding[0]
+    one.paced_at, one.paced_from, rig.now = 10.0, -4, 10.1  # five tokens since, in a tenth of a second; 276 ms each were allowed
+    assert sized(rig) == [576], "276 ms and a quarter of 1.28 s, but not more than 300 ms: 576, that is 9 times 64"

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfmoon.engine.decode_graph import BATCH_SIZES, batch_size_for, batch_sizes, can_capture, is_plain, likeliest
+from halfmoon.engine.decode_graph import BATCH_SIZES, batch_size_for, batch_sizes, can_capture, is_plain
 from halfmoon.engine.sequence import Sequence, StepChunk
 from halfmoon.protocol.sampling import SamplingParams
 
@@ -36,16 +36,6 @@ def test_a_batch_runs_in_the_smallest_size_that_holds_it(num_seqs, max_batch):
 
 def test_there_are_no_graphs_on_a_cpu():
     assert not can_capture(torch.device("cpu"))
-
-
-@pytest.mark.parametrize("vocab_size", [7, 64, 1000, 4096])
-def test_the_likeliest_token_is_the_first_of_equals(vocab_size):
-    logits = torch.randint(-3, 3, (9, vocab_size), generator=torch.Generator().manual_seed(vocab_size)).float()
-    wanted = [row.index(max(row)) for row in logits.tolist()]
-    assert likeliest(logits).tolist() == wanted
-    feed = torch.full((12,), -1)
-    likeliest(logits, out=feed[:9])
-    assert feed.tolist() == [*wanted, -1, -1, -1]
 
 
 @pytest.mark.parametrize(

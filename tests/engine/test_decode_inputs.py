@@ -68,7 +68,7 @@ def check(reader: Reader, sequences: list[Sequence], batch_size: int) -> None:
     assert reader.column("temperatures")[count:batch_size] == [0.0] * (batch_size - count)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from(["step", "join", "leave", "preempt", "swap"]), st.integers(0, 99)), max_size=25))
 def test_every_step_is_filled_as_if_it_were_the_first(events):
     """Sequences that grow, join, leave, come back on other pages and change rows."""
@@ -95,7 +95,7 @@ def test_every_step_is_filled_as_if_it_were_the_first(events):
         running = [one for one in running if one.num_tokens < MAX_PAGES * PAGE_SIZE - 1] or [sequence(number, 3)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from(["stay", "join", "leave", "swap"]), st.booleans(), st.integers(0, 99)), max_size=25))
 def test_a_token_still_on_its_way_counts_as_if_it_were_here(events):
     """The step before gives it in whatever row it had there; the host hears of it once this step's buffer is filled."""

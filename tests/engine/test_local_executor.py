@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -10,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from halfmoon.engine.executor import BlockPush
+from halfmoon.engine.executor import BlockPush, StepFailed
 from halfmoon.engine.local_executor import LocalExecutor
 from halfmoon.engine.sequence import StepChunk
 from halfmoon.protocol.errors import HalfmoonError, StoreUnavailable
@@ -121,3 +123,35 @@ async def test_what_a_worker_has_to_know_of_the_model_is_told(made: Any) -> None
     assert (facts.schema, facts.vocab_size, facts.max_model_len) == (engine.schema, engine.config.vocab_size, engine.max_model_len)
     assert (facts.num_pages, facts.page_size, facts.device) == (256, 8, "cpu")
     assert executor.launch([]) is None, "there are no graphs on a CPU"
+
+
+def test_a_step_that_can_not_be_computed_says_what_of_it_was_pushed(made: Any, prompts: Any) -> None:
+    rig, executor, _ = made
+    sequence, num_layers = rig.sequence(prompts(16)), rig.engine.schema.num_layers
+    writer, forward = MemoryWriter(2), rig.engine.forward
+    pushes = [BlockPush(sequence.pages, writer, 0, 2, Listener())]  # type: ignore[arg-type]
+    with pytest.raises(StepFailed, match="ValueError") as caught:
+        executor.run([StepChunk(sequence, 0, 999)], pushes)
+    assert caught.value.num_pushed_layers == 0
+
+    def fails(chunks: Any, after_layer: Any) -> None:
+        forward(chunks, after_layer=after_layer)
+        raise RuntimeError("behind the last layer")
+
+    rig.engine.forward = fails
+    with pytest.raises(StepFailed, match="behind the last layer") as caught:
+        executor.run([StepChunk(sequence, 0, 16)], pushes)
+    del rig.engine.forward
+    assert caught.value.num_pushed_layers == num_layers
+
+
+def test_pages_are_scrubbed_of_what_is_no_number_and_of_nothing_else(made: Any) -> None:
+    rig, executor, _ = made
+    pages, data = rig.allocator.allocate(2), rig.engine.cache.data
+    data[:, :, pages] = torch.arange(data[:, :, pages].numel(), dtype=data.dtype).view(data[:, :, pages].shape)
+    wanted = data.clone()
+    for value in (math.nan, math.inf, -math.inf):
+        data[1, 1, pages[0], 0, 3, 2] = value
+        wanted[1, 1, pages[0], 0, 3, 2] = 0.0
+        executor.scrub(pages)
+        assert torch.equal(data, wanted)

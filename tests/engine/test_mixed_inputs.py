@@ -64,7 +64,7 @@ def engine(checkpoint: Any) -> Engine:
 steps = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 20)), min_size=1, max_size=7)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(plan=steps, spare=st.integers(0, 9), seed=st.integers(0, 99))
 def test_any_mixture_gives_the_logits_and_the_pages_of_the_plain_way(engine: Engine, plan: Any, spare: int, seed: int) -> None:
     found: list[list[torch.Tensor]] = []

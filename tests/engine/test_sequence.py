@@ -44,6 +44,8 @@ def test_a_spec_brings_the_users_prompt_length_and_what_is_left_of_its_time():
     spec = common_pb2.SequenceSpec(
         request_id="r", token_ids=[1, 2, 3], num_prompt_tokens=2, sampling=SamplingParams(seed=5).to_proto(), deadline_s=3.0, queue_order=-1
     )
+    before = time.monotonic()
     one = Sequence.from_proto(spec)
+    after = time.monotonic()
     assert (one.token_ids, one.num_output_tokens, one.sampling.seed, one.queue_order) == ([1, 2, 3], 1, 5, -1)
-    assert 2.5 < one.remaining_s <= 3.0 and one.deadline > time.monotonic()
+    assert before + 3.0 <= one.deadline <= after + 3.0 and one.remaining_s <= 3.0

@@ -37,7 +37,7 @@ async def test_a_call_that_is_not_waited_for_any_more_ends_before_drained_does(t
 
     def call() -> None:
         begun.set()
-        go.wait(5.0)
+        go.wait(60.0)
         over.set()
 
     waiting = asyncio.create_task(transfer.run(call))

@@ -1,7 +1,7 @@
 """Compiles every kernel for GPUs that are not here, through its public function, and prints what the assembler made of it as JSON.
 
 python compile_ahead.py [90 ...] [--more] [TEXT]     cases whose name holds TEXT; --more: variants that no test compiles, too
-one line a kernel: {"case", "kernel", "capability", "shared", "registers", "stack", "matrix"}
+one line a kernel: {"case", "kernel", "capability", "shared", "registers", "stack"}, and "matrix" of those in BY_MATRIX_UNITS
 
 The public functions run as they do on a GPU, up to the launch: a driver that names the target but owns no device stands in for CUDA's,
 and the launch becomes a compilation. So the specialisations are the ones that serving meets.
@@ -31,6 +31,7 @@ BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 166912, 86: 101376, 90: 232448, 100: 232448}  # bytes a program may take
 E4M3 = torch.float8_e4m3fn
 MASK = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+BY_MATRIX_UNITS = ("_flash_prefill_kernel", "_scores_kernel", "_values_kernel")
 MATRIX = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA|UTCMMA)\b")
 
 
@@ -84,19 +85,23 @@ def compiling(capability: int) -> Iterator[list]:
         driver._active = None
 
 
-def resources(cubin: bytes) -> dict[str, int | bool]:
+def resources(name: str, cubin: bytes) -> dict[str, int | str]:
+    """The disassembler takes as long as a small kernel's assembler: it is run where its answer matters."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = str(BINARIES / "cuobjdump")
-        sass = subprocess.run([tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True).stdout
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", sass)}
-    local = sorted(set(re.findall(r"\b(?:LDL|STL)\b", sass)))
-    return {
-        "registers": numbers["REG"],
-        "stack": max(numbers["STACK"], numbers["LOCAL"]) if local else numbers["LOCAL"],
-        "matrix": ",".join(sorted(set(MATRIX.findall(sass)))),
-    }
+        usage = dump(file.name, "-res-usage")
+        numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        stack, matrix = numbers["STACK"], name in BY_MATRIX_UNITS
+        sass = dump(file.name, "-sass") if stack or matrix else ""
+    if not re.search(r"\b(?:LDL|STL)\b", sass):
+        stack = 0  # it is there, and nothing is ever put on it
+    found = {"registers": numbers["REG"], "stack": max(stack, numbers["LOCAL"])}
+    return found | ({"matrix": ",".join(sorted(set(MATRIX.findall(sass))))} if matrix else {})
+
+
+def dump(path: str, flag: str) -> str:
+    return subprocess.run([str(BINARIES / "cuobjdump"), flag, path], capture_output=True, text=True, check=True).stdout
 
 
 def pages(head_dim: int, page_size: int, dtype: torch.dtype, num_kv_heads: int = 8) -> torch.Tensor:
@@ -220,7 +225,7 @@ def main(capabilities: list[int], chosen: str = "", more: bool = False) -> None:
                 launch()
             for kernel in compiled:
                 line = {"case": case, "kernel": kernel.name, "capability": capability, "shared": kernel.metadata.shared}
-                sys.stdout.write(json.dumps({**line, **resources(kernel.asm["cubin"])}) + "\n")
+                sys.stdout.write(json.dumps({**line, **resources(kernel.name, kernel.asm["cubin"])}) + "\n")
                 sys.stdout.flush()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import numpy as np
@@ -43,7 +44,7 @@ def random_logits(num_rows: int, vocab_size: int, seed: int) -> torch.Tensor:
     return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     rows=st.lists(
         st.tuples(
@@ -86,6 +87,19 @@ def test_a_tiny_temperature_is_greedy():
     logits = torch.tensor([[1e4 - 1.0, 1e4, -1e4], [3.0, 3.0, 1.0]])
     assert draw(logits, 1e-30, 0, 1.0, 0.0, 0, 4)[0][0] == 1
     assert draw(logits, 0.0, 0, 1.0, 0.0, 0, 4)[0] == [1, 0]
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("vocab_size", [7, 5000])
+def test_a_row_with_a_number_that_is_none_gives_no_token_and_its_neighbours_theirs(odd, vocab_size):
+    logits = random_logits(4, vocab_size, 2)
+    wanted = logits.argmax(dim=-1).tolist()
+    logits[1, vocab_size // 2 :] = odd
+    logits[1, : vocab_size // 2] = -math.inf
+    logits[3, -1], logits[3, 0] = math.nan, math.inf
+    for temperature, top_k, top_p, min_p in ((0.0, 0, 1.0, 0.0), (1e-6, 0, 1.0, 0.0), (1e-6, 3, 0.5, 0.1)):
+        found, reference_found = draw(logits, temperature, top_k, top_p, min_p, 3, 0)
+        assert found == reference_found == [wanted[0], -1, wanted[2], -1]
 
 
 def test_the_draws_are_the_seeds_and_indices_own():

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfmoon.kernels.sampling import sampling
+from halfmoon.kernels.sampling import NO_TOKEN, likeliest, sampling
 
 VOCAB_SIZE = 50
 
@@ -66,7 +66,7 @@ def test_temperature_zero_takes_the_likeliest_and_the_first_of_equals():
     assert draw(logits, temperature=0.0, top_k=2, top_p=0.1).tolist() == [1, 0]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     data=st.lists(
         st.tuples(
@@ -154,3 +154,27 @@ def test_the_ends_of_the_unit_interval_draw_tokens_of_some_weight(u, wanted, mon
     monkeypatch.setattr("halfmoon.kernels.reference.sampling.uniform", lambda seeds, indices: np.full(len(seeds), u))
     logits = torch.tensor([[-5.0, -5.0, 1.0, 1.5, -5.0, 1.2, -5.0, -5.0]]).repeat(3, 1)
     assert draw(logits, top_k=3).tolist() == [wanted] * 3
+
+
+@pytest.mark.parametrize("vocab_size", [7, 64, 1000, 4096])
+def test_the_likeliest_token_is_the_first_of_equals(vocab_size):
+    logits = torch.randint(-3, 3, (9, vocab_size), generator=torch.Generator().manual_seed(vocab_size)).float()
+    wanted = [row.index(max(row)) for row in logits.tolist()]
+    assert likeliest(logits).tolist() == wanted
+    feed = torch.full((12,), -1)
+    likeliest(logits, out=feed[:9])
+    assert feed.tolist() == [*wanted, -1, -1, -1]
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+@pytest.mark.parametrize("vocab_size", [7, 256])
+def test_a_row_with_a_number_that_is_none_gives_no_token_and_its_neighbours_theirs(odd, vocab_size):
+    logits = torch.randn(4, vocab_size, generator=torch.Generator().manual_seed(1))
+    wanted = logits.argmax(dim=-1).tolist()
+    logits[1, vocab_size // 2] = odd
+    logits[3] = float("-inf")
+    expected = [wanted[0], NO_TOKEN, wanted[2], NO_TOKEN]
+    assert likeliest(logits).tolist() == expected
+    for options in ({}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}, {"top_k": 2000, "top_p": 0.9}):
+        assert draw(logits, temperature=0.0, **options).tolist() == expected
+        assert draw(logits, temperature=[1e-6, 1.0, 1e-6, 1.0], **options).tolist() == expected

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from typing import Any, Literal
+from concurrent.futures import Executor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from halfmoon.kvstore.client import StoreClient
 from halfmoon.kvstore.connection import Connection
 from halfmoon.kvstore.reader import BlockReader
 from halfmoon.kvstore.server import StoreServer
+from halfmoon.kvstore.transport import Piece, TransportName
 from halfmoon.kvstore.writer import BlockWriter
 from halfmoon.protocol.config import StoreConfig
 from halfmoon.protocol.schema import KVSchema
@@ -27,7 +29,8 @@ SCHEMA = KVSchema(model_fingerprint="f" * 16, dtype="float32", num_layers=3, num
 class MemoryTransport:
     """The bytes in a dict that both sides hold; the store sees notes only."""
 
-    name: Literal["shm", "grpc"] = "shm"
+    name: TransportName = "shm"
+    threads: Executor | None = None
 
     memory: np.ndarray | None = np.zeros(0, np.uint8)  # rows() may be called
 
@@ -35,18 +38,21 @@ class MemoryTransport:
         """slots: uint8 [num_layers * layer_bytes] by number."""
         self._slots = slots
 
-    def push(self, slots: Sequence[int], layer: int, first_block: int, blocks: np.ndarray) -> Iterator[kvstore_pb2.PushRequest]:
+    def push(self, lease_id: str, slots: Sequence[int], layer: int, first_block: int, blocks: np.ndarray) -> Iterator[Piece]:
         for row, block in zip(self.rows(slots, layer), blocks, strict=True):
             row[:] = block
-        yield kvstore_pb2.PushRequest(layer=layer, first_block=first_block, num_blocks=len(slots))
+        yield Piece(0, len(slots), kvstore_pb2.PushRequest(layer=layer, first_block=first_block, num_blocks=len(slots)))
 
     def rows(self, slots: Sequence[int], layer: int, num_layers: int = 1) -> BlockRows:
         width = SCHEMA.layer_bytes
         whole = [self._slots.setdefault(slot, np.zeros(SCHEMA.num_layers * width, np.uint8)) for slot in slots]
         return BlockRows([slot[layer * width : (layer + num_layers) * width][None] for slot in whole])
 
-    def fetch(self, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:
+    def fetch(self, lease_id: str, slots: Sequence[int], part: kvstore_pb2.FetchReply.Slice) -> BlockRows:
         return self.rows(slots, part.layer, max(part.num_layers, 1))
+
+    def close(self) -> None:
+        pass
 
 
 class KV:
@@ -129,7 +135,7 @@ async def store(start_store: StartStore) -> StoreServer:
 Attach = Callable[..., Awaitable[StoreClient]]
 
 
-@pytest.fixture(params=["shm", "grpc", "memory"])
+@pytest.fixture(params=["shm", "tcp", "grpc", "memory"])
 async def attach(request: pytest.FixtureRequest, store: StoreServer) -> AsyncIterator[Attach]:
     """attach("prefill-0") -> a client of the store, over each transport in turn."""
     clients: list[Any] = []
@@ -141,7 +147,7 @@ async def attach(request: pytest.FixtureRequest, store: StoreServer) -> AsyncIte
             await connection.open(NODE, SCHEMA, 5.0)
             client = StoreClient(connection, SCHEMA, MemoryTransport(slots))
         else:
-            transport = "grpc" if request.param == "grpc" else "auto"
+            transport = "auto" if request.param == "shm" else request.param
             client = await StoreClient.attach(server.address, client_id=client_id, node_id=NODE, schema=SCHEMA, transport=transport)
             assert client.transport == request.param
         clients.append(client)

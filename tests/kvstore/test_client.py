@@ -426,24 +426,24 @@ async def test_attach_fails_at_once_where_nothing_listens(kv) -> None:
         await StoreClient.attach("127.0.0.1:1", client_id="c", node_id="n", schema=kv.schema, timeout_s=30)
 
 
-async def test_clients_of_other_nodes_use_grpc(kv, store, attach_to) -> None:
+async def test_clients_of_other_nodes_use_data_connections(kv, store, attach_to) -> None:
     remote = await attach_to(store.address, "decode-9", node_id="node-b")
     local = await attach_to(store.address, "prefill-0")
-    assert (remote.transport, local.transport) == ("grpc", "shm")
+    assert (remote.transport, local.transport) == ("tcp", "shm")
     sent = await kv.hand_off(local, "r1")
     assert np.array_equal(await kv.read(await remote.fetch("r1", 1, 5)), sent)
     sent = await kv.hand_off(remote, "r2")
     assert np.array_equal(await kv.read(await local.fetch("r2", 1, 5)), sent)
 
 
-async def test_a_client_that_can_not_map_the_arena_falls_back_to_grpc(kv, store, attach_to, monkeypatch) -> None:
+async def test_a_client_that_can_not_map_the_arena_falls_back_to_data_connections(kv, store, attach_to, monkeypatch) -> None:
     # as in a container that has the same node name and a /dev/shm of its own
     def no_such_file(*args: object) -> None:
         raise FileNotFoundError("no arena here")
 
     monkeypatch.setattr("halfmoon.kvstore.client.open_arena", no_such_file)
     client = await attach_to(store.address, "prefill-0")
-    assert client.transport == "grpc"
+    assert client.transport == "tcp"
     kept = await kv.cache(client, "p", 2)
     assert np.array_equal(await kv.read(await client.fetch_prefix(kv.keys("p", 2))), kept)
 

@@ -70,12 +70,12 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
-@pytest.mark.parametrize("transport", ["auto", "grpc"])
+@pytest.mark.parametrize("transport", ["auto", "tcp", "grpc"])
 async def test_a_writer_killed_in_the_middle_of_its_push_wakes_the_fetcher_at_once(kv, store, attach_to, transport) -> None:
     decode = await attach_to(store.address, "decode-0", transport=transport)
     process = await start_process(WRITER, store.address, transport)
     try:
-        assert await first_line(process) == ("shm" if transport == "auto" else "grpc")
+        assert await first_line(process) == ("shm" if transport == "auto" else transport)
         reader = await decode.fetch("r1", 1, 60)
         slices = reader.slices()
         assert (await anext(slices)).blocks[0][0] == 7
@@ -200,7 +200,7 @@ def flip_byte(store: StoreServer, slot: int, layer: int) -> None:
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-@pytest.mark.parametrize("transport", ["auto", "grpc"])
+@pytest.mark.parametrize("transport", ["auto", "tcp", "grpc"])
 async def test_a_byte_altered_in_the_arena_is_found_and_the_block_is_named(kv, store, attach_to, transport, layer) -> None:
     prefill = await attach_to(store.address, "prefill-0", transport=transport)
     decode = await attach_to(store.address, "decode-0", transport=transport)
@@ -237,12 +237,12 @@ async def test_a_byte_altered_on_the_wire_is_found(kv, store, attach_to, monkeyp
     reader = await decode.fetch("r1", 1, 5)
     fetch = decode._transport.fetch
 
-    def altered(slots, part):
+    def altered(lease_id, slots, part):
         if part.layer == 1:
             data = bytearray(part.data)
             data[-1] ^= 0x80
             part.data = bytes(data)
-        return fetch(slots, part)
+        return fetch(lease_id, slots, part)
 
     monkeypatch.setattr(reader._transport, "fetch", altered)
     with pytest.raises(HandoffCorrupt, match="checksum of block 2 "):
@@ -294,9 +294,9 @@ async def test_a_slice_cut_short_on_the_wire_is_incomplete(kv, store, attach_to,
     reader = await client.fetch("r1", 1, 5)
     fetch = client._transport.fetch
 
-    def cut(slots, part):
+    def cut(lease_id, slots, part):
         part.data = part.data[:-1]
-        return fetch(slots, part)
+        return fetch(lease_id, slots, part)
 
     monkeypatch.setattr(reader._transport, "fetch", cut)
     with pytest.raises(HandoffIncomplete, match="layer 0 of 3 blocks from block 0 came with 767 bytes of 768"):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from halfmoon.kvstore.progress import Progress, SliceCursor, SliceRange
@@ -11,7 +11,6 @@ from halfmoon.protocol.errors import HandoffIncomplete, InvalidRequest
 
 
 @given(st.data(), st.integers(1, 6), st.integers(1, 4), st.integers(1, 3), st.integers(0, 9))
-@settings(deadline=None)
 def test_a_cursor_hands_every_layer_of_every_block_on_once_and_in_order(
     data: st.DataObject, num_blocks: int, num_layers: int, max_blocks: int, max_rows: int
 ) -> None:

@@ -36,7 +36,10 @@ from halfmoon.kvstore.client import StoreClient
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.config import StoreConfig
 from halfmoon.protocol.schema import KVSchema
+from halfmoon.kvstore import store
 from halfmoon.protocol.v1 import common_pb2
+
+store.READ_BYTES = 1  # a slice is one layer of one block, and a copy many slices
 
 async def main():
     schema = KVSchema(model_fingerprint="f" * 16, dtype="float32", num_layers=3, num_kv_heads=2, head_dim=4, block_size=4)
@@ -336,7 +339,7 @@ def shared(held: dict[str, int], chain: str, num_blocks: int) -> int:
     num_leased=st.integers(0, 5),
     asked=st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 7)), min_size=1, max_size=5),
 )
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_whatever_stands_where_copies_are_leading_runs_of_the_right_bytes(kv, there, here, num_leased, asked) -> None:
     async def scenario() -> None:
         stores = [StoreServer(StoreConfig(arena_bytes=8 * kv.schema.block_bytes), node_id=kv.node) for _ in range(2)]

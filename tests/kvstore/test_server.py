@@ -13,6 +13,7 @@ from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.config import StoreConfig
 from halfmoon.protocol.errors import ConfigError, InvalidRequest, SchemaMismatch, WorkerLost
 from halfmoon.protocol.metrics import IDENTITY_LABELS
+from halfmoon.protocol.v1 import common_pb2, kvstore_pb2
 
 
 async def scrape(address: str) -> dict[str, float]:
@@ -33,7 +34,7 @@ async def scrape(address: str) -> dict[str, float]:
     return found
 
 
-async def test_metrics_tell_what_the_books_say(kv, store, attach_to) -> None:
+async def test_metrics_show_what_the_lease_manager_counts(kv, store, attach_to) -> None:
     address = store.serve_metrics("127.0.0.1", "tiny")
     client = await attach_to(store.address, "prefill-0")
     await kv.cache(client, "a", 8)
@@ -98,3 +99,13 @@ async def test_a_schema_without_a_size_is_refused(kv, store, attach_to) -> None:
     with pytest.raises(InvalidRequest, match="blocks have no size"):
         await attach_to(store.address, "c", schema=dataclasses.replace(kv.schema, num_layers=0))
     await attach_to(store.address, "c")
+
+
+@pytest.mark.parametrize("fields_json", ["{", "[]", "7", '{"message": "x"}', "[" * 100_000])
+async def test_a_reason_that_is_none_is_the_callers_fault(store, attach_to, fields_json, caplog) -> None:
+    client = await attach_to(store.address, "prefill-0")
+    reason = common_pb2.Error(code="worker_lost", message="gone", fields_json=fields_json)
+    request = kvstore_pb2.AbortRequest(handoff=common_pb2.HandoffId(id="r", epoch=1), reason=reason)
+    with pytest.raises(InvalidRequest, match="fields_json"):
+        await client._connection.call(client._connection.stub.Abort, request)
+    assert [record for record in caplog.records if record.exc_info] == []

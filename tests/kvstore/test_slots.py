@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from halfmoon.kvstore.slots import SlotAllocator
@@ -12,7 +12,6 @@ steps = st.lists(st.tuples(st.sampled_from(["allocate", "pin", "unpin", "retain"
 
 
 @given(steps)
-@settings(deadline=None)
 def test_leased_cached_and_free_add_up_after_every_step(todo: list[tuple[str, int]]) -> None:
     slots = SlotAllocator(5)
     pins, retained = [0] * 5, [False] * 5
@@ -43,7 +42,6 @@ def test_leased_cached_and_free_add_up_after_every_step(todo: list[tuple[str, in
 
 
 @given(st.data())
-@settings(deadline=None)
 def test_slots_come_in_ascending_order_whatever_was_freed_before(data: st.DataObject) -> None:
     slots = SlotAllocator(12)
     for slot in data.draw(st.permutations(slots.allocate(12))):

@@ -32,7 +32,7 @@ def close_slowly(client: StoreClient) -> asyncio.Event:
             waiting.set()
             await asyncio.Event().wait()
 
-    client._connection.spawn(refuse_to_end())
+    client._connection.spawn(refuse_to_end(), "refusing to end")
     return waiting
 
 

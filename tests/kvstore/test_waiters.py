@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from halfmoon.kvstore.streams import WholeWrites
 from halfmoon.kvstore.waiters import Waiters, until_ended
 from halfmoon.protocol.errors import HalfmoonError, HandoffAborted
 
@@ -57,3 +58,32 @@ async def test_work_that_is_done_first_gives_its_result() -> None:
     assert await until_ended(asyncio.sleep(0, "done"), ended) == "done"
     ended.set_result(None)
     assert await until_ended(asyncio.sleep(60, "late"), ended) is None
+
+
+async def test_work_whose_message_is_on_its_way_is_dropped_behind_it() -> None:
+    """gRPC takes no status for a call while a message of it is being written."""
+    written, going, order = asyncio.Event(), asyncio.Event(), list[str]()
+
+    class Stream:
+        async def write(self, message: str) -> None:
+            going.set()
+            await written.wait()
+            order.append(message)
+
+    writes = WholeWrites(Stream())
+
+    async def send() -> None:
+        while True:
+            await writes.write("sent whole")
+
+    ended: asyncio.Future[HalfmoonError | None] = asyncio.get_running_loop().create_future()
+    waiting = asyncio.create_task(until_ended(send(), ended, writes.close))
+    await going.wait()
+    ended.set_result(HandoffAborted("given up"))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not waiting.done()
+    written.set()
+    with pytest.raises(HandoffAborted):
+        await waiting
+    assert order == ["sent whole"]

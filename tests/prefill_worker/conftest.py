@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
@@ -139,6 +140,7 @@ async def make_site(options: ModelOptions, proxy_address: str, worker_views: Any
             store: StoreServer | None = None,
             name: str = "prefill-0",
             flip_pushed_bytes: bool = False,
+            prefix_cache_hbm: bool = True,
             **config: Any,
         ) -> Site:
             if store is None:
@@ -154,7 +156,7 @@ async def make_site(options: ModelOptions, proxy_address: str, worker_views: Any
                     proxy_address=proxy_address,
                 ),
                 role="prefill",
-                options=options,
+                options=dataclasses.replace(options, prefix_cache_hbm=prefix_cache_hbm),
                 prefill=PrefillConfig(**{"max_tokens_per_step": 64, **config}),
                 decode=DecodeConfig(),
             )

@@ -247,7 +247,7 @@ EVENTS = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(num_pages=st.integers(1, 12), budget=st.integers(BLOCK_SIZE, 40), events=st.lists(EVENTS, max_size=60))
 def test_no_page_leaks_and_every_prompt_is_computed_once_and_ends(num_pages: int, budget: int, events: list[tuple]) -> None:
     rig = Rig(num_pages, budget)
@@ -260,7 +260,7 @@ def test_no_page_leaks_and_every_prompt_is_computed_once_and_ends(num_pages: int
         assert rig.computed[sequence] == list(range(sequence.num_tokens))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(lengths=st.lists(st.integers(50, 200), min_size=1, max_size=4), short=st.integers(1, 8), budget=st.integers(8, 64))
 def test_a_short_prompt_is_done_after_its_share_of_steps(lengths: list[int], short: int, budget: int) -> None:
     scheduler = make_scheduler(num_pages=1000, budget=budget)

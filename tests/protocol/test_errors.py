@@ -7,7 +7,16 @@ import grpc
 import pytest
 
 from halfmoon.protocol import errors
-from halfmoon.protocol.errors import ERROR_TYPES, HalfmoonError, InternalError, Overloaded, PromptTooLong, build_error
+from halfmoon.protocol.errors import (
+    ERROR_TYPES,
+    MAX_MESSAGE_LEN,
+    HalfmoonError,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    PromptTooLong,
+    build_error,
+)
 
 
 @pytest.mark.parametrize("error_type", ERROR_TYPES.values(), ids=ERROR_TYPES)
@@ -46,3 +55,14 @@ def test_a_bad_request_is_never_retried_and_a_lost_worker_is() -> None:
     assert not PromptTooLong("x").retryable
     assert errors.WorkerLost("x").retryable and errors.HandoffCorrupt("x").retryable
     assert not errors.NoWorker("x").retryable and not errors.SchemaMismatch("x").retryable
+
+
+def test_a_message_is_cut_where_it_quotes_something_endless() -> None:
+    error = InvalidRequest("x" * 100_000)
+    assert len(error.message) <= MAX_MESSAGE_LEN and error.message.endswith("(100000 characters in all)") and str(error) == error.message
+
+
+@pytest.mark.parametrize("fields_json", ["{", "[]", "7", '"x"', '{"message": "x"}', '{"self": 1}', "[" * 100_000, "null"])
+def test_fields_that_are_none_are_refused_in_words(fields_json: str) -> None:
+    with pytest.raises(InvalidRequest, match="must be an object"):
+        build_error("worker_lost", "gone", fields_json)

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import types
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import grpc.aio
@@ -39,7 +39,7 @@ SCHEMA = KVSchema(model_fingerprint="test", dtype="float32", num_layers=2, num_k
 incarnations = itertools.count(1)
 
 
-def token_at(prompt: list[int], index: int) -> int:
+def token_at(prompt: Sequence[int], index: int) -> int:
     """Output token number `index` of a prompt; never an EOS."""
     return (sum(prompt) * 31 + index * index * 7 + index) % 1000 + 10
 
@@ -79,6 +79,7 @@ class Peer:
         self.roles: list[control_pb2.Role] = []  # that it can take on
         self.taken: list[str] = []
         self.refusal: HalfmoonError | None = None  # of every order
+        self.broken: asyncio.Future[control_pb2.Broken] = asyncio.get_running_loop().create_future()
 
     async def start(self, proxy_address: str) -> None:
         self.server, port = create_server("127.0.0.1", 0)
@@ -99,7 +100,8 @@ class Peer:
             schema=self.schema.to_proto() if self.role != "store" else None,
         )
         self.info = info
-        self.member = asyncio.create_task(stay_joined(proxy_address, info, lambda: self.load, self.joined.set, self._take_role))
+        joining = stay_joined(proxy_address, info, lambda: self.load, self.joined.set, self._take_role, self.broken)
+        self.member = asyncio.create_task(joining)
 
     def register(self, server: grpc.aio.Server) -> None:
         raise NotImplementedError
@@ -108,6 +110,10 @@ class Peer:
         if self.refusal is not None:
             raise self.refusal
         self.taken.append(ROLE_NAMES[role])
+
+    def breaks(self, *request_ids: str) -> None:
+        """It says that it broke, and what it computed then, and leaves; its calls hang."""
+        self.broken.set_result(control_pb2.Broken(reason="the context is gone", request_ids=request_ids))
 
     async def leave(self) -> None:
         """The Join stream ends; the gRPC server lives on."""
@@ -272,6 +278,38 @@ class BothPeer(PrefillPeer, DecodePeer):
         DecodePeer.register(self, server)
 
 
+class UnreadPeer(Peer):
+    """A worker that takes its requests as bytes, and gives every one the single token 9. What reading a long prompt costs stays out."""
+
+    def register(self, server: grpc.aio.Server) -> None:
+        handlers = {
+            "PrefillWorker": {"Prefill": grpc.unary_unary_rpc_method_handler(self._prefill)},
+            "DecodeWorker": {
+                "Decode": grpc.unary_stream_rpc_method_handler(self._decode),
+                "Tokens": grpc.unary_stream_rpc_method_handler(self._tokens),
+            },
+        }
+        server.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler(f"halfmoon.v1.{service}", found) for service, found in handlers.items()]
+        )
+
+    async def _prefill(self, request: bytes, context: Any) -> bytes:
+        self._arrive(request)
+        return worker_pb2.PrefillReply().SerializeToString()
+
+    async def _decode(self, request: bytes, context: Any) -> None:
+        self._arrive(request)
+        state = common_pb2.HandoffState(first_token=common_pb2.TokenOutput(token_id=9))
+        admitted = worker_pb2.DecodeReply.Admitted(state=state)
+        await context.write(worker_pb2.DecodeReply(admitted=admitted).SerializeToString())
+        finished = worker_pb2.DecodeReply.Finished(reason=common_pb2.FINISH_REASON_LENGTH, num_tokens=1)
+        await context.write(worker_pb2.DecodeReply(finished=finished).SerializeToString())
+
+    async def _tokens(self, request: bytes, context: Any) -> None:
+        await context.write(worker_pb2.StepTokens().SerializeToString())
+        await asyncio.Event().wait()
+
+
 class StorePeer(Peer, kvstore_pb2_grpc.KVStoreServicer):
     """An in-memory source of Watch, and the hand-offs' abort."""
 
@@ -329,6 +367,7 @@ class Bench:
         self.prefills: list[PrefillPeer] = []
         self.decodes: list[DecodePeer] = []
         self.boths: list[BothPeer] = []
+        self.unread: list[UnreadPeer] = []
         self._ids = itertools.count(1)
 
     async def start(self) -> None:
@@ -337,15 +376,21 @@ class Bench:
         await self.server.start()
         self.address = f"127.0.0.1:{port}"
 
-    async def add(self, role: str, store: StorePeer | None = None) -> Any:
-        kind, known = {
-            "prefill": (PrefillPeer, self.prefills),
-            "decode": (DecodePeer, self.decodes),
-            "both": (BothPeer, self.boths),
-            "store": (StorePeer, self.stores),
-        }[role]
+    async def add(self, role: str, store: StorePeer | None = None, *, schema: KVSchema = SCHEMA, unread: bool = False) -> Any:
+        """unread: a worker that takes its requests as bytes."""
+        kind, known = (
+            (UnreadPeer, self.unread)
+            if unread
+            else {
+                "prefill": (PrefillPeer, self.prefills),
+                "decode": (DecodePeer, self.decodes),
+                "both": (BothPeer, self.boths),
+                "store": (StorePeer, self.stores),
+            }[role]
+        )
         peer = kind(role, len(known), self.board, store)
         known.append(peer)
+        peer.schema = schema
         await self.join(peer)
         return peer
 
@@ -382,10 +427,10 @@ class Bench:
         return sum(one.value for one in samples if one.name == name and labels.items() <= one.labels.items())
 
     def assert_at_rest(self) -> None:
-        """No request under way, no token in any member's books."""
+        """No request under way, no token assigned to any member."""
         assert (self.router.num_queued, self.router.num_running) == (0, 0)
-        for books in (lambda member: member.assigned, lambda member: member.backlog.assigned):
-            assert {member.id: books(member).num_tokens for member in self.cluster.members.values() if books(member).num_tokens} == {}
+        for assigned in (lambda member: member.assigned, lambda member: member.backlog.assigned):
+            assert {member.id: assigned(member).num_tokens for member in self.cluster.members.values() if assigned(member).num_tokens} == {}
 
 
 async def read(stream: TokenStream) -> tuple[list[int], Finished]:

@@ -10,7 +10,7 @@ import pytest
 
 from halfmoon.protocol.errors import InternalError, InvalidRequest
 from halfmoon.proxy.inference_service import parse_request
-from halfmoon.proxy.request_process import PIECE_LEN, RequestProcess, pack_messages, pack_prompt, unpack_messages, unpack_prompt
+from halfmoon.proxy.request_process import PIECE_LEN, RequestProcess, pack, unpack_messages, unpack_prompts
 from halfmoon.proxy.text.chat_template import ChatMessage
 
 
@@ -23,12 +23,13 @@ async def process() -> AsyncIterator[RequestProcess]:
 
 @pytest.mark.parametrize("prompt", ["", "text 😀", [], [0, 2**32 - 1], list(range(2 * PIECE_LEN + 5))])
 async def test_a_prompt_is_the_same_when_it_is_unpacked(prompt: str | list[int]) -> None:
-    assert await unpack_prompt(pack_prompt(prompt)) == prompt
+    (found,) = unpack_prompts(pack(None, [prompt]))
+    assert (found if isinstance(found, str) else list(found)) == prompt
 
 
 async def test_messages_are_the_same_when_they_are_unpacked() -> None:
-    messages = [ChatMessage("user", str(number)) for number in range(PIECE_LEN // 8 + 5)]
-    assert await unpack_messages(pack_messages(messages)) == messages
+    messages = [ChatMessage("user", str(number)) for number in range(PIECE_LEN + 5)]
+    assert await unpack_messages(pack(None, messages=messages)) == messages
 
 
 async def test_an_error_of_the_tree_arrives_with_its_fields(process: RequestProcess) -> None:

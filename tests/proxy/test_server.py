@@ -69,13 +69,12 @@ async def test_a_fixed_port_is_taken_again_after_a_restart(chat_model_folder: Pa
 def test_a_kept_connection_answers_at_once(face: Any) -> None:
     """Without TCP_NODELAY each reply waits some 40 ms for an ACK."""
     with httpx.Client(base_url=face.http) as http:
-        http.get("/health")
         took_s: list[float] = []
-        for _ in range(20):
+        while min(took_s, default=1.0) >= 0.030:  # an ACK that is waited for delays every one of them
+            assert len(took_s) < 200, took_s
             begun = time.perf_counter()
             assert http.get("/health").status_code == 200
             took_s.append(time.perf_counter() - begun)
-    assert min(took_s) < 0.030  # an ACK that is waited for delays every one of them
 
 
 async def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:

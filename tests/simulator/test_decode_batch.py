@@ -91,7 +91,7 @@ def counted(arrivals: list[Arrival], num_pages: int, max_running: int, rng: rand
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     arrivals=st.lists(st.builds(Arrival, st.integers(0, 40), st.integers(1, 40), st.integers(1, 30)), min_size=1, max_size=12),
     num_pages=st.integers(9, 30),

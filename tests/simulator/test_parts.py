@@ -49,32 +49,32 @@ def test_a_link_is_never_faster_than_its_bandwidth(sizes: list[int], seconds: fl
     assert last >= seconds
 
 
-def test_a_prompt_is_kept_found_again_and_evicted_from_its_end() -> None:
+def test_a_prompt_is_cached_found_again_and_evicted_from_its_end() -> None:
     changes: list[tuple[list[bytes], list[bytes]]] = []
     cache = NodeCache(4, lambda stored, evicted: changes.append((stored, evicted)))
     chain = [key(number) for number in range(3)]
-    cache.keep(chain)
+    cache.insert(chain)
     run = cache.acquire([*chain, key(9)])
     assert len(run.slots) == 3 and run.num_ssd == 0
     cache.release(run)
-    cache.keep([key(7), key(8)])
+    cache.insert([key(7), key(8)])
     assert changes[-2:] == [([], [key(2)]), ([key(7), key(8)], [])]
     assert len(cache.acquire(chain).slots) == 2
 
 
 def test_what_is_pinned_is_not_evicted_and_what_has_no_room_is_left_out() -> None:
     cache = NodeCache(3, lambda stored, evicted: None)
-    cache.keep([key(0), key(1)])
+    cache.insert([key(0), key(1)])
     cache.acquire([key(0), key(1)])
-    cache.keep([key(5), key(6), key(7)])
+    cache.insert([key(5), key(6), key(7)])
     assert len(cache.acquire([key(0), key(1)]).slots) == 2
     assert len(cache.acquire([key(5), key(6)]).slots) == 1
 
 
 def test_room_for_the_end_of_a_chain_is_never_made_by_evicting_its_start() -> None:
     cache = NodeCache(3, lambda stored, evicted: None)
-    cache.keep([key(0), key(1)])
-    cache.keep([key(number) for number in range(5)])
+    cache.insert([key(0), key(1)])
+    cache.insert([key(number) for number in range(5)])
     assert len(cache.acquire([key(number) for number in range(5)]).slots) == 3
 
 
@@ -87,7 +87,7 @@ def test_evicted_blocks_go_to_the_ssd_and_are_found_there_until_it_is_full() -> 
 
     cache = NodeCache(2, change, num_ssd_blocks=2)
     for number in range(6):
-        cache.keep([key(number)])
+        cache.insert([key(number)])
     assert held == {key(number) for number in (2, 3, 4, 5)}
     run = cache.acquire([key(3)])
     assert run.num_ssd == 1 and not run.slots
@@ -103,7 +103,7 @@ def test_what_others_are_told_of_a_node_is_what_it_holds(chains: list[list[int]]
 
     cache = NodeCache(num_blocks, change, num_ssd_blocks=num_ssd)
     for chain in chains:
-        cache.keep([key(number) for number in chain])
+        cache.insert([key(number) for number in chain])
         assert held == {*cache.dram.keys(), *cache.ssd.keys()}
         slots = cache.dram_slots
         assert slots.num_leased == 0 and slots.num_cached + slots.num_free == num_blocks

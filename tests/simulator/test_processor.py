@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from halfmoon.proxy.conductor.predictors import CostModel
@@ -56,7 +56,6 @@ def shared(starts: list[float], seconds: list[float], num_cores: float) -> list[
     return done
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 10), st.integers(1, 10)), min_size=1, max_size=5), st.sampled_from([0.5, 1.0, 1.35, 2.0, 3.0]))
 def test_work_ends_when_its_share_of_the_cores_has_done_it(works: list[tuple[int, int]], num_cores: float) -> None:
     loop, processor = EventLoop(), Processor(num_cores)

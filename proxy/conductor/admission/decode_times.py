@@ -24,10 +24,10 @@ NUM_OF_A_LENGTH = 200  # about so many are remembered of each
 @dataclass(slots=True)
 class DecodeTimes:
     first_s: float = DECODE_S
-    _seen: deque[float] = field(default_factory=deque)
-    _sorted: list[float] = field(default_factory=list)
+    _seen: deque[float] = field(default_factory=deque[float])
+    _sorted: list[float] = field(default_factory=list[float])
     _total_s: float = 0.0
-    _of_length: dict[int, tuple[int, float]] = field(default_factory=dict)  # power of two -> number seen, mean
+    _of_length: dict[int, tuple[int, float]] = field(default_factory=dict[int, tuple[int, float]])  # power of two -> number seen, mean
 
     def observe(self, seconds: float, num_tokens: int) -> None:
         """A request with a prompt of num_tokens has decoded for so long; 0: its prompt is not known."""

@@ -16,15 +16,15 @@ from typing import ClassVar, Self
 
 import numpy as np
 
+from ....protocol.timing.chunk_sizer import token_target_s
 from ..member_state import MemberState
 from ..placement import NO_SLO, PlacementRequest, PrefixHint, Selection, Slo, Snapshot
 from ..pool import Bools, Floats, Pool
 from ..predictors.timing import Predictors
-from ..predictors.waiting import least_step, queue_s, queue_times, step_with
-from ..queue_order import Order
-from .base import Policy, PolicySettings, RoleChange, best_prefix, cached_blocks, cost_by_blocks
+from ..predictors.waiting import least_step, queue_s, queue_times, slowdowns_beside, step_with
+from .base import Policy, PolicySettings, RoleChange, best_prefix, own_blocks
 
-DEFAULT_TPOT_S = 0.1  # where the SLO bounds none
+DEFAULT_TPOT_S = 0.05  # where the SLO bounds none: what workers then size their steps for
 PEAK_FADE = 0.02  # of the distance to the present need, with every rebalance
 
 
@@ -32,7 +32,6 @@ PEAK_FADE = 0.02  # of the distance to the present need, with every rebalance
 class Adaptive(Policy):
     """
     Args:
-        step_share: of the TBT SLO that a step with a prefill chunk may take.
         full_share: of the TBT SLO and of the pages that the decode pool is planned for.
         spare: decode workers' worth of load by which a worker has to be superfluous before it goes back to prefill.
         slack_share: a decode worker prefills while at least so much of a step is free.
@@ -40,7 +39,6 @@ class Adaptive(Policy):
 
     predictors: Predictors
     slo: Slo = NO_SLO
-    step_share: float = 0.92
     full_share: float = 0.90
     spare: float = 0.35
     slack_share: float = 0.4
@@ -51,7 +49,6 @@ class Adaptive(Policy):
     fetches: ClassVar[bool] = True
     weighs_local: ClassVar[bool] = True
     plans_roles: ClassVar[bool] = True
-    order: ClassVar[Order] = "late"
 
     @classmethod
     def create(cls, settings: PolicySettings) -> Self:
@@ -61,17 +58,13 @@ class Adaptive(Policy):
     def roles(self) -> Adaptive:
         return self
 
-    @property
-    def step_target_s(self) -> float:
-        return self.step_share * (self.slo.tpot_s if math.isfinite(self.slo.tpot_s) else DEFAULT_TPOT_S)
-
     def select(self, request: PlacementRequest, candidates: Snapshot) -> Selection:
         pool, block_size = candidates.prefill, candidates.block_size
         holder, best = best_prefix(request, block_size)
-        num_own = np.minimum(pool.held(request.held_blocks), best)
-        slowdowns, blocked = self._slowdowns(pool, self.step_target_s)
+        own_of = own_blocks(request, pool, block_size)
+        slowdowns, blocked = self._slowdowns(pool, request.num_tokens // 2)
         ttfts = queue_times(self.predictors, pool, candidates.now_s)
-        ttfts += cost_by_blocks(num_own, lambda own: self._compute_s(request, own, best, block_size)) * slowdowns
+        ttfts += own_of.costs(lambda own, in_pages: self._compute_s(request, own, in_pages, max(best, own), block_size)) * slowdowns
         ttfts[blocked] = math.inf
         row = int(ttfts.argmin())  # ties go to the first
         prefill, ttft_s = pool[row], float(ttfts[row])
@@ -79,9 +72,11 @@ class Adaptive(Policy):
         decode, tpot_s = (
             (prefill, step_with(self.predictors, prefill, request.num_tokens)) if local else self.select_decode(request, candidates)
         )
-        prefix = PrefixHint(holder, best) if best > cached_blocks(request, prefill, block_size) else None
+        own = int(own_of.held[row])
+        prefix = PrefixHint(holder, best) if best > own else None
         where = "in its own decode batch" if local else f"for {decode.id}"
-        reason = f"{prefill.id} is predicted to give the first token in {ttft_s:.3f} s {where}, behind {best * block_size} cached tokens"
+        num_cached = max(best, own) * block_size
+        reason = f"{prefill.id} is predicted to give the first token in {ttft_s:.3f} s {where}, behind {num_cached} cached tokens"
         return Selection(prefill, decode, reason, prefix, ttft_s, tpot_s)
 
     def select_decode(self, request: PlacementRequest, candidates: Snapshot) -> tuple[MemberState, float]:
@@ -122,19 +117,24 @@ class Adaptive(Policy):
         capacity = members[0].kv_capacity_tokens
         return max(by_time, num_tokens / (self.full_share * capacity) if capacity else 0.0)
 
-    def _compute_s(self, request: PlacementRequest, own: int, best: int, block_size: int) -> float:
-        """Seconds of transfer and prefill on a worker that holds own blocks; it fetches what another holds more."""
+    def _compute_s(self, request: PlacementRequest, own: int, in_pages: int, best: int, block_size: int) -> float:
+        """Seconds of transfer and prefill on a worker that holds own blocks, some in its pages; it fetches what another holds more."""
         block_bytes, transfer = block_size * self.predictors.model.kv_bytes_per_token, self.predictors.transfer
-        transfer_s = transfer.own(own * block_bytes) + transfer.predict((best - own) * block_bytes)
+        transfer_s = transfer.own((own - in_pages) * block_bytes) + transfer.predict((best - own) * block_bytes)
         return transfer_s + self.predictors.prefill.predict(request.num_tokens - best * block_size, best * block_size)
 
-    def _slowdowns(self, pool: Pool, target_s: float) -> tuple[Floats, Bools]:
-        """Of a prefill on each worker, by the batch in its steps; and who should not have one. [workers] each."""
+    def _slowdowns(self, pool: Pool, num_prefix_tokens: int) -> tuple[Floats, Bools]:
+        """Of a prefill on each worker, by the batch in its steps; and who should not have one. [workers] each.
+
+        num_prefix_tokens: that a chunk of the prompt stands behind, on the average.
+        """
         running = pool.num_running > 0
         if not running.any():
             return np.ones(len(pool)), running
+        target_s = token_target_s(self.slo.tpot_s if math.isfinite(self.slo.tpot_s) else DEFAULT_TPOT_S, 0, 0.0)
         slack_s = target_s - self.predictors.step.predict_all(pool.num_running, pool.num_running_tokens)
         capacity = pool.kv_capacity_tokens
         full = (capacity > 0) & (pool.num_outstanding_tokens > self.full_share * capacity)
         blocked = running & pool.roster.in_role("decode") & ((slack_s < self.slack_share * target_s) | full)
-        return np.where(running, target_s / np.maximum(slack_s, 0.1 * target_s), 1.0), blocked
+        slowdowns = slowdowns_beside(self.predictors.step.cost, pool, target_s, num_prefix_tokens)
+        return np.where(running, slowdowns, 1.0), blocked

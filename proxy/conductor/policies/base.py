@@ -18,6 +18,8 @@ from ..pool import Floats, Ints, Pool
 from ..predictors.timing import Predictors
 from ..queue_order import Order
 
+_FAR = 2**31  # more blocks than any request has
+
 
 class PolicySettings(NamedTuple):
     """What a policy may be made of; each takes what it needs."""
@@ -36,11 +38,6 @@ class RoleChange(NamedTuple):
 
 class RolePlanner(Protocol):
     """What a policy offers that gives workers their roles."""
-
-    @property
-    def step_target_s(self) -> float:
-        """What a step with a prefill chunk in it may take."""
-        ...
 
     def select_decode(self, request: PlacementRequest, candidates: Snapshot) -> tuple[MemberState, float]:
         """The decode worker, selected when the prefill begins; and its predicted step with the request."""
@@ -62,7 +59,7 @@ class Policy(ABC):
     """It weighs a decode worker's own prefill against the prefill workers', and so is shown both kinds."""
     plans_roles: ClassVar[bool] = False
     """It changes workers' roles: `roles` is not None."""
-    order: ClassVar[Order] = "edf"
+    order: ClassVar[Order] = "short"
     """Of prefill queues, where nothing else is asked for."""
 
     @classmethod
@@ -85,8 +82,36 @@ def usable_blocks(request: PlacementRequest, num_blocks: int, block_size: int) -
 
 
 def cached_blocks(request: PlacementRequest, member: MemberState, block_size: int) -> int:
-    """Leading blocks that the store on the member's own node spares it."""
-    return usable_blocks(request, request.held_blocks.get(member.store_address, 0), block_size)
+    """Leading blocks that the member's pages or the store on its own node spare it."""
+    num_held = max(request.held_blocks.get(member.store_address, 0), request.page_blocks.get(member.id, 0))
+    return usable_blocks(request, num_held, block_size)
+
+
+def page_blocks(request: PlacementRequest, member: MemberState, block_size: int) -> int:
+    """Of these, those in its pages: nobody has to load them."""
+    return usable_blocks(request, request.page_blocks.get(member.id, 0), block_size)
+
+
+class OwnBlocks(NamedTuple):
+    """Usable leading blocks of a request. [workers] each."""
+
+    held: Ints  # in the worker's pages or its own store
+    in_pages: Ints
+
+    @property
+    def ranks(self) -> Ints:
+        """More where more is held; of equals, where more of it is in pages."""
+        return self.held * _FAR + self.in_pages
+
+    def costs(self, cost: Callable[[int, int], float]) -> Floats:
+        """cost(held, in pages) of each worker, as cost_by_blocks."""
+        return cost_by_blocks(self.ranks, lambda rank: cost(*divmod(rank, _FAR)))
+
+
+def own_blocks(request: PlacementRequest, pool: Pool, block_size: int) -> OwnBlocks:
+    most = usable_blocks(request, _FAR - 1, block_size)
+    held = pool.held(request.held_blocks, request.page_blocks)
+    return OwnBlocks(np.minimum(held, most), np.minimum(pool.in_pages(request.page_blocks), most))
 
 
 def selected_blocks(request: PlacementRequest, selection: Selection, block_size: int) -> int:
@@ -109,8 +134,10 @@ def cost_by_blocks(num_blocks: Ints, cost: Callable[[int], float]) -> Floats:
     first = int(num_blocks[0])
     if (num_blocks == first).all():
         return np.full(len(num_blocks), cost(first))
-    different, rows = np.unique(num_blocks, return_inverse=True)
-    return np.array([cost(entry) for entry in different.tolist()])[rows]
+    different = np.flatnonzero(np.bincount(num_blocks))
+    costs = np.zeros(int(different[-1]) + 1)
+    costs[different] = [cost(entry) for entry in different.tolist()]
+    return costs[num_blocks]
 
 
 def least_outstanding(pool: Pool) -> MemberState:

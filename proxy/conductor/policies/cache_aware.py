@@ -1,6 +1,6 @@
 """cache_aware: where the prompt's last token is computed soonest, counted in tokens to compute.
 
-cost(prefill worker) = tokens ahead of the request + tokens of it that the worker's own store does not hold
+cost(prefill worker) = tokens ahead of the request + tokens of it that neither its pages nor its own store hold
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from ..member_state import MemberState
 from ..placement import PlacementRequest, PrefixHint, Selection, Snapshot
-from .base import Policy, PolicySettings, least_outstanding, usable_blocks
+from .base import Policy, PolicySettings, least_outstanding, own_blocks, usable_blocks
 
 
 @dataclass(slots=True)
@@ -26,11 +26,11 @@ class CacheAware(Policy):
 
     def select(self, request: PlacementRequest, candidates: Snapshot) -> Selection:
         block_size, pool = candidates.block_size, candidates.prefill
-        own = np.minimum(pool.held(request.held_blocks), usable_blocks(request, 2**62, block_size))
-        costs = pool.num_outstanding_tokens - own * block_size
-        # of equal costs the one with the most cached, and of those the first id
-        row = pool.least(np.where(costs == costs.min(), -own, 1))
-        prefill, num_own = pool[row], int(own[row])
+        own = own_blocks(request, pool, block_size)
+        costs = pool.num_outstanding_tokens - own.held * block_size
+        # of equal costs the one with the most cached, most of it in its pages, and of those the first id
+        row = pool.least(np.where(costs == costs.min(), -own.ranks, 1))
+        prefill, num_own = pool[row], int(own.held[row])
         decode = least_outstanding(candidates.decode)
         prefix = _longer_elsewhere(request, prefill, num_own, block_size)
         reason = (

@@ -16,9 +16,14 @@ from typing import ClassVar, Self
 import numpy as np
 
 from ..placement import PlacementRequest, PrefixHint, Selection, Snapshot
+from ..pool import Floats, Pool
 from ..predictors.timing import Predictors
 from ..predictors.waiting import least_step, queue_times, step_with
-from .base import Policy, PolicySettings, best_prefix, cost_by_blocks
+from .base import Policy, PolicySettings, best_prefix, own_blocks
+
+DECODES_ITS_OWN = frozenset({"coupled", "decode"})  # roles that are offered for a prefill only where they decode what they prefill
+NEARLY = 1.1
+NEARLY_S = 0.02
 
 
 @dataclass(slots=True)
@@ -35,11 +40,11 @@ class KvcacheCentric(Policy):
     def select(self, request: PlacementRequest, candidates: Snapshot) -> Selection:
         pool, block_size = candidates.prefill, candidates.block_size
         holder, best = best_prefix(request, block_size)
-        num_own = np.minimum(pool.held(request.held_blocks), best)
+        own_of = own_blocks(request, pool, block_size)
         ttfts = queue_times(self.predictors, pool, candidates.now_s)
-        ttfts += cost_by_blocks(num_own, lambda own: self._compute_s(request, own, best, block_size))
-        row = int(ttfts.argmin())  # ties go to the first
-        prefill, ttft_s, own = pool[row], float(ttfts[row]), int(num_own[row])
+        ttfts += own_of.costs(lambda own, in_pages: self._compute_s(request, own, in_pages, best, block_size))
+        row = self._least(pool, ttfts)
+        prefill, ttft_s, own = pool[row], float(ttfts[row]), int(own_of.held[row])
         used = self._used_blocks(own, best)
         decode = least_step(self.predictors, candidates.decode)  # what is promised to the worker included
         tpot_s = step_with(self.predictors, decode, request.num_tokens)
@@ -49,15 +54,24 @@ class KvcacheCentric(Policy):
             reason += f", of which {(used - own) * block_size} come from {holder}"
         return Selection(prefill, decode, f"{reason}; {decode.id} would step in {tpot_s * 1e3:.0f} ms", prefix, ttft_s, tpot_s)
 
+    def _least(self, pool: Pool, ttfts: Floats) -> int:
+        """The worker with the least predicted first token; ties go to the first. Where who prefills decodes, too, nearly the least will do,
+        and of those the one whose step is the shortest, promises included: idle queues would all else send everything to one."""
+        least_s = float(ttfts.min())
+        if not pool.roster.role_names <= DECODES_ITS_OWN:
+            return int(ttfts.argmin())
+        step_s = self.predictors.step.predict_all(pool.num_requests, pool.num_outstanding_tokens)
+        return int(np.where(ttfts <= least_s * NEARLY + NEARLY_S, step_s, math.inf).argmin())
+
     def _used_blocks(self, own: int, best: int) -> int:
         """Blocks that a worker with own blocks starts behind."""
         ratio = best / own if own else math.inf
         return best if best > own and ratio > self.balancing_threshold else own
 
-    def _compute_s(self, request: PlacementRequest, own: int, best: int, block_size: int) -> float:
-        """Seconds of transfer and prefill on a worker that holds own blocks."""
+    def _compute_s(self, request: PlacementRequest, own: int, in_pages: int, best: int, block_size: int) -> float:
+        """Seconds of transfer and prefill on a worker that holds own blocks, some of them in its pages."""
         block_bytes, transfer = block_size * self.predictors.model.kv_bytes_per_token, self.predictors.transfer
-        used, transfer_s = self._used_blocks(own, best), transfer.own(own * block_bytes)
+        used, transfer_s = self._used_blocks(own, best), transfer.own((own - in_pages) * block_bytes)
         if used > own:
             transfer_s += transfer.predict((best - own) * block_bytes)
         num_cached = used * block_size

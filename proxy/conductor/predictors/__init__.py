@@ -1,7 +1,7 @@
 """Predicted seconds: of a prefill, of a decode step, of a transfer."""
 
+from ....protocol.timing.regression import RecursiveLeastSquares
 from .cost_model import CostModel
-from .regression import RecursiveLeastSquares
 from .timing import HandoffTime, Predictors, PrefillTime, StepTime, TransferTime
 from .waiting import queue_s, step_with
 

@@ -2,15 +2,18 @@
 
 prefill of n new tokens behind a prefix of p     prefill_s + n·per_token_s + n·p·per_token_prefix_s + n²·per_token_squared_s
 decode step of a batch                           step_s + sequences·per_sequence_s + KV tokens·per_kv_token_s
-a step that does both                            the sum
+a step that does both                            the larger of step_s and the prefill's products, and the rest of either
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from ....protocol.timing.step_cost import StepCost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +58,34 @@ class CostModel:
     def step_time(self, num_sequences: int, num_kv_tokens: int) -> float:
         """Seconds of one decode step."""
         return self.step_s + num_sequences * self.per_sequence_s + num_kv_tokens * self.per_kv_token_s
+
+    def mixed_time(self, chunks: Iterable[tuple[int, int]], num_sequences: int, num_kv_tokens: int) -> float:
+        """Seconds of a step with chunks, (new tokens, tokens before them) each, and a token of each of the sequences.
+
+        What a step costs whatever it holds is paid once, however many chunks there are.
+        """
+        num_new, attention_s = 0, 0.0
+        for new, prefix in chunks:
+            num_new += new
+            attention_s += new * (prefix * self.per_token_prefix_s + new * self.per_token_squared_s)
+        if not num_new:
+            return self.step_time(num_sequences, num_kv_tokens)
+        products_s = self.prefill_s + num_new * self.per_token_s
+        if num_sequences:
+            products_s = max(products_s, self.step_s)
+        return products_s + attention_s + num_sequences * self.per_sequence_s + num_kv_tokens * self.per_kv_token_s
+
+    @property
+    def step_cost(self) -> StepCost:
+        """The same, as a worker knows it."""
+        return StepCost(
+            read_s=self.step_s,
+            chunk_s=self.prefill_s,
+            per_token_s=self.per_token_s,
+            per_attention_s=max(self.per_token_prefix_s, 2 * self.per_token_squared_s),
+            per_decode_s=self.per_sequence_s,
+            per_context_s=self.per_kv_token_s,
+        )
 
     @classmethod
     def load(cls, path: Path) -> CostModel:

@@ -11,38 +11,17 @@ import copy
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from ....protocol.timing.regression import RelativeFit
+from ....protocol.timing.step_cost import StepWork
+from ....protocol.timing.step_fit import StepFit
 from ..pool import Floats, Ints
 from .cost_model import CostModel
-from .regression import RecursiveLeastSquares
 
 KI = 1024.0
 ERROR_WINDOW = 0.02  # weight of the newest relative error in the mean
-NOISE = 0.05  # of one measurement, relative
-DOUBT = 1.0  # of a profile's weight, relative
-TRIFLE = 0.02  # of its largest weight: what a weight that the profile has at 0 may be
 MILLI = 1e-3  # milliseconds inside
 OWN_LINK = "shm"
 Link = TypeVar("Link", bound="LinkTime")
-
-
-class RelativeFit:
-    """Least squares of relative errors: a short prefill counts as much as a long one. A profile's weights are its beginning."""
-
-    def __init__(self, weights: list[float]) -> None:
-        least = max(TRIFLE * max(abs(weight) for weight in weights), 1e-6)
-        self._fit = RecursiveLeastSquares(weights, [(DOUBT * max(abs(weight), least) / NOISE) ** 2 for weight in weights])
-
-    @property
-    def weights(self) -> list[float]:
-        return self._fit.weights
-
-    def predict(self, features: tuple[float, ...]) -> float:
-        return self._fit.predict(features)
-
-    def observe(self, features: tuple[float, ...], measured: float) -> float:
-        """Returns measured - predicted, as it was before."""
-        unit = max(measured, 1e-6)
-        return self._fit.observe([feature / unit for feature in features], measured / unit) * unit
 
 
 class ErrorTrack:
@@ -109,11 +88,11 @@ class PrefillTime:
 
 
 class StepTime:
-    """a + b·sequences + c·KV tokens, of one decode step."""
+    """a + b·sequences + c·KV tokens, of one decode step; and as StepCost what a prompt's chunk beside it costs."""
 
     def __init__(self, model: CostModel) -> None:
         self.error = ErrorTrack()
-        self._fit = RelativeFit([model.step_s / MILLI, model.per_sequence_s * 10 / MILLI, model.per_kv_token_s * 100 * KI / MILLI])
+        self._fit = StepFit(model.step_cost)
         self._refresh()
 
     def predict(self, num_sequences: float, num_kv_tokens: float) -> float:
@@ -124,21 +103,20 @@ class StepTime:
         """The same for many workers at once, added up in the same order."""
         return self.base_s + num_sequences * self.per_sequence_s + num_kv_tokens * self.per_kv_token_s
 
-    def observe(self, num_sequences: int, num_kv_tokens: int, measured_s: float) -> None:
-        error_ms = self._fit.observe((1.0, num_sequences / 10, num_kv_tokens / (100 * KI)), measured_s / MILLI)
-        self.error.note(error_ms * MILLI, measured_s)
+    def observe(self, work: StepWork, measured_s: float) -> None:
+        """A step with or without a prompt in it."""
+        self.error.note(measured_s - self.cost.seconds(work), measured_s)
+        self._fit.observe(work, measured_s)
         self._refresh()
 
     def rescale(self, factor: float) -> None:
         """As PrefillTime's."""
-        self._fit = RelativeFit([weight * factor for weight in self._fit.weights])
+        self._fit = StepFit(self.cost.scaled(factor))
         self._refresh()
 
     def _refresh(self) -> None:
-        constant, sequences, tokens = self._fit.weights
-        self.base_s = constant * MILLI
-        self.per_sequence_s = sequences * MILLI / 10
-        self.per_kv_token_s = tokens * MILLI / (100 * KI)
+        self.cost = self._fit.cost
+        self.base_s, self.per_sequence_s, self.per_kv_token_s = self.cost.read_s, self.cost.per_decode_s, self.cost.per_context_s
 
 
 class LinkTime:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from ....protocol.timing.chunk_sizer import LEAST_CHUNK_TOKENS
+from ....protocol.timing.step_cost import StepCost
 from ..member_state import MemberState
 from ..pool import Floats, Pool
 from .timing import Predictors
+
+MOST_CHUNK_TOKENS = 2048  # beside decode tokens: workers' own default
 
 
 def queue_s(predictors: Predictors, member: MemberState, now_s: float) -> float:
@@ -32,3 +36,26 @@ def step_with(predictors: Predictors, member: MemberState, num_tokens: int) -> f
 def least_step(predictors: Predictors, pool: Pool) -> MemberState:
     """Whose predicted step is the shortest, what is promised to it included; the first of equals."""
     return pool[int(predictors.step.predict_all(pool.num_requests, pool.num_outstanding_tokens).argmin())]
+
+
+def slowdowns_beside(cost: StepCost, pool: Pool, target_s: float, num_prefix_tokens: int) -> Floats:
+    """How many times longer than alone a prompt takes in each worker's steps, by the chunks that its batch leaves room for. [workers]
+
+    The chunk is ChunkSizer's, but for its rounding: the largest n at which the read of the weights and the products both stay under
+    what the batch leaves of target_s.
+    """
+    half, each = cost.per_attention_s / 2, num_prefix_tokens * cost.per_attention_s
+    rest_s = pool.num_running * cost.per_decode_s + pool.num_running_tokens * cost.per_context_s
+    left_s = target_s - rest_s
+    sizes = np.minimum(_root(half, each + cost.per_token_s, left_s - cost.chunk_s), _root(half, each, left_s - cost.read_s))
+    sizes = np.clip(sizes, LEAST_CHUNK_TOKENS, MOST_CHUNK_TOKENS)
+    attention_s = sizes * (each + sizes * half)
+    products_s = cost.chunk_s + sizes * cost.per_token_s
+    return (np.maximum(products_s, cost.read_s) + attention_s + rest_s) / (products_s + attention_s)
+
+
+def _root(square: float, linear: float, seconds: Floats) -> Floats:
+    """The x at which square x² + linear x is seconds; 0 where that is below 0."""
+    seconds = np.maximum(seconds, 0.0)
+    below = linear + np.sqrt(linear * linear + 4.0 * square * seconds)  # of the root's other form, which takes a square of 0
+    return 2.0 * seconds / np.maximum(below, 1e-12)

@@ -21,7 +21,7 @@ def test_one_token_a_chunk() -> None:
     assert found.ttft_s == 1.0
     assert found.gaps_s == pytest.approx([0.1, 0.3, 0.1])
     assert found.tpot_s == pytest.approx(0.5 / 3)
-    assert found.tail_tbt_s == pytest.approx(0.3)
+    assert found.tail_itl_s == pytest.approx(0.3)
 
 
 def test_tokens_that_share_a_chunk_came_together_and_their_gaps_are_zero() -> None:
@@ -40,17 +40,17 @@ def test_the_tail_is_the_mean_of_the_longest_tenth_of_gaps() -> None:
     arrivals = [0.0]
     for gap in [0.01] * 27 + [0.5, 0.3, 0.1]:
         arrivals.append(arrivals[-1] + gap)
-    assert sample(arrivals, 31).tail_tbt_s == pytest.approx((0.5 + 0.3 + 0.1) / 3)
+    assert sample(arrivals, 31).tail_itl_s == pytest.approx((0.5 + 0.3 + 0.1) / 3)
 
 
 def test_the_tail_counts_tokens_that_came_together_among_the_gaps() -> None:
     # 40 tokens in 2 chunks: 39 gaps, so the longest 3 are one of 1 s and two of zero
-    assert sample([0.0, 1.0], 40).tail_tbt_s == pytest.approx(1 / 3)
+    assert sample([0.0, 1.0], 40).tail_itl_s == pytest.approx(1 / 3)
 
 
 def test_an_answer_of_one_token_has_a_ttft_and_no_pace() -> None:
     found = sample([0.7], 1)
-    assert (found.ttft_s, found.tpot_s, found.tail_tbt_s, found.gaps_s) == (0.7, None, None, [])
+    assert (found.ttft_s, found.tpot_s, found.tail_itl_s, found.gaps_s) == (0.7, None, None, [])
 
 
 def test_a_sample_comes_back_from_its_plain_values() -> None:

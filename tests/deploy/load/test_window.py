@@ -13,15 +13,15 @@ from halfmoon.deploy.load.window import Progress, run_window
 
 async def test_requests_go_out_when_they_are_due_though_none_has_been_answered(fake, sender_to, request_of) -> None:
     requests = [request_of(index=number, due_s=0.1 * number) for number in range(8)]
-    answered = asyncio.Event()
+    all_sent = asyncio.Event()
 
     def notify(progress: Progress) -> None:
         if progress.num_sent == 8 and not progress.num_ended:
-            answered.set()
+            all_sent.set()
 
     async with fake.FakeServer(lambda body: fake.Script([1.5, 1.6])) as server, sender_to(server.url) as sender:
         window = await run_window(requests, sender, make_balancer("round_robin", 1), notify)
-    assert answered.is_set() and [sample.outcome for sample in window.samples] == ["ok"] * 8
+    assert all_sent.is_set() and [sample.outcome for sample in window.samples] == ["ok"] * 8
     first, last = server.seen[0].read, server.seen[-1].read
     assert (last - first) / 0.7 == pytest.approx(1.0, rel=0.2)
     assert all(sample.late_s >= 0 for sample in window.samples) and window.lag.gaps_s
@@ -34,7 +34,7 @@ async def test_every_request_ends_in_one_class_and_the_samples_are_in_order(fake
     }  # fmt: skip
     lens = [100, 200, 300, 400, 500] * 4
     requests = [request_of(index=n, num_input=length, cancel_after=3 if length == 500 else None) for n, length in enumerate(lens)]
-    async with fake.FakeServer(lambda body: scripts[len(body["prompt"])]) as server, sender_to(server.url, timeout_s=0.5) as sender:
+    async with fake.FakeServer(lambda body: scripts[len(body["prompt"])]) as server, sender_to(server.url, timeout_s=3.0) as sender:
         window = await run_window(requests, sender, make_balancer("round_robin", 1))
     assert [sample.index for sample in window.samples] == list(range(20))
     expected = {100: "ok", 200: "refused", 300: "error", 400: "timed_out", 500: "cancelled"}

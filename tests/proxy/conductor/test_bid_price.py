@@ -93,7 +93,7 @@ def test_where_all_ask_for_the_same_nobody_is_dearer_than_the_others() -> None:
     assert price.prices.prefill > 0.0, "it is left to the predictions of each request"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     lengths=st.lists(st.integers(1, 50_000), min_size=1, max_size=60),
     running=st.integers(0, 200),
@@ -124,7 +124,6 @@ def test_those_below_the_limit_take_no_more_than_is_given_and_a_longer_one_is_ne
 INT32 = st.integers(-(2**31), 2**31 - 1)
 
 
-@settings(deadline=None)
 @given(priority=INT32, other=INT32)
 @example(priority=1024, other=-1075)
 @example(priority=2**31 - 1, other=-(2**31))

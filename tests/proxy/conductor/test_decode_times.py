@@ -4,7 +4,7 @@ import random
 import statistics
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from halfmoon.proxy.conductor.admission.decode_times import NUM_ENOUGH, NUM_SEEN, DecodeTimes
@@ -40,7 +40,6 @@ def test_long_prompts_with_short_answers_are_told_from_short_ones_with_long_answ
     assert times.expected_s(5_000) == pytest.approx(6.0, abs=0.3), "nothing is known of that length: the mean of all"
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0.0, 100.0), st.integers(0, 10**6)), min_size=NUM_ENOUGH, max_size=NUM_SEEN + 50))
 def test_mean_and_median_are_those_of_the_last_seen(seen: list[tuple[float, int]]) -> None:
     times = DecodeTimes()

@@ -48,7 +48,7 @@ instances = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     drawn=instances,
     num_tokens=st.integers(1, 4000),

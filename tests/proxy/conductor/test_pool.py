@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from halfmoon.proxy.conductor.member_state import MemberState
@@ -23,7 +23,6 @@ members = st.lists(
 )  # fmt: skip
 
 
-@settings(deadline=None)
 @given(members, st.data())
 def test_rows_taken_left_out_and_joined_are_the_workers_that_they_were(found: list[MemberState], data: st.DataObject) -> None:
     pool = Pool.of(found)
@@ -40,7 +39,6 @@ def test_rows_taken_left_out_and_joined_are_the_workers_that_they_were(found: li
     assert pool.roster.in_role("decode").tolist() == [member.role == "decode" for member in found]
 
 
-@settings(deadline=None)
 @given(members, st.dictionaries(st.sampled_from("xyzw"), numbers))
 def test_what_stores_hold_is_seen_at_each_worker_beside_them(found: list[MemberState], held: dict[str, int]) -> None:
     expected = [held.get(member.store_address, 0) for member in found]
@@ -49,7 +47,6 @@ def test_what_stores_hold_is_seen_at_each_worker_beside_them(found: list[MemberS
     assert pool.with_held(held).join(pool.with_held(held)).held({}).tolist() == expected * 2
 
 
-@settings(deadline=None)
 @given(members, st.integers(0, 10**6).map(str))
 def test_ties_go_to_the_first_id_and_turns_to_the_next(found: list[MemberState], last: str) -> None:
     pool = Pool.of(found)
@@ -60,7 +57,6 @@ def test_ties_go_to_the_first_id_and_turns_to_the_next(found: list[MemberState],
     assert (row is None) == all(member.id != last for member in found) and (row is None or found[row].id == last)
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6)))
 def test_a_total_is_a_loop_s_sum_to_the_last_bit(values: list[float]) -> None:
     expected = 0.0
@@ -69,7 +65,6 @@ def test_a_total_is_a_loop_s_sum_to_the_last_bit(values: list[float]) -> None:
     assert total(np.array(values)) == expected
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3 * FIRST_SIZE), st.integers(-9, 9)), max_size=400))
 def test_rows_hold_what_a_dict_would(acts: list[Any]) -> None:
     rows: Rows[int] = Rows(np.int64, np.float64)

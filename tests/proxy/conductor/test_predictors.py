@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfmoon.protocol.errors import ConfigError
+from halfmoon.protocol.timing.step_cost import StepWork
 from halfmoon.proxy.conductor.placement import MemberState
 from halfmoon.proxy.conductor.predictors import CostModel, Predictors, RecursiveLeastSquares, queue_s
 
@@ -20,7 +21,7 @@ TRUE = CostModel(
 )  # fmt: skip
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 2**20))
 def test_recursive_least_squares_ends_at_the_ridge_solution_of_all_it_saw(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -56,7 +57,8 @@ def test_wrong_predictors_learn_the_machine_from_its_records_and_know_their_erro
         new, prefix = rng.randint(64, 8000), rng.randint(0, 30_000)
         found.prefill.observe(new, prefix, TRUE.prefill_time(new, prefix) * rng.uniform(0.98, 1.02))
         batch, tokens = rng.randint(1, 64), rng.randint(1000, 600_000)
-        found.step.observe(batch, tokens, TRUE.step_time(batch, tokens) * rng.uniform(0.98, 1.02))
+        work = StepWork(num_decodes=batch, num_context_tokens=tokens)
+        found.step.observe(work, TRUE.step_time(batch, tokens) * rng.uniform(0.98, 1.02))
     assert found.prefill.predict(4000, 10_000) == pytest.approx(TRUE.prefill_time(4000, 10_000), rel=0.05)
     assert found.step.predict(30, 200_000) == pytest.approx(TRUE.step_time(30, 200_000), rel=0.05)
     assert 0.0 < found.prefill.error.mean_relative < 0.1
@@ -82,7 +84,7 @@ def test_a_prefix_in_the_workers_own_store_is_free_until_loading_one_was_seen() 
     assert found.transfer.own(0.0) == 0.0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seconds=st.floats(0.001, 5), prefix=st.integers(0, 10**5))
 def test_the_tokens_that_fit_into_a_time_take_that_time_and_not_more(seconds: float, prefix: int) -> None:
     prefill = Predictors(TRUE).prefill

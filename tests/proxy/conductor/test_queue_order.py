@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from halfmoon.engine.sequence import Sequence
 from halfmoon.prefill_worker.scheduler import PrefillScheduler
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.v1 import common_pb2
-from halfmoon.proxy.conductor.queue_order import GIVE_WAY, queue_order
+from halfmoon.proxy.conductor.queue_order import AGEING, GIVE_WAY, LONGEST_S, queue_order
 
 moments = st.floats(0, 1e5, allow_nan=False)
 
@@ -41,7 +42,51 @@ def test_who_is_too_late_anyway_gives_way_but_not_for_ever(arrival: float, slo: 
     assert found <= queue_order("late", arrival_s=arrival + GIVE_WAY * slo, ttft_slo_s=slo, predicted_ttft_s=0.0)
 
 
-ORDERED = ("fcfs", "edf", "late")
+works = st.floats(0.0, 20.0)
+
+
+@given(arrival=moments, work=works, slo=st.floats(0.1, 60) | st.just(math.inf), predicted=st.none() | st.floats(0, 1e4), later=works)
+def test_the_shortest_goes_first_and_passes_nobody_for_longer_than_his_own_work_allows(
+    arrival: float, work: float, slo: float, predicted: float | None, later: float
+) -> None:
+    def place(arrival_s: float, work_s: float, predicted_s: float | None) -> int:
+        return queue_order("short", arrival_s=arrival_s, ttft_slo_s=slo, predicted_ttft_s=predicted_s, work_s=work_s)
+
+    found = place(arrival, work, predicted)
+    assert place(arrival, min(work, later), predicted) <= found, "of those that came at once"
+    # however short and however urgent: who comes after that goes behind it
+    assert found <= place(arrival + AGEING * work, 0.0, None)
+    assert found <= place(arrival + LONGEST_S, 0.0, None)
+    if math.isfinite(slo) and (predicted is None or predicted <= slo):
+        assert found <= place(arrival + slo, 0.0, None), "and none passes after its first token is due"
+
+
+@given(st.integers(20, 60), st.floats(0.3, 0.95), st.integers(0, 1000))
+def test_a_long_prompt_ends_within_its_bound_under_an_endless_stream_of_short_ones(long: int, load: float, seed: int) -> None:
+    """The prefill workers' own scheduler, a token a step of a second, short prompts at a steady share of what it can do."""
+    rng = random.Random(seed)
+    scheduler = PrefillScheduler(PageAllocator(4000), 1, 1)
+
+    def add(name: str, arrival_s: float, num_tokens: int) -> None:
+        place = queue_order("short", arrival_s=arrival_s, ttft_slo_s=math.inf, work_s=float(num_tokens))
+        scheduler.add(Sequence(name, [1] * num_tokens, num_tokens, SamplingParams(max_tokens=1), queue_order=place))
+
+    add("long", 0.0, long)
+    now, ended = 0, False
+    while not ended:
+        if rng.random() < load:
+            add(f"short {now}", float(now), 1)
+        for sequence in scheduler.start():
+            scheduler.ready(sequence, 0)
+        for sequence in scheduler.record(scheduler.schedule()):
+            scheduler.release(sequence)
+            ended = ended or sequence.request_id == "long"
+        now += 1
+        # all that may pass it has come by then, and can't be more than a token a second
+        assert now <= (AGEING + 1) * long + 1
+
+
+ORDERED = ("fcfs", "edf", "late", "short")
 
 
 @pytest.mark.parametrize("order", ORDERED)

@@ -1,4 +1,4 @@
-"""The proxy's books against a plain model of what was placed and what the worker told."""
+"""The proxy's assigned load against a plain model of what was placed and what the worker reported."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from halfmoon.proxy.members.assigned_load import AssignedLoad
@@ -53,7 +53,7 @@ def test_a_report_puts_right_what_the_clock_took() -> None:
     found.assigned.report(0)
     found.place(1000, 4.0, 7, 10.0)
     found.assigned.report(0)
-    found.assigned.report(800)  # two reports on: the books believe it
+    found.assigned.report(800)  # two reports on: it is believed
     found.report(13.0)
     assert ahead_s(found, 7, 9.0, 13.0) == pytest.approx(4.0 * 0.8), "slower than predicted"
     found.assigned.report(100)
@@ -74,7 +74,6 @@ def test_what_has_ended_is_before_nobody() -> None:
 Act = tuple[str, int, int]
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["place", "end", "report", "pass"]), st.integers(0, 60), st.integers(0, 3)), max_size=50))
 def test_no_history_makes_less_than_nothing_left_or_more_than_was_placed(acts: list[Act]) -> None:
     found, now_s = backlog(shares=False), 0.0
@@ -97,7 +96,6 @@ def test_no_history_makes_less_than_nothing_left_or_more_than_was_placed(acts: l
             assert waits_s <= sum(task.seconds for task in tasks if task.order[0] <= limit) + 1e-9
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["place", "end", "report", "pass"]), st.integers(0, 60), st.integers(0, 3)), max_size=60))
 def test_the_table_tells_of_every_worker_what_its_own_tasks_add_up_to(acts: list[Act]) -> None:
     table, now_s = TaskTable(), 0.0

@@ -113,7 +113,7 @@ async def test_observers_hear_of_an_end_once_unless_they_left(cluster: Cluster) 
     assert heard == ["one prefill-0"]
 
 
-async def test_prefill_load_follows_reports_and_decode_load_the_books(cluster: Cluster) -> None:
+async def test_prefill_load_follows_reports_and_decode_load_what_was_assigned(cluster: Cluster) -> None:
     prefill = cluster.join(info("prefill-0"), NO_LOAD)
     decode = cluster.join(info("decode-0"), NO_LOAD)
     prefill.assigned.place(1000)

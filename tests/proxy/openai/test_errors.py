@@ -76,6 +76,10 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     ("/v1/completions", {"prompt": "x", "timeout": float("inf")}, "timeout", "timeout is inf; it must be a number of seconds"),
     ("/v1/completions", {"prompt": "x", "timeout": 1e18}, "timeout", r"timeout is 1e\+18; it must be .* at most 604800 \(7 days\)"),
     ("/v1/completions", {"prompt": "x", "top_p": 0}, "top_p", "above 0"),
+    ("/v1/completions", {"prompt": "x", "top_p": 1e-300}, "top_p", "top_p is 1e-300, which is 0.0 in fp32; it must be above 0"),
+    ("/v1/completions", {"prompt": "x", "top_p": 1e-46}, "top_p", "0.0 in fp32"),
+    ("/v1/completions", {"prompt": "x", "repetition_penalty": 1e-300, "top_p": 0.9}, "repetition_penalty", "at least 0.01"),
+    ("/v1/completions", {"prompt": "x", "repetition_penalty": 1e-38}, "repetition_penalty", "at least 0.01"),
     ("/v1/completions", {"prompt": "x", "n": 0}, "n", "n is 0; it must be at least 1 and at most 128"),
     ("/v1/completions", {"prompt": "x", "n": True}, "n", "n is True"),
     ("/v1/completions", {"prompt": "x", "logprobs": 21}, "logprobs", "^logprobs is 21; it must be at least 0"),
@@ -276,3 +280,15 @@ def test_a_bug_amid_a_stream_is_an_event_too(face: Any, http: httpx.Client, monk
     monkeypatch.setattr("halfmoon.proxy.requests.choice_text.StopStrings.push", push)
     *_, last = events(http.post("/v1/completions", json={"prompt": "x", "stream": True}))
     assert last["error"]["code"] == "internal_error" and "ZeroDivisionError" in last["error"]["message"]
+
+
+def test_a_client_that_leaves_before_its_body_has_come_is_no_error(face: Any, http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    host, port = face.http.removeprefix("http://").split(":")
+    for path in ("/v1/completions", CHAT):
+        for sent in (b"", b"{"):
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n".encode() + sent)
+                http.get("/health")  # it has been read by now
+    for _ in range(3):
+        assert http.post("/v1/completions", json={"prompt": "x"}).status_code == 200
+    assert [record.getMessage() for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")] == []

@@ -345,7 +345,7 @@ async def test_leaving_the_openai_clients_stream_ends_the_request(face: Any) -> 
         async for _ in stream:
             break
         await stream.close()
-        assert await asyncio.to_thread(face.workers.cancelled.wait, 1)
+        assert await asyncio.to_thread(face.workers.cancelled.wait, 60)
 
 
 def test_a_logprob_of_minus_infinity_is_json(face: Any, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,5 +372,5 @@ def test_time_to_first_token_counts_from_the_request_s_head_and_not_from_when_it
         yield body[5:]
 
     headers = {"content-type": "application/json"}
-    reply = httpx.post(f"{face.http}/v1/completions", content=slowly(), headers=headers, timeout=10).json()
+    reply = httpx.post(f"{face.http}/v1/completions", content=slowly(), headers=headers, timeout=60).json()
     assert reply["halfmoon"]["phases"][0]["ttft_s"] > 0.4

@@ -114,6 +114,9 @@ class IndexMachine(RuleBasedStateMachine):
         for wanted in (KEYS, KEYS[3:], KEYS[::-1], [KEYS[5]]):
             expected = {store: leading_run(found, wanted) for store, found in there.items()}
             assert self.index.leading_runs(wanted) == {store: run for store, run in expected.items() if run}
+            for stores in (STORES, STORES[1:]):
+                assert self.index.num_held(wanted[0], stores) == sum(wanted[0] in there.get(store, ()) for store in stores)
+        assert self.index.is_held(KEYS[0]) == any(KEYS[0] in held for held in self.held.values())
         if self.clears_at_once or not self.index._retired:
             assert len(self.index) == len(set().union(*self.held.values())), "a block that no store holds is forgotten"
             assert self.index.num_copies == sum(map(len, self.held.values()))
@@ -125,14 +128,14 @@ class IndexMachine(RuleBasedStateMachine):
 
 
 TestIndex: Any = IndexMachine.TestCase
-TestIndex.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestIndex.settings = settings(max_examples=60, stateful_step_count=25)
 
 
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=9), exact_blocks=st.integers(1, 45), num_wanted=st.integers(1, 40),
     promised=st.integers(0, 40),
 )  # fmt: skip
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_bisection_finds_the_ends_that_a_walk_finds(lengths: list[int], exact_blocks: int, num_wanted: int, promised: int) -> None:
     chain = [b"%d" % n for n in range(40)]
     index = PrefixIndex(exact_blocks=exact_blocks)
@@ -171,7 +174,7 @@ def test_stores_that_come_and_go_do_not_widen_the_index() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from(STORES), chains, st.booleans()), max_size=20), st.integers(1, 30))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_full_index_knows_leading_runs_and_never_more_than_its_bound(changes: list[tuple[str, list[bytes], bool]], bound: int) -> None:
     index = PrefixIndex(max_copies=bound)
     held: dict[str, dict[bytes, None]] = {store: {} for store in STORES}
@@ -211,7 +214,6 @@ def test_a_promise_to_a_store_that_nothing_is_known_of_is_not_noted() -> None:
     assert index.leading_runs(KEYS) == {} and not index._slots
 
 
-@settings(deadline=None)
 @given(st.sets(st.integers(0, 60)), st.sets(st.integers(0, 60)))
 def test_few_holders_and_many_are_named_alike_through_stores_that_leave(holders: set[int], left: set[int]) -> None:
     index = PrefixIndex()

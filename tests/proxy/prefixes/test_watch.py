@@ -139,7 +139,7 @@ async def test_a_real_store_s_seals_and_evictions_reach_the_index(bench: Any, pe
     client = await StoreClient.attach(address, client_id="test", node_id="elsewhere", schema=schema)
     keys = [bytes([n]) * 16 for n in range(16)]
 
-    async def keep(some: list[bytes]) -> None:
+    async def cache(some: list[bytes]) -> None:
         writer = await client.cache(some, 0)
         for layer in range(schema.num_layers):
             blocks = np.full((len(some), schema.layer_bytes), layer, dtype=np.uint8)
@@ -148,12 +148,12 @@ async def test_a_real_store_s_seals_and_evictions_reach_the_index(bench: Any, pe
 
     try:
         index = index_of(bench)
-        await keep(keys[:4])
+        await cache(keys[:4])
         await settled(lambda: index.leading_runs(keys) == {address: 4})
         num_slots = server.accounting().num_slots
-        await keep(keys[4:8])
+        await cache(keys[4:8])
         await settled(lambda: index.leading_runs(keys) == {address: 8})
-        await keep(keys[8 : 8 + min(num_slots, 8)])  # evicts what is oldest
+        await cache(keys[8 : 8 + min(num_slots, 8)])  # evicts what is oldest
         await settled(lambda: index.leading_runs(keys) == {} and len(index) == min(num_slots, 8))
         bench.cluster.leave(member, member.stream)
         assert len(index) == 0

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from prometheus_client import CollectorRegistry
 
+from halfmoon.protocol.timing.step_cost import StepWork, attention_of
 from halfmoon.protocol.v1 import common_pb2, control_pb2
 from halfmoon.proxy.conductor.predictors import CostModel, Predictors
 from halfmoon.proxy.conductor.predictors.outlier_filter import OutlierFilter
@@ -138,3 +139,25 @@ def test_a_large_cluster_is_learnt_from_at_a_bounded_rate_from_all_of_its_worker
     assert sum(number > 0 for number in looked_at) > 0.9 * num_workers, "workers that report in step are not passed over"
     for num, tokens in ((1, 2000), (30, 90_000), (64, 200_000)):
         assert predictors.step.predict(num, tokens) == pytest.approx(truth.step_time(num, tokens), rel=0.05)
+
+
+@pytest.mark.parametrize("factor", [0.7, 1.3])
+def test_mixed_steps_correct_what_a_chunk_beside_a_batch_costs(factor: float) -> None:
+    """What the Conductor judges local prefill by. It begins 30 % off, and sees nothing but steps that do both."""
+    rng, truth = random.Random(5), dataclasses.replace(Predictors.guess().model, per_token_s=2e-5, step_s=5e-3, per_sequence_s=1e-5)
+    predictors = Predictors(dataclasses.replace(truth, per_token_s=truth.per_token_s * factor))
+    clock, nobody = [0.0], cast("Any", None)
+    learner = Learner(predictors, ProxyMetrics(CollectorRegistry()), clock=lambda: clock[0])
+    for _ in range(40):
+        clock[0] += 1.0
+        load = control_pb2.MemberLoad()
+        for _ in range(10):
+            num, new, prefix = rng.randint(1, 30), rng.choice((256, 512, 1024)), rng.randint(0, 8000)
+            tokens = num * rng.randint(500, 8000)
+            seconds = truth.mixed_time([(new, prefix)], num, tokens) * rng.uniform(0.97, 1.03)
+            attention = attention_of(new, prefix)
+            load.steps.add(num_sequences=num, num_kv_tokens=tokens, num_prefill_tokens=new, prefill_attention=attention, seconds=seconds)
+        learner.reported(nobody, load)
+    for new in (256, 1024):
+        work = StepWork(new, attention_of(new, 4000), 16, 60_000)
+        assert predictors.step.cost.seconds(work) == pytest.approx(truth.mixed_time([(new, 4000)], 16, 60_000), rel=0.07)

@@ -45,7 +45,7 @@ def conductor(local_prefill: Any, policy: str = "cache_aware") -> Conductor:
     excluded=st.sets(st.sampled_from(["prefill-0.1", "prefill-1.1", "decode-0.1", "decode-1.1"])),
     held=st.dictionaries(st.sampled_from(["store-0", "store-1", "store-7"]), st.integers(1, 5)),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_decode_worker_prefills_exactly_when_it_must_and_may(
     policy: str, local_prefill: str, num_prefill: int, loads: list[int], excluded: set[str], held: dict[str, int]
 ) -> None:
@@ -98,7 +98,7 @@ async def test_one_call_gives_the_tokens_and_a_phase_record_of_one_worker(make_b
     record = finished.phases
     assert (record.prefill_worker, record.decode_worker, record.transport) == ("decode-0", "decode-0", "local")
     assert (record.prefill_queue_s, record.prefix_load_s, record.prefill_s, record.push_s) == (0.25, 0.5, 0.75, 0)
-    assert 0 <= record.handoff_wait_s < 0.1 and 0 < record.prefill_done_s <= record.ttft_s
+    assert 0 <= record.handoff_wait_s <= record.ttft_s - record.prefill_done_s and 0 < record.prefill_done_s <= record.ttft_s
     assert finished.usage.num_cached_tokens == 8
     for state, count in (("queued", 1), ("prefill", 1), ("handoff", 0), ("decode", 1), ("done", 1)):
         assert bench.sample("halfmoon_request_transitions_total", state=state) == count

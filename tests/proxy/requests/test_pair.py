@@ -1,4 +1,4 @@
-"""What a booked placement leaves behind at each step of its life."""
+"""What an assigned placement leaves behind at each step of its life."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from halfmoon.proxy.requests.pair import Pair
 
 
-def book(bench: Any) -> Pair:
+def assign(bench: Any) -> Pair:
     router, request = bench.router, bench.request(list(range(50, 71)))
     prompt = router._prompts.encode(request.token_ids)
     return router._dispatcher.place(request, prompt, router.decisions.open(request, router._slo_of(request)))
@@ -19,13 +19,13 @@ def promised(bench: Any, pair: Pair) -> list[str]:
 
 async def test_blocks_stay_promised_once_decode_has_begun_and_not_where_it_never_did(bench: Any) -> None:
     bench.router._index.change(bench.stores[0].address, (), ())
-    given_up, decoded = book(bench), book(bench)
+    given_up, decoded = assign(bench), assign(bench)
     given_up.release()
     assert promised(bench, given_up) == [bench.stores[0].address], "the other still promises them"
     decoded.begin_decode()
     decoded.release()
     assert promised(bench, decoded) == [bench.stores[0].address], "they stand there, or the store will say so itself"
-    third = book(bench)
+    third = assign(bench)
     bench.router._index.withdraw(bench.stores[0].address, third.prompt.keys)
     third.release()
     assert promised(bench, third) == []
@@ -33,7 +33,7 @@ async def test_blocks_stay_promised_once_decode_has_begun_and_not_where_it_never
 
 async def test_each_step_undoes_its_own_part_and_may_be_taken_twice(bench: Any) -> None:
     bench.router._index.change(bench.stores[0].address, (), ())
-    pair, tracker = book(bench), bench.router._placer.load_tracker
+    pair, tracker = assign(bench), bench.router._placer.load_tracker
     prefill, decode = pair.prefill, pair.decode
     assert (prefill.assigned.num_tokens, decode.assigned.num_tokens, len(tracker.arriving.at_s)) == (21, 21, 1)
     for _ in range(2):
@@ -49,10 +49,10 @@ async def test_each_step_undoes_its_own_part_and_may_be_taken_twice(bench: Any) 
 
 
 async def test_a_prefix_on_its_way_counts_until_the_prefill_is_done(bench: Any) -> None:
-    first = book(bench)
+    first = assign(bench)
     first.end_prefill()
     bench.router._index.change(bench.stores[0].address, first.prompt.keys, ())
-    second, third = book(bench), book(bench)
+    second, third = assign(bench), assign(bench)
     assert (first.num_loads, second.num_loads, third.num_loads, third.prefill.num_loads) == (0, 0, 1, 2)
     second.end_prefill()
     third.release()

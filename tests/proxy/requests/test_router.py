@@ -30,10 +30,11 @@ async def within(seconds: float, awaitable: Any) -> Any:
 
 
 async def test_a_request_gets_its_tokens_in_order_and_its_phase_record(bench: Any, peers: Any) -> None:
-    request = bench.request()
+    request, began = bench.request(), time.monotonic()
     stream = bench.router.open(request)
     assert stream.state is RequestState.QUEUED
     token_ids, finished = await within(5, peers.read(stream))
+    elapsed_s = time.monotonic() - began
     assert token_ids == peers.answer(request)
     assert finished.reason == common_pb2.FINISH_REASON_LENGTH
     assert finished.usage == common_pb2.Usage(num_prompt_tokens=10, num_completion_tokens=6, num_cached_tokens=4)
@@ -42,22 +43,23 @@ async def test_a_request_gets_its_tokens_in_order_and_its_phase_record(bench: An
     assert (record.first_decode_s, record.decode_s, record.num_preemptions) == (0.0625, 0.03125, 1)
     assert (record.prefill_worker, record.decode_worker, record.transport) == ("prefill-0", "decode-0", "shm")
     assert (record.num_attempts, record.num_bytes_pushed) == (1, 1000)
-    assert 0 < record.queue_s <= record.prefill_done_s <= record.ttft_s <= record.e2e_s < 5
+    assert 0 < record.queue_s <= record.prefill_done_s <= record.ttft_s <= record.e2e_s <= elapsed_s
     assert record.tpot_s == pytest.approx((record.e2e_s - record.ttft_s) / 5)
     assert stream.state is RequestState.DONE
     bench.assert_at_rest()
 
 
 async def test_both_legs_carry_the_request_its_deadline_and_the_same_hand_off(bench: Any, peers: Any) -> None:
-    request = bench.request(timeout_s=9.0)
+    request, began = bench.request(timeout_s=600.0), time.monotonic()
     await within(5, peers.read(bench.router.open(request)))
+    elapsed_s = time.monotonic() - began
     (prefill,), (decode,) = bench.prefills[0].requests, bench.decodes[0].requests
     assert prefill.sequence == decode.sequence and prefill.handoff == decode.handoff
     assert prefill.store_address == bench.stores[0].address
     assert prefill.handoff.epoch == 1 and prefill.handoff.id
     sequence = prefill.sequence
     assert list(sequence.token_ids) == request.token_ids and sequence.num_prompt_tokens == 10
-    assert 8 < sequence.deadline_s <= 9 and sequence.request_id == request.request_id and sequence.sampling.seed == 7
+    assert 600 - elapsed_s <= sequence.deadline_s <= 600 and sequence.request_id == request.request_id and sequence.sampling.seed == 7
 
 
 async def test_every_number_is_observed_once_and_is_the_record_s(bench: Any, peers: Any) -> None:
@@ -429,7 +431,7 @@ async def test_draining_admits_no_more_and_waits_for_the_last(bench: Any, peers:
     gate = asyncio.Event()
     bench.decodes[0].before_token = lambda index: gate.wait() if index == 1 else asyncio.sleep(0)
     reading = asyncio.create_task(peers.read(bench.router.open(bench.request())))
-    draining = asyncio.create_task(bench.router.drain(5))
+    draining = asyncio.create_task(bench.router.drain(600))
     await asyncio.sleep(0.05)
     assert not draining.done()
     with pytest.raises(Draining):

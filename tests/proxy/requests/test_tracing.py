@@ -80,17 +80,17 @@ async def test_no_token_of_prompt_or_answer_is_in_a_span(bench: Any, peers: Any,
 
 async def test_the_trace_goes_to_both_workers_and_to_the_exemplar_of_the_first_token(bench: Any, peers: Any) -> None:
     metadata: dict[str, Any] = {}
-    for peer, name in ((bench.prefills[0], "Prefill"), (bench.decodes[0], "Decode")):
-        stub = getattr(bench.cluster.members[peer.id], f"{peer.role}_worker")
-        call = getattr(stub, name)
+    for peer in (bench.prefills[0], bench.decodes[0]):
+        member, start = bench.cluster.members[peer.id], f"start_{peer.role}"
+        call = getattr(member, start)
 
-        def spied(*arguments: Any, call: Any = call, name: str = name, **more: Any) -> Any:
-            metadata[name] = more["metadata"]
+        def spied(*arguments: Any, call: Any = call, role: str = peer.role, **more: Any) -> Any:
+            metadata[role] = more["metadata"]
             return call(*arguments, **more)
 
-        setattr(stub, name, spied)
+        setattr(member, start, spied)
     await peers.read(bench.router.open(traced(bench.request())))
-    assert metadata == {"Prefill": (("traceparent", CLIENT.header),), "Decode": (("traceparent", CLIENT.header),)}
+    assert metadata == {"prefill": (("traceparent", CLIENT.header),), "decode": (("traceparent", CLIENT.header),)}
     samples = [one for family in bench.registry.collect() for one in family.samples if one.name.startswith("halfmoon_time_to_first_token")]
     assert [one.exemplar.labels for one in samples if one.exemplar] == [{"trace_id": CLIENT.trace_id}]
 

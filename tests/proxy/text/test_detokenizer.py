@@ -20,7 +20,7 @@ def deltas(tokenizer: Tokenizer, token_ids: list[int], context: list[int] | None
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_the_deltas_together_are_the_full_decode_of_any_tokens(data: st.DataObject, chat_tokenizer: Tokenizer) -> None:
     token_id = st.integers(0, chat_tokenizer.vocab_size - 1)
     bits = st.one_of(st.lists(token_id, max_size=6), st.sampled_from(EMOJI.split()).map(lambda text: chat_tokenizer.encode(text)))
@@ -29,7 +29,7 @@ def test_the_deltas_together_are_the_full_decode_of_any_tokens(data: st.DataObje
 
 
 @given(text=st.text(max_size=40))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_valid_text_comes_in_whole_characters(text: str, chat_tokenizer: Tokenizer) -> None:
     token_ids = chat_tokenizer.encode(text.replace("\ufffd", ""), add_special_tokens=False)
     pieces = deltas(chat_tokenizer, token_ids)
@@ -108,7 +108,7 @@ LONE_BYTE, SPLIT_CHARACTERS, SPECIAL = [0xF0], [256], [267]
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_the_deltas_together_are_the_full_decode_of_any_bytes(data: st.DataObject, byte_pieces: Tokenizer) -> None:
     awkward = st.sampled_from([0x41, 0x80, 0x98, 0x9F, 0xBF, 0xC3, 0xE6, 0xED, 0xF0, 0xF4, 0xFF, *range(256, 268)])
     runs = st.lists(st.tuples(st.one_of(awkward, st.integers(0, 267)), st.sampled_from([1, 1, 1, 2, 7])), max_size=25)

@@ -7,6 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+FORGETTING = 0.999  # the last thousand
+NOISE = 0.05  # of one measurement, relative
+DOUBT = 1.0  # of a profile's weight, relative
+TRIFLE = 0.02  # of its largest weight: what a weight that the profile has at 0 may be
+
 
 class RecursiveLeastSquares:
     """After Plackett 1950, in Ljung's form (System Identification, 2nd ed., eq. 11.16). No numpy: four features are forty products.
@@ -17,7 +22,7 @@ class RecursiveLeastSquares:
         forgetting: in (0, 1]; 0.999 remembers the last thousand.
     """
 
-    def __init__(self, weights: Sequence[float], variances: Sequence[float], *, forgetting: float = 0.999) -> None:
+    def __init__(self, weights: Sequence[float], variances: Sequence[float], *, forgetting: float = FORGETTING) -> None:
         if not 0.0 < forgetting <= 1.0 or min(variances) <= 0.0:
             raise ValueError(f"forgetting is {forgetting}, variances {variances}; forgetting must be in (0, 1], variances above 0")
         self.weights = list(weights)
@@ -44,3 +49,24 @@ class RecursiveLeastSquares:
                 row[column] = (row[column] - step * entry) / fade
         self.num_observations += 1
         return error
+
+
+class RelativeFit:
+    """Least squares of relative errors: a short prefill counts as much as a long one. A profile's weights are its beginning."""
+
+    def __init__(self, weights: Sequence[float], *, forgetting: float = FORGETTING) -> None:
+        least = max(TRIFLE * max(abs(weight) for weight in weights), 1e-6)
+        variances = [(DOUBT * max(abs(weight), least) / NOISE) ** 2 for weight in weights]
+        self._fit = RecursiveLeastSquares(weights, variances, forgetting=forgetting)
+
+    @property
+    def weights(self) -> list[float]:
+        return self._fit.weights
+
+    def predict(self, features: Sequence[float]) -> float:
+        return self._fit.predict(features)
+
+    def observe(self, features: Sequence[float], measured: float) -> float:
+        """Returns measured - predicted, as it was before."""
+        unit = max(measured, 1e-6)
+        return self._fit.observe([feature / unit for feature in features], measured / unit) * unit

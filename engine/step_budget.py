@@ -1,0 +1,78 @@
+"""How many prompt tokens a worker's next step may compute: by what its own steps were measured to take.
+
+steps that were run ─► StepFit ─► StepCost ┐
+who decodes next, what waits ──────────────┴─► ChunkSizer ─► tokens
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Seq
+from typing import NamedTuple
+
+from ..protocol.timing.chunk_sizer import LEAST_CHUNK_TOKENS, ChunkSizer
+from ..protocol.timing.step_cost import ChunkWork, StepCost, StepWork, attention_of
+from ..protocol.timing.step_fit import StepFit
+from .sequence import StepChunk
+
+
+class StepLimits(NamedTuple):
+    """What is configured of steps with prompts in them."""
+
+    max_tokens: int  # where nobody decodes
+    max_tokens_beside: int  # where somebody does
+    tpot_target_s: float  # that steps are sized for, of sequences without a TPOT of their own; 0: they bound nothing
+
+
+class DecodeLoad(NamedTuple):
+    """What the next step decodes."""
+
+    decodes: StepWork
+    target_s: float  # that it may take, by the tightest of those who decode; inf: nobody bounds it
+
+
+class StepBudget:
+    """
+    Args:
+        prior: what steps are thought to take, until they are measured.
+        row_counts: see ExecutorFacts.
+    """
+
+    def __init__(self, limits: StepLimits, prior: StepCost, block_size: int, row_counts: Seq[int] = ()) -> None:
+        self.default_tpot_s = limits.tpot_target_s or math.inf
+        self._sizer = ChunkSizer(
+            most=limits.max_tokens,
+            most_beside=limits.max_tokens_beside,
+            least=max(LEAST_CHUNK_TOKENS, block_size),
+            row_counts=row_counts,
+        )
+        self._fit = StepFit(prior)
+
+    @property
+    def cost(self) -> StepCost:
+        return self._fit.cost
+
+    def num_tokens(self, load: DecodeLoad, waiting: Seq[ChunkWork]) -> int:
+        """waiting: in the order in which the step's chunks are taken from it."""
+        return self._sizer.num_tokens(self.cost, load.decodes, load.target_s, waiting)
+
+    def seconds(self, chunks: Seq[StepChunk]) -> float:
+        """Predicted, of a step."""
+        return self.cost.seconds(work_of(chunks))
+
+    def observe(self, chunks: Seq[StepChunk], seconds: float) -> None:
+        """A step was run. To be told before it is recorded: what decodes is told by its sequence's tokens."""
+        self._fit.observe(work_of(chunks), seconds)
+
+
+def work_of(chunks: Seq[StepChunk]) -> StepWork:
+    num_tokens = num_decodes = num_context_tokens = 0
+    attention = 0.0
+    for chunk in chunks:
+        if chunk.is_decode:
+            num_decodes += 1
+            num_context_tokens += chunk.start + 1
+        else:
+            num_tokens += chunk.num_tokens
+            attention += attention_of(chunk.num_tokens, chunk.start)
+    return StepWork(num_tokens, attention, num_decodes, num_context_tokens)

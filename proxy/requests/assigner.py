@@ -1,0 +1,78 @@
+"""Assigns a placement to its members, so that the next placement sees it: on both members, in the prefix index, on the load tracker.
+
+Placement ─► prefill's backlog, decode's tokens, promised blocks, copies of hot prefixes ─► Pair, which undoes it
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+
+from ..conductor.load_tracker import LoadTracker
+from ..conductor.placement import Placement
+from ..conductor.policies.base import page_blocks
+from ..members.cluster import Cluster
+from ..members.member import Member
+from ..prefixes.index import PrefixIndex
+from ..prefixes.replicator import Replicator
+from .decisions import AttemptDecision
+from .pair import Pair
+from .prompt import Prompt
+
+
+class Assigner:
+    def __init__(
+        self, cluster: Cluster, index: PrefixIndex, page_index: PrefixIndex, load_tracker: LoadTracker, replicator: Replicator
+    ) -> None:
+        """index, page_index: as Placer's."""
+        self._cluster = cluster
+        self._index = index
+        self._page_index = page_index
+        self._load_tracker = load_tracker
+        self._replicator = replicator
+
+    def assign(self, placement: Placement, decided: AttemptDecision, prompt: Prompt) -> Pair:
+        """If it raises, nothing stays assigned."""
+        prefill, decode = self._cluster.members[placement.prefill.id], self._cluster.members[placement.decode.id]
+        store = self._cluster.store_at(decode.store_address)
+        assert store is not None  # the snapshot offers no worker without its store
+        tracker = self._load_tracker
+        assignment = decode.assigned.place(decided.asked.num_tokens)
+        pair = Pair(prefill, decode, store, placement, decided, prompt, assignment, prefill.num_loads)
+        with ExitStack() as undo:
+            undo.callback(pair.release)
+            pair.until_released.callback(assignment.end)
+            pair.once_decoding.callback(assignment.begin)
+            self._assign_prefill(pair)
+            self._promise_blocks(pair)
+            tracker.placed(pair, decided.seen.now_s + (placement.ttft_s or 0.0), pair.num_tokens)
+            pair.until_released.callback(tracker.left, pair)
+            pair.once_decoding.callback(lambda: tracker.began(pair, time.monotonic()))
+            self._replicator.placed(prompt.keys)
+            undo.pop_all()
+        return pair
+
+    def _assign_prefill(self, pair: Pair) -> None:
+        decided, num_cached = pair.decided, pair.placement.num_cached_tokens
+        block_size = decided.seen.block_size
+        num_new = pair.num_tokens - num_cached
+        seconds = decided.predictors.prefill.predict(num_new, num_cached)
+        task = pair.prefill.backlog.place(num_new, seconds, pair.queue_order, decided.seen.now_s)
+        pair.until_prefilled.callback(lambda: task.end(time.monotonic()))
+        if num_cached > page_blocks(decided.asked, pair.placement.prefill, block_size) * block_size:  # else nothing is to be loaded
+            pair.prefill.num_loads += 1
+            pair.until_prefilled.callback(_end_load, pair.prefill)
+
+    def _promise_blocks(self, pair: Pair) -> None:
+        """In the store that they are pushed to, and in the prefill worker's own; and in the pages of both workers."""
+        prefill, decode, keys = pair.placement.prefill, pair.placement.decode, pair.prompt.keys
+        holders = [(self._index, address) for address in {prefill.store_address, decode.store_address}]
+        holders += [(self._page_index, worker_id) for worker_id in {prefill.id, decode.id}]
+        for index, holder in holders:
+            index.expect(holder, keys)
+            # kept once decode has begun: the blocks are there, and the holder itself reports any that are not
+            pair.until_decoding.callback(index.withdraw, holder, keys)
+
+
+def _end_load(member: Member) -> None:
+    member.num_loads -= 1

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halfmoon.protocol.timing.step_cost import ChunkWork, StepCost, StepWork, attention_of, with_chunks
+from halfmoon.protocol.timing.step_fit import StepFit
+
+H100 = StepCost(read_s=5.5e-3, chunk_s=2e-3, per_token_s=21e-6, per_attention_s=0.9e-9, per_decode_s=10e-6, per_context_s=40e-9)
+
+
+def steps(num: int, rng: random.Random) -> list[StepWork]:
+    """A third each of chunks alone, decode tokens alone, and both."""
+    found: list[StepWork] = []
+    for number in range(num):
+        num_tokens = rng.choice([64, 256, 512, 1024, 2048]) if number % 3 != 1 else 0
+        num_decodes = rng.randint(1, 64) if number % 3 != 0 else 0
+        context = num_decodes * rng.randint(500, 12_000)
+        found.append(StepWork(num_tokens, attention_of(num_tokens, rng.randint(0, 30_000)), num_decodes, context))
+    return found
+
+
+def worst_error(cost: StepCost, truth: StepCost, seed: int) -> float:
+    works = [work for work in steps(300, random.Random(seed)) if work.num_decodes]
+    return max(abs(cost.seconds(work) / truth.seconds(work) - 1.0) for work in works)
+
+
+@settings(max_examples=15)
+@given(seed=st.integers(0, 10_000), prior=st.floats(0.5, 2.0))
+def test_it_finds_the_costs_of_a_machine_under_noise_and_hiccups(seed: int, prior: float) -> None:
+    rng = random.Random(seed)
+    fit = StepFit(H100.scaled(prior))
+    for work in steps(900, rng):
+        hiccup = rng.uniform(2.0, 6.0) if rng.random() < 0.05 else 1.0
+        fit.observe(work, H100.seconds(work) * rng.gauss(1.0, 0.03) * hiccup)
+    assert worst_error(fit.cost, H100, seed + 1) < 0.12
+
+
+def test_mixed_steps_alone_correct_a_wrong_prefill_half() -> None:
+    """It was 30 % off in both directions: what a worker that never computes a prompt alone would start from."""
+    for factor in (0.7, 1.3):
+        rng = random.Random(3)
+        fit = StepFit(H100._replace(per_token_s=H100.per_token_s * factor, per_attention_s=H100.per_attention_s * factor))
+        for work in steps(600, rng):
+            if work.num_decodes:
+                fit.observe(work, H100.seconds(work) * rng.gauss(1.0, 0.02))
+        assert worst_error(fit.cost, H100, 7) < 0.1
+
+
+def test_one_hiccup_moves_it_by_less_than_three_usual_errors() -> None:
+    fit, work = StepFit(H100), StepWork(num_decodes=16, num_context_tokens=160_000)
+    for _ in range(200):
+        fit.observe(work, H100.seconds(work))
+    fit.observe(work, 50 * H100.seconds(work))
+    assert fit.cost.seconds(work) == pytest.approx(H100.seconds(work), rel=0.1)
+
+
+def test_a_machine_that_became_twice_as_slow_is_followed() -> None:
+    rng = random.Random(1)
+    fit = StepFit(H100)
+    for work in steps(300, rng):
+        fit.observe(work, H100.seconds(work))
+    slow = H100.scaled(2.0)
+    for work in steps(1200, rng):  # half a minute
+        fit.observe(work, slow.seconds(work))
+    assert worst_error(fit.cost, slow, 2) < 0.15
+
+
+def test_what_did_nothing_or_took_no_time_teaches_nothing() -> None:
+    fit = StepFit(H100)
+    fit.observe(StepWork(), 0.1)
+    fit.observe(StepWork(num_decodes=1, num_context_tokens=10), 0.0)
+    assert fit.cost == H100 and fit.num_observations == 0
+
+
+@given(st.lists(st.builds(ChunkWork, st.integers(0, 1000), st.integers(1, 300)), max_size=4), st.integers(1, 1500))
+def test_chunks_are_taken_from_what_waits_in_its_order(waiting: list[ChunkWork], num_tokens: int) -> None:
+    found = with_chunks(StepWork(num_decodes=2, num_context_tokens=9), waiting, num_tokens)
+    pairs, left = 0.0, num_tokens
+    for prefix, num_left in waiting:
+        taken = min(left, num_left)
+        pairs += sum(prefix + at + 0.5 for at in range(taken))
+        left -= taken
+    assert found.num_chunk_tokens == min(num_tokens, sum(one.num_left_tokens for one in waiting))
+    assert found.attention == pytest.approx(pairs)
+    assert found[2:] == (2, 9)

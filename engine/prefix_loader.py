@@ -109,7 +109,8 @@ class PrefixLoader:
         if part is None:
             return num_tokens
         target = sequence.pages[num_tokens // self._pages.schema.block_size]
-        await asyncio.shield(self._spawn(self._copy(part.page, target)))  # to its end, also where this call is cancelled
+        copying = self._spawn(self._copy(part.page, target), f"copying part of a block for {sequence.request_id}")
+        await asyncio.shield(copying)  # to its end, also where this call is cancelled
         return num_tokens + part.num_tokens
 
     async def _copy(self, source: int, target: int) -> None:

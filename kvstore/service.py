@@ -15,6 +15,7 @@ from ..protocol.errors import HalfmoonError, InvalidRequest, build_error
 from ..protocol.grpc_errors import error_from_proto, unary_boundary
 from ..protocol.v1 import kvstore_pb2, kvstore_pb2_grpc
 from .handoff import HandoffId, Lease
+from .malloc import keep_pages
 from .replication import Replication
 from .sessions import Session
 from .store import Store
@@ -82,6 +83,8 @@ class KVStoreService(kvstore_pb2_grpc.KVStoreServicer):
     @unary_boundary
     async def Fetch(self, request: kvstore_pb2.FetchRequest, context: Context) -> None:
         deadline = asyncio.get_running_loop().time() + max(0.0, request.deadline_s)
+        if not request.without_data:
+            keep_pages()  # slices go as messages
         lease = await self._store.open_fetch(request, deadline)
         try:
             ending = self._store.ending(lease.lease_id)

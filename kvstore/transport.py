@@ -17,6 +17,7 @@ from ..protocol.errors import HandoffIncomplete
 from ..protocol.v1 import kvstore_pb2
 from .arena import ArenaMap
 from .block_rows import BlockRows
+from .malloc import keep_pages
 
 TransportName = Literal["shm", "tcp", "grpc"]
 TransportChoice = Literal["auto", "tcp", "grpc"]
@@ -106,6 +107,7 @@ class GrpcTransport:
 
     def __init__(self, layer_bytes: int) -> None:
         self._layer_bytes = layer_bytes
+        keep_pages()
 
     def push(self, lease_id: str, slots: Sequence[int], layer: int, first_block: int, blocks: np.ndarray) -> Iterator[Piece]:
         for start, stop in pieces(blocks, MESSAGE_BYTES):

@@ -83,7 +83,7 @@ def test_goodput_is_the_speed_at_which_attainment_falls_below_the_level(small_co
     requests = talk(300, 1, gap_s=1.0).requests
     trace = Trace("talk", "", tuple(requests))
     search = GoodputSearch(trace, ReplayOptions(), tolerance=0.05)
-    scenario = Scenario(cost=small_cost, num_prefill=1, num_decode=1, slo=Slo(6.0, 0.1))
+    scenario = Scenario(cost=small_cost, num_prefill=1, num_decode=1, order="fcfs", slo=Slo(6.0, 0.1))
     found = search.search(scenario, 1.0)
     assert found.speed > 0.1
     assert search.attainment(scenario, found.speed * 0.85) >= 0.9

@@ -104,8 +104,11 @@ class OwnBlocks(NamedTuple):
         return self.held * _FAR + self.in_pages
 
     def costs(self, cost: Callable[[int, int], float]) -> Floats:
-        """cost(held, in pages) of each worker, as cost_by_blocks."""
-        return cost_by_blocks(self.ranks, lambda rank: cost(*divmod(rank, _FAR)))
+        """cost(held, in pages) of each worker, asked once for each different pair."""
+        if not self.in_pages.any():
+            return cost_by_blocks(self.held, lambda held: cost(held, 0))
+        different, rows = np.unique(self.ranks, return_inverse=True)
+        return np.array([cost(*divmod(rank, _FAR)) for rank in different.tolist()])[rows]
 
 
 def own_blocks(request: PlacementRequest, pool: Pool, block_size: int) -> OwnBlocks:

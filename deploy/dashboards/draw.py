@@ -148,7 +148,7 @@ def _legend(target: dict[str, Any], labels: dict[str, str]) -> str:
 def _unit(defaults: dict[str, Any]) -> Callable[[float], str]:
     unit = defaults.get("unit", "short")
     if unit == "percentunit":
-        return lambda value: f"{value * 100:.3g} %"
+        return lambda value: f"{value * 100:,.0f} %" if abs(value) >= 10 else f"{value * 100:.3g} %"
     if unit == "s":
         return lambda value: f"{value:.3g} s" if abs(value) >= 1 else f"{value * 1e3:.3g} ms"
     suffix = {"reqps": "/s", "bytes": "B", "Bps": "B/s", "flops": "FLOP/s"}.get(unit, "")

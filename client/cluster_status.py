@@ -38,6 +38,8 @@ class Member:
     num_waiting: int
     num_outstanding_tokens: int
     """Role prefill: still to compute; else of context held."""
+    metrics_address: str
+    """Of its /metrics, "host:port"."""
     kv_usage_ratio: float
     """Share of a worker's pages, or of a store's arena, that is in use."""
 
@@ -109,6 +111,7 @@ def _member(message: control_pb2.StatusReply.Member) -> Member:
         id=info.id,
         role=ROLE_NAMES.get(message.role or info.role, "unknown"),
         address=info.address,
+        metrics_address=info.metrics_address,
         node_id=info.node_id,
         device=info.device,
         pid=info.pid,

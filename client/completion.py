@@ -27,6 +27,7 @@ class PhaseRecord:
     prefill_s: float = 0.0
     push_s: float = 0.0
     handoff_wait_s: float = 0.0
+    write_s: float = 0.0
     first_decode_s: float = 0.0
     decode_s: float = 0.0
     ttft_s: float = 0.0

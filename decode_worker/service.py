@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import grpc.aio
 
 from ..protocol.grpc_errors import stream_boundary, unary_boundary
+from ..protocol.log_context import logged
+from ..protocol.trace_context import TraceContext
 from ..protocol.v1 import worker_pb2, worker_pb2_grpc
 from .job import DecodeJob
 from .token_feed import TokenFeeds
@@ -31,7 +33,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     @stream_boundary
     async def Decode(self, request: worker_pb2.DecodeRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[worker_pb2.DecodeReply]:
-        job = self._worker.open(request)
+        with logged(request.sequence.request_id, TraceContext.from_metadata(context.invocation_metadata())):
+            job = self._worker.open(request)  # the tasks that it begins keep it
         call: Any = context  # the stubs ask for a class that grpc does not have
         # a generator that waits in `yield` does not learn that the call has ended; this callback does
         call.add_done_callback(lambda _: self._worker.close(job))

@@ -11,6 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 from ..engine.executor import BlockPush, TokenSample
+from ..engine.model_flops import StepWork
 from ..engine.sequence import Sequence
 from ..engine.step_loop import StepRun
 from ..protocol.errors import HalfmoonError
@@ -32,7 +33,7 @@ class StepOutput(NamedTuple):
 class StepResult(NamedTuple):
     outputs: list[StepOutput]
     seconds: float  # from its launch, or the end of the step it was launched behind
-    num_tokens: int
+    work: StepWork
     preempted: list[Sequence]
     failed: list[tuple[DecodeJob, HalfmoonError]]
 
@@ -66,7 +67,7 @@ class DecodeSteps:
         return []  # its blocks are cached at the end, from the pages
 
     def end(self, part: Step, samples: list[TokenSample], run: StepRun, failed: Mapping[Sequence, HalfmoonError]) -> None:
-        num_tokens = part.num_tokens
+        work = StepWork.of(part.chunks, len(samples))
         self._local.stepped(part, run.seconds_per_token)
         self._samples.note(run.chunks, run.began, run.ended)
         with self._changed:
@@ -76,4 +77,4 @@ class DecodeSteps:
         found = ((self._jobs.get(sequence), row, reason) for sequence, row, reason in generated)
         outputs = [StepOutput(job, samples[row].to_proto(), reason) for job, row, reason in found if job is not None]
         ended = [(job, error) for sequence, error in failed.items() if (job := self._jobs.get(sequence)) is not None]
-        self._tell(partial(self._on_stepped, StepResult(outputs, run.seconds, num_tokens, part.preempted, ended)))
+        self._tell(partial(self._on_stepped, StepResult(outputs, run.seconds, work, part.preempted, ended)))

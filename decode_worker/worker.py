@@ -255,7 +255,7 @@ class DecodeHalf:
         await self._loader.release(job)
 
     def _stepped(self, result: StepResult) -> None:
-        self._worker.metrics.stepped("decode", result.seconds, result.num_tokens)
+        self._worker.metrics.stepped("decode", result.seconds, result.work)
         self._metrics.preempted(len(result.preempted))
         for sequence in result.preempted:
             if sequence in self._jobs:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..protocol.config import ModelOptions, ProxyConfig, StoreConfig
 from ..protocol.load_progress import Numbered
+from ..protocol.log_context import FORMAT, NameRequest
 from ..protocol.membership import stay_joined
 from ..protocol.schema import KVSchema
 from ..protocol.tasks import Tasks, beside
@@ -23,7 +24,9 @@ from ..protocol.v1 import control_pb2
 
 def configure_logging() -> None:
     """Called once in each process, when it starts. Logs go to standard error, which Ray keeps in its session's logs folder."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.addFilter(NameRequest())
+    logging.basicConfig(level=logging.INFO, format=FORMAT, handlers=[handler])
 
 
 class ProxyActor:
@@ -52,13 +55,23 @@ class StoreActor:
     """The node's KV store, as a member of the cluster. start() returns once the proxy knows it."""
 
     def __init__(
-        self, *, store_id: str, node_id: str, host: str, port: int, proxy_address: str, config: StoreConfig, schema: KVSchema
+        self,
+        *,
+        store_id: str,
+        node_id: str,
+        host: str,
+        port: int,
+        proxy_address: str,
+        config: StoreConfig,
+        schema: KVSchema,
+        model_name: str,
     ) -> None:
         from ..kvstore.server import StoreServer
 
         configure_logging()
         self._server = StoreServer(config, node_id=node_id, store_id=store_id, schema=schema)
         self._host, self._port, self._proxy_address = host, port, proxy_address
+        self._model_name = model_name
         self._info = control_pb2.MemberInfo(
             id=store_id, incarnation=uuid.uuid4().hex, role=control_pb2.ROLE_STORE, node_id=node_id, store_id=store_id, pid=os.getpid()
         )
@@ -69,7 +82,7 @@ class StoreActor:
     async def start(self) -> str:
         address = await self._server.start(self._host, self._port)
         self._info.address = self._info.store_address = address
-        self._info.metrics_address = self._server.serve_metrics(self._host)
+        self._info.metrics_address = self._server.serve_metrics(self._host, self._model_name)
         joined = asyncio.Event()
         joining = stay_joined(self._proxy_address, self._info, self._load, joined.set)
         self._tasks.spawn(joining, "its membership", self._end)

@@ -19,6 +19,7 @@ from typing import Any
 
 import grpc.aio
 
+from ..engine.resolve import resolve_name
 from ..engine.worker_life import WorkerAddress
 from ..protocol.address import join_address, split_address
 from ..protocol.channel import open_channel
@@ -221,6 +222,7 @@ class Supervisor:
                 "proxy_address": self.grpc_address,
                 "config": self._spec.config.store,
                 "schema": self._spec.schema,
+                "model_name": resolve_name(self._spec.config.model),
             }
 
         member = Member(placed.member_id, StoreActor, placed.node.node_id, arguments)

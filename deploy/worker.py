@@ -8,7 +8,7 @@ from ..decode_worker.worker import DecodeHalf
 from ..engine.executor import Progress
 from ..engine.local_executor import LocalExecutor
 from ..engine.model_config import ModelConfig
-from ..engine.resolve import resolve_device, resolve_folder, resolve_max_model_len
+from ..engine.resolve import resolve_device, resolve_folder, resolve_max_model_len, resolve_name
 from ..engine.step_budget import StepLimits
 from ..engine.worker import Worker
 from ..engine.worker_life import WorkerAddress
@@ -43,6 +43,7 @@ def make_worker(
     return Worker(
         worker_address,
         role=role,
+        model_name=resolve_name(options),
         load=load,
         transport=config.transport,
         keeps_prefixes=options.prefix_cache_hbm,

@@ -45,6 +45,8 @@ class Engine:
         self.page_size = schema.block_size
         self.device = cache.data.device
         self.max_model_len = max_model_len
+        self.weight_bytes = decoder.weights.num_bytes
+        self.compute_dtype = str(decoder.weights.embed.dtype).removeprefix("torch.")
         self._decoder = decoder
         self._staging = Staging(self.device) if self.device.type == "cuda" else None
         self._graphs: StepGraphs | None = None

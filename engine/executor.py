@@ -20,6 +20,7 @@ import numpy as np
 from ..protocol.errors import HalfmoonError
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import common_pb2
+from .model_flops import ModelFlops
 from .sequence import StepChunk
 from .work_front import WorkFront
 
@@ -37,6 +38,9 @@ class ExecutorFacts:
     max_model_len: int
     num_pages: int
     device: str
+    weight_bytes: int
+    flops: ModelFlops
+    peak_flops: float | None  # of the device, a second; None: not known
     row_counts: tuple[int, ...] = ()
     """Rows that steps with chunks are padded to, ascending; empty: they are not."""
 

@@ -16,6 +16,7 @@ import torch
 from ..protocol.config import ModelOptions
 from .engine import Engine
 from .executor import BlockPush, DeviceLost, ExecutorFacts, InFlightStep, PageTransfer, Progress, StepFailed, TokenSample
+from .model_flops import ModelFlops, peak_flops
 from .page_transfer import LocalPageTransfer, StepPush
 from .sequence import StepChunk
 from .transfer import TransferThread
@@ -33,6 +34,9 @@ class LocalExecutor:
             max_model_len=engine.max_model_len,
             num_pages=engine.cache.num_pages,
             device=str(engine.device),
+            weight_bytes=engine.weight_bytes,
+            flops=ModelFlops.of_model(config),
+            peak_flops=_peak_flops(engine),
             row_counts=engine.row_counts,
         )
         self._pages = LocalPageTransfer(engine.cache, TransferThread(f"{name}-transfer", engine.device, on_crash))
@@ -106,3 +110,9 @@ class LocalExecutor:
                 torch.cuda.empty_cache()  # in other pieces than those that were too few
         except RuntimeError as lost:
             raise DeviceLost(f"{self.engine.device} is lost: {error}") from lost
+
+
+def _peak_flops(engine: Engine) -> float | None:
+    if engine.device.type != "cuda":
+        return None
+    return peak_flops(torch.cuda.get_device_name(engine.device), engine.compute_dtype)

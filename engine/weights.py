@@ -9,7 +9,7 @@ lm_head (or embed_tokens where tied)  ───►    lm_head
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -49,6 +49,12 @@ class DecoderWeights:
     layers: list[LayerWeights]
     norm: torch.Tensor
     lm_head: torch.Tensor  # embed itself where tied
+
+    @property
+    def num_bytes(self) -> int:
+        layers = [getattr(layer, field.name) for layer in self.layers for field in fields(layer)]
+        tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (self.embed, self.norm, self.lm_head, *layers) if tensor is not None}
+        return sum(tensors.values())
 
 
 def load_weights(

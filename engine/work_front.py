@@ -39,6 +39,11 @@ class WorkFront:
             self._num_ended += 1
             self._since = self._clock()
 
+    def age_s(self) -> float:
+        """Of the oldest, 0 where nothing is under way."""
+        oldest = self.oldest
+        return 0.0 if oldest is None else self._clock() - oldest.since
+
     @property
     def oldest(self) -> Front | None:
         """None: nothing is under way."""

@@ -24,6 +24,7 @@ from ..protocol.address import join_address
 from ..protocol.blocks import root_key
 from ..protocol.channel import create_server
 from ..protocol.errors import InvalidRequest, WorkerLost
+from ..protocol.exporter import Identity, ProcessMetrics
 from ..protocol.membership import REPORT_INTERVAL_S
 from ..protocol.roles import ROLE_NAMES, ROLE_NUMBERS, WORKER_ROLES, WorkerRole, decodes, prefills
 from ..protocol.timing.step_cost import StepCost
@@ -99,6 +100,7 @@ class Worker:
 
     Args:
         role: that it starts with.
+        model_name: for its metrics.
         load: makes the executor, in a thread.
         keeps_prefixes: pages stay after their sequence, found by block key, until others need them.
     """
@@ -108,6 +110,7 @@ class Worker:
         worker_address: WorkerAddress,
         *,
         role: WorkerRole,
+        model_name: str,
         load: LoadExecutor,
         transport: TransportChoice,
         keeps_prefixes: bool = True,
@@ -118,6 +121,7 @@ class Worker:
         self.worker_id = worker_address.worker_id
         self.life = WorkerLife(worker_address, self._fail_all)
         self.role: WorkerRole = role
+        self._model_name = model_name
         self.prefill = prefill
         self.decode = decode
         self.changed = threading.Condition()  # guards the schedulers; notified when there may be a step
@@ -136,7 +140,7 @@ class Worker:
         self.executor, self.allocator, self._step_cost = await life.load(self._load)
         facts = self.facts = self.executor.facts
         self.root = root_key(facts.schema.fingerprint)
-        self.metrics = WorkerMetrics()
+        self.metrics = WorkerMetrics(facts.flops)
         self.stores = Stores(
             worker_address.store_address,
             client_id=self.worker_id,
@@ -152,6 +156,7 @@ class Worker:
         self.steps = self._mount()
         self._step_age = WorkAge(self.steps.front, MOST_GAPS * REPORT_INTERVAL_S)
         self._transfer_age = WorkAge(self.executor.pages.front, MOST_GAPS * REPORT_INTERVAL_S)
+        self.metrics.watch_engine(facts, self.allocator, self.steps.front.age_s)
         self._take_role(self.role)
         self.steps.start()
         server, port = create_server(worker_address.host, 0)
@@ -162,7 +167,8 @@ class Worker:
         life.tend(self.stores.own.stay_attached(), "staying attached to its store")
         prefixes = self.allocator.prefixes
         feed = PrefixFeed(prefixes.changes, self.changed) if prefixes is not None else None
-        await life.serve(server, self.metrics.registry, self._info(), self.load, self._obey, feed)
+        served = ProcessMetrics(self.metrics.registry, self._identity)
+        await life.serve(server, served, self._info(), self.load, self._obey, feed)
         return self.address
 
     async def serve_until_stopped(self) -> None:
@@ -237,6 +243,9 @@ class Worker:
             if takes:
                 self.metrics.watch(name, half.scheduler)
             half.take_role(role)
+
+    def _identity(self) -> Identity:
+        return Identity(self.worker_id, self.role, self._model_name)
 
     def _info(self) -> control_pb2.MemberInfo:
         facts = self.facts

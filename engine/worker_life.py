@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import grpc.aio
-from prometheus_client import CollectorRegistry
+from prometheus_client.registry import Collector
 
 from ..protocol.errors import WorkerLost
 from ..protocol.exporter import serve_metrics
@@ -77,7 +77,7 @@ class WorkerLife:
     async def serve(
         self,
         server: grpc.aio.Server,
-        registry: CollectorRegistry,
+        metrics: Collector,
         info: control_pb2.MemberInfo,
         load: Callable[[], control_pb2.MemberLoad],
         take_role: Callable[[control_pb2.Role], None],
@@ -91,7 +91,7 @@ class WorkerLife:
         """
         self._server = server
         worker_address = self.worker_address
-        metrics_address, self._stop_metrics = serve_metrics(registry, worker_address.host)
+        metrics_address, self._stop_metrics = serve_metrics(metrics, worker_address.host)
         ours = control_pb2.MemberInfo(
             id=worker_address.worker_id,
             incarnation=uuid.uuid4().hex,

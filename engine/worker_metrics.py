@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry
 
 from ..protocol import metrics
 from ..protocol.exporter import counter, gauge, histogram
+from .executor import ExecutorFacts
+from .model_flops import ModelFlops, StepWork
 from .page_allocator import PageAllocator
 
 
 class Queue(Protocol):
     """A scheduler."""
-
-    allocator: PageAllocator
 
     @property
     def num_running(self) -> int: ...
@@ -24,13 +25,19 @@ class Queue(Protocol):
 
 
 class WorkerMetrics:
-    def __init__(self) -> None:
+    def __init__(self, model_flops: ModelFlops) -> None:
         self.registry = CollectorRegistry()
+        self._model_flops = model_flops
         self._running = gauge(metrics.NUM_REQUESTS_RUNNING, self.registry)
         self._waiting = gauge(metrics.NUM_REQUESTS_WAITING, self.registry)
         self._usage = gauge(metrics.KV_CACHE_USAGE, self.registry)
+        self._capacity = gauge(metrics.KV_CACHE_CAPACITY, self.registry)
+        self._memory = gauge(metrics.ENGINE_MEMORY, self.registry)
+        self._flops = counter(metrics.MODEL_FLOPS, self.registry)
+        self._oldest_step = gauge(metrics.OLDEST_STEP_AGE, self.registry)
         self._step_seconds = histogram(metrics.STEP_SECONDS, self.registry)
         self._step_tokens = counter(metrics.STEP_TOKENS, self.registry)
+        self._step_sequences = histogram(metrics.STEP_SEQUENCES, self.registry)
         self._failed = counter(metrics.SEQUENCES_FAILED, self.registry)
         self._transfer_bytes = counter(metrics.KV_TRANSFER_BYTES, self.registry)
         self._transfer_seconds = histogram(metrics.KV_TRANSFER_SECONDS, self.registry)
@@ -45,14 +52,26 @@ class WorkerMetrics:
         """
         self._running.labels(half).set_function(lambda: queue.num_running)
         self._waiting.labels(half).set_function(lambda: queue.num_waiting)
-        self._usage.labels(half).set_function(lambda: queue.allocator.usage_ratio)
         self._step_seconds.labels(half)
         self._step_tokens.labels(half)
+        self._step_sequences.labels(half)
 
-    def stepped(self, half: str, seconds: float, num_tokens: int) -> None:
+    def watch_engine(self, facts: ExecutorFacts, allocator: PageAllocator, oldest_step_age_s: Callable[[], float]) -> None:
+        """oldest_step_age_s: called by the scraping thread, so that a step loop that hangs is seen."""
+        self._usage.set_function(lambda: allocator.usage_ratio)
+        self._oldest_step.set_function(oldest_step_age_s)
+        self._capacity.set(facts.num_pages * facts.page_size)
+        self._memory.labels("weights").set(facts.weight_bytes)
+        self._memory.labels("kv_cache").set(facts.num_pages * facts.schema.block_bytes)
+        if facts.peak_flops is not None:
+            gauge(metrics.DEVICE_PEAK_FLOPS, self.registry).set(facts.peak_flops)
+
+    def stepped(self, half: str, seconds: float, work: StepWork) -> None:
         """seconds: of the whole step, whatever the other half had in it."""
         self._step_seconds.labels(half).observe(seconds)
-        self._step_tokens.labels(half).inc(num_tokens)
+        self._step_tokens.labels(half).inc(work.num_tokens)
+        self._step_sequences.labels(half).observe(work.num_sequences)
+        self._flops.inc(self._model_flops.of_step(work))
 
     def failed(self, half: str, code: str) -> None:
         """A step gave a sequence no token. code: of the error that ended it."""

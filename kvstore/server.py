@@ -15,7 +15,7 @@ import grpc.aio
 
 from ..protocol.channel import create_server
 from ..protocol.config import StoreConfig
-from ..protocol.exporter import serve_metrics
+from ..protocol.exporter import Identity, ProcessMetrics, serve_metrics
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import kvstore_pb2, kvstore_pb2_grpc
 from .arena import Arena
@@ -74,9 +74,11 @@ class StoreServer:
         self.address = f"{host}:{bound}"
         return self.address
 
-    def serve_metrics(self, host: str) -> str:
-        """Serves /metrics on a free port of host; returns "host:port"."""
-        address, self._stop_metrics = serve_metrics(self._running().metrics.registry, host)
+    def serve_metrics(self, host: str, model_name: str) -> str:
+        """Serves /metrics on a free port of host; returns "host:port". model_name: whose KV it holds, for the series' labels."""
+        identity = Identity(self.store_id, "store", model_name)
+        metrics = ProcessMetrics(self._running().metrics.registry, lambda: identity)
+        address, self._stop_metrics = serve_metrics(metrics, host)
         return address
 
     async def stop(self, grace_s: float) -> None:

@@ -7,6 +7,8 @@ from typing import Protocol
 import grpc.aio
 
 from ..protocol.grpc_errors import unary_boundary
+from ..protocol.log_context import logged
+from ..protocol.trace_context import TraceContext
 from ..protocol.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
 
@@ -22,4 +24,5 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
 
     @unary_boundary
     async def Prefill(self, request: worker_pb2.PrefillRequest, context: grpc.aio.ServicerContext) -> worker_pb2.PrefillReply:
-        return worker_pb2.PrefillReply(state=await self._worker.prefill(request))
+        with logged(request.sequence.request_id, TraceContext.from_metadata(context.invocation_metadata())):
+            return worker_pb2.PrefillReply(state=await self._worker.prefill(request))

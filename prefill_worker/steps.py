@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from ..engine.executor import BlockPush, PageTransfer, TokenSample
+from ..engine.model_flops import StepWork
 from ..engine.sequence import Sequence
 from ..engine.step_loop import StepRun
 from ..protocol.errors import HalfmoonError
@@ -21,7 +22,7 @@ from .scheduler import PrefillScheduler, Step
 class PrefillSteps:
     """Args:
     changed: guards the scheduler.
-    tell: runs a call on the event loop. on_stepped: told the seconds and tokens of each step, there. on_failed: of what failed.
+    tell: runs a call on the event loop. on_stepped: told the seconds and the work of each step, there. on_failed: of what failed.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class PrefillSteps:
         pages: PageTransfer,
         changed: threading.Condition,
         tell: Callable[[Callable[[], None]], None],
-        on_stepped: Callable[[float, int], None],
+        on_stepped: Callable[[float, StepWork], None],
         on_failed: Callable[[PrefillJob, HalfmoonError], None],
     ) -> None:
         self._scheduler = scheduler
@@ -62,7 +63,7 @@ class PrefillSteps:
             if job is not None and sequence not in failed:
                 job.sample, job.sampled = sample, run.ended
                 done.append(job)
-        num_tokens = part.num_tokens
+        work = StepWork.of(part.chunks, len(samples))
         with self._changed:
             for sequence in failed:
                 self._scheduler.abort(sequence)
@@ -72,4 +73,4 @@ class PrefillSteps:
                 self._tell(partial(self._on_failed, job, error))
         for job in done:
             self._pages.when_landed(job.tell_pushed)  # there is no more to push for it
-        self._tell(partial(self._on_stepped, run.seconds, num_tokens))
+        self._tell(partial(self._on_stepped, run.seconds, work))

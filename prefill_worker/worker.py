@@ -14,6 +14,7 @@ from collections.abc import Callable
 import grpc.aio
 
 from ..engine.executor import PageTransfer
+from ..engine.model_flops import StepWork
 from ..engine.sequence import Sequence
 from ..engine.worker import HalfLoad, Worker
 from ..kvstore.client import StoreClient
@@ -204,9 +205,9 @@ class PrefillHalf:
         for job in list(self._jobs.values()):
             job.fail(lost(job.sequence.request_id))
 
-    def _stepped(self, seconds: float, num_tokens: int) -> None:
-        self._worker.metrics.stepped("prefill", seconds, num_tokens)
-        self._worker.prefixes.computed(seconds / max(num_tokens, 1))
+    def _stepped(self, seconds: float, work: StepWork) -> None:
+        self._worker.metrics.stepped("prefill", seconds, work)
+        self._worker.prefixes.computed(seconds / max(work.num_tokens, 1))
         self._worker.start_waiting()
 
     def _failed(self, job: PrefillJob, error: HalfmoonError) -> None:

@@ -154,6 +154,8 @@ class ProxyConfig:
     """Seconds that a worker may be at one copy to or from a store before the proxy leaves it."""
     restart_after_s: float = 30.0
     """Seconds that a worker which was left for a step may go on with it, before it is told to end and is started again."""
+    tracing: Literal["off", "otlp"] = "off"
+    """otlp: spans of each request go to the OpenTelemetry collector that OTEL_EXPORTER_OTLP_ENDPOINT names; needs halfmoon[tracing]."""
     drain_timeout_s: float = 30.0
     """Seconds that running requests have to finish when the proxy stops; after that they are cancelled."""
 

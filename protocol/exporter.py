@@ -1,23 +1,88 @@
-"""MetricSpec -> prometheus_client. The one place that imports it, so that the SDK does without."""
+"""MetricSpec -> prometheus_client. The one place that imports it, so that the SDK does without.
+
+registry ─► ProcessMetrics: worker, role and model_name on every series ─► Prometheus text, or OpenMetrics with exemplars
+"""
 
 from __future__ import annotations
 
+import gzip
+import importlib.metadata
+import platform
 import selectors
 import socket
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from socketserver import ThreadingMixIn
+from typing import NamedTuple
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, disable_created_metrics, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from .address import join_address
-from .metrics import MetricSpec
+from .metrics import BUILD_INFO, MetricSpec
+
+disable_created_metrics()  # a series more for each child, which nobody reads
+
+
+class Identity(NamedTuple):
+    """Whose series they are."""
+
+    worker: str  # the process's id, stable across restarts: proxy, prefill-0, store-0
+    role: str  # that it has now: proxy, store, prefill, decode, both
+    model_name: str
+
+
+class ProcessMetrics(Collector):
+    """What a process serves: its registry, with its identity on every series, and what every process has.
+
+    Args:
+        identity: asked for at each scrape, for a worker's role may change.
+    """
+
+    def __init__(self, registry: CollectorRegistry, identity: Callable[[], Identity]) -> None:
+        self._registry = registry
+        self._identity = identity
+        self._process = CollectorRegistry()
+        ProcessCollector(registry=self._process)
+        gauge(BUILD_INFO, self._process).labels(package_version(), platform.python_version()).set(1)
+
+    def collect(self) -> Iterator[Metric]:
+        identity = self._identity()._asdict()
+        for registry in (self._registry, self._process):
+            for family in registry.collect():
+                named = Metric(family.name, family.documentation, family.type, family.unit)
+                # a label of the same name is the metric's own, and says more
+                named.samples = [sample._replace(labels={**identity, **sample.labels}) for sample in family.samples]
+                yield named
+
+
+class Page(NamedTuple):
+    content: bytes
+    headers: dict[str, str]
+
+
+def render(metrics: Collector, accept: str, accept_encoding: str) -> Page:
+    """/metrics in the format that the scraper asks for: OpenMetrics, which has exemplars, or Prometheus' text; gzip where it may be."""
+    encode, content_type = choose_encoder(accept)
+    content = encode(metrics)
+    headers = {"content-type": content_type}
+    if "gzip" in accept_encoding:
+        content = gzip.compress(content, compresslevel=1)
+        headers["content-encoding"] = "gzip"
+    return Page(content, headers)
+
+
+def package_version() -> str:
+    try:
+        return importlib.metadata.version("halfmoon")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"
 
 
 def counter(spec: MetricSpec, registry: CollectorRegistry) -> Counter:
@@ -30,6 +95,21 @@ def gauge(spec: MetricSpec, registry: CollectorRegistry) -> Gauge:
 
 def histogram(spec: MetricSpec, registry: CollectorRegistry) -> Histogram:
     return Histogram(spec.name, spec.help, spec.labels, buckets=spec.buckets, registry=registry)
+
+
+class ReadCounter(Collector):
+    """A counter that is kept elsewhere: read() gives (label values, value) when somebody asks."""
+
+    def __init__(self, spec: MetricSpec, registry: CollectorRegistry, read: Callable[[], Iterable[tuple[tuple[str, ...], float]]]) -> None:
+        self._spec = spec
+        self._read = read
+        registry.register(self)
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        family = CounterMetricFamily(self._spec.name, self._spec.help, labels=self._spec.labels)
+        for labels, value in self._read():
+            family.add_metric(labels, value)
+        yield family
 
 
 class LightCounter(Collector):
@@ -63,10 +143,10 @@ class LightHistogram(Collector):
         yield HistogramMetricFamily(self._spec.name, self._spec.help, buckets=buckets, sum_value=self._sum)
 
 
-def serve_metrics(registry: CollectorRegistry, host: str) -> tuple[str, Callable[[], None]]:
+def serve_metrics(metrics: Collector, host: str) -> tuple[str, Callable[[], None]]:
     """Serves /metrics on a free port of host, in a thread. Returns "host:port" and what stops it, at once."""
     kind = _Server6 if ":" in host else _Server
-    server = make_server(host, 0, make_wsgi_app(registry), kind, _QuietHandler)
+    server = make_server(host, 0, make_wsgi_app(metrics), kind, _QuietHandler)
     stopping, stopped = socket.socketpair()
     thread = threading.Thread(target=_serve, args=(server, stopped), name="metrics", daemon=True)
     thread.start()

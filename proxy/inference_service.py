@@ -5,17 +5,21 @@ Generate ─► GenerateRequest ─► Generation ─► Admitted, Delta …, Fi
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import functools
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from ..protocol.errors import InvalidRequest
+from ..protocol.errors import HalfmoonError, InvalidRequest
 from ..protocol.grpc_errors import unary_boundary
+from ..protocol.trace_context import TraceContext
 from ..protocol.v1 import inference_pb2, inference_pb2_grpc
 from .request_process import LARGE_BYTES, Packed, RequestProcess, pack, unpack_messages, unpack_prompts
 from .requests.choice_text import TokenText
@@ -31,9 +35,36 @@ _SAMPLING = (
 )
 
 
+Handler = Callable[["InferenceService", Any, grpc.aio.ServicerContext], Awaitable[Any]]
+
+
+def _counted(handler: Handler) -> Handler:
+    """A servicer method whose calls are counted, by how they end."""
+
+    @functools.wraps(handler)
+    async def counted(self: InferenceService, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        status = grpc.StatusCode.INTERNAL
+        try:
+            reply = await handler(self, request, context)
+            status = grpc.StatusCode.OK
+            return reply
+        except HalfmoonError as error:
+            status = error.grpc_status
+            self._faces.refused("grpc", error.code)
+            raise
+        except asyncio.CancelledError:
+            status = grpc.StatusCode.CANCELLED
+            raise
+        finally:
+            self._faces.grpc_call(handler.__name__, status.name)
+
+    return counted
+
+
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     def __init__(self, generator: Generator, process: RequestProcess) -> None:
         self._generator = generator
+        self._faces = generator.router.metrics.faces
         self._process = process
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -53,8 +84,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     # a coroutine that writes, not a generator: what it holds is freed at the end of the stream, not when the collector gets to it
     @unary_boundary
+    @_counted
     async def Generate(self, content: bytes, context: grpc.aio.ServicerContext) -> None:
-        async with await self._generator.open(await self._request(content)) as generation:
+        async with await self._generator.open(await self._request(content, context)) as generation:
             admitted = inference_pb2.GenerateReply.Admitted(
                 request_id=generation.request_id, model=generation.model, num_prompt_tokens=generation.num_prompt_tokens
             )
@@ -63,23 +95,27 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 for event in events:
                     await context.write(_reply(event))
 
-    async def _request(self, content: bytes) -> GenerateRequest:
+    async def _request(self, content: bytes, context: grpc.aio.ServicerContext) -> GenerateRequest:
         """Raises InvalidRequest."""
+        trace = TraceContext.from_metadata(context.invocation_metadata())
         if len(content) <= LARGE_BYTES:
-            return parse_request(content)
+            return dataclasses.replace(parse_request(content), trace=trace)
         packed = await self._process.run(parse_packed, content)
         return dataclasses.replace(
             packed.rest,
             prompts=unpack_prompts(packed),
             messages=None if packed.rest.messages is None else await unpack_messages(packed),
             arrival=time.monotonic(),
+            trace=trace,
         )
 
     @unary_boundary
+    @_counted
     async def Cancel(self, request: inference_pb2.CancelRequest, context: grpc.aio.ServicerContext) -> inference_pb2.CancelReply:
         return inference_pb2.CancelReply(found=await self._generator.cancel(request.request_id, "cancelled by request"))
 
     @unary_boundary
+    @_counted
     async def Models(self, request: inference_pb2.ModelsRequest, context: grpc.aio.ServicerContext) -> inference_pb2.ModelsReply:
         card = self._generator.card
         model = inference_pb2.ModelInfo(

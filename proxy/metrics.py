@@ -5,6 +5,7 @@ Each number is observed once, where the runner's PhaseClock takes it. The reques
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter, deque
 
@@ -12,14 +13,18 @@ from prometheus_client import CollectorRegistry
 
 from ..protocol import metrics as specs
 from ..protocol.exporter import LightCounter, LightHistogram, counter, gauge, histogram
+from ..protocol.trace_context import TraceContext
 from ..protocol.v1 import common_pb2, control_pb2
-from .conductor.placement import NO_SLO, Slo
+from .face_metrics import FaceMetrics
+from .member_metrics import MemberMetrics
 from .request import RequestState
+from .verdict import Verdict
 
 WINDOW_LEN = 2048  # requests
 ERROR_WEIGHT = 0.02  # of the newest relative error in the mean
 PREDICTORS = ("prefill", "step", "transfer", "handoff", "ttft", "tpot")
-PHASES = ("queue", "prefill_queue", "prefix_load", "prefill", "push", "handoff_wait", "first_decode", "decode")
+PHASES = ("queue", "prefill_queue", "prefix_load", "prefill", "push", "handoff_wait", "write", "first_decode", "decode")
+FALLBACKS = ("local_prefill", "transport", "replay")
 
 
 class LatencyWindow:
@@ -45,6 +50,8 @@ class ProxyMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
+        self.members = MemberMetrics(registry)
+        self.faces = FaceMetrics(registry)
         self.ttft_window = LatencyWindow()
         self.tpot_window = LatencyWindow()
         self.outcomes: Counter[str] = Counter()  # RequestState -> requests ended in it
@@ -56,12 +63,18 @@ class ProxyMetrics:
         phase = histogram(specs.REQUEST_PHASE, registry)
         self._phases = {name: phase.labels(name) for name in PHASES}
         self._requests = counter(specs.REQUESTS, registry)
+        for labels in itertools.product(("done",), ("stop", "length"), ("default", "own", "none"), ("yes",), ("none",)):
+            self._requests.labels(*labels)  # 0 is not absent: goodput of none is 0, and not missing
         states = counter(specs.REQUEST_STATE, registry)
         self._states = {state: states.labels(state.value) for state in RequestState}
         self._replays = counter(specs.REQUEST_REPLAYS, registry)
+        fallbacks = counter(specs.FALLBACKS, registry)
+        self._fallbacks = {reason: fallbacks.labels(reason) for reason in FALLBACKS}
         self._prompt_tokens = counter(specs.PROMPT_TOKENS, registry)
+        self._cached_tokens = counter(specs.CACHED_PROMPT_TOKENS, registry)
+        self._prompt_lens = histogram(specs.REQUEST_PROMPT_TOKENS, registry)
+        self._answer_lens = histogram(specs.REQUEST_GENERATION_TOKENS, registry)
         self._generation_tokens = LightCounter(specs.GENERATION_TOKENS, registry)
-        self._members = gauge(specs.MEMBERS, registry)
         self._placements = counter(specs.PLACEMENTS, registry)
         self._decisions = counter(specs.DECISIONS, registry)
         self._rejections = counter(specs.REJECTIONS, registry)
@@ -75,17 +88,15 @@ class ProxyMetrics:
         self.mean_errors: dict[str, float] = {}  # predictor -> recent mean of the relative error
         self._num_errors: Counter[str] = Counter()
         self._slo_requests = counter(specs.SLO_REQUESTS, registry)
-        self._goodput = counter(specs.GOODPUT_REQUESTS, registry)
+        for labels in itertools.product(("ttft", "tpot"), ("default", "own"), ("yes", "no")):
+            self._slo_requests.labels(*labels)
         self.num_in_slo = self.num_outside_slo = 0  # of finished requests with an SLO
-        self._running = gauge(specs.NUM_REQUESTS_RUNNING, registry).labels("proxy")
-        self._waiting = gauge(specs.NUM_REQUESTS_WAITING, registry).labels("proxy")
+        self._streaming = gauge(specs.REQUESTS_STREAMING, registry)
+        self._waiting = gauge(specs.REQUESTS_WAITING, registry)
 
-    def set_members(self, role: str, num_members: int) -> None:
-        self._members.labels(role).set(num_members)
-
-    def set_requests(self, num_waiting: int, num_running: int) -> None:
+    def set_requests(self, num_waiting: int, num_streaming: int) -> None:
         self._waiting.set(num_waiting)
-        self._running.set(num_running)
+        self._streaming.set(num_streaming)
 
     def admitted(self, num_prompt_tokens: int) -> None:
         self._prompt_tokens.inc(num_prompt_tokens)
@@ -116,54 +127,53 @@ class ProxyMetrics:
 
     def replayed(self, reason: str) -> None:
         self._replays.labels(reason).inc()
+        self.fell_back("replay")
+
+    def fell_back(self, reason: str) -> None:
+        """reason: of FALLBACKS."""
+        self._fallbacks[reason].inc()
 
     def prefill_done(self, prefill_done_s: float) -> None:
         self._prefill_done.observe(prefill_done_s)
 
-    def first_token(self, record: common_pb2.PhaseRecord) -> None:
+    def first_token(self, record: common_pb2.PhaseRecord, trace: TraceContext | None = None) -> None:
         ttft_s, predicted_s = record.ttft_s, record.predicted_ttft_s
-        self._ttft.observe(ttft_s)
+        self._ttft.observe(ttft_s, None if trace is None else {"trace_id": trace.trace_id})
         self.ttft_window.add(ttft_s)
         if predicted_s > 0.0:
             self._predicted_ttft.observe(predicted_s)
             self._ttft_error.observe(abs(predicted_s - ttft_s))
             self.predicted("ttft", predicted_s, ttft_s)
 
-    def tokens_sent(self, num_tokens: int, gap_s: float | None) -> None:
+    def tokens_written(self, num_tokens: int, gap_s: float | None) -> None:
         """gap_s: since the tokens before, divided evenly among these. None for a request's first token."""
         self._generation_tokens.value += num_tokens
         if gap_s is not None:
             self._itl.observe(gap_s / num_tokens, num_tokens)
 
-    def finished(self, record: common_pb2.PhaseRecord, num_tokens: int, slo: Slo = NO_SLO) -> None:
+    def finished(self, record: common_pb2.PhaseRecord, usage: common_pb2.Usage) -> None:
         """A request has finished by itself, with this record."""
         self._e2e.observe(record.e2e_s)
         for name, child in self._phases.items():
             child.observe(getattr(record, f"{name}_s"))
-        if num_tokens > 1:
+        self._cached_tokens.inc(usage.num_cached_tokens)
+        self._prompt_lens.observe(usage.num_prompt_tokens)
+        self._answer_lens.observe(usage.num_completion_tokens)
+        if usage.num_completion_tokens > 1:
             self._tpot.observe(record.tpot_s)
             self.tpot_window.add(record.tpot_s)
             if record.predicted_tpot_s > 0.0 and record.tpot_s > 0.0 and record.num_attempts == 1:  # a replay's gap is no decode step
                 self._predicted_tpot.observe(record.predicted_tpot_s)
                 self._tpot_error.observe(abs(record.predicted_tpot_s - record.tpot_s))
                 self.predicted("tpot", record.predicted_tpot_s, record.tpot_s)
-        self._judge(record, num_tokens, slo)
 
-    def _judge(self, record: common_pb2.PhaseRecord, num_tokens: int, slo: Slo) -> None:
-        """Judges the request by its SLO, if it has one. A part that had no token to wait for counts as met."""
-        met = True
-        for name, limit_s, measured_s in (("ttft", slo.ttft_s, record.ttft_s), ("tpot", slo.tpot_s, record.tpot_s)):
-            if math.isfinite(limit_s):
-                inside = num_tokens == 0 or measured_s <= limit_s
-                met = met and inside
-                self._slo_requests.labels(name, "yes" if inside else "no").inc()
-        if met:
-            self._goodput.inc()
-        if math.isfinite(min(slo)):
-            self.num_in_slo += met
-            self.num_outside_slo += not met
-
-    def ended(self, outcome: RequestState, reason: str) -> None:
+    def ended(self, outcome: RequestState, reason: str, verdict: Verdict) -> None:
         """reason: a finish reason or an error code."""
         self.outcomes[outcome.value] += 1
-        self._requests.labels(outcome.value, reason).inc()
+        self._requests.labels(outcome.value, reason, verdict.slo_class, verdict.in_slo, verdict.miss).inc()
+        for slo, met in (("ttft", verdict.ttft_met), ("tpot", verdict.tpot_met)):
+            if met is not None:
+                self._slo_requests.labels(slo, verdict.slo_class, "yes" if met else "no").inc()
+        if outcome is RequestState.DONE and verdict.slo_class != "none":
+            self.num_in_slo += verdict.in_slo == "yes"
+            self.num_outside_slo += verdict.in_slo == "no"

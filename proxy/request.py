@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..protocol.sampling import SamplingParams
+from ..protocol.trace_context import TraceContext
 from ..protocol.v1 import common_pb2
 
 MAX_CHOICES = 128  # of one client request, over all its prompts
@@ -42,6 +43,8 @@ class ProxyRequest:
     arrival: float = field(default_factory=time.monotonic)  # when the face received it
     ttft_slo_s: float | None = None  # None: the proxy's own SLO
     tpot_slo_s: float | None = None
+    trace: TraceContext | None = None
+    operation: str = "text_completion"  # or chat, as OpenTelemetry names them
 
 
 class Tokens(NamedTuple):

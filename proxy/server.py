@@ -40,6 +40,7 @@ from .request_process import RequestProcess
 from .requests.generation import Generator
 from .requests.router import Router
 from .text.tokenizer import Tokenizer
+from .tracing import otlp_tracer
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,8 @@ class ProxyServer:
         metrics = ProxyMetrics(self.registry)
         self.card = ModelCard.from_folder(model_folder, options, schema.dtype)
         self.cluster = Cluster(metrics, schema)
-        self.router = Router(config, self.cluster, metrics, eos_token_ids=self.card.eos_token_ids)
+        self._tracer = otlp_tracer(self.card.name) if config.tracing == "otlp" else None
+        self.router = Router(config, self.cluster, metrics, eos_token_ids=self.card.eos_token_ids, tracer=self._tracer)
         self._request_process = RequestProcess()
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] - made by its __init__
         self._grpc: grpc.aio.Server | None = None
@@ -144,6 +146,8 @@ class ProxyServer:
         if self._grpc is not None:
             await self._grpc.stop(CLOSE_GRACE_S)
         await self._request_process.close()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
 
     async def _start_grpc(self, server: grpc.aio.Server, generator: Generator) -> None:
         InferenceService(generator, self._request_process).add_to(server)

@@ -29,6 +29,7 @@ COMMANDS = {
     "status": Command("Watch the cluster: members, queues, KV use, latencies.", ".status"),
     "profile": Command("Measure a running cluster; writes a cost model for the simulator and the proxy.", ".profile"),
     "explain": Command("Tell why a recent request went where it went, or was refused.", ".explain"),
+    "dashboards": Command("Run Prometheus with Halfmoon's rules, or draw the dashboards.", ".dashboards"),
     "simulate": Command("Replay a trace against a simulated cluster, on a virtual clock.", ".simulate"),
     "bench": Command(
         "Load any OpenAI endpoint (bench serve), or run one of the benchmarks of a checkout.",

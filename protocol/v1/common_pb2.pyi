@@ -153,7 +153,7 @@ class DecodePhases(_message.Message):
     def __init__(self, handoff_wait_s: _Optional[float] = ..., intake_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., first_decode_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., num_preemptions: _Optional[int] = ...) -> None: ...
 
 class PhaseRecord(_message.Message):
-    __slots__ = ("queue_s", "prefill_queue_s", "prefix_load_s", "prefill_s", "push_s", "handoff_wait_s", "first_decode_s", "decode_s", "ttft_s", "prefill_done_s", "tpot_s", "e2e_s", "prefill_worker", "decode_worker", "transport", "num_attempts", "num_bytes_pushed", "num_preemptions", "prefill_compute_s", "predicted_ttft_s", "predicted_tpot_s", "placement_reason")
+    __slots__ = ("queue_s", "prefill_queue_s", "prefix_load_s", "prefill_s", "push_s", "handoff_wait_s", "first_decode_s", "decode_s", "ttft_s", "prefill_done_s", "tpot_s", "e2e_s", "prefill_worker", "decode_worker", "transport", "num_attempts", "num_bytes_pushed", "num_preemptions", "prefill_compute_s", "predicted_ttft_s", "predicted_tpot_s", "placement_reason", "write_s")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFIX_LOAD_S_FIELD_NUMBER: _ClassVar[int]
@@ -176,6 +176,7 @@ class PhaseRecord(_message.Message):
     PREDICTED_TTFT_S_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_TPOT_S_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_REASON_FIELD_NUMBER: _ClassVar[int]
+    WRITE_S_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     prefill_queue_s: float
     prefix_load_s: float
@@ -198,7 +199,8 @@ class PhaseRecord(_message.Message):
     predicted_ttft_s: float
     predicted_tpot_s: float
     placement_reason: str
-    def __init__(self, queue_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefix_load_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., push_s: _Optional[float] = ..., handoff_wait_s: _Optional[float] = ..., first_decode_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., prefill_done_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., e2e_s: _Optional[float] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., transport: _Optional[str] = ..., num_attempts: _Optional[int] = ..., num_bytes_pushed: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prefill_compute_s: _Optional[float] = ..., predicted_ttft_s: _Optional[float] = ..., predicted_tpot_s: _Optional[float] = ..., placement_reason: _Optional[str] = ...) -> None: ...
+    write_s: float
+    def __init__(self, queue_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefix_load_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., push_s: _Optional[float] = ..., handoff_wait_s: _Optional[float] = ..., first_decode_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., prefill_done_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., e2e_s: _Optional[float] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., transport: _Optional[str] = ..., num_attempts: _Optional[int] = ..., num_bytes_pushed: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prefill_compute_s: _Optional[float] = ..., predicted_ttft_s: _Optional[float] = ..., predicted_tpot_s: _Optional[float] = ..., placement_reason: _Optional[str] = ..., write_s: _Optional[float] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("num_prompt_tokens", "num_completion_tokens", "num_cached_tokens")

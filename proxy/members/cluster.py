@@ -21,6 +21,7 @@ from ...protocol.v1 import control_pb2
 from ..conductor.placement import Snapshot
 from ..conductor.policies.base import cost_by_blocks
 from ..conductor.pool import NOTHING, Ints, Pool, Roster
+from ..member_metrics import MemberReport
 from ..metrics import ProxyMetrics
 from .load_table import LoadTable
 from .member import CLOSE_GRACE_S, STATE_ROLES, Member
@@ -59,6 +60,7 @@ class Cluster:
         self._report_callbacks: list[ReportCallback] = []
         self._prefix_callbacks: list[PrefixCallback] = []
         self._closing = Tasks("cluster")
+        metrics.members.reports = self._reports
 
     @property
     def schema(self) -> KVSchema | None:
@@ -129,6 +131,7 @@ class Cluster:
         if not member.gone:
             self._count(former, -1)
             self._count(role, 1)
+            self._metrics.members.took_role(member.id, role)
 
     def join(
         self, info: control_pb2.MemberInfo, load: control_pb2.MemberLoad, role: control_pb2.Role = control_pb2.ROLE_UNSPECIFIED
@@ -158,6 +161,7 @@ class Cluster:
         elif self._schema is None:
             self._schema = member.schema
         self._count(member.role, 1)
+        self._metrics.members.joined(member.id, member.role)
         for callback in self._join_callbacks:
             callback(member)
         return member
@@ -275,14 +279,19 @@ class Cluster:
         else:
             self._schema = next((other.schema for other in self.members.values() if other.role in WORKER_ROLES), None)
         self._count(member.role, -1)
+        self._metrics.members.left(member.id, member.role)
         member.leave()
         self._closing.spawn(member.close(), f"closing the channel to {member.title}")
+
+    def _reports(self) -> list[MemberReport]:
+        """Any thread."""
+        return [MemberReport(one.id, one.silent_s, one.load.num_outstanding_tokens) for one in list(self.members.values())]
 
     def _count(self, role: str, change: int) -> None:
         self._candidates = self._max_model_len = None
         self._num_members[role] += change
         for role in ROLE_NAMES.values():
-            self._metrics.set_members(role, self._num_members[role])
+            self._metrics.members.set_members(role, self._num_members[role])
 
 
 class _Candidates(NamedTuple):

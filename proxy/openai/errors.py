@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from ...protocol.errors import HalfmoonError, InternalError, InvalidRequest, Overloaded
+from ..face_metrics import FaceMetrics
 from .types import HINTS, ChatBody, CompletionBody
 
 logger = logging.getLogger(__name__)
@@ -55,25 +56,29 @@ def typed(error: Exception, path: str) -> HalfmoonError:
     return InternalError(f"{type(error).__name__}: {error}; the proxy's log has the traceback")
 
 
-def install_error_handlers(app: FastAPI) -> None:
+def install_error_handlers(app: FastAPI, faces: FaceMetrics) -> None:
+    def refuse(request: Request, error: HalfmoonError) -> JSONResponse:
+        faces.refused("http", error.code)
+        return error_response(request, error)
+
     @app.exception_handler(HalfmoonError)
     async def on_halfmoon_error(request: Request, error: HalfmoonError) -> JSONResponse:
-        return error_response(request, error)
+        return refuse(request, error)
 
     @app.exception_handler(RequestValidationError)
     async def on_refused_body(request: Request, error: RequestValidationError) -> JSONResponse:
-        return error_response(request, _refused_body(error.errors(), request))
+        return refuse(request, _refused_body(error.errors(), request))
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
-        response = error_response(request, InvalidRequest(_route_message(request, error)))
+        response = refuse(request, InvalidRequest(_route_message(request, error)))
         response.status_code = error.status_code
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(Exception)
     async def on_bug(request: Request, error: Exception) -> JSONResponse:  # the process boundary
-        return error_response(request, typed(error, request.url.path))
+        return refuse(request, typed(error, request.url.path))
 
 
 def _route_message(request: Request, error: HTTPException) -> str:

@@ -1,7 +1,8 @@
 """The OpenAI-compatible HTTP face.
 
 POST /v1/completions · /v1/chat/completions ─► GenerateRequest ─► Generation ─► one JSON body, or server-sent events ─► [DONE]
-GET  /v1/models · /v1/models/{id}       /health: the process lives    /ready: it can serve    /metrics: Prometheus
+GET  /v1/models · /v1/models/{id}       /health: the process lives    /ready: it can serve
+GET  /metrics: Prometheus                /metrics/targets: where every process of the cluster has its own (http_sd)
 """
 
 from __future__ import annotations
@@ -15,24 +16,34 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
+from starlette.types import ASGIApp
 
 from ...protocol.errors import UnknownModel
+from ...protocol.exporter import Identity, ProcessMetrics, render
+from ...protocol.trace_context import HEADER, TraceContext
 from ..request_process import RequestProcess
 from ..requests.generate_request import GenerateRequest
 from ..requests.generation import ChoiceEnd, Generation, Generator
 from ..requests.readiness import missing_parts
 from .body import body_route
 from .chunks import ChunkWriter, to_json
+from .counted import counted
 from .errors import install_error_handlers
 from .event_stream import EventStream, until_disconnect
+from .metrics_targets import targets
 from .replies import ChatShape, CompletionShape, Shape, WholeChoice
 from .types import ChatBody, CompletionBody
 
 
-def create_app(generator: Generator, registry: CollectorRegistry, process: RequestProcess) -> FastAPI:
+def create_app(generator: Generator, registry: CollectorRegistry, process: RequestProcess) -> ASGIApp:
+    faces = generator.router.metrics.faces
+    return counted(_routes(generator, registry, process), faces)
+
+
+def _routes(generator: Generator, registry: CollectorRegistry, process: RequestProcess) -> FastAPI:
     app = FastAPI(title="Halfmoon", docs_url=None, redoc_url=None)
-    install_error_handlers(app)
+    install_error_handlers(app, generator.router.metrics.faces)
     app.router.route_class = body_route(process)
     started = int(time.time())
 
@@ -70,10 +81,18 @@ def create_app(generator: Generator, registry: CollectorRegistry, process: Reque
         missing = missing_parts(generator.router)
         return _json({"ready": not missing, "missing": missing}, status=503 if missing else 200)
 
+    identity = Identity("proxy", "proxy", generator.card.name)
+    served = ProcessMetrics(registry, lambda: identity)
+
     @app.get("/metrics")
-    async def metrics() -> Response:
-        text = await asyncio.to_thread(generate_latest, registry)
-        return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
+    async def metrics(request: Request) -> Response:
+        asked = request.headers
+        page = await asyncio.to_thread(render, served, asked.get("accept", ""), asked.get("accept-encoding", ""))
+        return Response(page.content, headers=page.headers)
+
+    @app.get("/metrics/targets")
+    async def metrics_targets(request: Request) -> Response:
+        return _json(targets(identity, request.url.netloc, generator.router.cluster.members.values()))
 
     return app
 
@@ -112,8 +131,8 @@ def _request_id(request: Request) -> str:
 
 
 def _stamped(asked: GenerateRequest, request: Request) -> GenerateRequest:
-    """Makes TTFT count from the request's head, and not from the end of its body."""
-    return dataclasses.replace(asked, arrival=request.state.arrival)
+    """Gives it its trace, and makes TTFT count from the request's head, and not from the end of its body."""
+    return dataclasses.replace(asked, arrival=request.state.arrival, trace=TraceContext.parse(request.headers.get(HEADER)))
 
 
 def _model(generator: Generator, created: int) -> dict[str, Any]:

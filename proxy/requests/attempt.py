@@ -23,6 +23,7 @@ import grpc.aio
 from ...protocol.errors import Draining, HalfmoonError, HandoffAborted, InternalError, StoreUnavailable, WorkerLost, build_error
 from ...protocol.grpc_errors import TRAILER, error_to_proto, from_rpc_error
 from ...protocol.tasks import Tasks
+from ...protocol.trace_context import TraceContext
 from ...protocol.v1 import common_pb2, kvstore_pb2, worker_pb2
 from ..members.member import Member
 from ..members.token_feed import FeedCall
@@ -60,7 +61,13 @@ class Attempt:
     """
 
     def __init__(
-        self, pair: Pair, sequence: common_pb2.SequenceSpec, handoff: common_pb2.HandoffId, listener: AttemptListener, tasks: Tasks
+        self,
+        pair: Pair,
+        sequence: common_pb2.SequenceSpec,
+        handoff: common_pb2.HandoffId,
+        listener: AttemptListener,
+        tasks: Tasks,
+        trace: TraceContext | None = None,
     ) -> None:
         self.pair = pair
         self.prefilled = False
@@ -70,6 +77,7 @@ class Attempt:
         self._sequence = sequence
         self._handoff = handoff
         self._listener = listener
+        self._metadata = None if trace is None else trace.metadata
         self._feed_call: FeedCall | None = None
         self._num_tokens = 0  # that the call has given
         self._early: list[tuple[list[int], list[common_pb2.TokenOutput]]] = []  # came before Admitted
@@ -160,7 +168,7 @@ class Attempt:
                 feed_id=feed_call.feed_id,
                 call=feed_call.number,
             )
-            call = member.start_decode(to_wire(request, self.pair.prompt), timeout=self._timeout_s)
+            call = member.start_decode(to_wire(request, self.pair.prompt), timeout=self._timeout_s, metadata=self._metadata)
             self._calls.append(call)
             async for reply in call:
                 if self.closed:
@@ -196,7 +204,7 @@ class Attempt:
     async def _follow_prefill(self) -> None:
         member = self.pair.prefill
         try:
-            call = member.start_prefill(self._prefill_request(), timeout=self._timeout_s)
+            call = member.start_prefill(self._prefill_request(), timeout=self._timeout_s, metadata=self._metadata)
             self._calls.append(call)
             reply = await call
             self.prefilled = True

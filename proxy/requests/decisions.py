@@ -14,10 +14,11 @@ import numpy as np
 
 from ...protocol.errors import UnknownRequest
 from ...protocol.v1 import common_pb2
-from ..conductor.placement import Placement, PlacementRequest, Rejection, Slo, Snapshot
+from ..conductor.placement import NO_SLO, Placement, PlacementRequest, Rejection, Slo, Snapshot
 from ..conductor.pool import Pool
 from ..conductor.predictors.timing import Predictors
 from ..request import MAX_CHOICES, ProxyRequest, RequestState
+from ..verdict import Terms
 
 NUM_KEPT = 16  # candidates for each role: the chosen one, and the least loaded others
 
@@ -39,13 +40,17 @@ class AttemptDecision:
 class RequestDecision:
     request_id: str
     num_tokens: int  # of the prompt
-    slo: Slo
+    terms: Terms
     priority: int
     arrival: float  # of time.monotonic()
     attempts: list[AttemptDecision] = field(default_factory=list[AttemptDecision])
     state: str = RequestState.QUEUED.value
     ended: str = ""  # finish reason, or the error's code and words
     record: common_pb2.PhaseRecord = field(default_factory=common_pb2.PhaseRecord)  # the request's own, filled in as it goes on
+
+    @property
+    def slo(self) -> Slo:
+        return self.terms.slo
 
     def decided(
         self, asked: PlacementRequest, seen: Snapshot, predictors: Predictors, answer: Placement | Rejection, queue_order: int
@@ -71,7 +76,7 @@ class DecisionLog:
         return len(self._ring)
 
     def open(self, request: ProxyRequest, slo: Slo) -> RequestDecision:
-        decision = RequestDecision(request.request_id, len(request.token_ids), slo, request.priority, request.arrival)
+        decision = RequestDecision(request.request_id, len(request.token_ids), _terms(request, slo), request.priority, request.arrival)
         self._ring.append(decision)
         self._by_id[request.request_id] = decision
         if len(self._ring) > self._size:
@@ -94,6 +99,12 @@ class DecisionLog:
                 num_remembered=len(self),
             )
         return known
+
+
+def _terms(request: ProxyRequest, slo: Slo) -> Terms:
+    if slo == NO_SLO:
+        return Terms()
+    return Terms(slo, "default" if request.ttft_slo_s is None and request.tpot_slo_s is None else "own")
 
 
 def _kept(pool: Pool, chosen: str) -> Pool:

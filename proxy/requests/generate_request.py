@@ -18,6 +18,7 @@ from typing import Any
 from ...client.options import MAX_TIMEOUT_S
 from ...protocol.errors import InvalidRequest, PromptTooLong, UnknownModel
 from ...protocol.sampling import MAX_SEED, SamplingParams
+from ...protocol.trace_context import TraceContext
 from ..model_card import ModelCard
 from ..request import MAX_CHOICES, ProxyRequest
 from ..text.chat_template import ChatMessage
@@ -47,6 +48,7 @@ class GenerateRequest:
     priority: int = 0
     ttft_slo_s: float | None = None  # None: the proxy's
     tpot_slo_s: float | None = None
+    trace: TraceContext | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict[str, Any])  # SamplingParams' other fields
     arrival: float = field(default_factory=time.monotonic)  # of its first byte, if the face can know it
 
@@ -113,6 +115,8 @@ class RequestBuilder:
                 arrival=asked.arrival,
                 ttft_slo_s=asked.ttft_slo_s,
                 tpot_slo_s=asked.tpot_slo_s,
+                trace=asked.trace,
+                operation="text_completion" if asked.messages is None else "chat",
             )
             for prompt, token_ids in enumerate(prompts)
             for choice in range(asked.n)

@@ -10,6 +10,7 @@ Leaving a Generation in any way cancels all of its choices.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 import weakref
 from collections import deque
@@ -18,10 +19,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from ...protocol.errors import HalfmoonError, InvalidRequest
+from ...protocol.log_context import logged
 from ...protocol.v1 import common_pb2
 from ..model_card import ModelCard
 from ..request import Finished, RequestState, TokenEvent, Tokens
 from ..text.tokenizer import Tokenizer
+from ..tracing import trace_of
 from .choice_text import ChoiceText, TokenText
 from .generate_request import GenerateRequest, RequestBuilder
 from .router import Router
@@ -94,14 +97,20 @@ class Generation:
         self._inbox = _Inbox()
         self._given: deque[GenerationEvent] = deque()  # for the iterator
         self._error: HalfmoonError | None = None
+        self._unwritten: list[TokenStream] = []  # of choices whose events were given last
         for choice in choices:
             choice.listen(self._inbox)
 
     async def next_events(self) -> list[GenerationEvent]:
         """At least one event, or none at the end. If the caller is cancelled, all choices are cancelled.
 
+        Who asks for more has written what it was given: the times of those tokens are taken here.
+
         If a choice failed, raises its HalfmoonError after all events before it, and cancels the other choices.
         """
+        for stream in self._unwritten:
+            stream.wrote()
+        self._unwritten.clear()
         while True:
             if events := self._take():
                 return events
@@ -128,6 +137,7 @@ class Generation:
                 self._cancel(LEFT)
                 return events
             events += found
+            self._unwritten.append(choice.stream)
             if found and isinstance(found[-1], ChoiceEnd):
                 self._num_open -= 1
             elif choice.is_over:
@@ -188,6 +198,11 @@ class Generator:
 
     async def open(self, request: GenerateRequest) -> Generation:
         """Raises InvalidRequest, or what Router.open raises. Nothing is left running then."""
+        trace = trace_of(request.trace, self.router.tracer)
+        with logged(request.request_id, trace):  # what is spawned inside keeps it
+            return await self._open(dataclasses.replace(request, trace=trace))
+
+    async def _open(self, request: GenerateRequest) -> Generation:
         requests = await self._builder.build(request, self.max_model_len)
         if (other := self._under_way.get(request.request_id)) is not None and not other.is_over:
             raise InvalidRequest(f"request id {request.request_id!r} is under way already; choose another", param="request_id")

@@ -1,31 +1,36 @@
 """Takes each time of a request once. Metrics and the PhaseRecord both read it from here. Only durations leave this file.
 
-arrival ── queue ──► placed ── (prefill queue, load, prefill, push) ──► prefilled ── handoff_wait ──► admitted ──► tokens ─► end
-           an attempt that failed before the first token counts as queue, so the phases up to that token add up to the TTFT
+arrival ── queue ──► placed ── (prefill queue, load, prefill, push) ──► prefilled ── handoff_wait ──► admitted, first token came
+        ── write ──► written to the client ─► … ─► the last one written: the end
+           an attempt that failed before the first token counts as queue: the phases up to that token add up to the TTFT
 """
 
 from __future__ import annotations
 
 import time
 
+from ...protocol.errors import HalfmoonError
+from ...protocol.trace_context import TraceContext
 from ...protocol.v1 import common_pb2
-from ..conductor.placement import Placement, Slo
+from ..conductor.placement import Placement
 from ..metrics import ProxyMetrics
+from ..verdict import Terms, Verdict, judge_done, judge_error, judge_left
 
 
 class PhaseClock:
-    def __init__(self, arrival: float, slo: Slo, metrics: ProxyMetrics) -> None:
-        """arrival: of time.monotonic()."""
+    def __init__(self, arrival: float, terms: Terms, metrics: ProxyMetrics, trace: TraceContext | None = None) -> None:
+        """arrival: of time.monotonic(). trace: the exemplar of its time to the first token."""
         self.record = common_pb2.PhaseRecord()
         self.num_cached_tokens: int | None = None  # of the first hand-off that decode admitted
         self._arrival = arrival
-        self._slo = slo
+        self._terms = terms
         self._metrics = metrics
-        self._prefilled = self._first = self._last = 0.0
+        self._trace = trace
+        self._prefilled = self._came = self._first = self._last = 0.0
 
     @property
     def has_first_token(self) -> bool:
-        return self._first > 0
+        return self._came > 0
 
     def placed(self, placement: Placement) -> None:
         record = self.record
@@ -59,35 +64,54 @@ class PhaseClock:
             record.transport = phases.transport
             record.handoff_wait_s = time.monotonic() - self._prefilled
 
-    def tokens(self, num_tokens: int) -> None:
-        """So many tokens leave the proxy now."""
+    def first_came(self) -> None:
+        """The first token is at the proxy. What its time to the first token is, its write will say."""
+        self._came = time.monotonic()
+        self.record.ttft_s = self._came - self._arrival
+
+    def wrote(self, num_tokens: int) -> None:
+        """They have been written to the client's connection now."""
         now = time.monotonic()
         if not self._first:
             self._first = now
             self.record.ttft_s = now - self._arrival
-            self._metrics.first_token(self.record)
-            self._metrics.tokens_sent(1, None)
+            self.record.write_s = now - self._came
+            self._metrics.first_token(self.record, self._trace)
+            self._metrics.tokens_written(1, None)
             if num_tokens > 1:
-                self._metrics.tokens_sent(num_tokens - 1, 0.0)
+                self._metrics.tokens_written(num_tokens - 1, 0.0)
         else:
-            self._metrics.tokens_sent(num_tokens, now - self._last)
+            self._metrics.tokens_written(num_tokens, now - self._last)
         self._last = now
 
-    def finished(self, num_tokens: int, phases: common_pb2.DecodePhases) -> common_pb2.PhaseRecord:
-        """num_tokens: all that were sent. Observes the whole record in the metrics."""
+    def decoded(self, phases: common_pb2.DecodePhases) -> None:
+        """The last token is at the proxy, or there will be none."""
         record = self.record
         record.first_decode_s = phases.first_decode_s
         record.decode_s = phases.decode_s
         record.num_preemptions += phases.num_preemptions
+
+    def finished(self, usage: common_pb2.Usage) -> Verdict:
+        """The last token has been written. Observes the whole record."""
+        record, num_tokens = self.record, usage.num_completion_tokens
+        if num_tokens and not self._first:
+            return self.left()  # with nothing of its answer
         record.tpot_s = (self._last - self._first) / (num_tokens - 1) if num_tokens > 1 else 0.0
         record.e2e_s = self._last - self._arrival if num_tokens else self._elapsed()
-        self._metrics.finished(record, num_tokens, self._slo)
-        return record
+        self._metrics.finished(record, usage)
+        return judge_done(self._terms, record, num_tokens)
+
+    def failed(self, error: HalfmoonError, *, rejected: bool) -> Verdict:
+        return judge_error(self._terms, error, rejected=rejected)
+
+    def left(self) -> Verdict:
+        """The client has."""
+        return judge_left(self._terms, None if self._first else self._elapsed())
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._arrival
 
 
 def handoff_s(record: common_pb2.PhaseRecord) -> float:
-    """The part of the TTFT that no phase before the hand-off covers: the hand-off itself, and the calls around it."""
-    return record.ttft_s - (record.queue_s + record.prefill_queue_s + record.prefix_load_s + record.prefill_s)
+    """What of the time to the first token no other phase names: the hand-off itself, and the calls around it."""
+    return record.ttft_s - record.write_s - (record.queue_s + record.prefill_queue_s + record.prefix_load_s + record.prefill_s)

@@ -26,6 +26,8 @@ from ..prefixes.page_watch import PageWatch
 from ..prefixes.replicator import Replicator
 from ..prefixes.watch import PrefixWatch
 from ..request import ProxyRequest, RequestState
+from ..tracing import Tracer
+from ..verdict import Verdict, judge_error, judge_left
 from .admission_queue import AdmissionQueue, Waiting
 from .assigner import Assigner
 from .decisions import DecisionLog, RequestDecision
@@ -42,14 +44,19 @@ CLOSE_GRACE_S = 1.0  # for aborts still being sent
 
 
 class Router:
-    def __init__(self, config: ProxyConfig, cluster: Cluster, metrics: ProxyMetrics, *, eos_token_ids: frozenset[int]) -> None:
-        """eos_token_ids: the model's; a replay must not go past one. The router is made before the first member joins the cluster.
+    def __init__(
+        self, config: ProxyConfig, cluster: Cluster, metrics: ProxyMetrics, *, eos_token_ids: frozenset[int], tracer: Tracer | None = None
+    ) -> None:
+        """eos_token_ids: the model's; a replay must not go past one. tracer: None where tracing is off.
+
+        The router is made before the first member joins the cluster.
 
         Raises ConfigError for a cost model that cannot be read.
         """
         self.config = config
         self.cluster = cluster
         self.metrics = metrics
+        self.tracer = tracer
         self.draining = False
         self.streams: weakref.WeakValueDictionary[str, TokenStream] = weakref.WeakValueDictionary()  # by request id, under way
         self.decisions = DecisionLog(config.num_explained)
@@ -85,6 +92,7 @@ class Router:
             eos_token_ids,
             on_first_token=self._first_token,
             on_end=self._runner_ended,
+            tracer=tracer,
         )
 
     @property
@@ -241,10 +249,16 @@ class Router:
             state, code, why = RequestState.ABORTED, "cancelled", "the client left before it was placed"
         else:
             state, code, why = RequestState.FAILED, "internal", f"{type(error).__name__}: {error}"
-        self.metrics.entered(state)
-        self.metrics.ended(state, code)
         for decision in decisions:
+            self.metrics.entered(state)
+            self.metrics.ended(state, code, self._verdict(decision, state, error))
             decision.end(state, f"{code}: {why}")
+
+    def _verdict(self, decision: RequestDecision, state: RequestState, error: BaseException) -> Verdict:
+        if state is RequestState.ABORTED:
+            return judge_left(decision.terms, time.monotonic() - decision.arrival)
+        known = error if isinstance(error, HalfmoonError) else None
+        return judge_error(decision.terms, known, rejected=state is RequestState.REJECTED)
 
     def _slo_of(self, request: ProxyRequest) -> Slo:
         """The request's own SLO, if it has one, else the proxy's."""

@@ -36,6 +36,7 @@ from ...protocol.tasks import Tasks
 from ...protocol.v1 import common_pb2, worker_pb2
 from ..metrics import ProxyMetrics
 from ..request import Finished, ProxyRequest, RequestState, TokenEvent, Tokens
+from ..tracing import Ended, Tracer
 from .attempt import Attempt, LegFailed
 from .decisions import RequestDecision
 from .dispatcher import Dispatcher
@@ -61,6 +62,7 @@ class RunnerContext:
     eos_token_ids: frozenset[int]
     on_first_token: Callable[[RequestRunner], None]
     on_end: Callable[[RequestRunner], None]
+    tracer: Tracer | None
 
 
 class RequestRunner:
@@ -75,7 +77,7 @@ class RequestRunner:
         self.error: HalfmoonError | None = None
         self.finished: Finished | None = None
         self.on_news: Callable[[], None] = _nobody  # called after an event or the end; must not hold the TokenStream
-        self.clock = PhaseClock(request.arrival, decision.slo, context.metrics)
+        self.clock = PhaseClock(request.arrival, decision.terms, context.metrics, request.trace)
         self._context = context
         self._sent: list[int] = []
         self._pair = pair
@@ -92,6 +94,7 @@ class RequestRunner:
         self._deadline = self._loop.time() + remaining_s
         self._stop_timer: asyncio.TimerHandle | None = None
         self._ended = False
+        self._settled = False
         context.metrics.entered(self.state)
         self._task = context.tasks.spawn(self._run(), f"request {request.request_id}", self._broke)
 
@@ -99,11 +102,33 @@ class RequestRunner:
     def is_over(self) -> bool:
         return self._ended
 
+    @property
+    def is_settled(self) -> bool:
+        """It is over, and has been judged."""
+        return self._settled
+
     def cancel(self, reason: str) -> None:
         """When it returns, both workers' calls are cancelled and the store's abort is on its way. Does nothing on a runner that is over."""
         if not self.is_over:
             self._end(RequestState.ABORTED, RequestCancelled(reason))
             self._task.cancel()
+        else:
+            self.settle()
+
+    def settle(self, num_unwritten: int = 0) -> None:
+        """Its consumer has taken Finished, and with it so many tokens that it writes now; or it takes no more. Idempotent.
+
+        A request that came to its own end is measured and judged here, by what its client got.
+        """
+        if self._settled or self.finished is None:
+            return
+        self._settled = True
+        if num_unwritten:
+            self.clock.wrote(num_unwritten)
+        verdict = self.clock.finished(self.finished.usage)
+        self._context.metrics.ended(RequestState.DONE, _reason_name(self.finished.reason), verdict)
+        usage = self.finished.usage
+        self._traced(usage.num_completion_tokens, usage.num_cached_tokens, _reason_name(self.finished.reason), "")
 
     def abort(self, error: HalfmoonError) -> None:
         """As cancel, but the cluster ends the request, with this error."""
@@ -176,7 +201,7 @@ class RequestRunner:
         self._epoch += 1
         handoff = common_pb2.HandoffId(id=self._handoff_id, epoch=self._epoch)
         logger.debug("request %s epoch %d: %s", request.request_id, self._epoch, pair.placement.reason)
-        self._attempt = Attempt(pair, sequence, handoff, self, self._context.tasks)
+        self._attempt = Attempt(pair, sequence, handoff, self, self._context.tasks, request.trace)
         self._attempt.start()
         self._enter(RequestState.PREFILL)
         return self._attempt
@@ -251,6 +276,8 @@ class RequestRunner:
             self._enter(RequestState.HANDOFF)
         if self.state in (RequestState.PREFILL, RequestState.HANDOFF):
             self.clock.admitted(state)
+            if state.phases.transport == "grpc" and self._pair.handoff_link == "node":
+                self._context.metrics.fell_back("transport")
             self._context.learner.prefilled(state, self._pair.num_loads)
             self._enter(RequestState.DECODE)
 
@@ -258,18 +285,16 @@ class RequestRunner:
         if self._stopping:
             return
         if self.is_waiting:
-            self._first_tokens(len(token_ids))
-        else:
-            self.clock.tokens(len(token_ids))
+            self._first_tokens()
         self._sent += token_ids
         self._pair.decode_assignment.grow(len(token_ids))
         self.events.append(Tokens(token_ids, outputs))
         self.on_news()
 
-    def _first_tokens(self, num_tokens: int) -> None:
+    def _first_tokens(self) -> None:
         self.is_waiting = False
         self._context.on_first_token(self)
-        self.clock.tokens(num_tokens)
+        self.clock.first_came()
         if not self._pair.is_local:
             self._context.learner.handed_off(self.clock.record, self._pair.handoff_bytes, self._pair.handoff_link)
 
@@ -278,16 +303,16 @@ class RequestRunner:
     def _finish(self, reason: common_pb2.FinishReason, phases: common_pb2.DecodePhases) -> None:
         if self.is_over:
             return
-        record = self.clock.finished(len(self._sent), phases)
+        self.clock.decoded(phases)
         usage = common_pb2.Usage(
             num_prompt_tokens=len(self.request.token_ids),
             num_completion_tokens=len(self._sent),
             num_cached_tokens=min(self.clock.num_cached_tokens or 0, len(self.request.token_ids)),
         )
         self._context.dispatcher.finished(self._pair)
-        self.finished = Finished(reason, record, usage)
+        self.finished = Finished(reason, self.clock.record, usage)
         self.events.append(self.finished)
-        self._end(RequestState.DONE, None, common_pb2.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower())
+        self._end(RequestState.DONE, None, _reason_name(reason))
 
     def _finish_stopped(self) -> None:
         if not self.is_over:
@@ -306,7 +331,12 @@ class RequestRunner:
             self._attempt.close(error or RequestCancelled(f"request {self.request.request_id} has ended"))
         self._pair.release()  # there may be no attempt yet
         self._enter(state)
-        self._context.metrics.ended(state, error.code if error is not None else reason)
+        if error is not None:
+            self._settled = True
+            left = state is RequestState.ABORTED
+            verdict = self.clock.left() if left else self.clock.failed(error, rejected=state is RequestState.REJECTED)
+            self._context.metrics.ended(state, error.code, verdict)
+            self._traced(len(self._sent), self.clock.num_cached_tokens or 0, "", error.code)
         self.decision.end(state, f"{error.code}: {error.message}" if error is not None else reason)
         self._ended = True
         if self._stop_timer is not None:
@@ -314,10 +344,18 @@ class RequestRunner:
         self.on_news()
         self._context.on_end(self)
 
+    def _traced(self, num_tokens: int, num_cached_tokens: int, reason: str, error_code: str) -> None:
+        if self._context.tracer is not None:
+            self._context.tracer.ended(self.request, Ended(self.clock.record, num_tokens, num_cached_tokens, reason, error_code))
+
     def _enter(self, state: RequestState) -> None:
         self.state = state
         self.decision.state = state.value
         self._context.metrics.entered(state)
+
+
+def _reason_name(reason: common_pb2.FinishReason) -> str:
+    return common_pb2.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower()
 
 
 def _nobody() -> None:

@@ -23,7 +23,7 @@ class TokenStream:
     def __init__(self, runner: RequestRunner) -> None:
         self._runner = runner
         self._loop = asyncio.get_running_loop()
-        self._num_taken_tokens = 0
+        self._num_taken_tokens = self._num_written_tokens = 0
         self._news = asyncio.Event()
         runner.on_news = self._news.set
 
@@ -61,14 +61,24 @@ class TokenStream:
             return []
         events = list(runner.events)
         runner.events.clear()
+        for event in events:
+            self._taken(event)
         return events
+
+    def wrote(self) -> None:
+        """What was taken so far has been written to the client: its times count from now."""
+        num_tokens = self._num_taken_tokens - self._num_written_tokens
+        if num_tokens and not self._runner.is_settled:
+            self._num_written_tokens = self._num_taken_tokens
+            self._runner.clock.wrote(num_tokens)
 
     def __aiter__(self) -> TokenStream:
         return self
 
     async def __anext__(self) -> TokenEvent:
-        """Raises as take does."""
+        """Raises as take does. Who asks for the next event has written those before it."""
         runner = self._runner
+        self.wrote()
         while not runner.events:
             if runner.error is not None:
                 raise runner.error
@@ -76,8 +86,7 @@ class TokenStream:
                 raise StopAsyncIteration
             await self._wait()
         event = runner.events.popleft()
-        if isinstance(event, Tokens):
-            self._num_taken_tokens += len(event.token_ids)
+        self._taken(event)
         return event
 
     def stop_soon(self, num_used_tokens: int) -> None:
@@ -97,6 +106,7 @@ class TokenStream:
         if runner.finished is None:
             assert runner.error is not None
             raise runner.error
+        self._settle()
         return runner.finished
 
     async def cancel(self, reason: str) -> None:
@@ -110,6 +120,15 @@ class TokenStream:
     async def aclose(self) -> None:
         self._runner.cancel(LEFT)
 
+    def _taken(self, event: TokenEvent) -> None:
+        if isinstance(event, Tokens):
+            self._num_taken_tokens += len(event.token_ids)
+        else:
+            self._settle()
+
+    def _settle(self) -> None:
+        self._runner.settle(self._num_taken_tokens - self._num_written_tokens)
+
     async def _wait(self) -> None:
         self._news.clear()
         try:
@@ -120,6 +139,6 @@ class TokenStream:
 
     def __del__(self) -> None:
         runner = self._runner
-        if not runner.is_over and not self._loop.is_closed():
+        if not runner.is_settled and not self._loop.is_closed():
             # the collector may run in any thread
             self._loop.call_soon_threadsafe(runner.cancel, LEFT)

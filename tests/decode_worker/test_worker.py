@@ -472,7 +472,8 @@ async def test_the_proxy_is_told_who_joins_and_how_loaded_it_is(make_cluster: An
     waiting.cancel()
     await until(lambda: members.loads["decode-0"].num_outstanding_tokens == 0)
     page = await asyncio.to_thread(lambda: urllib.request.urlopen(f"http://{info.metrics_address}/metrics").read().decode())
-    assert 'halfmoon_num_requests_waiting{role="decode"} 0.0' in page
+    waiting = next(line for line in page.splitlines() if line.startswith("halfmoon_num_requests_waiting{"))
+    assert 'role="decode"' in waiting and 'worker="decode-0"' in waiting and waiting.endswith(" 0.0")
 
 
 @pytest.mark.parametrize("transport", ["auto", "grpc"])

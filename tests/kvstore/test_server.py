@@ -7,10 +7,12 @@ import dataclasses
 import urllib.request
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.config import StoreConfig
 from halfmoon.protocol.errors import ConfigError, InvalidRequest, SchemaMismatch, WorkerLost
+from halfmoon.protocol.metrics import IDENTITY_LABELS
 from halfmoon.protocol.v1 import common_pb2, kvstore_pb2
 
 
@@ -19,12 +21,21 @@ async def scrape(address: str) -> dict[str, float]:
         with urllib.request.urlopen(f"http://{address}/metrics") as reply:
             return reply.read().decode()
 
-    lines = [line for line in (await asyncio.to_thread(read)).splitlines() if not line.startswith("#")]
-    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(await asyncio.to_thread(read)):
+        for sample in family.samples:
+            own = ",".join(f'{name}="{value}"' for name, value in sample.labels.items() if name not in IDENTITY_LABELS)
+            found[f"{sample.name}{{{own}}}" if own else sample.name] = sample.value
+            assert (sample.labels["worker"].startswith("store-"), sample.labels["role"], sample.labels["model_name"]) == (
+                True,
+                "store",
+                "tiny",
+            )
+    return found
 
 
 async def test_metrics_show_what_the_lease_manager_counts(kv, store, attach_to) -> None:
-    address = store.serve_metrics("127.0.0.1")
+    address = store.serve_metrics("127.0.0.1", "tiny")
     client = await attach_to(store.address, "prefill-0")
     await kv.cache(client, "a", 8)
     await kv.hand_off(client, "r1", 3)
@@ -33,7 +44,7 @@ async def test_metrics_show_what_the_lease_manager_counts(kv, store, attach_to) 
     found = await scrape(address)
     size = kv.schema.block_bytes
     by_state = [found[f'halfmoon_store_arena_bytes{{state="{state}"}}'] for state in ("leased", "cached", "free")]
-    assert sum(by_state) == 8 * size and by_state[0] >= 3 * size
+    assert sum(by_state) == 8 * size == found["halfmoon_store_arena_capacity_bytes"] and by_state[0] >= 3 * size
     assert found["halfmoon_store_evicted_blocks_total"] == 4
     assert found['halfmoon_store_aborted_handoffs_total{reason="worker_lost"}'] == 1
     assert found["halfmoon_store_handoffs"] == 1 and found["halfmoon_store_sessions"] == 1

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from halfmoon.protocol.errors import ERROR_TYPES
 from halfmoon.proxy.metrics import WINDOW_LEN, LatencyWindow, ProxyMetrics
 from halfmoon.proxy.request import RequestState
+from halfmoon.proxy.verdict import Verdict
 
 
 def test_percentiles_are_values_that_were_seen_and_nearly_those_of_statistics() -> None:
@@ -37,8 +38,8 @@ def test_one_value_is_every_percentile_and_old_values_leave() -> None:
 def test_tokens_that_came_together_share_their_gap() -> None:
     registry = CollectorRegistry()
     metrics = ProxyMetrics(registry)
-    metrics.tokens_sent(1, None)
-    metrics.tokens_sent(4, 0.02)
+    metrics.tokens_written(1, None)
+    metrics.tokens_written(4, 0.02)
     assert registry.get_sample_value("halfmoon_inter_token_latency_seconds_count") == 4
     assert registry.get_sample_value("halfmoon_inter_token_latency_seconds_sum") == pytest.approx(0.02)
     assert registry.get_sample_value("halfmoon_inter_token_latency_seconds_bucket", {"le": "0.006"}) == 4
@@ -48,9 +49,30 @@ def test_tokens_that_came_together_share_their_gap() -> None:
 def test_the_exported_text_holds_error_codes_and_states_only() -> None:
     registry = CollectorRegistry()
     metrics = ProxyMetrics(registry)
-    metrics.ended(RequestState.FAILED, "worker_lost")
-    metrics.ended(RequestState.DONE, "stop")
+    metrics.ended(RequestState.FAILED, "worker_lost", Verdict("none", "no", "error"))
+    metrics.ended(RequestState.DONE, "stop", Verdict("none", "yes", "none"))
     text = generate_latest(registry).decode()
-    assert 'halfmoon_requests_total{outcome="failed",reason="worker_lost"} 1.0' in text
+    labels = 'class="none",in_slo="no",miss="error",outcome="failed",reason="worker_lost"'
+    assert f"halfmoon_requests_total{{{labels}}} 1.0" in text
     assert "worker_lost" in ERROR_TYPES
     assert metrics.outcomes == {"failed": 1, "done": 1}
+
+
+def test_goodput_and_attainment_are_counts_of_verdicts() -> None:
+    registry = CollectorRegistry()
+    metrics = ProxyMetrics(registry)
+    for verdict in (
+        Verdict("own", "yes", "none", True, True),
+        Verdict("own", "no", "tpot", True, False),
+        Verdict("default", "no", "rejected", False, None),
+        Verdict("none", "yes", "none"),
+    ):
+        metrics.ended(RequestState.DONE, "stop", verdict)
+    counted = [sample for family in registry.collect() for sample in family.samples if sample.name == "halfmoon_slo_requests_total"]
+    assert {(one.labels["slo"], one.labels["class"], one.labels["met"]): one.value for one in counted if one.value} == {
+        ("ttft", "own", "yes"): 2,
+        ("tpot", "own", "yes"): 1,
+        ("tpot", "own", "no"): 1,
+        ("ttft", "default", "no"): 1,
+    }
+    assert (metrics.num_in_slo, metrics.num_outside_slo) == (1, 2), "one without an SLO is neither"

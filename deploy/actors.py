@@ -84,7 +84,7 @@ class StoreActor:
         self._info.address = self._info.store_address = address
         self._info.metrics_address = self._server.serve_metrics(self._host, self._model_name)
         joined = asyncio.Event()
-        joining = stay_joined(self._proxy_address, self._info, self._load, joined.set)
+        joining = stay_joined(self._proxy_address, self._info, self._load, joined.set, on_left=self._server.proxy_left)
         self._tasks.spawn(joining, "its membership", self._end)
         async with beside(joined.wait()) as accepted, beside(self.run()) as ended:
             await asyncio.wait((accepted, ended), return_when=asyncio.FIRST_COMPLETED)

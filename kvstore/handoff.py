@@ -67,6 +67,7 @@ class Handoff:
     reader: Lease | None = None
     state: common_pb2.HandoffState | None = None  # set by the seal
     checksums: list[int] = field(default_factory=list[int])
+    orphaned: HalfmoonError | None = None  # who began it is gone, so nobody will fetch it who does not do so already
 
     @property
     def is_sealed(self) -> bool:

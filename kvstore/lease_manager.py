@@ -205,6 +205,7 @@ class LeaseManager:
         self.content.pin(lease.slots)  # the hand-off's own hold, until it ends
         self._end_lease(lease, None)
         self._observer.handoff_changed(handoff.handoff_id.id)
+        self._end_orphan(handoff)
 
     def writer(self, lease_id: str) -> Lease:
         """The open lease to write. Raises LeaseExpired, InvalidRequest, HandoffAborted (why the lease was revoked)."""
@@ -265,6 +266,12 @@ class LeaseManager:
         if live is not None and live.handoff_id == handoff_id and live.reader is None:
             self.num_expired_leases += 1
             self._abort(live, DeadlineExceeded("nobody fetched it before its deadline"))
+
+    def orphan_handoffs(self, reason: HalfmoonError) -> None:
+        """Who began the hand-offs that are here is gone. Sealed ones without a reader end now, others with their seal or their reader."""
+        for handoff in list(self._handoffs.values()):
+            handoff.orphaned = reason
+            self._end_orphan(handoff)
 
     def end_lease(self, lease_id: str, error: HalfmoonError) -> None:
         """The store ends a lease to read: its hand-off can't be read to the end."""
@@ -334,6 +341,10 @@ class LeaseManager:
         for lease in (handoff.writer, handoff.reader):
             if lease is not None and lease.lease_id in self._leases:
                 self._revoke(lease, error)
+
+    def _end_orphan(self, handoff: Handoff) -> None:
+        if handoff.orphaned is not None and handoff.is_sealed and handoff.reader is None:
+            self._abort(handoff, handoff.orphaned)
 
     def _end_handoff(self, handoff: Handoff, reason: HalfmoonError, error: HalfmoonError | None) -> None:
         self._tombstones.bury(handoff.handoff_id, reason)

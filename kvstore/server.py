@@ -110,6 +110,10 @@ class StoreServer:
         used = stats.num_bytes_leased + stats.num_bytes_cached
         return StoreLoad(stats.num_leases, stats.num_handoffs, stats.num_sessions, used / total, stats.num_bytes_leased / total)
 
+    def proxy_left(self) -> None:
+        """The Join stream has ended. Hand-offs that nobody will fetch are freed at once, not at their requests' deadlines."""
+        self._running().proxy_left()
+
     def _running(self) -> Store:
         if self._store is None:
             raise RuntimeError("the store server is not running; start it first")

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from ..protocol.config import StoreConfig
-from ..protocol.errors import DeadlineExceeded, HalfmoonError, InvalidRequest, StoreFull, StoreUnavailable
+from ..protocol.errors import DeadlineExceeded, HalfmoonError, InvalidRequest, RequestCancelled, StoreFull, StoreUnavailable
 from ..protocol.schema import DTYPE_BYTES, KVSchema
 from ..protocol.v1 import common_pb2, kvstore_pb2
 from .arena import Arena, ArenaMap
@@ -281,6 +281,11 @@ class Store:
         found = self._manager().abort(handoff_id, reason)
         self._reserving.wake_handoff(handoff_id.id)
         return found or waited_for
+
+    def proxy_left(self) -> None:
+        """The proxy began every hand-off. Its calls to the workers end with it, but a sealed hand-off is no worker's any more."""
+        if self._leases is not None:
+            self._leases.orphan_handoffs(RequestCancelled(f"the proxy that began it has left store {self.store_id}"))
 
     def release(self, lease_id: str, corrupt_blocks: Sequence[int] = ()) -> None:
         if corrupt_blocks:

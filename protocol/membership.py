@@ -117,6 +117,7 @@ async def stay_joined(
     take_role: Callable[[control_pb2.Role], None] | None = None,
     broken: Broken | None = None,
     prefixes: PrefixFeed | None = None,
+    on_left: Callable[[], None] = lambda: None,
 ) -> None:
     """Joins and reports until cancelled, or broken and the proxy knows; joins again whenever the proxy comes back.
 
@@ -124,6 +125,7 @@ async def stay_joined(
         take_role: called with a role that the proxy orders; what HalfmoonError it raises is the refusal. None: all are refused.
         broken: once it is set, it is reported, and the member leaves.
         prefixes: told to the proxy with the reports; None: there are none to tell of.
+        on_left: called whenever a stream on which the member was accepted has ended: the proxy has forgotten it, or is gone.
 
     Raises what the proxy refuses the member for: InvalidRequest (a newer process has its id, say), SchemaMismatch, WorkerLost (it makes no
     progress). And what load raises.
@@ -133,10 +135,11 @@ async def stay_joined(
     async with open_channel(proxy_address) as channel:
         stub = control_pb2_grpc.ControlStub(channel)
         while not membership.has_left:
+            accepted = False
             try:
                 async for order in stub.Join(membership.reports(), wait_for_ready=True):
                     if order.accepted:
-                        told = ""
+                        told, accepted = "", True
                         logger.info("%s joined the proxy at %s", info.id, proxy_address)
                         on_joined()
                     if order.number:
@@ -149,6 +152,8 @@ async def stay_joined(
                 if isinstance(refusal, (InvalidRequest, SchemaMismatch, WorkerLost)):
                     raise refusal from None
                 found = refusal.message
+            if accepted:
+                on_left()
             if membership.bug is not None:
                 raise membership.bug
             if membership.has_left:

@@ -28,6 +28,7 @@ class Proxy(control_pb2_grpc.ControlServicer):
         self.num_joins = 0
         self.reports: list[control_pb2.MemberReport] = []
         self.reported = asyncio.Event()
+        self.end = asyncio.Event()  # the next report ends its stream
 
     @unary_boundary
     async def Join(self, reports: AsyncIterator[control_pb2.MemberReport], context: grpc.aio.ServicerContext) -> None:
@@ -40,6 +41,9 @@ class Proxy(control_pb2_grpc.ControlServicer):
         async for report in reports:
             self.reports.append(report)
             self.reported.set()
+            if self.end.is_set():
+                self.end.clear()
+                return
 
 
 @pytest.fixture
@@ -105,3 +109,22 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(60.0):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+async def test_a_member_hears_of_each_end_of_a_stream_on_which_it_was_accepted(proxy: tuple[Proxy, str]) -> None:
+    servicer, address = proxy
+    heard: list[str] = []
+    again = asyncio.Event()
+
+    def joined() -> None:
+        heard.append("joined")
+        if len(heard) == 3:
+            again.set()
+
+    member = asyncio.create_task(stay_joined(address, INFO, control_pb2.MemberLoad, joined, on_left=lambda: heard.append("left")))
+    await asyncio.wait_for(servicer.reported.wait(), 60)
+    servicer.end.set()
+    await asyncio.wait_for(again.wait(), 60)
+    assert heard == ["joined", "left", "joined"]
+    member.cancel()
+    await asyncio.gather(member, return_exceptions=True)

@@ -157,7 +157,7 @@ async def test_a_stalled_worker_s_requests_run_elsewhere_and_it_is_back_once_its
     for peer in bench.decodes:
         peer.before_token = stuck_at(3, peer, bench)
     request = bench.request()
-    token_ids, _ = await peers.read(bench.router.open(request))
+    token_ids, _ = await asyncio.wait_for(peers.read(bench.router.open(request)), 60)
     assert token_ids == peers.answer(request)
     (stalled,) = [peer for peer in bench.decodes if peer.load.step_age_s]
     await until(stalled.cancelled.is_set)
@@ -197,8 +197,9 @@ async def test_a_worker_that_stays_stalled_is_told_to_end(make_bench: Any) -> No
 
     async with open_channel(bench.address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            async for _ in control_pb2_grpc.ControlStub(channel).Join(reports()):
-                pass
+            async with asyncio.timeout(60):
+                async for _ in control_pb2_grpc.ControlStub(channel).Join(reports()):
+                    pass
     error = from_rpc_error(caught.value, "proxy")
     assert isinstance(error, WorkerLost) and "one step for 60.0 s" in error.message
     assert "decode-9" not in bench.cluster.members

@@ -1,0 +1,77 @@
+"""A store process as a member: what it holds for a proxy that is gone is freed at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+import numpy as np
+import pytest
+
+from halfmoon.deploy.actors import StoreActor
+from halfmoon.kvstore.client import StoreClient
+from halfmoon.protocol.channel import create_server
+from halfmoon.protocol.config import StoreConfig
+from halfmoon.protocol.grpc_errors import unary_boundary
+from halfmoon.protocol.schema import KVSchema
+from halfmoon.protocol.v1 import common_pb2, control_pb2, control_pb2_grpc
+
+SCHEMA = KVSchema(model_fingerprint="f" * 16, dtype="float32", num_layers=3, num_kv_heads=2, head_dim=4, block_size=4)
+STATE = common_pb2.HandoffState(num_tokens=4)
+
+
+class Proxy(control_pb2_grpc.ControlServicer):
+    @unary_boundary
+    async def Join(self, reports: Any, context: grpc.aio.ServicerContext) -> None:
+        await context.write(control_pb2.MemberOrder(accepted=True))
+        async for _ in reports:
+            pass
+
+
+@pytest.fixture
+async def proxy() -> AsyncIterator[tuple[grpc.aio.Server, str]]:
+    server, port = create_server("127.0.0.1", 0)
+    control_pb2_grpc.add_ControlServicer_to_server(Proxy(), server)
+    await server.start()
+    yield server, f"127.0.0.1:{port}"
+    await server.stop(None)
+
+
+async def test_hand_offs_that_a_dead_proxy_s_decode_workers_never_fetched_are_freed_long_before_their_deadline(
+    proxy: tuple[grpc.aio.Server, str],
+) -> None:
+    server, proxy_address = proxy
+    config = StoreConfig(arena_bytes=16 * SCHEMA.block_bytes)
+    actor = StoreActor(
+        store_id="store-0", node_id="node-a", host="127.0.0.1", port=0, proxy_address=proxy_address, config=config, schema=SCHEMA
+    )
+    client = await StoreClient.attach(await actor.start(), client_id="prefill-0", node_id="node-a", schema=SCHEMA)
+    block = np.zeros((1, SCHEMA.layer_bytes), np.uint8)
+    writers = [await client.reserve(name, 1, [], 1, 600.0) for name in ("sealed", "read", "late")]
+    for writer in writers:
+        for layer in range(SCHEMA.num_layers):
+            writer.push(layer, 0, block)
+    reader = await client.fetch("read", 1, 600.0)
+    for writer in writers[:2]:
+        await writer.seal(STATE)
+    assert actor._server.stats().num_handoffs == 3
+    await server.stop(None)  # the proxy dies
+
+    async def left(num_handoffs: int) -> None:
+        async with asyncio.timeout(60):
+            while actor._server.stats().num_handoffs > num_handoffs:
+                await asyncio.sleep(0.01)
+
+    await left(2)
+    assert [len(piece.blocks) async for piece in reader.slices()], "who reads already reads on"
+    await reader.release()
+    await left(1)
+    await writers[2].seal(STATE)  # its worker had not heard yet
+    await left(0)
+    await client.close()
+    await left(0)
+    stats = actor._server.stats()
+    assert (stats.num_leases, stats.num_bytes_leased) == (0, 0)
+    await actor.stop(0.0)

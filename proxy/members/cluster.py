@@ -249,8 +249,8 @@ class Cluster:
         return _Candidates(roster, np.array([member.row for member in members], np.int64))
 
     def _is_avoided(self, worker: Member) -> bool:
-        store = self.store_at(worker.store_address)
-        return worker.avoided or (store is not None and store.avoided)
+        """worker: one whose store is alive."""
+        return worker.avoided or self._stores[worker.store_address][0].avoided
 
     async def close(self) -> None:
         for member in list(self.members.values()):

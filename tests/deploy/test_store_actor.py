@@ -45,7 +45,14 @@ async def test_hand_offs_that_a_dead_proxy_s_decode_workers_never_fetched_are_fr
     server, proxy_address = proxy
     config = StoreConfig(arena_bytes=16 * SCHEMA.block_bytes)
     actor = StoreActor(
-        store_id="store-0", node_id="node-a", host="127.0.0.1", port=0, proxy_address=proxy_address, config=config, schema=SCHEMA
+        store_id="store-0",
+        node_id="node-a",
+        host="127.0.0.1",
+        port=0,
+        proxy_address=proxy_address,
+        model_name="demo",
+        config=config,
+        schema=SCHEMA,
     )
     client = await StoreClient.attach(await actor.start(), client_id="prefill-0", node_id="node-a", schema=SCHEMA)
     block = np.zeros((1, SCHEMA.layer_bytes), np.uint8)

@@ -366,6 +366,7 @@ class DecodeScheduler:
 
     def _finish(self, entry: _Entry) -> None:
         self._leave(entry)
+        self.allocator.keep_tail(entry.sequence)  # now: its next turn may come before its pages are released
         entry.held = True
 
     def _leave(self, entry: _Entry) -> None:

@@ -179,14 +179,24 @@ class PageAllocator:
                         self._free.append(gone)
         return [page for page in self.own_pages(sequence) if page in wrong]
 
+    def keep_tail(self, sequence: Sequence) -> None:
+        """The sequence has ended: others find what of it is sound behind its last full block, too."""
+        prefixes, keys = self.prefixes, sequence.block_keys
+        if prefixes is None or keys is None:
+            return
+        num_full = sequence.num_sound_tokens // prefixes.block_size
+        tail = sequence.token_ids[num_full * prefixes.block_size : sequence.num_sound_tokens]
+        if tail and sequence.pages[num_full] not in prefixes:
+            prefixes.add(keys[num_full - 1] if num_full else prefixes.root, None, tail, sequence.pages[num_full])
+
     def release(self, sequence: Sequence) -> None:
-        """The sequence's pages have a user less; what of it is sound stays, its last tokens included. It is in no step."""
-        last = self._keep_tail(sequence)
+        """The sequence's pages have a user less; what of it is sound stays. It is in no step."""
+        self.keep_tail(sequence)
         self.free(sequence.pages)
-        sequence.pages = []
-        for page in last:
+        for page in self._chain(sequence):
             if page in self._idle:
                 self._idle.move_to_end(page)
+        sequence.pages, sequence.num_sound_tokens = [], 0
 
     @property
     def _block_size(self) -> int:
@@ -201,19 +211,13 @@ class PageAllocator:
         """Blocks; its last token is computed, or comes with its hand-off, and so has a page of its own."""
         return (sequence.num_tokens - 1) // self._block_size
 
-    def _keep_tail(self, sequence: Sequence) -> Iterable[int]:
-        """The pages of the sequence's chain, its end first, which is so the first to be evicted."""
-        prefixes, keys = self.prefixes, sequence.block_keys
-        if prefixes is None or keys is None or not sequence.num_sound_tokens:
+    def _chain(self, sequence: Sequence) -> Iterable[int]:
+        """The pages of its sound blocks, the last one first: in the order of eviction it comes before those that it stands under."""
+        num_full = sequence.num_sound_tokens // self._block_size
+        if self.prefixes is None or not sequence.block_keys or not num_full:
             return ()
-        size, num_tokens = prefixes.block_size, sequence.num_sound_tokens
-        num_full = num_tokens // size
-        parent = keys[num_full - 1] if num_full else prefixes.root
-        tail = None
-        if num_tokens % size and sequence.pages[num_full] not in prefixes:
-            tail = prefixes.add(parent, None, sequence.token_ids[num_full * size : num_tokens], sequence.pages[num_full])
-        end = tail or prefixes.find(parent)
-        return prefixes.chain(end) if end is not None else ()
+        last = self.prefixes.find(sequence.block_keys[num_full - 1])
+        return self.prefixes.chain(last) if last is not None else ()
 
     def _evict(self) -> None:
         page = next(iter(self._idle))

@@ -85,7 +85,7 @@ class PlacementRequest:
     priority: int = 0  # lower is sooner
     waited_s: float = 0.0  # since it arrived; counts against its SLO
     admitted: bool = False  # a replay: no admission is asked again
-    page_blocks: Mapping[str, int] = field(default_factory=dict)  # worker id -> leading blocks of it in its pages
+    page_blocks: Mapping[str, int] = field(default_factory=dict[str, int])  # worker id -> leading blocks of it in its pages
 
 
 class PrefixHint(NamedTuple):

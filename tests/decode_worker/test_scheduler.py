@@ -10,7 +10,9 @@ import pytest
 
 from halfmoon.decode_worker.scheduler import DecodeScheduler, Step
 from halfmoon.engine.page_allocator import PageAllocator
+from halfmoon.engine.prefix_pages import PrefixPages
 from halfmoon.engine.sequence import Sequence
+from halfmoon.protocol.blocks import block_keys, root_key
 from halfmoon.protocol.errors import ConfigError, PromptTooLong
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.v1 import common_pb2
@@ -32,6 +34,12 @@ def make_scheduler(*, num_pages: int = 100, max_running: int = 8, recompute: int
         max_running=max_running,
         max_prefill_tokens_per_step=recompute,
     )
+
+
+def make_sharing_scheduler(num_pages: int) -> DecodeScheduler:
+    root = root_key(b"model")
+    allocator = PageAllocator(num_pages, PrefixPages(root, BLOCK_SIZE))
+    return DecodeScheduler(allocator, BLOCK_SIZE, eos_token_ids=frozenset({EOS}), max_running=8, max_prefill_tokens_per_step=8)
 
 
 def begin_all(scheduler: DecodeScheduler, num_cached_tokens: int = 0) -> list[Sequence]:
@@ -406,3 +414,61 @@ def test_the_scheduler_runs_where_there_is_no_torch_and_no_ray() -> None:
     code = "import sys, halfmoon.decode_worker.scheduler; print(*sorted({'torch', 'ray', 'numpy'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == []
+
+
+def sharing(num_tokens: int, name: str = "r", **options: Any) -> Sequence:
+    sequence = make_sequence(num_tokens, name=name, **options)
+    sequence.block_keys = block_keys(root_key(b"model"), sequence.token_ids, BLOCK_SIZE)
+    return sequence
+
+
+def test_a_prompt_begins_behind_the_blocks_that_are_here_and_skips_what_comes_meanwhile() -> None:
+    scheduler = make_sharing_scheduler(20)
+    first, second = sharing(18, "first"), sharing(18, "second")
+    scheduler.add(first)
+    scheduler.add(second)
+    begin_all(scheduler)
+    sizes = [{chunk.sequence.request_id: chunk.num_tokens for chunk in run_step(scheduler)[0].chunks} for _ in range(4)]
+    # the step that gives the first one's first token gives the second what is left of its tokens
+    assert sizes[:3] == [{"first": 8}, {"first": 8}, {"first": 2, "second": 6}]
+    assert sizes[3] == {"first": 1, "second": 2} and second.num_skipped_tokens == 10
+    third = sharing(18, "third")
+    scheduler.add(third)
+    scheduler.start()
+    assert third.num_computed_tokens == 16 and third.pages[:4] == first.pages[:4]
+
+
+def test_a_preempted_sequence_is_back_behind_its_blocks_and_may_end_without_pages() -> None:
+    scheduler = make_sharing_scheduler(8)
+    first, second = sharing(10, "first", max_tokens=18), Sequence("second", [7] * 10, 10, SamplingParams(max_tokens=18))
+    second.block_keys = block_keys(root_key(b"model"), second.token_ids, BLOCK_SIZE)
+    for sequence in (first, second):
+        scheduler.add(sequence)
+    begin_all(scheduler)
+    while not scheduler.num_preemptions(second):
+        run_step(scheduler)
+    assert second.pages == [] and scheduler.num_waiting == 1
+    num_cached = scheduler.allocator.num_cached
+    assert scheduler.finish(second) and scheduler.allocator.num_cached == num_cached
+    scheduler.release(second)
+    while first in scheduler._entries:
+        if not scheduler.num_running:
+            scheduler.release(first)
+        else:
+            run_step(scheduler)
+    assert scheduler.at_rest and scheduler.allocator.num_free == 8
+
+
+def test_where_an_answer_ended_is_found_before_its_pages_are_released() -> None:
+    scheduler = make_sharing_scheduler(20)
+    first = sharing(10, max_tokens=5)
+    scheduler.add(first)
+    begin_all(scheduler)
+    while scheduler.num_running:
+        run_step(scheduler)
+    turn = Sequence("turn", [*first.token_ids, 5, 6, 7], 18, SamplingParams(max_tokens=2))
+    turn.block_keys = block_keys(root_key(b"model"), turn.token_ids, BLOCK_SIZE)
+    scheduler.add(turn)
+    assert scheduler.start() == [turn] and turn.num_computed_tokens == 12
+    part = scheduler.allocator.hold_part(turn, 12)
+    assert part is not None and part.num_tokens == 2, "the KV of an answer's last token is never computed"

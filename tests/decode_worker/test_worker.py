@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from halfmoon.deploy.worker import make_worker
+from halfmoon.engine.worker import Worker
 from halfmoon.kvstore.client import BlockWriter, StoreClient
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.blocks import block_keys, root_key
@@ -237,10 +238,14 @@ async def test_cancelling_decode_frees_pages_and_leases_long_before_the_last_tok
     decode.cancel()
     await cluster.at_rest()
     assert len(steps) < 150, "it ran on to its last token"
-    load = cluster.decode.load()
-    del load.steps[:]
-    load.num_cached_pages = 0  # what it computed stays
-    assert load == control_pb2.MemberLoad()
+
+    def load() -> control_pb2.MemberLoad:
+        load = cluster.decode.load()
+        del load.steps[:]
+        load.num_cached_pages = 0  # what it computed stays
+        return load
+
+    await until(lambda: load() == control_pb2.MemberLoad())  # its last step may still be under way
 
 
 async def test_cancelling_decode_while_it_waits_ends_the_hand_off_for_prefill_too(make_cluster: Any) -> None:
@@ -431,6 +436,13 @@ async def test_a_worker_with_another_kv_format_does_not_start(make_cluster: Any)
         await worker.start()
 
 
+def is_attached(worker: Worker) -> bool:
+    try:
+        return not worker.stores.own.client.lost.is_set()
+    except StoreUnavailable:
+        return False
+
+
 async def test_a_stores_death_fails_who_waits_at_once_and_leaves_who_decodes_alone(make_cluster: Any, greedy: Greedy) -> None:
     cluster = await make_cluster()
     running = cluster.sequence(prompt(20), max_tokens=60)
@@ -452,7 +464,8 @@ async def test_a_stores_death_fails_who_waits_at_once_and_leaves_who_decodes_alo
     assert answer.token_ids == greedy(prompt(20), 60)
     cluster.store = StoreServer(StoreConfig(arena_bytes=4 * 2**20), node_id="node-a")
     await cluster.store.start("127.0.0.1", port)
-    await until(lambda: cluster.store.stats().num_sessions == 2)
+    for worker in (cluster.prefill, cluster.decode):
+        await until(lambda worker=worker: is_attached(worker.worker))
     again = await cluster.run(prompt(20), max_tokens=5)
     assert again.token_ids == answer.token_ids[:5]
     await cluster.at_rest()

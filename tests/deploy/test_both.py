@@ -74,7 +74,8 @@ async def test_the_next_turn_finds_the_blocks_of_the_last(cluster, reference, pr
     second = (*first, *answer, *prompt_of(30, seed=3))
     result = await cluster.client.generate(token_ids=list(second), max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
     assert list(result.token_ids) == reference.generate(second, NUM_TOKENS, result.token_ids)
-    assert result.usage.num_cached_tokens == (len(first) + NUM_TOKENS - 1) // 64 * 64
+    # in the pages of the worker that answered, or but for a part of a block in the store
+    assert result.usage.num_cached_tokens in (len(first) + NUM_TOKENS - 1, (len(first) + NUM_TOKENS - 1) // 64 * 64)
 
 
 async def decoding_worker(cluster: Any, request_id: str) -> str:

@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 # tests that run at the same time; auto: a worker a core
 WORKERS ?= auto
 # tests of one file stay on one worker, and so do all whose clusters share one Ray; the longest come first (tests/conftest.py)
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 # spawned processes must not find kernels/ or proxy/ as top-level packages
 export PYTHONSAFEPATH := 1
 # the tests start hundreds of processes: each would compile every file anew

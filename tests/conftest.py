@@ -57,25 +57,50 @@ def pytest_configure(config: pytest.Config) -> None:
     grpc.aio.init_grpc_aio()
 
 
-ON_RAY = "on one Ray"
+SHARES_RAY = {
+    name: group
+    for group, names in {
+        "a Ray": ("test_one_node", "test_two_nodes", "test_demo", "test_ray_session"),
+        "another Ray": ("test_failures", "test_frozen", "test_both", "test_coupled"),
+    }.items()
+    for name in names
+}
+"""Files of tests/deploy whose clusters share one Ray: group by name."""
+
 LONGEST = (
-    ON_RAY, "kernels/test_compile_ahead.py", "deploy/test_serve.py", "decode_worker/test_worker.py",
+    "a Ray", "another Ray", "kernels/test_compile_ahead.py", "deploy/test_serve.py", "decode_worker/test_worker.py",
     "decode_worker/test_local_prefill.py", "decode_worker/test_both_roles.py", "engine/test_engine.py", "engine/test_demo_model.py",
 )  # fmt: skip
 """Groups that take longest: begun first, or one worker would be left alone with them at the end."""
 
 
+def group_of(nodeid: str) -> str:
+    """Tests of a group run on one worker."""
+    path = nodeid.split("::")[0].removeprefix("tests/")
+    return SHARES_RAY.get(Path(path).stem, path) if path.startswith("deploy/") else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests stay together, and those of all files whose clusters share one Ray.
+
+    Not xdist's own groups: with pytest 9.2 its workers don't tell their names, and each test would be a group of its own.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByGroup(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For `pytest -n`: a file's tests stay together, and those of all files whose clusters share one Ray."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    folder = Path(__file__).parent
-    on_ray = {item.path for item in items if "two_nodes" in getattr(item, "fixturenames", ())}
-    groups = {item.path: ON_RAY if item.path in on_ray else str(item.path.relative_to(folder)) for item in items}
+    """For `pytest -n`: the longest groups first."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(groups[item.path]))
+        item.add_marker(pytest.mark.group(group_of(item.nodeid)))
     if config.getoption("numprocesses", None) or NUM_WORKERS > 1:
-        items.sort(key=lambda item: LONGEST.index(groups[item.path]) if groups[item.path] in LONGEST else len(LONGEST))
+        rank = {group: index for index, group in enumerate(LONGEST)}
+        items.sort(key=lambda item: rank.get(group_of(item.nodeid), len(rank)))
 
 
 @pytest.hookimpl(trylast=True)

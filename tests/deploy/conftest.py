@@ -69,7 +69,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def _group(item: pytest.Item) -> pytest.Mark | None:
-    return item.get_closest_marker("xdist_group")
+    return item.get_closest_marker("group")
 
 
 @pytest.fixture(scope="module")

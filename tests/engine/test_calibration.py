@@ -10,6 +10,7 @@ import pytest
 from halfmoon.engine import calibration
 from halfmoon.engine.calibration import calibrate
 from halfmoon.engine.executor import ExecutorFacts
+from halfmoon.engine.model_flops import ModelFlops
 from halfmoon.engine.page_allocator import PageAllocator
 from halfmoon.engine.sequence import StepChunk
 from halfmoon.engine.step_budget import work_of
@@ -22,7 +23,9 @@ class Machine:
     """An executor whose steps take what TRUTH says, on a clock of its own."""
 
     def __init__(self, num_pages: int, max_model_len: int = 8192) -> None:
-        self.facts = ExecutorFacts(cast("Any", _Schema()), 100, frozenset(), max_model_len, num_pages, "cpu")
+        self.facts = ExecutorFacts(
+            cast("Any", _Schema()), 100, frozenset(), max_model_len, num_pages, "cpu", 0, ModelFlops(0.0, 0.0, 0.0), None
+        )
         self.now_s = 0.0
         self.largest = 0
 

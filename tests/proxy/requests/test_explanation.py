@@ -41,7 +41,7 @@ async def explain(make_bench: Any) -> AsyncIterator[Any]:
 async def test_every_candidate_is_shown_with_its_predictions_and_the_chosen_with_what_came_of_them(
     make_bench: Any, peers: Any, explain: Any
 ) -> None:
-    bench = await make_bench(2, 2, policy="kvcache_centric")
+    bench = await make_bench(2, 2, policy="kvcache_centric", order="fair")
     request = bench.request(list(range(50, 70)))
     keys = block_keys(root_key(peers.SCHEMA.fingerprint), request.token_ids, 4)
     index = bench.router._index

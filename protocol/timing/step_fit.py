@@ -18,6 +18,7 @@ LEAST_ERROR = 0.03  # relative: measurements of equal steps differ by as much
 FIRST_ERROR = 1.0
 ERROR_WINDOW = 0.02  # weight of the newest error in their mean
 HICCUP = 3.0  # usual errors that one step may teach
+LEAST_SHARE = 0.1  # of what was measured, that a prediction counts as at least
 
 
 class StepFit:
@@ -34,7 +35,8 @@ class StepFit:
         if measured_s <= 0.0 or not (work.num_chunk_tokens or work.num_decodes):
             return
         features = self._features(work, measured_s)
-        predicted_s = max(self._fit.predict(features) * MILLI, 1e-6)
+        # a prediction near 0 or below it would keep itself alive: what may be learnt is in proportion to it
+        predicted_s = max(self._fit.predict(features) * MILLI, LEAST_SHARE * measured_s)
         error = measured_s / predicted_s - 1.0
         most = HICCUP * max(self._usual_error, LEAST_ERROR)
         clipped = min(max(error, -most), most)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from halfmoon.protocol.timing.step_cost import ChunkWork, StepCost, StepWork, attention_of, with_chunks
@@ -28,19 +28,16 @@ def worst_error(cost: StepCost, truth: StepCost, seed: int) -> float:
     return max(abs(cost.seconds(work) / truth.seconds(work) - 1.0) for work in works)
 
 
-def error_after_noise_and_hiccups(seed: int) -> float:
+@settings(max_examples=15)
+@example(seed=26, prior=2.0)  # its predictions fell to 0 once, and stayed there
+@given(seed=st.integers(0, 10_000), prior=st.floats(0.5, 2.0))
+def test_it_finds_the_costs_of_a_machine_under_noise_and_hiccups(seed: int, prior: float) -> None:
     rng = random.Random(seed)
-    fit = StepFit(H100.scaled(rng.uniform(0.5, 2.0)))
+    fit = StepFit(H100.scaled(prior))
     for work in steps(900, rng):
         hiccup = rng.uniform(2.0, 6.0) if rng.random() < 0.05 else 1.0
         fit.observe(work, H100.seconds(work) * rng.gauss(1.0, 0.03) * hiccup)
-    return worst_error(fit.cost, H100, seed + 1)
-
-
-def test_it_finds_the_costs_of_a_machine_under_noise_and_hiccups() -> None:
-    """Of the worst of many kinds of steps. About one run in 24 is far off, see docs/plan.md."""
-    errors = sorted(error_after_noise_and_hiccups(seed) for seed in range(24))
-    assert errors[-2] < 0.1
+    assert worst_error(fit.cost, H100, seed + 1) < 0.12
 
 
 def test_mixed_steps_alone_correct_a_wrong_prefill_half() -> None:

@@ -42,7 +42,8 @@ class StepBudget:
         self.default_tpot_s = limits.tpot_target_s or math.inf
         self._sizer = ChunkSizer(
             most=limits.max_tokens,
-            most_beside=limits.max_tokens_beside,
+            # not more than where nobody decodes: who was counted among those who decode may yet lose its place
+            most_beside=min(limits.max_tokens_beside, limits.max_tokens),
             least=max(LEAST_CHUNK_TOKENS, block_size),
             row_counts=row_counts,
         )

@@ -28,6 +28,11 @@ class Computed(NamedTuple):
     failed: dict[Sequence, HalfmoonError]
 
 
+class _Found(NamedTuple):
+    samples: dict[Sequence, TokenSample]
+    failed: dict[Sequence, HalfmoonError]
+
+
 class StepRunner:
     """For the step loop's thread.
 
@@ -42,62 +47,44 @@ class StepRunner:
 
     def run(self, chunks: Seq[StepChunk], pushes: Seq[BlockPush]) -> Computed:
         """Raises DeviceLost, and StepFailed where nothing could be computed MAX_BARREN_STEPS times in a row."""
-        samples: dict[Sequence, TokenSample] = {}
-        failed: dict[Sequence, HalfmoonError] = {}
+        found = _Found({}, {})
         groups = [[chunk for chunk in chunks if not chunk.sequence.suspect], *([chunk] for chunk in chunks if chunk.sequence.suspect)]
         for group in groups:
             if group:
-                self._run(group, _of(pushes, group), samples, failed)
+                self._run(group, _of(pushes, group), found)
+        failed = found.failed
         self._num_barren = self._num_barren + 1 if len(failed) == len(chunks) else 0
         if self._num_barren >= MAX_BARREN_STEPS:
             raise StepFailed(f"in {self._num_barren} steps in a row nothing could be computed; the last: {next(iter(failed.values()))}")
         self.running = []
         none = TokenSample(NOT_FINITE, None, [])
-        return Computed([samples.get(chunk.sequence, none) for chunk in chunks if chunk.is_last], failed)
+        return Computed([found.samples.get(chunk.sequence, none) for chunk in chunks if chunk.is_last], failed)
 
-    def _run(
-        self,
-        chunks: list[StepChunk],
-        pushes: list[BlockPush],
-        samples: dict[Sequence, TokenSample],
-        failed: dict[Sequence, HalfmoonError],
-        num_pushed_layers: int | None = None,
-    ) -> None:
+    def _run(self, chunks: list[StepChunk], pushes: list[BlockPush], found: _Found, num_pushed_layers: int | None = None) -> None:
         """num_pushed_layers: by the run that failed; the others follow the retry. None: this is the first run."""
         self.running = [chunk.sequence for chunk in chunks]
         try:
-            found = self._executor.run(chunks, pushes if num_pushed_layers is None else ())
+            samples = self._executor.run(chunks, pushes if num_pushed_layers is None else ())
         except StepFailed as failure:
             num_pushed = failure.num_pushed_layers if num_pushed_layers is None else num_pushed_layers
-            self._isolate(chunks, pushes, samples, failed, num_pushed, failure)
+            self._isolate(chunks, pushes, found, num_pushed, failure)
             return
-        samples.update(zip([chunk.sequence for chunk in chunks if chunk.is_last], found, strict=True))
+        found.samples.update(zip([chunk.sequence for chunk in chunks if chunk.is_last], samples, strict=True))
         if pushes and num_pushed_layers is not None:
             for layer in range(num_pushed_layers, self._executor.facts.schema.num_layers):
                 self._executor.pages.push(pushes, range(layer, layer + 1))
 
     def _isolate(
-        self,
-        chunks: list[StepChunk],
-        pushes: list[BlockPush],
-        samples: dict[Sequence, TokenSample],
-        failed: dict[Sequence, HalfmoonError],
-        num_pushed_layers: int,
-        failure: StepFailed,
+        self, chunks: list[StepChunk], pushes: list[BlockPush], found: _Found, num_pushed_layers: int, failure: StepFailed
     ) -> None:
         if len(chunks) == 1:
-            self._fail(chunks[0].sequence, failed, failure)
+            found.failed[chunks[0].sequence] = _failed(chunks[0].sequence, failure)
             return
         logger.warning("a step of %d chunks failed, and is tried in halves: %s", len(chunks), failure)
         self._wait_for_pushes(pushes)
         middle = len(chunks) // 2
         for half in (chunks[:middle], chunks[middle:]):
-            self._run(half, _of(pushes, half), samples, failed, num_pushed_layers)
-
-    def _fail(self, sequence: Sequence, failed: dict[Sequence, HalfmoonError], failure: StepFailed) -> None:
-        logger.error("request %s can't be computed", sequence.request_id, exc_info=failure)
-        why = f"request {sequence.request_id} could not be computed: {failure}; the worker's log has the traceback"
-        failed[sequence] = SequenceFailed(why)
+            self._run(half, _of(pushes, half), found, num_pushed_layers)
 
     def _wait_for_pushes(self, pushes: list[BlockPush]) -> None:
         """What was pushed is read from the pages that the retry writes."""
@@ -105,6 +92,11 @@ class StepRunner:
             landed = threading.Event()
             self._executor.pages.when_landed(landed.set)
             landed.wait()
+
+
+def _failed(sequence: Sequence, failure: StepFailed) -> SequenceFailed:
+    logger.error("request %s can't be computed", sequence.request_id, exc_info=failure)
+    return SequenceFailed(f"request {sequence.request_id} could not be computed: {failure}; the worker's log has the traceback")
 
 
 def _of(pushes: Seq[BlockPush], chunks: list[StepChunk]) -> list[BlockPush]:

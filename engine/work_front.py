@@ -54,10 +54,10 @@ class WorkFront:
 class WorkAge:
     """The age of a front, as one who looks at it now and again counts it: time in which the whole process was stopped is not the work's."""
 
-    def __init__(self, front: WorkFront, most_s: float) -> None:
-        """most_s: that one gap between two looks may add."""
+    def __init__(self, front: WorkFront, interval_s: float) -> None:
+        """interval_s: the usual gap between two looks."""
         self._front = front
-        self._awake = AwakeClock(most_s)
+        self._awake = AwakeClock(interval_s)
         self._number = -1
         self._age_s = 0.0
 

@@ -44,8 +44,6 @@ from .work_front import WorkAge
 from .worker_life import WorkerAddress, WorkerLife
 from .worker_metrics import WorkerMetrics
 
-MOST_GAPS = 2  # between reports, that one of them may count of a step's age
-
 
 class LoadExecutor(Protocol):
     def __call__(self, *, name: str, progress: Progress, on_crash: Callable[[BaseException], None]) -> Executor: ...
@@ -154,8 +152,8 @@ class Worker:
         self.prefixes = PrefixLoader(self.executor.pages, self.allocator, self.changed, self.stores, self.metrics, life.spawn)
         self.blocks = BlockCacher(self.executor.pages, self.metrics)
         self.steps = self._mount()
-        self._step_age = WorkAge(self.steps.front, MOST_GAPS * REPORT_INTERVAL_S)
-        self._transfer_age = WorkAge(self.executor.pages.front, MOST_GAPS * REPORT_INTERVAL_S)
+        self._step_age = WorkAge(self.steps.front, REPORT_INTERVAL_S)
+        self._transfer_age = WorkAge(self.executor.pages.front, REPORT_INTERVAL_S)
         self.metrics.watch_engine(facts, self.allocator, self.steps.front.age_s)
         self._take_role(self.role)
         self.steps.start()

@@ -15,7 +15,7 @@ from ..protocol.errors import HalfmoonError, LeaseExpired
 
 logger = logging.getLogger(__name__)
 
-LATE_SHARE = 0.25  # of lease_ttl_s, by which the loop may be late and still call others silent; clients' heartbeats come as often
+HEARTBEAT_SHARE = 0.25  # of lease_ttl_s, between two heartbeats; a loop that is later than that itself calls nobody silent
 
 
 @dataclass(slots=True, eq=False)
@@ -67,8 +67,8 @@ class Sessions:
         now = loop.time()
         silent_s, late_s = now - session.last_seen, now - session.timer.when() if session.timer is not None else 0.0
         left_s = self.lease_ttl_s - silent_s
-        if late_s > self.lease_ttl_s * LATE_SHARE:  # this loop stood still: heartbeats may have come that it has not read
-            left_s = max(left_s, self.lease_ttl_s * LATE_SHARE)
+        if late_s > self.lease_ttl_s * HEARTBEAT_SHARE:  # this loop stood still: heartbeats may have come that it has not read
+            left_s = max(left_s, self.lease_ttl_s * HEARTBEAT_SHARE)
         if left_s > 0.0:
             session.timer = loop.call_later(left_s, self._check, session)
             return

@@ -57,7 +57,7 @@ class SsdTier:
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="store-ssd")
         self._tasks = Tasks("the store's SSD")
         self._demoting: asyncio.Task[None] | None = None
-        self._promoting: dict[bytes, asyncio.Future[None]] = {}
+        self._promoting: dict[bytes, asyncio.Task[bool]] = {}  # the read that a key is in
         self._seconds_a_block = 0.0  # of a read, others beside it; 0: none was made
         self._num_failures = 0
         self._is_closed = False
@@ -163,31 +163,29 @@ class SsdTier:
             return False
         places = [self._place(key) for key in fitting]
         self._content.pin(places)
-        done = asyncio.get_running_loop().create_future()
-        self._promoting.update(dict.fromkeys(fitting, done))
         # shielded, because a read that has begun writes into the slots to its end
-        reading = self._tasks.start(self._finish(fitting, places, slots, held, done))
+        reading = self._tasks.start(self._finish(fitting, places, slots, held))
+        self._promoting.update(dict.fromkeys(fitting, reading))
         return await asyncio.shield(reading) and len(fitting) == len(wanted)
 
-    async def _finish(
-        self, keys: Sequence[bytes], places: list[int], slots: list[int], held: list[int], done: asyncio.Future[None]
-    ) -> bool:
+    async def _finish(self, keys: Sequence[bytes], places: list[int], slots: list[int], held: list[int]) -> bool:
         loop = asyncio.get_running_loop()
         began = loop.time()
-        found = await asyncio.gather(*(self._read(place, slot) for place, slot in zip(places, slots, strict=True)))
+        try:
+            found = await asyncio.gather(*(self._read(place, slot) for place, slot in zip(places, slots, strict=True)))
+        finally:  # also where a read broke: who waits for these keys looks again
+            for key in keys:
+                del self._promoting[key]
         seconds = (loop.time() - began) / len(places)
         self._seconds_a_block += (seconds - self._seconds_a_block) * (RATE_WEIGHT if self._seconds_a_block else 1.0)
         right = [(key, slot, self._content.checksum(place)) for key, place, slot, ok in zip(keys, places, slots, found, strict=True) if ok]
         wrong = [place for place, ok in zip(places, found, strict=True) if not ok]
-        for key in keys:
-            del self._promoting[key]
         self._dram.add(right)
         self._content.drop(wrong)
         self._content.unpin(places)
         self._dram.unpin([*held, *slots])
         self._on_moved("promoted", len(right))
         self._on_moved("dropped", len(wrong))
-        done.set_result(None)
         return not wrong
 
     async def _read(self, place: int, slot: int) -> bool:

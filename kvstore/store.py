@@ -29,7 +29,7 @@ from .lease_manager import Accounting, LeaseManager, check_keys
 from .metrics import StoreMetrics
 from .progress import SliceCursor
 from .reserve_queue import ReserveQueue
-from .sessions import Session, Sessions
+from .sessions import HEARTBEAT_SHARE, Session, Sessions
 from .slot_access import SlotAccess
 from .tiers import Tiers
 from .transport import MESSAGE_BYTES, READ_BYTES, SLICE_BYTES
@@ -90,7 +90,7 @@ class Store:
             session_id=session.session_id,
             store_id=self.store_id,
             lease_ttl_s=self._config.lease_ttl_s,
-            heartbeat_interval_s=self._config.lease_ttl_s / 4,
+            heartbeat_interval_s=self._config.lease_ttl_s * HEARTBEAT_SHARE,
         )
         if shares_arena:
             welcome.arena.path = str(self._arena.path)

@@ -42,7 +42,6 @@ class Tiers:
         self.feed = WatchFeed(self._keys, demoted=self._keys_on_ssd_alone)
         self._config = config
         self._on_moved = on_moved
-        self._tasks = Tasks("the tiers")
         self._dram: ContentIndex | None = None
         self._ssd: SsdTier | None = None
         self._tasks = Tasks("the store's tiers")

@@ -86,10 +86,6 @@ class PrefillScheduler:
         return len(self._started)
 
     @property
-    def has_runnable(self) -> bool:
-        return any(entry.runnable and _num_missing(entry) for entry in self._started)
-
-    @property
     def waiting_chunks(self) -> list[ChunkWork]:
         """What the next step's chunks are of, in their order."""
         waiting: list[ChunkWork] = []
@@ -165,8 +161,8 @@ class PrefillScheduler:
         runnable = [entry for entry in self._started if entry.runnable and _num_missing(entry)]
         budget = self.max_tokens_per_step if budget is None else min(budget, self.max_tokens_per_step)
         sizes: dict[_Entry, int] = {}
-        for _, urgency in itertools.groupby(runnable, key=lambda entry: entry.order[0]):
-            budget = self._share(list(urgency), budget, sizes)
+        for _, equals in itertools.groupby(runnable, key=lambda entry: entry.order[0]):
+            budget = self._share(list(equals), budget, sizes)
         chunks: list[StepChunk] = []
         for entry, size in sizes.items():
             chunks.append(StepChunk(entry.sequence, entry.sequence.num_computed_tokens + entry.num_pending, size))

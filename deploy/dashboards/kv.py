@@ -28,7 +28,7 @@ def _hits(found: dashboard.Dashboard) -> dashboard.Dashboard:
 
 
 def _residency(found: dashboard.Dashboard) -> dashboard.Dashboard:
-    turnover = f"{rate('halfmoon_store_evicted_blocks_total', 'worker')}"
+    turnover = rate("halfmoon_store_evicted_blocks_total", "worker")
     return (
         found.with_row(dashboard.Row("Residency and eviction"))
         .with_panel(

@@ -51,9 +51,8 @@ class Cluster:
         self._max_model_len: int | None = None  # None: to be found again
         self._num_members: Counter[str] = Counter()  # by role
         self._table = LoadTable()
-        self._candidates: tuple[_Candidates, _Candidates] | None = (
-            None  # for prefill and decode; None: to be found again after a member came or went
-        )
+        # for prefill and decode; None: to be found again after a member came or went
+        self._candidates: tuple[_Candidates, _Candidates] | None = None
         self._stores: dict[str, list[Member]] = {}  # by address
         self._superseded: dict[str, None] = {}  # incarnations that a newer process of their id has replaced, oldest first
         self._join_callbacks: list[JoinCallback] = []

@@ -23,7 +23,6 @@ from .member import Member
 logger = logging.getLogger(__name__)
 
 CHECK_INTERVAL_S = REPORT_INTERVAL_S
-MOST_GAPS = 2  # between checks, that one of them may count: the proxy itself was late, and reports lie unread
 
 
 class Late(NamedTuple):
@@ -40,13 +39,13 @@ class Liveness:
     def __init__(self, cluster: Cluster, config: ProxyConfig) -> None:
         self._cluster = cluster
         self._config = config
-        self._clock = AwakeClock(MOST_GAPS * CHECK_INTERVAL_S)
+        self._clock = AwakeClock(CHECK_INTERVAL_S)
         self._tasks = Tasks("liveness")
         cluster.on_join(self._joined)
 
     def stalled(self, load: control_pb2.MemberLoad) -> str:
         """Why a worker with this load is not to join now; "" where it is."""
-        return next((late.what for late in self._stalls(load, self._config.avoid_after_s) if late.seconds > late.limit_s), "")
+        return _first(self._stalls(load, self._config.avoid_after_s))
 
     def gave_up(self, num_reports: int) -> bool:
         """Whether a worker that was stalled in so many reports, one after another, is to end."""
@@ -71,7 +70,7 @@ class Liveness:
 
     def _lateness(self, member: Member, limit_s: float) -> str:
         silence = Late(member.silent_s, limit_s, f"it has not reported for {member.silent_s:.1f} s")
-        return next((late.what for late in (silence, *self._stalls(member.load, limit_s)) if late.seconds > late.limit_s), "")
+        return _first([silence, *self._stalls(member.load, limit_s)])
 
     def _stalls(self, load: control_pb2.MemberLoad, limit_s: float) -> list[Late]:
         """limit_s: beyond what a step may take by its prediction. A copy has no prediction, and its limit is in proportion."""
@@ -90,3 +89,8 @@ class Liveness:
         while self._cluster.members:
             self.check(time.monotonic())
             await asyncio.sleep(CHECK_INTERVAL_S)
+
+
+def _first(found: list[Late]) -> str:
+    """What is late; "" where nothing is."""
+    return next((late.what for late in found if late.seconds > late.limit_s), "")

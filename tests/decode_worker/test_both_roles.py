@@ -64,7 +64,7 @@ async def test_one_step_holds_decode_tokens_a_prompt_of_its_own_and_one_to_hand_
     await until(lambda: cluster.decode.scheduler.num_running == 1)
     gate.clear()
     others = [asyncio.create_task(cluster.run(prompt(90, 1), max_tokens=4))]  # r2
-    await until(lambda: cluster.decode.worker.prefill.scheduler.has_runnable)
+    await until(lambda: cluster.decode.worker.prefill.scheduler.waiting_chunks)
     others.append(asyncio.create_task(cluster.run_local(prompt(9, 2), max_tokens=4)))  # r3
     await until(lambda: cluster.decode.scheduler.num_running == 2)
     gate.set()
@@ -202,7 +202,7 @@ async def test_tokens_are_the_same_whatever_the_chunks_that_the_tightest_pace_le
     others = [asyncio.create_task(cluster.run_local(prompt(190, 1), max_tokens=6))]  # r2
     await until(lambda: cluster.decode.scheduler.num_running == 2)
     others.append(asyncio.create_task(cluster.run(prompt(100, 2), max_tokens=6)))  # r3
-    await until(lambda: cluster.decode.worker.prefill.scheduler.has_runnable)
+    await until(lambda: cluster.decode.worker.prefill.scheduler.waiting_chunks)
     gate.set()
     answers = await asyncio.gather(*others)
     assert [answer.token_ids for answer in answers] == [greedy(prompt(190, 1), 6), greedy(prompt(100, 2), 6)]

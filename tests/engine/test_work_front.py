@@ -35,7 +35,7 @@ def age_after(age: WorkAge, clock: Clock, *gaps_s: float) -> float:
 
 def test_a_piece_is_as_old_as_it_is_under_way_and_idleness_has_no_age(clock: Clock) -> None:
     front = WorkFront(clock)
-    age = WorkAge(front, 0.5)
+    age = WorkAge(front, 0.25)
     assert age_after(age, clock, 0.2, 0.2) == 0.0
     front.begin()
     assert age_after(age, clock, *[0.2] * 10) == pytest.approx(2.0)
@@ -45,7 +45,7 @@ def test_a_piece_is_as_old_as_it_is_under_way_and_idleness_has_no_age(clock: Clo
 
 def test_what_waits_behind_the_front_counts_from_the_front_s_end(clock: Clock) -> None:
     front = WorkFront(clock)
-    age = WorkAge(front, 0.5)
+    age = WorkAge(front, 0.25)
     front.begin()
     front.begin()
     assert age_after(age, clock, *[0.2] * 10) == pytest.approx(1.8), "counted from the first look on"
@@ -56,7 +56,7 @@ def test_what_waits_behind_the_front_counts_from_the_front_s_end(clock: Clock) -
 
 def test_many_short_pieces_are_never_old(clock: Clock) -> None:
     front = WorkFront(clock)
-    age = WorkAge(front, 0.5)
+    age = WorkAge(front, 0.25)
     for _ in range(100):
         front.begin()
         assert age_after(age, clock, 0.2) < 0.3
@@ -65,7 +65,7 @@ def test_many_short_pieces_are_never_old(clock: Clock) -> None:
 
 def test_a_process_that_was_stopped_does_not_blame_its_step(clock: Clock) -> None:
     front = WorkFront(clock)
-    age = WorkAge(front, 0.4)
+    age = WorkAge(front, 0.2)
     age.look(clock.now)
     front.begin()
     assert age_after(age, clock, 0.2, 30.0) == pytest.approx(0.6)

@@ -69,16 +69,6 @@ class PrefillTime:
         self._fit = RelativeFit([weight * factor for weight in self._fit.weights])
         self._refresh()
 
-    def tokens_within(self, seconds: float, num_prefix: int) -> int:
-        """How many new tokens behind num_prefix are computed in that time; 0 where not one is."""
-        left = seconds - self.base_s
-        linear, square = self.per_token_s + num_prefix * self.per_token_prefix_s, self.per_token_squared_s
-        if left <= 0.0 or linear <= 0.0:
-            return 0
-        if square <= 0.0:
-            return int(left / linear)
-        return int(((linear * linear + 4.0 * square * left) ** 0.5 - linear) / (2.0 * square))
-
     def _refresh(self) -> None:
         constant, linear, mixed, square = self._fit.weights
         self.base_s = constant * MILLI

@@ -84,15 +84,6 @@ def test_a_prefix_in_the_workers_own_store_is_free_until_loading_one_was_seen() 
     assert found.transfer.own(0.0) == 0.0
 
 
-@settings(max_examples=100)
-@given(seconds=st.floats(0.001, 5), prefix=st.integers(0, 10**5))
-def test_the_tokens_that_fit_into_a_time_take_that_time_and_not_more(seconds: float, prefix: int) -> None:
-    prefill = Predictors(TRUE).prefill
-    num = prefill.tokens_within(seconds, prefix)
-    assert num == 0 or prefill.predict(num, prefix) <= seconds + 1e-9
-    assert prefill.predict(num + 2, prefix) > seconds
-
-
 def test_a_queue_is_its_predicted_end_or_its_tokens_where_no_end_is_told() -> None:
     found = Predictors(TRUE)
     assert queue_s(found, MemberState("p", "p", "s", busy_until_s=12.0), 10.0) == 2.0

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 _TOO_LARGE = re.compile(r"larger than max \((\d+) vs\. (\d+)\)")  # gRPC's own words; no handler of ours has seen the message
 
+_LOST_WHILE_SENDING = "Internal error from Core"
+"""grpc.aio's own words where a call ended while a message was being sent. They replace the status that the server gave."""
+
 _BY_STATUS: dict[grpc.StatusCode, type[HalfmoonError]] = {
     grpc.StatusCode.CANCELLED: RequestCancelled,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
@@ -60,6 +63,8 @@ def from_rpc_error(error: grpc.RpcError, peer: str) -> HalfmoonError:
             return build_error(code, message, json.dumps(fields))
     if status is grpc.StatusCode.RESOURCE_EXHAUSTED and (sizes := _TOO_LARGE.search(details or "")):
         return InvalidRequest(f"the request has {sizes[1]} bytes; {peer} takes {sizes[2]} in one message", max_bytes=int(sizes[2]))
+    if status is grpc.StatusCode.INTERNAL and details == _LOST_WHILE_SENDING:
+        return Unavailable(f"{peer} ended the stream", peer=peer)
     found = _BY_STATUS.get(status, InternalError)
     return found(f"{peer}: {status.name.lower().replace('_', ' ')}: {details}", peer=peer)
 

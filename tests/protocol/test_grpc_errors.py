@@ -103,3 +103,12 @@ async def test_a_message_over_the_servers_limit_is_an_invalid_request_with_both_
         assert isinstance(error, InvalidRequest) and "has 5003 bytes; the proxy takes 1000" in error.message
         assert await stub.Generate(inference_pb2.GenerateRequest(prompt="x" * 900)).read() == inference_pb2.GenerateReply()
     await server.stop(0)
+
+
+async def test_a_call_that_ended_while_a_message_was_being_sent_is_a_stream_that_the_peer_ended() -> None:
+    nothing = grpc.aio.Metadata()
+    lost = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, nothing, nothing, details="Internal error from Core")
+    error = from_rpc_error(lost, "the proxy")
+    assert (type(error), error.message) == (Unavailable, "the proxy ended the stream")
+    other = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, nothing, nothing, details="of another kind")
+    assert isinstance(from_rpc_error(other, "the proxy"), InternalError)

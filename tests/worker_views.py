@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from halfmoon.engine.worker import Worker
 from halfmoon.kvstore.block_rows import BlockRows
 from halfmoon.kvstore.client import StoreClient
 from halfmoon.kvstore.transport import Piece, Transport, TransportName
+from halfmoon.protocol.errors import StoreUnavailable
 from halfmoon.protocol.v1 import control_pb2, kvstore_pb2
 
 
@@ -47,6 +49,27 @@ class WorkerView:
         """The thread that copies, whatever else is asked of the executor's pages."""
         executor: Any = self.worker.executor
         return executor.pages._transfer
+
+    @property
+    def is_attached(self) -> bool:
+        """To its own store."""
+        try:
+            return not self.worker.stores.own.client.lost.is_set()
+        except StoreUnavailable:
+            return False
+
+    def slow(self, seconds: float) -> list[float]:
+        """Every step takes that much longer, so that something can happen meanwhile. Returns the steps that have begun, by time."""
+        engine, steps = self.engine, []
+        forward = engine.forward
+
+        def slowed(*args: Any, **kwargs: Any) -> Any:
+            steps.append(time.monotonic())
+            time.sleep(seconds)
+            return forward(*args, **kwargs)
+
+        engine.forward = slowed
+        return steps
 
     def load(self) -> control_pb2.MemberLoad:
         return self.worker.load()

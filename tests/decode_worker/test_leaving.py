@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from typing import Any
 
 import pytest
@@ -17,25 +16,12 @@ STEPS = {"prefill": NUM_PROMPT_TOKENS // 8, "decode": NUM_TOKENS - 1}
 DAYS_S = 7 * 24 * 3600.0
 
 
-def slow(engine: Any, seconds: float) -> list[float]:
-    """Every step takes that much longer, so that something can happen meanwhile. Returns the steps that have begun, by time."""
-    forward, steps = engine.forward, []
-
-    def slowed(*args: Any, **kwargs: Any) -> Any:
-        steps.append(time.monotonic())
-        time.sleep(seconds)
-        return forward(*args, **kwargs)
-
-    engine.forward = slowed
-    return steps
-
-
 @pytest.mark.parametrize("phase", STEPS)
 async def test_a_client_that_goes_away_frees_prefill_store_and_decode_by_a_message(proxy: Any, make_cluster: Any, phase: str) -> None:
     cluster = await make_cluster(prefill={"max_tokens_per_step": 8})
     proxy.know_store(cluster.store)
     await asyncio.gather(cluster.prefill.life.joined.wait(), cluster.decode.life.joined.wait())
-    steps = slow(getattr(cluster, phase).engine, 0.05)
+    steps = getattr(cluster, phase).slow(0.05)
     prompt = random.Random(phase).choices(range(3, 160), k=NUM_PROMPT_TOKENS)
     sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
     stream = proxy.router.open(ProxyRequest("goes", prompt, sampling, DAYS_S))

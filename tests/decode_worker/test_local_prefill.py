@@ -24,19 +24,6 @@ def prompt(num_tokens: int, seed: int = 0) -> list[int]:
     return random.Random(f"{num_tokens}/{seed}").choices(range(3, 160), k=num_tokens)
 
 
-def slow(engine: Any, seconds: float) -> list[float]:
-    """Every step takes that much longer, so that something can happen meanwhile. Returns the steps that have begun, by time."""
-    forward, steps = engine.forward, []
-
-    def slowed(*args: Any, **kwargs: Any) -> Any:
-        steps.append(time.monotonic())
-        time.sleep(seconds)
-        return forward(*args, **kwargs)
-
-    engine.forward = slowed
-    return steps
-
-
 def chunk_sizes(engine: Any) -> dict[str, list[int]]:
     """By request id, of the steps that follow."""
     forward, found = engine.forward, {}
@@ -79,7 +66,7 @@ async def test_tokens_are_those_of_transformers(make_cluster: Any, greedy: Greed
 
 async def test_the_admission_tells_what_a_hand_off_would_have(make_cluster: Any) -> None:
     cluster = await make_cluster()
-    steps, began = slow(cluster.decode.engine, 0.02), time.monotonic()
+    steps, began = cluster.decode.slow(0.02), time.monotonic()
     answer = await cluster.run_local(prompt(40), max_tokens=6)
     state = answer.admitted.state
     assert (state.num_tokens, state.num_cached_tokens, state.first_token) == (40, 0, answer.tokens[0])
@@ -148,7 +135,7 @@ async def test_the_very_next_turn_finds_prompt_and_answer_whoever_computed_them(
 
 async def test_another_request_finds_a_prompts_blocks_while_it_is_still_being_answered(make_cluster: Any, greedy: Greedy) -> None:
     cluster = await make_cluster()
-    slow(cluster.decode.engine, 0.01)
+    cluster.decode.slow(0.01)
     answer = cluster.answer()
     call = cluster.start_decode(cluster.sequence(prompt(60), max_tokens=190), local=True)
     reading = asyncio.create_task(cluster.read(call, answer))
@@ -209,7 +196,7 @@ async def test_a_corrupt_prefix_is_computed_and_right_ever_after(make_cluster: A
 
 async def test_a_store_that_is_gone_costs_the_prefix_only(make_cluster: Any, greedy: Greedy) -> None:
     cluster = await make_cluster()
-    slow(cluster.decode.engine, 0.01)
+    cluster.decode.slow(0.01)
     answer = cluster.answer()
     call = cluster.start_decode(cluster.sequence(prompt(30), max_tokens=40), local=True)
     reading = asyncio.create_task(cluster.read(call, answer))
@@ -229,7 +216,7 @@ async def test_a_store_that_is_gone_costs_the_prefix_only(make_cluster: Any, gre
 
 async def test_running_sequences_get_their_own_tokens_while_a_prompt_is_computed_beside_them(make_cluster: Any, greedy: Greedy) -> None:
     cluster = await make_cluster(decode={"max_prefill_tokens_per_step": 8})
-    slow(cluster.decode.engine, 0.005)
+    cluster.decode.slow(0.005)
     sizes = chunk_sizes(cluster.decode.engine)
     running = cluster.sequence(prompt(20), max_tokens=60)
     answer = cluster.answer()
@@ -303,7 +290,7 @@ async def test_cancelling_frees_everything_long_before_the_last_token(make_clust
     scheduler = cluster.decode.scheduler
     await cluster.run_local(prompt(200), max_tokens=1)
     await cluster.at_rest()
-    steps = slow(cluster.decode.engine, 0.05)
+    steps = cluster.decode.slow(0.05)
     others = []
     if phase == "waiting for pages":
         others = [cluster.start_decode(cluster.sequence(prompt(180, 1), max_tokens=4), local=True)]
@@ -343,7 +330,7 @@ async def test_cancelling_frees_everything_long_before_the_last_token(make_clust
 
 async def test_stop_before_the_first_token_ends_it_and_keeps_what_was_computed(make_cluster: Any) -> None:
     cluster = await make_cluster(decode={"max_prefill_tokens_per_step": 8})
-    slow(cluster.decode.engine, 0.02)
+    cluster.decode.slow(0.02)
     sequence = cluster.sequence(prompt(200), max_tokens=40)
     answer = cluster.answer()
     reading = asyncio.create_task(cluster.read(cluster.start_decode(sequence, local=True), answer))
@@ -359,7 +346,7 @@ async def test_stop_before_the_first_token_ends_it_and_keeps_what_was_computed(m
 
 async def test_a_deadline_says_where_it_found_the_request(make_cluster: Any) -> None:
     cluster = await make_cluster(decode={"kv_capacity_tokens": 264, "max_prefill_tokens_per_step": 8})
-    slow(cluster.decode.engine, 0.1)  # 25 steps
+    cluster.decode.slow(0.1)  # 25 steps
     computing = cluster.start_decode(cluster.sequence(prompt(200), deadline_s=1.5), local=True)
     await until(lambda: cluster.decode.scheduler.num_running == 1)
     queued = cluster.start_decode(cluster.sequence(prompt(100), deadline_s=0.1), local=True)
@@ -379,7 +366,7 @@ async def test_a_prompt_that_can_never_fit_is_refused(make_cluster: Any) -> None
 @pytest.mark.parametrize("transport", ["auto", "grpc"])
 async def test_any_mix_of_cancelled_calls_returns_to_rest(make_cluster: Any, greedy: Greedy, transport: str) -> None:
     cluster = await make_cluster(transport, arena_bytes=2**19, decode={"kv_capacity_tokens": 256, "max_prefill_tokens_per_step": 16})
-    slow(cluster.decode.engine, 0.002)
+    cluster.decode.slow(0.002)
     rng = random.Random(transport)
 
     async def cancelled(index: int) -> None:

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import random
 import threading
-import time
 import urllib.request
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,6 @@ import numpy as np
 import pytest
 
 from halfmoon.deploy.worker import make_worker
-from halfmoon.engine.worker import Worker
 from halfmoon.kvstore.client import BlockWriter, StoreClient
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.blocks import block_keys, root_key
@@ -45,19 +43,6 @@ Greedy = Callable[[list[int], int], list[int]]
 
 def prompt(num_tokens: int, seed: int = 0) -> list[int]:
     return random.Random(f"{num_tokens}/{seed}").choices(range(3, 160), k=num_tokens)
-
-
-def slow(engine: Any, seconds: float) -> list[float]:
-    """Every step takes that much longer, so that something can happen meanwhile. Returns the steps that have begun, by time."""
-    forward, steps = engine.forward, []
-
-    def slowed(*args: Any, **kwargs: Any) -> Any:
-        steps.append(time.monotonic())
-        time.sleep(seconds)
-        return forward(*args, **kwargs)
-
-    engine.forward = slowed
-    return steps
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -205,7 +190,7 @@ async def test_the_first_token_and_the_phases_come_with_the_admission(make_clust
 
 async def test_stop_ends_a_request_as_finished_and_keeps_its_blocks(make_cluster: Any, greedy: Greedy) -> None:
     cluster = await make_cluster()
-    slow(cluster.decode.engine, 0.01)
+    cluster.decode.slow(0.01)
     sequence = cluster.sequence(prompt(20), max_tokens=200)
     decode = cluster.start_decode(sequence)
     await cluster.start_prefill(sequence)
@@ -226,7 +211,7 @@ async def test_stop_ends_a_request_as_finished_and_keeps_its_blocks(make_cluster
 
 async def test_cancelling_decode_frees_pages_and_leases_long_before_the_last_token(make_cluster: Any) -> None:
     cluster = await make_cluster()
-    steps = slow(cluster.decode.engine, 0.02)
+    steps = cluster.decode.slow(0.02)
     sequence = cluster.sequence(prompt(50), max_tokens=200)
     decode = cluster.start_decode(sequence)
     await cluster.start_prefill(sequence)
@@ -250,7 +235,7 @@ async def test_cancelling_decode_frees_pages_and_leases_long_before_the_last_tok
 
 async def test_cancelling_decode_while_it_waits_ends_the_hand_off_for_prefill_too(make_cluster: Any) -> None:
     cluster = await make_cluster(prefill={"max_tokens_per_step": 8})
-    steps = slow(cluster.prefill.engine, 0.1)
+    steps = cluster.prefill.slow(0.1)
     sequence = cluster.sequence(prompt(200))
     decode, prefill = cluster.start_decode(sequence), cluster.start_prefill(sequence)
     await until(lambda: cluster.store.stats().num_leases == 2)
@@ -265,7 +250,7 @@ async def test_cancelling_decode_while_it_waits_ends_the_hand_off_for_prefill_to
 
 async def test_cancelling_prefill_tells_decode_why_and_frees_everything(make_cluster: Any) -> None:
     cluster = await make_cluster(prefill={"max_tokens_per_step": 8})
-    steps = slow(cluster.prefill.engine, 0.1)
+    steps = cluster.prefill.slow(0.1)
     sequence = cluster.sequence(prompt(200))
     decode, prefill = cluster.start_decode(sequence), cluster.start_prefill(sequence)
     await until(lambda: cluster.store.stats().num_bytes_pushed > 0)
@@ -278,7 +263,7 @@ async def test_cancelling_prefill_tells_decode_why_and_frees_everything(make_clu
 
 async def test_a_failed_prefill_is_told_to_decode_before_anything_was_reserved(make_cluster: Any) -> None:
     cluster = await make_cluster(prefill={"kv_capacity_tokens": 64})
-    slow(cluster.prefill.engine, 0.1)
+    cluster.prefill.slow(0.1)
     blocking = cluster.start_prefill(cluster.sequence(prompt(60, 1)))
     await until(lambda: cluster.prefill.scheduler.num_running == 1)
     queued = cluster.sequence(prompt(30), deadline_s=0.05)
@@ -302,7 +287,7 @@ async def test_a_decode_whose_hand_off_never_comes_ends_at_its_deadline(make_clu
 
 async def test_a_decode_ends_at_its_deadline_with_the_tokens_so_far(make_cluster: Any) -> None:
     cluster = await make_cluster()
-    slow(cluster.decode.engine, 0.02)
+    cluster.decode.slow(0.02)
     sequence = cluster.sequence(prompt(9), deadline_s=2.0, max_tokens=200)
     decode = cluster.start_decode(sequence)
     await cluster.start_prefill(sequence)
@@ -436,13 +421,6 @@ async def test_a_worker_with_another_kv_format_does_not_start(make_cluster: Any)
         await worker.start()
 
 
-def is_attached(worker: Worker) -> bool:
-    try:
-        return not worker.stores.own.client.lost.is_set()
-    except StoreUnavailable:
-        return False
-
-
 async def test_a_stores_death_fails_who_waits_at_once_and_leaves_who_decodes_alone(make_cluster: Any, greedy: Greedy) -> None:
     cluster = await make_cluster()
     running = cluster.sequence(prompt(20), max_tokens=60)
@@ -451,7 +429,7 @@ async def test_a_stores_death_fails_who_waits_at_once_and_leaves_who_decodes_alo
     answer = cluster.answer()
     reading = asyncio.create_task(cluster.read(decoding, answer))
     await until(lambda: bool(answer.token_ids))
-    slow(cluster.decode.engine, 0.01)
+    cluster.decode.slow(0.01)
     waiting = cluster.start_decode(cluster.sequence(prompt(30)))
     await until(lambda: cluster.decode.load().num_waiting == 1)
     port = int(cluster.store.address.split(":")[1])
@@ -465,7 +443,7 @@ async def test_a_stores_death_fails_who_waits_at_once_and_leaves_who_decodes_alo
     cluster.store = StoreServer(StoreConfig(arena_bytes=4 * 2**20), node_id="node-a")
     await cluster.store.start("127.0.0.1", port)
     for worker in (cluster.prefill, cluster.decode):
-        await until(lambda worker=worker: is_attached(worker.worker))
+        await until(lambda worker=worker: worker.is_attached)
     again = await cluster.run(prompt(20), max_tokens=5)
     assert again.token_ids == answer.token_ids[:5]
     await cluster.at_rest()
@@ -493,7 +471,7 @@ async def test_the_proxy_is_told_who_joins_and_how_loaded_it_is(make_cluster: An
 async def test_any_mix_of_cancelled_calls_returns_to_rest(make_cluster: Any, greedy: Greedy, transport: str) -> None:
     settings: dict[str, Any] = {"prefill": {"max_tokens_per_step": 24, "kv_capacity_tokens": 320}, "decode": {"kv_capacity_tokens": 256}}
     cluster = await make_cluster(transport, arena_bytes=2**19, **settings)
-    slow(cluster.prefill.engine, 0.002)
+    cluster.prefill.slow(0.002)
     rng = random.Random(transport)
     proxy = await StoreClient.attach(cluster.store.address, client_id="proxy", node_id="", schema=cluster.decode.engine.schema)
 

@@ -13,14 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 import torch
 from transformers import AutoModelForCausalLM
 
 from halfmoon.client import AsyncClient
+from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.ray_session import LOOPBACK, RayNode, ray_environment, ray_session
 from halfmoon.deploy.supervisor import Supervisor
 from halfmoon.engine.resolve import DEMO_FOLDER
 from halfmoon.protocol.channel import open_channel
+from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
 from halfmoon.protocol.v1 import control_pb2, control_pb2_grpc, kvstore_pb2, kvstore_pb2_grpc
 
 
@@ -123,6 +126,19 @@ def prompt_of() -> Callable[..., tuple[int, ...]]:
 @pytest.fixture(scope="session")
 def cluster_type() -> type[Cluster]:
     return Cluster
+
+
+@pytest_asyncio.fixture(scope="module")
+async def cluster(ray_nodes: list[RayNode], model_folder: Path, cluster_type: type) -> AsyncIterator[object]:
+    """Two prefill and two decode workers. Files that want another have one of their own."""
+    config = ClusterConfig(
+        model=ModelOptions(path=str(model_folder), name="demo"),
+        proxy=ProxyConfig(http_port=0, grpc_port=0, policy="round_robin"),
+        prefill=PrefillConfig(num_workers=2, max_tokens_per_step=128),
+        decode=DecodeConfig(num_workers=2),
+    )
+    async with running_cluster(config, ray_nodes) as supervisor, cluster_type.open(supervisor) as opened:
+        yield opened
 
 
 def _prompt_of(length: int, seed: int = 0) -> tuple[int, ...]:

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
-import pytest_asyncio
 
 from halfmoon.client import Delta
-from halfmoon.deploy.cluster import running_cluster
-from halfmoon.deploy.ray_session import RayNode
-from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
 from halfmoon.protocol.errors import Unavailable
 from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import control_pb2
@@ -21,18 +15,6 @@ from halfmoon.protocol.v1 import control_pb2
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 NUM_MEMBERS = 5  # store, 2 prefill, 2 decode
-
-
-@pytest_asyncio.fixture(scope="module")
-async def cluster(ray_nodes: list[RayNode], model_folder: Path, cluster_type: type) -> AsyncIterator[object]:
-    config = ClusterConfig(
-        model=ModelOptions(path=str(model_folder), name="demo"),
-        proxy=ProxyConfig(http_port=0, grpc_port=0, policy="round_robin"),
-        prefill=PrefillConfig(num_workers=2, max_tokens_per_step=128),
-        decode=DecodeConfig(num_workers=2),
-    )
-    async with running_cluster(config, ray_nodes) as supervisor, cluster_type.open(supervisor) as opened:
-        yield opened
 
 
 async def handoff_begun(cluster) -> None:

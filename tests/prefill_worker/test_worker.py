@@ -30,19 +30,6 @@ def prompt(num_tokens: int, seed: int = 0) -> list[int]:
     return random.Random(f"{num_tokens}/{seed}").choices(range(3, 160), k=num_tokens)
 
 
-def slow(engine: Any, seconds: float) -> list[float]:
-    """Every step takes that much longer, so that something can happen meanwhile. Returns the steps that have begun, by time."""
-    forward, steps = engine.forward, []
-
-    def slowed(*args: Any, **kwargs: Any) -> Any:
-        steps.append(time.monotonic())
-        time.sleep(seconds)
-        return forward(*args, **kwargs)
-
-    engine.forward = slowed
-    return steps
-
-
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(60.0):
         while not condition():
@@ -78,7 +65,7 @@ async def test_the_hand_off_holds_the_kv_of_one_forward_pass(make_site: Any, ref
 
 async def test_prompts_that_share_steps_share_their_seconds(make_site: Any) -> None:
     site = await make_site(max_tokens_per_step=16)
-    slow(site.worker.engine, 0.02)
+    site.worker.slow(0.02)
     began = time.monotonic()
     replies = await asyncio.gather(*(site.start(prompt(32, seed), f"h{seed}") for seed in range(3)))
     elapsed_s = time.monotonic() - began
@@ -217,7 +204,7 @@ async def test_a_full_store_does_not_keep_a_prefix_from_being_loaded_and_let_go(
 
 async def test_a_short_prompt_does_not_wait_for_a_long_one(make_site: Any) -> None:
     site = await make_site(max_tokens_per_step=16)
-    slow(site.worker.engine, 0.01)
+    site.worker.slow(0.01)
     long = asyncio.ensure_future(site.start(prompt(250), "long"))
     await until(lambda: site.worker.scheduler.num_running == 1)
     await site.start(prompt(12), "short")
@@ -227,7 +214,7 @@ async def test_a_short_prompt_does_not_wait_for_a_long_one(make_site: Any) -> No
 
 async def test_an_aborted_hand_off_ends_its_prefill_with_the_reason(make_site: Any) -> None:
     site = await make_site(max_tokens_per_step=8)
-    steps = slow(site.worker.engine, 0.1)
+    steps = site.worker.slow(0.1)
     call = site.start(prompt(200), "h")
     await until(lambda: site.store.stats().num_bytes_pushed > 0)
     client = await site.client()
@@ -241,7 +228,7 @@ async def test_an_aborted_hand_off_ends_its_prefill_with_the_reason(make_site: A
 
 async def test_cancelling_in_the_queue_in_the_load_and_in_a_step_leaves_nothing(make_site: Any) -> None:
     site = await make_site(max_tokens_per_step=8, kv_capacity_tokens=128)
-    slow(site.worker.engine, 0.01)
+    site.worker.slow(0.01)
     await site.start(prompt(120, 1), "cached")
     calls = [site.start(prompt(120, seed), f"c{seed}") for seed in (1, 2, 3)]
     for delay_s, call in zip((0.003, 0.03, 0.05), calls, strict=True):
@@ -253,7 +240,7 @@ async def test_cancelling_in_the_queue_in_the_load_and_in_a_step_leaves_nothing(
 
 async def test_a_deadline_that_passes_in_prefill_says_so(make_site: Any) -> None:
     site = await make_site(max_tokens_per_step=8)
-    slow(site.worker.engine, 0.2)  # 13 steps
+    site.worker.slow(0.2)  # 13 steps
     error = await error_of(site.start(prompt(100), "h", deadline_s=1.0))
     assert isinstance(error, DeadlineExceeded) and "in prefill" in error.message
     await until(lambda: at_rest(site))
@@ -261,7 +248,7 @@ async def test_a_deadline_that_passes_in_prefill_says_so(make_site: Any) -> None
 
 async def test_the_death_of_a_hand_offs_store_fails_its_prefill_at_once(make_site: Any) -> None:
     here, there = await make_site("node-t", max_tokens_per_step=8), await make_site("node-u", name="prefill-1")
-    steps = slow(here.worker.engine, 0.1)
+    steps = here.worker.slow(0.1)
     calls = here.start(prompt(200), "h", into=there), here.start(prompt(100, 1), "own")
     await until(lambda: there.store.stats().num_bytes_pushed > 0)
     await there.store.stop(0.0)
@@ -279,7 +266,7 @@ async def test_calls_that_need_a_new_store_at_the_same_time_share_one_session(ma
 
 async def test_load_is_what_is_left_to_compute(make_site: Any) -> None:
     site = await make_site(max_tokens_per_step=8, kv_capacity_tokens=128)
-    slow(site.worker.engine, 0.02)
+    site.worker.slow(0.02)
     calls = [site.start(prompt(100, seed), f"h{seed}") for seed in range(2)]
     await until(lambda: site.worker.load().num_waiting == 1)
     load = site.worker.load()

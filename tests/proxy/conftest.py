@@ -477,12 +477,9 @@ async def make_bench() -> AsyncIterator[MakeBench]:
         benches.append(bench)
         await bench.start()
         store = await bench.add("store")
-        for _ in range(num_prefill):
-            await bench.add("prefill", store)
-        for _ in range(num_decode):
-            await bench.add("decode", store)
-        for _ in range(num_both):
-            await bench.add("both", store)
+        for role, num_workers in (("prefill", num_prefill), ("decode", num_decode), ("both", num_both)):
+            for _ in range(num_workers):
+                await bench.add(role, store)
         return bench
 
     yield make

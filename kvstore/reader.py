@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
-from ..protocol.errors import HalfmoonError, HandoffCorrupt, HandoffIncomplete, InvalidRequest, LeaseExpired, StoreUnavailable
+from ..protocol.errors import HandoffCorrupt, HandoffIncomplete, InvalidRequest, LeaseExpired, StoreUnavailable
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import common_pb2, kvstore_pb2
 from .block_rows import BlockRows
@@ -23,7 +24,7 @@ from .transport import Transport
 
 logger = logging.getLogger(__name__)
 
-MAX_AHEAD = 2  # slices that are read and not taken yet
+MAX_AHEAD = 3  # slices that are read and not taken yet
 
 
 class BlockSlice(NamedTuple):
@@ -132,35 +133,35 @@ class BlockReader:
 
     async def _events_ahead(self) -> AsyncIterator[tuple[Any, BlockRows | None]]:
         """As _events; the bytes of the next slices are on their way meanwhile."""
-        reads: asyncio.Queue[Any] = asyncio.Queue(MAX_AHEAD)
-        self._pump = self._connection.spawn(self._read_ahead(reads), "reading ahead")
-        while True:
-            found = await reads.get()
-            if isinstance(found, BaseException):
-                raise found
+        reads: asyncio.Queue[tuple[Any, Future[BlockRows] | None] | None] = asyncio.Queue()
+        room = asyncio.Semaphore(MAX_AHEAD)
+        pump = self._pump = self._connection.start(self._read_ahead(reads, room))
+        pump.add_done_callback(lambda _: reads.put_nowait(None))
+        while (found := await reads.get()) is not None:
+            room.release()
             part, read = found
             try:
                 yield part, None if read is None else await asyncio.wrap_future(read)
             except LeaseExpired:
                 # the data connection knows that the lease is over, and the stream says why
-                while not isinstance(found, BaseException):
-                    found = await reads.get()
-                raise found from None
+                while await reads.get() is not None:
+                    room.release()
+                _raise_what_ended(pump, self._connection.peer)
+                raise
+        _raise_what_ended(pump, self._connection.peer)
 
-    async def _read_ahead(self, reads: asyncio.Queue[Any]) -> None:
+    async def _read_ahead(self, reads: asyncio.Queue[Any], room: asyncio.Semaphore) -> None:
         threads = self._transport.threads
         assert threads is not None
-        try:
-            while True:
-                part, slots = await self._next()
+        slots: list[int] | None = []
+        while slots is not None:
+            await room.acquire()
+            part, slots = await self._next()
+            try:
                 read = None if slots is None else threads.submit(self._transport.fetch, self._lease_id, slots, part)
-                await reads.put((part, read))
-                if read is None:
-                    return
-        except HalfmoonError as error:
-            await reads.put(error)
-        except RuntimeError:  # the threads are shut down: the client is closed
-            await reads.put(StoreUnavailable(f"the connection to {self._connection.peer} is closed"))
+            except RuntimeError:  # the threads are shut down: the client is closed
+                raise StoreUnavailable(f"the connection to {self._connection.peer} is closed") from None
+            reads.put_nowait((part, read))
 
     def _verify(self, sealed: kvstore_pb2.FetchReply.Sealed) -> None:
         self._progress.require_complete(self._name)
@@ -175,3 +176,10 @@ class BlockReader:
                 f"{sealed.checksums[first]:016x} ({len(self._corrupt_blocks)} of {self.num_blocks} blocks differ)",
                 blocks=self._corrupt_blocks,
             )
+
+
+def _raise_what_ended(pump: asyncio.Task[None], peer: str) -> None:
+    """If anything but the end of what it reads did."""
+    if pump.cancelled():
+        raise StoreUnavailable(f"the connection to {peer} is closed")
+    pump.result()

@@ -246,7 +246,7 @@ class Cluster:
         return await self.read(self.start_decode(self.sequence(token_ids, **sampling), local=True), Answer())
 
     async def at_rest(self) -> None:
-        """Until no worker holds a sequence and the store no lease; fails after 60 s, naming what is left."""
+        """Until no worker holds a sequence or is in a step, and the store holds no lease; fails after 60 s, naming what is left."""
         deadline = time.monotonic() + 60.0
         while held := self.held():
             assert time.monotonic() < deadline, f"still held: {held}"
@@ -258,6 +258,8 @@ class Cluster:
             halves = (worker.prefill.scheduler.at_rest, worker.decode.scheduler.at_rest)
             if not all(halves) or worker.allocator.num_free != worker.allocator.num_pages:
                 found[worker.worker_id] = worker.allocator.num_pages - worker.allocator.num_free
+            if worker.steps.front.oldest is not None:
+                found[f"{worker.worker_id}'s step"] = worker.steps.front.oldest
         if stats.num_leases or stats.num_handoffs or stats.num_bytes_leased:
             found["store"] = (stats.num_leases, stats.num_handoffs, stats.num_bytes_leased)
         assert stats.num_bytes_arena == stats.num_bytes_leased + stats.num_bytes_cached + stats.num_bytes_free

@@ -184,6 +184,20 @@ async def test_a_reader_that_takes_nothing_loses_its_connection_with_its_lease(k
     lane.close()
 
 
+@pytest.mark.parametrize("transport", ["tcp", "grpc"])
+async def test_a_bug_in_reading_is_raised_to_who_reads_and_does_not_leave_him_waiting(kv, store, attach_to, monkeypatch, transport) -> None:
+    client = await attach_to(store.address, "prefill-0", transport=transport)
+    writer = await client.reserve("r1", 1, kv.keys("r1", 3), 3, 10)
+    await kv.push(writer, kv.blocks("r1", 3))
+    await writer.seal(kv.state)
+    reader = await client.fetch("r1", 1, 5)
+    monkeypatch.setattr(reader._progress, "record", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        async with asyncio.timeout(60):
+            await kv.read(reader)
+    await reader.release()
+
+
 async def test_a_lost_store_ends_pushes_and_fetches(kv, start_store, attach_to) -> None:
     store = await start_store()
     client = await attach_to(store.address, "prefill-0", transport="tcp")

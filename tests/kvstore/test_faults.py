@@ -19,6 +19,7 @@ import pytest
 from halfmoon.kvstore import checksums
 from halfmoon.kvstore.arena import FOLDER, PREFIX, remove_abandoned
 from halfmoon.kvstore.server import StoreServer
+from halfmoon.kvstore.sessions import Sessions
 from halfmoon.protocol.config import StoreConfig
 from halfmoon.protocol.errors import HandoffAborted, HandoffCorrupt, HandoffIncomplete, LeaseExpired, StaleEpoch, StoreUnavailable
 from halfmoon.protocol.v1 import common_pb2, kvstore_pb2
@@ -158,11 +159,10 @@ async def test_a_silent_client_loses_its_session_and_its_hand_offs(kv, start_sto
 
 
 async def test_heartbeats_keep_an_idle_session_alive(kv, start_store, attach_to) -> None:
-    store = await start_store(lease_ttl_s=2.0)
+    store = await start_store(lease_ttl_s=1.0)
     client = await attach_to(store.address, "prefill-0")
     (session,) = store._running().sessions._open.values()
-    attached = session.last_seen
-    await until(lambda: session.last_seen > attached + 2.5)  # longer than the TTL, by heartbeats alone
+    await until(lambda: session.num_beats > 8)  # twice the TTL, by heartbeats alone
     await kv.cache(client, "p", 1)
     assert not client.lost.is_set()
 
@@ -172,10 +172,25 @@ async def test_a_loop_that_stood_still_for_longer_than_the_ttl_loses_no_session(
     client = await attach_to(store.address, "prefill-0")
     (session,) = store._running().sessions._open.values()
     time.sleep(1.0)  # both sides: nobody could send a heartbeat, or read one
-    resumed = asyncio.get_running_loop().time()
-    await until(lambda: session.last_seen > resumed + 0.2)
+    beats = session.num_beats
+    await until(lambda: session.num_beats > beats + 2)
     await kv.cache(client, "p", 1)
     assert not client.lost.is_set()
+
+
+async def test_a_stall_of_almost_the_ttl_right_behind_a_look_at_who_is_silent_loses_no_session() -> None:
+    ended: list[str] = []
+    sessions = Sessions(0.4, lambda _, what: ended.append(what))
+    session = sessions.open("prefill-0")
+    await asyncio.sleep(0.38)
+    sessions.touch(session)
+    await asyncio.sleep(0.04)
+    time.sleep(0.39)
+    for _ in range(3):  # turns of the loop
+        await asyncio.sleep(0)
+    assert ended == []
+    await until(lambda: bool(ended))
+    assert len(sessions) == 0 and session.ended.done()
 
 
 async def test_slots_of_an_aborted_shm_lease_stay_leased_until_its_client_lets_go(kv, store, attach_to) -> None:

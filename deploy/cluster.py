@@ -38,7 +38,7 @@ def make_spec(config: ClusterConfig, nodes: Sequence[RayNode]) -> ClusterSpec:
     # an empty path stays empty: on another machine the demo model is in another folder
     path = str(folder) if config.model.path else ""
     options = dataclasses.replace(config.model, path=path, device=plan.device, name=resolve_name(config.model))
-    return ClusterSpec(dataclasses.replace(config, model=options), plan, folder, kv_schema(model, options))
+    return ClusterSpec(config, dataclasses.replace(config, model=options), plan, folder, kv_schema(model, options))
 
 
 @asynccontextmanager

@@ -10,6 +10,7 @@ decode workers compute the prompts themselves.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,3 +90,13 @@ def _require_reachable(proxy_host: str, nodes: Sequence[RayNode]) -> None:
             f"the proxy is reached at {proxy_host} and workers run on {away[0]}, from where that is another machine's loopback; "
             "set proxy.host to an address of this machine that they reach"
         )
+
+
+def find_room(nodes: Sequence[RayNode], workers_on: Sequence[RayNode], device: str) -> RayNode | None:
+    """The node for one more worker: the one with the fewest, on CUDA among those with a GPU free.
+
+    workers_on: the node of each worker there is. None: no node has room.
+    """
+    counts = Counter(node.node_id for node in workers_on)
+    with_room = [node for node in nodes if device == "cpu" or node.num_gpus - counts[node.node_id] >= 1]
+    return min(reversed(with_room), key=lambda node: counts[node.node_id], default=None)  # the first node has the proxy already

@@ -47,7 +47,7 @@ def ray_session(address: str | None = None) -> Iterator[list[RayNode]]:
         import ray
 
         try:
-            yield _live_nodes()
+            yield live_nodes()
         finally:
             ray.shutdown()
 
@@ -99,7 +99,8 @@ def _require_listener(address: str) -> None:
     socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
 
 
-def _live_nodes() -> list[RayNode]:
+def live_nodes() -> list[RayNode]:
+    """Of the Ray that this process is in, this node first. Asks Ray's head."""
     import ray
 
     here = ray.get_runtime_context().get_node_id()

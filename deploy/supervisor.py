@@ -2,6 +2,9 @@
 
 start:  proxy ─► stores ─► workers        each on the node of the plan
 watch:  a member's run() fails ─► a new process with the same id, the same port for proxy and stores; it rejoins by itself
+        its host is gone ─► a worker moves to a host with room, or waits for one; a store ends
+apply:  a changed configuration ─► surplus workers stop, missing ones start, and where settings changed all restart
+roll:   host by host: workers stop, the store starts anew, workers start anew; requests go on elsewhere
 stop:   drain the proxy ─► workers ─► stores ─► proxy
 """
 
@@ -24,14 +27,16 @@ from ..engine.worker_life import WorkerAddress
 from ..protocol.address import join_address, split_address
 from ..protocol.channel import open_channel
 from ..protocol.config import ClusterConfig
-from ..protocol.errors import HalfmoonError, InternalError
+from ..protocol.errors import ConfigError, HalfmoonError, InternalError, StoreUnavailable
 from ..protocol.load_progress import LoadProgress
 from ..protocol.roles import WorkerRole
 from ..protocol.schema import KVSchema
 from ..protocol.tasks import Tasks, beside
 from ..protocol.v1 import control_pb2, control_pb2_grpc
 from .actors import ProxyActor, StoreActor, WorkerActor, remote
-from .plan import ClusterPlan, Placed
+from .change import Change
+from .plan import ClusterPlan, Placed, find_room
+from .ray_session import RayNode, live_nodes
 
 logger = logging.getLogger(__name__)
 
@@ -39,17 +44,28 @@ FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.2, 30.0
 STEADY_S = 10.0  # the backoff starts anew for a member that served this long
 MAX_FIRST_STARTS = 3  # of a process that crashes before it has ever served
 STOP_GRACE_S = 5.0
+NODES_EVERY_S = 2.0  # Ray tells nobody of a host that joins
 
 Notify = Callable[[str, str | LoadProgress], None]  # (member id, what happened or how far its start has come)
+
+
+@dataclass(slots=True)
+class Pause:
+    """A member's way from a stop that was asked for to its next process."""
+
+    go: asyncio.Event = field(default_factory=asyncio.Event)
+    served: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 @dataclass(slots=True)
 class Member:
     id: str
     actor_class: type
-    node_id: str
+    node: RayNode
     arguments: Callable[[], dict[str, Any]]
     num_gpus: float = 0.0
+    role: WorkerRole | None = None  # of a worker
+    pause: Pause | None = None
     started: asyncio.Future[None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )  # done at the first start, or has the error
@@ -62,19 +78,28 @@ class Member:
 class ClusterSpec:
     """What every member of a cluster is started with."""
 
-    config: ClusterConfig
+    asked: ClusterConfig  # as the configuration says
+    config: ClusterConfig  # the same, its model's path, name and device resolved
     plan: ClusterPlan
     model_folder: Path
     schema: KVSchema
 
 
 class Supervisor:
-    def __init__(self, spec: ClusterSpec, notify: Notify = lambda member_id, event: None) -> None:
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        notify: Notify = lambda member_id, event: None,
+        find_nodes: Callable[[], list[RayNode]] = live_nodes,
+    ) -> None:
         self._spec = spec
         self._notify = notify
+        self._find_nodes = find_nodes
         self._members: dict[str, Member] = {}
         self._tasks = Tasks("the supervisor")
         self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._bug: asyncio.Future[None] | None = None  # what broke a keeper
+        self._num_stores = len(spec.plan.stores)  # so far; the next one's number
 
     @property
     def http_address(self) -> str:
@@ -102,7 +127,94 @@ class Supervisor:
 
     async def watch(self) -> None:
         """Runs until cancelled. Raises only a bug, because deaths are repaired."""
-        await asyncio.gather(*self._keepers.values())
+        await asyncio.shield(self._found_bug())
+
+    async def apply(self, config: ClusterConfig) -> str:
+        """Makes the running cluster what config says, and returns what that was in words.
+
+        Raises ConfigError for what needs a new start (model, proxy), and for a worker that no host has room for.
+        """
+        change = Change.between(self._spec.asked, config, {role: self._of(role) for role in self._spec.plan.workers})
+        added: list[Member] = []
+        nodes = await asyncio.to_thread(self._find_nodes)
+        for worker_id, role in change.missing:
+            found = find_room(nodes, [*self._worker_nodes(change.surplus), *(member.node for member in added)], self._spec.plan.device)
+            if found is None:
+                raise ConfigError(f"{worker_id} needs a GPU and no host has one free; add a host first, or ask for fewer workers")
+            added.append(self._worker(Placed(worker_id, found), role))
+        resolved = dataclasses.replace(config, model=self._spec.config.model)
+        self._spec = dataclasses.replace(self._spec, asked=config, config=resolved)
+        for worker_id in change.surplus:
+            await self._remove(self._members[worker_id])
+        for member in added:
+            await self._have_store(member.node)
+        await self._start_all(added)
+        if change.restarts:
+            await self.roll()
+        return str(change)
+
+    async def roll(self) -> None:
+        """Gives workers and stores new processes, host by host, while the others serve. The proxy stays.
+
+        Where only one host decodes, its workers restart one at a time and its store stays. Raises what keeps a member from starting again.
+        """
+        workers = [member for member in self._members.values() if member.role is not None]
+        if len({member.node.node_id for member in workers if member.role != "prefill"}) < 2:
+            for member in workers:
+                await self._renew([member], None)
+            return
+        for node_id in dict.fromkeys(member.node.node_id for member in workers):
+            there = [member for member in workers if member.node.node_id == node_id]
+            await self._renew(there, self._store_on(there[0].node))
+
+    async def _renew(self, workers: Sequence[Member], store: Member | None) -> None:
+        paused = [*workers, *([store] if store is not None else [])]
+        pauses = {member.id: Pause() for member in paused}
+        try:
+            for going in (workers, paused[len(workers) :]):  # a store goes when nobody uses it
+                for member in going:
+                    member.pause = pauses[member.id]
+                await asyncio.gather(*(self._stop(member) for member in going))
+            for coming in (paused[len(workers) :], workers):
+                for member in coming:
+                    pauses[member.id].go.set()
+                await asyncio.gather(*(pauses[member.id].served for member in coming))
+        finally:
+            for member in paused:
+                pauses[member.id].go.set()
+                member.pause = None
+
+    async def _remove(self, member: Member) -> None:
+        keeper = self._keepers.pop(member.id)
+        keeper.cancel()
+        await asyncio.wait({keeper})
+        del self._members[member.id]
+        await self._stop(member)
+
+    def _of(self, role: WorkerRole) -> list[str]:
+        return [member.id for member in self._members.values() if member.role == role]
+
+    def _worker_nodes(self, without: Sequence[str] = ()) -> list[RayNode]:
+        """Of every worker, so that a node is there as often as it has workers."""
+        return [member.node for member in self._members.values() if member.role is not None and member.id not in without]
+
+    def _store_on(self, node: RayNode) -> Member | None:
+        stores = (member for member in self._members.values() if member.actor_class is StoreActor)
+        return next((store for store in stores if store.node.node_id == node.node_id), None)
+
+    async def _have_store(self, node: RayNode) -> None:
+        """Returns when the node has one that serves."""
+        store = self._store_on(node)
+        if store is None:
+            store = self._store(Placed(f"store-{self._num_stores}", node))
+            self._num_stores += 1
+            self._keep_up(store)
+        await asyncio.shield(store.started)
+
+    def _found_bug(self) -> asyncio.Future[None]:
+        if self._bug is None:
+            self._bug = asyncio.get_running_loop().create_future()
+        return self._bug
 
     async def drain(self, timeout_s: float) -> int:
         """Stops admission and waits; returns how many requests were still running after timeout_s."""
@@ -117,38 +229,57 @@ class Supervisor:
         """Stops workers, then stores, then the proxy. May be called in the middle of a start."""
         await self._tasks.close()
         for going in (WorkerActor, StoreActor, ProxyActor):
-            await asyncio.gather(*(self._stop(member) for member in self._members.values() if member.actor_class is going))
+            await asyncio.gather(*(self._stop(member) for member in list(self._members.values()) if member.actor_class is going))
 
     async def _start_all(self, members: Sequence[Member]) -> None:
+        if not members:
+            return
         for member in members:
-            self._members[member.id] = member
-            self._keepers[member.id] = self._tasks.start(self._keep(member))
+            self._keep_up(member)
         started = [member.started for member in members]
         done, _ = await asyncio.wait(started, return_when=asyncio.FIRST_EXCEPTION)
         for error in [future.exception() for future in done]:  # reads each, because asyncio complains of exceptions that nobody read
             if error is not None:
                 raise error
 
+    def _keep_up(self, member: Member) -> None:
+        def broke(error: Exception) -> None:
+            if not (bug := self._found_bug()).done():
+                bug.set_exception(error)
+
+        self._members[member.id] = member
+        self._keepers[member.id] = self._tasks.spawn(self._keep(member), f"keeping {member.id}", broke)
+
     async def _keep(self, member: Member) -> None:
         """Keeps one member alive, over as many processes as that takes."""
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
 
         backoff_s = FIRST_BACKOFF_S
         while True:
             served_since = math.inf
+            if (pause := member.pause) is not None:
+                await pause.go.wait()
+            if member.num_starts and not await self._has_host(member):
+                return
             self._notify(member.id, "starting" if member.num_starts == 0 else "starting again")
             member.num_starts += 1
-            member.actor = remote(member.actor_class, node_id=member.node_id, num_gpus=member.num_gpus).remote(**member.arguments())
+            member.actor = remote(member.actor_class, node_id=member.node.node_id, num_gpus=member.num_gpus).remote(**member.arguments())
             try:
                 member.address = await self._started(member)
                 served_since = time.monotonic()
                 self._notify(member.id, "up")
                 if not member.started.done():
                     member.started.set_result(None)
+                if pause is not None and not pause.served.done():
+                    pause.served.set_result(None)
                 await member.actor.run.remote()
-                return
-            except RayActorError as error:
+                if member.pause is None:
+                    return
+                continue
+            except (RayActorError, ActorUnschedulableError) as error:  # the second where its host is gone
+                if member.pause is not None and not member.pause.go.is_set():
+                    continue
                 logger.info("%s died: %s", member.id, error)
                 self._notify(member.id, "died")
                 if not member.started.done() and member.num_starts >= MAX_FIRST_STARTS:
@@ -163,10 +294,41 @@ class Supervisor:
                 what = "failed to start again" if served_since == math.inf else "broke while it served"
                 logger.warning("%s %s: %s", member.id, what, cause)
                 self._notify(member.id, f"{what}: {cause}")
+                if pause is not None and not pause.served.done():
+                    pause.served.set_exception(cause)
                 ray.kill(member.actor, no_restart=True)  # a process with a step that does not end does not end by itself
             steady = time.monotonic() - served_since > STEADY_S
             backoff_s = FIRST_BACKOFF_S if steady else min(backoff_s * 2, LONGEST_BACKOFF_S)
             await asyncio.sleep(backoff_s)
+
+    async def _has_host(self, member: Member) -> bool:
+        """Whether there is a host for the next process: the member's own if it lives; for a worker one with room, once there is one."""
+        told = False
+        while True:
+            nodes = await asyncio.to_thread(self._find_nodes)
+            if member.role is None:
+                if any(node.node_id == member.node.node_id for node in nodes):
+                    return True
+                self._notify(member.id, "ended with its host")
+                del self._members[member.id], self._keepers[member.id]
+                if not member.started.done():
+                    member.started.set_exception(StoreUnavailable(f"{member.id} lost its host before it served"))
+                return False
+            if all(node.node_id != member.node.node_id for node in nodes):
+                found = find_room(nodes, self._worker_nodes([member.id]), self._spec.plan.device)
+            else:
+                found = member.node
+            if found is not None:
+                try:
+                    await self._have_store(found)
+                    member.node = found
+                    return True
+                except HalfmoonError as error:
+                    logger.warning("%s cannot go to %s: %s", member.id, found.host, error)
+            elif not told:
+                self._notify(member.id, "waits for a host with room; its own is gone")
+                told = True
+            await asyncio.sleep(NODES_EVERY_S)
 
     async def _started(self, member: Member) -> Any:
         """Returns what its start() returns, and reports its progress meanwhile."""
@@ -209,7 +371,7 @@ class Supervisor:
             return {"config": config, "options": spec.config.model, "model_folder": str(spec.model_folder), "schema": spec.schema}
 
         # declared after the closure that reads it: the addresses of its last process
-        member = Member("proxy", ProxyActor, self._spec.plan.proxy.node_id, arguments)
+        member = Member("proxy", ProxyActor, self._spec.plan.proxy, arguments)
         return member
 
     def _store(self, placed: Placed) -> Member:
@@ -225,20 +387,20 @@ class Supervisor:
                 "model_name": resolve_name(self._spec.config.model),
             }
 
-        member = Member(placed.member_id, StoreActor, placed.node.node_id, arguments)
+        member = Member(placed.member_id, StoreActor, placed.node, arguments)
         return member
 
     def _worker(self, placed: Placed, role: WorkerRole) -> Member:
-        spec = self._spec
-        store = spec.plan.store_on(placed.node)
-
         def arguments() -> dict[str, Any]:
+            spec, node = self._spec, member.node
+            store = self._store_on(node)
+            assert store is not None, f"{node.host} has no store"
             return {
                 "worker_address": WorkerAddress(
                     worker_id=placed.member_id,
-                    node_id=placed.node.node_id,
-                    host=placed.node.host,
-                    store_address=self._members[store.member_id].address,
+                    node_id=node.node_id,
+                    host=node.host,
+                    store_address=store.address,
                     proxy_address=self.grpc_address,
                 ),
                 "options": spec.config.model,
@@ -247,4 +409,6 @@ class Supervisor:
                 "decode": spec.config.decode,
             }
 
-        return Member(placed.member_id, WorkerActor, placed.node.node_id, arguments, num_gpus=1.0 if spec.plan.device == "cuda" else 0.0)
+        num_gpus = 1.0 if self._spec.plan.device == "cuda" else 0.0
+        member = Member(placed.member_id, WorkerActor, placed.node, arguments, num_gpus, role)
+        return member

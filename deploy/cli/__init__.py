@@ -18,7 +18,7 @@ from ...protocol.errors import HalfmoonError
 
 class Command(NamedTuple):
     help: str  # its line in --help
-    module: str  # holds a function of the command's name
+    module: str  # holds a function or a Typer of the command's name
     settings: dict[str, Any] = {}  # noqa: RUF012 - click's context settings; never changed
 
 
@@ -29,6 +29,7 @@ COMMANDS = {
     "status": Command("Watch the cluster: members, queues, KV use, latencies.", ".status"),
     "profile": Command("Measure a running cluster; writes a cost model for the simulator and the proxy.", ".profile"),
     "explain": Command("Tell why a recent request went where it went, or was refused.", ".explain"),
+    "deploy": Command("A cluster on hosts of its own: write it, start it, change it, stop it.", ".deploy"),
     "dashboards": Command("Run Prometheus with Halfmoon's rules, or draw the dashboards.", ".dashboards"),
     "simulate": Command("Replay a trace against a simulated cluster, on a virtual clock.", ".simulate"),
     "bench": Command(
@@ -47,7 +48,10 @@ class LazyCommand(typer.core.TyperCommand):
         command = COMMANDS[self.name]
         alone = typer.Typer(add_completion=False)
         module = importlib.import_module(command.module, __package__)
-        alone.command(self.name, context_settings=command.settings)(getattr(module, self.name))
+        found = getattr(module, self.name)
+        if isinstance(found, typer.Typer):  # with commands of its own
+            return typer.main.get_command(found).make_context(info_name, args, parent=parent, **extra)
+        alone.command(self.name, context_settings=command.settings)(found)
         return typer.main.get_command(alone).make_context(info_name, args, parent=parent, **extra)
 
 

@@ -1,39 +1,66 @@
-"""`halfmoon serve`: a cluster in one command, until interrupted; then drained."""
+"""`halfmoon serve`: a cluster in one command, until interrupted; then drained.
+
+SIGHUP: read the configuration again and make the cluster like it. SIGUSR1: rolling restart. Each ends with one line, which starts with a
+word of DONE.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import signal
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from rich.console import Console
 
 from ...protocol.config import ClusterConfig
+from ...protocol.errors import HalfmoonError
 from ...protocol.tasks import beside
 from ..cluster import find_model, running_cluster
-from ..ray_session import RayNode, ray_session
+from ..ray_session import live_nodes, ray_session
 from ..supervisor import Supervisor
 from .progress import StartupProgress
 
 console = Console(stderr=True)
 
 
-def serve(config: ClusterConfig, address: str | None, log_level: str) -> None:
+HOSTS_EVERY_S = 1.0  # Ray tells nobody of a host that joins
+DONE = ("applied:", "restarted:", "refused:")
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    config: ClusterConfig
+    reload: Callable[[], ClusterConfig]  # the configuration as its file is now
+    num_hosts: int  # of Ray, to wait for before workers are placed
+
+
+def serve(serving: Serving, address: str | None, log_level: str) -> None:
     """Raises an error of protocol/errors.py."""
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    find_model(config)
+    find_model(serving.config)
     console.print("starting Ray" if address is None else f"joining Ray at {address}", style="dim")
-    with ray_session(address) as nodes:
-        asyncio.run(_serve(config, nodes))
+    with ray_session(address):
+        asyncio.run(_serve(serving))
 
 
-async def _serve(config: ClusterConfig, nodes: list[RayNode]) -> None:
+async def _serve(serving: Serving) -> None:
+    config = serving.config
     interrupted = asyncio.Event()
+    orders: asyncio.Queue[signal.Signals] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupted.set)
+    for number in (signal.SIGHUP, signal.SIGUSR1):
+        loop.add_signal_handler(number, orders.put_nowait, number)
+    async with beside(_hosts(serving.num_hosts)) as joining, beside(interrupted.wait()) as waiting:
+        await asyncio.wait([joining, waiting], return_when=asyncio.FIRST_COMPLETED)
+        if not joining.done():
+            return
+        joining.result()
     with StartupProgress(console) as progress:
-        cluster = running_cluster(config, nodes, progress.notify)
+        cluster = running_cluster(config, live_nodes(), progress.notify)
         async with beside(cluster.__aenter__()) as starting, beside(interrupted.wait()) as waiting:
             await asyncio.wait([starting, waiting], return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
@@ -42,13 +69,38 @@ async def _serve(config: ClusterConfig, nodes: list[RayNode]) -> None:
         progress.done()
     try:
         _print_endpoints(supervisor, config)
-        async with beside(supervisor.watch()) as watching, beside(interrupted.wait()) as waiting:
-            await asyncio.wait([watching, waiting], return_when=asyncio.FIRST_COMPLETED)
-            if watching.done():
-                watching.result()
+        obeying = _obey(orders, supervisor, serving.reload)
+        async with beside(supervisor.watch()) as watching, beside(obeying) as obeying, beside(interrupted.wait()) as waiting:
+            ended, _ = await asyncio.wait([watching, obeying, waiting], return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                task.result()
             await _drain(supervisor, config.proxy.drain_timeout_s, interrupted)
     finally:
         await cluster.__aexit__(None, None, None)
+
+
+async def _hosts(wanted: int) -> None:
+    """Returns when Ray has that many."""
+    seen = 0
+    while (found := len(await asyncio.to_thread(live_nodes))) < wanted:
+        if found != seen:
+            console.print(f"{found} of {wanted} hosts have joined Ray", style="dim")
+            seen = found
+        await asyncio.sleep(HOSTS_EVERY_S)
+
+
+async def _obey(orders: asyncio.Queue[signal.Signals], supervisor: Supervisor, reload: Callable[[], ClusterConfig]) -> None:
+    while True:
+        order = await orders.get()
+        try:
+            if order is signal.SIGHUP:
+                line = f"applied: {await supervisor.apply(reload())}"
+            else:
+                await supervisor.roll()
+                line = "restarted: every worker, and stores where another host decodes"
+        except HalfmoonError as error:
+            line = f"refused: {error.message}"
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 async def _drain(supervisor: Supervisor, timeout_s: float, interrupted: asyncio.Event) -> None:

@@ -29,6 +29,7 @@ def serve(
     decode: Annotated[int | None, Flag(help="Decode workers.", min=0)] = None,
     both: Annotated[int | None, Flag(help="Workers that do both; --prefill and --decode are 0 then where not given.", min=0)] = None,
     address: Annotated[str | None, Flag(help="Of the Ray cluster to join, or auto. Without it: a Ray of its own.")] = None,
+    hosts: Annotated[int, Flag(help="Hosts that Ray has to have before workers are placed; with --address.", min=1)] = 1,
     config: Annotated[Path | None, Flag(help="YAML file with the sections model, store, proxy, prefill, decode and both.")] = None,
     host: Annotated[str | None, Flag(help="Address that the proxy listens on.")] = None,
     http_port: Annotated[int | None, Flag(help="Of the OpenAI face; 0: any free one.")] = None,
@@ -68,18 +69,26 @@ def serve(
         "proxy.order": order,
         "proxy.cost_model": str(cost_model) if cost_model is not None else None,
     }
-    overrides = {key: value for key, value in flags.items() if value is not None} | dict(map(_setting, settings or []))
-    loaded = ClusterConfig.load(config, overrides)  # before the heavy imports, so that a wrong key is reported at once
+    overrides = {key: value for key, value in flags.items() if value is not None} | dict(map(setting, settings or []))
+    loaded = _load(config, overrides)  # before the heavy imports, so that a wrong key is reported at once
+    path = None if config is None else config.absolute()
+    from .serve import Serving
+    from .serve import serve as run
+
+    run(Serving(loaded, lambda: _load(path, overrides), hosts), address, log_level.value)
+
+
+def _load(config: Path | None, overrides: dict[str, Any]) -> ClusterConfig:
+    loaded = ClusterConfig.load(config, overrides)
     if loaded.proxy.cost_model:
         profile = Path(loaded.proxy.cost_model).absolute()  # because the proxy starts in another folder
         CostModel.load(profile)
         loaded = dataclasses.replace(loaded, proxy=dataclasses.replace(loaded.proxy, cost_model=str(profile)))
-    from .serve import serve as run
-
-    run(loaded, address, log_level.value)
+    return loaded
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def setting(text: str) -> tuple[str, Any]:
+    """Of --set: "proxy.policy=random" -> ("proxy.policy", "random")."""
     key, equals, value = text.partition("=")
     if not equals:
         raise typer.BadParameter(f"{text!r} is not key=value, as in proxy.policy=random")

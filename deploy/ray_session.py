@@ -5,6 +5,7 @@ Ray places and watches the processes. No token and no KV byte passes through it.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -12,7 +13,7 @@ import os
 import secrets
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 # Ray rewrites 127.0.0.1 to the machine's outward address, but leaves 127.0.0.2 alone
 LOOPBACK = "127.0.0.2"
 CONNECT_TIMEOUT_S = 5.0
+HOSTS_EVERY_S = 1.0  # Ray tells nobody of a host that joins
 OBJECT_STORE_BYTES = 80 * 2**20  # nothing of ours goes through it
 
 
@@ -108,3 +110,13 @@ def live_nodes() -> list[RayNode]:
         RayNode(node["NodeID"], node["NodeManagerAddress"], node["Resources"].get("GPU", 0.0)) for node in ray.nodes() if node["Alive"]
     ]
     return sorted(nodes, key=lambda node: (node.node_id != here, node.node_id))
+
+
+async def hosts_joined(wanted: int, say: Callable[[int, int], None]) -> None:
+    """Returns when Ray has that many. say: takes how many there are and how many are wanted, when the first changes."""
+    seen = 0
+    while (found := len(await asyncio.to_thread(live_nodes))) < wanted:
+        if found != seen:
+            say(found, wanted)
+            seen = found
+        await asyncio.sleep(HOSTS_EVERY_S)

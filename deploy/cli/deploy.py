@@ -11,7 +11,7 @@ from ...protocol.config import ClusterConfig
 from ...protocol.errors import Unavailable
 from ..launch.description import Description, Target
 from ..launch.folder import read, write
-from ..launch.launcher import Launcher
+from ..launch.launcher import Launcher, ray_command
 from .serve_flags import setting
 
 Flag = typer.Option
@@ -113,4 +113,4 @@ def down(folder: Folder) -> None:
 
 
 def _launcher(folder: Path) -> Launcher:
-    return Launcher(read(folder), typer.echo)
+    return Launcher(read(folder), typer.echo, ray_command())

@@ -18,14 +18,13 @@ from ...protocol.config import ClusterConfig
 from ...protocol.errors import HalfmoonError
 from ...protocol.tasks import beside
 from ..cluster import find_model, running_cluster
-from ..ray_session import live_nodes, ray_session
+from ..ray_session import hosts_joined, live_nodes, ray_session
 from ..supervisor import Supervisor
 from .progress import StartupProgress
 
 console = Console(stderr=True)
 
 
-HOSTS_EVERY_S = 1.0  # Ray tells nobody of a host that joins
 DONE = ("applied:", "restarted:", "refused:")
 
 
@@ -54,7 +53,7 @@ async def _serve(serving: Serving) -> None:
         loop.add_signal_handler(number, interrupted.set)
     for number in (signal.SIGHUP, signal.SIGUSR1):
         loop.add_signal_handler(number, orders.put_nowait, number)
-    async with beside(_hosts(serving.num_hosts)) as joining, beside(interrupted.wait()) as waiting:
+    async with beside(hosts_joined(serving.num_hosts, _say_hosts)) as joining, beside(interrupted.wait()) as waiting:
         await asyncio.wait([joining, waiting], return_when=asyncio.FIRST_COMPLETED)
         if not joining.done():
             return
@@ -79,14 +78,8 @@ async def _serve(serving: Serving) -> None:
         await cluster.__aexit__(None, None, None)
 
 
-async def _hosts(wanted: int) -> None:
-    """Returns when Ray has that many."""
-    seen = 0
-    while (found := len(await asyncio.to_thread(live_nodes))) < wanted:
-        if found != seen:
-            console.print(f"{found} of {wanted} hosts have joined Ray", style="dim")
-            seen = found
-        await asyncio.sleep(HOSTS_EVERY_S)
+def _say_hosts(found: int, wanted: int) -> None:
+    console.print(f"{found} of {wanted} hosts have joined Ray", style="dim")
 
 
 async def _obey(orders: asyncio.Queue[signal.Signals], supervisor: Supervisor, reload: Callable[[], ClusterConfig]) -> None:

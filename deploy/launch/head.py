@@ -3,11 +3,12 @@
 up HOSTS   starts it, or has it read halfmoon.yaml again     restart   rolling restart
 status     halfmoon status --once                            down      drains it and waits for its end
 
-Lines for the user begin with "| ". serve lives in a session of its own, because the terminal of ssh goes.
+serve lives in a session of its own, because the terminal of ssh goes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -18,17 +19,19 @@ from pathlib import Path
 
 import yaml
 
+from ..ray_session import hosts_joined, ray_session
 from .ray_yaml import ENVIRONMENT
 
 FOLDER = Path("~/halfmoon").expanduser()
 CONFIG, LOG, PID = FOLDER / "halfmoon.yaml", FOLDER / "serve.log", FOLDER / "serve.pid"
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml").expanduser()  # where `ray up` leaves its configuration
+FROM_HEAD = "| "  # begins each line for the user
 SERVES = re.compile(r"  try +halfmoon chat --address (\S+)")
 DONE = re.compile("applied:|restarted:|refused:")  # deploy/cli/serve.py's
 
 
 def say(text: str) -> None:
-    print(f"| {text}", flush=True)
+    print(f"{FROM_HEAD}{text}", flush=True)
 
 
 def running(pid_file: Path) -> int | None:
@@ -44,14 +47,13 @@ def running(pid_file: Path) -> int | None:
 def up(num_hosts: int) -> int:
     _tell_provider()
     if (pid := running(PID)) is not None:
+        with ray_session("auto"):
+            asyncio.run(hosts_joined(num_hosts, lambda found, wanted: say(f"{found} of {wanted} hosts have joined Ray")))
         return _signalled(pid, signal.SIGHUP)
     FOLDER.mkdir(parents=True, exist_ok=True)
     command = ["halfmoon", "serve", "--address", "auto", "--config", str(CONFIG), "--hosts", str(num_hosts)]
     with LOG.open("w") as log:
-        environment = os.environ | {name: os.path.expandvars(value) for name, value in ENVIRONMENT.items()}
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment
-        )
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     PID.write_text(str(process.pid))
     return _follow(process.pid, 0, SERVES)
 
@@ -123,6 +125,7 @@ def _tell_provider() -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
+    os.environ.update({name: os.path.expandvars(value) for name, value in ENVIRONMENT.items()})
     verbs = {"restart": restart, "status": status, "down": down}
     return up(int(arguments[1])) if arguments[0] == "up" else verbs[arguments[0]]()
 

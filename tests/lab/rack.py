@@ -68,6 +68,11 @@ class Rack:
         _call("ip", "-n", f"{PREFIX}-switch", "link", "add", "br0", "type", "bridge")
         _call("ip", "-n", f"{PREFIX}-switch", "link", "set", "br0", "up")
 
+    @property
+    def names(self) -> list[str]:
+        """Of the hosts that live."""
+        return list(self._hosts)
+
     def address(self, name: str) -> str:
         return f"{NET}.{11 + self._numbers[name]}"
 

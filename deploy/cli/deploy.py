@@ -9,6 +9,7 @@ import typer
 
 from ...protocol.config import ClusterConfig
 from ...protocol.errors import Unavailable
+from ..launch.chart import write_chart
 from ..launch.description import Description, Target
 from ..launch.folder import read, write
 from ..launch.launcher import Launcher, ray_command
@@ -80,6 +81,11 @@ def init(
         worker_type=worker_type,
         image=image,
     )
+    if target is Target.KUBERAY:
+        folder.mkdir(parents=True, exist_ok=True)
+        checked = write_chart(description, folder)
+        typer.echo(f"{folder} is written, {checked}; helm upgrade --install {name} {folder / 'chart'} -f {folder / 'values.yaml'}")
+        return
     deployment = write(description, folder, overwrite)
     typer.echo(f"{folder} is written and checked; halfmoon deploy up {folder} starts {deployment.num_hosts} hosts")
 

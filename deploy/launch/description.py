@@ -45,6 +45,7 @@ class Description:
         if not NAME.fullmatch(self.name):
             raise ConfigError(f"{self.name!r} cannot name a cluster; use small letters, digits and hyphens, at most 42, a letter first")
         required = {Target.LOCAL: ("head", "ssh_user"), Target.AWS: ("region",), Target.GCP: ("region", "zone", "project")}
+        required[Target.KUBERAY] = ("image",)
         for field in required.get(self.target, ()):
             if not getattr(self, field):
                 raise ConfigError(f"the target {self.target} needs --{field.replace('_', '-')}")

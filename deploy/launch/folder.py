@@ -8,7 +8,6 @@ wheel/          of Halfmoon, where hosts are to install it
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import secrets
 import shutil
@@ -22,6 +21,7 @@ from ...protocol.config import ClusterConfig
 from ...protocol.errors import ConfigError
 from .description import Description
 from .ray_yaml import SECRET, TOKEN, WHEEL, ray_yaml
+from .settings import changed_settings
 
 RAY_YAML, HALFMOON_YAML = "ray.yaml", "halfmoon.yaml"
 
@@ -94,15 +94,3 @@ def check_ray(config: Any) -> None:
         raise ConfigError(f"Ray refuses {RAY_YAML} at {'.'.join(map(str, error.absolute_path)) or 'its top'}: {error.message}") from error
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ConfigError(f"Ray refuses {RAY_YAML}: {error}") from error
-
-
-def changed_settings(config: ClusterConfig) -> dict[str, dict[str, Any]]:
-    """Every setting that is not its default, by section."""
-    found: dict[str, dict[str, Any]] = {}
-    for section in dataclasses.fields(config):
-        values = getattr(config, section.name)
-        default = type(values)()
-        kept = {key.name: value for key in dataclasses.fields(values) if (value := getattr(values, key.name)) != getattr(default, key.name)}
-        if kept:
-            found[section.name] = kept
-    return found

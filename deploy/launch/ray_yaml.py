@@ -102,9 +102,7 @@ def _aws(description: Description) -> dict[str, Any]:
         return {"InstanceType": instance_type, **image, "BlockDeviceMappings": [disk]}
 
     zone = {"availability_zone": description.zone} if description.zone else {}
-    worker_type = description.worker_type or (
-        f"g6.{'xlarge' if description.num_gpus == 1 else '12xlarge'}" if description.num_gpus else "m7i.2xlarge"
-    )
+    worker_type = description.worker_type or _of_gpus(description.num_gpus, "m7i.2xlarge", "g6.xlarge", "g6.12xlarge")
     return {
         "provider": {"type": "aws", "region": description.region, **zone, "cache_stopped_nodes": False},
         "auth": _auth(description, "ubuntu"),
@@ -124,9 +122,7 @@ def _gcp(description: Description) -> dict[str, Any]:
             config["metadata"] = {"items": [{"key": "install-nvidia-driver", "value": "True"}]}
         return config
 
-    worker_type = description.worker_type or (
-        f"g2-standard-{12 if description.num_gpus == 1 else 24}" if description.num_gpus else "n2-standard-8"
-    )
+    worker_type = description.worker_type or _of_gpus(description.num_gpus, "n2-standard-8", "g2-standard-12", "g2-standard-48")
     return {
         "provider": {
             "type": "gcp",

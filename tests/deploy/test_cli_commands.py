@@ -83,12 +83,27 @@ def test_serves_flags_are_keys_of_the_configuration(monkeypatch: pytest.MonkeyPa
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(module, "serve", lambda *arguments: calls.append(arguments))
     flags = ["--model", "/m", "--prefill", "2", "--decode", "3", "--http-port", "0", "--policy", "random", "--dtype", "float32"]
-    result = run("serve", *flags, "--set", "decode.max_running=8", "--address", "auto", "--max-model-len", "64")
+    result = run("serve", *flags, "--set", "decode.max_running=8", "--address", "auto", "--max-model-len", "64", "--hosts", "3")
     assert result.exit_code == 0, result.output
-    ((config, address, log_level),) = calls
+    ((serving, address, log_level),) = calls
+    config = serving.config
     assert (config.decode.max_running, address, log_level) == (8, "auto", "warning")
     assert (config.model.path, config.prefill.num_workers, config.decode.num_workers, config.proxy.http_port) == ("/m", 2, 3, 0)
     assert (config.proxy.policy, config.model.dtype, config.model.max_model_len) == ("random", "float32", 64)
+    assert serving.num_hosts == 3
+
+
+def test_serve_reads_its_file_again_under_the_same_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import halfmoon.deploy.cli.serve as module
+
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(module, "serve", lambda *arguments: calls.append(arguments))
+    file = tmp_path / "halfmoon.yaml"
+    file.write_text("decode: {num_workers: 2, max_running: 4}")
+    assert run("serve", "--config", str(file), "--set", "decode.max_running=8").exit_code == 0
+    file.write_text("decode: {num_workers: 3, max_running: 5}")
+    again = calls[0][0].reload()
+    assert (again.decode.num_workers, again.decode.max_running) == (3, 8)
 
 
 def test_serve_takes_no_prefill_worker_and_at_least_one_decode_worker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +111,7 @@ def test_serve_takes_no_prefill_worker_and_at_least_one_decode_worker(monkeypatc
 
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(module, "serve", lambda *arguments: calls.append(arguments))
-    assert run("serve", "--prefill", "0").exit_code == 0 and calls[0][0].prefill.num_workers == 0
+    assert run("serve", "--prefill", "0").exit_code == 0 and calls[0][0].config.prefill.num_workers == 0
     assert run("serve", "--decode", "0").exit_code == 2 and len(calls) == 1
 
 
@@ -119,7 +134,8 @@ def test_workers_of_both_roles_come_in_the_place_of_those_that_are_not_asked_for
     monkeypatch.setattr(module, "serve", lambda *arguments: calls.append(arguments))
     result = run("serve", *flags)
     assert result.exit_code == 0, result.output
-    ((config, _, _),) = calls
+    ((serving, _, _),) = calls
+    config = serving.config
     assert (config.prefill.num_workers, config.decode.num_workers, config.both.num_workers) == counts
 
 

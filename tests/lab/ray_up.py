@@ -79,9 +79,9 @@ class Lab:
         self.rack.run("admin", f"rm -f {until}")
         with subprocess.Popen(self.load(f"--until {until}"), text=True, stdout=subprocess.PIPE) as process:
             try:
-                self.requests(12)
+                self.requests(4)
                 yield
-                self.requests(18)
+                self.requests(8)
             finally:
                 self.rack.run("admin", f"touch {until}")
                 output, _ = process.communicate(timeout=300)
@@ -123,7 +123,7 @@ def add_a_host(lab: Lab) -> None:
     on = {member["id"]: member["address"].rpartition(":")[0] for member in members(lab)}
     new = [worker for worker, address in on.items() if address == lab.rack.address("w3") and worker.startswith("decode")]
     assert new, f"no decode worker is on the new host: {on}"
-    found = lab.requests(24)
+    found = lab.requests(12)
     assert any(worker in found["decoded_by"] for worker in new), "the new host has to take work"
 
 

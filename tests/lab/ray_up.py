@@ -152,6 +152,7 @@ def down(lab: Lab) -> None:
 PARTS = {
     "all": (up, serve, kill_a_host, add_a_host, restart, down),
     "failure": (up, serve, kill_a_host, down),
+    "down": (up, down),
     "host": (up, add_a_host, down),
     "restart": (up, restart, down),
 }
@@ -185,6 +186,9 @@ def main(part: str) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--part", choices=PARTS, default="all", help="failure: 200 streams, then a host without power; host: one more; restart: rolling"
+        "--part",
+        choices=PARTS,
+        default="all",
+        help="down: nothing between; failure: 200 streams, then a host without power; host: one more; restart: rolling",
     )
     sys.exit(main(parser.parse_args().part))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -154,6 +155,26 @@ class ProxyConfig:
     """Seconds that a worker may be at one copy to or from a store before the proxy leaves it."""
     restart_after_s: float = 30.0
     """Seconds that a worker which was left for a step may go on with it, before it is told to end and is started again."""
+    max_connections: int = 4096
+    """HTTP connections open at a time; one more is answered 429 and closed."""
+    head_timeout_s: float = 10.0
+    """Seconds that the head of an HTTP request may take, from its first byte or from the connection's start; on the gRPC port, those of
+    HTTP/2's handshake."""
+    max_head_bytes: int = 32 * 2**10
+    """Size of a request's head; a larger one is answered 431."""
+    body_timeout_s: float = 60.0
+    """Seconds that the whole body of an HTTP request may take, from the end of its head."""
+    max_body_bytes: int = 16 * 2**20
+    """Size of a request's body, and of a message at the gRPC port; a larger one is refused before it is read. The default is a prompt of
+    a million tokens, with room for JSON's escapes."""
+    idle_timeout_s: float = 75.0
+    """Seconds that an HTTP connection may stay open between two requests."""
+    write_timeout_s: float = 30.0
+    """Seconds in which a client, HTTP or gRPC, must take something of what waits to be sent to it; else its request is cancelled. Nothing
+    waits between two tokens, so a stream may last as long as it likes."""
+    cors_origins: str = ""
+    """Origins whose pages may call the HTTP API from a browser, with blanks between them: https://chat.example.org; *: every origin.
+    Empty: none."""
     tracing: Literal["off", "otlp"] = "off"
     """otlp: spans of each request go to the OpenTelemetry collector that OTEL_EXPORTER_OTLP_ENDPOINT names; needs halfmoon[tracing]."""
     drain_timeout_s: float = 30.0
@@ -169,6 +190,15 @@ class ProxyConfig:
                 "it is left, so give the first a value above 0 and at most the second's",
                 key="proxy.avoid_after_s",
             )
+        for name in ("max_connections", "head_timeout_s", "max_head_bytes", "body_timeout_s", "max_body_bytes", "write_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"proxy.{name} is {getattr(self, name)}; it must be above 0", key=f"proxy.{name}")
+        for origin in self.cors_origins.split():
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ConfigError(
+                    f"proxy.cors_origins has {origin!r}; an origin is a scheme and a host, such as https://chat.example.org, or *",
+                    key="proxy.cors_origins",
+                )
         if self.http_port == self.grpc_port != 0:
             raise ConfigError(f"proxy.http_port and proxy.grpc_port are both {self.http_port}; give each its own", key="proxy.grpc_port")
 

@@ -25,6 +25,7 @@ from .request_process import LARGE_BYTES, Packed, RequestProcess, pack, unpack_m
 from .requests.choice_text import TokenText
 from .requests.generate_request import GenerateRequest
 from .requests.generation import GenerationEvent, Generator, TextDelta
+from .slow_reader import watched
 from .text.chat_template import ChatMessage
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -86,14 +87,15 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     @unary_boundary
     @_counted
     async def Generate(self, content: bytes, context: grpc.aio.ServicerContext) -> None:
-        async with await self._generator.open(await self._request(content, context)) as generation:
+        generation = await self._generator.open(await self._request(content, context))
+        async with generation, watched(context.write, self._generator.router.config.write_timeout_s) as write:
             admitted = inference_pb2.GenerateReply.Admitted(
                 request_id=generation.request_id, model=generation.model, num_prompt_tokens=generation.num_prompt_tokens
             )
-            await context.write(inference_pb2.GenerateReply(admitted=admitted))
+            await write(inference_pb2.GenerateReply(admitted=admitted))
             while events := await generation.next_events():
                 for event in events:
-                    await context.write(_reply(event))
+                    await write(_reply(event))
 
     async def _request(self, content: bytes, context: grpc.aio.ServicerContext) -> GenerateRequest:
         """Raises InvalidRequest."""

@@ -19,7 +19,7 @@ from fastapi.responses import Response
 from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
-from ...protocol.errors import UnknownModel
+from ...protocol.errors import UnknownModel, shown
 from ...protocol.exporter import Identity, ProcessMetrics, render
 from ...protocol.trace_context import HEADER, TraceContext
 from ..request_process import RequestProcess
@@ -44,7 +44,7 @@ def create_app(generator: Generator, registry: CollectorRegistry, process: Reque
 def _routes(generator: Generator, registry: CollectorRegistry, process: RequestProcess) -> FastAPI:
     app = FastAPI(title="Halfmoon", docs_url=None, redoc_url=None)
     install_error_handlers(app, generator.router.metrics.faces)
-    app.router.route_class = body_route(process)
+    app.router.route_class = body_route(process, generator.router.config)
     started = int(time.time())
 
     @app.post("/v1/completions")
@@ -69,7 +69,7 @@ def _routes(generator: Generator, registry: CollectorRegistry, process: RequestP
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         if name != generator.card.name:
-            raise UnknownModel(f"the model {name!r} is not served; {generator.card.name!r} is", param="model")
+            raise UnknownModel(f"the model {shown(name)} is not served; {generator.card.name!r} is", param="model")
         return _json(_model(generator, started))
 
     @app.get("/health")

@@ -112,7 +112,9 @@ class ProxyServer:
         generator = Generator(self.router, tokenizer, self.card, config.default_timeout_s)
         http_socket = _listen(self._config.host, self._config.http_port)
         try:
-            self._grpc, grpc_port = create_server(config.host, config.grpc_port, max_request_bytes=config.max_body_bytes, handshake_timeout_s=config.head_timeout_s)
+            self._grpc, grpc_port = create_server(
+                config.host, config.grpc_port, max_request_bytes=config.max_body_bytes, handshake_timeout_s=config.head_timeout_s
+            )
         except (OSError, RuntimeError) as error:
             http_socket.close()
             raise _port_taken(self._config.host, self._config.grpc_port, "grpc_port") from error

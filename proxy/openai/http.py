@@ -27,18 +27,20 @@ from ..requests.generate_request import GenerateRequest
 from ..requests.generation import ChoiceEnd, Generation, Generator
 from ..requests.readiness import missing_parts
 from .body import body_route
+from .browsers import for_browsers
 from .chunks import ChunkWriter, to_json
 from .counted import counted
 from .errors import install_error_handlers
 from .event_stream import EventStream, until_disconnect
+from .head import head_as_get
 from .metrics_targets import targets
 from .replies import ChatShape, CompletionShape, Shape, WholeChoice
 from .types import ChatBody, CompletionBody
 
 
 def create_app(generator: Generator, registry: CollectorRegistry, process: RequestProcess) -> ASGIApp:
-    faces = generator.router.metrics.faces
-    return counted(_routes(generator, registry, process), faces)
+    app = counted(head_as_get(_routes(generator, registry, process)), generator.router.metrics.faces)
+    return for_browsers(app, generator.router.config.cors_origins.split())
 
 
 def _routes(generator: Generator, registry: CollectorRegistry, process: RequestProcess) -> FastAPI:

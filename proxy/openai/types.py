@@ -198,7 +198,9 @@ class MessageBody(BaseModel):
     def to_message(self, position: int) -> ChatMessage:
         for name, value in (self.model_extra or {}).items():
             if value not in (None, [], {}) and name not in ("name", "annotations"):
-                raise InvalidRequest(f"messages[{position}].{name[:80]} is not supported; leave it out", param=f"messages[{position}].{name[:80]}")
+                raise InvalidRequest(
+                    f"messages[{position}].{name[:80]} is not supported; leave it out", param=f"messages[{position}].{name[:80]}"
+                )
         if self.content is None and self.role != "assistant":
             raise InvalidRequest(f"messages[{position}] has no content; give it a string", param=f"messages[{position}].content")
         parts = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content or [])

@@ -65,7 +65,10 @@ class RequestBuilder:
         Raises InvalidRequest (PromptTooLong, UnknownModel), naming the field, the value and the limit.
         """
         _require(
-            asked.model in ("", self._card.name), f"the model {shown(asked.model)} is not served; {self._card.name!r} is", "model", UnknownModel
+            asked.model in ("", self._card.name),
+            f"the model {shown(asked.model)} is not served; {self._card.name!r} is",
+            "model",
+            UnknownModel,
         )
         _require(1 <= asked.n <= MAX_CHOICES, f"n is {asked.n}; it must be at least 1 and at most {MAX_CHOICES}", "n")
         num_choices = asked.n * len(asked.prompts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,49 +14,72 @@ import pytest
 from halfmoon.protocol.v1 import inference_pb2, inference_pb2_grpc
 from halfmoon.proxy.slow_reader import watched
 
+SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65535)]  # megabytes are taken unread otherwise
 
-async def test_a_write_that_is_not_taken_ends_the_block() -> None:
+
+async def test_a_write_that_is_not_taken_is_told_once_and_goes_on() -> None:
     taken: list[int] = []
+    late: list[str] = []
+    told, reads = asyncio.Event(), asyncio.Event()
 
     async def write(message: int) -> None:
         if message == 3:
-            await asyncio.Event().wait()
+            await reads.wait()
         taken.append(message)
 
-    with pytest.raises(asyncio.CancelledError):
-        async with watched(write, 0.05) as watched_write:
-            for message in range(9):
+    def on_late(reason: str) -> None:
+        late.append(reason)
+        told.set()
+
+    async def write_all() -> None:
+        with watched(write, 0.05, on_late) as watched_write:
+            for message in range(6):
                 await watched_write(message)
-    assert taken == [0, 1, 2]
+
+    writing = asyncio.create_task(write_all())
+    await asyncio.wait_for(told.wait(), 60)
+    assert taken == [0, 1, 2] and late == ["the client took nothing of its stream for 0.05 s"]
+    reads.set()
+    await writing
+    assert taken == [0, 1, 2, 3, 4, 5] and len(late) == 1
 
 
 async def test_time_between_two_writes_is_nobodys_fault() -> None:
-    num_looks, loop = 0, asyncio.get_running_loop()
+    late: list[str] = []
 
     async def write(message: int) -> None:
-        nonlocal num_looks
-        num_looks += 1
+        pass
 
-    async with watched(write, 0.01) as watched_write:
+    with watched(write, 0.01, late.append) as watched_write:
         await watched_write(0)
-        await asyncio.wait_for(loop.create_task(asyncio.sleep(0.1)), 60)  # ten times the limit
+        await asyncio.sleep(0.1)  # ten times the limit
         await watched_write(1)
-    assert num_looks == 2
+    assert late == []
 
 
-def test_a_client_that_does_not_read_loses_its_request(make_face: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+def calls_ended(face: Any) -> float:
+    samples = [sample for family in face.server.registry.collect() for sample in family.samples]
+    return sum(one.value for one in samples if one.name == "halfmoon_grpc_calls_total" and one.labels["method"] == "Generate")
+
+
+@pytest.mark.parametrize("reads_on", [True, False])
+def test_a_client_that_does_not_read_loses_its_request(
+    reads_on: bool, make_face: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
     face = make_face(write_timeout_s=0.3)
     face.workers.script = lambda sequence: [5] * 400
     face.workers.gate_at = 399
-    with caplog.at_level(logging.INFO), grpc.insecure_channel(face.grpc) as channel:
+    with caplog.at_level(logging.INFO), grpc.insecure_channel(face.grpc, options=SMALL_WINDOW) as channel:
         stub: Any = inference_pb2_grpc.InferenceStub(channel)
         tokens = inference_pb2.TokenIds(token_ids=[5] * 8)
-        call = stub.Generate(inference_pb2.GenerateRequest(tokens=tokens, max_tokens=400, num_logprobs=20, n=16))
+        call = stub.Generate(inference_pb2.GenerateRequest(tokens=tokens, max_tokens=400, num_logprobs=20))
         assert next(call).HasField("admitted")
         assert face.workers.cancelled.wait(60)
-        with pytest.raises(grpc.RpcError) as caught:
-            for _ in call:
-                pass
-        assert caught.value.code() is grpc.StatusCode.CANCELLED
+        if reads_on:
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call)
+            assert caught.value.code() is grpc.StatusCode.CANCELLED and "took nothing of its stream for 0.3 s" in caught.value.details()
+    while calls_ended(face) != 1:
+        time.sleep(0.005)
     assert [record.getMessage() for record in caplog.records if record.levelname != "INFO"] == []
     assert face.num_under_way == 0

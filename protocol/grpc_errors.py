@@ -124,7 +124,7 @@ def stream_boundary(handler: Callable[..., AsyncIterator[Any]]) -> Callable[...,
 
 
 def client_left(error: Exception) -> bool:
-    """The call ended while a message was on its way: its client has left. A batch that gRPC does not take at all is a bug, and has other words."""
+    """The call ended while a message was on its way. A batch that gRPC does not take at all is a bug, and has other words."""
     return isinstance(error, grpc.aio.InternalError) and str(error).startswith('Failed "execute_batch"')
 
 

@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from halfmoon.protocol.channel import OPTIONS, open_channel
+from halfmoon.protocol.channel import OPTIONS, create_server, open_channel
 
 PEER = """
 import asyncio
@@ -60,3 +60,14 @@ async def test_a_call_to_a_stopped_process_fails_by_keepalive_and_not_after_a_mi
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_connection_that_does_not_speak_http2_is_closed() -> None:
+    server, port = create_server("127.0.0.1", 0, handshake_timeout_s=0.2)
+    await server.start()
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.wait_for(reader.read(-1), 60)  # the server's settings, and an end
+        writer.close()
+    finally:
+        await server.stop(None)

@@ -8,13 +8,15 @@ from collections.abc import AsyncIterator
 
 import grpc.aio
 
-from ..protocol.errors import InvalidRequest, WorkerLost
+from ..protocol.durations import seconds
+from ..protocol.errors import InvalidRequest, WorkerLost, shown
 from ..protocol.grpc_errors import unary_boundary
 from ..protocol.roles import ROLE_NUMBERS
 from ..protocol.v1 import control_pb2, control_pb2_grpc
 from .requests.explanation import explain
 from .requests.router import Router
 
+MAX_ID_LEN = 128
 logger = logging.getLogger(__name__)
 
 
@@ -31,6 +33,8 @@ class ControlService(control_pb2_grpc.ControlServicer):
         first = await anext(aiter(reports), None)
         if first is None or not first.HasField("info"):
             raise InvalidRequest("the first report of a Join stream says who the member is; send MemberReport.info")
+        if len(first.info.id) > MAX_ID_LEN or not first.info.id.isprintable():  # it goes into the log
+            raise InvalidRequest(f"the member's id is {shown(first.info.id)}; it must be printable, {MAX_ID_LEN} characters at most")
         latest = await self._progressing(first, reports)
         if latest is None:
             return
@@ -108,4 +112,4 @@ class ControlService(control_pb2_grpc.ControlServicer):
 
     @unary_boundary
     async def Drain(self, request: control_pb2.DrainRequest, context: grpc.aio.ServicerContext) -> control_pb2.DrainReply:
-        return control_pb2.DrainReply(num_left=await self._router.drain(request.timeout_s))
+        return control_pb2.DrainReply(num_left=await self._router.drain(seconds(request.timeout_s, "timeout_s")))

@@ -42,7 +42,8 @@ PROXY_FLOORS: dict[str, set[str]] = {
     "prefixes": {"conductor", "members"},
     "requests": {"request", "conductor", "text", "model_card", "metrics", "verdict", "tracing", "members", "prefixes"},
     "openai": {"requests", "request_process", "text", "members", "face_metrics"},
-    "inference_service": {"requests", "request_process", "text"},
+    "slow_reader": set(),
+    "inference_service": {"requests", "request_process", "text", "slow_reader"},
     "control_service": {"requests"},
     "server": {
         "control_service",

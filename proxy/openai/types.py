@@ -81,9 +81,7 @@ class SloBody(BaseModel):
 def _with_dropped_fields(schema: dict[str, Any]) -> None:
     """For openapi.json: fields that a body may have and the model has not."""
     for name in sorted(IGNORED | REFUSED.keys()):
-        schema["properties"][name] = {
-            "description": "changes nothing" if name in IGNORED else "not served; only values that ask for nothing"
-        }
+        schema["properties"][name] = {"description": "changes nothing" if name in IGNORED else "not served; a value may ask for nothing"}
 
 
 class GenerateBody(BaseModel):

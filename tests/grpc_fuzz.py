@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 OURS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 """What a request can't deserve: a fault of the server's, or one that it did not even name."""
-NUM_CASES = 12
+NUM_CASES = 8
 """For each method. Thousands go by hand: HALFMOON_FUZZ_CASES."""
 PATIENCE_S = 0.1  # for a first reply that may never come
 

@@ -22,7 +22,7 @@ def test_anything_at_the_proxy_gets_a_typed_answer(make_face: Callable[..., Any]
     face = make_face()
     statuses = fuzz(face.grpc, SERVICES, frozenset({"Drain"}))  # a drained proxy refuses everything else
     print(statuses)
-    assert statuses["INVALID_ARGUMENT"] > 20 and statuses["OK"] > 20
+    assert statuses["INVALID_ARGUMENT"] > 10 and statuses["OK"] > 10
     assert [record.getMessage() for record in caplog.records if record.exc_info] == []
     with grpc.insecure_channel(face.grpc) as channel:
         stub: Any = inference_pb2_grpc.InferenceStub(channel)

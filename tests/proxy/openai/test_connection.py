@@ -175,7 +175,7 @@ def test_a_client_that_does_not_read_loses_its_request(stream: bool, strict: Any
     strict.reset()
     strict.workers.script = lambda sequence: [5] * 400
     strict.workers.gate_at = 399 if stream else None
-    body = {"prompt": [5] * 8, "max_tokens": 400, "stream": stream, "logprobs": 20, "n": 16}
+    body = {"prompt": [5] * 8, "max_tokens": 400, "stream": stream, "logprobs": 20}
     with connected(strict, receive_bytes=4096) as connection:
         connection.sendall(post(json.dumps(body).encode()))
         if stream:

@@ -16,7 +16,7 @@ from schemathesis.checks import CHECKS, load_all_checks
 from schemathesis.generation import GenerationMode
 
 load_all_checks()
-NUM_CASES = 12
+NUM_CASES = 8
 """For each operation. Thousands go by hand: HALFMOON_FUZZ_CASES."""
 NAMES = (
     "not_a_server_error",

@@ -75,6 +75,7 @@ class StoreActor:
         self._info = control_pb2.MemberInfo(
             id=store_id, incarnation=uuid.uuid4().hex, role=control_pb2.ROLE_STORE, node_id=node_id, store_id=store_id, pid=os.getpid()
         )
+        self._info.kv_capacity_tokens = config.arena_bytes // schema.block_bytes * schema.block_size
         self._stopped = asyncio.Event()
         self._tasks = Tasks(store_id)
         self._refusal: Exception | None = None

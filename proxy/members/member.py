@@ -77,6 +77,11 @@ class Member:
         return self._id
 
     @property
+    def kv_capacity_tokens(self) -> int:
+        """Of a worker's pages or a store's arena; 0: not known."""
+        return self._kv_capacity_tokens
+
+    @property
     def incarnation(self) -> str:
         return self._incarnation
 

@@ -76,16 +76,20 @@ class Peer:
         self.cancelled = asyncio.Event()  # a call was cancelled under its handler
         self.joined = asyncio.Event()
         self.max_model_len = 512
+        self.kv_capacity_tokens = 0  # not known
+        self.port = 0
         self.roles: list[control_pb2.Role] = []  # that it can take on
         self.taken: list[str] = []
         self.refusal: HalfmoonError | None = None  # of every order
         self.broken: asyncio.Future[control_pb2.Broken] = asyncio.get_running_loop().create_future()
 
     async def start(self, proxy_address: str) -> None:
-        self.server, port = create_server("127.0.0.1", 0)
+        self.server, port = create_server("127.0.0.1", self.port)
         self.register(self.server)
         await self.server.start()
         self.address = f"127.0.0.1:{port}"
+        if self.role == "store":
+            self.port = port  # it comes back on the same one, where its node's workers look for it
         store = self.store or self
         info = control_pb2.MemberInfo(
             id=self.id,
@@ -97,6 +101,7 @@ class Peer:
             store_id=store.id,
             store_address=store.address,
             max_model_len=self.max_model_len,
+            kv_capacity_tokens=self.kv_capacity_tokens,
             schema=self.schema.to_proto() if self.role != "store" else None,
         )
         self.info = info

@@ -140,9 +140,9 @@ class ProxyConfig:
     default_timeout_s: float = 600.0
     """Seconds that a request may take when it brings no timeout of its own."""
     max_attempts: int = 3
-    """Worker pairs that one request is tried on before the client gets its error."""
+    """Worker pairs that one request is tried on before the client gets its error; a pair that lost its store is not counted."""
     local_prefill: Literal["never", "fallback", "always"] = "fallback"
-    """When decode workers compute prompts themselves; fallback: while no prefill worker is alive, or none is configured."""
+    """When decode workers compute prompts themselves; fallback: while no prefill worker or no store is alive, or none is configured."""
     replicate: Literal["never", "hot"] = "hot"
     """Whether a prefix that many requests share is copied to more stores ahead of demand; never: blocks are copied for nobody."""
     avoid_after_s: float = 1.0

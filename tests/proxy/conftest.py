@@ -69,14 +69,12 @@ class Peer:
 
     def __init__(self, role: str, number: int, board: Board, store: StorePeer | None = None) -> None:
         self.role, self.id, self.board, self.store = role, f"{role}-{number}", board, store
-        self.schema = SCHEMA
-        self.load = control_pb2.MemberLoad()
+        self.schema, self.load = SCHEMA, control_pb2.MemberLoad()
         self.requests: list[Any] = []
         self.arrived = asyncio.Event()  # a request has come
         self.cancelled = asyncio.Event()  # a call was cancelled under its handler
         self.joined = asyncio.Event()
-        self.max_model_len = 512
-        self.kv_capacity_tokens = 0  # not known
+        self.max_model_len, self.kv_capacity_tokens = 512, 0  # 0: not known
         self.port = 0
         self.roles: list[control_pb2.Role] = []  # that it can take on
         self.taken: list[str] = []
@@ -88,8 +86,7 @@ class Peer:
         self.register(self.server)
         await self.server.start()
         self.address = f"127.0.0.1:{port}"
-        if self.role == "store":
-            self.port = port  # it comes back on the same one, where its node's workers look for it
+        self.port = port if self.role == "store" else 0  # a store comes back on the same one, where its node's workers look for it
         store = self.store or self
         info = control_pb2.MemberInfo(
             id=self.id,

@@ -273,8 +273,8 @@ class Cluster:
         return _Candidates(roster, np.array([member.row for member in members], np.int64))
 
     def _is_avoided(self, worker: Member) -> bool:
-        store = self.store_at(worker.store_address)
-        return worker.avoided or (store is not None and store.avoided)
+        stores = self._stores.get(worker.store_address)
+        return worker.avoided or (stores is not None and stores[0].avoided)
 
     async def close(self) -> None:
         for member in list(self.members.values()):

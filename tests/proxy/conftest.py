@@ -74,8 +74,7 @@ class Peer:
         self.arrived = asyncio.Event()  # a request has come
         self.cancelled = asyncio.Event()  # a call was cancelled under its handler
         self.joined = asyncio.Event()
-        self.max_model_len, self.kv_capacity_tokens = 512, 0  # 0: not known
-        self.port = 0
+        self.max_model_len, self.kv_capacity_tokens, self.port = 512, 0, 0  # 0: not known
         self.roles: list[control_pb2.Role] = []  # that it can take on
         self.taken: list[str] = []
         self.refusal: HalfmoonError | None = None  # of every order

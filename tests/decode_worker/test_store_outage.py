@@ -90,6 +90,7 @@ async def test_a_store_that_dies_costs_no_request_a_token_and_is_used_again(make
     if phase == "before":
         await outage.begin()
     stream = outage.open(prompt(90))
+    reading = asyncio.create_task(read(stream))
     if phase == "prefill":
         await until(lambda: cluster.store.stats().num_bytes_pushed > 0)
         await outage.begin()
@@ -97,10 +98,9 @@ async def test_a_store_that_dies_costs_no_request_a_token_and_is_used_again(make
         await until(lambda: stream.state is RequestState.HANDOFF or stream.state is RequestState.DECODE)
         await outage.begin()
     elif phase == "decode":
-        reading = asyncio.create_task(read(stream))
         await until(lambda: stream.state is RequestState.DECODE)
         await outage.begin()
-    token_ids, finished = await (reading if phase == "decode" else read(stream))
+    token_ids, finished = await reading
     assert token_ids == greedy(prompt(90), NUM_TOKENS)
     if phase in ("before", "prefill"):
         assert finished.phases.transport == "local" and finished.phases.num_attempts <= 3

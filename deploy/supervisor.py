@@ -66,6 +66,7 @@ class ClusterSpec:
     plan: ClusterPlan
     model_folder: Path
     schema: KVSchema
+    max_model_len: int  # that the options ask for, and the model was made for
 
 
 class Supervisor:
@@ -75,6 +76,10 @@ class Supervisor:
         self._members: dict[str, Member] = {}
         self._tasks = Tasks("the supervisor")
         self._keepers: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def spec(self) -> ClusterSpec:
+        return self._spec
 
     @property
     def http_address(self) -> str:
@@ -222,6 +227,7 @@ class Supervisor:
                 "proxy_address": self.grpc_address,
                 "config": self._spec.config.store,
                 "schema": self._spec.schema,
+                "max_model_len": self._spec.max_model_len,
                 "model_name": resolve_name(self._spec.config.model),
             }
 

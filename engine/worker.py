@@ -259,7 +259,7 @@ class Worker:
             address=self.address,
             store_id=self.stores.own.client.store_id if self.stores.own.is_attached else "",
             schema=facts.schema.to_proto(),
-            max_model_len=facts.max_model_len,
+            max_model_len=min(facts.max_model_len, facts.num_pages * facts.page_size),  # a sequence has to fit alone
             kv_capacity_tokens=facts.num_pages * facts.page_size,
             device=facts.device,
         )

@@ -38,21 +38,22 @@ class ModelOptions:
     """Data type of KV in pages, stores and hand-offs; auto: model.dtype; fp8: e4m3, half the bytes, each value rounded to 4
     significant bits."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where workers compute; auto: on CUDA where there are GPUs for all of them, else on CPU."""
+    """Where workers compute; auto: on CUDA where there is a GPU, each worker on one of its own, else on CPU."""
     load_format: Literal["auto", "dummy"] = "auto"
     """auto: the checkpoint's weights; dummy: random weights of the shape that config.json gives, for measurements."""
     block_size: int = 64
     """Tokens in one KV block, and in one page of a worker."""
     max_model_len: int = 0
-    """Longest prompt and answer together, in tokens; 0: the length that the model was made for."""
+    """Longest prompt and answer together, in tokens; 0: the length that the model was made for. A worker's pages bound it, too."""
     prefix_cache_hbm: bool = True
     """Whether a worker's pages keep the KV of sequences that ended, for prompts that begin alike, until others need the room."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreConfig:
-    arena_bytes: int = 256 * 2**20
-    """Shared memory for KV blocks, preallocated on every node."""
+    arena_bytes: int = 0
+    """Shared memory for KV blocks, preallocated on every node; 0: room for 64 prompts of max_model_len, at most half of what is free in
+    /dev/shm and half of the free memory."""
     lease_ttl_s: float = 5.0
     """A client of the store that sends no heartbeat for this long loses its session and every lease."""
     eviction: Literal["lru", "lfu", "length_aware", "cost"] = "lru"
@@ -73,7 +74,8 @@ class PrefillConfig:
     max_tokens_per_step: int = 2048
     """Prompt tokens computed in one step, over the chunks of all prompts in it."""
     kv_capacity_tokens: int = 0
-    """Tokens that a prefill worker's pages hold; 0: twice max_model_len on CPU, 90 % of the free memory on CUDA."""
+    """Tokens that a prefill worker's pages hold; 0: twice max_model_len on CPU and at most a quarter of the free
+    memory, 90 % of the free memory on CUDA."""
     num_threads: int = 1
     """Torch threads of a prefill worker on CPU."""
     transport: Literal["auto", "tcp", "grpc"] = "auto"
@@ -93,7 +95,8 @@ class DecodeConfig:
     """Seconds per output token that steps with prompt tokens are sized for, of requests that neither bring an SLO nor have
     proxy.tpot_slo_s; 0: they bound no step, and chunks are max_prefill_tokens_per_step."""
     kv_capacity_tokens: int = 0
-    """Tokens that a decode worker's pages hold; 0: eight times max_model_len on CPU, 90 % of the free memory on CUDA."""
+    """Tokens that a decode worker's pages hold; 0: eight times max_model_len on CPU and at most a quarter of the
+    free memory, 90 % of the free memory on CUDA."""
     num_threads: int = 1
     """Torch threads of a decode worker on CPU."""
     transport: Literal["auto", "tcp", "grpc"] = "auto"
@@ -212,6 +215,10 @@ class ClusterConfig:
     both: BothConfig = field(default_factory=BothConfig)
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
 
+    @property
+    def num_workers(self) -> int:
+        return self.prefill.num_workers + self.decode.num_workers + self.both.num_workers
+
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> ClusterConfig:
         """The file's values under the overrides' ("proxy.policy" -> "random").
@@ -219,14 +226,20 @@ class ClusterConfig:
         Raises ConfigError for a missing or malformed file, an unknown key (naming the nearest known one) and a
         value of the wrong type.
         """
-        tree: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
-        for dotted, value in (overrides or {}).items():
-            section, _, key = dotted.partition(".")
-            tree.setdefault(section, {})
-            if not isinstance(tree[section], dict):
-                raise ConfigError(f"{section} is {tree[section]!r}; it must be a section of key: value lines")
-            tree[section][key] = value
-        return from_mapping(cls, tree, "")
+        return from_mapping(cls, given_values(path, overrides), "")
+
+
+def given_values(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Section -> key -> value, of what the file and the overrides say and nothing else. Raises ConfigError as ClusterConfig.load does."""
+    tree: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
+    for dotted, value in (overrides or {}).items():
+        section, _, key = dotted.partition(".")
+        if tree.get(section) is None:
+            tree[section] = {}
+        if not isinstance(tree[section], dict):
+            raise ConfigError(f"{section} is {tree[section]!r}; it must be a section of key: value lines")
+        tree[section][key] = value
+    return tree
 
 
 Section = TypeVar("Section")

@@ -30,6 +30,7 @@ HalfmoonError
 ├── StoreFull                   503  no block can be evicted
 ├── LeaseExpired                500  the lease ended before the call
 ├── ConfigError                 500  a configuration file or flag is wrong
+├── MachineError                500  this machine lacks what a cluster needs: a port, an address, memory, a GPU, Ray
 ├── CheckpointError             500  a model folder cannot be served
 │   └── UnsupportedArchitecture 500
 └── InternalError               500  a bug; the log has the traceback
@@ -210,6 +211,10 @@ class LeaseExpired(HalfmoonError):
 
 
 class ConfigError(HalfmoonError):
+    grpc_status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class MachineError(HalfmoonError):
     grpc_status = grpc.StatusCode.FAILED_PRECONDITION
 
 

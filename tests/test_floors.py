@@ -60,8 +60,8 @@ PROXY_FLOORS: dict[str, set[str]] = {
 }
 """proxy/'s own rooms and root files, and what of proxy/ each may import."""
 
-PROXY_ROOMS_OUTSIDE = {"simulator": {"conductor", "prefixes"}, "deploy": {"conductor", "prefixes", "server"}}
-"""What of proxy/ its users may import. deploy starts the server, and knows nothing of what is in it."""
+PROXY_ROOMS_OUTSIDE = {"simulator": {"conductor", "prefixes"}, "deploy": {"conductor", "prefixes", "server", "text"}}
+"""What of proxy/ its users may import. deploy starts the server, and checks a model's tokenizer as the server will read it."""
 
 
 def modules(room: str) -> list[Path]:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import grpc.aio
 
 from ..protocol.durations import seconds
-from ..protocol.errors import InvalidRequest, WorkerLost, shown
+from ..protocol.errors import HalfmoonError, InvalidRequest, WorkerLost, shown
 from ..protocol.grpc_errors import unary_boundary
 from ..protocol.roles import ROLE_NUMBERS
 from ..protocol.v1 import control_pb2, control_pb2_grpc
@@ -38,7 +38,12 @@ class ControlService(control_pb2_grpc.ControlServicer):
         latest = await self._progressing(first, reports)
         if latest is None:
             return
-        member = self._cluster.join(first.info, latest.load, latest.role)
+        try:
+            member = self._cluster.join(first.info, latest.load, latest.role)
+        except HalfmoonError as error:
+            if first.info.id not in self._cluster.members:
+                self._cluster.absences.note(first.info, f"refused: {error.message}")
+            raise
         stream = member.stream
         try:
             await member.orders.open(context.write)
@@ -85,7 +90,14 @@ class ControlService(control_pb2_grpc.ControlServicer):
         router, metrics = self._router, self._router.metrics
         return control_pb2.StatusReply(
             members=[
-                control_pb2.StatusReply.Member(info=member.info, load=member.load, up_s=member.up_s, role=ROLE_NUMBERS[member.role])
+                control_pb2.StatusReply.Member(
+                    info=member.info,
+                    load=member.load,
+                    up_s=member.up_s,
+                    role=ROLE_NUMBERS[member.role],
+                    silent_s=member.silent_s,
+                    avoided=member.avoided,
+                )
                 for member in sorted(self._cluster.members.values(), key=lambda member: (member.info.role, member.id))
             ],
             model=self._model_name,
@@ -103,6 +115,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
             rejections=metrics.rejections,
             num_in_slo=metrics.num_in_slo,
             num_outside_slo=metrics.num_outside_slo,
+            absences=self._cluster.absences.to_proto(),
         )
 
     @unary_boundary

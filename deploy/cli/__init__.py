@@ -31,6 +31,7 @@ COMMANDS = {
     "status": Command("Watch the cluster: members, queues, KV use, latencies.", ".status"),
     "profile": Command("Measure a running cluster; writes a cost model for the simulator and the proxy.", ".profile"),
     "explain": Command("Tell why a recent request went where it went, or was refused.", ".explain"),
+    "doctor": Command("Find what is wrong or slow, on this machine or in a running cluster.", ".doctor"),
     "dashboards": Command("Run Prometheus with Halfmoon's rules, or draw the dashboards.", ".dashboards"),
     "simulate": Command("Replay a trace against a simulated cluster, on a virtual clock.", ".simulate"),
     "bench": Command(

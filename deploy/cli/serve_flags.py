@@ -90,7 +90,7 @@ def serve(
         "proxy.order": order,
         "proxy.cost_model": str(cost_model) if cost_model is not None else None,
     }
-    overrides = {key: value for key, value in flags.items() if value is not None} | dict(map(_setting, settings or []))
+    overrides = {key: value for key, value in flags.items() if value is not None} | dict(map(key_and_value, settings or []))
     given = given_values(config, overrides)
     loaded = from_mapping(ClusterConfig, given, "")  # before the heavy imports, so that a wrong key is reported at once
     if loaded.proxy.cost_model:
@@ -103,7 +103,7 @@ def serve(
     run(loaded, address, log_level.value, counts_given=counts_given)
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def key_and_value(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise typer.BadParameter(f"{text!r} is not key=value, as in proxy.policy=random")

@@ -23,6 +23,7 @@ from ..conductor.policies.base import cost_by_blocks
 from ..conductor.pool import NOTHING, Ints, Pool, Roster
 from ..member_metrics import MemberReport
 from ..metrics import ProxyMetrics
+from .absences import Absences
 from .load_table import LoadTable
 from .member import CLOSE_GRACE_S, STATE_ROLES, Member
 
@@ -61,6 +62,7 @@ class Cluster:
         self._report_callbacks: list[ReportCallback] = []
         self._prefix_callbacks: list[PrefixCallback] = []
         self._closing = Tasks("cluster")
+        self.absences = Absences()
         metrics.members.reports = self._reports
 
     @property
@@ -176,6 +178,7 @@ class Cluster:
         elif self._schema is None:
             self._schema = member.schema
         self._count(member.role, 1)
+        self.absences.joined(member.id)
         self._metrics.members.joined(member.id, member.role)
         for callback in self._join_callbacks:
             callback(member)
@@ -303,6 +306,7 @@ class Cluster:
         else:
             self._schema = next((other.schema for other in self.members.values() if other.role in WORKER_ROLES), None)
         self._count(member.role, -1)
+        self.absences.note(member.info, member.why_gone)
         self._metrics.members.left(member.id, member.role)
         member.leave()
         self._closing.spawn(member.close(), f"closing the channel to {member.title}")

@@ -108,8 +108,8 @@ def test_serves_help_shows_the_defaults() -> None:
     shown = " ".join(run("serve", "--help").stdout.split())
     proxy = ClusterConfig().proxy
     for default in ("127.0.0.1", proxy.http_port, proxy.grpc_port, proxy.policy, proxy.order):
-        assert f"[default: {default}]" in shown
-    assert shown.count("[default: 1]") == 2, "workers for prefill and for decode"
+        assert f"[default: ({default})]" in shown
+    assert shown.count("[default: (1)]") == 2, "workers for prefill and for decode"
 
 
 def test_the_version_is_told() -> None:

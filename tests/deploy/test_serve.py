@@ -82,6 +82,12 @@ def test_a_served_cluster_answers_is_looked_at_and_drains_on_sigterm(served: Ser
     assert "prompt and answer up to 4096 tokens" in text and "store-0 holds 262144 tokens of KV, 64.0 prompts of 4096" in text
     assert any("prefill-0: loading weights, " in line for line in served.lines), "how far a start has come, in plain lines"
 
+    examined = halfmoon("doctor", "--proxy", served.grpc, "--json")
+    report = json.loads(examined.stdout)
+    assert [one for one in report["findings"] if one["severity"] == "fault"] == [], examined.stdout
+    assert {(one["store_id"], one["transport"]) for one in report["links"]} == {("store-0", name) for name in ("shm", "tcp", "grpc")}
+    assert report["phases"]["prefill_worker"] == "prefill-0" and report["phases"]["predicted_ttft_s"] > 0
+
     pids = [member["pid"] for member in json.loads(looked.stdout)["members"]]
     with Client(served.grpc) as client, client.stream(prompt="Once", max_tokens=400, ignore_eos=True) as stream:
         next(stream)

@@ -144,7 +144,7 @@ async def test_a_link_on_which_nothing_passes_is_named(site: Any, monkeypatch: p
 
     monkeypatch.setattr(links, "measure", never)
     monkeypatch.setattr(links, "TIMEOUT_S", 0.01)
-    assert "store-0 by auto: less than" in (await site.findings())[0].what
+    assert "the link to store-0 by auto is slow: " in (await site.findings())[0].what
 
 
 async def test_a_clock_that_is_off_is_a_warning_and_no_fault(site: Any) -> None:

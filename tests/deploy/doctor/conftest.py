@@ -14,6 +14,7 @@ import grpc.aio
 import pytest
 
 import halfmoon.deploy.doctor.examine as module
+import halfmoon.deploy.doctor.links as links
 from halfmoon.client import PhaseRecord, Usage
 from halfmoon.deploy.doctor.probe import Probe, judge
 from halfmoon.kvstore.server import StoreServer
@@ -127,6 +128,8 @@ async def site(monkeypatch: pytest.MonkeyPatch, store_schema: KVSchema) -> Async
         return Probe(PHASES, Usage(10, 16, 0), judge(PHASES))
 
     monkeypatch.setattr(module, "send_probe", probe)
+    # a busy machine makes any link slow; a test that wants one sets bounds of its own
+    monkeypatch.setattr(links, "SLOW_BYTES_PER_S", {"shm": 0.0, "tcp": 0.0, "grpc": 0.0})
     yield Site(f"127.0.0.1:{port}", control.reply, store, pages)
     for page in pages.values():
         page.close()

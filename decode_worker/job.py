@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from ..engine.prefix_loader import CachedPrefix
 from ..engine.sequence import Sequence
-from ..kvstore.client import BlockReader
+from ..kvstore.client import BlockReader, StoreClient
 from ..protocol.errors import DeadlineExceeded, HalfmoonError
 from ..protocol.v1 import common_pb2, worker_pb2
 from .token_feed import TokenFeed
@@ -28,8 +28,8 @@ class DecodeJob:
     started: asyncio.Future[None]  # the scheduler gave it pages
     feed: TokenFeed | None = None  # takes the tokens after the first, if the proxy has opened one
     intake: asyncio.Task[None] | None = None  # fetches the hand-off into pages, or loads a local prefill's prefix
+    client: StoreClient | None = None  # of the hand-off's store
     reader: BlockReader | None = None
-    transport: str = ""  # of the reader's store
     caching_prompt: asyncio.Task[None] | None = None  # of a local prefill: caches the prompt's blocks during the answer
     aborted: bool = False  # the store knows that nobody will take the hand-off
     timer: asyncio.TimerHandle | None = None  # of the deadline

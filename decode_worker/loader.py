@@ -42,8 +42,7 @@ class HandoffLoader:
         Raises HandoffIncomplete, HandoffCorrupt, HandoffAborted, StaleEpoch, DeadlineExceeded, StoreUnavailable.
         """
         handoff = job.request.handoff
-        client = self._stores.own.client
-        job.transport = client.transport
+        client = job.client = await self._stores.attached(job.request.store_address)
         job.reader = await client.fetch(handoff.id, handoff.epoch, job.sequence.remaining_s)
         if not job.ended:
             check_layout(job, job.reader, self._pages.schema.block_size)
@@ -73,8 +72,8 @@ class HandoffLoader:
 
     def count(self, job: DecodeJob) -> None:
         """Counts the transfer of a job that was admitted."""
-        assert job.reader is not None
-        self._metrics.transferred(job.transport, "fetch", job.reader.num_bytes, job.phases().intake_s)
+        assert job.client is not None and job.reader is not None
+        self._metrics.transferred(job.client.transport, "fetch", job.reader.num_bytes, job.phases().intake_s)
 
     async def abort(self, job: DecodeJob) -> None:
         """Aborts the hand-off with the job's reason. Called before the intake ends, or the store would have to make up a reason.
@@ -83,7 +82,8 @@ class HandoffLoader:
         """
         handoff = job.request.handoff
         reason = job.error or RequestCancelled(f"request {job.sequence.request_id} was stopped before its hand-off was there")
-        await self._stores.own.client.abort(handoff.id, handoff.epoch, reason)
+        client = await self._stores.client(job.request.store_address)
+        await client.abort(handoff.id, handoff.epoch, reason)
         job.aborted = True
 
     async def end_intake(self, job: DecodeJob) -> None:

@@ -24,7 +24,7 @@ class LocalPrefill:
 
     async def load(self, job: DecodeJob) -> None:
         """Sets the job's prefix. Never fails, because what is corrupt or gone is computed."""
-        job.prefix = await self._prefixes.load(job.sequence, job.block_keys)
+        job.prefix = await self._prefixes.load(job.sequence, job.block_keys, skip_own_store=job.request.skip_own_store)
         if not job.ended:
             self._unbegun[job.sequence] = job
 

@@ -197,11 +197,9 @@ class DecodeHalf:
         self._fail(job, job.timeout_error())
 
     def store_lost(self, client: StoreClient) -> None:
-        """If the worker's own store is lost, fails the jobs that still wait for a hand-off in it."""
-        if client.address != self._worker.stores.own.address:
-            return
+        """Fails the jobs that still wait for a hand-off in it."""
         for job in list(self._jobs.values()):
-            if not (job.sealed_at or job.is_local):
+            if job.client is client and not job.sealed_at:
                 self._fail(job, StoreUnavailable(f"the KV store at {client.address} is gone; the hand-off with it", address=client.address))
 
     # ends

@@ -64,17 +64,19 @@ class StoreActor:
         proxy_address: str,
         config: StoreConfig,
         schema: KVSchema,
+        max_model_len: int,
         model_name: str,
     ) -> None:
         from ..kvstore.server import StoreServer
 
         configure_logging()
-        self._server = StoreServer(config, node_id=node_id, store_id=store_id, schema=schema)
+        self._server = StoreServer(config, node_id=node_id, store_id=store_id, schema=schema, max_model_len=max_model_len)
         self._host, self._port, self._proxy_address = host, port, proxy_address
         self._model_name = model_name
         self._info = control_pb2.MemberInfo(
             id=store_id, incarnation=uuid.uuid4().hex, role=control_pb2.ROLE_STORE, node_id=node_id, store_id=store_id, pid=os.getpid()
         )
+        self._info.kv_capacity_tokens = config.arena_bytes // schema.block_bytes * schema.block_size
         self._stopped = asyncio.Event()
         self._tasks = Tasks(store_id)
         self._refusal: Exception | None = None
@@ -82,6 +84,7 @@ class StoreActor:
     async def start(self) -> str:
         address = await self._server.start(self._host, self._port)
         self._info.address = self._info.store_address = address
+        self._info.kv_capacity_tokens = self._server.capacity_tokens
         self._info.metrics_address = self._server.serve_metrics(self._host, self._model_name)
         joined = asyncio.Event()
         joining = stay_joined(self._proxy_address, self._info, self._load, joined.set, on_left=self._server.proxy_left)

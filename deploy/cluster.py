@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..engine.kv_schema import kv_schema
 from ..engine.model_config import ModelConfig
-from ..engine.resolve import resolve_folder, resolve_name
+from ..engine.resolve import resolve_folder, resolve_max_model_len, resolve_name
 from ..protocol.config import ClusterConfig
 from ..protocol.errors import CheckpointError
 from .plan import make_plan
@@ -31,14 +31,16 @@ def find_model(config: ClusterConfig) -> tuple[Path, ModelConfig]:
 def make_spec(config: ClusterConfig, nodes: Sequence[RayNode]) -> ClusterSpec:
     """Finds everything that can be wrong before a process is started.
 
-    Raises ConfigError (plan), and what find_model raises.
+    Raises ConfigError and MachineError (plan), and what find_model raises.
     """
     plan = make_plan(config, nodes)
     folder, model = find_model(config)
     # an empty path stays empty: on another machine the demo model is in another folder
     path = str(folder) if config.model.path else ""
     options = dataclasses.replace(config.model, path=path, device=plan.device, name=resolve_name(config.model))
-    return ClusterSpec(config, dataclasses.replace(config, model=options), plan, folder, kv_schema(model, options))
+    resolved = dataclasses.replace(config, model=options)
+    max_model_len = resolve_max_model_len(model, options)
+    return ClusterSpec(config, resolved, plan, folder, kv_schema(model, options), max_model_len)
 
 
 @asynccontextmanager

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from ..client import AsyncClient, Conversation
-from ..protocol.config import ClusterConfig, DecodeConfig, PrefillConfig, ProxyConfig
+from ..protocol.config import ClusterConfig, DecodeConfig, PrefillConfig, ProxyConfig, StoreConfig
 from ..protocol.errors import HalfmoonError
 from .cli.progress import StartupProgress
 from .cli.terminal import phase_table
@@ -22,7 +22,10 @@ from .cluster import running_cluster
 from .ray_session import ray_session
 
 CONFIG = ClusterConfig(
-    proxy=ProxyConfig(http_port=0, grpc_port=0), prefill=PrefillConfig(num_workers=2), decode=DecodeConfig(num_workers=2)
+    store=StoreConfig(arena_bytes=256 * 2**20),
+    proxy=ProxyConfig(http_port=0, grpc_port=0),
+    prefill=PrefillConfig(num_workers=2),
+    decode=DecodeConfig(num_workers=2),
 )
 DOCUMENT = (
     "The courier Mira carries key 4821. The baker Tomas lives in Kelford. The captain Odil keeps a grey parrot. "

@@ -10,13 +10,14 @@ decode workers compute the prompts themselves.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..protocol.address import reachable_host
 from ..protocol.config import ClusterConfig
-from ..protocol.errors import ConfigError
+from ..protocol.errors import ConfigError, MachineError
 from ..protocol.roles import WorkerRole
 from .ray_session import RayNode
 
@@ -47,7 +48,7 @@ class ClusterPlan:
 
 
 def make_plan(config: ClusterConfig, nodes: Sequence[RayNode]) -> ClusterPlan:
-    """Raises ConfigError for a cluster that could not serve, for too few GPUs, or for a proxy that other nodes cannot reach."""
+    """Raises ConfigError for a cluster that could not serve or a proxy that other nodes cannot reach, MachineError for too few GPUs."""
     num_prefill, num_decode, num_both = config.prefill.num_workers, config.decode.num_workers, config.both.num_workers
     if num_decode + num_both < 1:
         raise ConfigError(
@@ -58,11 +59,10 @@ def make_plan(config: ClusterConfig, nodes: Sequence[RayNode]) -> ClusterPlan:
             f"prefill.num_workers is {num_prefill} and proxy.local_prefill is 'never', so nobody would compute prompts; "
             "set proxy.local_prefill to 'fallback', or have at least one prefill worker"
         )
-    num_workers = num_prefill + num_decode + num_both
-    num_gpus = sum(node.num_gpus for node in nodes)
-    device = config.model.device if config.model.device != "auto" else ("cuda" if num_gpus >= num_workers else "cpu")
-    if device == "cuda" and num_gpus < num_workers:
-        raise ConfigError(f"{num_workers} workers need a GPU each and Ray has {num_gpus:g}; ask for fewer, or --device cpu")
+    num_gpus = count_gpus(nodes)
+    device = config.model.device if config.model.device != "auto" else ("cuda" if num_gpus > 0 else "cpu")
+    if device == "cuda":
+        require_gpus(config, num_gpus, "Ray")
 
     hosts = _spread(nodes, device)
     prefill = tuple(Placed(f"prefill-{i}", hosts[i % len(hosts)]) for i in range(num_prefill))
@@ -73,6 +73,32 @@ def make_plan(config: ClusterConfig, nodes: Sequence[RayNode]) -> ClusterPlan:
     _require_reachable(proxy_host, used)
     stores = tuple(Placed(f"store-{i}", node) for i, node in enumerate(used))
     return ClusterPlan(nodes[0], stores, prefill, decode, both, device, proxy_host)
+
+
+def count_gpus(nodes: Sequence[RayNode]) -> int:
+    return sum(int(node.num_gpus) for node in nodes)
+
+
+def require_gpus(config: ClusterConfig, num_gpus: int, owner: str) -> None:
+    """Raises MachineError that says what to ask for. owner: who has the GPUs."""
+    if num_gpus >= config.num_workers:
+        return
+    advice = {0: "ask for --device cpu", 1: "ask for --prefill 0 --decode 1, which computes prompts and answers on one GPU"}
+    fewer = advice.get(num_gpus, f"ask for {num_gpus} in all, as with --prefill {num_gpus // 2} --decode {num_gpus - num_gpus // 2}")
+    or_cpu = ", or for --device cpu" if num_gpus else ""
+    raise MachineError(f"{config.num_workers} workers need a GPU each and {owner} has {num_gpus}; {fewer}{or_cpu}", num_gpus=num_gpus)
+
+
+def couple_on_one_gpu(config: ClusterConfig, num_gpus: int) -> ClusterConfig:
+    """The configuration for a user who gave no numbers of workers: with a single GPU, one worker that computes prompts and answers."""
+    if num_gpus != 1 or config.model.device == "cpu" or config.proxy.local_prefill == "never":
+        return config
+    return dataclasses.replace(
+        config,
+        prefill=dataclasses.replace(config.prefill, num_workers=0),
+        decode=dataclasses.replace(config.decode, num_workers=1),
+        both=dataclasses.replace(config.both, num_workers=0),
+    )
 
 
 def _spread(nodes: Sequence[RayNode], device: str) -> list[RayNode]:

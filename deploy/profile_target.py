@@ -12,7 +12,8 @@ from ..protocol.errors import ConfigError, Overloaded
 from ..protocol.grpc_errors import from_rpc_error
 from ..protocol.roles import ROLE_NAMES
 from ..protocol.schema import KVSchema
-from ..protocol.v1 import control_pb2, control_pb2_grpc, kvstore_pb2, kvstore_pb2_grpc
+from ..protocol.v1 import control_pb2, kvstore_pb2, kvstore_pb2_grpc
+from .capacity import read_status
 from .profile_fit import Facts
 
 CALL_TIMEOUT_S = 5.0
@@ -33,7 +34,7 @@ class Target:
 async def look(client: AsyncClient) -> Target:
     """Finds the members and checks that they can be measured. Raises as profile()."""
     models = await client.models()  # first, because the SDK tries again for a while; the calls below do not
-    status = await _status(client.address)
+    status = await read_status(client.address)
     if status.num_queued or status.num_running:
         raise Overloaded(
             f"{status.num_queued} requests wait and {status.num_running} run at {client.address}; profile a cluster that is idle"
@@ -64,15 +65,6 @@ async def look(client: AsyncClient) -> Target:
     )
     node_of = {info.id: info.node_id for info in (*prefill, *decode)}
     return Target(facts, models[0].vocab_size, max_model_len, schema.block_size, len(prefill), len(decode), node_of)
-
-
-async def _status(address: str) -> control_pb2.StatusReply:
-    """The whole status. The SDK's own leaves out schemas and capacities."""
-    try:
-        async with open_channel(address) as channel:
-            return await control_pb2_grpc.ControlStub(channel).Status(control_pb2.StatusRequest(), timeout=CALL_TIMEOUT_S)
-    except grpc.aio.AioRpcError as error:
-        raise from_rpc_error(error, f"the proxy at {address}") from error
 
 
 async def _arena_bytes(address: str) -> int:

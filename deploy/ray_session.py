@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ..protocol.errors import ConfigError
+from ..protocol.errors import ConfigError, MachineError
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class RayNode:
 def ray_session(address: str | None = None) -> Iterator[list[RayNode]]:
     """Joins the Ray at address ("auto", "host:port"), or starts one. Yields its live nodes, this one first.
 
-    Raises ConfigError if no Ray answers at address.
+    Raises ConfigError if no Ray answers at address, MachineError if one of our own does not start.
     """
     with ray_environment(address):
         # Ray puts the driver's folder on its workers' path: in a checkout they would find kernels/ and proxy/ as top-level packages
@@ -85,7 +85,7 @@ def _init(address: str | None) -> None:
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
-        ray.init(address="local", _node_ip_address=LOOPBACK, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **options)
+        _start_local(options | {"_node_ip_address": LOOPBACK, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES})
         return
     try:
         if address != "auto":
@@ -93,6 +93,25 @@ def _init(address: str | None) -> None:
         ray.init(address=address, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"no Ray to join at {address!r}: {error}; start one with `ray start --head`, or leave --address out") from error
+
+
+def _start_local(options: dict[str, Any]) -> None:
+    """Ray gives its processes 30 s, whatever else the machine does; a second try often finds it calmer. Raises MachineError."""
+    import ray
+
+    for is_last in (False, True):
+        try:
+            ray.init(address="local", **options)
+            return
+        except Exception as error:  # Ray raises plain Exception for a process that did not come up
+            ray.shutdown()
+            told = " ".join(str(error).split())
+            if is_last:
+                raise MachineError(
+                    f"Ray did not start, twice: {told}; wait until this machine is less busy, or run `ray start --head` and join that with "
+                    "--address auto"
+                ) from error
+            logger.warning("Ray did not start (%s); trying once more", told)
 
 
 def _require_listener(address: str) -> None:

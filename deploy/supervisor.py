@@ -83,6 +83,7 @@ class ClusterSpec:
     plan: ClusterPlan
     model_folder: Path
     schema: KVSchema
+    max_model_len: int  # that the options ask for, and the model was made for
 
 
 class Supervisor:
@@ -100,6 +101,10 @@ class Supervisor:
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._bug: asyncio.Future[None] | None = None  # what broke a keeper
         self._num_stores = len(spec.plan.stores)  # so far; the next one's number
+
+    @property
+    def spec(self) -> ClusterSpec:
+        return self._spec
 
     @property
     def http_address(self) -> str:
@@ -384,6 +389,7 @@ class Supervisor:
                 "proxy_address": self.grpc_address,
                 "config": self._spec.config.store,
                 "schema": self._spec.schema,
+                "max_model_len": self._spec.max_model_len,
                 "model_name": resolve_name(self._spec.config.model),
             }
 

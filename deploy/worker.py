@@ -7,8 +7,7 @@ from collections.abc import Callable
 from ..decode_worker.worker import DecodeHalf
 from ..engine.executor import Progress
 from ..engine.local_executor import LocalExecutor
-from ..engine.model_config import ModelConfig
-from ..engine.resolve import resolve_device, resolve_folder, resolve_max_model_len, resolve_name
+from ..engine.resolve import resolve_name
 from ..engine.step_budget import StepLimits
 from ..engine.worker import Worker
 from ..engine.worker_life import WorkerAddress
@@ -16,7 +15,7 @@ from ..prefill_worker.worker import PrefillHalf
 from ..protocol.config import DecodeConfig, ModelOptions, PrefillConfig
 from ..protocol.roles import WorkerRole
 
-CPU_CAPACITY = 8  # times max_model_len: tokens that a worker which decodes can hold, if not configured
+CPU_PROMPTS = {"prefill": 2, "decode": 8, "both": 8}  # of max_model_len: what a worker's pages hold on CPU, if not configured
 
 
 def make_worker(
@@ -26,15 +25,12 @@ def make_worker(
     config = prefill if role == "prefill" else decode
 
     def load(*, name: str, progress: Progress, on_crash: Callable[[BaseException], None]) -> LocalExecutor:
-        num_tokens = config.kv_capacity_tokens
-        if num_tokens == 0 and role != "prefill" and resolve_device(options) == "cpu":
-            model = ModelConfig.from_folder(resolve_folder(options))
-            num_tokens = CPU_CAPACITY * resolve_max_model_len(model, options)
         return LocalExecutor.load(
             options,
-            kv_capacity_tokens=num_tokens,
+            kv_capacity_tokens=config.kv_capacity_tokens,
             num_threads=config.num_threads,
             max_decode_batch=decode.max_running,
+            cpu_prompts=CPU_PROMPTS[role],
             name=name,
             progress=progress,
             on_crash=on_crash,

@@ -17,6 +17,7 @@ from ..protocol.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+LFS_POINTER = b"version https://git-lfs"  # the first bytes of a file that git-lfs has not fetched
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
@@ -32,6 +33,7 @@ class TensorInfo(NamedTuple):
 
 def read_json(path: Path) -> dict[str, Any]:
     """Raises CheckpointError if path is missing or does not hold a JSON object."""
+    refuse_pointer(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -43,6 +45,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__}; it must hold an object")
     return found
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises CheckpointError where path holds a git-LFS pointer in place of the file."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise CheckpointError(
+                f"{path} is a git-LFS pointer of {path.stat().st_size} bytes and not the file itself; run `git lfs pull` in {path.parent}"
+            )
 
 
 def list_tensors(folder: Path) -> dict[str, TensorInfo]:
@@ -66,6 +79,7 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
+    refuse_pointer(path)
     num_file_bytes = path.stat().st_size
     with path.open("rb") as file:
         num_header_bytes = int.from_bytes(file.read(8), "little")

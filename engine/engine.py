@@ -15,6 +15,7 @@ import torch
 
 from ..protocol.config import ModelOptions
 from ..protocol.errors import ConfigError
+from ..protocol.memory import available_bytes
 from ..protocol.schema import KVSchema
 from .batch import prepare_batch
 from .decode_graph import can_capture
@@ -32,6 +33,7 @@ from .warm_up import warm_up
 from .weights import Progress, dummy_weights, load_weights
 
 CUDA_MEMORY_SHARE = 0.9
+CPU_MEMORY_SHARE = 0.25  # of a worker: others are on the machine, and the node's arena
 MAX_HEAD_DIM = 256  # of paged_decode, without which there are no graphs
 
 
@@ -59,13 +61,15 @@ class Engine:
         kv_capacity_tokens: int,
         num_threads: int,
         max_decode_batch: int = 0,
+        cpu_prompts: int = 2,
         progress: Progress | None = None,
     ) -> Engine:
         """A ready engine.
 
         Args:
             options: path empty: the model that comes with Halfmoon.
-            kv_capacity_tokens: rounded up to pages; 0: 90 % of the memory left on CUDA, twice max_model_len on CPU.
+            kv_capacity_tokens: rounded up to pages; 0: 90 % of the memory left on CUDA; on CPU cpu_prompts times max_model_len, and at
+                most a quarter of the free memory.
             num_threads: of torch on CPU, for the whole process.
             max_decode_batch: sequences in a step that decode; 0: none do. No use on CPU.
             progress: called with (what is being done, how much of it is done, how much there is): bytes, kernels, graphs.
@@ -82,7 +86,7 @@ class Engine:
             weights = dummy_weights(config, dtype, device, progress)
         else:
             weights = load_weights(folder, config, dtype, device, progress)
-        num_tokens = kv_capacity_tokens or _default_capacity(schema, max_model_len, device)
+        num_tokens = kv_capacity_tokens or _default_capacity(schema, cpu_prompts * max_model_len, device)
         decoder = Decoder(config, weights, rope_table(config, max_model_len, device))
         num_pages = -(-num_tokens // schema.block_size)
         cache = PagedKVCache(schema, num_pages, device, num_scratch_pages=1 if device.type == "cuda" else 0)
@@ -167,9 +171,9 @@ def _device(kind: str, num_threads: int) -> torch.device:
     return torch.device("cpu")
 
 
-def _default_capacity(schema: KVSchema, max_model_len: int, device: torch.device) -> int:
-    """Tokens."""
+def _default_capacity(schema: KVSchema, cpu_tokens: int, device: torch.device) -> int:
+    """Tokens. cpu_tokens: on CPU, where memory is there."""
     if device.type == "cpu":
-        return 2 * max_model_len
+        return min(cpu_tokens, max(1, int(available_bytes() * CPU_MEMORY_SHARE) // schema.block_bytes) * schema.block_size)
     num_free_bytes, _ = torch.cuda.mem_get_info(device)
     return int(num_free_bytes * CUDA_MEMORY_SHARE) // schema.block_bytes * schema.block_size

@@ -50,6 +50,7 @@ class LocalExecutor:
         kv_capacity_tokens: int,
         num_threads: int,
         max_decode_batch: int,
+        cpu_prompts: int,
         name: str,
         progress: Progress,
         on_crash: Callable[[BaseException], None],
@@ -60,6 +61,7 @@ class LocalExecutor:
             kv_capacity_tokens=kv_capacity_tokens,
             num_threads=num_threads,
             max_decode_batch=max_decode_batch,
+            cpu_prompts=cpu_prompts,
             progress=progress,
         )
         return cls(engine, name, on_crash)

@@ -67,3 +67,10 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
     if dtype not in ("float16", "bfloat16"):
         return None
     return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Of the matrices; norms and biases are left out."""
+    flops = ModelFlops.of_model(config)
+    embeddings = config.hidden_size * config.vocab_size * (1 if config.tie_word_embeddings else 2)
+    return int(flops.per_token) // 2 + embeddings

@@ -73,8 +73,11 @@ class PrefixLoader:
         known = self._seconds_per_token or seconds_per_token
         self._seconds_per_token = known + NEWEST_WEIGHT * (seconds_per_token - known)
 
-    async def load(self, sequence: Sequence, block_keys: list[bytes], hint: worker_pb2.PrefixHint = NO_HINT) -> CachedPrefix:
-        """block_keys: of the prompt's full blocks. hint: a store beside the own one that may hold more of them.
+    async def load(
+        self, sequence: Sequence, block_keys: list[bytes], hint: worker_pb2.PrefixHint = NO_HINT, *, skip_own_store: bool = False
+    ) -> CachedPrefix:
+        """block_keys: of the prompt's full blocks. hint: a store beside the own one that may hold more of them. skip_own_store: it is
+        gone, or does not answer.
 
         Never fails: a prefix that is corrupt or gone is computed, with a warning and a count. What was corrupt is not in its
         store any more when this returns, and noted: others may have been promised it meanwhile.
@@ -85,7 +88,7 @@ class PrefixLoader:
         num_blocks = num_shared = sequence.num_computed_tokens // block_size
         try:
             if num_shared < len(block_keys):
-                num_blocks += await self._load(sequence, block_keys, num_shared, hint, found, readers)
+                num_blocks += await self._load(sequence, block_keys, num_shared, hint, skip_own_store, found, readers)
         except HalfmoonError as error:
             failed = True
             self._count_failure(sequence, error)
@@ -127,11 +130,13 @@ class PrefixLoader:
         keys: list[bytes],
         num_shared: int,
         hint: worker_pb2.PrefixHint,
+        skip_own_store: bool,
         found: CachedPrefix,
         readers: list[BlockReader],
     ) -> int:
         """The blocks behind the first num_shared. Returns how many of them stand in the pages."""
-        client, reader = await self._find(sequence, keys[num_shared:], hint.num_blocks - num_shared, hint.store_address, readers)
+        num_hinted = hint.num_blocks - num_shared
+        client, reader = await self._find(sequence, keys[num_shared:], num_hinted, hint.store_address, skip_own_store, readers)
         if client is None or reader is None or reader.num_blocks == 0:
             return 0
         began = time.monotonic()
@@ -145,10 +150,18 @@ class PrefixLoader:
         return reader.num_blocks
 
     async def _find(
-        self, sequence: Sequence, keys: list[bytes], num_hinted: int, hinted_address: str, readers: list[BlockReader]
+        self,
+        sequence: Sequence,
+        keys: list[bytes],
+        num_hinted: int,
+        hinted_address: str,
+        skip_own_store: bool,
+        readers: list[BlockReader],
     ) -> tuple[StoreClient | None, BlockReader | None]:
         """The reader with the longest run; all that are opened are added to readers. num_hinted: blocks that the hinted store may hold."""
-        own, found = await self._fetch(sequence, keys, self._stores.own.address, "local", readers)
+        own, found = None, None
+        if not skip_own_store:
+            own, found = await self._fetch(sequence, keys, self._stores.own.address, "local", readers)
         held = found.num_blocks if found is not None else 0
         if num_hinted <= held or self._stores.is_own(hinted_address):
             return own, found

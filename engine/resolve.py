@@ -5,14 +5,13 @@ Deploy resolves once and passes concrete values on, because a process without a 
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
-import os
 from pathlib import Path
 from typing import Literal
 
 from ..protocol.config import ModelOptions
 from ..protocol.errors import ConfigError
+from .gpus import visible_gpus
 from .model_config import ModelConfig
 
 DEMO_FOLDER = Path(__file__).parent / "demo_model"
@@ -33,7 +32,7 @@ def resolve_device(options: ModelOptions) -> Literal["cpu", "cuda"]:
     """ "auto" is CUDA if a GPU is visible and torch can use one."""
     if options.device != "auto":
         return options.device
-    return "cuda" if _torch_has_cuda() and _num_visible_gpus() > 0 else "cpu"
+    return "cuda" if torch_has_cuda() and visible_gpus() else "cpu"
 
 
 def resolve_dtype(config: ModelConfig, options: ModelOptions) -> str:
@@ -53,25 +52,8 @@ def resolve_max_model_len(config: ModelConfig, options: ModelOptions) -> int:
     return options.max_model_len or config.max_position_embeddings
 
 
-def _torch_has_cuda() -> bool:
+def torch_has_cuda() -> bool:
     try:
         return not importlib.metadata.version("torch").endswith("+cpu")
     except importlib.metadata.PackageNotFoundError:
         return False
-
-
-def _num_visible_gpus() -> int:
-    """Asks NVML, because CUDA's own call leaves a context behind, with which a later fork fails."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and visible.split(",")[0].strip() in ("", "-1"):
-        return 0
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return 0
-    if nvml.nvmlInit_v2() != 0:
-        return 0
-    count = ctypes.c_uint(0)
-    failed = nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0
-    nvml.nvmlShutdown()
-    return 0 if failed else count.value

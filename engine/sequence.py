@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ..protocol.durations import seconds
 from ..protocol.errors import InternalError, InvalidRequest, PromptTooLong
 from ..protocol.sampling import SamplingParams
 from ..protocol.v1 import common_pb2
@@ -108,7 +109,7 @@ class Sequence:
             token_ids=list(message.token_ids),
             num_prompt_tokens=message.num_prompt_tokens,
             sampling=SamplingParams.from_proto(message.sampling),
-            deadline=time.monotonic() + message.deadline_s,
+            deadline=time.monotonic() + seconds(message.deadline_s, "deadline_s"),
             queue_order=message.queue_order,
             tpot_slo_s=message.tpot_slo_s,
             suspect=message.suspect,

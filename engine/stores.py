@@ -49,6 +49,10 @@ class Stores:
     def is_own(self, address: str) -> bool:
         return address in ("", self.own.address)
 
+    async def attached(self, address: str) -> StoreClient:
+        """As client, for a hand-off that the proxy has decided: it knows the own store to be there, so a lost session is waited for."""
+        return await self.own.attached() if self.is_own(address) else await self.client(address)
+
     async def client(self, address: str) -> StoreClient:
         """A live session at the store. Raises StoreUnavailable, SchemaMismatch."""
         if self.is_own(address):

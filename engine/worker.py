@@ -11,6 +11,7 @@ it changes ends where it is. Threads share the schedulers under one condition, a
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from ..kvstore.transport import TransportChoice
 from ..protocol.address import join_address
 from ..protocol.blocks import root_key
 from ..protocol.channel import create_server
-from ..protocol.errors import InvalidRequest, WorkerLost
+from ..protocol.errors import InvalidRequest, StoreUnavailable, WorkerLost
 from ..protocol.exporter import Identity, ProcessMetrics
 from ..protocol.membership import REPORT_INTERVAL_S
 from ..protocol.roles import ROLE_NAMES, ROLE_NUMBERS, WORKER_ROLES, WorkerRole, decodes, prefills
@@ -43,6 +44,8 @@ from .stores import Stores
 from .work_front import WorkAge
 from .worker_life import WorkerAddress, WorkerLife
 from .worker_metrics import WorkerMetrics
+
+logger = logging.getLogger(__name__)
 
 
 class LoadExecutor(Protocol):
@@ -132,7 +135,7 @@ class Worker:
     async def start(self) -> str:
         """Loads the model, attaches to the store, listens and joins the proxy. Returns "host:port".
 
-        Raises CheckpointError, ConfigError, StoreUnavailable, SchemaMismatch.
+        It starts without a store that does not answer, and attaches to it later. Raises CheckpointError, ConfigError, SchemaMismatch.
         """
         life, worker_address = self.life, self.life.worker_address
         self.executor, self.allocator, self._step_cost = await life.load(self._load)
@@ -148,7 +151,10 @@ class Worker:
             on_lost=self._store_lost,
             on_attached=self._store_attached,
         )
-        await self.stores.own.attach()
+        try:
+            await self.stores.own.attach()
+        except StoreUnavailable as error:
+            logger.warning("%s starts without its store: %s", self.worker_id, error)
         self.prefixes = PrefixLoader(self.executor.pages, self.allocator, self.changed, self.stores, self.metrics, life.spawn)
         self.blocks = BlockCacher(self.executor.pages, self.metrics)
         self.steps = self._mount()
@@ -251,9 +257,9 @@ class Worker:
             role=ROLE_NUMBERS[self.role],
             roles=[ROLE_NUMBERS[role] for role in WORKER_ROLES],
             address=self.address,
-            store_id=self.stores.own.client.store_id,
+            store_id=self.stores.own.client.store_id if self.stores.own.is_attached else "",
             schema=facts.schema.to_proto(),
-            max_model_len=facts.max_model_len,
+            max_model_len=min(facts.max_model_len, facts.num_pages * facts.page_size),  # a sequence has to fit alone
             kv_capacity_tokens=facts.num_pages * facts.page_size,
             device=facts.device,
         )

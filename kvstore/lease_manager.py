@@ -22,6 +22,7 @@ from ..protocol.errors import (
     HalfmoonError,
     InvalidRequest,
     LeaseExpired,
+    PromptTooLong,
     RequestCancelled,
     StaleEpoch,
     StoreFull,
@@ -149,7 +150,8 @@ class LeaseManager:
 
         handoff_id: None for blocks to cache; an earlier epoch still under way is aborted. deadline: when a hand-off ends that
         nobody has fetched.
-        Raises LeaseExpired (the session ended), StaleEpoch, InvalidRequest, StoreFull (it can never fit).
+        Raises LeaseExpired (the session ended), StaleEpoch, InvalidRequest; where it can never fit, PromptTooLong for a hand-off and
+        StoreFull for blocks to cache.
         """
         client = self.client(session_id)
         check_keys(block_keys)
@@ -158,7 +160,8 @@ class LeaseManager:
                 f"{num_blocks} blocks with {len(block_keys)} keys; a full block has a key, only a hand-off's partial last block has none"
             )
         if num_blocks > self.slots.num_slots:
-            raise StoreFull(f"{num_blocks} blocks can never fit: the arena has {self.slots.num_slots} slots; raise store.arena_bytes")
+            never = f"{num_blocks} blocks can never fit: the arena has {self.slots.num_slots} slots; raise store.arena_bytes"
+            raise StoreFull(never) if handoff_id is None else PromptTooLong(f"{never}, or shorten the prompt")
         if handoff_id is not None:
             self._supersede(handoff_id)
         placed = self._place(block_keys, num_blocks)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..protocol.durations import seconds
 from ..protocol.errors import DeadlineExceeded, HalfmoonError, HandoffCorrupt, InvalidRequest, StoreUnavailable
 from ..protocol.v1 import kvstore_pb2
 from .client import StoreClient
@@ -53,7 +54,7 @@ class Replication:
         began = loop.time()
         outcome, reply = "cancelled", Reply()
         try:
-            async with asyncio.timeout(request.deadline_s):
+            async with asyncio.timeout(seconds(request.deadline_s, "deadline_s")):
                 reply = await self._replicate(list(dict.fromkeys(request.block_keys)), request.source_address)
             outcome = OUTCOMES[reply.stop]
         except TimeoutError as error:
@@ -65,9 +66,9 @@ class Replication:
             logger.info("replication from %s failed: %s", request.source_address, error.message)
             raise
         finally:
-            seconds = loop.time() - began
-            self._store.metrics.replicated(outcome, reply.num_blocks, reply.num_bytes, seconds)
-        reply.seconds = seconds
+            took_s = loop.time() - began
+            self._store.metrics.replicated(outcome, reply.num_blocks, reply.num_bytes, took_s)
+        reply.seconds = took_s
         return reply
 
     def stop(self) -> None:

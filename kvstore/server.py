@@ -18,7 +18,8 @@ from ..protocol.config import StoreConfig
 from ..protocol.exporter import Identity, ProcessMetrics, serve_metrics
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import kvstore_pb2, kvstore_pb2_grpc
-from .arena import Arena
+from .arena import Arena, remove_abandoned
+from .arena_size import arena_size
 from .lease_manager import Accounting
 from .replication import Replication
 from .service import KVStoreService
@@ -34,14 +35,17 @@ class StoreLoad(NamedTuple):
 
 
 class StoreServer:
-    def __init__(self, config: StoreConfig, *, node_id: str, store_id: str = "", schema: KVSchema | None = None) -> None:
+    def __init__(
+        self, config: StoreConfig, *, node_id: str, store_id: str = "", schema: KVSchema | None = None, max_model_len: int = 0
+    ) -> None:
         """node_id: clients that name the same node share the arena. store_id: empty for a random one. schema: None for the
-        first client's."""
+        first client's. max_model_len: sizes the arena where the configuration does not."""
         self.store_id = store_id or f"store-{secrets.token_hex(6)}"
         self.address = ""
         self._config = config
         self._node_id = node_id
         self._schema = schema
+        self._max_model_len = max_model_len
         self._arena: Arena | None = None
         self._store: Store | None = None
         self._replication: Replication | None = None
@@ -55,7 +59,7 @@ class StoreServer:
         store: Store | None = None
         try:
             # touching every page of a large arena takes a while
-            arena = await asyncio.to_thread(Arena, self._config.arena_bytes)
+            arena = await asyncio.to_thread(self._make_arena)
             store = Store(self._config, arena, store_id=self.store_id, node_id=self._node_id, schema=self._schema)
             replication = Replication(store)
             kvstore_pb2_grpc.add_KVStoreServicer_to_server(KVStoreService(store, replication), server)
@@ -73,6 +77,10 @@ class StoreServer:
         self._server, self._arena, self._store, self._replication = server, arena, store, replication
         self.address = f"{host}:{bound}"
         return self.address
+
+    def _make_arena(self) -> Arena:
+        remove_abandoned()  # before free memory is looked at
+        return Arena(arena_size(self._config, self._schema, self._max_model_len).num_bytes)
 
     def serve_metrics(self, host: str, model_name: str) -> str:
         """Serves /metrics on a free port of host; returns "host:port". model_name: whose KV it holds, for the series' labels."""
@@ -95,6 +103,12 @@ class StoreServer:
         if self._stop_metrics is not None:
             await asyncio.to_thread(self._stop_metrics)
         arena.close()
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens of KV that the arena holds; 0 before the first client where no schema was given."""
+        store = self._running()
+        return 0 if store.schema is None else store.accounting().num_slots * store.schema.block_size
 
     def accounting(self) -> Accounting:
         """Slots of the arena: num_slots = num_leased + num_cached + num_free."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc.aio
 
+from ..protocol.durations import seconds
 from ..protocol.errors import HalfmoonError, InvalidRequest, build_error
 from ..protocol.grpc_errors import error_from_proto, unary_boundary
 from ..protocol.v1 import kvstore_pb2, kvstore_pb2_grpc
@@ -82,7 +83,7 @@ class KVStoreService(kvstore_pb2_grpc.KVStoreServicer):
 
     @unary_boundary
     async def Fetch(self, request: kvstore_pb2.FetchRequest, context: Context) -> None:
-        deadline = asyncio.get_running_loop().time() + max(0.0, request.deadline_s)
+        deadline = asyncio.get_running_loop().time() + seconds(request.deadline_s, "deadline_s")
         if not request.without_data:
             keep_pages()  # slices go as messages
         lease = await self._store.open_fetch(request, deadline)

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from ..protocol.config import StoreConfig
+from ..protocol.durations import seconds
 from ..protocol.errors import DeadlineExceeded, HalfmoonError, InvalidRequest, RequestCancelled, StoreFull, StoreUnavailable
 from ..protocol.schema import DTYPE_BYTES, KVSchema
 from ..protocol.v1 import common_pb2, kvstore_pb2
@@ -471,7 +472,7 @@ def _handoff_id(message: common_pb2.HandoffId) -> HandoffId:
 
 def _deadline(deadline_s: float) -> float:
     """On loop.time(), which is time.monotonic()."""
-    return asyncio.get_running_loop().time() + max(0.0, deadline_s)
+    return asyncio.get_running_loop().time() + seconds(deadline_s, "deadline_s")
 
 
 def _how_far(handoff: Handoff) -> str:

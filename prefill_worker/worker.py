@@ -144,11 +144,12 @@ class PrefillHalf:
             )
 
     async def _load_prefix(self, job: PrefillJob) -> None:
-        job.prefix = await self._worker.prefixes.load(job.sequence, job.block_keys, job.request.prefix)
+        request = job.request
+        job.prefix = await self._worker.prefixes.load(job.sequence, job.block_keys, request.prefix, skip_own_store=request.skip_own_store)
 
     async def _reserve(self, job: PrefillJob) -> None:
         """Sets the job's client and writer."""
-        client = await self._stores.client(job.request.store_address)
+        client = await self._stores.attached(job.request.store_address)
         handoff = job.request.handoff
         num_blocks = div_ceil(job.sequence.num_tokens, self._facts.page_size)
         writer = await client.reserve(handoff.id, handoff.epoch, job.block_keys, num_blocks, job.sequence.remaining_s)

@@ -33,13 +33,15 @@ def open_channel(address: str) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(address, options=[*OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
 
 
-def create_server(host: str, port: int, *, max_request_bytes: int = -1) -> tuple[grpc.aio.Server, int]:
+def create_server(host: str, port: int, *, max_request_bytes: int = -1, handshake_timeout_s: float = 10.0) -> tuple[grpc.aio.Server, int]:
     """A server bound to host:port and the port it got (port 0: any free one). Not started.
 
     max_request_bytes: of one message, where strangers may send them; a larger one is refused unread. -1: any size.
+    handshake_timeout_s: for a new connection to speak HTTP/2; it is closed then.
     Raises OSError where the port is taken.
     """
     options = dict(OPTIONS) | {"grpc.max_receive_message_length": max_request_bytes, "grpc.so_reuseport": 0}
+    options["grpc.server_handshake_timeout_ms"] = max(1, round(handshake_timeout_s * 1e3))
     server = grpc.aio.server(interceptors=(Parsing(),), options=list(options.items()))
     address = join_address(host, port)
     bound = server.add_insecure_port(address)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -37,21 +38,22 @@ class ModelOptions:
     """Data type of KV in pages, stores and hand-offs; auto: model.dtype; fp8: e4m3, half the bytes, each value rounded to 4
     significant bits."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where workers compute; auto: on CUDA where there are GPUs for all of them, else on CPU."""
+    """Where workers compute; auto: on CUDA where there is a GPU, each worker on one of its own, else on CPU."""
     load_format: Literal["auto", "dummy"] = "auto"
     """auto: the checkpoint's weights; dummy: random weights of the shape that config.json gives, for measurements."""
     block_size: int = 64
     """Tokens in one KV block, and in one page of a worker."""
     max_model_len: int = 0
-    """Longest prompt and answer together, in tokens; 0: the length that the model was made for."""
+    """Longest prompt and answer together, in tokens; 0: the length that the model was made for. A worker's pages bound it, too."""
     prefix_cache_hbm: bool = True
     """Whether a worker's pages keep the KV of sequences that ended, for prompts that begin alike, until others need the room."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreConfig:
-    arena_bytes: int = 256 * 2**20
-    """Shared memory for KV blocks, preallocated on every node."""
+    arena_bytes: int = 0
+    """Shared memory for KV blocks, preallocated on every node; 0: room for 64 prompts of max_model_len, at most half of what is free in
+    /dev/shm and half of the free memory."""
     lease_ttl_s: float = 5.0
     """A client of the store that sends no heartbeat for this long loses its session and every lease."""
     eviction: Literal["lru", "lfu", "length_aware", "cost"] = "lru"
@@ -72,7 +74,8 @@ class PrefillConfig:
     max_tokens_per_step: int = 2048
     """Prompt tokens computed in one step, over the chunks of all prompts in it."""
     kv_capacity_tokens: int = 0
-    """Tokens that a prefill worker's pages hold; 0: twice max_model_len on CPU, 90 % of the free memory on CUDA."""
+    """Tokens that a prefill worker's pages hold; 0: twice max_model_len on CPU and at most a quarter of the free
+    memory, 90 % of the free memory on CUDA."""
     num_threads: int = 1
     """Torch threads of a prefill worker on CPU."""
     transport: Literal["auto", "tcp", "grpc"] = "auto"
@@ -92,7 +95,8 @@ class DecodeConfig:
     """Seconds per output token that steps with prompt tokens are sized for, of requests that neither bring an SLO nor have
     proxy.tpot_slo_s; 0: they bound no step, and chunks are max_prefill_tokens_per_step."""
     kv_capacity_tokens: int = 0
-    """Tokens that a decode worker's pages hold; 0: eight times max_model_len on CPU, 90 % of the free memory on CUDA."""
+    """Tokens that a decode worker's pages hold; 0: eight times max_model_len on CPU and at most a quarter of the
+    free memory, 90 % of the free memory on CUDA."""
     num_threads: int = 1
     """Torch threads of a decode worker on CPU."""
     transport: Literal["auto", "tcp", "grpc"] = "auto"
@@ -139,9 +143,9 @@ class ProxyConfig:
     default_timeout_s: float = 600.0
     """Seconds that a request may take when it brings no timeout of its own."""
     max_attempts: int = 3
-    """Worker pairs that one request is tried on before the client gets its error."""
+    """Worker pairs that one request is tried on before the client gets its error; a pair that lost its store is not counted."""
     local_prefill: Literal["never", "fallback", "always"] = "fallback"
-    """When decode workers compute prompts themselves; fallback: while no prefill worker is alive, or none is configured."""
+    """When decode workers compute prompts themselves; fallback: while no prefill worker or no store is alive, or none is configured."""
     replicate: Literal["never", "hot"] = "hot"
     """Whether a prefix that many requests share is copied to more stores ahead of demand; never: blocks are copied for nobody."""
     avoid_after_s: float = 1.0
@@ -154,6 +158,26 @@ class ProxyConfig:
     """Seconds that a worker may be at one copy to or from a store before the proxy leaves it."""
     restart_after_s: float = 30.0
     """Seconds that a worker which was left for a step may go on with it, before it is told to end and is started again."""
+    max_connections: int = 4096
+    """HTTP connections open at a time; one more is answered 429 and closed."""
+    head_timeout_s: float = 10.0
+    """Seconds that the head of an HTTP request may take, from its first byte or from the connection's start; on the gRPC port, those of
+    HTTP/2's handshake."""
+    max_head_bytes: int = 32 * 2**10
+    """Size of a request's head; a larger one is answered 431."""
+    body_timeout_s: float = 60.0
+    """Seconds that the whole body of an HTTP request may take, from the end of its head."""
+    max_body_bytes: int = 16 * 2**20
+    """Size of a request's body, and of a message at the gRPC port; a larger one is refused before it is read. The default is a prompt of
+    a million tokens, with room for JSON's escapes."""
+    idle_timeout_s: float = 75.0
+    """Seconds that an HTTP connection may stay open between two requests."""
+    write_timeout_s: float = 30.0
+    """Seconds in which a client, HTTP or gRPC, must take something of what waits to be sent to it; else its request is cancelled. Nothing
+    waits between two tokens, so a stream may last as long as it likes."""
+    cors_origins: str = ""
+    """Origins whose pages may call the HTTP API from a browser, with blanks between them: https://chat.example.org; *: every origin.
+    Empty: none."""
     tracing: Literal["off", "otlp"] = "off"
     """otlp: spans of each request go to the OpenTelemetry collector that OTEL_EXPORTER_OTLP_ENDPOINT names; needs halfmoon[tracing]."""
     drain_timeout_s: float = 30.0
@@ -169,6 +193,15 @@ class ProxyConfig:
                 "it is left, so give the first a value above 0 and at most the second's",
                 key="proxy.avoid_after_s",
             )
+        for name in ("max_connections", "head_timeout_s", "max_head_bytes", "body_timeout_s", "max_body_bytes", "write_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"proxy.{name} is {getattr(self, name)}; it must be above 0", key=f"proxy.{name}")
+        for origin in self.cors_origins.split():
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ConfigError(
+                    f"proxy.cors_origins has {origin!r}; an origin is a scheme and a host, such as https://chat.example.org, or *",
+                    key="proxy.cors_origins",
+                )
         if self.http_port == self.grpc_port != 0:
             raise ConfigError(f"proxy.http_port and proxy.grpc_port are both {self.http_port}; give each its own", key="proxy.grpc_port")
 
@@ -182,6 +215,10 @@ class ClusterConfig:
     both: BothConfig = field(default_factory=BothConfig)
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
 
+    @property
+    def num_workers(self) -> int:
+        return self.prefill.num_workers + self.decode.num_workers + self.both.num_workers
+
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> ClusterConfig:
         """The file's values under the overrides' ("proxy.policy" -> "random").
@@ -189,14 +226,20 @@ class ClusterConfig:
         Raises ConfigError for a missing or malformed file, an unknown key (naming the nearest known one) and a
         value of the wrong type.
         """
-        tree: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
-        for dotted, value in (overrides or {}).items():
-            section, _, key = dotted.partition(".")
-            tree.setdefault(section, {})
-            if not isinstance(tree[section], dict):
-                raise ConfigError(f"{section} is {tree[section]!r}; it must be a section of key: value lines")
-            tree[section][key] = value
-        return from_mapping(cls, tree, "")
+        return from_mapping(cls, given_values(path, overrides), "")
+
+
+def given_values(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Section -> key -> value, of what the file and the overrides say and nothing else. Raises ConfigError as ClusterConfig.load does."""
+    tree: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
+    for dotted, value in (overrides or {}).items():
+        section, _, key = dotted.partition(".")
+        if tree.get(section) is None:
+            tree[section] = {}
+        if not isinstance(tree[section], dict):
+            raise ConfigError(f"{section} is {tree[section]!r}; it must be a section of key: value lines")
+        tree[section][key] = value
+    return tree
 
 
 Section = TypeVar("Section")

@@ -5,7 +5,11 @@ HalfmoonError
 │   ├── PromptTooLong           400
 │   ├── UnknownModel            404
 │   ├── UnknownRequest          404
-│   └── Unauthenticated         401
+│   ├── Unauthenticated         401
+│   ├── RequestTimeout          408  its bytes did not come in time
+│   ├── RequestTooLarge         413  more bytes than a body may have
+│   ├── UnsupportedMediaType    415  a body that is no plain JSON
+│   └── HeadTooLarge            431  more bytes than a head may have
 ├── Overloaded                  429  come back after retry_after_s
 ├── RequestCancelled            499  the client went away or asked for it
 ├── DeadlineExceeded            504  the request's own time ran out
@@ -26,6 +30,7 @@ HalfmoonError
 ├── StoreFull                   503  no block can be evicted
 ├── LeaseExpired                500  the lease ended before the call
 ├── ConfigError                 500  a configuration file or flag is wrong
+├── MachineError                500  this machine lacks what a cluster needs: a port, an address, memory, a GPU, Ray
 ├── CheckpointError             500  a model folder cannot be served
 │   └── UnsupportedArchitecture 500
 └── InternalError               500  a bug; the log has the traceback
@@ -43,21 +48,23 @@ from typing import Any, ClassVar
 import grpc
 
 MAX_MESSAGE_LEN = 2000  # characters; what a message quotes of a request may be of any length
+MAX_FIELD_LEN = 500  # likewise
 
 
 class HalfmoonError(Exception):
-    """`fields` are JSON values: what the message says in words, for programs. A message is cut at MAX_MESSAGE_LEN."""
+    """`fields` are JSON values: what the message says in words, for programs.
+
+    A message is cut at MAX_MESSAGE_LEN, a field at MAX_FIELD_LEN, and what is no Unicode in them is spelled out.
+    """
 
     http_status: ClassVar[int] = 500
     grpc_status: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
     retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, **fields: Any) -> None:
-        if len(message) > MAX_MESSAGE_LEN:
-            message = f"{message[: MAX_MESSAGE_LEN - 40]}… ({len(message)} characters in all)"
-        super().__init__(message)
-        self.message = message
-        self.fields = fields
+        self.message = _bounded(message, MAX_MESSAGE_LEN)
+        self.fields = {name: _bounded(value, MAX_FIELD_LEN) if isinstance(value, str) else value for name, value in fields.items()}
+        super().__init__(self.message)
 
     @property
     def code(self) -> str:
@@ -96,6 +103,22 @@ class UnknownRequest(InvalidRequest):
 class Unauthenticated(InvalidRequest):
     http_status = 401
     grpc_status = grpc.StatusCode.UNAUTHENTICATED
+
+
+class RequestTimeout(InvalidRequest):
+    http_status = 408
+
+
+class RequestTooLarge(InvalidRequest):
+    http_status = 413
+
+
+class UnsupportedMediaType(InvalidRequest):
+    http_status = 415
+
+
+class HeadTooLarge(InvalidRequest):
+    http_status = 431
 
 
 class Overloaded(HalfmoonError):
@@ -191,6 +214,10 @@ class ConfigError(HalfmoonError):
     grpc_status = grpc.StatusCode.FAILED_PRECONDITION
 
 
+class MachineError(HalfmoonError):
+    grpc_status = grpc.StatusCode.FAILED_PRECONDITION
+
+
 class CheckpointError(HalfmoonError):
     grpc_status = grpc.StatusCode.FAILED_PRECONDITION
 
@@ -201,6 +228,18 @@ class UnsupportedArchitecture(CheckpointError):
 
 class InternalError(HalfmoonError):
     pass
+
+
+def shown(value: Any, max_len: int = 80) -> str:
+    """A value from outside as an error shows it: its repr, cut."""
+    text = repr(value)
+    return text if len(text) <= max_len else f"{text[: max_len - 3]}..."
+
+
+def _bounded(text: str, max_len: int) -> str:
+    if len(text) > max_len:
+        text = f"{text[: max_len - 40]}… ({len(text)} characters in all)"
+    return text.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair can be quoted, and can't be sent
 
 
 def error_code(error_type: type[HalfmoonError]) -> str:

@@ -6,7 +6,6 @@ registry ─► ProcessMetrics: worker, role and model_name on every series ─�
 from __future__ import annotations
 
 import gzip
-import importlib.metadata
 import platform
 import selectors
 import socket
@@ -26,6 +25,7 @@ from prometheus_client.utils import floatToGoString
 
 from .address import join_address
 from .metrics import BUILD_INFO, MetricSpec
+from .version import package_version
 
 disable_created_metrics()  # a series more for each child, which nobody reads
 
@@ -76,13 +76,6 @@ def render(metrics: Collector, accept: str, accept_encoding: str) -> Page:
         content = gzip.compress(content, compresslevel=1)
         headers["content-encoding"] = "gzip"
     return Page(content, headers)
-
-
-def package_version() -> str:
-    try:
-        return importlib.metadata.version("halfmoon")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"
 
 
 def counter(spec: MetricSpec, registry: CollectorRegistry) -> Counter:

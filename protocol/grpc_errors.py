@@ -94,6 +94,8 @@ def unary_boundary(handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awai
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception as error:  # the process boundary: nothing may pass it untyped
+            if client_left(error):
+                raise asyncio.CancelledError from error
             await abort(context, _internal(handler, error))
 
     return guarded
@@ -114,9 +116,16 @@ def stream_boundary(handler: Callable[..., AsyncIterator[Any]]) -> Callable[...,
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception as error:  # the process boundary: nothing may pass it untyped
+            if client_left(error):
+                raise asyncio.CancelledError from error
             await abort(context, _internal(handler, error))
 
     return guarded
+
+
+def client_left(error: Exception) -> bool:
+    """The call ended while a message was on its way. A batch that gRPC does not take at all is a bug, and has other words."""
+    return isinstance(error, grpc.aio.InternalError) and str(error).startswith('Failed "execute_batch"')
 
 
 def _internal(handler: Callable[..., Any], error: Exception) -> InternalError:

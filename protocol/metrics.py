@@ -130,8 +130,8 @@ FALLBACKS = MetricSpec(
     "halfmoon_fallbacks",
     "counter",
     "proxy",
-    "Requests that took a slower way than the cluster is made for: local_prefill (no prefill worker was alive), transport (a hand-off "
-    "inside one node that went through gRPC), replay (another attempt).",
+    "Requests that took a slower way than the cluster is made for: local_prefill (no prefill worker or no store was alive), transport "
+    "(a hand-off inside one node that went through gRPC), replay (another attempt).",
     ("reason",),
 )
 

@@ -8,13 +8,15 @@ from collections.abc import AsyncIterator
 
 import grpc.aio
 
-from ..protocol.errors import InvalidRequest, WorkerLost
+from ..protocol.durations import seconds
+from ..protocol.errors import HalfmoonError, InvalidRequest, WorkerLost, shown
 from ..protocol.grpc_errors import unary_boundary
 from ..protocol.roles import ROLE_NUMBERS
 from ..protocol.v1 import control_pb2, control_pb2_grpc
 from .requests.explanation import explain
 from .requests.router import Router
 
+MAX_ID_LEN = 128
 logger = logging.getLogger(__name__)
 
 
@@ -31,10 +33,17 @@ class ControlService(control_pb2_grpc.ControlServicer):
         first = await anext(aiter(reports), None)
         if first is None or not first.HasField("info"):
             raise InvalidRequest("the first report of a Join stream says who the member is; send MemberReport.info")
+        if len(first.info.id) > MAX_ID_LEN or not first.info.id.isprintable():  # it goes into the log
+            raise InvalidRequest(f"the member's id is {shown(first.info.id)}; it must be printable, {MAX_ID_LEN} characters at most")
         latest = await self._progressing(first, reports)
         if latest is None:
             return
-        member = self._cluster.join(first.info, latest.load, latest.role)
+        try:
+            member = self._cluster.join(first.info, latest.load, latest.role)
+        except HalfmoonError as error:
+            if first.info.id not in self._cluster.members:
+                self._cluster.absences.note(first.info, f"refused: {error.message}")
+            raise
         stream = member.stream
         try:
             await member.orders.open(context.write)
@@ -81,7 +90,14 @@ class ControlService(control_pb2_grpc.ControlServicer):
         router, metrics = self._router, self._router.metrics
         return control_pb2.StatusReply(
             members=[
-                control_pb2.StatusReply.Member(info=member.info, load=member.load, up_s=member.up_s, role=ROLE_NUMBERS[member.role])
+                control_pb2.StatusReply.Member(
+                    info=member.info,
+                    load=member.load,
+                    up_s=member.up_s,
+                    role=ROLE_NUMBERS[member.role],
+                    silent_s=member.silent_s,
+                    avoided=member.avoided,
+                )
                 for member in sorted(self._cluster.members.values(), key=lambda member: (member.info.role, member.id))
             ],
             model=self._model_name,
@@ -99,6 +115,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
             rejections=metrics.rejections,
             num_in_slo=metrics.num_in_slo,
             num_outside_slo=metrics.num_outside_slo,
+            absences=self._cluster.absences.to_proto(),
         )
 
     @unary_boundary
@@ -108,4 +125,4 @@ class ControlService(control_pb2_grpc.ControlServicer):
 
     @unary_boundary
     async def Drain(self, request: control_pb2.DrainRequest, context: grpc.aio.ServicerContext) -> control_pb2.DrainReply:
-        return control_pb2.DrainReply(num_left=await self._router.drain(request.timeout_s))
+        return control_pb2.DrainReply(num_left=await self._router.drain(seconds(request.timeout_s, "timeout_s")))

@@ -18,13 +18,14 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from ..protocol.errors import HalfmoonError, InvalidRequest
-from ..protocol.grpc_errors import unary_boundary
+from ..protocol.grpc_errors import client_left, unary_boundary
 from ..protocol.trace_context import TraceContext
 from ..protocol.v1 import inference_pb2, inference_pb2_grpc
 from .request_process import LARGE_BYTES, Packed, RequestProcess, pack, unpack_messages, unpack_prompts
 from .requests.choice_text import TokenText
 from .requests.generate_request import GenerateRequest
-from .requests.generation import GenerationEvent, Generator, TextDelta
+from .requests.generation import Generation, GenerationEvent, Generator, TextDelta
+from .slow_reader import Write, watched
 from .text.chat_template import ChatMessage
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -52,8 +53,9 @@ def _counted(handler: Handler) -> Handler:
             status = error.grpc_status
             self._faces.refused("grpc", error.code)
             raise
-        except asyncio.CancelledError:
-            status = grpc.StatusCode.CANCELLED
+        except (asyncio.CancelledError, grpc.aio.InternalError) as error:
+            if isinstance(error, asyncio.CancelledError) or client_left(error):
+                status = grpc.StatusCode.CANCELLED
             raise
         finally:
             self._faces.grpc_call(handler.__name__, status.name)
@@ -86,14 +88,20 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     @unary_boundary
     @_counted
     async def Generate(self, content: bytes, context: grpc.aio.ServicerContext) -> None:
-        async with await self._generator.open(await self._request(content, context)) as generation:
-            admitted = inference_pb2.GenerateReply.Admitted(
-                request_id=generation.request_id, model=generation.model, num_prompt_tokens=generation.num_prompt_tokens
-            )
-            await context.write(inference_pb2.GenerateReply(admitted=admitted))
-            while events := await generation.next_events():
-                for event in events:
-                    await context.write(_reply(event))
+        generation = await self._generator.open(await self._request(content, context))
+        limit_s = self._generator.router.config.write_timeout_s
+        async with generation:
+            with watched(context.write, limit_s, generation.cancel) as write:
+                await self._write_all(generation, write)
+
+    async def _write_all(self, generation: Generation, write: Write) -> None:
+        admitted = inference_pb2.GenerateReply.Admitted(
+            request_id=generation.request_id, model=generation.model, num_prompt_tokens=generation.num_prompt_tokens
+        )
+        await write(inference_pb2.GenerateReply(admitted=admitted))
+        while events := await generation.next_events():
+            for event in events:
+                await write(_reply(event))
 
     async def _request(self, content: bytes, context: grpc.aio.ServicerContext) -> GenerateRequest:
         """Raises InvalidRequest."""

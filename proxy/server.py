@@ -13,6 +13,7 @@ import gc
 import logging
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from .inference_service import InferenceService
 from .members.cluster import Cluster
 from .metrics import ProxyMetrics
 from .model_card import ModelCard
-from .openai.body import MAX_BODY_BYTES
+from .openai.connection import Connection
 from .openai.http import create_app
 from .request_process import RequestProcess
 from .requests.generation import Generator
@@ -51,6 +52,8 @@ SERVICES = (
 # A live stream is about 300 objects. A full collection goes through those of all streams, 50 ms and more for 256 of them, and most
 # garbage is freed without one. Young objects are looked through 2,000 at a time, and all of them once in thousands of requests.
 GC_THRESHOLDS = (2_000, 5, 100)
+UNSENT_BYTES = 2**16
+"""Of a connection, in the kernel. It would take megabytes, so that nobody would notice a client that does not read."""
 CLOSE_GRACE_S = 1.0  # for connections still in use after every request has ended
 
 
@@ -109,7 +112,9 @@ class ProxyServer:
         generator = Generator(self.router, tokenizer, self.card, config.default_timeout_s)
         http_socket = _listen(self._config.host, self._config.http_port)
         try:
-            self._grpc, grpc_port = create_server(config.host, config.grpc_port, max_request_bytes=MAX_BODY_BYTES)
+            self._grpc, grpc_port = create_server(
+                config.host, config.grpc_port, max_request_bytes=config.max_body_bytes, handshake_timeout_s=config.head_timeout_s
+            )
         except (OSError, RuntimeError) as error:
             http_socket.close()
             raise _port_taken(self._config.host, self._config.grpc_port, "grpc_port") from error
@@ -160,11 +165,13 @@ class ProxyServer:
 
     async def _start_http(self, listener: socket.socket, generator: Generator) -> None:
         app: Any = create_app(generator, self.registry, self._request_process)
+        connection: Any = partial(Connection, self._config, self.router.metrics.faces)
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=connection,
             ws="none",
             log_config=None,
+            log_level="error",  # it warns of each request that is no HTTP, and a stranger could fill the log
             access_log=False,
             lifespan="off",
             timeout_graceful_shutdown=int(CLOSE_GRACE_S),
@@ -189,6 +196,7 @@ def _listen(host: str, port: int) -> socket.socket:
     # Accepted sockets inherit it. asyncio sets it only if the protocol number is IPPROTO_TCP, and create_server leaves that 0.
     # Without it a reply's body waits for the client's delayed ACK of its head, about 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
     return listener
 
 

@@ -150,6 +150,12 @@ def faces() -> Any:
 
 
 @pytest.fixture(scope="session")
+def fuzz() -> Any:
+    """fuzz(address, service descriptors) -> how often each status came. tests/grpc_fuzz.py."""
+    return _load("grpc_fuzz").fuzz
+
+
+@pytest.fixture(scope="session")
 def loop_gap() -> Any:
     """with loop_gap(loop) as gap: ...; gap.longest_s. tests/loop_gap.py."""
     return _load("loop_gap").loop_gap

@@ -42,7 +42,8 @@ PROXY_FLOORS: dict[str, set[str]] = {
     "prefixes": {"conductor", "members"},
     "requests": {"request", "conductor", "text", "model_card", "metrics", "verdict", "tracing", "members", "prefixes"},
     "openai": {"requests", "request_process", "text", "members", "face_metrics"},
-    "inference_service": {"requests", "request_process", "text"},
+    "slow_reader": set(),
+    "inference_service": {"requests", "request_process", "text", "slow_reader"},
     "control_service": {"requests"},
     "server": {
         "control_service",
@@ -59,8 +60,8 @@ PROXY_FLOORS: dict[str, set[str]] = {
 }
 """proxy/'s own rooms and root files, and what of proxy/ each may import."""
 
-PROXY_ROOMS_OUTSIDE = {"simulator": {"conductor", "prefixes"}, "deploy": {"conductor", "prefixes", "server"}}
-"""What of proxy/ its users may import. deploy starts the server, and knows nothing of what is in it."""
+PROXY_ROOMS_OUTSIDE = {"simulator": {"conductor", "prefixes"}, "deploy": {"conductor", "prefixes", "server", "text"}}
+"""What of proxy/ its users may import. deploy starts the server, and checks a model's tokenizer as the server will read it."""
 
 
 def modules(room: str) -> list[Path]:

@@ -6,14 +6,16 @@ A HalfmoonError prints one line and exits with code 1.
 
 from __future__ import annotations
 
+import difflib
 import importlib
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 import typer.core
 import typer.main
 
 from ...protocol.errors import HalfmoonError
+from ...protocol.version import package_version
 
 
 class Command(NamedTuple):
@@ -30,6 +32,7 @@ COMMANDS = {
     "profile": Command("Measure a running cluster; writes a cost model for the simulator and the proxy.", ".profile"),
     "explain": Command("Tell why a recent request went where it went, or was refused.", ".explain"),
     "deploy": Command("A cluster on hosts of its own: write it, start it, change it, stop it.", ".deploy"),
+    "doctor": Command("Find what is wrong or slow, on this machine or in a running cluster.", ".doctor"),
     "dashboards": Command("Run Prometheus with Halfmoon's rules, or draw the dashboards.", ".dashboards"),
     "simulate": Command("Replay a trace against a simulated cluster, on a virtual clock.", ".simulate"),
     "bench": Command(
@@ -62,6 +65,12 @@ class LazyGroup(typer.core.TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         return LazyCommand(cmd_name, help=COMMANDS[cmd_name].help) if cmd_name in COMMANDS else None
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        if args[0] not in COMMANDS and near:
+            ctx.fail(f"No such command '{args[0]}'. Did you mean '{near[0]}'?")
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -78,6 +87,14 @@ class LazyGroup(typer.core.TyperGroup):
 app = typer.Typer(cls=LazyGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"halfmoon {package_version()}")
+        raise typer.Exit()
+
+
 @app.callback()
-def halfmoon() -> None:
+def halfmoon(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)] = False,
+) -> None:
     """Prefill/decode disaggregated LLM serving."""

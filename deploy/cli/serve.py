@@ -9,15 +9,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from rich.console import Console
 
+from ...engine.gpus import visible_gpus
+from ...engine.resolve import torch_has_cuda
 from ...protocol.config import ClusterConfig
 from ...protocol.errors import HalfmoonError
 from ...protocol.tasks import beside
-from ..cluster import find_model, running_cluster
+from ...protocol.v1 import control_pb2
+from ..capacity import describe_capacity, read_status
+from ..checks.before_start import require_startable
+from ..checks.finding import Finding
+from ..cluster import running_cluster
+from ..plan import count_gpus, couple_on_one_gpu
 from ..ray_session import hosts_joined, live_nodes, ray_session
 from ..supervisor import Supervisor
 from .progress import StartupProgress
@@ -33,19 +40,26 @@ class Serving:
     config: ClusterConfig
     reload: Callable[[], ClusterConfig]  # the configuration as its file is now
     num_hosts: int  # of Ray, to wait for before workers are placed
+    counts_given: bool  # the user said how many workers
+
+    def fitted(self, config: ClusterConfig, num_gpus: int) -> ClusterConfig:
+        """For a user who gave no numbers of workers: as many as one GPU takes."""
+        return config if self.counts_given else couple_on_one_gpu(config, num_gpus)
 
 
 def serve(serving: Serving, address: str | None, log_level: str) -> None:
     """Raises an error of protocol/errors.py."""
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    find_model(serving.config)
+    config = serving.config
+    if address is None and torch_has_cuda():
+        config = serving.fitted(config, len(visible_gpus()))
+    _print_findings(require_startable(config, own_ray=address is None))
     console.print("starting Ray" if address is None else f"joining Ray at {address}", style="dim")
     with ray_session(address):
         asyncio.run(_serve(serving))
 
 
 async def _serve(serving: Serving) -> None:
-    config = serving.config
     interrupted = asyncio.Event()
     orders: asyncio.Queue[signal.Signals] = asyncio.Queue()
     loop = asyncio.get_running_loop()
@@ -58,8 +72,11 @@ async def _serve(serving: Serving) -> None:
         if not joining.done():
             return
         joining.result()
+    nodes = live_nodes()
+    num_gpus = count_gpus(nodes)
+    config = serving.fitted(serving.config, num_gpus)
     with StartupProgress(console) as progress:
-        cluster = running_cluster(config, live_nodes(), progress.notify)
+        cluster = running_cluster(config, nodes, progress.notify)
         async with beside(cluster.__aenter__()) as starting, beside(interrupted.wait()) as waiting:
             await asyncio.wait([starting, waiting], return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
@@ -67,8 +84,9 @@ async def _serve(serving: Serving) -> None:
             supervisor = starting.result()
         progress.done()
     try:
-        _print_endpoints(supervisor, config)
-        obeying = _obey(orders, supervisor, serving.reload)
+        _print_endpoints(supervisor, config, supervisor.spec.plan.device)
+        _print_capacity(await read_status(supervisor.grpc_address), supervisor.spec.max_model_len)
+        obeying = _obey(orders, supervisor, lambda: serving.fitted(serving.reload(), num_gpus))
         async with beside(supervisor.watch()) as watching, beside(obeying) as obeying, beside(interrupted.wait()) as waiting:
             ended, _ = await asyncio.wait([watching, obeying, waiting], return_when=asyncio.FIRST_COMPLETED)
             for task in ended:
@@ -106,13 +124,24 @@ async def _drain(supervisor: Supervisor, timeout_s: float, interrupted: asyncio.
             console.print(f"{draining.result()} requests were still running", style="yellow")
 
 
-def _print_endpoints(supervisor: Supervisor, config: ClusterConfig) -> None:
+def _print_findings(findings: Iterable[Finding]) -> None:
+    for found in findings:
+        console.print(found.told, style="" if found.severity == "ok" else "yellow", highlight=False)
+
+
+def _print_capacity(status: control_pb2.StatusReply, wanted_len: int) -> None:
+    """How many tokens fit where."""
+    for found in describe_capacity(status.members, wanted_len):
+        console.print(f"  {found.check:<12} {found.told}", style="" if found.severity == "ok" else "yellow", highlight=False)
+
+
+def _print_endpoints(supervisor: Supervisor, config: ClusterConfig, device: str) -> None:
     counts = {"prefill": config.prefill.num_workers, "decode": config.decode.num_workers, "prefill-and-decode": config.both.num_workers}
     workers = " and ".join(f"{count} {name}" for name, count in counts.items() if count) + " workers"
     if not counts["prefill"] and not counts["prefill-and-decode"]:
         workers += ", which prefill too"
     console.print(
-        f"[bold green]serving[/bold green] with {workers}\n"
+        f"[bold green]serving[/bold green] with {workers} on {'CPU' if device == 'cpu' else 'CUDA'}\n"
         f"  OpenAI HTTP  http://{supervisor.http_address}/v1\n"
         f"  gRPC         {supervisor.grpc_address}\n"
         f"  metrics      http://{supervisor.http_address}/metrics\n"

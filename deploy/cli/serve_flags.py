@@ -10,10 +10,19 @@ from typing import Annotated, Any, get_args
 import typer
 import yaml
 
-from ...protocol.config import AdmissionName, ClusterConfig, Policy, QueueOrder
+from ...protocol.config import AdmissionName, ClusterConfig, Policy, QueueOrder, from_mapping, given_values
 from ...proxy.conductor.predictors.cost_model import CostModel
 
 Flag = typer.Option
+DEFAULTS = ClusterConfig()
+COUNTS = ("prefill", "decode", "both")  # sections that say how many workers
+
+
+def setting(key: str, help: str, **options: Any) -> Any:
+    """The flag of a key of the configuration, with the configuration's default in its help."""
+    section, _, name = key.partition(".")
+    default = getattr(getattr(DEFAULTS, section), name)
+    return typer.Option(help=help, show_default=str(default) if default != "" else False, **options)
 
 
 class LogLevel(enum.StrEnum):
@@ -24,25 +33,38 @@ class LogLevel(enum.StrEnum):
 
 
 def serve(
-    model: Annotated[str | None, Flag(help="Folder in Hugging Face format. Without it: the demo model of the package.")] = None,
-    prefill: Annotated[int | None, Flag(help="Prefill workers; 0: decode workers compute prompts themselves.", min=0)] = None,
-    decode: Annotated[int | None, Flag(help="Decode workers.", min=0)] = None,
-    both: Annotated[int | None, Flag(help="Workers that do both; --prefill and --decode are 0 then where not given.", min=0)] = None,
+    model: Annotated[str | None, setting("model.path", "Folder in Hugging Face format. Without it: the demo model of the package.")] = None,
+    prefill: Annotated[
+        int | None,
+        setting("prefill.num_workers", "Prefill workers; 0: decode workers compute prompts themselves, as by default on one GPU.", min=0),
+    ] = None,
+    decode: Annotated[int | None, setting("decode.num_workers", "Decode workers.", min=0)] = None,
+    both: Annotated[
+        int | None, setting("both.num_workers", "Workers that do both; --prefill and --decode are 0 then where not given.", min=0)
+    ] = None,
     address: Annotated[str | None, Flag(help="Of the Ray cluster to join, or auto. Without it: a Ray of its own.")] = None,
     hosts: Annotated[int, Flag(help="Hosts that Ray has to have before workers are placed; with --address.", min=1)] = 1,
     config: Annotated[Path | None, Flag(help="YAML file with the sections model, store, proxy, prefill, decode and both.")] = None,
-    host: Annotated[str | None, Flag(help="Address that the proxy listens on.")] = None,
-    http_port: Annotated[int | None, Flag(help="Of the OpenAI face; 0: any free one.")] = None,
-    grpc_port: Annotated[int | None, Flag(help="Of the gRPC face; 0: any free one.")] = None,
-    policy: Annotated[str | None, Flag(help=f"How requests are placed: {', '.join(get_args(Policy))}.")] = None,
-    admission: Annotated[str | None, Flag(help=f"Who is refused for its SLO: {', '.join(get_args(AdmissionName))}.")] = None,
-    slo_ttft: Annotated[float | None, Flag(help="Seconds to the first token, for requests without an SLO; 0: none.", min=0.0)] = None,
-    slo_tpot: Annotated[float | None, Flag(help="Seconds between two tokens, likewise.", min=0.0)] = None,
-    order: Annotated[str | None, Flag(help=f"Of the workers' queues: {', '.join(get_args(QueueOrder))}.")] = None,
-    cost_model: Annotated[Path | None, Flag(help="File with what the workers' work costs, where predictions begin.")] = None,
-    device: Annotated[str | None, Flag(help="auto, cpu or cuda.")] = None,
-    dtype: Annotated[str | None, Flag(help="auto, float32, float16 or bfloat16.")] = None,
-    max_model_len: Annotated[int | None, Flag(help="Tokens of prompt and answer together, at most.", min=1)] = None,
+    host: Annotated[str | None, setting("proxy.host", "Address that the proxy listens on.")] = None,
+    http_port: Annotated[int | None, setting("proxy.http_port", "Of the OpenAI face; 0: any free one.")] = None,
+    grpc_port: Annotated[int | None, setting("proxy.grpc_port", "Of the gRPC face; 0: any free one.")] = None,
+    policy: Annotated[str | None, setting("proxy.policy", f"How requests are placed: {', '.join(get_args(Policy))}.")] = None,
+    admission: Annotated[
+        str | None, setting("proxy.admission", f"Who is refused for its SLO: {', '.join(get_args(AdmissionName))}.")
+    ] = None,
+    slo_ttft: Annotated[
+        float | None, setting("proxy.ttft_slo_s", "Seconds to the first token, for requests without an SLO; 0: none.", min=0.0)
+    ] = None,
+    slo_tpot: Annotated[float | None, setting("proxy.tpot_slo_s", "Seconds between two tokens, likewise.", min=0.0)] = None,
+    order: Annotated[str | None, setting("proxy.order", f"Of the workers' queues: {', '.join(get_args(QueueOrder))}.")] = None,
+    cost_model: Annotated[
+        Path | None, setting("proxy.cost_model", "File with what the workers' work costs, where predictions begin.")
+    ] = None,
+    device: Annotated[str | None, setting("model.device", "auto, cpu or cuda.")] = None,
+    dtype: Annotated[str | None, setting("model.dtype", "auto, float32, float16 or bfloat16.")] = None,
+    max_model_len: Annotated[
+        int | None, setting("model.max_model_len", "Tokens of prompt and answer together, at most; 0: what the model was made for.", min=1)
+    ] = None,
     settings: Annotated[list[str] | None, Flag("--set", help="Any key of the configuration: decode.max_running=64.")] = None,
     log_level: Annotated[LogLevel, Flag(help="Of the supervisor's own log, on standard error.")] = LogLevel.WARNING,
 ) -> None:
@@ -69,17 +91,19 @@ def serve(
         "proxy.order": order,
         "proxy.cost_model": str(cost_model) if cost_model is not None else None,
     }
-    overrides = {key: value for key, value in flags.items() if value is not None} | dict(map(setting, settings or []))
-    loaded = _load(config, overrides)  # before the heavy imports, so that a wrong key is reported at once
+    overrides = {key: value for key, value in flags.items() if value is not None} | dict(map(key_and_value, settings or []))
+    given = given_values(config, overrides)
+    loaded = _load(given)  # before the heavy imports, so that a wrong key is reported at once
+    counts_given = any("num_workers" in (given.get(section) or {}) for section in COUNTS)
     path = None if config is None else config.absolute()
     from .serve import Serving
     from .serve import serve as run
 
-    run(Serving(loaded, lambda: _load(path, overrides), hosts), address, log_level.value)
+    run(Serving(loaded, lambda: _load(given_values(path, overrides)), hosts, counts_given), address, log_level.value)
 
 
-def _load(config: Path | None, overrides: dict[str, Any]) -> ClusterConfig:
-    loaded = ClusterConfig.load(config, overrides)
+def _load(given: dict[str, Any]) -> ClusterConfig:
+    loaded = from_mapping(ClusterConfig, given, "")
     if loaded.proxy.cost_model:
         profile = Path(loaded.proxy.cost_model).absolute()  # because the proxy starts in another folder
         CostModel.load(profile)
@@ -87,8 +111,7 @@ def _load(config: Path | None, overrides: dict[str, Any]) -> ClusterConfig:
     return loaded
 
 
-def setting(text: str) -> tuple[str, Any]:
-    """Of --set: "proxy.policy=random" -> ("proxy.policy", "random")."""
+def key_and_value(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise typer.BadParameter(f"{text!r} is not key=value, as in proxy.policy=random")

@@ -16,6 +16,8 @@ from ...client import Client, ClusterStatus, Percentiles
 from .terminal import DEFAULT_ADDRESS, Address, seconds
 
 PLAIN_WIDTH = 140  # of output that is not a terminal and so has no width of its own
+WIDE = 120  # columns from which on addresses and nodes are shown, too
+NODE_DIGITS = 8  # of a node's id, which has 56
 
 
 def status(
@@ -30,9 +32,9 @@ def status(
         if as_json:
             typer.echo(json.dumps(found.as_dict()))
         elif not (console := Console()).is_terminal:
-            Console(width=PLAIN_WIDTH).print(picture(found))
+            Console(width=PLAIN_WIDTH).print(picture(found, PLAIN_WIDTH))
         elif once:
-            console.print(picture(found))
+            console.print(picture(found, console.width))
         else:
             _watch(client, found, interval)
 
@@ -40,15 +42,16 @@ def status(
 def _watch(client: Client, found: ClusterStatus, interval_s: float) -> None:
     pause = threading.Event()  # never set; its wait is a sleep that ctrl-c can end
     try:
-        with Live(picture(found), auto_refresh=False) as live:
+        with Live(picture(found, Console().width), auto_refresh=False) as live:
             while not pause.wait(interval_s):
-                live.update(picture(client.status()), refresh=True)
+                live.update(picture(client.status(), live.console.width), refresh=True)
     except KeyboardInterrupt:
         return
 
 
-def picture(found: ClusterStatus) -> RenderableType:
-    return Group(_headline(found), _members(found), _latencies(found), _scheduling(found))
+def picture(found: ClusterStatus, width: int) -> RenderableType:
+    """width: columns that it is to be read at."""
+    return Group(_headline(found), _members(found, wide=width >= WIDE), _latencies(found), _scheduling(found))
 
 
 def _headline(found: ClusterStatus) -> Text:
@@ -60,15 +63,18 @@ def _headline(found: ClusterStatus) -> Text:
     return text
 
 
-def _members(found: ClusterStatus) -> Table:
-    table = Table("member", "role", "address", "node", "device", box=None, header_style="dim", pad_edge=False)
+def _members(found: ClusterStatus, *, wide: bool) -> Table:
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("member", "role", *(("address", "node") if wide else ()), "device"):
+        table.add_column(name, no_wrap=True)
     for name in ("running", "waiting", "tokens", "KV use", "up"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for member in found.members:
+        where = (member.address, member.node_id[:NODE_DIGITS]) if wide else ()
         load = (str(member.num_running), str(member.num_waiting), str(member.num_outstanding_tokens), f"{member.kv_usage_ratio:.0%}")
-        table.add_row(member.id, member.role, member.address, member.node_id, member.device or "-", *load, _span(member.up_s))
+        table.add_row(member.id, member.role, *where, member.device or "-", *load, _span(member.up_s))
     if not found.members:
-        table.add_row("none has joined", *[""] * 9, style="yellow")
+        table.add_row("none has joined", style="yellow")
     return table
 
 

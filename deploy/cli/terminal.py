@@ -14,7 +14,18 @@ from rich.table import Table
 
 from ...client import PhaseRecord, Stream, Usage
 
-Address = Annotated[str, typer.Option(help="host:port of the proxy's gRPC face.", show_default=True)]
+
+def host_and_port(address: str | None) -> str | None:
+    """Raises BadParameter for what gRPC would try to reach for seconds and then not understand."""
+    if address is None:
+        return None
+    _, colon, port = address.rpartition(":")
+    if "/" in address or not colon or not port.isdigit():
+        raise typer.BadParameter(f"{address!r} is no host:port, as in {DEFAULT_ADDRESS}; it is the gRPC face's, without http://")
+    return address
+
+
+Address = Annotated[str, typer.Option(help="host:port of the proxy's gRPC face.", show_default=True, callback=host_and_port)]
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 _PHASES = (

@@ -151,18 +151,31 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("members", "model", "num_queued", "num_running", "draining", "ttft_s", "tpot_s", "outcomes", "up_s", "policy", "admission", "order", "prediction_errors", "rejections", "num_in_slo", "num_outside_slo")
+    __slots__ = ("members", "model", "num_queued", "num_running", "draining", "ttft_s", "tpot_s", "outcomes", "up_s", "policy", "admission", "order", "prediction_errors", "rejections", "num_in_slo", "num_outside_slo", "absences")
     class Member(_message.Message):
-        __slots__ = ("info", "load", "up_s", "role")
+        __slots__ = ("info", "load", "up_s", "role", "silent_s", "avoided")
         INFO_FIELD_NUMBER: _ClassVar[int]
         LOAD_FIELD_NUMBER: _ClassVar[int]
         UP_S_FIELD_NUMBER: _ClassVar[int]
         ROLE_FIELD_NUMBER: _ClassVar[int]
+        SILENT_S_FIELD_NUMBER: _ClassVar[int]
+        AVOIDED_FIELD_NUMBER: _ClassVar[int]
         info: MemberInfo
         load: MemberLoad
         up_s: float
         role: Role
-        def __init__(self, info: _Optional[_Union[MemberInfo, _Mapping]] = ..., load: _Optional[_Union[MemberLoad, _Mapping]] = ..., up_s: _Optional[float] = ..., role: _Optional[_Union[Role, str]] = ...) -> None: ...
+        silent_s: float
+        avoided: bool
+        def __init__(self, info: _Optional[_Union[MemberInfo, _Mapping]] = ..., load: _Optional[_Union[MemberLoad, _Mapping]] = ..., up_s: _Optional[float] = ..., role: _Optional[_Union[Role, str]] = ..., silent_s: _Optional[float] = ..., avoided: bool = ...) -> None: ...
+    class Absence(_message.Message):
+        __slots__ = ("info", "why", "for_s")
+        INFO_FIELD_NUMBER: _ClassVar[int]
+        WHY_FIELD_NUMBER: _ClassVar[int]
+        FOR_S_FIELD_NUMBER: _ClassVar[int]
+        info: MemberInfo
+        why: str
+        for_s: float
+        def __init__(self, info: _Optional[_Union[MemberInfo, _Mapping]] = ..., why: _Optional[str] = ..., for_s: _Optional[float] = ...) -> None: ...
     class Percentiles(_message.Message):
         __slots__ = ("p50", "p90", "p99", "count")
         P50_FIELD_NUMBER: _ClassVar[int]
@@ -211,6 +224,7 @@ class StatusReply(_message.Message):
     REJECTIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_IN_SLO_FIELD_NUMBER: _ClassVar[int]
     NUM_OUTSIDE_SLO_FIELD_NUMBER: _ClassVar[int]
+    ABSENCES_FIELD_NUMBER: _ClassVar[int]
     members: _containers.RepeatedCompositeFieldContainer[StatusReply.Member]
     model: str
     num_queued: int
@@ -227,7 +241,8 @@ class StatusReply(_message.Message):
     rejections: _containers.ScalarMap[str, int]
     num_in_slo: int
     num_outside_slo: int
-    def __init__(self, members: _Optional[_Iterable[_Union[StatusReply.Member, _Mapping]]] = ..., model: _Optional[str] = ..., num_queued: _Optional[int] = ..., num_running: _Optional[int] = ..., draining: bool = ..., ttft_s: _Optional[_Union[StatusReply.Percentiles, _Mapping]] = ..., tpot_s: _Optional[_Union[StatusReply.Percentiles, _Mapping]] = ..., outcomes: _Optional[_Mapping[str, int]] = ..., up_s: _Optional[float] = ..., policy: _Optional[str] = ..., admission: _Optional[str] = ..., order: _Optional[str] = ..., prediction_errors: _Optional[_Mapping[str, float]] = ..., rejections: _Optional[_Mapping[str, int]] = ..., num_in_slo: _Optional[int] = ..., num_outside_slo: _Optional[int] = ...) -> None: ...
+    absences: _containers.RepeatedCompositeFieldContainer[StatusReply.Absence]
+    def __init__(self, members: _Optional[_Iterable[_Union[StatusReply.Member, _Mapping]]] = ..., model: _Optional[str] = ..., num_queued: _Optional[int] = ..., num_running: _Optional[int] = ..., draining: bool = ..., ttft_s: _Optional[_Union[StatusReply.Percentiles, _Mapping]] = ..., tpot_s: _Optional[_Union[StatusReply.Percentiles, _Mapping]] = ..., outcomes: _Optional[_Mapping[str, int]] = ..., up_s: _Optional[float] = ..., policy: _Optional[str] = ..., admission: _Optional[str] = ..., order: _Optional[str] = ..., prediction_errors: _Optional[_Mapping[str, float]] = ..., rejections: _Optional[_Mapping[str, int]] = ..., num_in_slo: _Optional[int] = ..., num_outside_slo: _Optional[int] = ..., absences: _Optional[_Iterable[_Union[StatusReply.Absence, _Mapping]]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("timeout_s",)

@@ -27,16 +27,18 @@ class PrefixHint(_message.Message):
     def __init__(self, store_address: _Optional[str] = ..., num_blocks: _Optional[int] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("sequence", "handoff", "store_address", "prefix")
+    __slots__ = ("sequence", "handoff", "store_address", "prefix", "skip_own_store")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
     STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FIELD_NUMBER: _ClassVar[int]
+    SKIP_OWN_STORE_FIELD_NUMBER: _ClassVar[int]
     sequence: _common_pb2.SequenceSpec
     handoff: _common_pb2.HandoffId
     store_address: str
     prefix: PrefixHint
-    def __init__(self, sequence: _Optional[_Union[_common_pb2.SequenceSpec, _Mapping]] = ..., handoff: _Optional[_Union[_common_pb2.HandoffId, _Mapping]] = ..., store_address: _Optional[str] = ..., prefix: _Optional[_Union[PrefixHint, _Mapping]] = ...) -> None: ...
+    skip_own_store: bool
+    def __init__(self, sequence: _Optional[_Union[_common_pb2.SequenceSpec, _Mapping]] = ..., handoff: _Optional[_Union[_common_pb2.HandoffId, _Mapping]] = ..., store_address: _Optional[str] = ..., prefix: _Optional[_Union[PrefixHint, _Mapping]] = ..., skip_own_store: bool = ...) -> None: ...
 
 class PrefillReply(_message.Message):
     __slots__ = ("state",)
@@ -45,18 +47,22 @@ class PrefillReply(_message.Message):
     def __init__(self, state: _Optional[_Union[_common_pb2.HandoffState, _Mapping]] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("sequence", "handoff", "local_prefill", "feed_id", "call")
+    __slots__ = ("sequence", "handoff", "local_prefill", "feed_id", "call", "store_address", "skip_own_store")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
     LOCAL_PREFILL_FIELD_NUMBER: _ClassVar[int]
     FEED_ID_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
+    STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    SKIP_OWN_STORE_FIELD_NUMBER: _ClassVar[int]
     sequence: _common_pb2.SequenceSpec
     handoff: _common_pb2.HandoffId
     local_prefill: bool
     feed_id: str
     call: int
-    def __init__(self, sequence: _Optional[_Union[_common_pb2.SequenceSpec, _Mapping]] = ..., handoff: _Optional[_Union[_common_pb2.HandoffId, _Mapping]] = ..., local_prefill: bool = ..., feed_id: _Optional[str] = ..., call: _Optional[int] = ...) -> None: ...
+    store_address: str
+    skip_own_store: bool
+    def __init__(self, sequence: _Optional[_Union[_common_pb2.SequenceSpec, _Mapping]] = ..., handoff: _Optional[_Union[_common_pb2.HandoffId, _Mapping]] = ..., local_prefill: bool = ..., feed_id: _Optional[str] = ..., call: _Optional[int] = ..., store_address: _Optional[str] = ..., skip_own_store: bool = ...) -> None: ...
 
 class TokensRequest(_message.Message):
     __slots__ = ("feed_id",)

@@ -2,8 +2,8 @@
 
 Snapshot ──► candidates: not excluded, large enough ──► policy.select ──► forecast ──► admission.judge ──► Placement
                  └─ none ──► Rejection                                                     └─ over the SLO ──► Rejection
-Where decode workers prefill (no prefill worker lives, or always), the policy selects one of them for both legs. A policy that weighs
-local prefill is shown both kinds.
+Where decode workers prefill (no prefill worker lives, no live store takes the hand-off, or always), the policy selects one of them for
+both legs. A policy that weighs local prefill is shown both kinds.
 No I/O, no clock, and no import of grpc, torch or ray: the proxy and the simulator run this very object.
 """
 
@@ -73,6 +73,11 @@ class Conductor:
         """And why they are decode workers, where they are; else ""."""
         if self.local_prefill == "always":
             return _candidates("decode", snapshot.decode, request), "local prefill is set to always"
+        no_handoff = _no_handoff(request, snapshot)
+        if no_handoff is not None:
+            if self.local_prefill == "never":
+                return no_handoff, ""
+            return _candidates("decode", snapshot.decode, request), "no live store takes a hand-off of it"
         candidates = _candidates("prefill", snapshot.prefill, request)
         if self.local_prefill == "fallback" and isinstance(candidates, Rejection) and candidates.code == "no_worker":
             return _candidates("decode", snapshot.decode, request), "no prefill worker is alive"
@@ -81,6 +86,17 @@ class Conductor:
             if not isinstance(local, Rejection):
                 candidates = _with_held(candidates, request).join(_with_held(local, request))
         return candidates, ""
+
+
+def _no_handoff(request: PlacementRequest, snapshot: Snapshot) -> Rejection | None:
+    """None where a live store takes the request's hand-off."""
+    num_tokens, limit = request.num_tokens, snapshot.max_handoff_len
+    if num_tokens <= limit:
+        return None
+    if not limit:
+        return Rejection("no_worker", "there is no live KV store that a hand-off could lie in; start one or wait for a restart")
+    advice = "shorten the prompt, raise store.arena_bytes or allow proxy.local_prefill"
+    return Rejection("prompt_too_long", f"{num_tokens} tokens fit no KV store; the largest takes a hand-off of {limit}; {advice}")
 
 
 def _with_held(pool: Pool, request: PlacementRequest) -> Pool:
@@ -98,7 +114,7 @@ def _candidates(role: str, pool: Pool, request: PlacementRequest) -> Pool | Reje
     live = pool.without(request.exclude) if request.exclude else pool
     if not len(live):
         but = f" but the {len(pool)} that failed this request" if len(pool) else ""
-        return Rejection("no_worker", f"there is no live {role} worker with a live store on its node{but}; start one or wait for a restart")
+        return Rejection("no_worker", f"there is no live {role} worker{but}; start one or wait for a restart")
     num_tokens, capacity = request.num_tokens, live.kv_capacity_tokens
     large = live.keep((capacity <= 0) | (capacity >= num_tokens))
     if not len(large):

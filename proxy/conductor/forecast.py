@@ -60,4 +60,5 @@ def handoff_bytes(predictors: Predictors, request: PlacementRequest, decode: Mem
 
 
 def handoff_link(prefill: MemberState, decode: MemberState) -> str:
-    return "node" if prefill.store_address == decode.store_address else "net"
+    """Two workers without a store hand off through another node's."""
+    return "node" if prefill.store_address == decode.store_address != "" else "net"

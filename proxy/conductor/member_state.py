@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class MemberState:
-    """A worker that may be chosen: alive, and its node's store too."""
+    """A worker that may be chosen."""
 
     id: str
     incarnation: str  # of the process; what PlacementRequest excludes by
-    store_address: str  # the store on its node
+    store_address: str  # the live store on its node; "": there is none
     num_outstanding_tokens: int = 0  # prefill: still to compute; decode: of context held or promised
     kv_capacity_tokens: int = 0  # its pages; 0: unknown, taken as enough
     busy_until_s: float | None = None  # prefill: when all that was placed on it is computed, by prediction, on the snapshot's clock

@@ -47,6 +47,7 @@ class Arrivals(NamedTuple):
 
 NOBODY = Arrivals.of(())
 NEVER: Floats = np.zeros(0, np.float64)
+NO_BOUND = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class Snapshot:
     began_s: Floats = field(
         default_factory=lambda: NEVER
     )  # when each running decode began; like arriving, filled in where the admission wants it
+    max_handoff_len: int = NO_BOUND  # tokens of the largest hand-off that a live store takes; 0: there is no live store
 
     @classmethod
     def of(

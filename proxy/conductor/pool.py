@@ -58,11 +58,12 @@ class Roster:
         return frozenset(self.roles)
 
     @cached_property
-    def stores(self) -> tuple[list[str], Ints]:
-        """The different store addresses, and of each row which one it has."""
-        addresses = list(dict.fromkeys(self.store_addresses))
+    def stores(self) -> tuple[list[str], Ints, Ints]:
+        """The different live stores' addresses, the rows that have one, and which."""
+        addresses = [address for address in dict.fromkeys(self.store_addresses) if address]
         place = {address: at for at, address in enumerate(addresses)}
-        return addresses, np.array([place[address] for address in self.store_addresses], np.int64)
+        rows = [row for row, address in enumerate(self.store_addresses) if address]
+        return addresses, np.array(rows, np.int64), np.array([place[self.store_addresses[row]] for row in rows], np.int64)
 
     def in_role(self, role: str) -> Bools:
         found = self._in_role.get(role)

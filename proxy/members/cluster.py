@@ -1,7 +1,7 @@
 """The live members: prefill workers, decode workers and stores, by their Join streams.
 
 join ─► members[id] ◄─ replaced by a newer incarnation of the same id        leave ─► gone at once, its observers called
-snapshot() ─► the workers whose own store is alive, with their load          ─► Conductor
+snapshot() ─► the workers with their load, and what the live stores take     ─► Conductor
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from ...protocol.roles import ROLE_NAMES, ROLE_NUMBERS, WORKER_ROLES, WorkerRole
 from ...protocol.schema import KVSchema
 from ...protocol.tasks import Tasks
 from ...protocol.v1 import control_pb2
-from ..conductor.placement import Snapshot
+from ..conductor.placement import NO_BOUND, Snapshot
 from ..conductor.policies.base import cost_by_blocks
 from ..conductor.pool import NOTHING, Ints, Pool, Roster
 from ..member_metrics import MemberReport
 from ..metrics import ProxyMetrics
+from .absences import Absences
 from .load_table import LoadTable
 from .member import CLOSE_GRACE_S, STATE_ROLES, Member
 
@@ -49,6 +50,7 @@ class Cluster:
         self._given_schema = schema
         self._schema: KVSchema | None = None  # of the present workers
         self._max_model_len: int | None = None  # None: to be found again
+        self._max_handoff_len: int | None = None  # None: to be found again
         self._num_members: Counter[str] = Counter()  # by role
         self._table = LoadTable()
         # for prefill and decode; None: to be found again after a member came or went
@@ -56,9 +58,11 @@ class Cluster:
         self._stores: dict[str, list[Member]] = {}  # by address
         self._superseded: dict[str, None] = {}  # incarnations that a newer process of their id has replaced, oldest first
         self._join_callbacks: list[JoinCallback] = []
+        self._role_callbacks: list[JoinCallback] = []
         self._report_callbacks: list[ReportCallback] = []
         self._prefix_callbacks: list[PrefixCallback] = []
         self._closing = Tasks("cluster")
+        self.absences = Absences()
         metrics.members.reports = self._reports
 
     @property
@@ -73,9 +77,21 @@ class Cluster:
             self._max_model_len = min((length for length in lens if length > 0), default=0)
         return self._max_model_len
 
+    @property
+    def max_handoff_len(self) -> int:
+        """Tokens of the largest hand-off that a live store takes; 0: there is no live store."""
+        if self._max_handoff_len is None:
+            stores = [store for stores in self._stores.values() for store in stores]
+            self._max_handoff_len = max((store.kv_capacity_tokens or NO_BOUND for store in stores), default=0)
+        return self._max_handoff_len
+
     def on_join(self, callback: JoinCallback) -> None:
         """callback runs for every process that joins from now on."""
         self._join_callbacks.append(callback)
+
+    def on_role(self, callback: JoinCallback) -> None:
+        """callback runs for every worker that takes on another role from now on."""
+        self._role_callbacks.append(callback)
 
     def on_report(self, callback: ReportCallback) -> None:
         """callback runs for every load report from now on."""
@@ -131,6 +147,8 @@ class Cluster:
             self._count(former, -1)
             self._count(role, 1)
             self._metrics.members.took_role(member.id, role)
+            for callback in self._role_callbacks:
+                callback(member)
 
     def join(
         self, info: control_pb2.MemberInfo, load: control_pb2.MemberLoad, role: control_pb2.Role = control_pb2.ROLE_UNSPECIFIED
@@ -160,6 +178,7 @@ class Cluster:
         elif self._schema is None:
             self._schema = member.schema
         self._count(member.role, 1)
+        self.absences.joined(member.id)
         self._metrics.members.joined(member.id, member.role)
         for callback in self._join_callbacks:
             callback(member)
@@ -186,6 +205,15 @@ class Cluster:
         found = self._stores.get(address)
         return found[0] if found else None
 
+    def store_for(self, num_tokens: int, addresses: Sequence[str]) -> Member | None:
+        """A live store that takes a hand-off of num_tokens: the first of these addresses, else the emptiest of all. None: there is none."""
+        for address in addresses:
+            store = self.store_at(address)
+            if store is not None and num_tokens <= (store.kv_capacity_tokens or NO_BOUND):
+                return store
+        fitting = [store for store, *_ in self._stores.values() if num_tokens <= (store.kv_capacity_tokens or NO_BOUND)]
+        return min(fitting, key=lambda store: (store.avoided, store.load.kv_usage_ratio, store.id), default=None)
+
     @property
     def store_addresses(self) -> Set[str]:
         return self._stores.keys()
@@ -198,8 +226,8 @@ class Cluster:
     def store_loads(self) -> dict[str, int]:
         """The stores on the nodes of workers that prefill -> tokens that those workers still have to compute."""
         roster, rows = self._prefilling()
-        addresses, places = roster.stores
-        tokens = np.bincount(places, self._table.outstanding_tokens(rows), len(addresses))
+        addresses, having, places = roster.stores
+        tokens = np.bincount(places, self._table.outstanding_tokens(rows[having]), len(addresses))
         return dict(zip(addresses, tokens.astype(np.int64).tolist(), strict=True))
 
     def _prefilling(self) -> _Candidates:
@@ -211,7 +239,7 @@ class Cluster:
         prefill, decode = (self._table.pool(found.roster, found.rows) for found in self._live_candidates())
         if asking is not None and len(self._table.tasks):
             self._show_queues((prefill, decode), asking, now_s)
-        return Snapshot(prefill, decode, block_size, now_s)
+        return Snapshot(prefill, decode, block_size, now_s, max_handoff_len=self.max_handoff_len)
 
     def _show_queues(self, pools: tuple[Pool, Pool], asking: Asking, now_s: float) -> None:
         """Sets the pools' busy_until_s for this request."""
@@ -235,21 +263,21 @@ class Cluster:
         return self._candidates
 
     def _live(self, does: Callable[[str], bool]) -> _Candidates:
-        """Workers whose role satisfies does and whose own store is alive, sorted by id. Those that are avoided only if all are."""
-        members = [member for member in self.members.values() if does(member.role) and member.store_address in self._stores]
+        """Workers whose role satisfies does, sorted by id. Those that are avoided only if all are."""
+        members = [member for member in self.members.values() if does(member.role)]
         members = [member for member in members if not self._is_avoided(member)] or members
         members.sort(key=lambda member: member.id)
         roster = Roster(
             [member.id for member in members],
             [member.incarnation for member in members],
-            [member.store_address for member in members],
+            [member.store_address if member.store_address in self._stores else "" for member in members],
             [STATE_ROLES.get(member.role, member.role) for member in members],
         )
         return _Candidates(roster, np.array([member.row for member in members], np.int64))
 
     def _is_avoided(self, worker: Member) -> bool:
-        """worker: one whose store is alive."""
-        return worker.avoided or self._stores[worker.store_address][0].avoided
+        stores = self._stores.get(worker.store_address)
+        return worker.avoided or (stores is not None and stores[0].avoided)
 
     async def close(self) -> None:
         for member in list(self.members.values()):
@@ -278,6 +306,7 @@ class Cluster:
         else:
             self._schema = next((other.schema for other in self.members.values() if other.role in WORKER_ROLES), None)
         self._count(member.role, -1)
+        self.absences.note(member.info, member.why_gone)
         self._metrics.members.left(member.id, member.role)
         member.leave()
         self._closing.spawn(member.close(), f"closing the channel to {member.title}")
@@ -287,7 +316,7 @@ class Cluster:
         return [MemberReport(one.id, one.silent_s, one.load.num_outstanding_tokens) for one in list(self.members.values())]
 
     def _count(self, role: str, change: int) -> None:
-        self._candidates = self._max_model_len = None
+        self._candidates = self._max_model_len = self._max_handoff_len = None
         self._num_members[role] += change
         for role in ROLE_NAMES.values():
             self._metrics.members.set_members(role, self._num_members[role])

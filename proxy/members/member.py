@@ -77,6 +77,11 @@ class Member:
         return self._id
 
     @property
+    def kv_capacity_tokens(self) -> int:
+        """Of a worker's pages or a store's arena; 0: not known."""
+        return self._kv_capacity_tokens
+
+    @property
     def incarnation(self) -> str:
         return self._incarnation
 
@@ -145,11 +150,15 @@ class Member:
 
     def lost(self, request_id: str) -> WorkerLost:
         """What a request on it fails with once it is gone."""
+        gone = f"{self.title} is gone: {self.why_gone}"
         if not self.broken.reason:
-            return WorkerLost(f"{self.title} is gone: {self.left_because or 'it left the cluster'}", worker=self._id)
-        return WorkerLost(
-            f"{self.title} is gone: it broke: {self.broken.reason}", worker=self._id, in_step=request_id in self.broken.request_ids
-        )
+            return WorkerLost(gone, worker=self._id)
+        return WorkerLost(gone, worker=self._id, in_step=request_id in self.broken.request_ids)
+
+    @property
+    def why_gone(self) -> str:
+        """Follows "<member> is gone:"."""
+        return f"it broke: {self.broken.reason}" if self.broken.reason else self.left_because or "it left the cluster"
 
     def on_gone(self, callback: GoneCallback) -> Callable[[], None]:
         """callback runs when the member leaves. Returns a function that removes the callback."""

@@ -1,8 +1,8 @@
 """Reads and checks the body of a POST. No body holds up the event loop, however long or odd it is.
 
-http.request … ─► at most MAX_BODY_BYTES ─► JSON ─► its pydantic model ─► FastAPI's handler, which finds the work done
-                        └─ more: a 400            ├── in a thread from INLINE_BYTES on
-                                                  └── in a process from LARGE_BYTES on
+content-type ─► http.request … ─► at most max_body_bytes, in body_timeout_s ─► JSON ─► its pydantic model ─► FastAPI's handler,
+     └─ other: a 415                   └─ more: a 413   └─ later: a 408          ├── in a thread from INLINE_BYTES on    which finds
+                                                                                 └── in a process from LARGE_BYTES on    the work done
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
-from ...protocol.errors import InvalidRequest, RequestCancelled
+from ...protocol.config import ProxyConfig
+from ...protocol.errors import InvalidRequest, RequestCancelled, RequestTimeout, RequestTooLarge, UnsupportedMediaType, shown
 from ..request_process import LARGE_BYTES, Packed, RequestProcess, pack, unpack_messages, unpack_prompts
 from .types import ChatBody, CompletionBody, GenerateBody
 
-MAX_BODY_BYTES = 16 * 2**20  # a prompt of a million tokens, with room for JSON's escapes
 INLINE_BYTES = 2**16  # about a millisecond
 
 _shown = reprlib.Repr()
@@ -34,7 +34,7 @@ _shown.maxstring = _shown.maxlong = 200
 _shown.maxlevel = 3
 
 
-def body_route(process: RequestProcess) -> type[APIRoute]:
+def body_route(process: RequestProcess, limits: ProxyConfig) -> type[APIRoute]:
     """A class for routes whose body, if they take one, is a pydantic model in JSON."""
 
     class BodyRoute(APIRoute):
@@ -46,9 +46,8 @@ def body_route(process: RequestProcess) -> type[APIRoute]:
 
             async def handle_read(request: Request) -> Response:
                 request.state.arrival = time.monotonic()  # the head is here; the body may take long
-                content = await _read(request)
-                if not _is_json(request.headers.get("content-type", "")):
-                    content = b""  # FastAPI then refuses it as a missing body
+                _require_json(request)
+                content = await _read(request, limits)
                 model = await _parse_aside(body_type, content, process) if content else None
                 return await handle(_ReadRequest(request, content, model))
 
@@ -81,28 +80,42 @@ class _ReadRequest(Request):
         return self._model
 
 
-async def _read(request: Request) -> bytes:
-    """Raises InvalidRequest for a body that is too long: at once if content-length says so, else at the first byte too many.
+async def _read(request: Request, limits: ProxyConfig) -> bytes:
+    """Raises RequestTooLarge: at once if content-length says so, else at the first byte too many; RequestTimeout.
 
     RequestCancelled where the client leaves before its end.
     """
-    told = request.headers.get("content-length", "")
-    if told.isdecimal() and int(told) > MAX_BODY_BYTES:
-        raise _too_long(f"{told} bytes")
+    told, limit = request.headers.get("content-length", ""), limits.max_body_bytes
+    if told.isdecimal() and int(told) > limit:
+        raise _too_large(f"{told} bytes", limit)
     content = bytearray()
     try:
-        async for part in request.stream():
-            content += part
-            if len(content) > MAX_BODY_BYTES:
-                raise _too_long("more bytes")
+        async with asyncio.timeout(limits.body_timeout_s):
+            async for part in request.stream():
+                content += part
+                if len(content) > limit:
+                    raise _too_large("more bytes", limit)
     except ClientDisconnect:
         raise RequestCancelled("the client closed the connection before its body had come") from None
+    except TimeoutError:
+        raise RequestTimeout(
+            f"the body did not end within {limits.body_timeout_s:g} s ({len(content)} bytes came); send it again, or raise "
+            "proxy.body_timeout_s"
+        ) from None
     return bytes(content)
 
 
-def _too_long(what: str) -> InvalidRequest:
-    limit = f"{MAX_BODY_BYTES} ({MAX_BODY_BYTES // 2**20} MiB)"
-    return InvalidRequest(f"the body has {what}; it may have {limit}", max_body_bytes=MAX_BODY_BYTES)
+def _too_large(what: str, limit: int) -> RequestTooLarge:
+    return RequestTooLarge(f"the body has {what}; it may have {limit} ({limit / 2**20:g} MiB)", max_body_bytes=limit)
+
+
+def _require_json(request: Request) -> None:
+    """Raises UnsupportedMediaType. A request without any body is not this function's to refuse."""
+    encoding, kind = request.headers.get("content-encoding", "identity"), request.headers.get("content-type", "")
+    if encoding.strip().lower() not in ("", "identity"):
+        raise UnsupportedMediaType(f"content-encoding is {shown(encoding)}; send the body uncompressed")
+    if not _is_json(kind) and (kind or request.headers.get("content-length", "") != "0"):
+        raise UnsupportedMediaType(f"content-type is {shown(kind)}; the body must be JSON, sent with content-type: application/json")
 
 
 def _is_json(content_type: str) -> bool:

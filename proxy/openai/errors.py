@@ -16,12 +16,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from ...protocol.errors import HalfmoonError, InternalError, InvalidRequest, Overloaded
+from ...protocol.errors import HalfmoonError, InternalError, InvalidRequest, Overloaded, RequestTimeout, shown
 from ..face_metrics import FaceMetrics
 from .types import HINTS, ChatBody, CompletionBody
 
 logger = logging.getLogger(__name__)
 
+MAX_NAME_LEN = 80  # of a field; all known ones are shorter
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 # OpenAI's names for fields that SamplingParams and GenerateRequest name differently
 _NAMES = {"/v1/completions": {"num_logprobs": "logprobs"}, "/v1/chat/completions": {"num_logprobs": "top_logprobs"}}
@@ -42,6 +43,8 @@ def error_response(request: Request, error: HalfmoonError) -> JSONResponse:
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
         headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after_s * 1e3)))  # OpenAI's own client reads this one first
+    if isinstance(error, RequestTimeout):
+        headers["connection"] = "close"  # the rest of the body may never come
     request_id = getattr(request.state, "request_id", None)
     if request_id is not None:
         headers["x-request-id"] = request_id
@@ -97,6 +100,7 @@ def _refused_body(errors: Sequence[Any], request: Request) -> InvalidRequest:
         return InvalidRequest(f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
     if not location:
         return InvalidRequest("the body must be a JSON object, sent with content-type: application/json")
+    location = [part if isinstance(part, int) else part[:MAX_NAME_LEN] for part in location]
     field = str(location[0])
     if first["type"] == "extra_forbidden" and len(location) == 1:
         known = _BODIES[request.url.path].model_fields
@@ -105,8 +109,8 @@ def _refused_body(errors: Sequence[Any], request: Request) -> InvalidRequest:
     if first["type"] == "missing":
         return InvalidRequest(f"{_path(location)} is missing", param=_path(location))
     if field in HINTS:
-        return InvalidRequest(f"{field} is {_shown(first['input'])}; it must be {HINTS[field]}", param=field)
-    return InvalidRequest(f"{_path(location)} is {_shown(first['input'])}: {_lowered(first['msg'])}", param=_path(location))
+        return InvalidRequest(f"{field} is {shown(first['input'])}; it must be {HINTS[field]}", param=field)
+    return InvalidRequest(f"{_path(location)} is {shown(first['input'])}: {_lowered(first['msg'])}", param=_path(location))
 
 
 def _path(location: Sequence[int | str]) -> str:
@@ -115,11 +119,6 @@ def _path(location: Sequence[int | str]) -> str:
     for part in location[1:3]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
     return path
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _lowered(message: str) -> str:

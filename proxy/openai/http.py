@@ -19,7 +19,7 @@ from fastapi.responses import Response
 from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
-from ...protocol.errors import UnknownModel
+from ...protocol.errors import UnknownModel, shown
 from ...protocol.exporter import Identity, ProcessMetrics, render
 from ...protocol.trace_context import HEADER, TraceContext
 from ..request_process import RequestProcess
@@ -27,27 +27,41 @@ from ..requests.generate_request import GenerateRequest
 from ..requests.generation import ChoiceEnd, Generation, Generator
 from ..requests.readiness import missing_parts
 from .body import body_route
+from .browsers import for_browsers
 from .chunks import ChunkWriter, to_json
 from .counted import counted
+from .described import (
+    ChatReply,
+    CompletionReply,
+    DescribedApp,
+    HealthReply,
+    ModelReply,
+    ModelsReply,
+    ReadyReply,
+    TargetReply,
+    replies,
+    streamed,
+)
 from .errors import install_error_handlers
 from .event_stream import EventStream, until_disconnect
+from .head import head_as_get
 from .metrics_targets import targets
 from .replies import ChatShape, CompletionShape, Shape, WholeChoice
 from .types import ChatBody, CompletionBody
 
 
 def create_app(generator: Generator, registry: CollectorRegistry, process: RequestProcess) -> ASGIApp:
-    faces = generator.router.metrics.faces
-    return counted(_routes(generator, registry, process), faces)
+    app = counted(head_as_get(_routes(generator, registry, process)), generator.router.metrics.faces)
+    return for_browsers(app, generator.router.config.cors_origins.split())
 
 
 def _routes(generator: Generator, registry: CollectorRegistry, process: RequestProcess) -> FastAPI:
-    app = FastAPI(title="Halfmoon", docs_url=None, redoc_url=None)
+    app = DescribedApp(title="Halfmoon", docs_url=None, redoc_url=None)
     install_error_handlers(app, generator.router.metrics.faces)
-    app.router.route_class = body_route(process)
+    app.router.route_class = body_route(process, generator.router.config)
     started = int(time.time())
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=streamed(CompletionReply))
     async def completions(body: CompletionBody, request: Request) -> Response:
         generate_request = _stamped(body.to_generate_request(_request_id(request)), request)
         generation = await generator.open(generate_request)
@@ -55,28 +69,28 @@ def _routes(generator: Generator, registry: CollectorRegistry, process: RequestP
         shape = CompletionShape(generation, n=generate_request.n, wants_logprobs=body.logprobs is not None, echoes=echoes)
         return await _reply(request, generation, shape, stream=bool(body.stream), wants_usage=body.wants_usage)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=streamed(ChatReply))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         generate_request = _stamped(body.to_generate_request(_request_id(request)), request)
         generation = await generator.open(generate_request)
         shape = ChatShape(generation, n=generate_request.n, wants_logprobs=bool(body.logprobs))
         return await _reply(request, generation, shape, stream=bool(body.stream), wants_usage=body.wants_usage)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=replies(ModelsReply))
     async def models() -> Response:
         return _json({"object": "list", "data": [_model(generator, started)]})
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses=replies(ModelReply, 404))
     async def model(name: str) -> Response:
         if name != generator.card.name:
-            raise UnknownModel(f"the model {name!r} is not served; {generator.card.name!r} is", param="model")
+            raise UnknownModel(f"the model {shown(name)} is not served; {generator.card.name!r} is", param="model")
         return _json(_model(generator, started))
 
-    @app.get("/health")
+    @app.get("/health", responses=replies(HealthReply))
     async def health() -> Response:
         return _json({"status": "ok"})
 
-    @app.get("/ready")
+    @app.get("/ready", responses=replies(ReadyReply) | {503: {"model": ReadyReply, "description": "It can't serve yet."}})
     async def ready() -> Response:
         missing = missing_parts(generator.router)
         return _json({"ready": not missing, "missing": missing}, status=503 if missing else 200)
@@ -84,13 +98,13 @@ def _routes(generator: Generator, registry: CollectorRegistry, process: RequestP
     identity = Identity("proxy", "proxy", generator.card.name)
     served = ProcessMetrics(registry, lambda: identity)
 
-    @app.get("/metrics")
+    @app.get("/metrics", responses=replies(None, content={"text/plain": {}, "application/openmetrics-text": {}}), response_class=Response)
     async def metrics(request: Request) -> Response:
         asked = request.headers
         page = await asyncio.to_thread(render, served, asked.get("accept", ""), asked.get("accept-encoding", ""))
         return Response(page.content, headers=page.headers)
 
-    @app.get("/metrics/targets")
+    @app.get("/metrics/targets", responses=replies(list[TargetReply]))
     async def metrics_targets(request: Request) -> Response:
         return _json(targets(identity, request.url.netloc, generator.router.cluster.members.values()))
 

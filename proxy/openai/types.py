@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, PrivateAttr, model_validator
 
-from ...protocol.errors import InvalidRequest
+from ...protocol.errors import InvalidRequest, shown
 from ...protocol.sampling import MAX_SEED
 from ..requests.generate_request import MAX_CHOICES, GenerateRequest
 from ..text.chat_template import ChatMessage
@@ -78,10 +78,16 @@ class SloBody(BaseModel):
     """Between two tokens."""
 
 
+def _with_dropped_fields(schema: dict[str, Any]) -> None:
+    """For openapi.json: fields that a body may have and the model has not."""
+    for name in sorted(IGNORED | REFUSED.keys()):
+        schema["properties"][name] = {"description": "changes nothing" if name in IGNORED else "not served; a value may ask for nothing"}
+
+
 class GenerateBody(BaseModel):
     """The fields of both routes. Those below `stream_options` are extensions, with vLLM's names if vLLM has them."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="forbid", json_schema_extra=_with_dropped_fields)
 
     model: str | None = None
     n: int | None = None
@@ -198,7 +204,8 @@ class MessageBody(BaseModel):
     def to_message(self, position: int) -> ChatMessage:
         for name, value in (self.model_extra or {}).items():
             if value not in (None, [], {}) and name not in ("name", "annotations"):
-                raise InvalidRequest(f"messages[{position}].{name} is not supported; leave it out", param=f"messages[{position}].{name}")
+                path = f"messages[{position}].{name[:80]}"
+                raise InvalidRequest(f"{path} is not supported; leave it out", param=path)
         if self.content is None and self.role != "assistant":
             raise InvalidRequest(f"messages[{position}] has no content; give it a string", param=f"messages[{position}].content")
         parts = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content or [])
@@ -238,7 +245,7 @@ class ChatBody(GenerateBody):
 def _token_keys(biases: dict[str, float]) -> dict[int, float]:
     wrong = next((key for key in biases if not key.isdecimal() or not key.isascii()), None)
     if wrong is not None:
-        raise InvalidRequest(f"logit_bias has the key {wrong!r}; its keys are token ids", param="logit_bias")
+        raise InvalidRequest(f"logit_bias has the key {shown(wrong)}; its keys are token ids", param="logit_bias")
     return {int(key): bias for key, bias in biases.items()}
 
 

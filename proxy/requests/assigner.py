@@ -34,9 +34,7 @@ class Assigner:
     def assign(self, placement: Placement, decided: AttemptDecision, prompt: Prompt) -> Pair:
         """If it raises, nothing stays assigned."""
         prefill, decode = self._cluster.members[placement.prefill.id], self._cluster.members[placement.decode.id]
-        store = self._cluster.store_at(decode.store_address)
-        assert store is not None  # the snapshot offers no worker without its store
-        tracker = self._load_tracker
+        store, tracker = self._handoff_store(placement, decided.asked.num_tokens), self._load_tracker
         assignment = decode.assigned.place(decided.asked.num_tokens)
         pair = Pair(prefill, decode, store, placement, decided, prompt, assignment, prefill.num_loads)
         with ExitStack() as undo:
@@ -52,6 +50,14 @@ class Assigner:
             undo.pop_all()
         return pair
 
+    def _handoff_store(self, placement: Placement, num_tokens: int) -> Member | None:
+        """On the decode worker's node if it takes the hand-off, else on the prefill worker's, else anywhere. None for a local prefill."""
+        if placement.is_local:
+            return None
+        store = self._cluster.store_for(num_tokens, [placement.decode.store_address, placement.prefill.store_address])
+        assert store is not None  # the Conductor places no hand-off that no live store takes
+        return store
+
     def _assign_prefill(self, pair: Pair) -> None:
         decided, num_cached = pair.decided, pair.placement.num_cached_tokens
         block_size = decided.seen.block_size
@@ -66,7 +72,8 @@ class Assigner:
     def _promise_blocks(self, pair: Pair) -> None:
         """In the store that they are pushed to, and in the prefill worker's own; and in the pages of both workers."""
         prefill, decode, keys = pair.placement.prefill, pair.placement.decode, pair.prompt.keys
-        holders = [(self._index, address) for address in {prefill.store_address, decode.store_address}]
+        addresses = {prefill.store_address, pair.store.address if pair.store is not None else ""} - {""}
+        holders = [(self._index, address) for address in addresses]
         holders += [(self._page_index, worker_id) for worker_id in {prefill.id, decode.id}]
         for index, holder in holders:
             index.expect(holder, keys)

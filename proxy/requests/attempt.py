@@ -3,7 +3,7 @@
         ┌─► Decode on d ─► Admitted, first token ─► Finished, number of tokens ─┐
 start ──┤   d's token feed ─► the other tokens ─────────────────────────────────┼─► outcome: Finished, with all its tokens | LegFailed
         └─► Prefill on p ─► state                                               │
-   p, d or d's store leaves the cluster, a call or the token feed fails ────────┘
+   p, d or the hand-off's store leaves the cluster, a call or the feed fails ────┘
 The two streams of d are not ordered. Tokens that the feed brings before Admitted wait for it, and Finished waits for the last token.
 A local pair has only the Decode leg and no hand-off: d computes the prompt, and neither p nor the store takes part.
 close: both calls cancelled, the store told why, what was assigned undone
@@ -20,7 +20,16 @@ from typing import Any, Protocol
 import grpc
 import grpc.aio
 
-from ...protocol.errors import Draining, HalfmoonError, HandoffAborted, InternalError, StoreUnavailable, WorkerLost, build_error
+from ...protocol.errors import (
+    Draining,
+    HalfmoonError,
+    HandoffAborted,
+    InternalError,
+    InvalidRequest,
+    StoreUnavailable,
+    WorkerLost,
+    build_error,
+)
 from ...protocol.grpc_errors import TRAILER, error_to_proto, from_rpc_error
 from ...protocol.tasks import Tasks
 from ...protocol.trace_context import TraceContext
@@ -90,7 +99,7 @@ class Attempt:
     def start(self) -> None:
         """Opens the calls, decode first: decode waits for the hand-off, and the hand-off does not wait for decode."""
         pair = self.pair
-        for member in {pair.decode} if pair.is_local else {pair.prefill, pair.decode, pair.store}:
+        for member in pair.members:
             self._unwatch.append(member.on_gone(self._member_gone))
             if member.gone:  # it left after the placement
                 self._member_gone(member)
@@ -121,10 +130,10 @@ class Attempt:
         for call in self._calls:
             call.cancel()
         self.outcome.cancel()
-        if not (self.admitted or self.pair.is_local or self.pair.store.gone):
-            self._background.spawn(
-                self._abort_handoff(reason), self._title("Abort")
-            )  # if this fails, the hand-off's lease still ends by itself
+        store = self.pair.store
+        if store is not None and not (self.admitted or store.gone):
+            # if this fails, the hand-off's lease still ends by itself
+            self._background.spawn(self._abort_handoff(store, reason), self._title("Abort"))
 
     @property
     def _finished(self) -> bool:
@@ -134,13 +143,19 @@ class Attempt:
     def _timeout_s(self) -> float:
         return self._sequence.deadline_s + DEADLINE_SLACK_S
 
+    @property
+    def _store_address(self) -> str:
+        return self.pair.store.address if self.pair.store is not None else ""
+
     def _prefill_request(self) -> bytes:
-        prefix = self.pair.placement.prefix
+        placement = self.pair.placement
+        prefix = placement.prefix
         request = worker_pb2.PrefillRequest(
             sequence=self._sequence,
             handoff=self._handoff,
-            store_address=self.pair.decode.info.store_address,
+            store_address=self._store_address,
             prefix=worker_pb2.PrefixHint(store_address=prefix.store_address, num_blocks=prefix.num_blocks) if prefix else None,
+            skip_own_store=not placement.prefill.store_address,
         )
         return to_wire(request, self.pair.prompt)
 
@@ -167,6 +182,8 @@ class Attempt:
                 local_prefill=self.pair.is_local,
                 feed_id=feed_call.feed_id,
                 call=feed_call.number,
+                store_address=self._store_address,
+                skip_own_store=not self.pair.placement.decode.store_address,
             )
             call = member.start_decode(to_wire(request, self.pair.prompt), timeout=self._timeout_s, metadata=self._metadata)
             self._calls.append(call)
@@ -254,22 +271,26 @@ class Attempt:
             logger.debug("request %s: %s left before it took Stop", self._sequence.request_id, self.pair.decode.title)
         on_unheard()
 
-    async def _abort_handoff(self, reason: HalfmoonError) -> None:
+    async def _abort_handoff(self, store: Member, reason: HalfmoonError) -> None:
         request = kvstore_pb2.AbortRequest(handoff=self._handoff, reason=error_to_proto(reason))
         try:
-            await self.pair.store.store.Abort(request, timeout=CALL_TIMEOUT_S)
+            await store.store.Abort(request, timeout=CALL_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
-            logger.warning("%s did not take the abort of %s: %s", self.pair.store.title, self._handoff.id, error.details())
+            logger.warning("%s did not take the abort of %s: %s", store.title, self._handoff.id, error.details())
         except asyncio.CancelledError:
-            logger.debug("%s left before it took the abort of %s", self.pair.store.title, self._handoff.id)
+            logger.debug("%s left before it took the abort of %s", store.title, self._handoff.id)
 
 
 def _cause(error: HalfmoonError) -> HalfmoonError:
-    """Why a worker gave a hand-off up, where it said so: decode may hear of it before the prefill call has ended."""
-    fields = error.fields.get("reason_fields") or {}
-    if not isinstance(error, HandoffAborted) or "worker" not in fields:
+    """Why a worker gave a hand-off up, where it said so: decode may hear of it before the prefill call has ended.
+
+    Or what is wrong with the request itself: no other pair would mend that.
+    """
+    if not isinstance(error, HandoffAborted) or "reason" not in error.fields:
         return error
-    return build_error(error.fields["reason"], error.fields["reason_message"], json.dumps(fields))
+    fields = error.fields.get("reason_fields") or {}
+    cause = build_error(error.fields["reason"], error.fields["reason_message"], json.dumps(fields))
+    return cause if "worker" in fields or isinstance(cause, InvalidRequest) else error
 
 
 def _leg_error(error: grpc.aio.AioRpcError, member: Member) -> HalfmoonError:

@@ -56,9 +56,12 @@ class RequestDecision:
         self, asked: PlacementRequest, seen: Snapshot, predictors: Predictors, answer: Placement | Rejection, queue_order: int
     ) -> AttemptDecision:
         chosen = (answer.prefill.id, answer.decode.id) if isinstance(answer, Placement) else ("", "")
-        kept = Snapshot(_kept(seen.prefill, chosen[0]), _kept(seen.decode, chosen[1]), seen.block_size, seen.now_s)
+        pools = _kept(seen.prefill, chosen[0]), _kept(seen.decode, chosen[1])
+        kept = Snapshot(*pools, seen.block_size, seen.now_s, max_handoff_len=seen.max_handoff_len)
         at_s = time.monotonic() - self.arrival
         attempt = AttemptDecision(at_s, asked, kept, len(seen.prefill), len(seen.decode), predictors, answer, queue_order)
+        if isinstance(answer, Rejection) and self.attempts and isinstance(self.attempts[-1].answer, Rejection):
+            self.attempts.pop()  # it waits, and is still refused
         self.attempts.append(attempt)
         return attempt
 

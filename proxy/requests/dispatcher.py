@@ -80,7 +80,8 @@ class Dispatcher:
         if isinstance(answer, Rejection):
             raise self._refused(answer)
         self._metrics.placed(self._placer.conductor.policy.name, _kind(answer))
-        if answer.is_local and self._metrics.members.lacks_prefill:
+        lacks_store = decided.seen.max_handoff_len < decided.asked.num_tokens
+        if answer.is_local and (lacks_store or self._metrics.members.lacks_prefill):
             self._metrics.fell_back("local_prefill")
         return self._assigner.assign(answer, decided, prompt)
 

@@ -25,7 +25,8 @@ def explain(decision: RequestDecision, policy: str, admission: str) -> control_p
     attempts = [_attempt(attempt, policy, None) for attempt in decision.attempts[:-1]]
     if decision.attempts:
         last = decision.attempts[-1]
-        attempts.append(_attempt(last, policy, record if record.num_attempts == len(decision.attempts) else None))
+        num_placed = sum(isinstance(attempt.answer, Placement) for attempt in decision.attempts)
+        attempts.append(_attempt(last, policy, record if record.num_attempts == num_placed else None))
     return control_pb2.Explanation(
         request_id=decision.request_id,
         state=decision.state,

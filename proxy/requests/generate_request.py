@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...client.options import MAX_TIMEOUT_S
-from ...protocol.errors import InvalidRequest, PromptTooLong, UnknownModel
+from ...protocol.errors import InvalidRequest, PromptTooLong, UnknownModel, shown
 from ...protocol.sampling import MAX_SEED, SamplingParams
 from ...protocol.trace_context import TraceContext
 from ..model_card import ModelCard
@@ -65,7 +65,10 @@ class RequestBuilder:
         Raises InvalidRequest (PromptTooLong, UnknownModel), naming the field, the value and the limit.
         """
         _require(
-            asked.model in ("", self._card.name), f"the model {asked.model!r} is not served; {self._card.name!r} is", "model", UnknownModel
+            asked.model in ("", self._card.name),
+            f"the model {shown(asked.model)} is not served; {self._card.name!r} is",
+            "model",
+            UnknownModel,
         )
         _require(1 <= asked.n <= MAX_CHOICES, f"n is {asked.n}; it must be at least 1 and at most {MAX_CHOICES}", "n")
         num_choices = asked.n * len(asked.prompts)

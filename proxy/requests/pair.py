@@ -21,7 +21,7 @@ from .prompt import Prompt
 class Pair:
     prefill: Member
     decode: Member
-    store: Member  # on the decode worker's node, where the hand-off lies
+    store: Member | None  # where the hand-off lies; None: the decode worker computes the prompt itself
     placement: Placement
     decided: AttemptDecision  # the placement's grounds
     prompt: Prompt
@@ -36,6 +36,11 @@ class Pair:
     def is_local(self) -> bool:
         """One worker is both: the decode worker computes the prompt itself."""
         return self.placement.is_local
+
+    @property
+    def members(self) -> set[Member]:
+        """Those that take part."""
+        return {self.prefill, self.decode, self.store} if self.store is not None else {self.decode}
 
     @property
     def queue_order(self) -> int:

@@ -30,6 +30,7 @@ from ..tracing import Tracer
 from ..verdict import Verdict, judge_error, judge_left
 from .admission_queue import AdmissionQueue, Waiting
 from .assigner import Assigner
+from .comings import Comings
 from .decisions import DecisionLog, RequestDecision
 from .dispatcher import Dispatcher
 from .learner import Learner
@@ -85,6 +86,7 @@ class Router:
         self._slo = default_slo(config)
         self._context = RunnerContext(
             self._dispatcher,
+            Comings(cluster),
             self.learner,
             metrics,
             self._tasks,

@@ -3,7 +3,8 @@
              ┌──────────── failed leg: cancel the other, next epoch, prompt + sent tokens ────────────┐
              ▼                                                                                        │
 place ─► QUEUED ─► PREFILL (both calls open) ─► HANDOFF (prefill done) ─► DECODE (decode admitted) ───┤
-                      └──── local: one call, no hand-off, decode admits its own prefill ─────┘        │
+           ▲ │        └──── local: one call, no hand-off, decode admits its own prefill ─────┘        │
+           └─┴ after a failed leg, while nobody else can serve: waits for a member to come            │
                                                                                                       ▼
              one end, decided once by finish(), fail() or cancel(), with immediate effect: DONE | FAILED | ABORTED
 """
@@ -28,7 +29,6 @@ from ...protocol.errors import (
     RequestCancelled,
     RequestQuarantined,
     SequenceFailed,
-    StoreUnavailable,
     WorkerLost,
     build_error,
 )
@@ -38,6 +38,7 @@ from ..metrics import ProxyMetrics
 from ..request import Finished, ProxyRequest, RequestState, TokenEvent, Tokens
 from ..tracing import Ended, Tracer
 from .attempt import Attempt, LegFailed
+from .comings import Comings
 from .decisions import RequestDecision
 from .dispatcher import Dispatcher
 from .learner import Learner
@@ -55,6 +56,7 @@ class RunnerContext:
     """Shared by all runners."""
 
     dispatcher: Dispatcher
+    comings: Comings
     learner: Learner
     metrics: ProxyMetrics
     tasks: Tasks
@@ -84,7 +86,9 @@ class RequestRunner:
         decision.record = self.clock.record
         self._attempt: Attempt | None = None
         self._epoch = 0
+        self._num_failed = 0  # attempts; those that a store's death ended don't count
         self._num_breaks = 0  # workers that broke while they computed it
+        self._waits_because = ""
         self._exclude: set[str] = set()
         self._avoid: set[str] = set()
         self._stopping = False
@@ -147,7 +151,7 @@ class RequestRunner:
         del self._sent[num_taken_tokens:]
         self.events.clear()
         attempt = self._attempt
-        if attempt is None or not attempt.admitted:
+        if attempt is None or attempt.closed or not attempt.admitted:
             self._finish_stopped()
             return
         attempt.stop(on_unheard=self._finish_stopped)
@@ -162,9 +166,9 @@ class RequestRunner:
             reason = common_pb2.FINISH_REASON_STOP if self._stopping else finished.reason
             self._finish(reason, finished.phases)
         except TimeoutError:
-            self._fail(
-                DeadlineExceeded(f"the request's {self.request.timeout_s:g} s ran out in state {self.state}", state=self.state.value)
-            )
+            ran_out = f"the request's {self.request.timeout_s:g} s ran out in state {self.state}"
+            because = f": {self._waits_because}" if self._waits_because else ""
+            self._fail(DeadlineExceeded(f"{ran_out}{because}", state=self.state.value))
         except HalfmoonError as error:
             self._fail(error)
         except asyncio.CancelledError:
@@ -184,7 +188,8 @@ class RequestRunner:
                 attempt.close(failure.error)
                 if (reason := self._reached_end()) is not None:
                     return worker_pb2.DecodeReply.Finished(reason=reason)
-                self._prepare_retry(failure)
+                self._give_up(failure)
+                await self._place_again(failure.error)
 
     def _start_attempt(self) -> Attempt:
         request, pair = self.request, self._pair
@@ -206,14 +211,15 @@ class RequestRunner:
         self._enter(RequestState.PREFILL)
         return self._attempt
 
-    def _prepare_retry(self, failure: LegFailed) -> None:
-        """Places the request on another pair. Raises the failure's error or NoWorker if that is not possible."""
-        error, failed = failure.error, failure.member
+    def _give_up(self, failure: LegFailed) -> None:
+        """Notes what the next attempt has to know of this one. Raises the failure's error where there is to be no other."""
+        error, failed, limit = failure.error, failure.member, self._context.max_attempts
         if not error.retryable:
             raise error
         self._count_break(error)
-        if self._epoch >= self._context.max_attempts:
-            raise build_error(error.code, f"{error.message} (attempt {self._epoch} of {self._context.max_attempts})", error.fields_json)
+        self._num_failed += failed is not self._pair.store  # a store dies no sooner for being tried again
+        if self._num_failed >= limit:
+            raise build_error(error.code, f"{error.message} (attempt {self._num_failed} of {limit})", error.fields_json)
         self._pair.decided.error = error.message
         if failed.gone or isinstance(error, WorkerLost):
             self._exclude.add(failed.incarnation)
@@ -221,16 +227,29 @@ class RequestRunner:
             # a hand-off error that one side reports was caused by the other, whose death the store may know first
             pair = self._pair
             self._avoid.add((pair.prefill if failed is pair.decode else pair.decode).incarnation)
-        elif not isinstance(error, StoreUnavailable):
+        else:
             self._avoid.add(failed.incarnation)
         logger.warning("request %s epoch %d failed, to be replayed: %s", self.request.request_id, self._epoch, error.message)
         self._enter(RequestState.QUEUED)
-        try:
-            self._pair = self._context.dispatcher.place_again(
-                self.request, self._sent, self._pair, self.decision, frozenset(self._exclude), frozenset(self._avoid)
-            )
-        except (NoWorker, PromptTooLong) as none_left:
-            raise NoWorker(f"{error.message}; nothing to replay it on: {none_left.message}", **error.fields) from error
+
+    async def _place_again(self, error: HalfmoonError) -> None:
+        """On another pair, once there is one. error: of the attempt before. Raises NoWorker where the request fits none of the living."""
+        while True:
+            try:
+                self._pair = self._context.dispatcher.place_again(
+                    self.request, self._sent, self._pair, self.decision, frozenset(self._exclude), frozenset(self._avoid)
+                )
+                break
+            except NoWorker as none_left:
+                self._waits_because = f"{error.message}; nothing to replay it on: {none_left.message}"
+            except PromptTooLong as none_left:
+                raise NoWorker(f"{error.message}; nothing to replay it on: {none_left.message}", **error.fields) from error
+            logger.warning("request %s waits for a member to come: %s", self.request.request_id, self._waits_because)
+            alive = await self._context.comings.wait(self._exclude)
+            if alive:
+                self._exclude.remove(alive)
+                self._avoid.add(alive)
+        self._waits_because = ""
         self._context.metrics.replayed(error.code)
 
     def _count_break(self, error: HalfmoonError) -> None:

@@ -116,7 +116,9 @@ async def members(config: ClusterConfig = CONFIG) -> AsyncIterator[Members]:
         stack.push_async_callback(proxy.stop, 1.0)
         http_address, grpc_address = await proxy.start()
         common = {"node_id": node.node_id, "host": node.host, "proxy_address": grpc_address}
-        store = StoreActor(**common, store_id="store-0", port=0, config=config.store, schema=spec.schema, model_name=name)
+        store = StoreActor(
+            **common, store_id="store-0", port=0, config=config.store, schema=spec.schema, max_model_len=spec.max_model_len, model_name=name
+        )
         stack.push_async_callback(store.stop, 1.0)
         store_address = await store.start()
         workers: dict[str, WorkerRole] = {"prefill-0": "prefill", "decode-0": "decode", "decode-1": "decode"}

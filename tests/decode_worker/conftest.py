@@ -131,6 +131,7 @@ class Cluster:
         self.members = members
         self.num_requests = 0
         self._exits = contextlib.AsyncExitStack()
+        self._configs: dict[str, Any] = {}  # make_worker's
 
     async def start(
         self,
@@ -146,7 +147,7 @@ class Cluster:
         """both: so many workers of both roles in the place of the two. Prompts go to the first one, answers come from the last."""
         self.store = StoreServer(StoreConfig(arena_bytes=arena_bytes), node_id="node-a")
         await self.store.start("127.0.0.1", port)
-        configs: Any = {
+        configs = self._configs = {
             "options": dataclasses.replace(self.options, prefix_cache_hbm=prefix_cache_hbm),
             "prefill": PrefillConfig(transport=self.transport, **{"max_tokens_per_step": 64, **(prefill or {})}),
             "decode": DecodeConfig(transport=self.transport, **(decode or {})),
@@ -162,6 +163,15 @@ class Cluster:
         self._channels = {worker: await self._channel(worker.address) for worker in self.workers}
         self.prefill_stub, self.decode_stub = self.stub_pair(self.workers[0], self.workers[-1])
         return self
+
+    async def add_decode(self) -> None:
+        """Answers come from another decode worker from now on, decode-1."""
+        worker = make_worker(self.worker_address("decode-1"), role="decode", **self._configs)
+        await worker.start()
+        self.workers.append(worker)
+        self._channels[worker] = await self._channel(worker.address)
+        self.decode = self.views.WorkerView(worker, worker.decode)
+        self.prefill_stub, self.decode_stub = self.stub_pair(self.workers[0], worker)
 
     def stub_pair(self, prefill: Any, decode: Any) -> tuple[Any, Any]:
         """Which worker computes prompts, and which one answers."""
@@ -213,9 +223,10 @@ class Cluster:
         )
         return self.prefill_stub.Prefill(request)
 
-    def start_decode(self, sequence: Any, *, epoch: int = 1, local: bool = False) -> Any:
+    def start_decode(self, sequence: Any, *, epoch: int = 1, local: bool = False, **fields: Any) -> Any:
+        """fields: more of the request's."""
         handoff = common_pb2.HandoffId(id=sequence.request_id, epoch=epoch)
-        return self.decode_stub.Decode(worker_pb2.DecodeRequest(sequence=sequence, handoff=handoff, local_prefill=local))
+        return self.decode_stub.Decode(worker_pb2.DecodeRequest(sequence=sequence, handoff=handoff, local_prefill=local, **fields))
 
     def answer(self) -> Answer:
         return Answer()

@@ -18,9 +18,8 @@ import pytest
 
 from halfmoon.deploy.worker import make_worker
 from halfmoon.kvstore.client import BlockWriter, StoreClient
-from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.blocks import block_keys, root_key
-from halfmoon.protocol.config import DecodeConfig, PrefillConfig, StoreConfig
+from halfmoon.protocol.config import DecodeConfig, PrefillConfig
 from halfmoon.protocol.errors import (
     DeadlineExceeded,
     HalfmoonError,
@@ -32,7 +31,6 @@ from halfmoon.protocol.errors import (
     PromptTooLong,
     RequestCancelled,
     SchemaMismatch,
-    StoreUnavailable,
 )
 from halfmoon.protocol.grpc_errors import from_rpc_error
 from halfmoon.protocol.schema import KVSchema
@@ -419,34 +417,6 @@ async def test_a_worker_with_another_kv_format_does_not_start(make_cluster: Any)
     )
     with pytest.raises(SchemaMismatch, match="block_size"):
         await worker.start()
-
-
-async def test_a_stores_death_fails_who_waits_at_once_and_leaves_who_decodes_alone(make_cluster: Any, greedy: Greedy) -> None:
-    cluster = await make_cluster()
-    running = cluster.sequence(prompt(20), max_tokens=60)
-    decoding = cluster.start_decode(running)
-    await cluster.start_prefill(running)
-    answer = cluster.answer()
-    reading = asyncio.create_task(cluster.read(decoding, answer))
-    await until(lambda: bool(answer.token_ids))
-    cluster.decode.slow(0.01)
-    waiting = cluster.start_decode(cluster.sequence(prompt(30)))
-    await until(lambda: cluster.decode.load().num_waiting == 1)
-    port = int(cluster.store.address.split(":")[1])
-    await cluster.store.stop(0.0)
-    async with asyncio.timeout(60.0):
-        assert isinstance(await error_of(waiting), StoreUnavailable)
-        assert isinstance(await error_of(cluster.start_decode(cluster.sequence(prompt(30)))), StoreUnavailable)
-        assert isinstance(await error_of(cluster.start_prefill(cluster.sequence(prompt(30)))), StoreUnavailable)
-    await reading
-    assert answer.token_ids == greedy(prompt(20), 60)
-    cluster.store = StoreServer(StoreConfig(arena_bytes=4 * 2**20), node_id="node-a")
-    await cluster.store.start("127.0.0.1", port)
-    for worker in (cluster.prefill, cluster.decode):
-        await until(lambda worker=worker: worker.is_attached)
-    again = await cluster.run(prompt(20), max_tokens=5)
-    assert again.token_ids == answer.token_ids[:5]
-    await cluster.at_rest()
 
 
 async def test_the_proxy_is_told_who_joins_and_how_loaded_it_is(make_cluster: Any, members: Any) -> None:

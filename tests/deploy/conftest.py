@@ -23,7 +23,7 @@ from halfmoon.deploy.ray_session import LOOPBACK, RayNode, ray_environment, ray_
 from halfmoon.deploy.supervisor import Supervisor
 from halfmoon.engine.resolve import DEMO_FOLDER
 from halfmoon.protocol.channel import open_channel
-from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
+from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig, StoreConfig
 from halfmoon.protocol.v1 import control_pb2, control_pb2_grpc, kvstore_pb2, kvstore_pb2_grpc
 
 
@@ -133,6 +133,7 @@ async def cluster(ray_nodes: list[RayNode], model_folder: Path, cluster_type: ty
     """Two prefill and two decode workers. Files that want another have one of their own."""
     config = ClusterConfig(
         model=ModelOptions(path=str(model_folder), name="demo"),
+        store=StoreConfig(arena_bytes=256 * 2**20),
         proxy=ProxyConfig(http_port=0, grpc_port=0, policy="round_robin"),
         prefill=PrefillConfig(num_workers=2, max_tokens_per_step=128),
         decode=DecodeConfig(num_workers=2),

@@ -14,7 +14,7 @@ import pytest_asyncio
 from halfmoon.client import Delta
 from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.ray_session import RayNode
-from halfmoon.protocol.config import BothConfig, ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
+from halfmoon.protocol.config import BothConfig, ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig, StoreConfig
 from halfmoon.protocol.v1 import control_pb2
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900), pytest.mark.slow]
@@ -25,6 +25,7 @@ NUM_TOKENS = 32
 def config(model_folder: Path, **proxy: Any) -> ClusterConfig:
     return ClusterConfig(
         model=ModelOptions(path=str(model_folder), name="demo"),
+        store=StoreConfig(arena_bytes=256 * 2**20),
         proxy=ProxyConfig(http_port=0, grpc_port=0, **proxy),
         prefill=PrefillConfig(num_workers=0, max_tokens_per_step=256),
         decode=DecodeConfig(num_workers=0, max_prefill_tokens_per_step=128),

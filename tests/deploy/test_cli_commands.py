@@ -106,6 +106,44 @@ def test_serve_reads_its_file_again_under_the_same_flags(monkeypatch: pytest.Mon
     assert (again.decode.num_workers, again.decode.max_running) == (3, 8)
 
 
+@pytest.mark.parametrize(
+    ("flags", "given"), [([], False), (["--host", "::"], False), (["--decode", "1"], True), (["--set", "prefill.num_workers=1"], True)]
+)
+def test_serve_knows_whether_the_user_said_how_many_workers(monkeypatch: pytest.MonkeyPatch, flags: list[str], given: bool) -> None:
+    import halfmoon.deploy.cli.serve as module
+
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(module, "serve", lambda *arguments: calls.append(arguments))
+    assert run("serve", *flags).exit_code == 0 and calls[0][0].counts_given is given
+
+
+def test_serves_help_shows_the_defaults() -> None:
+    from halfmoon.protocol.config import ClusterConfig
+
+    shown = " ".join(run("serve", "--help").stdout.split())
+    proxy = ClusterConfig().proxy
+    for default in ("127.0.0.1", proxy.http_port, proxy.grpc_port, proxy.policy, proxy.order):
+        assert f"[default: ({default})]" in shown
+    assert shown.count("[default: (1)]") == 2, "workers for prefill and for decode"
+
+
+def test_the_version_is_told() -> None:
+    result = run("--version")
+    assert result.exit_code == 0 and re.fullmatch(r"halfmoon \S+\n", result.stdout)
+
+
+def test_a_command_that_is_nearly_one_is_told_which() -> None:
+    result = run("serv")
+    assert result.exit_code == 2 and "Did you mean 'serve'?" in result.output
+    assert "Did you mean" not in run("zzz").output
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8000", "127.0.0.1", "localhost:http"])
+def test_an_address_that_grpc_would_not_understand_is_refused_at_once(address: str) -> None:
+    result = run("status", "--address", address)
+    assert result.exit_code == 2 and "host:port" in result.output
+
+
 def test_serve_takes_no_prefill_worker_and_at_least_one_decode_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     import halfmoon.deploy.cli.serve as module
 
@@ -149,11 +187,11 @@ def test_serve_says_who_prefills(monkeypatch: pytest.MonkeyPatch) -> None:
     from halfmoon.protocol.config import ClusterConfig
 
     supervisor: Any = SimpleNamespace(http_address="127.0.0.1:1", grpc_address="127.0.0.1:2")
-    for num_prefill, words in ((2, "with 2 prefill and 3 decode workers"), (0, "with 3 decode workers, which prefill too")):
+    for num_prefill, words in ((2, "with 2 prefill and 3 decode workers on CPU"), (0, "with 3 decode workers, which prefill too")):
         text = io.StringIO()
         monkeypatch.setattr(module, "console", Console(file=text, width=160))
         overrides = {"prefill.num_workers": num_prefill, "decode.num_workers": 3}
-        module._print_endpoints(supervisor, ClusterConfig.load(None, overrides))
+        module._print_endpoints(supervisor, ClusterConfig.load(None, overrides), "cpu")
         assert words in text.getvalue()
 
 
@@ -199,6 +237,25 @@ def test_status_once_is_a_table_of_members_and_latencies(face: Any) -> None:
     for words in ("chatty, up", "prefill-0", "decode-0", "store-0", "25%", "time to first token", "p99", "done"):
         assert words in result.stdout
     assert re.search(r"time to first token +[\d.]+ m?s +[\d.]+ m?s +[\d.]+ m?s +\d+", result.stdout)
+
+
+def test_status_is_whole_at_80_columns(face: Any) -> None:
+    import io
+
+    from rich.console import Console
+
+    from halfmoon.client import Client
+    from halfmoon.deploy.cli.status import picture
+
+    with Client(face.grpc) as client:
+        found = client.status()
+    for width in (80, 140):
+        text = io.StringIO()
+        Console(file=text, width=width).print(picture(found, width))
+        lines = text.getvalue().splitlines()
+        assert max(map(len, lines)) <= width and "…" not in text.getvalue()
+        assert any(re.match(r"prefill-0 +prefill .*cpu +1 +2 +0 +25%", line) for line in lines)
+        assert (face.grpc.split(":")[0] in text.getvalue()) == (width > 80)
 
 
 def test_status_json_is_one_object(face: Any) -> None:

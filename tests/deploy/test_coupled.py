@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.ray_session import RayNode
-from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
+from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig, StoreConfig
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
@@ -22,6 +22,7 @@ NUM_TOKENS = 32
 def config(model_folder: Path, num_prefill: int) -> ClusterConfig:
     return ClusterConfig(
         model=ModelOptions(path=str(model_folder), name="demo"),
+        store=StoreConfig(arena_bytes=256 * 2**20),
         proxy=ProxyConfig(http_port=0, grpc_port=0),
         prefill=PrefillConfig(num_workers=num_prefill, max_tokens_per_step=128),
         decode=DecodeConfig(num_workers=1, max_prefill_tokens_per_step=128),

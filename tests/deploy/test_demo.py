@@ -12,12 +12,12 @@ from halfmoon.deploy.actors import WorkerActor
 from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.demo import converse
 from halfmoon.deploy.ray_session import RayNode
-from halfmoon.protocol.config import ClusterConfig, ProxyConfig
+from halfmoon.protocol.config import ClusterConfig, ProxyConfig, StoreConfig
 from halfmoon.protocol.errors import HandoffCorrupt
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
-CONFIG = ClusterConfig(proxy=ProxyConfig(http_port=0, grpc_port=0))
+CONFIG = ClusterConfig(store=StoreConfig(arena_bytes=256 * 2**20), proxy=ProxyConfig(http_port=0, grpc_port=0))
 
 
 def flipping_actor(worker_views: ModuleType) -> type[WorkerActor]:

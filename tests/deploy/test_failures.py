@@ -87,36 +87,29 @@ async def test_a_decode_worker_killed_mid_stream_repeats_and_loses_no_token(clus
     await cluster.at_rest()
 
 
-async def test_without_another_worker_there_is_a_clear_error(cluster, prompt_of) -> None:
+async def test_a_stream_without_any_decode_worker_waits_for_one_and_goes_on(cluster, reference, prompt_of) -> None:
     await cluster.kill("decode-0")
-    stream = cluster.client.stream(token_ids=list(prompt_of(200, seed=3)), max_tokens=2000, temperature=0.0, ignore_eos=True)
-    killed = False
-    with pytest.raises(Unavailable) as caught:
-        async for event in stream:
-            if not killed and isinstance(event, Delta):
+    prompt, token_ids = prompt_of(200, seed=3), []
+    async for event in cluster.client.stream(token_ids=list(prompt), max_tokens=300, temperature=0.0, ignore_eos=True):
+        if isinstance(event, Delta):
+            if not token_ids:
                 await cluster.kill("decode-1")
-                killed = True
-    assert "decode" in str(caught.value)
+            token_ids += event.token_ids
+    assert token_ids == reference.generate(prompt, 300, token_ids)
     await cluster.all_joined(NUM_MEMBERS)
     await cluster.at_rest()
 
 
-async def test_a_killed_store_gives_a_clear_error_or_a_late_answer_and_rejoins(cluster, reference, prompt_of) -> None:
+async def test_a_killed_store_costs_no_request_its_answer_and_takes_hand_offs_again(cluster, reference, prompt_of) -> None:
     prompt = prompt_of(3000, seed=4)
     task = asyncio.create_task(cluster.greedy(prompt, 8))
     await handoff_begun(cluster)
     await cluster.kill("store-0")
-    with pytest.raises(Unavailable, match="store"):  # not its deadline, which is minutes away
-        await task
+    answers = [await task, await cluster.greedy(prompt, 8)]
+    assert answers == [reference.generate(prompt, 8, answer) for answer in answers]
     await cluster.all_joined(NUM_MEMBERS)
-    async with asyncio.timeout(60):  # workers attach to it again by themselves
-        while True:
-            try:
-                answer = await cluster.greedy(prompt, 8)
-                assert answer == reference.generate(prompt, 8, answer)
-                break
-            except Unavailable:
-                await asyncio.sleep(0.1)
+    result = await cluster.client.generate(token_ids=list(prompt), max_tokens=8, temperature=0.0, ignore_eos=True)
+    assert list(result.token_ids) == answers[0] and result.phases.transport == "shm"
     await cluster.at_rest()
 
 

@@ -21,7 +21,7 @@ from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.demo import TURNS, converse
 from halfmoon.deploy.profile import profile
 from halfmoon.deploy.ray_session import RayNode
-from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
+from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig, StoreConfig
 from halfmoon.protocol.errors import InvalidRequest, Overloaded, PromptTooLong
 from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import control_pb2
@@ -37,6 +37,7 @@ NUM_TOKENS_EACH_OF_MANY = 24
 async def cluster(ray_nodes: list[RayNode], model_folder: Path, cluster_type: type) -> AsyncIterator[object]:
     config = ClusterConfig(
         model=ModelOptions(path=str(model_folder), name="demo"),
+        store=StoreConfig(arena_bytes=256 * 2**20),
         proxy=ProxyConfig(http_port=0, grpc_port=0),
         prefill=PrefillConfig(num_workers=2, max_tokens_per_step=512),
         decode=DecodeConfig(num_workers=2),

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfmoon.deploy.plan import make_plan
+from halfmoon.deploy.plan import couple_on_one_gpu, make_plan
 from halfmoon.deploy.ray_session import RayNode
 from halfmoon.protocol.config import BothConfig, ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
-from halfmoon.protocol.errors import ConfigError
+from halfmoon.protocol.errors import ConfigError, MachineError
 
 
 def nodes(count: int, num_gpus: float = 0.0, host: str = "127.0.0.2") -> list[RayNode]:
@@ -56,7 +56,7 @@ def test_workers_of_both_roles_are_a_whole_cluster_and_go_round_the_nodes(num_no
 
 
 def test_workers_of_both_roles_need_gpus_too() -> None:
-    with pytest.raises(ConfigError, match="4 workers need a GPU each and Ray has 3"):
+    with pytest.raises(MachineError, match="4 workers need a GPU each and Ray has 3"):
         make_plan(config(1, 1, 2, device="cuda"), nodes(1, num_gpus=3))
     plan = make_plan(config(1, 1, 2), nodes(2, num_gpus=2))
     placed = [worker.node.node_id for worker in (*plan.prefill, *plan.decode, *plan.both)]
@@ -72,10 +72,27 @@ def test_no_gpu_gets_two_workers(num_prefill: int, num_decode: int) -> None:
     assert all(on.count(node_id) <= 2 for node_id in on)
 
 
-def test_too_few_gpus_are_named_when_asked_for_and_the_cpu_serves_when_not() -> None:
-    with pytest.raises(ConfigError, match="4 workers need a GPU each and Ray has 1"):
-        make_plan(config(2, 2, device="cuda"), nodes(1, num_gpus=1))
-    assert make_plan(config(2, 2), nodes(1, num_gpus=1)).device == "cpu"
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_too_few_gpus_never_serve_on_the_cpu_and_the_error_says_what_to_ask_for(device: str) -> None:
+    with pytest.raises(MachineError, match=r"4 workers need a GPU each and Ray has 1; ask for --prefill 0 --decode 1.*--device cpu"):
+        make_plan(config(2, 2, device=device), nodes(1, num_gpus=1))
+    with pytest.raises(MachineError, match="4 workers need a GPU each and Ray has 3; ask for 3 in all, as with --prefill 1 --decode 2"):
+        make_plan(config(2, 2, device=device), nodes(3, num_gpus=1))
+
+
+def test_a_ray_without_gpus_serves_on_the_cpu_unless_cuda_was_asked_for() -> None:
+    assert make_plan(config(2, 2), nodes(1)).device == "cpu"
+    assert make_plan(config(2, 2, device="cpu"), nodes(1, num_gpus=1)).device == "cpu"
+    with pytest.raises(MachineError, match="4 workers need a GPU each and Ray has 0; ask for --device cpu"):
+        make_plan(config(2, 2, device="cuda"), nodes(1))
+
+
+def test_one_gpu_is_coupled_by_itself() -> None:
+    coupled = couple_on_one_gpu(config(1, 1), 1)
+    assert (coupled.prefill.num_workers, coupled.decode.num_workers, coupled.both.num_workers) == (0, 1, 0)
+    assert make_plan(coupled, nodes(1, num_gpus=1)).device == "cuda"
+    for num_gpus, device in ((0, "auto"), (2, "auto"), (1, "cpu")):
+        assert couple_on_one_gpu(config(1, 1, device=device), num_gpus) == config(1, 1, device=device)
 
 
 def test_a_cluster_without_a_decode_worker_is_refused() -> None:

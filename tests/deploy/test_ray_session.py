@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -9,9 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from halfmoon.deploy.ray_session import LOOPBACK, RayNode, ray_environment
+from halfmoon.deploy.ray_session import LOOPBACK, RayNode, ray_environment, ray_session
+from halfmoon.protocol.errors import MachineError
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
+
+TIMED_OUT = "The current node timed out during startup. This\ncould happen because some of the raylet failed to startup."
 
 JOIN = "import ray; ray.init(address={address!r}, log_to_driver=False); print(len(ray.nodes()))"
 
@@ -46,3 +50,38 @@ def test_a_stranger_without_the_token_is_kept_out_and_one_with_it_is_let_in(ray_
         friend, liar, stranger = pool.map(lambda environment: joined(address, **environment), keys)
     assert friend.stdout.strip().endswith("2"), friend.stderr
     assert liar.returncode != 0 and stranger.returncode != 0
+
+
+@pytest.fixture
+def slow_ray(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A Ray that fails to start as often as there are entries; each start takes one."""
+    import ray
+
+    failures: list[str] = []
+
+    def init(**options: object) -> None:
+        if failures:
+            raise Exception(failures.pop())
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr("halfmoon.deploy.ray_session._live_nodes", list)
+    return failures
+
+
+def test_a_ray_that_is_too_slow_is_one_line_and_one_more_try(slow_ray: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    slow_ray.append(TIMED_OUT)
+    with caplog.at_level(logging.WARNING), ray_session() as nodes:
+        assert nodes == []
+    (line,) = (record.getMessage() for record in caplog.records if "ray_session" in record.name)
+    assert "\n" not in line and "timed out during startup" in line and "once more" in line
+
+
+def test_a_ray_that_does_not_start_twice_is_one_typed_line(slow_ray: list[str]) -> None:
+    slow_ray += [TIMED_OUT] * 3
+    with pytest.raises(
+        MachineError, match=r"^Ray did not start, twice: The current node timed out during startup\. This could.*--address auto"
+    ):
+        with ray_session():
+            pass
+    assert len(slow_ray) == 1

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -77,7 +78,15 @@ def test_a_served_cluster_answers_is_looked_at_and_drains_on_sigterm(served: Ser
     members = {member["id"] for member in json.loads(looked.stdout)["members"]}
     assert members == {"store-0", "prefill-0", "decode-0"}
     assert all(member["address"].startswith(LOOPBACK) for member in json.loads(looked.stdout)["members"])
+    text = "".join(served.lines)
+    assert "prompt and answer up to 4096 tokens" in text and "store-0 holds 262144 tokens of KV, 64.0 prompts of 4096" in text
     assert any("prefill-0: loading weights, " in line for line in served.lines), "how far a start has come, in plain lines"
+
+    examined = halfmoon("doctor", "--proxy", served.grpc, "--json")
+    report = json.loads(examined.stdout)
+    assert [one for one in report["findings"] if one["severity"] == "fault"] == [], examined.stdout
+    assert {(one["store_id"], one["transport"]) for one in report["links"]} == {("store-0", name) for name in ("shm", "tcp", "grpc")}
+    assert report["phases"]["prefill_worker"] == "prefill-0" and report["phases"]["predicted_ttft_s"] > 0
 
     pids = [member["pid"] for member in json.loads(looked.stdout)["members"]]
     with Client(served.grpc) as client, client.stream(prompt="Once", max_tokens=400, ignore_eos=True) as stream:
@@ -102,6 +111,13 @@ def test_a_wrong_setting_is_one_line_and_no_process() -> None:
 
 def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:
     assert str(tmp_path / "nothing") in told("serve", "--model", str(tmp_path / "nothing"))
+
+
+def test_a_port_that_is_taken_is_told_before_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halfmoon.deploy.cli.serve.ray_session", None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"port {port} is taken" in told("serve", "--http-port", "0", "--grpc-port", port)
 
 
 def test_no_ray_at_the_address_is_said() -> None:

@@ -53,6 +53,7 @@ async def test_hand_offs_that_a_dead_proxy_s_decode_workers_never_fetched_are_fr
         model_name="demo",
         config=config,
         schema=SCHEMA,
+        max_model_len=64,
     )
     client = await StoreClient.attach(await actor.start(), client_id="prefill-0", node_id="node-a", schema=SCHEMA)
     block = np.zeros((1, SCHEMA.layer_bytes), np.uint8)

@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.ray_session import RayNode
-from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
+from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig, StoreConfig
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
@@ -26,6 +26,7 @@ async def cluster(
     num_prefill, num_decode = request.param
     config = ClusterConfig(
         model=ModelOptions(path=str(model_folder), name="demo"),
+        store=StoreConfig(arena_bytes=256 * 2**20),
         proxy=ProxyConfig(http_port=0, grpc_port=0),
         prefill=PrefillConfig(num_workers=num_prefill, max_tokens_per_step=512),
         decode=DecodeConfig(num_workers=num_decode),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 
 from halfmoon.engine import resolve
@@ -24,6 +26,15 @@ class Nvml:
         count._obj.value = self.num_gpus
         return 0
 
+    def nvmlDeviceGetHandleByIndex_v2(self, index, handle) -> int:
+        return 0
+
+    def nvmlDeviceGetName(self, handle, name, size) -> int:
+        return 0
+
+    def nvmlDeviceGetMemoryInfo(self, handle, memory) -> int:
+        return 0
+
 
 @pytest.fixture
 def machine(monkeypatch):
@@ -33,7 +44,7 @@ def machine(monkeypatch):
                 raise OSError(f"{name}: cannot open shared object file")
             return nvml
 
-        monkeypatch.setattr(resolve.ctypes, "CDLL", load)
+        monkeypatch.setattr(ctypes, "CDLL", load)
         monkeypatch.setattr(resolve.importlib.metadata, "version", lambda name: torch_version)
         if visible is None:
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

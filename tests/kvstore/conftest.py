@@ -112,14 +112,14 @@ StartStore = Callable[..., Awaitable[StoreServer]]
 
 @pytest.fixture
 async def start_store() -> AsyncIterator[StartStore]:
-    """start_store(num_slots=8, lease_ttl_s=5.0, schema=None) -> a running store."""
+    """start_store(num_slots=8, lease_ttl_s=5.0, schema=None, port=0) -> a running store."""
     started: list[StoreServer] = []
 
-    async def start(num_slots: int = 8, lease_ttl_s: float = 5.0, schema: KVSchema | None = None) -> StoreServer:
+    async def start(num_slots: int = 8, lease_ttl_s: float = 5.0, schema: KVSchema | None = None, port: int = 0) -> StoreServer:
         config = StoreConfig(arena_bytes=num_slots * SCHEMA.block_bytes, lease_ttl_s=lease_ttl_s)
         server = StoreServer(config, node_id=NODE, schema=schema)
         started.append(server)
-        await server.start("127.0.0.1")
+        await server.start("127.0.0.1", port)
         return server
 
     yield start

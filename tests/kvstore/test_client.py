@@ -17,6 +17,7 @@ from halfmoon.protocol.errors import (
     HandoffAborted,
     HandoffIncomplete,
     InvalidRequest,
+    PromptTooLong,
     SchemaMismatch,
     StaleEpoch,
     StoreFull,
@@ -316,8 +317,10 @@ async def test_reserve_says_store_full_at_its_deadline_with_the_numbers(kv, atta
         await prefill.reserve("r2", 1, kv.keys("r2", 4), 4, 0.05)
     with pytest.raises(StoreFull, match="4 blocks of a cache entry"):
         await prefill.cache(kv.keys("k", 4), 0)
-    with pytest.raises(StoreFull, match="can never fit"):
+    with pytest.raises(PromptTooLong, match="can never fit"):
         await prefill.reserve("r4", 1, kv.keys("r4", 9), 9, 60)
+    with pytest.raises(StoreFull, match="can never fit"):
+        await prefill.cache(kv.keys("k", 9), 60)
 
 
 async def test_reserves_are_served_first_come_first_served(kv, store, attach) -> None:

@@ -21,6 +21,7 @@ from halfmoon.protocol.errors import (
     HandoffIncomplete,
     InvalidRequest,
     LeaseExpired,
+    PromptTooLong,
     StaleEpoch,
     StoreFull,
     WorkerLost,
@@ -362,8 +363,10 @@ def test_a_seal_needs_a_checksum_for_each_block(managed: tuple[LeaseManager, Rec
 
 def test_requests_that_can_never_work_are_refused(managed: tuple[LeaseManager, Recorder]) -> None:
     manager, _ = managed
-    with pytest.raises(StoreFull, match="7 blocks can never fit: the arena has 6 slots"):
+    with pytest.raises(PromptTooLong, match="7 blocks can never fit: the arena has 6 slots"):
         manager.try_reserve("shm", HandoffId("r", 1), keys("a", 7), 7, 10)
+    with pytest.raises(StoreFull, match="7 blocks can never fit"):
+        manager.try_reserve("shm", None, keys("a", 7), 7, 10)
     with pytest.raises(InvalidRequest, match="3 blocks with 1 keys"):
         manager.try_reserve("shm", HandoffId("r", 1), keys("a", 1), 3, 10)
     with pytest.raises(InvalidRequest, match="2 blocks with 1 keys"):

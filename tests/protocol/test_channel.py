@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from halfmoon.protocol.channel import OPTIONS, open_channel
+from halfmoon.protocol.channel import OPTIONS, create_server, open_channel
 
 PEER = """
 import asyncio
@@ -60,3 +61,19 @@ async def test_a_call_to_a_stopped_process_fails_by_keepalive_and_not_after_a_mi
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_connection_that_does_not_speak_http2_is_closed_in_time() -> None:
+    """The keepalive would close both, after 8 s."""
+    async with contextlib.AsyncExitStack() as exits:
+        ends: dict[float, asyncio.Task[bytes]] = {}
+        for limit_s in (60.0, 0.2):
+            server, port = create_server("127.0.0.1", 0, handshake_timeout_s=limit_s)
+            await server.start()
+            exits.push_async_callback(server.stop, None)
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            exits.callback(writer.close)
+            ends[limit_s] = asyncio.create_task(reader.read(-1))
+        await asyncio.wait(ends.values(), timeout=60, return_when=asyncio.FIRST_COMPLETED)
+        assert ends[0.2].done() and not ends[60.0].done()
+        ends[60.0].cancel()

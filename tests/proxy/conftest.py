@@ -69,23 +69,23 @@ class Peer:
 
     def __init__(self, role: str, number: int, board: Board, store: StorePeer | None = None) -> None:
         self.role, self.id, self.board, self.store = role, f"{role}-{number}", board, store
-        self.schema = SCHEMA
-        self.load = control_pb2.MemberLoad()
+        self.schema, self.load = SCHEMA, control_pb2.MemberLoad()
         self.requests: list[Any] = []
         self.arrived = asyncio.Event()  # a request has come
         self.cancelled = asyncio.Event()  # a call was cancelled under its handler
         self.joined = asyncio.Event()
-        self.max_model_len = 512
+        self.max_model_len, self.kv_capacity_tokens, self.port = 512, 0, 0  # 0: not known
         self.roles: list[control_pb2.Role] = []  # that it can take on
         self.taken: list[str] = []
         self.refusal: HalfmoonError | None = None  # of every order
         self.broken: asyncio.Future[control_pb2.Broken] = asyncio.get_running_loop().create_future()
 
     async def start(self, proxy_address: str) -> None:
-        self.server, port = create_server("127.0.0.1", 0)
+        self.server, port = create_server("127.0.0.1", self.port)
         self.register(self.server)
         await self.server.start()
         self.address = f"127.0.0.1:{port}"
+        self.port = port if self.role == "store" else 0  # a store comes back on the same one, where its node's workers look for it
         store = self.store or self
         info = control_pb2.MemberInfo(
             id=self.id,
@@ -97,6 +97,7 @@ class Peer:
             store_id=store.id,
             store_address=store.address,
             max_model_len=self.max_model_len,
+            kv_capacity_tokens=self.kv_capacity_tokens,
             schema=self.schema.to_proto() if self.role != "store" else None,
         )
         self.info = info

@@ -63,6 +63,30 @@ async def test_a_member_with_another_kv_format_is_refused_on_its_stream(bench: A
     error = await refusal(control, control_pb2.MemberReport(info=info))
     assert isinstance(error, SchemaMismatch) and error.fields == {"differing": {"num_layers": [2, 99]}}
     assert "decode-9" not in bench.cluster.members
+    (absent,) = (await control.Status(control_pb2.StatusRequest())).absences
+    assert absent.info.id == "decode-9" and absent.why.startswith("refused: KV formats differ in num_layers")
+
+
+async def test_status_names_who_left_and_why_until_it_is_back(bench: Any, control: Any) -> None:
+    lost = bench.cluster.members["decode-0"]
+    assert not (await control.Status(control_pb2.StatusRequest())).absences
+    gone = asyncio.Event()
+    lost.on_gone(lambda _: gone.set())
+    await bench.decodes[0].kill()
+    await asyncio.wait_for(gone.wait(), 60)
+    (absent,) = (await control.Status(control_pb2.StatusRequest())).absences
+    assert (absent.info, absent.why) == (bench.decodes[0].info, "it left the cluster") and absent.for_s >= 0
+    await bench.join(bench.decodes[0])
+    status = await control.Status(control_pb2.StatusRequest())
+    assert not status.absences and "decode-0" in [member.info.id for member in status.members]
+
+
+async def test_a_live_member_is_not_absent_because_its_old_process_was_refused(bench: Any, control: Any) -> None:
+    info = control_pb2.MemberInfo()
+    info.CopyFrom(bench.decodes[0].info)
+    info.incarnation, info.schema.num_layers = "older", 99
+    assert isinstance(await refusal(control, control_pb2.MemberReport(info=info)), SchemaMismatch)
+    assert not (await control.Status(control_pb2.StatusRequest())).absences
 
 
 async def test_a_stream_that_does_not_say_who_it_is_is_refused(bench: Any, control: Any) -> None:

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 from halfmoon.protocol.errors import InvalidRequest, SchemaMismatch
 from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import control_pb2
+from halfmoon.proxy.conductor.placement import NO_BOUND
 from halfmoon.proxy.members.cluster import Asking, Cluster
 from halfmoon.proxy.members.member import Member
 from halfmoon.proxy.metrics import ProxyMetrics
@@ -39,22 +40,48 @@ async def cluster() -> AsyncIterator[Cluster]:
     await found.close()
 
 
+def stores(cluster: Cluster) -> list[str]:
+    return [member.store_address for member in cluster.snapshot(4).decode]
+
+
 def ids(cluster: Cluster) -> tuple[list[str], list[str]]:
     snapshot = cluster.snapshot(4)
     return [member.id for member in snapshot.prefill], [member.id for member in snapshot.decode]
 
 
-async def test_only_workers_whose_own_store_is_alive_are_candidates(cluster: Cluster) -> None:
+async def test_a_worker_without_its_store_is_a_candidate_that_has_none(cluster: Cluster) -> None:
     cluster.join(info("prefill-0"), NO_LOAD)
     cluster.join(info("decode-1"), NO_LOAD)
     cluster.join(info("decode-0"), NO_LOAD)
-    assert ids(cluster) == ([], [])
-    store = cluster.join(info("store-0"), NO_LOAD)
-    assert ids(cluster) == (["prefill-0"], ["decode-0"])
-    cluster.join(info("store-1"), NO_LOAD)
     assert ids(cluster) == (["prefill-0"], ["decode-0", "decode-1"])
+    assert stores(cluster) == ["", ""] and cluster.snapshot(4).max_handoff_len == 0
+    store = cluster.join(info("store-0"), NO_LOAD)
+    assert stores(cluster) == ["127.0.0.1:10", ""] and cluster.snapshot(4).max_handoff_len == NO_BOUND
+    cluster.join(info("store-1"), NO_LOAD)
+    assert stores(cluster) == ["127.0.0.1:10", "127.0.0.1:11"]
     cluster.leave(store, store.stream)
-    assert ids(cluster) == ([], ["decode-1"])
+    assert ids(cluster) == (["prefill-0"], ["decode-0", "decode-1"]) and stores(cluster) == ["", "127.0.0.1:11"]
+    assert cluster.prefill_stores == [] and cluster.store_loads() == {}
+
+
+async def test_a_hand_off_lies_in_the_first_store_that_takes_it_else_in_the_emptiest(cluster: Cluster) -> None:
+    assert cluster.store_for(1, ["127.0.0.1:10"]) is None
+    for number, (capacity, usage_ratio) in enumerate([(100, 0.0), (200, 0.9), (300, 0.5), (0, 0.6)]):
+        found = info(f"store-{number}")
+        found.kv_capacity_tokens = capacity  # 0: not known
+        cluster.join(found, control_pb2.MemberLoad(kv_usage_ratio=usage_ratio))
+
+    def chosen(num_tokens: int, *numbers: int) -> str:
+        store = cluster.store_for(num_tokens, [f"127.0.0.1:1{number}" for number in numbers])
+        return store.id if store is not None else ""
+
+    assert [chosen(100, 1, 0), chosen(100, 0, 1), chosen(101, 0, 1)] == ["store-1", "store-0", "store-1"]
+    assert [chosen(100, 7), chosen(200, 7), chosen(301, 2)] == ["store-0", "store-2", "store-3"]
+    cluster.avoid(cluster.members["store-0"], True)
+    assert chosen(100, 7) == "store-2"
+    assert cluster.max_handoff_len == NO_BOUND
+    cluster.leave(cluster.members["store-3"], cluster.members["store-3"].stream)
+    assert cluster.max_handoff_len == 300 and chosen(301, 0) == ""
 
 
 async def test_another_kv_format_is_refused_with_both_sides_printed(cluster: Cluster) -> None:

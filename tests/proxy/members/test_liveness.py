@@ -98,11 +98,13 @@ async def test_where_all_of_a_role_are_avoided_none_is(watched: Watched) -> None
     assert watched.candidates()[1] == ["decode-0", "decode-1"]
 
 
-async def test_a_silent_store_takes_its_workers_out_of_the_choice_and_is_left(watched: Watched) -> None:
+async def test_a_silent_store_takes_its_workers_out_of_the_choice_until_it_is_left_and_they_go_on_without_it(watched: Watched) -> None:
     watched.pass_time(1.6, "store-0")
     assert watched.candidates() == (["prefill-1"], ["decode-1"])
     watched.pass_time(1.2, "store-0")
-    assert "store-0" not in watched.cluster.members and "decode-0" in watched.cluster.members
+    assert "store-0" not in watched.cluster.members
+    assert watched.candidates() == (["prefill-0", "prefill-1"], ["decode-0", "decode-1"])
+    assert watched.cluster.snapshot(4).decode[0].store_address == ""
 
 
 async def test_what_the_proxy_itself_slept_through_is_nobody_s_silence(watched: Watched) -> None:

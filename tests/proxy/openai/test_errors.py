@@ -14,11 +14,12 @@ import httpx
 import openai
 import pytest
 
+from halfmoon.protocol.config import ProxyConfig
 from halfmoon.protocol.errors import HandoffCorrupt, StoreFull
 from halfmoon.proxy.openai import body as openai_body
-from halfmoon.proxy.openai.body import MAX_BODY_BYTES
 from halfmoon.proxy.openai.types import ChatBody, CompletionBody
 
+MAX_BODY_BYTES = ProxyConfig().max_body_bytes
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 
 
@@ -135,7 +136,6 @@ def test_a_harmless_value_of_an_unsupported_field_is_accepted(face: Any, http: h
         (b'{"prompt": ', "application/json", "the body is not JSON: Expecting value at character 11"),
         (b"[1]", "application/json", "must be a JSON object"),
         (b"", "application/json", "must be a JSON object"),
-        (b'{"prompt": "x"}', "text/plain", "content-type: application/json"),
     ],
 )
 def test_a_body_that_is_no_json_object_is_a_400(content: bytes, kind: str, message: str, http: httpx.Client) -> None:
@@ -143,13 +143,20 @@ def test_a_body_that_is_no_json_object_is_a_400(content: bytes, kind: str, messa
     assert reply.status_code == 400 and message in error_of(reply)["message"]
 
 
+@pytest.mark.parametrize("headers", [{"content-type": "text/plain"}, {}, {"content-type": "application/json", "content-encoding": "gzip"}])
+def test_a_body_of_another_type_is_a_415_that_names_the_right_one(headers: dict[str, str], http: httpx.Client) -> None:
+    reply = http.post("/v1/completions", content=b'{"prompt": "x"}', headers=headers)
+    assert reply.status_code == 415
+    assert ("uncompressed" if "content-encoding" in headers else "content-type: application/json") in error_of(reply)["message"]
+
+
 @pytest.mark.parametrize("told", [True, False])
-def test_a_body_over_the_limit_is_a_400_that_names_it(told: bool, face: Any, http: httpx.Client) -> None:
+def test_a_body_over_the_limit_is_a_413_that_names_it(told: bool, face: Any, http: httpx.Client) -> None:
     content = json.dumps({"prompt": "x" * MAX_BODY_BYTES}).encode()
     parts = iter([content]) if not told else content
     reply = http.post("/v1/completions", content=parts, headers={"content-type": "application/json"})
     what = f"{len(content)} bytes" if told else "more bytes"
-    assert reply.status_code == 400
+    assert reply.status_code == 413
     assert error_of(reply)["message"] == f"the body has {what}; it may have 16777216 (16 MiB)"
     assert http.get("/health").status_code == 200
 
@@ -195,6 +202,10 @@ ODD: list[tuple[bytes, str]] = [
     (b'{"prompt": [' + b"[]," * 500 + b"[]]}", "there are 501 prompts; a request may have 128"),
     (b'{"prompt": [' + b"1," * 500_000 + b'"a"]}', "it must be a string, a list of strings"),
     (json.dumps({f"x{index}": 1 for index in range(101)}).encode(), "the body has 101 fields; it may have 100"),
+    (json.dumps({"prompt": "x", "x" * 1_000_000: 1}).encode(), "is not a known field"),
+    (json.dumps({"prompt": "x", "x" * 100_000: 1}).encode(), "is not a known field"),
+    (json.dumps({"prompt": "x", "stream_options": {"x" * 100_000: 1}}).encode(), "stream_options.xxx"),
+    (json.dumps({"prompt": "x", "logit_bias": {"x" * 100_000: 1}}).encode(), "logit_bias has the key"),
     (json.dumps({"logit_bias": {str(index): 1 for index in range(1025)}}).encode(), "logit_bias has 1025 items; it may have 1024"),
 ]
 
@@ -217,6 +228,11 @@ def test_a_wrong_request_arrives_as_bad_request_error(openai_client: openai.Open
     with pytest.raises(openai.BadRequestError) as caught:
         openai_client.completions.create(model="chatty", prompt="x", temperature=101)
     assert (caught.value.param, caught.value.code, caught.value.type) == ("temperature", "invalid_request", "invalid_request_error")
+
+
+def test_an_unknown_model_is_named_in_few_words(http: httpx.Client) -> None:
+    reply = http.post("/v1/completions", json={"prompt": "x", "model": "\u20ac" * 100_000})
+    assert reply.status_code == 404 and len(reply.text) < 400 and "is not served" in error_of(reply)["message"]
 
 
 def test_an_unknown_model_arrives_as_not_found_error(openai_client: openai.OpenAI) -> None:

@@ -173,23 +173,6 @@ async def test_a_replay_of_a_local_request_takes_a_pair_where_there_is_one_again
     assert not bench.decodes[1].requests[0].local_prefill
 
 
-@pytest.mark.parametrize("admitted", [False, True])
-async def test_without_another_decode_worker_its_death_is_a_clear_error_at_once(make_bench: Any, peers: Any, admitted: bool) -> None:
-    bench = await make_bench(0, 1)
-    if admitted:
-        bench.decodes[0].before_token = lambda index: peers.forever() if index == 1 else asyncio.sleep(0)
-    else:
-        bench.decodes[0].before_admission = peers.forever
-    stream = bench.router.open(bench.request())
-    await within(2, bench.decodes[0].arrived.wait())
-    if admitted:
-        await within(2, anext(stream))
-    await bench.decodes[0].kill()
-    with pytest.raises(NoWorker, match=r"decode-0.*nothing to replay it on"):
-        await within(2, peers.read(stream))
-    bench.assert_at_rest()
-
-
 async def test_the_store_s_death_does_not_matter_to_it(make_bench: Any, peers: Any) -> None:
     bench = await make_bench(0, 1)
     gate = asyncio.Event()
@@ -230,5 +213,9 @@ async def test_a_cluster_without_prefill_workers_is_ready_where_it_may_serve(mak
     assert missing_parts((await make_bench(0, 1)).router) == []
     forbidden = await make_bench(0, 1, local_prefill="never")
     assert missing_parts(forbidden.router) == ["no prefill worker has joined"]
-    with pytest.raises(NoWorker, match="no live prefill worker"):
+    await forbidden.stores[0].leave()
+    while "store-0" in forbidden.cluster.members:
+        await asyncio.sleep(0.01)
+    assert missing_parts(forbidden.router) == ["no KV store has joined", "no prefill worker has joined"]
+    with pytest.raises(NoWorker, match="no live KV store"):
         forbidden.router.open(forbidden.request())

@@ -213,34 +213,6 @@ async def test_a_prefill_worker_that_dies_between_the_admission_and_its_reply_do
     bench.assert_at_rest()
 
 
-async def test_the_store_s_death_before_the_hand_off_was_taken_fails_with_its_name(bench: Any, peers: Any) -> None:
-    bench.prefills[0].before_seal = peers.forever
-    stream = bench.router.open(bench.request())
-    await within(2, bench.prefills[0].arrived.wait())
-    await bench.stores[0].leave()
-    with pytest.raises(NoWorker, match="store-0"):
-        await within(1, peers.read(stream))
-    await within(1, bench.prefills[0].cancelled.wait())
-
-
-@pytest.mark.parametrize("role", ["prefill", "decode"])
-async def test_without_another_worker_a_death_is_a_clear_error_at_once(make_bench: Any, peers: Any, role: str) -> None:
-    bench = await make_bench(local_prefill="never")
-    bench.prefills[0].before_seal = peers.forever
-    dying = bench.prefills[0] if role == "prefill" else bench.decodes[0]
-    other = bench.decodes[0] if role == "prefill" else bench.prefills[0]
-    stream = bench.router.open(bench.request())
-    await within(2, bench.prefills[0].arrived.wait())
-    await within(2, bench.decodes[0].arrived.wait())
-    await dying.kill()
-    with pytest.raises(NoWorker, match=f"{role}-0.*no live {role} worker"):
-        await within(2, peers.read(stream))
-    assert stream.state is RequestState.FAILED
-    await within(1, other.cancelled.wait())
-    assert bench.sample("halfmoon_requests_total", outcome="failed", reason="no_worker") == 1
-    bench.assert_at_rest()
-
-
 async def test_a_server_that_dies_before_its_join_stream_does_is_excluded_all_the_same(make_bench: Any, peers: Any) -> None:
     bench = await make_bench(1, 2)
     await bench.decodes[0].server.stop(None)  # it is a member still

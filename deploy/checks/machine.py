@@ -1,0 +1,119 @@
+"""Checks of this machine: the proxy's ports and address, shared memory, memory, GPUs. Each takes milliseconds."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...engine.gpus import Gpu
+from ...kvstore.arena_size import ArenaSize, arena_size, free_shm_bytes
+from ...protocol.address import join_address
+from ...protocol.config import ClusterConfig, ProxyConfig
+from ...protocol.errors import ConfigError, MachineError
+from ...protocol.memory import SHM, human_bytes
+from ...protocol.schema import KVSchema
+from .finding import Finding, ok
+
+MIN_PROMPT_TOKENS = 2048  # or max_model_len where that is less: an arena that the model sizes has to hold as many
+
+
+def check_ports(proxy: ProxyConfig) -> Finding:
+    """Raises MachineError for a port that is taken or not allowed, and for an address that is not this machine's."""
+    for key, port in (("http_port", proxy.http_port), ("grpc_port", proxy.grpc_port)):
+        _require_free(proxy.host, port, key)
+    ports = " and ".join(str(port) if port else "any" for port in (proxy.http_port, proxy.grpc_port))
+    return ok("ports", f"{ports} are free on {proxy.host}")
+
+
+def _require_free(host: str, port: int, key: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        # as the proxy listens: a port of a connection that has just ended is free
+        socket.create_server((host, port), family=family).close()
+    except socket.gaierror as error:
+        raise MachineError(f"proxy.host is {host!r}, which names no address: {error.strerror}; give an address of this machine") from error
+    except OSError as error:
+        address = join_address(host, port)
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise MachineError(
+                f"proxy.host is {host}, which is no address of this machine; give one that is (`ip addr` lists them), or 0.0.0.0",
+                key="proxy.host",
+            ) from error
+        if error.errno == errno.EADDRINUSE:
+            raise MachineError(
+                f"port {port} is taken on {host}: another process listens on {address} (`ss -ltnp` names it); end it, or choose another "
+                f"proxy.{key}, or 0 for any free one",
+                key=f"proxy.{key}",
+            ) from error
+        raise MachineError(
+            f"cannot listen on {address}: {error.strerror}; choose another proxy.host or proxy.{key}", key=f"proxy.{key}"
+        ) from error
+
+
+def check_shm(config: ClusterConfig, schema: KVSchema, max_model_len: int, folder: Path = SHM) -> Finding:
+    """Whether the arena of a store on this machine fits into shared memory, and what it holds. A cluster whose arena holds less than the
+    longest prompt starts all the same: shorter ones work. Raises MachineError, ConfigError."""
+    size, free = arena_size(config.store, schema, max_model_len, folder), free_shm_bytes(folder)
+    if size.is_set and size.num_bytes > free:
+        raise MachineError(
+            f"{folder} is too small: store.arena_bytes is {size.num_bytes} and {human_bytes(free)} are free there; lower it, or "
+            f"enlarge {folder} (a container's --shm-size)",
+            key="store.arena_bytes",
+        )
+    if size.num_bytes < schema.block_bytes:
+        raise ConfigError(
+            f"the arena would have {human_bytes(size.num_bytes)} and one KV block takes {human_bytes(schema.block_bytes)}; "
+            f"{_larger(size, folder)}",
+            key="store.arena_bytes",
+        )
+    hands_off = config.prefill.num_workers > 0 or config.both.num_workers > 1
+    least = min(max_model_len, MIN_PROMPT_TOKENS)
+    if hands_off and not size.is_set and size.num_tokens < least:
+        raise MachineError(
+            f"{folder} has {human_bytes(free)} free, which is too small: half of it holds the KV of {size.num_tokens} tokens, and a prompt "
+            f"passes from prefill to decode through it; {_larger(size, folder)}, or serve coupled (--prefill 0)"
+        )
+    if hands_off and size.num_tokens < max_model_len:
+        return Finding("/dev/shm", "fault", arena_too_small(size.num_tokens, max_model_len), _larger(size, folder))
+    num_prompts = size.num_tokens / max_model_len
+    holds = f"{size.num_tokens} tokens, {num_prompts:.1f} prompts of {max_model_len}"
+    return ok("/dev/shm", f"{human_bytes(size.num_bytes)} for the KV store: {holds}")
+
+
+def arena_too_small(num_tokens: int, max_model_len: int) -> str:
+    return (
+        f"the KV store's arena is too small for the model: it holds {num_tokens} tokens and a prompt may have {max_model_len}; "
+        "a longer one than the arena cannot be handed to a decode worker and fails"
+    )
+
+
+def _larger(size: ArenaSize, folder: Path) -> str:
+    return "raise store.arena_bytes" if size.is_set else f"enlarge {folder} (a container's --shm-size), or lower model.max_model_len"
+
+
+def check_memory(weight_bytes: int, num_workers: int, available: int) -> Finding:
+    """Whether the weights of all workers fit into this machine's memory. Raises MachineError."""
+    needed = weight_bytes * num_workers
+    if needed > available:
+        raise MachineError(
+            f"the model is larger than memory: {num_workers} workers take {human_bytes(weight_bytes)} of weights each and "
+            f"{human_bytes(available)} are free; ask for fewer workers (--prefill 0 --decode 1 is the least), or a smaller model"
+        )
+    return ok("memory", f"{human_bytes(available)} free, {human_bytes(needed)} for the weights of {num_workers} workers")
+
+
+def check_gpu_memory(weight_bytes: int, gpus: Sequence[Gpu]) -> Finding:
+    """Whether the weights fit into the smallest GPU, with room for KV. Raises MachineError."""
+    smallest = min(gpus, key=lambda gpu: gpu.total_bytes)
+    if weight_bytes >= smallest.total_bytes:
+        raise MachineError(
+            f"the model is larger than memory: its weights take {human_bytes(weight_bytes)} and {smallest.name} has "
+            f"{human_bytes(smallest.total_bytes)}; take a smaller model or dtype, or a larger GPU"
+        )
+    listed = ", ".join(f"{gpu.name} with {human_bytes(gpu.free_bytes)} free" for gpu in gpus)
+    if weight_bytes >= min(gpu.free_bytes for gpu in gpus):
+        what = f"the weights take {human_bytes(weight_bytes)} and not every GPU has as much free: {listed}"
+        return Finding("GPU memory", "warning", what, "end what else uses it (`nvidia-smi` names it)")
+    return ok("GPU memory", f"{human_bytes(weight_bytes)} of weights; {listed}")

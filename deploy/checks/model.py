@@ -1,0 +1,51 @@
+"""Checks of the model folder, before anything reads a weight: config.json, every file of the weights, tokenizer, chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...engine.checkpoint import list_tensors, refuse_pointer
+from ...engine.model_config import ModelConfig
+from ...engine.model_flops import num_parameters
+from ...engine.resolve import resolve_device, resolve_dtype
+from ...protocol.config import ModelOptions
+from ...protocol.memory import human_bytes
+from ...protocol.schema import DTYPE_BYTES
+from ...proxy.text.tokenizer import Tokenizer
+from .finding import Finding, ok
+
+
+def check_weights(folder: Path, model: ModelConfig, options: ModelOptions) -> Finding:
+    """Raises CheckpointError for a file that is missing, cut, or a git-LFS pointer."""
+    size = f"{num_parameters(model) / 1e9:.2f} B parameters, {human_bytes(weight_bytes(model, options))} in {resolve_dtype(model, options)}"
+    if options.load_format == "dummy":
+        return ok("weights", f"random ones of {folder.name}'s shape: {size}")
+    files = {info.file for info in list_tensors(folder).values()}
+    return ok("weights", f"{folder.name} in {len(files)} files: {size} on {resolve_device(options)}")
+
+
+def check_tokenizer(folder: Path, model: ModelConfig) -> Finding:
+    """Raises CheckpointError for no tokenizer, one that does not parse, or a chat template that does not."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        refuse_pointer(folder / name)
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.vocab_size > model.vocab_size:
+        return Finding(
+            "tokenizer",
+            "warning",
+            f"the tokenizer of {folder} has {tokenizer.vocab_size} tokens and its model {model.vocab_size}: they are of two checkpoints",
+            "take both from the same download",
+        )
+    if tokenizer.chat_template is None:
+        return Finding(
+            "tokenizer",
+            "warning",
+            f"{folder.name} has no chat template: /v1/chat/completions is refused, /v1/completions works",
+            f"put the model's chat_template.jinja into {folder}",
+        )
+    return ok("tokenizer", f"{tokenizer.vocab_size} tokens, with a chat template")
+
+
+def weight_bytes(model: ModelConfig, options: ModelOptions) -> int:
+    """Of one worker's weights."""
+    return num_parameters(model) * DTYPE_BYTES[resolve_dtype(model, options)]

@@ -63,7 +63,9 @@ class HalfmoonError(Exception):
 
     def __init__(self, message: str, **fields: Any) -> None:
         self.message = _bounded(message, MAX_MESSAGE_LEN)
-        self.fields = {name: _bounded(value, MAX_FIELD_LEN) if isinstance(value, str) else value for name, value in fields.items()}
+        self.fields: dict[str, Any] = {
+            name: _bounded(value, MAX_FIELD_LEN) if isinstance(value, str) else value for name, value in fields.items()
+        }
         super().__init__(self.message)
 
     @property

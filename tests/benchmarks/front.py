@@ -1,6 +1,6 @@
 """What the front costs: how long its event loop stands still while large requests come in, CPU time a streamed token, and a placement.
 
-    halfmoon bench front --json front.json                 three minutes on two cores; --parts gaps,tokens,placement takes some of it
+    halfmoon bench front --json front.json                 7 minutes on two busy cores; --parts gaps,tokens,placement takes some of it
 
 The proxy runs in a process of its own, as do scripted workers (no engine: a step is a timer) and the clients, over real HTTP and
 gRPC on loopback.

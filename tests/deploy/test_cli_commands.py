@@ -361,3 +361,10 @@ def test_status_is_live_until_interrupted(face: Any, terminal: Callable[..., Ter
     status.read_until("waiting 0", start=len(status.seen))
     status.write("\x03")
     assert status.exit_code() == 0
+
+
+def test_deploy_init_takes_any_key_of_the_configuration(tmp_path: Path) -> None:
+    hosts = ["--head", "10.0.0.1", "--workers", "10.0.0.2", "--ssh-user", "me"]
+    result = run("deploy", "init", str(tmp_path / "lab"), "--target", "local", *hosts, "--set", "decode.max_running=7")
+    assert result.exit_code == 0, result.output
+    assert "max_running: 7" in (tmp_path / "lab" / "halfmoon.yaml").read_text()

@@ -65,7 +65,7 @@ def slow_ray(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    monkeypatch.setattr("halfmoon.deploy.ray_session._live_nodes", list)
+    monkeypatch.setattr("halfmoon.deploy.ray_session.live_nodes", list)
     return failures
 
 

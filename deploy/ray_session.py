@@ -13,7 +13,7 @@ import os
 import secrets
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -131,11 +131,19 @@ def live_nodes() -> list[RayNode]:
     return sorted(nodes, key=lambda node: (node.node_id != here, node.node_id))
 
 
-async def hosts_joined(wanted: int, say: Callable[[int, int], None]) -> None:
-    """Returns when Ray has that many. say: takes how many there are and how many are wanted, when the first changes."""
+async def hosts_joined(wanted: int, say: Callable[[int, int], None], addresses: Collection[str] = ()) -> None:
+    """Returns when Ray has that many. say: takes how many there are and how many are wanted, when the first changes.
+
+    addresses: of the hosts that count, where they are known: Ray takes half a minute to see that one of the others has lost its power.
+    """
     seen = 0
-    while (found := len(await asyncio.to_thread(live_nodes))) < wanted:
+    while (found := await asyncio.to_thread(_count_hosts, addresses)) < wanted:
         if found != seen:
             say(found, wanted)
             seen = found
         await asyncio.sleep(HOSTS_EVERY_S)
+
+
+def _count_hosts(addresses: Collection[str]) -> int:
+    hosts = [node.host for node in live_nodes()]
+    return len(hosts) if not addresses else len(set(hosts).intersection(addresses))

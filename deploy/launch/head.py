@@ -14,8 +14,9 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -45,10 +46,11 @@ def running(pid_file: Path) -> int | None:
 
 
 def up(num_hosts: int) -> int:
-    _tell_provider()
+    bootstrap = yaml.safe_load(BOOTSTRAP.read_text())
+    _tell_provider(bootstrap)
     if (pid := running(PID)) is not None:
         with ray_session("auto"):
-            asyncio.run(hosts_joined(num_hosts, lambda found, wanted: say(f"{found} of {wanted} hosts have joined Ray")))
+            asyncio.run(hosts_joined(num_hosts, _say_hosts, addresses_of(bootstrap["provider"])))
         return _signalled(pid, signal.SIGHUP)
     FOLDER.mkdir(parents=True, exist_ok=True)
     command = ["halfmoon", "serve", "--address", "auto", "--config", str(CONFIG), "--hosts", str(num_hosts)]
@@ -115,13 +117,21 @@ def _follow(pid: int, skip: int, last: re.Pattern[str] | None) -> int:
     return 0 if last is None else 1  # it ended before
 
 
-def _tell_provider() -> None:
+def _say_hosts(found: int, wanted: int) -> None:
+    say(f"{found} of {wanted} hosts have joined Ray")
+
+
+def addresses_of(provider: Mapping[str, Any]) -> list[str]:
+    """The hosts of a provider that lists them. A cloud's are not known before: none."""
+    return [provider["head_ip"], *provider["worker_ips"]] if provider["type"] == "local" else []
+
+
+def _tell_provider(bootstrap: Mapping[str, Any]) -> None:
     """Of hosts that were added since the autoscaler's start: it knows those of a file that only a new provider object updates."""
-    config = yaml.safe_load(BOOTSTRAP.read_text())
-    if config["provider"]["type"] == "local":
+    if bootstrap["provider"]["type"] == "local":
         from ray.autoscaler._private.local.node_provider import LocalNodeProvider
 
-        LocalNodeProvider(config["provider"], config["cluster_name"])
+        LocalNodeProvider(bootstrap["provider"], bootstrap["cluster_name"])
 
 
 def main(arguments: Sequence[str]) -> int:

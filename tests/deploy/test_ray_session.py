@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from halfmoon.deploy.ray_session import LOOPBACK, RayNode, ray_environment, ray_session
+from halfmoon.deploy.launch.head import addresses_of
+from halfmoon.deploy.ray_session import LOOPBACK, RayNode, hosts_joined, ray_environment, ray_session
 from halfmoon.protocol.errors import MachineError
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
@@ -85,3 +86,19 @@ def test_a_ray_that_does_not_start_twice_is_one_typed_line(slow_ray: list[str]) 
         with ray_session():
             pass
     assert len(slow_ray) == 1
+
+
+async def test_a_host_that_ray_still_takes_for_alive_does_not_stand_in_for_one_that_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts, told = ["10.0.0.1", "10.0.0.2"], []
+
+    def tell(found: int, wanted: int) -> None:
+        told.append((found, wanted))
+        hosts.append("10.0.0.3")
+
+    monkeypatch.setattr("halfmoon.deploy.ray_session.live_nodes", lambda: [RayNode(host, host, 0.0) for host in hosts])
+    monkeypatch.setattr("halfmoon.deploy.ray_session.HOSTS_EVERY_S", 0.0)
+    await hosts_joined(2, tell)
+    assert told == []
+    await hosts_joined(2, tell, addresses_of({"type": "local", "head_ip": "10.0.0.1", "worker_ips": ["10.0.0.3"]}))
+    assert told == [(1, 2)]
+    assert addresses_of({"type": "aws", "region": "eu-west-1"}) == []

@@ -137,7 +137,8 @@ def restart(lab: Lab) -> None:
     with lab.under_load():
         lab.halfmoon(f"deploy restart {DEPLOYMENT}")
     after = {member["id"]: member["pid"] for member in members(lab)}
-    assert before.keys() == after.keys() and all(before[one] != after[one] for one in before), f"{before} is now {after}"
+    # more may be there by then: a worker whose host died takes a while to move
+    assert before.keys() <= after.keys() and all(before[one] != after[one] for one in before), f"{before} is now {after}"
 
 
 def down(lab: Lab) -> None:

@@ -98,10 +98,14 @@ def test_serve_is_found_by_its_number_only_while_that_is_serve(tmp_path: Path) -
     assert head.running(pid) is None
     pid.write_text(str(os.getpid()))
     assert head.running(pid) is None, "another process has its number"
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "serve"]) as process:
-        pid.write_text(str(process.pid))
-        assert head.running(pid) == process.pid
-        process.kill()
+    lasts = "import time; print(flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", lasts, "serve"], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline()  # until then the kernel may not know its words yet
+            pid.write_text(str(process.pid))
+            assert head.running(pid) == process.pid
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize(("answer", "code"), [("applied: decode-2 added", 0), ("refused: no GPU is free", 1)])

@@ -85,7 +85,7 @@ def check_shm(config: ClusterConfig, schema: KVSchema, max_model_len: int, folde
 def arena_too_small(num_tokens: int, max_model_len: int) -> str:
     return (
         f"the KV store's arena is too small for the model: it holds {num_tokens} tokens and a prompt may have {max_model_len}; "
-        "a longer one than the arena cannot be handed to a decode worker and fails"
+        "one that is longer than the arena is not handed off: a decode worker computes it (proxy.local_prefill), or it is refused"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ...protocol.address import split_address
 from ...protocol.roles import ROLE_NAMES
@@ -40,8 +40,7 @@ def _absent(one: control_pb2.StatusReply.Absence, status: control_pb2.StatusRepl
         return Finding("schema" if "KV formats differ" in one.why else "members", "fault", f"{info.id} is {one.why}")
     if name == "store":
         workers = [member.info.id for member in status.members if member.info.store_id == info.id]
-        taking = f"; {', '.join(workers)} get no requests without it" if workers else ""
-        what = f"{info.id} is down for {one.for_s:.0f} s ({one.why}){taking}"
+        what = f"{info.id} is down for {one.for_s:.0f} s ({one.why}){_without(workers)}"
         return Finding(
             "store", "fault", what, "halfmoon serve starts it again by itself; its log in Ray's session folder says why it ended"
         )
@@ -54,8 +53,13 @@ def _absent(one: control_pb2.StatusReply.Absence, status: control_pb2.StatusRepl
 
 
 def _store_missing(store_id: str, status: control_pb2.StatusReply) -> Finding:
-    workers = ", ".join(member.info.id for member in status.members if member.info.store_id == store_id)
-    return Finding("store", "fault", f"{store_id} is down: it has not joined, and {workers} get no requests without it", "start it again")
+    workers = [member.info.id for member in status.members if member.info.store_id == store_id]
+    return Finding("store", "fault", f"{store_id} is down: it has not joined{_without(workers)}", "start it again")
+
+
+def _without(workers: Sequence[str]) -> str:
+    """What becomes of workers whose store is gone."""
+    return f"; {', '.join(workers)} find no prefix in it, and hand off through another store or not at all" if workers else ""
 
 
 def _stuck(member: control_pb2.StatusReply.Member) -> Finding | None:

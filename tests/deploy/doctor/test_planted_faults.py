@@ -51,7 +51,7 @@ async def test_a_store_that_is_down_is_named_before_what_follows_from_it(site: A
     site.lose("store-0", "it left the cluster")
     site.lose("prefill-0", "it left the cluster")
     worst = (await site.findings())[0]
-    assert worst.severity == "fault" and worst.what.startswith("store-0 is down for 7 s") and "decode-0 get no requests" in worst.what
+    assert worst.severity == "fault" and worst.what.startswith("store-0 is down for 7 s") and "decode-0 find no prefix in it" in worst.what
 
 
 async def test_a_store_that_the_proxy_still_lists_and_that_does_not_answer_is_named(site: Any) -> None:

@@ -43,9 +43,6 @@ class ClusterPlan:
         """Number of workers by the role that they start with."""
         return {"prefill": self.prefill, "decode": self.decode, "both": self.both}
 
-    def store_on(self, node: RayNode) -> Placed:
-        return next(store for store in self.stores if store.node == node)
-
 
 def make_plan(config: ClusterConfig, nodes: Sequence[RayNode]) -> ClusterPlan:
     """Raises ConfigError for a cluster that could not serve or a proxy that other nodes cannot reach, MachineError for too few GPUs."""

@@ -18,7 +18,7 @@ from ...protocol.roles import ROLE_NAMES, ROLE_NUMBERS, WORKER_ROLES, WorkerRole
 from ...protocol.schema import KVSchema
 from ...protocol.tasks import Tasks
 from ...protocol.v1 import control_pb2
-from ..conductor.placement import NO_BOUND, Snapshot
+from ..conductor.placement import Snapshot
 from ..conductor.policies.base import cost_by_blocks
 from ..conductor.pool import NOTHING, Ints, Pool, Roster
 from ..member_metrics import MemberReport
@@ -82,7 +82,7 @@ class Cluster:
         """Tokens of the largest hand-off that a live store takes; 0: there is no live store."""
         if self._max_handoff_len is None:
             stores = [store for stores in self._stores.values() for store in stores]
-            self._max_handoff_len = max((store.kv_capacity_tokens or NO_BOUND for store in stores), default=0)
+            self._max_handoff_len = max((store.max_handoff_len for store in stores), default=0)
         return self._max_handoff_len
 
     def on_join(self, callback: JoinCallback) -> None:
@@ -209,9 +209,9 @@ class Cluster:
         """A live store that takes a hand-off of num_tokens: the first of these addresses, else the emptiest of all. None: there is none."""
         for address in addresses:
             store = self.store_at(address)
-            if store is not None and num_tokens <= (store.kv_capacity_tokens or NO_BOUND):
+            if store is not None and num_tokens <= store.max_handoff_len:
                 return store
-        fitting = [store for store, *_ in self._stores.values() if num_tokens <= (store.kv_capacity_tokens or NO_BOUND)]
+        fitting = [store for store, *_ in self._stores.values() if num_tokens <= store.max_handoff_len]
         return min(fitting, key=lambda store: (store.avoided, store.load.kv_usage_ratio, store.id), default=None)
 
     @property

@@ -17,6 +17,7 @@ from ...protocol.roles import ROLE_NAMES
 from ...protocol.schema import KVSchema
 from ...protocol.v1 import control_pb2, kvstore_pb2_grpc, worker_pb2, worker_pb2_grpc
 from ..conductor.member_state import MemberState
+from ..conductor.placement import NO_BOUND
 from .assigned_load import AssignedLoad
 from .backlog import Backlog
 from .load_table import LoadRow, LoadTable
@@ -77,9 +78,9 @@ class Member:
         return self._id
 
     @property
-    def kv_capacity_tokens(self) -> int:
-        """Of a worker's pages or a store's arena; 0: not known."""
-        return self._kv_capacity_tokens
+    def max_handoff_len(self) -> int:
+        """Tokens of the largest hand-off that a store's arena takes; one that does not say is taken for large enough."""
+        return self._kv_capacity_tokens or NO_BOUND
 
     @property
     def incarnation(self) -> str:

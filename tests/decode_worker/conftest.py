@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import pytest
 import torch
 from prometheus_client import CollectorRegistry
@@ -21,6 +22,8 @@ from halfmoon.engine.worker_life import WorkerAddress
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.channel import create_server, open_channel
 from halfmoon.protocol.config import DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig, StoreConfig
+from halfmoon.protocol.errors import HalfmoonError
+from halfmoon.protocol.grpc_errors import from_rpc_error
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.v1 import common_pb2, control_pb2, control_pb2_grpc, worker_pb2, worker_pb2_grpc
 from halfmoon.proxy.control_service import ControlService
@@ -32,6 +35,7 @@ BLOCK_SIZE = 8
 VOCAB_SIZE = 160
 MAX_MODEL_LEN = 256
 EOS = 2
+ARENA_BYTES = 4 * 2**20
 
 
 @pytest.fixture(scope="session")
@@ -138,15 +142,14 @@ class Cluster:
         *,
         prefill: dict[str, Any] | None = None,
         decode: dict[str, Any] | None = None,
-        arena_bytes: int = 4 * 2**20,
+        arena_bytes: int = ARENA_BYTES,
         port: int = 0,
         flip_pushed_bytes: bool = False,
         both: int = 0,
         prefix_cache_hbm: bool = True,
     ) -> Cluster:
         """both: so many workers of both roles in the place of the two. Prompts go to the first one, answers come from the last."""
-        self.store = StoreServer(StoreConfig(arena_bytes=arena_bytes), node_id="node-a")
-        await self.store.start("127.0.0.1", port)
+        self.store = await started_store("node-a", port=port, arena_bytes=arena_bytes)
         configs = self._configs = {
             "options": dataclasses.replace(self.options, prefix_cache_hbm=prefix_cache_hbm),
             "prefill": PrefillConfig(transport=self.transport, **{"max_tokens_per_step": 64, **(prefill or {})}),
@@ -223,6 +226,21 @@ class Cluster:
         )
         return self.prefill_stub.Prefill(request)
 
+    async def new_store(self) -> None:
+        """In the place of the one that has died."""
+        host, port = self.store.address.split(":")
+        self.store = await started_store("node-a", host, int(port))
+
+    async def error_of(self, call: Any) -> HalfmoonError:
+        """What a call fails with, as a client of Halfmoon sees it."""
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            if hasattr(call, "__aiter__"):
+                async for _ in call:
+                    pass
+            else:
+                await call
+        return from_rpc_error(failure.value, "worker")
+
     def start_decode(self, sequence: Any, *, epoch: int = 1, local: bool = False, **fields: Any) -> Any:
         """fields: more of the request's."""
         handoff = common_pb2.HandoffId(id=sequence.request_id, epoch=epoch)
@@ -275,6 +293,20 @@ class Cluster:
             found["store"] = (stats.num_leases, stats.num_handoffs, stats.num_bytes_leased)
         assert stats.num_bytes_arena == stats.num_bytes_leased + stats.num_bytes_cached + stats.num_bytes_free
         return found
+
+
+async def started_store(node_id: str, host: str = "127.0.0.1", port: int = 0, arena_bytes: int = ARENA_BYTES) -> StoreServer:
+    store = StoreServer(StoreConfig(arena_bytes=arena_bytes), node_id=node_id)
+    await store.start(host, port)
+    return store
+
+
+@pytest.fixture
+async def elsewhere() -> AsyncIterator[StoreServer]:
+    """Another node's store."""
+    store = await started_store("node-b")
+    yield store
+    await store.stop(0.0)
 
 
 @pytest.fixture

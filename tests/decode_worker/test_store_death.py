@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
-import grpc.aio
 import pytest
 
 from halfmoon.kvstore.client import StoreClient
 from halfmoon.kvstore.server import StoreServer
-from halfmoon.protocol.config import StoreConfig
-from halfmoon.protocol.errors import HalfmoonError, StoreUnavailable
-from halfmoon.protocol.grpc_errors import from_rpc_error
+from halfmoon.protocol.errors import StoreUnavailable
 
 Greedy = Callable[[list[int], int], list[int]]
 
@@ -28,32 +25,6 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-async def error_of(call: Any) -> HalfmoonError:
-    """Reads the call to its end, which must be one of our errors."""
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        if isinstance(call, grpc.aio.UnaryUnaryCall):
-            await call
-        else:
-            async for _ in call:
-                pass
-    return from_rpc_error(caught.value, "the worker")
-
-
-async def new_store(address: str = "127.0.0.1:0", node_id: str = "node-a") -> StoreServer:
-    host, port = address.split(":")
-    store = StoreServer(StoreConfig(arena_bytes=4 * 2**20), node_id=node_id)
-    await store.start(host, int(port))
-    return store
-
-
-@pytest.fixture
-async def elsewhere() -> AsyncIterator[StoreServer]:
-    """Another node's store."""
-    store = await new_store(node_id="node-b")
-    yield store
-    await store.stop(0.0)
-
-
 async def test_a_store_s_death_fails_who_waits_for_it_and_leaves_who_decodes_alone(make_cluster: Any, greedy: Greedy) -> None:
     cluster = await make_cluster()
     cluster.decode.slow(0.01)
@@ -65,12 +36,11 @@ async def test_a_store_s_death_fails_who_waits_for_it_and_leaves_who_decodes_alo
     await until(lambda: bool(answer.token_ids))
     waiting = cluster.start_decode(cluster.sequence(prompt(30)))
     await until(lambda: cluster.store.stats().num_sessions == 2 and cluster.decode.load().num_waiting == 1)
-    address = cluster.store.address
     await cluster.store.stop(0.0)
-    assert isinstance(await error_of(waiting), StoreUnavailable)
+    assert isinstance(await cluster.error_of(waiting), StoreUnavailable)
     await reading
     assert answer.token_ids == greedy(prompt(20), 60)
-    cluster.store = await new_store(address)
+    await cluster.new_store()
     again = await cluster.run(prompt(20), max_tokens=5)
     assert again.token_ids == answer.token_ids[:5]
     await cluster.at_rest()
@@ -80,13 +50,12 @@ async def test_hand_offs_that_are_decided_wait_for_the_store_to_be_attached_and_
     make_cluster: Any, greedy: Greedy
 ) -> None:
     cluster = await make_cluster(prefix_cache_hbm=False)
-    address = cluster.store.address
     await cluster.store.stop(0.0)
     for worker in (cluster.prefill, cluster.decode):
         await until(lambda worker=worker: not worker.is_attached)
     early = asyncio.create_task(cluster.run(prompt(30), max_tokens=8))
     await until(lambda: cluster.prefill.load().num_running == 1 and cluster.decode.load().num_waiting == 1)
-    cluster.store = await new_store(address)
+    await cluster.new_store()
     assert (await early).token_ids == greedy(prompt(30), 8)
     second = await cluster.run(prompt(30), max_tokens=8)
     assert second.token_ids == greedy(prompt(30), 8) and second.state.num_cached_tokens == 24
@@ -95,14 +64,13 @@ async def test_hand_offs_that_are_decided_wait_for_the_store_to_be_attached_and_
 
 async def test_a_hand_off_that_waits_for_its_store_ends_at_its_deadline_and_frees_its_pages(make_cluster: Any) -> None:
     cluster = await make_cluster()
-    address = cluster.store.address
     await cluster.store.stop(0.0)
     for worker in (cluster.prefill, cluster.decode):
         await until(lambda worker=worker: not worker.is_attached)
     sequence = cluster.sequence(prompt(30), deadline_s=0.2)
-    errors = await asyncio.gather(error_of(cluster.start_decode(sequence)), error_of(cluster.start_prefill(sequence)))
+    errors = await asyncio.gather(cluster.error_of(cluster.start_decode(sequence)), cluster.error_of(cluster.start_prefill(sequence)))
     assert [error.code for error in errors] == ["deadline_exceeded"] * 2
-    cluster.store = await new_store(address)
+    await cluster.new_store()
     await cluster.at_rest()
 
 
@@ -127,7 +95,7 @@ async def test_the_death_of_another_node_s_store_fails_the_hand_off_that_lies_th
     own = cluster.start_decode(cluster.sequence(prompt(31)))
     await until(lambda: sum(job.client is not None for job in cluster.decode.half._jobs.values()) == 2)
     await elsewhere.stop(0.0)
-    assert isinstance(await error_of(waiting), StoreUnavailable)
+    assert isinstance(await cluster.error_of(waiting), StoreUnavailable)
     assert cluster.decode.load().num_waiting == 1, "its own store's hand-off is waited for all the same"
     own.cancel()
     await cluster.at_rest()
@@ -152,11 +120,10 @@ async def test_a_store_that_does_not_answer_is_not_asked_where_the_request_says_
 
 async def test_a_worker_that_starts_while_its_store_is_dead_serves_and_attaches_later(make_cluster: Any, greedy: Greedy) -> None:
     cluster = await make_cluster()
-    address = cluster.store.address
     await cluster.store.stop(0.0)
     await cluster.add_decode()
     assert not cluster.decode.is_attached
     assert (await cluster.run_local(prompt(30), max_tokens=5)).token_ids == greedy(prompt(30), 5)
-    cluster.store = await new_store(address)
+    await cluster.new_store()
     assert (await cluster.run(prompt(40), max_tokens=5)).token_ids == greedy(prompt(40), 5)
     await cluster.at_rest()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from halfmoon.kvstore.server import StoreServer
-from halfmoon.protocol.config import StoreConfig
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.proxy.request import Finished, ProxyRequest, RequestState
 
@@ -28,26 +27,11 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-async def new_store(port: int = 0, node_id: str = "node-a") -> StoreServer:
-    store = StoreServer(StoreConfig(arena_bytes=4 * 2**20), node_id=node_id)
-    await store.start("127.0.0.1", port)
-    return store
-
-
-@pytest.fixture
-async def elsewhere() -> AsyncIterator[StoreServer]:
-    """Another node's store."""
-    store = await new_store(node_id="node-b")
-    yield store
-    await store.stop(0.0)
-
-
 class Outage:
     """The cluster's own store dies and comes back, and the proxy knows of each."""
 
     def __init__(self, cluster: Any, proxy: Any) -> None:
         self.cluster, self.proxy = cluster, proxy
-        self._port = int(cluster.store.address.split(":")[1])
         self._num_requests = 0
 
     async def begin(self) -> None:
@@ -56,7 +40,7 @@ class Outage:
         self.proxy.cluster.leave(store, store.stream)
 
     async def end(self) -> None:
-        self.cluster.store = await new_store(self._port)
+        await self.cluster.new_store()
         self.proxy.know_store(self.cluster.store)
 
     def open(self, token_ids: list[int]) -> Any:

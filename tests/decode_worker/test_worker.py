@@ -49,17 +49,6 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-async def error_of(call: Any) -> HalfmoonError:
-    """What a call fails with, as a client of Halfmoon sees it."""
-    with pytest.raises(grpc.aio.AioRpcError) as failure:
-        if hasattr(call, "__aiter__"):
-            async for _ in call:
-                pass
-        else:
-            await call
-    return from_rpc_error(failure.value, "worker")
-
-
 def push_zeros(writer: BlockWriter, schema: KVSchema, num_layers: int | None = None) -> None:
     for layer in range(schema.num_layers if num_layers is None else num_layers):
         writer.push(layer, 0, np.zeros((writer.num_blocks, schema.layer_bytes), dtype=np.uint8))
@@ -253,7 +242,7 @@ async def test_cancelling_prefill_tells_decode_why_and_frees_everything(make_clu
     decode, prefill = cluster.start_decode(sequence), cluster.start_prefill(sequence)
     await until(lambda: cluster.store.stats().num_bytes_pushed > 0)
     prefill.cancel()
-    error = await error_of(decode)
+    error = await cluster.error_of(decode)
     await cluster.at_rest()
     assert len(steps) < 25, "the prompt was computed to its end"
     assert isinstance(error, HandoffAborted) and "was cancelled in prefill" in error.message
@@ -269,16 +258,16 @@ async def test_a_failed_prefill_is_told_to_decode_before_anything_was_reserved(m
     patient.CopyFrom(queued)
     patient.deadline_s = 600.0
     decode = cluster.start_decode(patient)
-    error = await error_of(cluster.start_prefill(queued))
+    error = await cluster.error_of(cluster.start_prefill(queued))
     assert isinstance(error, DeadlineExceeded) and "in the prefill worker's queue" in error.message
-    error = await error_of(decode)
+    error = await cluster.error_of(decode)
     assert isinstance(error, HandoffError) and "ran out of time in the prefill worker's queue" in error.message
     await blocking
 
 
 async def test_a_decode_whose_hand_off_never_comes_ends_at_its_deadline(make_cluster: Any) -> None:
     cluster = await make_cluster()
-    error = await error_of(cluster.start_decode(cluster.sequence(prompt(9), deadline_s=0.1)))
+    error = await cluster.error_of(cluster.start_decode(cluster.sequence(prompt(9), deadline_s=0.1)))
     assert isinstance(error, DeadlineExceeded)
     await cluster.at_rest()
 
@@ -306,7 +295,7 @@ async def test_a_sequence_that_can_never_fit_is_refused_with_the_limit(make_clus
         (cluster.start_prefill(cluster.sequence(prompt(65))), 64),
         (cluster.start_prefill(cluster.sequence(prompt(256))), 255),
     ):
-        error = await error_of(call)
+        error = await cluster.error_of(call)
         assert isinstance(error, PromptTooLong) and error.fields["limit"] == limit, error
 
 
@@ -314,7 +303,7 @@ async def test_tokens_that_the_model_does_not_have_are_refused_and_break_nothing
     cluster = await make_cluster()
     for start in (cluster.start_decode, cluster.start_prefill):
         for sequence in (cluster.sequence([5, 160]), cluster.sequence([]), cluster.sequence([5, 6], num_prompt_tokens=3)):
-            assert isinstance(await error_of(start(sequence)), InvalidRequest)
+            assert isinstance(await cluster.error_of(start(sequence)), InvalidRequest)
     answer = await cluster.run(prompt(9), max_tokens=3)
     assert answer.token_ids == greedy(prompt(9), 3)
 
@@ -325,7 +314,7 @@ async def test_block_keys_that_are_not_one_a_block_are_refused_by_both_workers_a
         for num_keys in (1, 3):
             sequence = cluster.sequence(prompt(17))
             sequence.block_keys.extend([bytes(16)] * num_keys)
-            error = await error_of(start(sequence))
+            error = await cluster.error_of(start(sequence))
             assert isinstance(error, InvalidRequest) and f"{num_keys} keys" in error.message and "fill 2 blocks" in error.message
     answer = await cluster.run(prompt(9), max_tokens=3)
     assert answer.token_ids == greedy(prompt(9), 3)
@@ -353,7 +342,7 @@ async def test_kv_altered_on_its_way_is_refused_and_counted(make_cluster: Any) -
         sequence = cluster.sequence(prompt(40))
         decode = cluster.start_decode(sequence)
         await cluster.start_prefill(sequence)
-        error = await error_of(decode)
+        error = await cluster.error_of(decode)
         assert isinstance(error, HandoffCorrupt) and "checksum of block 0" in error.message
         assert cluster.decode.metrics.registry.get_sample_value("halfmoon_handoffs_refused_total", {"reason": "handoff_corrupt"}) == 1
         await cluster.at_rest()
@@ -383,7 +372,7 @@ async def test_a_hand_off_that_is_not_the_requests_is_refused_with_what_was_wron
         with contextlib.suppress(HalfmoonError):  # a layout is refused at once, maybe before the seal
             await asyncio.to_thread(push_zeros, writer, engine.schema)
             await writer.seal(state)
-        error = await error_of(decode)
+        error = await cluster.error_of(decode)
         assert type(error) is error_type and words in error.message, error
         await cluster.at_rest()
     await client.close()
@@ -401,7 +390,7 @@ async def test_a_hand_off_that_is_never_sealed_is_not_decoded(make_cluster: Any)
     with pytest.raises(HandoffIncomplete, match="block 0 from layer 2"):
         await writer.seal(common_pb2.HandoffState(num_tokens=20))
     await client.close()  # as a killed prefill worker would
-    error = await error_of(decode)
+    error = await cluster.error_of(decode)
     assert isinstance(error, HandoffAborted) and "prefill-x" in error.message
     await cluster.at_rest()
 

@@ -11,6 +11,8 @@ from ..protocol.config import ClusterConfig
 from ..protocol.errors import ConfigError
 from ..protocol.roles import WorkerRole
 
+APPLIED, RESTARTED, REFUSED = "applied:", "restarted:", "refused:"
+"""One of them begins the line with which `halfmoon serve` ends a change; `halfmoon deploy` waits for it."""
 FIXED = ("model", "proxy")  # sections that a running cluster keeps
 
 

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.2"
 CONNECT_TIMEOUT_S = 5.0
 HOSTS_EVERY_S = 1.0  # Ray tells nobody of a host that joins
+ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "PYTHONSAFEPATH": "1", "GRPC_ENABLE_FORK_SUPPORT": "0"}
+OWN_ENVIRONMENT = {"RAY_worker_niceness": "0"}
+"""Of a Ray that is ours, besides ENVIRONMENT; ray_environment says why."""
 OBJECT_STORE_BYTES = 80 * 2**20  # nothing of ours goes through it
 
 
@@ -68,9 +71,7 @@ def ray_environment(address: str | None = None) -> Iterator[None]:
     Ray forks to start its processes. gRPC's fork handlers are off, because they sometimes crash the child while other threads use gRPC.
     Ray's own listeners are on every interface, whatever address a node is given, so only a token keeps strangers out.
     """
-    wanted = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "PYTHONSAFEPATH": "1", "GRPC_ENABLE_FORK_SUPPORT": "0"}
-    if address is None:
-        wanted |= {"RAY_AUTH_TOKEN": _token(), "RAY_worker_niceness": "0"}
+    wanted = ENVIRONMENT if address is not None else {**ENVIRONMENT, **OWN_ENVIRONMENT, "RAY_AUTH_TOKEN": _token()}
     added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -131,15 +132,15 @@ def live_nodes() -> list[RayNode]:
     return sorted(nodes, key=lambda node: (node.node_id != here, node.node_id))
 
 
-async def hosts_joined(wanted: int, say: Callable[[int, int], None], addresses: Collection[str] = ()) -> None:
-    """Returns when Ray has that many. say: takes how many there are and how many are wanted, when the first changes.
+async def hosts_joined(wanted: int, say: Callable[[str], None], addresses: Collection[str] = ()) -> None:
+    """Returns when Ray has that many. say: takes a line for the user, when there is one more or one less.
 
     addresses: of the hosts that count, where they are known: Ray takes half a minute to see that one of the others has lost its power.
     """
     seen = 0
     while (found := await asyncio.to_thread(_count_hosts, addresses)) < wanted:
         if found != seen:
-            say(found, wanted)
+            say(f"{found} of {wanted} hosts have joined Ray")
             seen = found
         await asyncio.sleep(HOSTS_EVERY_S)
 

@@ -13,7 +13,7 @@ from ..launch.chart import write_chart
 from ..launch.description import Description, Target
 from ..launch.folder import read, write
 from ..launch.launcher import Launcher, ray_command
-from .serve_flags import key_and_value
+from .serve_flags import overridden
 
 Flag = typer.Option
 Folder = Annotated[Path, typer.Argument(help="Of the deployment, as deploy init writes it.")]
@@ -62,11 +62,10 @@ def init(
         "proxy.host": "0.0.0.0",  # members on other hosts join there
         "model.device": "cuda" if gpus else "cpu",  # hosts whose GPUs are not found are an error, and not slow
     }
-    overrides = {key: value for key, value in flags.items() if value is not None} | dict(map(key_and_value, settings or []))
     description = Description(
         name=name,
         target=target,
-        config=ClusterConfig.load(config, overrides),
+        config=ClusterConfig.load(config, overridden(flags, settings)),
         num_gpus=gpus,
         num_hosts=hosts,
         head=head,

@@ -17,7 +17,7 @@ from ...protocol.memory import human_bytes
 from ..checks.finding import Finding, Severity
 from ..doctor.examine import Report, examine_cluster, examine_machine
 from ..doctor.links import Link
-from .serve_flags import key_and_value, setting
+from .serve_flags import overridden, setting
 from .terminal import host_and_port, phase_table
 
 PLAIN_WIDTH = 140
@@ -40,8 +40,7 @@ def doctor(
     if proxy is not None:
         report = asyncio.run(examine_cluster(proxy))
     else:
-        overrides = {"model.path": model} if model is not None else {}
-        report = examine_machine(ClusterConfig.load(config, overrides | dict(map(key_and_value, settings or []))))
+        report = examine_machine(ClusterConfig.load(config, overridden({"model.path": model}, settings)))
     if as_json:
         typer.echo(json.dumps(report.as_dict()))
     else:

@@ -1,7 +1,7 @@
 """`halfmoon serve`: a cluster in one command, until interrupted; then drained.
 
-SIGHUP: read the configuration again and make the cluster like it. SIGUSR1: rolling restart. Each ends with one line, which starts with a
-word of DONE.
+SIGHUP: read the configuration again and make the cluster like it. SIGUSR1: rolling restart. Each ends with one line, which begins with a
+word of deploy/change.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ...protocol.errors import HalfmoonError
 from ...protocol.tasks import beside
 from ...protocol.v1 import control_pb2
 from ..capacity import describe_capacity, read_status
+from ..change import APPLIED, REFUSED, RESTARTED
 from ..checks.before_start import require_startable
 from ..checks.finding import Finding
 from ..cluster import running_cluster
@@ -30,9 +31,6 @@ from ..supervisor import Supervisor
 from .progress import StartupProgress
 
 console = Console(stderr=True)
-
-
-DONE = ("applied:", "restarted:", "refused:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +65,7 @@ async def _serve(serving: Serving) -> None:
         loop.add_signal_handler(number, interrupted.set)
     for number in (signal.SIGHUP, signal.SIGUSR1):
         loop.add_signal_handler(number, orders.put_nowait, number)
-    async with beside(hosts_joined(serving.num_hosts, _say_hosts)) as joining, beside(interrupted.wait()) as waiting:
+    async with beside(hosts_joined(serving.num_hosts, _say)) as joining, beside(interrupted.wait()) as waiting:
         await asyncio.wait([joining, waiting], return_when=asyncio.FIRST_COMPLETED)
         if not joining.done():
             return
@@ -96,8 +94,8 @@ async def _serve(serving: Serving) -> None:
         await cluster.__aexit__(None, None, None)
 
 
-def _say_hosts(found: int, wanted: int) -> None:
-    console.print(f"{found} of {wanted} hosts have joined Ray", style="dim")
+def _say(line: str) -> None:
+    console.print(line, style="dim")
 
 
 async def _obey(orders: asyncio.Queue[signal.Signals], supervisor: Supervisor, reload: Callable[[], ClusterConfig]) -> None:
@@ -105,12 +103,12 @@ async def _obey(orders: asyncio.Queue[signal.Signals], supervisor: Supervisor, r
         order = await orders.get()
         try:
             if order is signal.SIGHUP:
-                line = f"applied: {await supervisor.apply(reload())}"
+                line = f"{APPLIED} {await supervisor.apply(reload())}"
             else:
                 await supervisor.roll()
-                line = "restarted: every worker, and stores where another host decodes"
+                line = f"{RESTARTED} every worker, and stores where another host decodes"
         except HalfmoonError as error:
-            line = f"refused: {error.message}"
+            line = f"{REFUSED} {error.message}"
         console.print(line, highlight=False, soft_wrap=True)
 
 

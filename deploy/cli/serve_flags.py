@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -91,7 +92,7 @@ def serve(
         "proxy.order": order,
         "proxy.cost_model": str(cost_model) if cost_model is not None else None,
     }
-    overrides = {key: value for key, value in flags.items() if value is not None} | dict(map(key_and_value, settings or []))
+    overrides = overridden(flags, settings)
     given = given_values(config, overrides)
     loaded = _load(given)  # before the heavy imports, so that a wrong key is reported at once
     counts_given = any("num_workers" in (given.get(section) or {}) for section in COUNTS)
@@ -109,6 +110,11 @@ def _load(given: dict[str, Any]) -> ClusterConfig:
         CostModel.load(profile)
         loaded = dataclasses.replace(loaded, proxy=dataclasses.replace(loaded.proxy, cost_model=str(profile)))
     return loaded
+
+
+def overridden(flags: Mapping[str, Any], settings: Sequence[str] | None) -> dict[str, Any]:
+    """What the user has said, by key of the configuration. flags: None where one was not given. settings: of --set, which win."""
+    return {key: value for key, value in flags.items() if value is not None} | dict(map(key_and_value, settings or []))
 
 
 def key_and_value(text: str) -> tuple[str, Any]:

@@ -52,16 +52,14 @@ class Description:
         if self.target is Target.LOCAL and len({self.head, *self.workers}) != 1 + len(self.workers):
             raise ConfigError("a host is named twice among --head and --workers; each is one host of Ray")
         have = self.num_gpus * (len(self.workers) + 1 if self.target is Target.LOCAL else self.num_worker_hosts)
-        if self.num_gpus and have < self.num_workers:
-            raise ConfigError(f"{self.num_workers} workers need a GPU each and the hosts have {have}; add hosts or ask for fewer workers")
-
-    @property
-    def num_workers(self) -> int:
-        return self.config.prefill.num_workers + self.config.decode.num_workers + self.config.both.num_workers
+        if self.num_gpus and have < self.config.num_workers:
+            raise ConfigError(
+                f"{self.config.num_workers} workers need a GPU each and the hosts have {have}; add hosts or ask for fewer workers"
+            )
 
     @property
     def num_worker_hosts(self) -> int:
         """Hosts beside the head. On CPU one for each worker, if not said."""
         if self.target is Target.LOCAL:
             return len(self.workers)
-        return self.num_hosts or math.ceil(self.num_workers / max(self.num_gpus, 1))
+        return self.num_hosts or math.ceil(self.config.num_workers / max(self.num_gpus, 1))

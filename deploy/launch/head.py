@@ -20,15 +20,16 @@ from typing import Any
 
 import yaml
 
+from ..change import APPLIED, REFUSED, RESTARTED
 from ..ray_session import hosts_joined, ray_session
-from .ray_yaml import ENVIRONMENT
+from .ray_yaml import HOST_ENVIRONMENT
 
 FOLDER = Path("~/halfmoon").expanduser()
 CONFIG, LOG, PID = FOLDER / "halfmoon.yaml", FOLDER / "serve.log", FOLDER / "serve.pid"
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml").expanduser()  # where `ray up` leaves its configuration
 FROM_HEAD = "| "  # begins each line for the user
 SERVES = re.compile(r"  try +halfmoon chat --address (\S+)")
-DONE = re.compile("applied:|restarted:|refused:")  # deploy/cli/serve.py's
+DONE = re.compile("|".join((APPLIED, RESTARTED, REFUSED)))
 
 
 def say(text: str) -> None:
@@ -50,7 +51,7 @@ def up(num_hosts: int) -> int:
     _tell_provider(bootstrap)
     if (pid := running(PID)) is not None:
         with ray_session("auto"):
-            asyncio.run(hosts_joined(num_hosts, _say_hosts, addresses_of(bootstrap["provider"])))
+            asyncio.run(hosts_joined(num_hosts, say, addresses_of(bootstrap["provider"])))
         return _signalled(pid, signal.SIGHUP)
     FOLDER.mkdir(parents=True, exist_ok=True)
     command = ["halfmoon", "serve", "--address", "auto", "--config", str(CONFIG), "--hosts", str(num_hosts)]
@@ -113,12 +114,8 @@ def _follow(pid: int, skip: int, last: re.Pattern[str] | None) -> int:
             say(line.rstrip())
             if last is not None and last.match(line):
                 tail.terminate()
-                return 1 if line.startswith("refused:") else 0
+                return 1 if line.startswith(REFUSED) else 0
     return 0 if last is None else 1  # it ended before
-
-
-def _say_hosts(found: int, wanted: int) -> None:
-    say(f"{found} of {wanted} hosts have joined Ray")
 
 
 def addresses_of(provider: Mapping[str, Any]) -> list[str]:
@@ -135,7 +132,7 @@ def _tell_provider(bootstrap: Mapping[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    os.environ.update({name: os.path.expandvars(value) for name, value in ENVIRONMENT.items()})
+    os.environ.update({name: os.path.expandvars(value) for name, value in HOST_ENVIRONMENT.items()})
     verbs = {"restart": restart, "status": status, "down": down}
     return up(int(arguments[1])) if arguments[0] == "up" else verbs[arguments[0]]()
 

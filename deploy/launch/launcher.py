@@ -20,8 +20,8 @@ from typing import Any
 
 from ...protocol.errors import ConfigError, Unavailable
 from .folder import HALFMOON_YAML, Deployment
-from .head import FROM_HEAD
-from .ray_yaml import ENVIRONMENT, REMOTE, SECRET, TOKEN
+from .head import FROM_HEAD, addresses_of
+from .ray_yaml import HOST_ENVIRONMENT, REMOTE, SECRET, TOKEN
 
 # exit status of a host's shell after `ray stop`: how many processes of Ray are left, counted by what they run
 STOP = "RAY_AUTH_MODE=token ray stop --force > /dev/null 2>&1; exit $(pgrep -fc '[r]ay/core/src/|^[r]ay::')"
@@ -58,12 +58,8 @@ class Launcher:
         except Unavailable as error:
             self._say(f"the head did not drain: {error.message}")
         self._ray("down", "-y")
-        config = self._deployment.ray
-        if config["provider"]["type"] != "local":
-            return []
-        hosts = [config["provider"]["head_ip"], *config["provider"]["worker_ips"]]
         with ThreadPoolExecutor(max_workers=32) as pool:
-            return [problem for problem in pool.map(self._stop, hosts) if problem]
+            return [problem for problem in pool.map(self._stop, addresses_of(self._deployment.ray["provider"])) if problem]
 
     def _stop(self, host: str) -> str:
         auth = self._deployment.ray["auth"]
@@ -104,7 +100,7 @@ class Launcher:
 
     def _environment(self) -> dict[str, str]:
         token = str((self._deployment.folder / SECRET / TOKEN).absolute())
-        ours = {**ENVIRONMENT, "RAY_AUTH_TOKEN_PATH": token, "RAY_UP_enable_autoscaler_v2": "0"}
+        ours = {**HOST_ENVIRONMENT, "RAY_AUTH_TOKEN_PATH": token, "RAY_UP_enable_autoscaler_v2": "0"}
         return {**os.environ, **ours}
 
 

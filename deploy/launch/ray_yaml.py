@@ -7,22 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from ...protocol.errors import ConfigError
-from ..ray_session import OBJECT_STORE_BYTES
+from ..ray_session import ENVIRONMENT, OBJECT_STORE_BYTES, OWN_ENVIRONMENT
 from .description import Description, Target
 
 REMOTE = "~/halfmoon"  # Halfmoon's folder on each host
 WHEEL = "wheel"  # likewise: a folder with the one file
 RAY_PORT = 6379
 SECRET, TOKEN = "secret", "auth_token"  # folder and file, here and there
-# the processes of Ray inherit these, and so do the cluster's members; deploy/ray_session.py says why
-ENVIRONMENT = {
-    "RAY_AUTH_MODE": "token",
-    "RAY_AUTH_TOKEN_PATH": f"$HOME/halfmoon/{SECRET}/{TOKEN}",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",
-    "PYTHONSAFEPATH": "1",
-    "GRPC_ENABLE_FORK_SUPPORT": "0",
-}
+# the processes of Ray inherit these, and so do the cluster's members
+HOST_ENVIRONMENT = {**ENVIRONMENT, **OWN_ENVIRONMENT, "RAY_AUTH_TOKEN_PATH": f"$HOME/halfmoon/{SECRET}/{TOKEN}"}
 CHECK = "halfmoon --help > /dev/null || { echo 'halfmoon is not installed here: install it, or give deploy init --wheel'; exit 1; }"
 DISK_GB = 200
 
@@ -48,7 +41,7 @@ def ray_yaml(description: Description, folder: Path) -> dict[str, Any]:
 
 
 def _start(description: Description, head: bool) -> list[str]:
-    exports = "export " + " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
+    exports = "export " + " ".join(f"{name}={value}" for name, value in HOST_ENVIRONMENT.items())
     # Halfmoon's actors take no CPU of Ray's, and nothing goes through its object store. Without CPUs Ray starts no idle processes.
     flags = f"--num-cpus=0 --object-store-memory={OBJECT_STORE_BYTES} --disable-usage-stats"
     if description.num_gpus and (description.target is Target.LOCAL or not head):

@@ -89,10 +89,11 @@ def test_a_ray_that_does_not_start_twice_is_one_typed_line(slow_ray: list[str]) 
 
 
 async def test_a_host_that_ray_still_takes_for_alive_does_not_stand_in_for_one_that_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
-    hosts, told = ["10.0.0.1", "10.0.0.2"], []
+    hosts: list[str] = ["10.0.0.1", "10.0.0.2"]
+    told: list[str] = []
 
-    def tell(found: int, wanted: int) -> None:
-        told.append((found, wanted))
+    def tell(line: str) -> None:
+        told.append(line)
         hosts.append("10.0.0.3")
 
     monkeypatch.setattr("halfmoon.deploy.ray_session.live_nodes", lambda: [RayNode(host, host, 0.0) for host in hosts])
@@ -100,5 +101,5 @@ async def test_a_host_that_ray_still_takes_for_alive_does_not_stand_in_for_one_t
     await hosts_joined(2, tell)
     assert told == []
     await hosts_joined(2, tell, addresses_of({"type": "local", "head_ip": "10.0.0.1", "worker_ips": ["10.0.0.3"]}))
-    assert told == [(1, 2)]
+    assert told == ["1 of 2 hosts have joined Ray"]
     assert addresses_of({"type": "aws", "region": "eu-west-1"}) == []

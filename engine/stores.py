@@ -44,6 +44,7 @@ class Stores:
         self._on_lost = on_lost
         self._on_attached = on_attached
         self._sessions: dict[str, asyncio.Task[StoreClient]] = {}
+        self._open: set[StoreClient] = set()  # closed in close() where a task was cancelled before it had done so
         self._tasks = Tasks(client_id)
 
     def is_own(self, address: str) -> bool:
@@ -64,22 +65,21 @@ class Stores:
         return await asyncio.shield(session)
 
     async def close(self) -> None:
-        sessions = list(self._sessions.values())
         await self._tasks.close()
-        for client in await asyncio.gather(*sessions, return_exceptions=True):
-            if isinstance(client, StoreClient):
-                await client.close()
         self._sessions.clear()
+        for client in list(self._open):
+            await self._close(client)
         await self.own.close()
 
     async def _attach(self, address: str) -> StoreClient:
         client = await StoreClient.attach(
             address, client_id=self._client_id, node_id=self._node_id, schema=self._schema, transport=self._transport
         )
+        self._open.add(client)
         try:
             await self._on_attached(client)
         except BaseException:
-            await client.close()
+            await self._close(client)
             raise
         self._tasks.spawn(self._watch(address, client), f"waiting for the end of the store at {address}")
         return client
@@ -93,4 +93,8 @@ class Stores:
         logger.warning("%s lost the KV store at %s", self._client_id, address)
         self._sessions.pop(address, None)
         self._on_lost(client)
-        await client.close()
+        await self._close(client)
+
+    async def _close(self, client: StoreClient) -> None:
+        await client.close()  # cancelled in here, it is still ours
+        self._open.discard(client)

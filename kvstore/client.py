@@ -163,9 +163,11 @@ class StoreClient:
 
     async def close(self) -> None:
         """Detaches; the store ends what this client still holds. Idempotent."""
-        await self._connection.close()
-        if self._transport.threads is not None:
-            await asyncio.to_thread(self._transport.close)
+        try:
+            await self._connection.close()
+        finally:  # also where the caller is cancelled meanwhile
+            if self._transport.threads is not None:
+                await asyncio.to_thread(self._transport.close)
 
     def _writer(self, reply: kvstore_pb2.ReserveReply, handoff: common_pb2.HandoffId | None) -> BlockWriter:
         return BlockWriter(self._connection, self._transport, self._schema, reply, handoff)

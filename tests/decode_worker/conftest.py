@@ -146,12 +146,13 @@ class Cluster:
         port: int = 0,
         flip_pushed_bytes: bool = False,
         both: int = 0,
-        prefix_cache_hbm: bool = True,
+        **options: Any,
     ) -> Cluster:
-        """both: so many workers of both roles in the place of the two. Prompts go to the first one, answers come from the last."""
+        """both: so many workers of both roles in the place of the two. Prompts go to the first one, answers come from the last.
+        options: of the model, instead of these tests' own."""
         self.store = await started_store("node-a", port=port, arena_bytes=arena_bytes)
         configs = self._configs = {
-            "options": dataclasses.replace(self.options, prefix_cache_hbm=prefix_cache_hbm),
+            "options": dataclasses.replace(self.options, **options),
             "prefill": PrefillConfig(transport=self.transport, **{"max_tokens_per_step": 64, **(prefill or {})}),
             "decode": DecodeConfig(transport=self.transport, **(decode or {})),
         }

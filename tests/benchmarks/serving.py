@@ -44,7 +44,7 @@ FIRST_START_S = {"cuda": 150.0, "cpu": 40.0}  # until one arm has been started
 def default_arms(num_gpus: int) -> str:
     half = num_gpus // 2
     split = f"{num_gpus - half}p{half}d"
-    arms = ["vllm:512", "vllm:2048", "vllm:8192", "coupled:512", "coupled:2048"]
+    arms = ["vllm:512", "vllm:2048", "vllm:8192", "coupled", "coupled@20", "coupled:512", "coupled:2048"]
     return ",".join([*arms, *([split, f"adaptive:{split}"] if half else [])])
 
 
@@ -52,7 +52,9 @@ def parse() -> argparse.Namespace:
     options = argparse.ArgumentParser(
         prog="halfmoon bench serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )  # fmt: skip
-    options.add_argument("--arms", help="with commas: vllm:CHUNK, coupled:CHUNK, 1p1d, 2p1d:STEP, adaptive:1p1d; default: all that fit")
+    options.add_argument(
+        "--arms", help="with commas: vllm:CHUNK, coupled, coupled:CHUNK, coupled@MS, 1p1d, 2p1d:STEP, adaptive:1p1d; default: all that fit"
+    )
     options.add_argument("--gpus", type=int, default=len(visible_gpus()), help="how many each arm takes; with --device cpu: workers")
     options.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options.add_argument("--model", default="", help="folder with weights; without it and without --shape: Halfmoon's demo model")

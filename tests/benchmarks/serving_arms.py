@@ -2,6 +2,7 @@
 
 vllm:CHUNK         a vLLM server on each GPU, prefill chunks of so many tokens
 coupled:CHUNK      Halfmoon, a worker a GPU that does both, prefill tokens of a decode step
+coupled@MS         the same with chunks sized for steps of so many milliseconds; coupled: as Halfmoon is shipped
 1p1d, 2p1d:STEP    Halfmoon, prefill and decode workers, tokens of a prefill step
 adaptive:1p1d      the same, placed by policy adaptive under the first SLO
 """
@@ -74,16 +75,17 @@ def make_specs(
 
 
 def _spec(name: str, num_gpus: int, device: str, model: Model, settings: Sequence[str], slo: tuple[float, float]) -> Spec:
-    found = re.fullmatch(r"(vllm|coupled)(?::(\d+))?|(adaptive:)?(\d+)p(\d+)d(?::(\d+))?", name)
-    if found is None:
-        raise SystemExit(f"no arm {name!r}; write vllm:CHUNK, coupled:CHUNK, 1p1d, 1p1d:STEP or adaptive:1p1d")
-    kind, chunk, adaptive, num_prefill, num_decode, step = found.groups()
+    found = re.fullmatch(r"(vllm|coupled)(?::(\d+)|@(\d+))?|(adaptive:)?(\d+)p(\d+)d(?::(\d+))?", name)
+    if found is None or name.startswith("vllm@"):
+        raise SystemExit(f"no arm {name!r}; write vllm:CHUNK, coupled, coupled:CHUNK, coupled@MS, 1p1d, 1p1d:STEP or adaptive:1p1d")
+    kind, chunk, step_ms, adaptive, num_prefill, num_decode, step = found.groups()
     if kind == "vllm":
         return _vllm(name, num_gpus, device, model, int(chunk or 2048))
     keys = [f"decode.num_workers={num_gpus if kind else num_decode}", f"prefill.num_workers={0 if kind else num_prefill}"]
     if not kind and int(num_prefill) + int(num_decode) > num_gpus:
         return Spec(name, absent=f"it needs {int(num_prefill) + int(num_decode)} GPUs, there are {num_gpus}")
     keys += [f"decode.max_prefill_tokens_per_step={chunk}", "decode.tpot_target_s=0"] if chunk else []  # a constant
+    keys += [f"decode.tpot_target_s={int(step_ms) / 1e3}"] if step_ms else []
     keys += [f"prefill.max_tokens_per_step={step}"] if step else []
     policy = [f"proxy.ttft_slo_s={slo[0]}", f"proxy.tpot_slo_s={slo[1]}", "proxy.policy=adaptive"] if adaptive else []
     keys += policy or ["proxy.policy=cache_aware" if kind else "proxy.policy=kvcache_centric"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def test_arms_are_keys_of_halfmoons_configuration(arms) -> None:
     from halfmoon.protocol.config import ClusterConfig
 
     found = {}
-    for spec in specs(arms, "coupled:512", "1p1d:4096", "adaptive:1p1d"):
+    for spec in specs(arms, "coupled:512", "coupled@20", "coupled", "1p1d:4096", "adaptive:1p1d"):
         (process,) = spec.processes
         keys = dict(part.split("=", 1) for part in process.arguments[2:])
         assert keys["store.arena_bytes"] == "7"
@@ -55,6 +56,8 @@ def test_arms_are_keys_of_halfmoons_configuration(arms) -> None:
         found[spec.name] = config
     assert (found["coupled:512"].prefill.num_workers, found["coupled:512"].decode.num_workers) == (0, 2)
     assert found["coupled:512"].decode.max_prefill_tokens_per_step == 512
+    assert found["coupled:512"].decode.tpot_target_s == 0.0 and found["coupled@20"].decode.tpot_target_s == 0.02
+    assert found["coupled"].decode == dataclasses.replace(ClusterConfig().decode, num_workers=2)
     assert (found["1p1d:4096"].prefill.num_workers, found["1p1d:4096"].prefill.max_tokens_per_step) == (1, 4096)
     assert (found["adaptive:1p1d"].proxy.policy, found["adaptive:1p1d"].proxy.tpot_slo_s) == ("adaptive", 0.03)
 
@@ -63,6 +66,8 @@ def test_what_cannot_run_here_says_why_and_a_wrong_name_ends_it(arms) -> None:
     assert [spec.absent for spec in specs(arms, "2p1d", "vllm:512")] == ["it needs 3 GPUs, there are 2", "vLLM is run on GPUs only"]
     with pytest.raises(SystemExit, match="1p1d"):
         specs(arms, "sglang")
+    with pytest.raises(SystemExit, match="vllm:CHUNK"):
+        specs(arms, "vllm@20")
 
 
 def test_every_default_arm_is_one(load, arms) -> None:

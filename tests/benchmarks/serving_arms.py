@@ -240,8 +240,9 @@ def marked(mark: str) -> list[int]:
 
 
 def gpu_memory_mib() -> list[int]:
-    """In use, a GPU; empty where there is none."""
-    return [int(line) for line in _nvidia_smi("--query-gpu=memory.used", "--format=csv,noheader,nounits")]
+    """In use, of each GPU that this process may use; empty where there is none."""
+    gpus = ",".join(visible_gpus())
+    return [int(line) for line in _nvidia_smi("-i", gpus, "--query-gpu=memory.used", "--format=csv,noheader,nounits")] if gpus else []
 
 
 def count_gpus() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,9 +41,8 @@ class Site:
     async def start(self, transport: str) -> None:
         self.store = StoreServer(StoreConfig(arena_bytes=NUM_SLOTS * self.schema.block_bytes), node_id="n")
         await self.store.start("127.0.0.1")
-        self.client = await StoreClient.attach(
-            self.store.address, client_id="worker", node_id="n" if transport == "shm" else "", schema=self.schema
-        )
+        choice: Any = "auto" if transport == "shm" else transport
+        self.client = await StoreClient.attach(self.store.address, client_id="worker", node_id="n", schema=self.schema, transport=choice)
         assert self.client.transport == transport
         self.pin()
 
@@ -59,7 +59,7 @@ class Site:
     def bytes_of(self, pages: list[int]) -> np.ndarray:
         return np.stack([self.cache.read_bytes(layer, pages) for layer in range(self.schema.num_layers)])
 
-    async def cache(self, keys: list[bytes], pages: list[int], **options) -> None:
+    async def save(self, keys: list[bytes], pages: list[int], **options) -> None:
         await cache_pages(self.pages, pages, await self.client.cache(keys, 0.0), **options)
 
     async def load(self, keys: list[bytes], pages: list[int]) -> None:
@@ -69,7 +69,7 @@ class Site:
         await reader.release()
 
 
-@pytest.fixture(params=["shm", "grpc"])
+@pytest.fixture(params=["shm", "tcp", "grpc"])
 async def site(request: pytest.FixtureRequest) -> AsyncIterator[Site]:
     made = Site("bfloat16")
     await made.start(request.param)
@@ -85,10 +85,10 @@ async def round_trip(site: Site) -> None:
     """Pages in random order, blocks of which some are there already, slots in several runs."""
     everything = random.Random(5).sample(range(NUM_PAGES), NUM_PAGES)
     before = site.bytes_of(list(range(NUM_PAGES)))
-    await site.cache(keys_of("a", 7), everything[:7])
+    await site.save(keys_of("a", 7), everything[:7])
     # blocks 2 and 3 of the next lease stand in the store, with the bytes of other pages of the same content
     mixed = [*keys_of("b", 2), *keys_of("a", 7)[2:4], *keys_of("c", 3)]
-    await site.cache(mixed, [*everything[7:9], *everything[2:4], *everything[9:12]])
+    await site.save(mixed, [*everything[7:9], *everything[2:4], *everything[9:12]])
     for keys, source in ((keys_of("a", 7), everything[:7]), (mixed, [*everything[7:9], *everything[2:4], *everything[9:12]])):
         into = everything[20 : 20 + len(keys)]
         await site.load(keys, into)
@@ -132,7 +132,7 @@ async def test_a_lost_stores_arena_is_unpinned_and_what_is_left_in_it_can_still_
     site = Site("bfloat16")
     await site.start("shm")
     before = site.bytes_of([3, 1, 2])
-    await site.cache(keys_of("x", 3), [3, 1, 2])
+    await site.save(keys_of("x", 3), [3, 1, 2])
     reader = await site.client.fetch_prefix(keys_of("x", 3))
     assert site.client.arena is not None
     site.pages.unpin(site.client.arena.memory)
@@ -148,7 +148,7 @@ async def test_a_lost_stores_arena_is_unpinned_and_what_is_left_in_it_can_still_
 
 async def test_pages_that_are_taken_away_while_they_are_copied_are_not_stored(site: Site) -> None:
     with pytest.raises(RequestCancelled, match="lost its pages"):
-        await site.cache(keys_of("a", 3), [1, 2, 3], are_held=lambda: False)
+        await site.save(keys_of("a", 3), [1, 2, 3], are_held=lambda: False)
     assert await site.client.lookup(keys_of("a", 3)) == 0
     await round_trip(site)
 

@@ -49,17 +49,13 @@ class StepBudget:
         )
         self._fit = StepFit(prior)
 
-    @property
-    def cost(self) -> StepCost:
-        return self._fit.cost
-
     def num_tokens(self, load: DecodeLoad, waiting: Seq[ChunkWork]) -> int:
         """waiting: in the order in which the step's chunks are taken from it."""
-        return self._sizer.num_tokens(self.cost, load.decodes, load.target_s, waiting)
+        return self._sizer.num_tokens(self._fit, load.decodes, load.target_s, waiting)
 
     def seconds(self, chunks: Seq[StepChunk]) -> float:
         """Predicted, of a step."""
-        return self.cost.seconds(work_of(chunks))
+        return self._fit.seconds(work_of(chunks))
 
     def observe(self, chunks: Seq[StepChunk], seconds: float) -> None:
         """A step was run. To be told before it is recorded: what decodes is told by its sequence's tokens."""

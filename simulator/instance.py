@@ -151,7 +151,7 @@ class Instance:
             self.decode.open_runs()
         prefill = None
         if self.prefill.num_ready:
-            prefill = self.prefill.schedule(self.fit.cost, decodes, self.decode.target_s(now) if decodes.num_decodes else math.inf)
+            prefill = self.prefill.schedule(self.fit, decodes, self.decode.target_s(now) if decodes.num_decodes else math.inf)
         if prefill is None and whole is None and not decodes.num_decodes:
             self.processor.leave(self)
             return

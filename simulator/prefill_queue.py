@@ -13,7 +13,8 @@ from ..engine.page_allocator import PageAllocator
 from ..engine.sequence import Sequence
 from ..prefill_worker.scheduler import PrefillScheduler, Step
 from ..protocol.sampling import SamplingParams
-from ..protocol.timing.step_cost import StepCost, StepWork
+from ..protocol.timing.chunk_sizer import Predicted
+from ..protocol.timing.step_cost import StepWork
 from ..proxy.conductor.predictors.cost_model import CostModel
 from ..proxy.conductor.predictors.timing import Predictors
 from .clock import EventLoop
@@ -103,7 +104,7 @@ class PrefillQueue:
         job.num_cached_tokens = num_cached
         self.scheduler.ready(sequence, num_cached)
 
-    def schedule(self, cost: StepCost, decodes: StepWork, target_s: float) -> Step | None:
+    def schedule(self, cost: Predicted, decodes: StepWork, target_s: float) -> Step | None:
         """The chunks that go into a step beside a decode batch; None where none does.
 
         Args:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import Protocol
 
-from .step_cost import ChunkWork, StepCost, StepWork, with_chunks
+from .step_cost import ChunkWork, StepWork, with_chunks
 
 MARGIN = 0.92  # of the TPOT that steps may take: the rest is for what no prediction knows
 SPREAD = 4.0  # steps that what a sequence has in hand is spent on
@@ -37,6 +38,12 @@ def token_target_s(tpot_s: float, num_tokens: int, elapsed_s: float) -> float:
     return usual_s + min(max(in_hand_s / SPREAD, 0.0), AHEAD * tpot_s)
 
 
+class Predicted(Protocol):
+    """What a step takes. More work never takes less."""
+
+    def seconds(self, work: StepWork) -> float: ...
+
+
 class ChunkSizer:
     """
     Args:
@@ -51,7 +58,7 @@ class ChunkSizer:
         self._least = least
         self._row_counts = tuple(row_counts)
 
-    def num_tokens(self, cost: StepCost, decodes: StepWork, target_s: float, waiting: Sequence[ChunkWork]) -> int:
+    def num_tokens(self, cost: Predicted, decodes: StepWork, target_s: float, waiting: Sequence[ChunkWork]) -> int:
         """Of the next step's chunks, which come from `waiting` in its order. 0 where nothing waits.
 
         Args:

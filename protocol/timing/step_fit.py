@@ -2,9 +2,14 @@
 
 measured ─► the bound that the step was at: the read of the weights, or its products ─► least squares of relative errors ─► StepCost
 A hiccup counts as a few usual errors and no more. If everything is far off, that is the usual error, and is followed.
+
+Steps that are all alike can be explained in many ways, and some of those say that a larger chunk takes far too long. Nobody would then
+run one and see. So no step is predicted to take more than the last mixed one did, times what it has more of.
 """
 
 from __future__ import annotations
+
+import math
 
 from .regression import RelativeFit
 from .step_cost import StepCost, StepWork
@@ -29,11 +34,18 @@ class StepFit:
         self._usual_error = FIRST_ERROR
         self.num_observations = 0
         self.cost = prior
+        self._last_mixed: tuple[StepWork, float] | None = None  # chunks beside decode tokens, and what they took
+
+    def seconds(self, work: StepWork) -> float:
+        """Predicted."""
+        return min(self.cost.seconds(work), self._most_s(work))
 
     def observe(self, work: StepWork, measured_s: float) -> None:
         """A step that took no time, or computed nothing, teaches nothing."""
         if measured_s <= 0.0 or not (work.num_chunk_tokens or work.num_decodes):
             return
+        if work.num_chunk_tokens and work.num_decodes:
+            self._last_mixed = work, measured_s
         features = self._features(work, measured_s)
         # a prediction near 0 or below it would keep itself alive: what may be learnt is in proportion to it
         predicted_s = max(self._fit.predict(features) * MILLI, LEAST_SHARE * measured_s)
@@ -45,6 +57,13 @@ class StepFit:
         weight = max(ERROR_WINDOW, 1.0 / (self.num_observations + 1))
         self._usual_error += weight * (min(abs(error), 2 * most) - self._usual_error)
         self.cost = self._as_cost()
+
+    def _most_s(self, work: StepWork) -> float:
+        """A part of a step is there once, however much it computes; the others grow in proportion at most."""
+        if self._last_mixed is None:
+            return math.inf
+        last, measured_s = self._last_mixed
+        return measured_s * max(1.0, *(_ratio(more, less) for more, less in zip(work, last, strict=True)))
 
     def _features(self, work: StepWork, measured_s: float) -> tuple[float, ...]:
         num_tokens, attention, num_decodes, num_context_tokens = work
@@ -62,3 +81,7 @@ class StepFit:
         """No token takes less than no time, nor the weights' read."""
         read, chunk, *per = (weight * MILLI / unit for weight, unit in zip(self._fit.weights, UNITS, strict=True))
         return StepCost(max(read, 0.0), chunk, *(max(weight, 0.0) for weight in per))
+
+
+def _ratio(more: float, less: float) -> float:
+    return more / less if less > 0.0 else (math.inf if more > 0.0 else 0.0)

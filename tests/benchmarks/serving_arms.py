@@ -9,9 +9,11 @@ adaptive:1p1d      the same, placed by policy adaptive under the first SLO
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -32,6 +34,7 @@ from shapes import SHAPES, write_shape, write_tokenizer
 MARK = "HALFMOON_BENCH_ARM"  # in the environment of every process of an arm, whoever started it
 STOP_S = ((signal.SIGINT, 20.0), (signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0))
 MEMORY_SLACK_MIB = 600
+PORTS = range(20_000, 30_000)
 CHILD_ENVIRONMENT = {
     "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false", "VLLM_USE_FLASHINFER_SAMPLER": "0",
@@ -156,7 +159,7 @@ def _await_ready(child: subprocess.Popen[bytes], process: Process, log: Path, de
             with urllib.request.urlopen(process.url + process.ready_path, timeout=5) as response:
                 if response.status == 200:
                     return
-        except (urllib.error.URLError, OSError):
+        except (urllib.error.URLError, OSError, http.client.HTTPException):
             pass  # not yet
         try:
             code = child.wait(timeout=0.5)  # the pause between two looks, ended by the process's end
@@ -296,11 +299,17 @@ def _nvidia_smi(*arguments: str) -> list[str]:
 
 
 def _free_ports(num: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(num)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    """Below those that the kernel gives away: a worker or Ray would have one before the server that it is meant for."""
+    found: list[int] = []
+    for port in random.sample(PORTS, len(PORTS)):
+        if len(found) == num:
+            break
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        found.append(port)
+    return found
 
 
 def _end_of(log: Path) -> str:

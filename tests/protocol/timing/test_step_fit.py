@@ -6,6 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from halfmoon.protocol.timing.chunk_sizer import ChunkSizer
 from halfmoon.protocol.timing.step_cost import ChunkWork, StepCost, StepWork, attention_of, with_chunks
 from halfmoon.protocol.timing.step_fit import StepFit
 
@@ -68,6 +69,42 @@ def test_a_machine_that_became_twice_as_slow_is_followed() -> None:
     for work in steps(1200, rng):  # half a minute
         fit.observe(work, slow.seconds(work))
     assert worst_error(fit.cost, slow, 2) < 0.15
+
+
+def trapped() -> StepCost:
+    """Right about 64 tokens beside a few decode tokens, and far too high about more of them: two slopes that cancel at 64."""
+    per_token_s = 300e-6
+    products_s = 8.4e-3 - 3 * H100.per_decode_s - 36_000 * H100.per_context_s
+    return H100._replace(read_s=1e-3, chunk_s=products_s - 64 * per_token_s, per_token_s=per_token_s)
+
+
+def test_who_ran_nothing_but_small_chunks_finds_out_that_larger_ones_fit() -> None:
+    rng = random.Random(4)
+    fit, sizer = StepFit(trapped()), ChunkSizer(most=2048, most_beside=2048, least=64)
+    decodes, waiting = StepWork(num_decodes=3, num_context_tokens=36_000), [ChunkWork(5_000, 100_000)]
+    sizes: list[int] = []
+    for _ in range(40):
+        sizes.append(sizer.num_tokens(fit, decodes, 20e-3, waiting))
+        work = with_chunks(decodes, waiting, sizes[-1])
+        fit.observe(work, H100.seconds(work) * rng.gauss(1.0, 0.02))
+    fitting = sizer.num_tokens(H100, decodes, 20e-3, waiting)
+    assert sizes[0] == 64 < fitting
+    assert sum(sizes[20:]) / 20 >= 0.85 * fitting
+    late = [size for size in sizes if H100.seconds(with_chunks(decodes, waiting, size)) > 1.2 * 20e-3]
+    assert len(late) <= 2, "who decodes paid for the search with a step or two"
+
+
+@given(st.floats(0.1, 10.0), st.integers(64, 2048), st.integers(1, 32), st.integers(1, 8))
+def test_no_step_is_predicted_to_take_more_than_the_last_mixed_one_times_what_it_has_more_of(
+    prior: float, num_tokens: int, num_decodes: int, factor: int
+) -> None:
+    work = StepWork(num_tokens, attention_of(num_tokens, 3_000), num_decodes, 1_000 * num_decodes)
+    fit = StepFit(H100.scaled(prior))
+    fit.observe(work, 10e-3)
+    for more in (work, StepWork(*(factor * part for part in work)), work._replace(num_chunk_tokens=factor * num_tokens)):
+        assert fit.seconds(more) <= 10e-3 * factor * (1 + 1e-9)
+    fit.observe(StepWork(num_decodes=num_decodes, num_context_tokens=100), 1e-3)
+    assert fit.seconds(work) <= 10e-3 * (1 + 1e-9), "steps of one kind alone say nothing about it"
 
 
 def test_what_did_nothing_or_took_no_time_teaches_nothing() -> None:

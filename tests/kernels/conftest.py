@@ -47,7 +47,8 @@ def interpreter_patched_once_a_launch() -> Iterator[None]:
         """Of the modules that function sees; all are put back at the end of the launch."""
         if not launch._changes:
             done.clear()
-        seen = {value.__name__ for value in function.__globals__.values() if any(value is one for one in (interpreter.tl, interpreter.tl.core))}
+        modules = (interpreter.tl, interpreter.tl.core)
+        seen = {value.__name__ for value in function.__globals__.values() if any(value is module for module in modules)}
         if not seen <= done:
             done.update(seen)
             launch._changes += patch(function)._changes

@@ -90,14 +90,14 @@ async def decoding_worker(cluster: Any, request_id: str) -> str:
 
 async def test_one_that_dies_costs_a_replay_on_the_other(cluster, reference, prompt_of) -> None:
     prompt = prompt_of(300, seed=4)
-    stream = cluster.client.stream(token_ids=list(prompt), max_tokens=800, temperature=0.0, ignore_eos=True)
+    stream = cluster.client.stream(token_ids=list(prompt), max_tokens=300, temperature=0.0, ignore_eos=True)
     token_ids: list[int] = []
     async for event in stream:
         if isinstance(event, Delta):
             if not token_ids:
                 await cluster.kill(await decoding_worker(cluster, stream.request_id))
             token_ids += event.token_ids
-    assert token_ids == reference.generate(prompt, 800, token_ids)
+    assert token_ids == reference.generate(prompt, 300, token_ids)
     assert (await stream.completion()).phases.num_attempts == 2
     await cluster.all_joined(3)
 

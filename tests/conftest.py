@@ -61,7 +61,7 @@ SHARES_RAY = {
     name: group
     for group, names in {
         "a Ray": ("test_one_node", "test_two_nodes", "test_demo", "test_ray_session"),
-        "another Ray": ("test_failures", "test_frozen", "test_both", "test_coupled"),
+        "another Ray": ("test_failures", "test_both", "test_coupled"),
     }.items()
     for name in names
 }

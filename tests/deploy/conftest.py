@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc.aio
 import pytest
 import pytest_asyncio
 import torch
@@ -183,10 +184,28 @@ class Cluster:
         info = next(member.info for member in (await self.status()).members if member.info.id == member_id)
         os.kill(info.pid, signal.SIGKILL)
 
+    async def restart_proxy(self, num_members: int) -> None:
+        """Kills it, and returns once another process has taken its place and knows the members again."""
+        import ray
+
+        proxy = next(member for member in self.supervisor.members if member.id == "proxy")
+        killed = proxy.actor
+        ray.kill(killed, no_restart=True)
+        async with asyncio.timeout(300):
+            while True:
+                try:
+                    if proxy.actor is not killed:
+                        await self.all_joined(num_members)
+                        return
+                except grpc.aio.AioRpcError as error:
+                    if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                        raise
+                await asyncio.sleep(0.1)
+
     async def all_joined(self, num_members: int, timeout_s: float = 300.0) -> None:
         async with asyncio.timeout(timeout_s):
             while len((await self.status()).members) < num_members:
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.2)
 
     async def at_rest(self, within_s: float = 60.0) -> None:
         """Nothing leased, no hand-off, no page in use, no request known: within the time given, and the slots add up."""
@@ -195,7 +214,7 @@ class Cluster:
             left = await self._not_at_rest()
             if not left:
                 return
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
         raise AssertionError(f"{within_s} s later: {left}")
 
     async def _not_at_rest(self) -> str:

@@ -1,4 +1,4 @@
-"""Local prefill on a real cluster: one without prefill workers, and one that loses its only prefill worker."""
+"""Local prefill on a real cluster without prefill workers, which is then given one and loses it."""
 
 from __future__ import annotations
 
@@ -66,20 +66,18 @@ async def test_the_second_turn_reports_its_cached_tokens(coupled, reference, pro
     assert phases.num_attempts == 1
 
 
-async def test_the_only_prefill_worker_killed_in_mid_prefill_is_made_up_for_by_decode(
-    ray_nodes, model_folder, cluster_type, reference, prompt_of
-) -> None:
+async def test_the_only_prefill_worker_killed_in_mid_prefill_is_made_up_for_by_decode(coupled, model_folder, reference, prompt_of) -> None:
+    assert await coupled.supervisor.apply(config(model_folder, 1)) == "prefill-0 added"
     prompt = prompt_of(3500, seed=4)
-    async with running_cluster(config(model_folder, 1), ray_nodes) as supervisor, cluster_type.open(supervisor) as cluster:
-        task = asyncio.create_task(cluster.client.generate(token_ids=list(prompt), max_tokens=16, temperature=0.0, ignore_eos=True))
-        async with asyncio.timeout(60):
-            while not any(found.num_handoffs for found in await cluster.store_stats()):
-                await asyncio.sleep(0.002)
-        await cluster.kill("prefill-0")
-        result = await task
-        assert list(result.token_ids) == reference.generate(prompt, 16, result.token_ids)
-        assert (result.phases.num_attempts, result.phases.transport, result.phases.prefill_worker) == (2, "local", "decode-0")
-        await cluster.all_joined(3)
-        await cluster.at_rest()
-        again = await cluster.client.generate(token_ids=list(prompt_of(300, seed=5)), max_tokens=4, temperature=0.0, ignore_eos=True)
-        assert again.phases.prefill_worker == "prefill-0", "it is back, and has its work back"
+    task = asyncio.create_task(coupled.client.generate(token_ids=list(prompt), max_tokens=16, temperature=0.0, ignore_eos=True))
+    async with asyncio.timeout(60):
+        while not any(found.num_handoffs for found in await coupled.store_stats()):
+            await asyncio.sleep(0.002)
+    await coupled.kill("prefill-0")
+    result = await task
+    assert list(result.token_ids) == reference.generate(prompt, 16, result.token_ids)
+    assert (result.phases.num_attempts, result.phases.transport, result.phases.prefill_worker) == (2, "local", "decode-0")
+    await coupled.all_joined(3)
+    await coupled.at_rest()
+    again = await coupled.client.generate(token_ids=list(prompt_of(300, seed=5)), max_tokens=4, temperature=0.0, ignore_eos=True)
+    assert again.phases.prefill_worker == "prefill-0", "it is back, and has its work back"

@@ -19,30 +19,28 @@ NUM_TOKENS = 64
 NUM_TOKENS_EACH_OF_MANY = 24
 
 
-@pytest_asyncio.fixture(scope="module", params=[(1, 1), (2, 2)], ids=["1P1D", "2P2D"])
-async def cluster(
-    request: pytest.FixtureRequest, two_nodes: list[RayNode], model_folder: Path, cluster_type: type
-) -> AsyncIterator[object]:
-    num_prefill, num_decode = request.param
+@pytest_asyncio.fixture(scope="module")
+async def cluster(two_nodes: list[RayNode], model_folder: Path, cluster_type: type) -> AsyncIterator[object]:
+    """Two prefill and two decode workers, taken in turn: prefill-0 with decode-0, prefill-1 with decode-1, each pair on two nodes."""
     config = ClusterConfig(
         model=ModelOptions(path=str(model_folder), name="demo"),
         store=StoreConfig(arena_bytes=256 * 2**20),
-        proxy=ProxyConfig(http_port=0, grpc_port=0),
-        prefill=PrefillConfig(num_workers=num_prefill, max_tokens_per_step=512),
-        decode=DecodeConfig(num_workers=num_decode),
+        proxy=ProxyConfig(http_port=0, grpc_port=0, policy="round_robin"),
+        prefill=PrefillConfig(num_workers=2, max_tokens_per_step=512),
+        decode=DecodeConfig(num_workers=2),
     )
     async with running_cluster(config, two_nodes) as supervisor, cluster_type.open(supervisor) as opened:
         yield opened
 
 
 async def test_tokens_over_tcp_equal_those_of_transformers(cluster, reference, prompt_of) -> None:
-    transports = set()
+    pairs = set()
     for prompt_len in (1, 64, 65, 700, 1500):
         prompt = prompt_of(prompt_len)
         result = await cluster.client.generate(token_ids=list(prompt), max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
         assert list(result.token_ids) == reference.generate(prompt, NUM_TOKENS, result.token_ids)
-        transports.add(result.phases.transport)
-    assert "tcp" in transports
+        pairs.add((result.phases.prefill_worker, result.phases.decode_worker, result.phases.transport))
+    assert pairs == {("prefill-0", "decode-0", "tcp"), ("prefill-1", "decode-1", "tcp")}, "either node to the other"
     await cluster.at_rest()
 
 

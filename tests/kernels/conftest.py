@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +30,33 @@ class Paged:
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreter_patched_once_a_launch() -> Iterator[None]:
+    """Triton's interpreter replaces triton.language's functions at a launch, and again at each call of a @triton.jit function inside
+    it, which takes half of the time and changes nothing."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch, launch, done = interpreter._patch_lang, interpreter._LangPatchScope(), set[str]()
+
+    def once(function: Any) -> Any:
+        """Of the modules that function sees; all are put back at the end of the launch."""
+        if not launch._changes:
+            done.clear()
+        modules = (interpreter.tl, interpreter.tl.core)
+        seen = {value.__name__ for value in function.__globals__.values() if any(value is module for module in modules)}
+        if not seen <= done:
+            done.update(seen)
+            launch._changes += patch(function)._changes
+        return launch
+
+    interpreter._patch_lang = once
+    yield
+    interpreter._patch_lang = patch
 
 
 @pytest.fixture

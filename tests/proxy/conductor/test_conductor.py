@@ -42,7 +42,7 @@ def questions(draw: st.DrawFn) -> tuple[PlacementRequest, Snapshot]:
 
 @pytest.mark.parametrize("name", POLICIES)
 @given(question=questions())
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_an_answer_is_a_fitting_pair_or_says_what_is_missing(name: str, question: tuple[PlacementRequest, Snapshot]) -> None:
     request, snapshot = question
     answer = Conductor(create_policy(name, random.Random(0))).place(request, snapshot)
@@ -68,7 +68,7 @@ def test_an_answer_is_a_fitting_pair_or_says_what_is_missing(name: str, question
 
 @pytest.mark.parametrize("name", POLICIES)
 @given(questions=st.lists(questions(), max_size=6))
-@settings(max_examples=50)
+@settings(max_examples=25)
 def test_equal_histories_give_equal_answers(name: str, questions: list[tuple[PlacementRequest, Snapshot]]) -> None:
     one, other = (Conductor(create_policy(name, random.Random(5))) for _ in range(2))
     assert [one.place(*question) for question in questions] == [other.place(*question) for question in questions]

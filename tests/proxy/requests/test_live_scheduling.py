@@ -287,7 +287,7 @@ async def test_adaptive_lets_an_idle_decode_worker_prefill_when_that_is_sooner(m
     request = bench.request()
     token_ids, finished = await within(5, peers.read(bench.router.open(request)))
     assert token_ids == peers.answer(request)
-    assert [one.local_prefill for one in bench.decodes[0].requests] == [False, True] and len(bench.prefills[0].requests) == 1
+    assert sorted(one.local_prefill for one in bench.decodes[0].requests) == [False, True] and len(bench.prefills[0].requests) == 1
     assert (finished.phases.prefill_worker, finished.phases.transport) == ("decode-0", "local")
     assert "in its own decode batch" in finished.phases.placement_reason
     assert finished.phases.predicted_ttft_s - finished.phases.queue_s < 2 * MODEL.prefill_time(10, 0), "no hand-off, no queue"

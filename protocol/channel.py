@@ -5,6 +5,8 @@ from __future__ import annotations
 import grpc.aio
 
 from .address import join_address
+from .credentials import Credentials
+from .members_only import MemberChannel, MembersOnly
 from .parsing import Parsing
 
 # Between members message size is bounded by who sends (slices of a few MiB), not by gRPC's 4 MiB default.
@@ -28,21 +30,31 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """address: "host:port". Connects on first use."""
-    return grpc.aio.insecure_channel(address, options=[*OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
+def open_channel(address: str, credentials: Credentials | None = None) -> grpc.aio.Channel:
+    """address: "host:port". Connects on first use. credentials: to be shown with each call; None: at a port that is open to users."""
+    channel = grpc.aio.insecure_channel(address, options=[*OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
+    return channel if credentials is None else MemberChannel(channel, credentials)
 
 
-def create_server(host: str, port: int, *, max_request_bytes: int = -1, handshake_timeout_s: float = 10.0) -> tuple[grpc.aio.Server, int]:
+def create_server(
+    host: str,
+    port: int,
+    *,
+    credentials: Credentials | None = None,
+    max_request_bytes: int = -1,
+    handshake_timeout_s: float = 10.0,
+) -> tuple[grpc.aio.Server, int]:
     """A server bound to host:port and the port it got (port 0: any free one). Not started.
 
+    credentials: what each call must bring; None: it serves whoever reaches it.
     max_request_bytes: of one message, where strangers may send them; a larger one is refused unread. -1: any size.
     handshake_timeout_s: for a new connection to speak HTTP/2; it is closed then.
     Raises OSError where the port is taken.
     """
     options = dict(OPTIONS) | {"grpc.max_receive_message_length": max_request_bytes, "grpc.so_reuseport": 0}
     options["grpc.server_handshake_timeout_ms"] = max(1, round(handshake_timeout_s * 1e3))
-    server = grpc.aio.server(interceptors=(Parsing(),), options=list(options.items()))
+    guards = () if credentials is None else (MembersOnly(credentials),)
+    server = grpc.aio.server(interceptors=(*guards, Parsing()), options=list(options.items()))
     address = join_address(host, port)
     bound = server.add_insecure_port(address)
     if bound == 0:

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
+from ...client import Control
 from ...engine.gpus import visible_gpus
 from ...engine.resolve import torch_has_cuda
 from ...protocol.config import ClusterConfig
+from ...protocol.credentials import Credentials
 from ...protocol.errors import HalfmoonError
 from ...protocol.tasks import beside
 from ...protocol.v1 import control_pb2
@@ -28,6 +30,7 @@ from ..cluster import running_cluster
 from ..plan import count_gpus, couple_on_one_gpu
 from ..ray_session import hosts_joined, live_nodes, ray_session
 from ..supervisor import Supervisor
+from ..token_file import token_file
 from .progress import StartupProgress
 
 console = Console(stderr=True)
@@ -74,22 +77,24 @@ async def _serve(serving: Serving) -> None:
     num_gpus = count_gpus(nodes)
     config = serving.fitted(serving.config, num_gpus)
     with StartupProgress(console) as progress:
-        cluster = running_cluster(config, nodes, progress.notify)
+        cluster = running_cluster(config, nodes, progress.notify, Credentials.from_environment())
         async with beside(cluster.__aenter__()) as starting, beside(interrupted.wait()) as waiting:
             await asyncio.wait([starting, waiting], return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
                 return
             supervisor = starting.result()
         progress.done()
+    control = Control(supervisor.control_address, supervisor.credentials.token)
     try:
-        _print_endpoints(supervisor, config, supervisor.spec.plan.device)
-        _print_capacity(await read_status(supervisor.grpc_address), supervisor.spec.max_model_len)
-        obeying = _obey(orders, supervisor, lambda: serving.fitted(serving.reload(), num_gpus))
-        async with beside(supervisor.watch()) as watching, beside(obeying) as obeying, beside(interrupted.wait()) as waiting:
-            ended, _ = await asyncio.wait([watching, obeying, waiting], return_when=asyncio.FIRST_COMPLETED)
-            for task in ended:
-                task.result()
-            await _drain(supervisor, config.proxy.drain_timeout_s, interrupted)
+        with token_file(control.address, supervisor.credentials):
+            _print_endpoints(supervisor, config, supervisor.spec.plan.device)
+            _print_capacity(await read_status(control), supervisor.spec.max_model_len)
+            obeying = _obey(orders, supervisor, lambda: serving.fitted(serving.reload(), num_gpus))
+            async with beside(supervisor.watch()) as watching, beside(obeying) as obeying, beside(interrupted.wait()) as waiting:
+                ended, _ = await asyncio.wait([watching, obeying, waiting], return_when=asyncio.FIRST_COMPLETED)
+                for task in ended:
+                    task.result()
+                await _drain(supervisor, config.proxy.drain_timeout_s, interrupted)
     finally:
         await cluster.__aexit__(None, None, None)
 
@@ -142,7 +147,8 @@ def _print_endpoints(supervisor: Supervisor, config: ClusterConfig, device: str)
         f"[bold green]serving[/bold green] with {workers} on {'CPU' if device == 'cpu' else 'CUDA'}\n"
         f"  OpenAI HTTP  http://{supervisor.http_address}/v1\n"
         f"  gRPC         {supervisor.grpc_address}\n"
-        f"  metrics      http://{supervisor.http_address}/metrics\n"
+        f"  control      {supervisor.control_address}, for members and operators\n"
+        f"  metrics      http://{supervisor.metrics_address}/metrics\n"
         f"  try          halfmoon chat --address {supervisor.grpc_address}",
         highlight=False,
     )

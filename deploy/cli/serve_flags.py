@@ -13,6 +13,7 @@ import yaml
 
 from ...protocol.config import AdmissionName, ClusterConfig, Policy, QueueOrder, from_mapping, given_values
 from ...proxy.conductor.predictors.cost_model import CostModel
+from ...proxy.tenants.keys_file import KeysFile
 
 Flag = typer.Option
 DEFAULTS = ClusterConfig()
@@ -109,6 +110,10 @@ def _load(given: dict[str, Any]) -> ClusterConfig:
         profile = Path(loaded.proxy.cost_model).absolute()  # because the proxy starts in another folder
         CostModel.load(profile)
         loaded = dataclasses.replace(loaded, proxy=dataclasses.replace(loaded.proxy, cost_model=str(profile)))
+    if loaded.proxy.keys_file:
+        keys = Path(loaded.proxy.keys_file).absolute()
+        KeysFile.load(keys)
+        loaded = dataclasses.replace(loaded, proxy=dataclasses.replace(loaded.proxy, keys_file=str(keys)))
     return loaded
 
 

@@ -21,12 +21,17 @@ def host_and_port(address: str | None) -> str | None:
         return None
     _, colon, port = address.rpartition(":")
     if "/" in address or not colon or not port.isdigit():
-        raise typer.BadParameter(f"{address!r} is no host:port, as in {DEFAULT_ADDRESS}; it is the gRPC face's, without http://")
+        raise typer.BadParameter(f"{address!r} is no host:port, as in {DEFAULT_ADDRESS}; without http://")
     return address
 
 
 Address = Annotated[str, typer.Option(help="host:port of the proxy's gRPC face.", show_default=True, callback=host_and_port)]
 DEFAULT_ADDRESS = "127.0.0.1:50051"
+ApiKey = Annotated[str, typer.Option(envvar="HALFMOON_API_KEY", show_envvar=True, help="Where the cluster asks for one.")]
+ControlAddress = Annotated[
+    str, typer.Option("--control", help="host:port of the proxy's control.", show_default=True, callback=host_and_port)
+]
+DEFAULT_CONTROL = "127.0.0.1:50052"
 
 _PHASES = (
     ("queue_s", "queued in the proxy"),

@@ -31,7 +31,7 @@ from halfmoon.protocol.config import ClusterConfig, DecodeConfig, PrefillConfig,
 from halfmoon.protocol.roles import WorkerRole
 
 CONFIG = ClusterConfig(
-    proxy=ProxyConfig(http_port=0, grpc_port=0, policy="kvcache_centric", ttft_slo_s=1.0, tpot_slo_s=0.1),
+    proxy=ProxyConfig(http_port=0, grpc_port=0, control_port=0, metrics_port=0, policy="kvcache_centric", ttft_slo_s=1.0, tpot_slo_s=0.1),
     prefill=PrefillConfig(num_workers=1),
     decode=DecodeConfig(num_workers=2),
     store=StoreConfig(arena_bytes=24 * 2**20),

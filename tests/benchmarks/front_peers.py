@@ -67,7 +67,7 @@ def proxy_process(pipe: Connection, loop: str, folder: str) -> None:
 
 async def _proxy(pipe: Connection, folder: str) -> None:
     """Obeys cpu (-> seconds of this process), watch and watched (-> longest gaps of the event loop between them), end."""
-    config = ProxyConfig(http_port=0, grpc_port=0, policy="least_loaded")
+    config = ProxyConfig(http_port=0, grpc_port=0, control_port=0, metrics_port=0, policy="least_loaded")
     server = ProxyServer(config=config, options=ModelOptions(), model_folder=Path(folder), schema=SCHEMA)
     endpoints = await server.start()
     server.warm_up()

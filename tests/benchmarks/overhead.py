@@ -130,7 +130,7 @@ def summary(samples: list[Sample], before: Counters, after: Counters, wall_s: fl
 
 async def measure(arguments: argparse.Namespace) -> dict[str, object]:
     results: dict[str, object] = {}
-    config = ClusterConfig(proxy=ProxyConfig(http_port=0, grpc_port=0))
+    config = ClusterConfig(proxy=ProxyConfig(http_port=0, grpc_port=0, control_port=0, metrics_port=0))
     with ray_session() as nodes:
         async with running_cluster(config, nodes) as supervisor:
             address = supervisor.grpc_address

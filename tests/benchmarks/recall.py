@@ -56,7 +56,7 @@ def configuration(mode: str) -> ClusterConfig:
     num_workers = 2 if mode == "killed" else 1
     transport: Any = "grpc" if mode == "grpc" else "auto"
     return ClusterConfig(
-        proxy=ProxyConfig(http_port=0, grpc_port=0),
+        proxy=ProxyConfig(http_port=0, grpc_port=0, control_port=0, metrics_port=0),
         prefill=PrefillConfig(num_workers=0 if mode == "coupled" else num_workers, transport=transport),
         decode=DecodeConfig(num_workers=num_workers, transport=transport),
     )

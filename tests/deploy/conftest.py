@@ -17,7 +17,7 @@ import pytest_asyncio
 import torch
 from transformers import AutoModelForCausalLM
 
-from halfmoon.client import AsyncClient
+from halfmoon.client import AsyncClient, Control
 from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.ray_session import LOOPBACK, RayNode, ray_environment, ray_session
 from halfmoon.deploy.supervisor import Supervisor
@@ -134,7 +134,7 @@ async def cluster(ray_nodes: list[RayNode], model_folder: Path, cluster_type: ty
     config = ClusterConfig(
         model=ModelOptions(path=str(model_folder), name="demo"),
         store=StoreConfig(arena_bytes=256 * 2**20),
-        proxy=ProxyConfig(http_port=0, grpc_port=0, policy="round_robin"),
+        proxy=ProxyConfig(http_port=0, grpc_port=0, control_port=0, metrics_port=0, policy="round_robin"),
         prefill=PrefillConfig(num_workers=2, max_tokens_per_step=128),
         decode=DecodeConfig(num_workers=2),
     )
@@ -157,18 +157,24 @@ class Cluster:
     @classmethod
     @asynccontextmanager
     async def open(cls, supervisor: Supervisor) -> AsyncIterator[Cluster]:
-        async with AsyncClient(supervisor.grpc_address) as client:
+        async with AsyncClient(
+            supervisor.grpc_address, control=Control(supervisor.control_address, supervisor.credentials.token)
+        ) as client:
             yield cls(supervisor, client)
 
+    @property
+    def control(self) -> Control:
+        return Control(self.supervisor.control_address, self.supervisor.credentials.token)
+
     async def status(self) -> control_pb2.StatusReply:
-        async with open_channel(self.supervisor.grpc_address) as channel:
+        async with open_channel(self.supervisor.control_address, self.supervisor.credentials) as channel:
             return await control_pb2_grpc.ControlStub(channel).Status(control_pb2.StatusRequest())
 
     async def store_stats(self) -> list[kvstore_pb2.StatsReply]:
         found = []
         for member in (await self.status()).members:
             if member.info.role == control_pb2.ROLE_STORE:
-                async with open_channel(member.info.address) as channel:
+                async with open_channel(member.info.address, self.supervisor.credentials) as channel:
                     found.append(await kvstore_pb2_grpc.KVStoreStub(channel).Stats(kvstore_pb2.StatsRequest()))
         return found
 

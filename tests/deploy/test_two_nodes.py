@@ -27,7 +27,7 @@ async def cluster(
     config = ClusterConfig(
         model=ModelOptions(path=str(model_folder), name="demo"),
         store=StoreConfig(arena_bytes=256 * 2**20),
-        proxy=ProxyConfig(http_port=0, grpc_port=0),
+        proxy=ProxyConfig(http_port=0, grpc_port=0, control_port=0, metrics_port=0),
         prefill=PrefillConfig(num_workers=num_prefill, max_tokens_per_step=512),
         decode=DecodeConfig(num_workers=num_decode),
     )

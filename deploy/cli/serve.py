@@ -25,6 +25,7 @@ from ...protocol.v1 import control_pb2
 from ..capacity import describe_capacity, read_status
 from ..change import APPLIED, REFUSED, RESTARTED
 from ..checks.before_start import require_startable
+from ..checks.exposure import exposure
 from ..checks.finding import Finding
 from ..cluster import running_cluster
 from ..plan import count_gpus, couple_on_one_gpu
@@ -89,6 +90,7 @@ async def _serve(serving: Serving) -> None:
         with token_file(control.address, supervisor.credentials):
             _print_endpoints(supervisor, config, supervisor.spec.plan.device)
             _print_capacity(await read_status(control), supervisor.spec.max_model_len)
+            _print_findings(exposure(config.proxy, supervisor.spec.plan))
             obeying = _obey(orders, supervisor, lambda: serving.fitted(serving.reload(), num_gpus))
             async with beside(supervisor.watch()) as watching, beside(obeying) as obeying, beside(interrupted.wait()) as waiting:
                 ended, _ = await asyncio.wait([watching, obeying, waiting], return_when=asyncio.FIRST_COMPLETED)

@@ -58,6 +58,7 @@ def serve(
         float | None, setting("proxy.ttft_slo_s", "Seconds to the first token, for requests without an SLO; 0: none.", min=0.0)
     ] = None,
     slo_tpot: Annotated[float | None, setting("proxy.tpot_slo_s", "Seconds between two tokens, likewise.", min=0.0)] = None,
+    keys_file: Annotated[Path | None, setting("proxy.keys_file", "File of `halfmoon keys`; every request needs a key of it then.")] = None,
     order: Annotated[str | None, setting("proxy.order", f"Of the workers' queues: {', '.join(get_args(QueueOrder))}.")] = None,
     cost_model: Annotated[
         Path | None, setting("proxy.cost_model", "File with what the workers' work costs, where predictions begin.")
@@ -91,6 +92,7 @@ def serve(
         "proxy.ttft_slo_s": slo_ttft,
         "proxy.tpot_slo_s": slo_tpot,
         "proxy.order": order,
+        "proxy.keys_file": str(keys_file) if keys_file is not None else None,
         "proxy.cost_model": str(cost_model) if cost_model is not None else None,
     }
     overrides = overridden(flags, settings)

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..protocol.credentials import Credentials
 from ..protocol.errors import ConfigError
+from ..protocol.tls import Tls
 
 Metadata = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """Where a cluster's operators ask: the proxy's control address, "host:port", and the cluster's token."""
+    """Where a cluster's operators ask: the proxy's control address, "host:port", and the cluster's token.
+
+    certs: folder of the cluster's certificates, where its members talk by TLS.
+    """
 
     address: str
     token: str = field(repr=False)
+    certs: str = ""
 
     @property
     def credentials(self) -> Credentials:
-        return Credentials(self.token)
+        """Raises ConfigError for a folder without them."""
+        return Credentials(self.token, Tls.of_members(Path(self.certs)) if self.certs else None)
 
 
 def key_metadata(api_key: str) -> Metadata:

@@ -112,15 +112,16 @@ class AsyncClient:
     Args:
         address: "host:port" of the proxy's gRPC face.
         api_key: where the cluster has keys.
+        authority: PEM of who signed the front's certificate, where it has TLS; b"": one that this machine trusts. None: it has none.
         control: for status() and explain(), which are for operators.
     """
 
-    def __init__(self, address: str, *, api_key: str = "", control: Control | None = None) -> None:
+    def __init__(self, address: str, *, api_key: str = "", authority: bytes | None = None, control: Control | None = None) -> None:
         self.address = address
         self._metadata = key_metadata(api_key)
         self._control = control
         self._closed = ClosedFlag(address)
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, authority=authority)
         self._inference: Any = inference_pb2_grpc.InferenceStub(self._channel)
         self._control_channel: grpc.aio.Channel | None = None
 

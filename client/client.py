@@ -13,7 +13,8 @@ from typing import Any, TypeVar, Unpack
 
 import grpc
 
-from ..protocol.channel import OPTIONS
+from ..protocol.channel import channel_credentials
+from ..protocol.credentials import Credentials
 from ..protocol.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from .access import Control, Metadata, key_metadata, require_control
 from .attempts import Attempts, ClosedFlag
@@ -108,15 +109,16 @@ class Client:
     Args:
         address: "host:port" of the proxy's gRPC face.
         api_key: where the cluster has keys.
+        authority: PEM of who signed the front's certificate, where it has TLS; b"": one that this machine trusts. None: it has none.
         control: for status() and explain(), which are for operators.
     """
 
-    def __init__(self, address: str, *, api_key: str = "", control: Control | None = None) -> None:
+    def __init__(self, address: str, *, api_key: str = "", authority: bytes | None = None, control: Control | None = None) -> None:
         self.address = address
         self._metadata = key_metadata(api_key)
         self._control = control
         self._closed = ClosedFlag(address)
-        self._channel = _open(address)
+        self._channel = _open(address, None, authority)
         self._inference: Any = inference_pb2_grpc.InferenceStub(self._channel)
         self._control_channel: grpc.Channel | None = None
 
@@ -167,7 +169,7 @@ class Client:
         self._closed.require_open()
         control = require_control(self._control)
         if self._control_channel is None:
-            self._control_channel = _open(control.address)
+            self._control_channel = _open(control.address, control.credentials, None)
         stub = control_pb2_grpc.ControlStub(self._control_channel)
         return self._call(getattr(stub, method), request, timeout_s, control.address, control.credentials.metadata)
 
@@ -184,5 +186,7 @@ class Client:
                 time.sleep(attempts.delay_after(error, replied=False))
 
 
-def _open(address: str) -> grpc.Channel:
-    return grpc.insecure_channel(address, options=[*OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
+def _open(address: str, credentials: Credentials | None, authority: bytes | None) -> grpc.Channel:
+    """As open_channel, but the token goes with the calls."""
+    secret, options = channel_credentials(credentials, authority)
+    return grpc.insecure_channel(address, options) if secret is None else grpc.secure_channel(address, secret, options)

@@ -50,6 +50,7 @@ async def profile(
     address: str,
     control: Control,
     api_key: str = "",
+    authority: bytes | None = None,
     *,
     seconds: float = 45.0,
     seed: int | None = None,
@@ -61,7 +62,7 @@ async def profile(
     or a time with which no cost model can be measured.
     """
     begun = time.monotonic()
-    async with AsyncClient(address, api_key=api_key, control=control) as client:
+    async with AsyncClient(address, api_key=api_key, authority=authority, control=control) as client:
         target = await look(client, control)
         ended = sum((await client.status()).outcomes.values())
         run = Profiler(client, target, seconds, random.Random(seed), progress)

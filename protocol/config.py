@@ -2,6 +2,7 @@
 
 model:    what is served          store:   one process a node
 proxy:    the front door          prefill: that half of a worker      decode: that half of a worker
+security: TLS between members
                                   num_workers in prefill, decode and both: how many start with that role
 """
 
@@ -186,6 +187,10 @@ class ProxyConfig:
     waits between two tokens, so a stream may last as long as it likes."""
     keys_file: str = ""
     """File of API keys and tenants, which `halfmoon keys` writes; a change counts from the next request on. Empty: no key is asked for."""
+    tls_certificate: str = ""
+    """PEM file of the clients' ports' certificate, on the proxy's host; `halfmoon certs init` makes front.pem. Empty: no TLS there."""
+    tls_key: str = ""
+    """PEM file of its key."""
     cors_origins: str = ""
     """Origins whose pages may call the HTTP API from a browser, with blanks between them: https://chat.example.org; *: every origin.
     Empty: none."""
@@ -213,9 +218,19 @@ class ProxyConfig:
                     f"proxy.cors_origins has {origin!r}; an origin is a scheme and a host, such as https://chat.example.org, or *",
                     key="proxy.cors_origins",
                 )
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise ConfigError("proxy.tls_certificate and proxy.tls_key belong together; set both or none", key="proxy.tls_key")
         for name, other in itertools.combinations(PORTS, 2):
             if getattr(self, name) == getattr(self, other) != 0:
                 raise ConfigError(f"proxy.{name} and proxy.{other} are both {getattr(self, name)}; give each its own", key=f"proxy.{other}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecurityConfig:
+    certs: str = ""
+    """Folder of `halfmoon certs init` on the host of `halfmoon serve`: members talk to each other by mutual TLS. Empty: in the clear."""
+    insecure: bool = False
+    """Whether a cluster may start that can be used or read from other machines without TLS."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +241,7 @@ class ClusterConfig:
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     both: BothConfig = field(default_factory=BothConfig)
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
+    security: SecurityConfig = field(default_factory=SecurityConfig)
 
     @property
     def num_workers(self) -> int:

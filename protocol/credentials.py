@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ConfigError
+from .tls import Tls
 
 VARIABLE = "HALFMOON_CLUSTER_TOKEN"
 KEY = "halfmoon-token"  # of the metadata
@@ -22,9 +23,13 @@ MIN_TOKEN_LEN = 32
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """Of one cluster, the same for all its processes. Nothing shows the token: no repr, no log, no command line."""
+    """Of one cluster, the same for all its processes. Nothing shows the token: no repr, no log, no command line.
+
+    tls: of both sides of each connection; None: they talk in the clear.
+    """
 
     token: str = field(repr=False)
+    tls: Tls | None = None
 
     def __post_init__(self) -> None:
         if len(self.token) < MIN_TOKEN_LEN or not self.token.isascii() or not self.token.isprintable() or " " in self.token:

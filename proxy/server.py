@@ -32,6 +32,7 @@ from ..protocol.errors import ConfigError
 from ..protocol.exporter import Identity, ProcessMetrics, serve_metrics
 from ..protocol.schema import KVSchema
 from ..protocol.tasks import Tasks, beside
+from ..protocol.tls import read_pem
 from ..protocol.v1 import control_pb2_grpc, inference_pb2
 from .control_service import ControlService
 from .inference_service import InferenceService
@@ -108,6 +109,7 @@ class ProxyServer:
         self._tracer = otlp_tracer(self.card.name) if config.tracing == "otlp" else None
         self.router = Router(config, self.cluster, metrics, eos_token_ids=self.card.eos_token_ids, tracer=self._tracer)
         self._request_process = RequestProcess()
+        self._front = (read_pem(Path(config.tls_key)), read_pem(Path(config.tls_certificate))) if config.tls_key else None
         self._gate = Gate(Path(config.keys_file)) if config.keys_file else None
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] - made by its __init__
         self._grpc: grpc.aio.Server | None = None
@@ -141,7 +143,8 @@ class ProxyServer:
             control=join_address(control_host, control_port),
             metrics=metrics_address,
         )
-        logger.info("serving %s at http://%s (OpenAI) and %s (gRPC)", self.card.name, endpoints.http, endpoints.grpc)
+        scheme = "https" if self._front is not None else "http"
+        logger.info("serving %s at %s://%s (OpenAI) and %s (gRPC)", self.card.name, scheme, endpoints.http, endpoints.grpc)
         return endpoints
 
     def _bind(self, host: str, key: str, credentials: Credentials | None) -> tuple[grpc.aio.Server, int]:
@@ -150,7 +153,12 @@ class ProxyServer:
         max_bytes = config.max_body_bytes if credentials is None else -1
         try:
             return create_server(
-                host, port, credentials=credentials, max_request_bytes=max_bytes, handshake_timeout_s=config.head_timeout_s
+                host,
+                port,
+                credentials=credentials,
+                certificate=self._front if credentials is None else None,
+                max_request_bytes=max_bytes,
+                handshake_timeout_s=config.head_timeout_s,
             )
         except (OSError, RuntimeError) as error:
             raise _port_taken(host, port, key) from error
@@ -219,6 +227,8 @@ class ProxyServer:
             log_level="error",  # it warns of each request that is no HTTP, and a stranger could fill the log
             access_log=False,
             lifespan="off",
+            ssl_certfile=self._config.tls_certificate or None,
+            ssl_keyfile=self._config.tls_key or None,
             timeout_graceful_shutdown=int(CLOSE_GRACE_S),
         )
         self._http = _HttpServer(config)

@@ -68,6 +68,8 @@ def serve(
     max_model_len: Annotated[
         int | None, setting("model.max_model_len", "Tokens of prompt and answer together, at most; 0: what the model was made for.", min=1)
     ] = None,
+    certs: Annotated[Path | None, setting("security.certs", "Folder of `halfmoon certs`: members talk by TLS.")] = None,
+    insecure: Annotated[bool, Flag("--insecure", help="Start although others can use or read the cluster without TLS.")] = False,
     settings: Annotated[list[str] | None, Flag("--set", help="Any key of the configuration: decode.max_running=64.")] = None,
     log_level: Annotated[LogLevel, Flag(help="Of the supervisor's own log, on standard error.")] = LogLevel.WARNING,
 ) -> None:
@@ -92,6 +94,8 @@ def serve(
         "proxy.ttft_slo_s": slo_ttft,
         "proxy.tpot_slo_s": slo_tpot,
         "proxy.order": order,
+        "security.certs": str(certs) if certs is not None else None,
+        "security.insecure": True if insecure else None,
         "proxy.keys_file": str(keys_file) if keys_file is not None else None,
         "proxy.cost_model": str(cost_model) if cost_model is not None else None,
     }

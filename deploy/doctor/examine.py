@@ -50,7 +50,7 @@ def examine_machine(config: ClusterConfig) -> Report:
     return Report(worst_first(found + look_at_environment()), [], None, None)
 
 
-async def examine_cluster(address: str, control: Control, api_key: str = "") -> Report:
+async def examine_cluster(address: str, control: Control, api_key: str = "", authority: bytes | None = None) -> Report:
     """A running cluster, from this machine. address: "host:port" of the proxy's gRPC face."""
     try:
         status = await read_status(control)
@@ -64,6 +64,6 @@ async def examine_cluster(address: str, control: Control, api_key: str = "") -> 
     pages = await read_pages(status.members)
     found += [*of_links, *describe_capacity(status.members, 0), check_prefill_traffic(status, pages)]
     found += [*await check_member_ports(status.members), *check_clocks(pages)]
-    probe = await send_probe(address, served_len(status.members), api_key)
+    probe = await send_probe(address, served_len(status.members), api_key, authority)
     found += [probe.finding, *look_at_environment()]
     return Report(worst_first(found), links, probe.phases, probe.usage)

@@ -24,6 +24,7 @@ from halfmoon.deploy.supervisor import Supervisor
 from halfmoon.engine.resolve import DEMO_FOLDER
 from halfmoon.protocol.channel import open_channel
 from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig, StoreConfig
+from halfmoon.protocol.tls import read_pem
 from halfmoon.protocol.v1 import control_pb2, control_pb2_grpc, kvstore_pb2, kvstore_pb2_grpc
 
 
@@ -154,17 +155,19 @@ class Cluster:
     supervisor: Supervisor
     client: AsyncClient
 
+    certs: str  # folder of its certificates; "": it has no TLS
+
     @classmethod
     @asynccontextmanager
-    async def open(cls, supervisor: Supervisor) -> AsyncIterator[Cluster]:
-        async with AsyncClient(
-            supervisor.grpc_address, control=Control(supervisor.control_address, supervisor.credentials.token)
-        ) as client:
-            yield cls(supervisor, client)
+    async def open(cls, supervisor: Supervisor, certs: str = "") -> AsyncIterator[Cluster]:
+        control = Control(supervisor.control_address, supervisor.credentials.token, certs)
+        authority = read_pem(Path(certs, "authority.pem")) if certs else None
+        async with AsyncClient(supervisor.grpc_address, authority=authority, control=control) as client:
+            yield cls(supervisor, client, certs)
 
     @property
     def control(self) -> Control:
-        return Control(self.supervisor.control_address, self.supervisor.credentials.token)
+        return Control(self.supervisor.control_address, self.supervisor.credentials.token, self.certs)
 
     async def status(self) -> control_pb2.StatusReply:
         async with open_channel(self.supervisor.control_address, self.supervisor.credentials) as channel:

@@ -180,6 +180,38 @@ def test_workers_of_both_roles_come_in_the_place_of_those_that_are_not_asked_for
     assert (config.prefill.num_workers, config.decode.num_workers, config.both.num_workers) == counts
 
 
+def test_serve_refuses_what_others_could_use_or_read_unless_it_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    from rich.console import Console
+
+    import halfmoon.deploy.cli.serve as module
+    from halfmoon.deploy.plan import make_plan
+    from halfmoon.deploy.ray_session import RayNode
+    from halfmoon.protocol.config import ClusterConfig
+    from halfmoon.protocol.errors import ConfigError
+
+    text = io.StringIO()
+    monkeypatch.setattr(module, "console", Console(file=text, width=300))
+    nodes = [RayNode("node-0", "10.1.2.3", 0.0)]
+
+    def require(**changes: Any) -> None:
+        config = ClusterConfig.load(None, {"proxy.host": "0.0.0.0", **changes})
+        module._require_secure(config, make_plan(config, nodes))
+
+    with pytest.raises(ConfigError, match=r"can use the model.*without TLS.*members on 10\.1\.2\.3 talk without TLS.*say --insecure"):
+        require()
+    assert text.getvalue() == ""
+    require(**{"security.insecure": True})
+    assert text.getvalue().count("INSECURE: ") == 3
+    secure = {"proxy.keys_file": "k", "proxy.tls_certificate": "c", "proxy.tls_key": "t", "security.certs": "d"}
+    require(**secure)
+    for key in ("proxy.keys_file", "security.certs"):
+        with pytest.raises(ConfigError):
+            require(**{**secure, key: ""})
+    assert text.getvalue().count("INSECURE: ") == 3, "what is secure is quiet"
+
+
 def test_serve_says_who_prefills(monkeypatch: pytest.MonkeyPatch) -> None:
     import io
     from types import SimpleNamespace

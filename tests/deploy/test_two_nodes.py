@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import grpc
+import grpc.aio
+import httpx
 import pytest
 import pytest_asyncio
 
+from halfmoon.client import Client
+from halfmoon.deploy.certificates import init
 from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.ray_session import RayNode
+from halfmoon.protocol.channel import open_channel
 from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig, StoreConfig
+from halfmoon.protocol.credentials import Credentials
+from halfmoon.protocol.tls import Tls
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
@@ -19,34 +29,46 @@ NUM_TOKENS = 64
 NUM_TOKENS_EACH_OF_MANY = 24
 
 
-@pytest_asyncio.fixture(scope="module", params=[(1, 1), (2, 2)], ids=["1P1D", "2P2D"])
+@pytest_asyncio.fixture(scope="module", params=[(1, 1, False), (2, 2, True)], ids=["1P1D", "2P2D with TLS"])
 async def cluster(
-    request: pytest.FixtureRequest, two_nodes: list[RayNode], model_folder: Path, cluster_type: type
+    request: pytest.FixtureRequest,
+    two_nodes: list[RayNode],
+    model_folder: Path,
+    cluster_type: type,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[object]:
-    num_prefill, num_decode = request.param
+    """With TLS KV goes over gRPC, because data connections have none."""
+    num_prefill, num_decode, has_tls = request.param
+    certs = tmp_path_factory.mktemp("tls") / "certs"
+    credentials, front = Credentials.make(), {}
+    if has_tls:
+        init(certs, [], 1)
+        credentials = Credentials(credentials.token, Tls.of_members(certs))
+        front = {"tls_certificate": str(certs / "front.pem"), "tls_key": str(certs / "front.key")}
     config = ClusterConfig(
         model=ModelOptions(path=str(model_folder), name="demo"),
         store=StoreConfig(arena_bytes=256 * 2**20),
-        proxy=ProxyConfig(http_port=0, grpc_port=0, control_port=0, metrics_port=0),
+        proxy=ProxyConfig(http_port=0, grpc_port=0, control_port=0, metrics_port=0, **front),
         prefill=PrefillConfig(num_workers=num_prefill, max_tokens_per_step=512),
         decode=DecodeConfig(num_workers=num_decode),
     )
-    async with running_cluster(config, two_nodes) as supervisor, cluster_type.open(supervisor) as opened:
-        yield opened
+    async with running_cluster(config, two_nodes, credentials=credentials) as supervisor:
+        async with cluster_type.open(supervisor, str(certs) if has_tls else "") as opened:
+            yield opened
 
 
-async def test_tokens_over_tcp_equal_those_of_transformers(cluster, reference, prompt_of) -> None:
+async def test_tokens_between_nodes_equal_those_of_transformers(cluster, reference, prompt_of) -> None:
     transports = set()
     for prompt_len in (1, 64, 65, 700, 1500):
         prompt = prompt_of(prompt_len)
         result = await cluster.client.generate(token_ids=list(prompt), max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
         assert list(result.token_ids) == reference.generate(prompt, NUM_TOKENS, result.token_ids)
         transports.add(result.phases.transport)
-    assert "tcp" in transports
+    assert ("grpc" if cluster.certs else "tcp") in transports
     await cluster.at_rest()
 
 
-async def test_32_concurrent_streams_over_tcp_give_the_same_tokens(cluster, reference, prompt_of) -> None:
+async def test_32_concurrent_streams_between_nodes_give_the_same_tokens(cluster, reference, prompt_of) -> None:
     prompts = [prompt_of(20 + 17 * i, seed=1) for i in range(32)]
     answers = await asyncio.gather(*(cluster.greedy(prompt, NUM_TOKENS_EACH_OF_MANY) for prompt in prompts))
     assert answers == [reference.generate(prompt, NUM_TOKENS_EACH_OF_MANY, answer) for prompt, answer in zip(prompts, answers, strict=True)]
@@ -61,3 +83,26 @@ async def test_the_second_turn_finds_its_prefix_across_nodes(cluster, reference,
     result = await cluster.client.generate(token_ids=list(second), max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
     assert list(result.token_ids) == reference.generate(second, NUM_TOKENS, result.token_ids)
     assert result.usage.num_cached_tokens >= 128
+
+
+async def test_a_cluster_with_tls_speaks_to_nobody_in_the_clear(cluster) -> None:
+    """At the clients' ports with the authority's certificate alone, at members' with a member's own."""
+    if not cluster.certs:
+        pytest.skip("it has no TLS")
+    supervisor, authority = cluster.supervisor, str(Path(cluster.certs, "authority.pem"))
+    context = ssl.create_default_context(cafile=authority)
+    async with httpx.AsyncClient(verify=context) as http:
+        assert (await http.get(f"https://{supervisor.http_address}/ready")).json()["ready"]
+        with pytest.raises(httpx.HTTPError):
+            await http.get(f"http://{supervisor.http_address}/ready")
+    with_tls = Client(supervisor.grpc_address, authority=Path(authority).read_bytes(), control=cluster.control)
+    assert (await asyncio.to_thread(with_tls.status)).model == (await asyncio.to_thread(with_tls.models))[0].id == "demo"
+    with_tls.close()
+    clear = dataclasses.replace(supervisor.credentials, tls=None)
+    members = [member.info.address for member in (await cluster.status()).members]
+    assert len(members) == 6
+    for address in (supervisor.control_address, supervisor.grpc_address, *members):
+        async with open_channel(address, clear) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await channel.unary_unary("/halfmoon.v1.Control/Status")(b"", timeout=60)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE, address

@@ -9,7 +9,7 @@ from halfmoon.deploy.plan import make_plan
 from halfmoon.deploy.ray_session import RayNode
 from halfmoon.protocol.config import ClusterConfig, ProxyConfig
 
-KEYS, READ, MEMBERS = "no API key is asked for", "clients reach", "members on"
+KEYS, READ, MEMBERS = "can use the model", "clients reach", "members on"
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ KEYS, READ, MEMBERS = "no API key is asked for", "clients reach", "members on"
 )
 def test_each_way_in_is_told_and_loopback_is_quiet(host: str, node: str, keys_file: str, expected: list[str]) -> None:
     config = ClusterConfig(proxy=ProxyConfig(host=host, keys_file=keys_file))
-    found = exposure(config.proxy, make_plan(config, [RayNode("node-0", node, 0.0)]))
+    found = exposure(config, make_plan(config, [RayNode("node-0", node, 0.0)]))
     assert [finding.severity for finding in found] == ["warning"] * len(expected)
     for finding, words in zip(found, expected, strict=True):
         assert words in finding.what and finding.remedy

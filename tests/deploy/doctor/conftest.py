@@ -128,7 +128,7 @@ async def site(monkeypatch: pytest.MonkeyPatch, store_schema: KVSchema) -> Async
         add_member(control.reply, name, store_address if name == "store-0" else page.address, page.address)
     control.reply.outcomes["done"] = 5
 
-    async def probe(address: str, max_model_len: int, api_key: str) -> Probe:
+    async def probe(address: str, max_model_len: int, api_key: str, authority: bytes | None) -> Probe:
         return Probe(PHASES, Usage(10, 16, 0), judge(PHASES))
 
     monkeypatch.setattr(module, "send_probe", probe)

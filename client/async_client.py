@@ -123,7 +123,7 @@ class AsyncClient:
         self._closed = ClosedFlag(address)
         self._channel = open_channel(address, authority=authority)
         self._inference: Any = inference_pb2_grpc.InferenceStub(self._channel)
-        self._control_channel: grpc.aio.Channel | None = None
+        self._control_channel = None if control is None else open_channel(control.address, control.credentials)
 
     async def generate(self, **options: Unpack[GenerateOptions]) -> Completion:
         """Raises an error of protocol/errors.py: InvalidRequest, Overloaded, DeadlineExceeded, Unavailable …"""
@@ -171,8 +171,6 @@ class AsyncClient:
         """At the proxy's control."""
         self._closed.require_open()
         control = require_control(self._control)
-        if self._control_channel is None:
-            self._control_channel = open_channel(control.address, control.credentials)
         stub = control_pb2_grpc.ControlStub(self._control_channel)
         return await self._call(getattr(stub, method), request, timeout_s, control.address, ())
 

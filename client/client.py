@@ -120,7 +120,7 @@ class Client:
         self._closed = ClosedFlag(address)
         self._channel = _open(address, None, authority)
         self._inference: Any = inference_pb2_grpc.InferenceStub(self._channel)
-        self._control_channel: grpc.Channel | None = None
+        self._control_channel = None if control is None else _open(control.address, control.credentials, None)
 
     def generate(self, **options: Unpack[GenerateOptions]) -> Completion:
         """Raises an error of protocol/errors.py: InvalidRequest, Overloaded, DeadlineExceeded, Unavailable …"""
@@ -168,8 +168,6 @@ class Client:
         """At the proxy's control."""
         self._closed.require_open()
         control = require_control(self._control)
-        if self._control_channel is None:
-            self._control_channel = _open(control.address, control.credentials, None)
         stub = control_pb2_grpc.ControlStub(self._control_channel)
         return self._call(getattr(stub, method), request, timeout_s, control.address, control.credentials.metadata)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -12,6 +12,7 @@ import typer
 import yaml
 
 from ...protocol.config import AdmissionName, ClusterConfig, Policy, QueueOrder, from_mapping, given_values
+from ...protocol.tls import read_pem
 from ...proxy.conductor.predictors.cost_model import CostModel
 from ...proxy.tenants.keys_file import KeysFile
 
@@ -110,17 +111,18 @@ def serve(
     run(Serving(loaded, lambda: _load(given_values(path, overrides)), hosts, counts_given), address, log_level.value)
 
 
+FILES = ("cost_model", "keys_file", "tls_certificate", "tls_key")  # of the proxy
+
+
 def _load(given: dict[str, Any]) -> ClusterConfig:
+    """Raises ConfigError, also for files that the proxy would not take."""
     loaded = from_mapping(ClusterConfig, given, "")
-    if loaded.proxy.cost_model:
-        profile = Path(loaded.proxy.cost_model).absolute()  # because the proxy starts in another folder
-        CostModel.load(profile)
-        loaded = dataclasses.replace(loaded, proxy=dataclasses.replace(loaded.proxy, cost_model=str(profile)))
-    if loaded.proxy.keys_file:
-        keys = Path(loaded.proxy.keys_file).absolute()
-        KeysFile.load(keys)
-        loaded = dataclasses.replace(loaded, proxy=dataclasses.replace(loaded.proxy, keys_file=str(keys)))
-    return loaded
+    # because the proxy starts in another folder
+    paths = {name: Path(getattr(loaded.proxy, name)).expanduser().absolute() for name in FILES if getattr(loaded.proxy, name)}
+    readers: dict[str, Callable[[Path], object]] = {"cost_model": CostModel.load, "keys_file": KeysFile.load}
+    for name, path in paths.items():
+        readers.get(name, read_pem)(path)
+    return dataclasses.replace(loaded, proxy=dataclasses.replace(loaded.proxy, **{name: str(path) for name, path in paths.items()}))
 
 
 def overridden(flags: Mapping[str, Any], settings: Sequence[str] | None) -> dict[str, Any]:

@@ -23,8 +23,9 @@ from .description import Description
 from .ray_yaml import SECRET, TOKEN, WHEEL, ray_yaml
 from .settings import changed_settings
 
-INSECURE = """# security.insecure: clients reach the head without an API key and without TLS, and members talk without TLS, until proxy.keys_file,
-# proxy.tls_certificate, proxy.tls_key and security.certs name files on the head (`halfmoon keys`, `halfmoon certs`). Keep the hosts in a private network.
+INSECURE = """# security.insecure: clients reach the head without an API key and without TLS, and members talk without TLS, until
+# proxy.keys_file, proxy.tls_certificate, proxy.tls_key and security.certs name files on the head. `halfmoon keys` and `halfmoon certs`
+# make them. Keep the hosts in a private network until then.
 """
 RAY_YAML, HALFMOON_YAML = "ray.yaml", "halfmoon.yaml"
 

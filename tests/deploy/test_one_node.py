@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import httpx
@@ -259,3 +260,34 @@ async def test_a_local_process_without_credentials_can_do_nothing_to_a_cluster(c
     assert list(answer.token_ids) == reference.generate(prompt, 400, answer.token_ids), "and nobody noticed"
     assert [member.info for member in (await cluster.status()).members] == members
     await cluster.at_rest()
+
+
+def command_lines() -> Iterator[str]:
+    """Of all processes of this machine that may be read."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            yield path.read_text(errors="replace")
+
+
+async def test_no_log_and_no_metric_of_any_process_holds_a_prompt_an_answer_or_the_token(cluster) -> None:
+    """Of Ray's own logs, too, for Ray has carried the token to each process."""
+    import ray
+
+    words = "zanzibar quokka mistral"
+    text = f"{words}. The key of the red box is 4821."
+    done = await cluster.client.generate(prompt=text, max_tokens=24, temperature=0.0, ignore_eos=True, request_id="told")
+    with pytest.raises(InvalidRequest):
+        await cluster.client.generate(prompt=text, max_tokens=10**6)
+    told = [str(await cluster.client.explain("told")), str(await cluster.client.status())]
+    pages = [cluster.supervisor.metrics_address, *(member.info.metrics_address for member in (await cluster.status()).members)]
+    for address in pages:
+        told.append((await asyncio.to_thread(urllib.request.urlopen, f"http://{address}/metrics")).read().decode())
+    logs = [path for path in Path(ray._private.worker._global_node.get_session_dir_path(), "logs").rglob("*") if path.is_file()]
+    told += [path.read_text(errors="replace") for path in logs]
+    told += list(command_lines())
+    assert len(logs) > 5 and len(pages) == 6
+    assert any("joined the proxy" in one for one in told), "the members' own logs are among them"
+    answer = done.text.strip()
+    for one in told:
+        for secret in (*words.split(), cluster.supervisor.credentials.token, *([answer] if len(answer) > 12 else [])):
+            assert secret not in one, one[max(0, one.index(secret) - 300) : one.index(secret) + 100]

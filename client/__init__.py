@@ -13,6 +13,7 @@ from ..protocol.errors import (
     HalfmoonError,
     InvalidRequest,
     Overloaded,
+    PermissionDenied,
     PromptTooLong,
     RequestCancelled,
     Unauthenticated,
@@ -20,6 +21,7 @@ from ..protocol.errors import (
     UnknownModel,
     UnknownRequest,
 )
+from .access import Control
 from .async_client import AsyncClient, AsyncStream
 from .client import Client, Stream
 from .cluster_status import ClusterStatus, Member, Model, Percentiles
@@ -37,6 +39,7 @@ __all__ = [
     "Client",
     "ClusterStatus",
     "Completion",
+    "Control",
     "Conversation",
     "DeadlineExceeded",
     "DecisionAttempt",
@@ -51,6 +54,7 @@ __all__ = [
     "Model",
     "Overloaded",
     "Percentiles",
+    "PermissionDenied",
     "PhaseRecord",
     "Prediction",
     "PromptTooLong",

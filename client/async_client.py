@@ -16,6 +16,7 @@ import grpc.aio
 
 from ..protocol.channel import open_channel
 from ..protocol.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from .access import Control, Metadata, key_metadata, require_control
 from .attempts import Attempts, ClosedFlag
 from .client import CALL_TIMEOUT_S
 from .cluster_status import ClusterStatus, Model
@@ -30,8 +31,9 @@ class AsyncStream(AsyncIterator[Event]):
     """The events of one request. Closing it, leaving its `async with`, dropping it, or cancelling the task that
     reads it cancels the request everywhere."""
 
-    def __init__(self, stub: Any, request: inference_pb2.GenerateRequest, peer: str, client: ClosedFlag) -> None:
+    def __init__(self, stub: Any, request: inference_pb2.GenerateRequest, peer: str, client: ClosedFlag, metadata: Metadata = ()) -> None:
         self._stub = stub
+        self._metadata = metadata
         self._client = client
         self._request = request
         self._attempts = Attempts(peer, request.timeout_s if request.HasField("timeout_s") else None)
@@ -101,7 +103,7 @@ class AsyncStream(AsyncIterator[Event]):
         remaining_s = self._attempts.remaining_s
         if remaining_s is not None:
             self._request.timeout_s = remaining_s
-        return self._stub.Generate(self._request, timeout=self._attempts.call_timeout_s)
+        return self._stub.Generate(self._request, timeout=self._attempts.call_timeout_s, metadata=self._metadata)
 
 
 class AsyncClient:
@@ -109,14 +111,19 @@ class AsyncClient:
 
     Args:
         address: "host:port" of the proxy's gRPC face.
+        api_key: where the cluster has keys.
+        authority: PEM of who signed the front's certificate, where it has TLS; b"": one that this machine trusts. None: it has none.
+        control: for status() and explain(), which are for operators.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, api_key: str = "", authority: bytes | None = None, control: Control | None = None) -> None:
         self.address = address
+        self._metadata = key_metadata(api_key)
+        self._control = control
         self._closed = ClosedFlag(address)
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, authority=authority)
         self._inference: Any = inference_pb2_grpc.InferenceStub(self._channel)
-        self._control: Any = control_pb2_grpc.ControlStub(self._channel)
+        self._control_channel = None if control is None else open_channel(control.address, control.credentials)
 
     async def generate(self, **options: Unpack[GenerateOptions]) -> Completion:
         """Raises an error of protocol/errors.py: InvalidRequest, Overloaded, DeadlineExceeded, Unavailable …"""
@@ -125,7 +132,7 @@ class AsyncClient:
 
     def stream(self, **options: Unpack[GenerateOptions]) -> AsyncStream:
         """Raises InvalidRequest at once for a wrong option; anything else comes while it is read."""
-        return AsyncStream(self._inference, build_request(options), self.address, self._closed)
+        return AsyncStream(self._inference, build_request(options), self.address, self._closed, self._metadata)
 
     async def models(self, *, timeout_s: float = CALL_TIMEOUT_S) -> list[Model]:
         reply: inference_pb2.ModelsReply = await self._unary(self._inference.Models, inference_pb2.ModelsRequest(), timeout_s)
@@ -139,17 +146,20 @@ class AsyncClient:
         return reply.found
 
     async def status(self, *, timeout_s: float = CALL_TIMEOUT_S) -> ClusterStatus:
-        return ClusterStatus.from_proto(await self._unary(self._control.Status, control_pb2.StatusRequest(), timeout_s))
+        """Raises ConfigError where the client was made without control."""
+        return ClusterStatus.from_proto(await self._ask("Status", control_pb2.StatusRequest(), timeout_s))
 
     async def explain(self, request_id: str, *, timeout_s: float = CALL_TIMEOUT_S) -> list[Explanation]:
         """Why a recent request went where it went, or was refused; one for each of its choices. Raises UnknownRequest."""
         request = control_pb2.ExplainRequest(request_id=request_id)
-        reply: control_pb2.ExplainReply = await self._unary(self._control.Explain, request, timeout_s)
+        reply: control_pb2.ExplainReply = await self._ask("Explain", request, timeout_s)
         return [Explanation.from_proto(found) for found in reply.requests]
 
     async def close(self) -> None:
         self._closed.set()
         await self._channel.close()
+        if self._control_channel is not None:
+            await self._control_channel.close()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -157,11 +167,21 @@ class AsyncClient:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    async def _ask(self, method: str, request: Any, timeout_s: float) -> Any:
+        """At the proxy's control."""
+        self._closed.require_open()
+        control = require_control(self._control)
+        stub = control_pb2_grpc.ControlStub(self._control_channel)
+        return await self._call(getattr(stub, method), request, timeout_s, control.address, ())
+
     async def _unary(self, method: Callable[..., Awaitable[Reply]], request: Any, timeout_s: float) -> Reply:
-        attempts = Attempts(self.address, checked_timeout_s(timeout_s))
+        return await self._call(method, request, timeout_s, self.address, self._metadata)
+
+    async def _call(self, method: Callable[..., Awaitable[Reply]], request: Any, timeout_s: float, peer: str, metadata: Metadata) -> Reply:
+        attempts = Attempts(peer, checked_timeout_s(timeout_s))
         while True:
             self._closed.require_open()
             try:
-                return await method(request, timeout=attempts.call_timeout_s)
+                return await method(request, timeout=attempts.call_timeout_s, metadata=metadata)
             except grpc.aio.AioRpcError as error:
                 await asyncio.sleep(attempts.delay_after(error, replied=False))

@@ -13,8 +13,10 @@ from typing import Any, TypeVar, Unpack
 
 import grpc
 
-from ..protocol.channel import OPTIONS
+from ..protocol.channel import channel_credentials
+from ..protocol.credentials import Credentials
 from ..protocol.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from .access import Control, Metadata, key_metadata, require_control
 from .attempts import Attempts, ClosedFlag
 from .cluster_status import ClusterStatus, Model
 from .completion import Collector, Completion, Delta, Event, event_from_proto
@@ -28,8 +30,9 @@ Reply = TypeVar("Reply")
 class Stream(Iterator[Event]):
     """The events of one request. Closing it, leaving its `with`, or dropping it cancels the request everywhere."""
 
-    def __init__(self, stub: Any, request: inference_pb2.GenerateRequest, peer: str, client: ClosedFlag) -> None:
+    def __init__(self, stub: Any, request: inference_pb2.GenerateRequest, peer: str, client: ClosedFlag, metadata: Metadata = ()) -> None:
         self._stub = stub
+        self._metadata = metadata
         self._client = client
         self._request = request
         self._attempts = Attempts(peer, request.timeout_s if request.HasField("timeout_s") else None)
@@ -97,7 +100,7 @@ class Stream(Iterator[Event]):
         remaining_s = self._attempts.remaining_s
         if remaining_s is not None:
             self._request.timeout_s = remaining_s
-        return self._stub.Generate(self._request, timeout=self._attempts.call_timeout_s)
+        return self._stub.Generate(self._request, timeout=self._attempts.call_timeout_s, metadata=self._metadata)
 
 
 class Client:
@@ -105,14 +108,19 @@ class Client:
 
     Args:
         address: "host:port" of the proxy's gRPC face.
+        api_key: where the cluster has keys.
+        authority: PEM of who signed the front's certificate, where it has TLS; b"": one that this machine trusts. None: it has none.
+        control: for status() and explain(), which are for operators.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, api_key: str = "", authority: bytes | None = None, control: Control | None = None) -> None:
         self.address = address
+        self._metadata = key_metadata(api_key)
+        self._control = control
         self._closed = ClosedFlag(address)
-        self._channel = grpc.insecure_channel(address, options=[*OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
+        self._channel = _open(address, None, authority)
         self._inference: Any = inference_pb2_grpc.InferenceStub(self._channel)
-        self._control: Any = control_pb2_grpc.ControlStub(self._channel)
+        self._control_channel = None if control is None else _open(control.address, control.credentials, None)
 
     def generate(self, **options: Unpack[GenerateOptions]) -> Completion:
         """Raises an error of protocol/errors.py: InvalidRequest, Overloaded, DeadlineExceeded, Unavailable …"""
@@ -121,7 +129,7 @@ class Client:
 
     def stream(self, **options: Unpack[GenerateOptions]) -> Stream:
         """Raises InvalidRequest at once for a wrong option; anything else comes while it is read."""
-        return Stream(self._inference, build_request(options), self.address, self._closed)
+        return Stream(self._inference, build_request(options), self.address, self._closed, self._metadata)
 
     def models(self, *, timeout_s: float = CALL_TIMEOUT_S) -> list[Model]:
         reply: inference_pb2.ModelsReply = self._unary(self._inference.Models, inference_pb2.ModelsRequest(), timeout_s)
@@ -135,17 +143,20 @@ class Client:
         return reply.found
 
     def status(self, *, timeout_s: float = CALL_TIMEOUT_S) -> ClusterStatus:
-        return ClusterStatus.from_proto(self._unary(self._control.Status, control_pb2.StatusRequest(), timeout_s))
+        """Raises ConfigError where the client was made without control."""
+        return ClusterStatus.from_proto(self._ask("Status", control_pb2.StatusRequest(), timeout_s))
 
     def explain(self, request_id: str, *, timeout_s: float = CALL_TIMEOUT_S) -> list[Explanation]:
         """Why a recent request went where it went, or was refused; one for each of its choices. Raises UnknownRequest."""
         request = control_pb2.ExplainRequest(request_id=request_id)
-        reply: control_pb2.ExplainReply = self._unary(self._control.Explain, request, timeout_s)
+        reply: control_pb2.ExplainReply = self._ask("Explain", request, timeout_s)
         return [Explanation.from_proto(found) for found in reply.requests]
 
     def close(self) -> None:
         self._closed.set()
         self._channel.close()
+        if self._control_channel is not None:
+            self._control_channel.close()
 
     def __enter__(self) -> Client:
         return self
@@ -153,11 +164,27 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _ask(self, method: str, request: Any, timeout_s: float) -> Any:
+        """At the proxy's control."""
+        self._closed.require_open()
+        control = require_control(self._control)
+        stub = control_pb2_grpc.ControlStub(self._control_channel)
+        return self._call(getattr(stub, method), request, timeout_s, control.address, control.credentials.metadata)
+
     def _unary(self, method: Callable[..., Reply], request: Any, timeout_s: float) -> Reply:
-        attempts = Attempts(self.address, checked_timeout_s(timeout_s))
+        return self._call(method, request, timeout_s, self.address, self._metadata)
+
+    def _call(self, method: Callable[..., Reply], request: Any, timeout_s: float, peer: str, metadata: Metadata) -> Reply:
+        attempts = Attempts(peer, checked_timeout_s(timeout_s))
         while True:
             self._closed.require_open()
             try:
-                return method(request, timeout=attempts.call_timeout_s)
+                return method(request, timeout=attempts.call_timeout_s, metadata=metadata)
             except grpc.RpcError as error:
                 time.sleep(attempts.delay_after(error, replied=False))
+
+
+def _open(address: str, credentials: Credentials | None, authority: bytes | None) -> grpc.Channel:
+    """As open_channel, but the token goes with the calls."""
+    secret, options = channel_credentials(credentials, authority)
+    return grpc.insecure_channel(address, options) if secret is None else grpc.secure_channel(address, secret, options)

@@ -112,7 +112,8 @@ class DecodeHalf:
         sequence.check_tokens(self._facts.vocab_size)
         sequence.check_len(self._facts.max_model_len, with_answer=True)
         self.scheduler.check(sequence)
-        keys = sent_or_made_keys(request.sequence.block_keys, self._worker.root, sequence.token_ids, self._facts.page_size)
+        root = sequence.root or self._worker.root
+        keys = sent_or_made_keys(request.sequence.block_keys, root, sequence.token_ids, self._facts.page_size)
         sequence.block_keys = list(keys)
         loop = asyncio.get_running_loop()
         job = DecodeJob(request, sequence, keys, loop.create_future(), self.feeds.enter(request))
@@ -236,7 +237,7 @@ class DecodeHalf:
             if job.state is None and not job.is_local:
                 await self._loader.abort(job)
             elif job.finish_reason is not None:
-                await self._cacher.cache_answer(job, self._worker.root)
+                await self._cacher.cache_answer(job, job.sequence.root or self._worker.root)
         except HalfmoonError as failure:
             logger.info("request %s: after its end, %s", job.sequence.request_id, failure)
         finally:

@@ -1,5 +1,7 @@
 """The processes of a cluster as Ray actors: each has start() -> address, run() (ends when stopped), stop().
 
+They get the cluster's token as an argument: Ray carries it behind its own token, and it stands in no environment and on no command line.
+
 The supervisor learns of a death from run()'s object reference, which Ray fails the moment the process is gone.
 Each actor imports its own server when it is made: a store's process needs no torch, a worker's no HTTP.
 """
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..protocol.config import ModelOptions, ProxyConfig, StoreConfig
+from ..protocol.credentials import Credentials
 from ..protocol.load_progress import Numbered
 from ..protocol.log_context import FORMAT, NameRequest
 from ..protocol.membership import stay_joined
@@ -30,18 +33,20 @@ def configure_logging() -> None:
 
 
 class ProxyActor:
-    def __init__(self, *, config: ProxyConfig, options: ModelOptions, model_folder: str, schema: KVSchema) -> None:
+    def __init__(
+        self, *, config: ProxyConfig, options: ModelOptions, model_folder: str, schema: KVSchema, credentials: Credentials
+    ) -> None:
         from ..proxy.server import ProxyServer
 
         configure_logging()
-        self._server = ProxyServer(config=config, options=options, model_folder=Path(model_folder), schema=schema)
+        self._server = ProxyServer(config=config, options=options, model_folder=Path(model_folder), schema=schema, credentials=credentials)
         self._stopped = asyncio.Event()
 
-    async def start(self) -> tuple[str, str]:
-        """(HTTP, gRPC) addresses."""
+    async def start(self) -> tuple[str, ...]:
+        """Addresses: HTTP, gRPC, control, metrics."""
         endpoints = await self._server.start()
         self._server.warm_up()
-        return endpoints.http, endpoints.grpc
+        return tuple(endpoints)
 
     async def run(self) -> None:
         await self._stopped.wait()
@@ -66,11 +71,15 @@ class StoreActor:
         schema: KVSchema,
         max_model_len: int,
         model_name: str,
+        credentials: Credentials,
     ) -> None:
         from ..kvstore.server import StoreServer
 
         configure_logging()
-        self._server = StoreServer(config, node_id=node_id, store_id=store_id, schema=schema, max_model_len=max_model_len)
+        self._server = StoreServer(
+            config, node_id=node_id, store_id=store_id, schema=schema, max_model_len=max_model_len, credentials=credentials
+        )
+        self._credentials = credentials
         self._host, self._port, self._proxy_address = host, port, proxy_address
         self._model_name = model_name
         self._info = control_pb2.MemberInfo(
@@ -87,7 +96,15 @@ class StoreActor:
         self._info.kv_capacity_tokens = self._server.capacity_tokens
         self._info.metrics_address = self._server.serve_metrics(self._host, self._model_name)
         joined = asyncio.Event()
-        joining = stay_joined(self._proxy_address, self._info, self._load, joined.set, on_left=self._server.proxy_left)
+        joining = stay_joined(
+            self._proxy_address,
+            self._info,
+            self._load,
+            joined.set,
+            on_left=self._server.proxy_left,
+            credentials=self._credentials,
+            on_stores=self._server.know_stores,
+        )
         self._tasks.spawn(joining, "its membership", self._end)
         async with beside(joined.wait()) as accepted, beside(self.run()) as ended:
             await asyncio.wait((accepted, ended), return_when=asyncio.FIRST_COMPLETED)

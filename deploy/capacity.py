@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import grpc.aio
 
+from ..client import Control
 from ..protocol.channel import open_channel
 from ..protocol.grpc_errors import from_rpc_error
 from ..protocol.roles import ROLE_NAMES, decodes, prefills
@@ -16,13 +17,13 @@ from .checks.machine import arena_too_small
 CALL_TIMEOUT_S = 10.0
 
 
-async def read_status(address: str) -> control_pb2.StatusReply:
+async def read_status(control: Control) -> control_pb2.StatusReply:
     """The whole status; the SDK's own leaves out schemas and capacities. Raises a HalfmoonError."""
     try:
-        async with open_channel(address) as channel:
+        async with open_channel(control.address, control.credentials) as channel:
             return await control_pb2_grpc.ControlStub(channel).Status(control_pb2.StatusRequest(), timeout=CALL_TIMEOUT_S)
     except grpc.aio.AioRpcError as error:
-        raise from_rpc_error(error, f"the proxy at {address}") from error
+        raise from_rpc_error(error, f"the proxy's control at {control.address}") from error
 
 
 def served_len(members: Sequence[control_pb2.StatusReply.Member]) -> int:

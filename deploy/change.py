@@ -13,7 +13,7 @@ from ..protocol.roles import WorkerRole
 
 APPLIED, RESTARTED, REFUSED = "applied:", "restarted:", "refused:"
 """One of them begins the line with which `halfmoon serve` ends a change; `halfmoon deploy` waits for it."""
-FIXED = ("model", "proxy")  # sections that a running cluster keeps
+FIXED = ("model", "proxy", "security")  # sections that a running cluster keeps
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from ..engine.kv_schema import kv_schema
 from ..engine.model_config import ModelConfig
 from ..engine.resolve import resolve_folder, resolve_max_model_len, resolve_name
 from ..protocol.config import ClusterConfig
+from ..protocol.credentials import Credentials
 from ..protocol.errors import CheckpointError
 from .plan import make_plan
 from .ray_session import RayNode
@@ -48,9 +49,10 @@ async def running_cluster(
     config: ClusterConfig,
     nodes: Sequence[RayNode],
     notify: Notify = lambda member_id, event: None,
+    credentials: Credentials | None = None,
 ) -> AsyncIterator[Supervisor]:
-    """Yields once every member serves. Stops them all on the way out, whatever happened."""
-    supervisor = Supervisor(make_spec(config, nodes), notify)
+    """Yields once every member serves. Stops them all on the way out, whatever happened. credentials: None: new ones."""
+    supervisor = Supervisor(make_spec(config, nodes), notify, credentials=credentials)
     try:
         await supervisor.start()
         yield supervisor

@@ -23,7 +23,7 @@ from .ray_session import ray_session
 
 CONFIG = ClusterConfig(
     store=StoreConfig(arena_bytes=256 * 2**20),
-    proxy=ProxyConfig(http_port=0, grpc_port=0),
+    proxy=ProxyConfig(http_port=0, grpc_port=0, control_port=0, metrics_port=0),
     prefill=PrefillConfig(num_workers=2),
     decode=DecodeConfig(num_workers=2),
 )

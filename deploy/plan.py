@@ -21,6 +21,8 @@ from ..protocol.errors import ConfigError, MachineError
 from ..protocol.roles import WorkerRole
 from .ray_session import RayNode
 
+LOOPBACK = "127.0.0.1"
+
 
 @dataclass(frozen=True, slots=True)
 class Placed:
@@ -36,7 +38,8 @@ class ClusterPlan:
     decode: tuple[Placed, ...]
     both: tuple[Placed, ...]
     device: str  # "cpu" | "cuda", of every worker
-    proxy_host: str  # where members and remote clients reach the proxy, which may listen on more addresses
+    proxy_host: str  # where remote clients reach the proxy, which may listen on more addresses
+    control_host: str  # likewise, where members and operators do
 
     @property
     def workers(self) -> dict[WorkerRole, tuple[Placed, ...]]:
@@ -67,9 +70,10 @@ def make_plan(config: ClusterConfig, nodes: Sequence[RayNode]) -> ClusterPlan:
     both = tuple(Placed(f"both-{i}", hosts[(num_prefill + i) % len(hosts)]) for i in range(num_both))
     used = [node for node in nodes if any(worker.node == node for worker in (*prefill, *decode, *both))]
     proxy_host = reachable_host(config.proxy.host, nodes[0].host)
-    _require_reachable(proxy_host, used)
+    control_host = reachable_host(config.proxy.control_host, LOOPBACK if nodes[0].host.startswith("127.") else nodes[0].host)
+    _require_reachable(control_host, used)
     stores = tuple(Placed(f"store-{i}", node) for i, node in enumerate(used))
-    return ClusterPlan(nodes[0], stores, prefill, decode, both, device, proxy_host)
+    return ClusterPlan(nodes[0], stores, prefill, decode, both, device, proxy_host, control_host)
 
 
 def count_gpus(nodes: Sequence[RayNode]) -> int:
@@ -105,13 +109,13 @@ def _spread(nodes: Sequence[RayNode], device: str) -> list[RayNode]:
     return [node for node in nodes for _ in range(int(node.num_gpus))]
 
 
-def _require_reachable(proxy_host: str, nodes: Sequence[RayNode]) -> None:
+def _require_reachable(control_host: str, nodes: Sequence[RayNode]) -> None:
     """Raises ConfigError. nodes: the ones that hold a worker."""
     away = [node.host for node in nodes if not node.host.startswith("127.")]
-    if away and (proxy_host.startswith("127.") or proxy_host == "localhost"):
+    if away and (control_host.startswith("127.") or control_host == "localhost"):
         raise ConfigError(
-            f"the proxy is reached at {proxy_host} and workers run on {away[0]}, from where that is another machine's loopback; "
-            "set proxy.host to an address of this machine that they reach"
+            f"members join the proxy at {control_host} and workers run on {away[0]}, from where that is another machine's loopback; "
+            "set proxy.control_host to an address of this machine that they reach, or leave it out"
         )
 
 

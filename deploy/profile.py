@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..client import AsyncClient, Delta
+from ..client import AsyncClient, Control, Delta
 from ..protocol.errors import Overloaded, WorkerLost
 from ..protocol.tasks import Tasks
 from ..proxy.conductor.predictors.cost_model import CostModel
@@ -47,7 +47,14 @@ class Profile:
 
 
 async def profile(
-    address: str, *, seconds: float = 45.0, seed: int | None = None, progress: Progress = lambda share, what: None
+    address: str,
+    control: Control,
+    api_key: str = "",
+    authority: bytes | None = None,
+    *,
+    seconds: float = 45.0,
+    seed: int | None = None,
+    progress: Progress = lambda share, what: None,
 ) -> Profile:
     """Measures for about the given seconds. seed: of the prompts; use a new one each time, because the cluster caches prompts.
 
@@ -55,8 +62,8 @@ async def profile(
     or a time with which no cost model can be measured.
     """
     begun = time.monotonic()
-    async with AsyncClient(address) as client:
-        target = await look(client)
+    async with AsyncClient(address, api_key=api_key, authority=authority, control=control) as client:
+        target = await look(client, control)
         ended = sum((await client.status()).outcomes.values())
         run = Profiler(client, target, seconds, random.Random(seed), progress)
         await run.measure()

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import grpc.aio
 
-from ..client import AsyncClient
+from ..client import AsyncClient, Control
 from ..protocol.channel import open_channel
+from ..protocol.credentials import Credentials
 from ..protocol.errors import ConfigError, Overloaded
 from ..protocol.grpc_errors import from_rpc_error
 from ..protocol.roles import ROLE_NAMES
@@ -31,10 +32,10 @@ class Target:
     node_of: dict[str, str]  # worker -> machine
 
 
-async def look(client: AsyncClient) -> Target:
+async def look(client: AsyncClient, control: Control) -> Target:
     """Finds the members and checks that they can be measured. Raises as profile()."""
     models = await client.models()  # first, because the SDK tries again for a while; the calls below do not
-    status = await read_status(client.address)
+    status = await read_status(control)
     if status.num_queued or status.num_running:
         raise Overloaded(
             f"{status.num_queued} requests wait and {status.num_running} run at {client.address}; profile a cluster that is idle"
@@ -60,16 +61,16 @@ async def look(client: AsyncClient) -> Target:
         kv_bytes_per_token=kv_bytes,
         num_layers=schema.num_layers,
         kv_capacity_tokens=min(info.kv_capacity_tokens for info in decode),
-        cache_tokens=min([await _arena_bytes(info.address) for info in stores]) // kv_bytes,
+        cache_tokens=min([await _arena_bytes(info.address, control.credentials) for info in stores]) // kv_bytes,
         shares_cores=decode[0].device.startswith("cpu") and len(set(nodes)) < len(nodes),
     )
     node_of = {info.id: info.node_id for info in (*prefill, *decode)}
     return Target(facts, models[0].vocab_size, max_model_len, schema.block_size, len(prefill), len(decode), node_of)
 
 
-async def _arena_bytes(address: str) -> int:
+async def _arena_bytes(address: str, credentials: Credentials) -> int:
     try:
-        async with open_channel(address) as channel:
+        async with open_channel(address, credentials) as channel:
             stats = await kvstore_pb2_grpc.KVStoreStub(channel).Stats(kvstore_pb2.StatsRequest(), timeout=CALL_TIMEOUT_S)
     except grpc.aio.AioRpcError as error:
         raise from_rpc_error(error, f"the KV store at {address}; run the profile on a machine of the cluster") from error

@@ -26,7 +26,8 @@ from ..engine.resolve import resolve_name
 from ..engine.worker_life import WorkerAddress
 from ..protocol.address import join_address, split_address
 from ..protocol.channel import open_channel
-from ..protocol.config import ClusterConfig
+from ..protocol.config import PORTS, ClusterConfig
+from ..protocol.credentials import Credentials
 from ..protocol.errors import ConfigError, HalfmoonError, InternalError, StoreUnavailable
 from ..protocol.load_progress import LoadProgress
 from ..protocol.roles import WorkerRole
@@ -92,7 +93,10 @@ class Supervisor:
         spec: ClusterSpec,
         notify: Notify = lambda member_id, event: None,
         find_nodes: Callable[[], list[RayNode]] = live_nodes,
+        credentials: Credentials | None = None,
     ) -> None:
+        """credentials: of the cluster. None: new ones."""
+        self.credentials = credentials or Credentials.make()
         self._spec = spec
         self._notify = notify
         self._find_nodes = find_nodes
@@ -108,16 +112,25 @@ class Supervisor:
 
     @property
     def http_address(self) -> str:
-        return self._proxy_address(0)
+        return self._proxy_address(0, self._spec.plan.proxy_host)
 
     @property
     def grpc_address(self) -> str:
-        return self._proxy_address(1)
+        return self._proxy_address(1, self._spec.plan.proxy_host)
 
-    def _proxy_address(self, face: int) -> str:
+    @property
+    def control_address(self) -> str:
+        """Where members join, and operators ask."""
+        return self._proxy_address(2, self._spec.plan.control_host)
+
+    @property
+    def metrics_address(self) -> str:
+        return self._proxy_address(3, self._spec.plan.control_host)
+
+    def _proxy_address(self, face: int, host: str) -> str:
         """The address at which others reach the proxy. Its own answer may be the one that stands for every address of its machine."""
         _, port = split_address(self._members["proxy"].address[face])
-        return join_address(self._spec.plan.proxy_host, port)
+        return join_address(host, port)
 
     @property
     def members(self) -> Sequence[Member]:
@@ -224,7 +237,7 @@ class Supervisor:
     async def drain(self, timeout_s: float) -> int:
         """Stops admission and waits; returns how many requests were still running after timeout_s."""
         try:
-            async with open_channel(self.grpc_address) as channel:
+            async with open_channel(self.control_address, self.credentials) as channel:
                 reply = await control_pb2_grpc.ControlStub(channel).Drain(control_pb2.DrainRequest(timeout_s=timeout_s))
                 return reply.num_left
         except grpc.aio.AioRpcError:
@@ -368,12 +381,18 @@ class Supervisor:
 
     def _proxy(self) -> Member:
         def arguments() -> dict[str, Any]:
-            config = self._spec.config.proxy
-            if member.address is not None:  # the same ports again, because clients and members look for it there
-                http_port, grpc_port = (split_address(address)[1] for address in member.address)
-                config = dataclasses.replace(config, http_port=http_port, grpc_port=grpc_port)
             spec = self._spec
-            return {"config": config, "options": spec.config.model, "model_folder": str(spec.model_folder), "schema": spec.schema}
+            config = dataclasses.replace(spec.config.proxy, control_host=spec.config.proxy.control_host or spec.plan.control_host)
+            if member.address is not None:  # the same ports again, because clients and members look for it there
+                ports = (split_address(address)[1] for address in member.address)
+                config = dataclasses.replace(config, **dict(zip(PORTS, ports, strict=True)))
+            return {
+                "config": config,
+                "options": spec.config.model,
+                "model_folder": str(spec.model_folder),
+                "schema": spec.schema,
+                "credentials": self.credentials,
+            }
 
         # declared after the closure that reads it: the addresses of its last process
         member = Member("proxy", ProxyActor, self._spec.plan.proxy, arguments)
@@ -386,11 +405,12 @@ class Supervisor:
                 "node_id": placed.node.node_id,
                 "host": placed.node.host,
                 "port": split_address(member.address)[1] if member.address else 0,
-                "proxy_address": self.grpc_address,
+                "proxy_address": self.control_address,
                 "config": self._spec.config.store,
                 "schema": self._spec.schema,
                 "max_model_len": self._spec.max_model_len,
                 "model_name": resolve_name(self._spec.config.model),
+                "credentials": self.credentials,
             }
 
         member = Member(placed.member_id, StoreActor, placed.node, arguments)
@@ -407,7 +427,8 @@ class Supervisor:
                     node_id=node.node_id,
                     host=node.host,
                     store_address=store.address,
-                    proxy_address=self.grpc_address,
+                    proxy_address=self.control_address,
+                    credentials=self.credentials,
                 ),
                 "options": spec.config.model,
                 "role": role,

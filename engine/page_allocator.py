@@ -121,11 +121,11 @@ class PageAllocator:
             return
         if num_full > len(keys):
             more = sequence.token_ids[len(keys) * size : num_full * size]
-            keys += block_keys(prefixes.root, more, size, parent=keys[-1] if keys else None)
+            keys += block_keys(prefixes.root_of(sequence.root), more, size, parent=keys[-1] if keys else None)
         if first and prefixes.find(keys[first - 1]) is None:
             first = 0  # another's copy that it built on was evicted
         for block in range(first, num_full):
-            parent = keys[block - 1] if block else prefixes.root
+            parent = keys[block - 1] if block else prefixes.root_of(sequence.root)
             prefixes.add(parent, keys[block], sequence.token_ids[block * size : (block + 1) * size], sequence.pages[block])
         sequence.num_kept_blocks = num_full
 
@@ -154,7 +154,7 @@ class PageAllocator:
         size = prefixes.block_size
         block = num_tokens // size
         following = sequence.token_ids[num_tokens : min(num_tokens + size, sequence.num_tokens - 1)]
-        page, num_agreeing = prefixes.find_part(keys[block - 1] if block else prefixes.root, following)
+        page, num_agreeing = prefixes.find_part(keys[block - 1] if block else prefixes.root_of(sequence.root), following)
         if not num_agreeing:
             return None
         self.share([page])
@@ -187,7 +187,7 @@ class PageAllocator:
         num_full = sequence.num_sound_tokens // prefixes.block_size
         tail = sequence.token_ids[num_full * prefixes.block_size : sequence.num_sound_tokens]
         if tail and sequence.pages[num_full] not in prefixes:
-            prefixes.add(keys[num_full - 1] if num_full else prefixes.root, None, tail, sequence.pages[num_full])
+            prefixes.add(keys[num_full - 1] if num_full else prefixes.root_of(sequence.root), None, tail, sequence.pages[num_full])
 
     def release(self, sequence: Sequence) -> None:
         """The sequence's pages have a user less; what of it is sound stays. It is in no step."""

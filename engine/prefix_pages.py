@@ -29,7 +29,7 @@ class PrefixPages:
     """Whether a page is in use is the allocator's matter.
 
     Args:
-        root: the key before every first block.
+        root: the key before every first block of a sequence that has none of its own.
         block_size: tokens; a page is a block.
 
     Attributes:
@@ -37,10 +37,10 @@ class PrefixPages:
     """
 
     def __init__(self, root: bytes, block_size: int) -> None:
-        self.root = root
         self.block_size = block_size
         self.changes = KeyChanges(self.keys)
-        self._top = CachedBlock(-1, None, root, b"")
+        self._root = root
+        self._tops = {root: CachedBlock(-1, None, root, b"")}  # one for each tenant, who are few
         self._by_key: dict[bytes, CachedBlock] = {}  # parents before their children
         self._by_page: dict[int, CachedBlock] = {}
 
@@ -54,6 +54,14 @@ class PrefixPages:
     def keys(self) -> list[bytes]:
         """Of the blocks, each behind its parent's."""
         return list(self._by_key)
+
+    def root_of(self, root: bytes) -> bytes:
+        """A sequence's own root, or where it has none the common one. Nothing under one root is found under another."""
+        if not root:
+            return self._root
+        if root not in self._tops:
+            self._tops[root] = CachedBlock(-1, None, root, b"")
+        return root
 
     def find(self, key: bytes) -> CachedBlock | None:
         return self._by_key.get(key)
@@ -116,12 +124,12 @@ class PrefixPages:
     def chain(self, block: CachedBlock) -> Iterator[int]:
         """The pages from the block up to the first one."""
         above: CachedBlock | None = block
-        while above is not None and above is not self._top:
+        while above is not None and above.parent is not None:
             yield above.page
             above = above.parent
 
     def _parent(self, key: bytes) -> CachedBlock | None:
-        return self._top if key == self.root else self._by_key.get(key)
+        return self._tops.get(key) or self._by_key.get(key)
 
 
 def _tokens(block: CachedBlock) -> bytes:

@@ -27,6 +27,7 @@ class Sequence:
     queue_order: int = 0
     tpot_slo_s: float = 0.0  # that its steps are sized for; 0: the worker's own
     suspect: bool = False  # a worker broke while it computed this: it is computed apart
+    root: bytes = b""  # the key before its first block, its tenant's own; empty: the worker's
     num_computed_tokens: int = 0  # their KV stands in pages
     pages: list[int] = field(default_factory=list)
     paced_at: float = 0.0  # its time per output token counts from here, of time.monotonic(); 0: from no token yet
@@ -113,6 +114,7 @@ class Sequence:
             queue_order=message.queue_order,
             tpot_slo_s=message.tpot_slo_s,
             suspect=message.suspect,
+            root=message.root,
         )
 
 

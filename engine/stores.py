@@ -14,6 +14,7 @@ from functools import partial
 from ..kvstore.client import StoreClient
 from ..kvstore.store_link import StoreLink
 from ..kvstore.transport import TransportChoice
+from ..protocol.credentials import Credentials
 from ..protocol.schema import KVSchema
 from ..protocol.tasks import Tasks
 
@@ -33,9 +34,17 @@ class Stores:
         transport: TransportChoice,
         on_lost: Callable[[StoreClient], None],
         on_attached: Callable[[StoreClient], Awaitable[None]],
+        credentials: Credentials | None = None,
     ) -> None:
         self.own = StoreLink(
-            address, client_id=client_id, node_id=node_id, schema=schema, transport=transport, on_lost=on_lost, on_attached=on_attached
+            address,
+            client_id=client_id,
+            node_id=node_id,
+            schema=schema,
+            transport=transport,
+            on_lost=on_lost,
+            on_attached=on_attached,
+            credentials=credentials,
         )
         self._client_id = client_id
         self._node_id = node_id
@@ -43,6 +52,7 @@ class Stores:
         self._transport: TransportChoice = transport
         self._on_lost = on_lost
         self._on_attached = on_attached
+        self._credentials = credentials
         self._sessions: dict[str, asyncio.Task[StoreClient]] = {}
         self._open: set[StoreClient] = set()  # closed in close() where a task was cancelled before it had done so
         self._tasks = Tasks(client_id)
@@ -73,7 +83,12 @@ class Stores:
 
     async def _attach(self, address: str) -> StoreClient:
         client = await StoreClient.attach(
-            address, client_id=self._client_id, node_id=self._node_id, schema=self._schema, transport=self._transport
+            address,
+            client_id=self._client_id,
+            node_id=self._node_id,
+            schema=self._schema,
+            transport=self._transport,
+            credentials=self._credentials,
         )
         self._open.add(client)
         try:

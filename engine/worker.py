@@ -150,6 +150,7 @@ class Worker:
             transport=self._transport,
             on_lost=self._store_lost,
             on_attached=self._store_attached,
+            credentials=worker_address.credentials,
         )
         try:
             await self.stores.own.attach()
@@ -163,7 +164,7 @@ class Worker:
         self.metrics.watch_engine(facts, self.allocator, self.steps.front.age_s)
         self._take_role(self.role)
         self.steps.start()
-        server, port = create_server(worker_address.host, 0)
+        server, port = create_server(worker_address.host, 0, credentials=worker_address.credentials)
         for half in self._halves.values():
             half.register(server)
         await server.start()

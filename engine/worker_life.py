@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import grpc.aio
 from prometheus_client.registry import Collector
 
+from ..protocol.credentials import Credentials
 from ..protocol.errors import WorkerLost
 from ..protocol.exporter import serve_metrics
 from ..protocol.load_progress import ProgressFeed
@@ -41,7 +42,8 @@ class WorkerAddress:
     node_id: str
     host: str  # to listen on
     store_address: str  # of its node's store
-    proxy_address: str
+    proxy_address: str  # of its control
+    credentials: Credentials | None = None  # that it shows, and asks for; None: a worker without a cluster
 
 
 class WorkerLife:
@@ -102,7 +104,16 @@ class WorkerLife:
         )
         ours.MergeFrom(info)
         self._told: asyncio.Future[control_pb2.Broken] = self._loop.create_future()
-        joining = stay_joined(worker_address.proxy_address, ours, load, self.joined.set, take_role, self._told, prefixes)
+        joining = stay_joined(
+            worker_address.proxy_address,
+            ours,
+            load,
+            self.joined.set,
+            take_role,
+            self._told,
+            prefixes,
+            credentials=worker_address.credentials,
+        )
         self._membership = self._tended.spawn(joining, "its membership", self._break)
         logger.info("%s serves on %s", worker_address.worker_id, info.address)
 

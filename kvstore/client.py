@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from ..protocol.address import split_address
+from ..protocol.credentials import Credentials
 from ..protocol.errors import HalfmoonError, RequestCancelled, StoreUnavailable
 from ..protocol.grpc_errors import error_to_proto
 from ..protocol.schema import KVSchema
@@ -54,14 +55,16 @@ class StoreClient:
         schema: KVSchema,
         transport: TransportChoice = "auto",
         timeout_s: float = 5.0,
+        credentials: Credentials | None = None,
     ) -> StoreClient:
         """Opens a session. client_id: as others shall read it in errors ("prefill worker prefill-0").
 
         transport: auto is shared memory where the store is on node_id and its arena can be mapped here, else data connections (tcp), else
         gRPC; tcp and grpc begin further down. A slower one than could be expected is a warning.
-        Raises SchemaMismatch (both sides printed), StoreUnavailable, ConfigError (no block fits the store's arena).
+        credentials: that the store asks for.
+        Raises Unauthenticated, SchemaMismatch (both sides printed), StoreUnavailable, ConfigError (no block fits the store's arena).
         """
-        connection = Connection(address, client_id)
+        connection = Connection(address, client_id, credentials)
         await connection.open(node_id if transport == "auto" else "", schema, timeout_s)
         if not connection.welcome.HasField("arena"):
             remote = None if transport == "grpc" else await _connect_data(connection, schema)
@@ -72,7 +75,9 @@ class StoreClient:
         except (OSError, ValueError) as error:
             logger.warning("%s can't share the arena of %s (%s); using data connections", client_id, connection.peer, error)
             await connection.close()
-            return await cls.attach(address, client_id=client_id, node_id="", schema=schema, transport="tcp", timeout_s=timeout_s)
+            return await cls.attach(
+                address, client_id=client_id, node_id="", schema=schema, transport="tcp", timeout_s=timeout_s, credentials=credentials
+            )
         await asyncio.to_thread(arena.populate)
         return cls(connection, schema, ShmTransport(arena), arena)
 

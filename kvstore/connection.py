@@ -15,6 +15,7 @@ import grpc
 import grpc.aio
 
 from ..protocol.channel import open_channel
+from ..protocol.credentials import Credentials
 from ..protocol.errors import HalfmoonError, RequestCancelled, StoreUnavailable, Unavailable
 from ..protocol.grpc_errors import from_rpc_error
 from ..protocol.schema import KVSchema
@@ -30,13 +31,13 @@ Result = TypeVar("Result")
 class Connection:
     """Belongs to the event loop that opened it."""
 
-    def __init__(self, address: str, client_id: str) -> None:
+    def __init__(self, address: str, client_id: str, credentials: Credentials | None = None) -> None:
         self.address = address
         self.client_id = client_id
         self.lost = asyncio.Event()
         self.loop = asyncio.get_running_loop()
         self.welcome = kvstore_pb2.AttachReply.Welcome()
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, credentials)
         self.stub = kvstore_pb2_grpc.KVStoreStub(self._channel)
         self.on_end: list[Callable[[], None]] = []  # called once, when the session ends from either side
         self._ended: StoreUnavailable | None = None

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..protocol.credentials import Credentials
 from ..protocol.durations import seconds
-from ..protocol.errors import DeadlineExceeded, HalfmoonError, HandoffCorrupt, InvalidRequest, StoreUnavailable
+from ..protocol.errors import DeadlineExceeded, HalfmoonError, HandoffCorrupt, InvalidRequest, PermissionDenied, StoreUnavailable, shown
 from ..protocol.v1 import kvstore_pb2
 from .client import StoreClient
 from .handoff import Lease
@@ -40,15 +41,22 @@ class Pull:
 
 
 class Replication:
-    """Belongs to the store's event loop."""
+    """Belongs to the store's event loop.
 
-    def __init__(self, store: Store) -> None:
+    Attributes:
+        sources: addresses of the stores that may be copied from. None: all, for a store without a cluster.
+    """
+
+    def __init__(self, store: Store, credentials: Credentials | None = None) -> None:
+        self.sources: frozenset[str] | None = None if credentials is None else frozenset()
         self._store = store
+        self._credentials = credentials
         self._pulls: dict[bytes, Pull] = {}  # by every key that one is fetching
         self._running: set[Pull] = set()
 
     async def replicate(self, request: kvstore_pb2.ReplicateRequest) -> kvstore_pb2.ReplicateReply:
-        """Raises StoreUnavailable (naming the source, or stopping), SchemaMismatch, HandoffCorrupt, HandoffIncomplete,
+        """Raises PermissionDenied (the source is no store of the cluster), StoreUnavailable (naming the source, or stopping),
+        SchemaMismatch, HandoffCorrupt, HandoffIncomplete,
         DeadlineExceeded, InvalidRequest."""
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -80,6 +88,11 @@ class Replication:
     async def _replicate(self, block_keys: Sequence[bytes], source: str) -> kvstore_pb2.ReplicateReply:
         if not source:
             raise InvalidRequest("Replicate without a source_address; name a store that holds the blocks", param="source_address")
+        if self.sources is not None and source not in self.sources:
+            raise PermissionDenied(
+                f"{shown(source)} is no store of this cluster, and blocks are copied from its stores alone; `halfmoon status` names them",
+                param="source_address",
+            )
         wanted = self._store.missing(block_keys)
         while (other := next((self._pulls[key] for key in wanted if key in self._pulls), None)) is not None:
             await asyncio.wait({other.over})
@@ -108,7 +121,9 @@ class Replication:
     async def _pull(self, pull: Pull, block_keys: Sequence[bytes], wanted: Sequence[bytes], source: str) -> None:
         schema, name = self._store.schema, f"store {self._store.store_id}"
         assert schema is not None, "missing() has read its content"
-        client = await StoreClient.attach(source, client_id=name, node_id="", schema=schema, timeout_s=ATTACH_TIMEOUT_S)
+        client = await StoreClient.attach(
+            source, client_id=name, node_id="", schema=schema, timeout_s=ATTACH_TIMEOUT_S, credentials=self._credentials
+        )
         try:
             reader = await client.fetch_prefix(wanted)
             pull.source_is_short = reader.num_blocks < len(wanted)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import grpc.aio
 
 from ..protocol.channel import create_server
 from ..protocol.config import StoreConfig
+from ..protocol.credentials import Credentials
 from ..protocol.exporter import Identity, ProcessMetrics, serve_metrics
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import kvstore_pb2, kvstore_pb2_grpc
@@ -36,16 +37,25 @@ class StoreLoad(NamedTuple):
 
 class StoreServer:
     def __init__(
-        self, config: StoreConfig, *, node_id: str, store_id: str = "", schema: KVSchema | None = None, max_model_len: int = 0
+        self,
+        config: StoreConfig,
+        *,
+        node_id: str,
+        store_id: str = "",
+        schema: KVSchema | None = None,
+        max_model_len: int = 0,
+        credentials: Credentials | None = None,
     ) -> None:
         """node_id: clients that name the same node share the arena. store_id: empty for a random one. schema: None for the
-        first client's. max_model_len: sizes the arena where the configuration does not."""
+        first client's. max_model_len: sizes the arena where the configuration does not. credentials: of the cluster, which it serves
+        alone; None: a store without a cluster, for whoever reaches it."""
         self.store_id = store_id or f"store-{secrets.token_hex(6)}"
         self.address = ""
         self._config = config
         self._node_id = node_id
         self._schema = schema
         self._max_model_len = max_model_len
+        self._credentials = credentials
         self._arena: Arena | None = None
         self._store: Store | None = None
         self._replication: Replication | None = None
@@ -54,16 +64,17 @@ class StoreServer:
 
     async def start(self, host: str, port: int = 0) -> str:
         """Returns "host:port". Raises ConfigError (no room for the arena, no block fits it), OSError (the port is taken)."""
-        server, bound = create_server(host, port)
+        server, bound = create_server(host, port, credentials=self._credentials)
         arena: Arena | None = None
         store: Store | None = None
         try:
             # touching every page of a large arena takes a while
             arena = await asyncio.to_thread(self._make_arena)
             store = Store(self._config, arena, store_id=self.store_id, node_id=self._node_id, schema=self._schema)
-            replication = Replication(store)
+            replication = Replication(store, self._credentials)
             kvstore_pb2_grpc.add_KVStoreServicer_to_server(KVStoreService(store, replication), server)
-            store.data.start(host)
+            if self._credentials is None or self._credentials.tls is None:
+                store.data.start(host)  # data connections have no TLS: with it, KV of other nodes goes over gRPC
             await store.tiers.opened()
             await server.start()
         except BaseException:
@@ -123,6 +134,11 @@ class StoreServer:
         total = max(1, stats.num_bytes_arena)
         used = stats.num_bytes_leased + stats.num_bytes_cached
         return StoreLoad(stats.num_leases, stats.num_handoffs, stats.num_sessions, used / total, stats.num_bytes_leased / total)
+
+    def know_stores(self, addresses: Iterable[str]) -> None:
+        """The stores of the cluster as the proxy tells them: those that blocks may be copied from."""
+        if self._replication is not None:
+            self._replication.sources = frozenset(addresses)
 
     def proxy_left(self) -> None:
         """The Join stream has ended. Hand-offs that nobody will fetch are freed at once, not at their requests' deadlines."""

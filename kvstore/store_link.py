@@ -12,6 +12,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
+from ..protocol.credentials import Credentials
 from ..protocol.errors import StoreUnavailable
 from ..protocol.schema import KVSchema
 from .client import StoreClient
@@ -41,6 +42,7 @@ class StoreLink:
         transport: TransportChoice,
         on_lost: Callable[[StoreClient], None],
         on_attached: Callable[[StoreClient], Awaitable[None]] | None = None,
+        credentials: Credentials | None = None,
     ) -> None:
         self.address = address
         self._client_id = client_id
@@ -49,6 +51,7 @@ class StoreLink:
         self._transport: TransportChoice = transport
         self._on_lost = on_lost
         self._on_attached = on_attached
+        self._credentials = credentials
         self._client: StoreClient | None = None
         self._waiting: set[asyncio.Future[StoreClient]] = set()  # for a session
         self._wanted = asyncio.Event()  # somebody waits who did not when the last attempt failed
@@ -80,7 +83,12 @@ class StoreLink:
     async def attach(self) -> StoreClient:
         """Raises StoreUnavailable, SchemaMismatch."""
         client = await StoreClient.attach(
-            self.address, client_id=self._client_id, node_id=self._node_id, schema=self._schema, transport=self._transport
+            self.address,
+            client_id=self._client_id,
+            node_id=self._node_id,
+            schema=self._schema,
+            transport=self._transport,
+            credentials=self._credentials,
         )
         self._client = client
         if self._on_attached is not None:

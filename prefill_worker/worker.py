@@ -103,7 +103,8 @@ class PrefillHalf:
         sequence = Sequence.from_proto(request.sequence)
         sequence.check_tokens(self._facts.vocab_size)
         sequence.check_len(self._facts.max_model_len, with_answer=False)
-        keys = sent_or_made_keys(request.sequence.block_keys, self._worker.root, sequence.token_ids, self._facts.page_size)
+        root = sequence.root or self._worker.root
+        keys = sent_or_made_keys(request.sequence.block_keys, root, sequence.token_ids, self._facts.page_size)
         sequence.block_keys = list(keys)
         loop = asyncio.get_running_loop()
         job = PrefillJob(request, sequence, keys, task, loop.create_future(), loop.create_future())

@@ -1,8 +1,9 @@
-"""Block keys: a keyed blake2b chain over token ids, so that equal keys mean equal prefixes.
+"""Block keys: a blake2b chain over token ids, so that equal keys mean equal prefixes of one tenant.
 
-    root = blake2b(schema fingerprint ‖ LoRA id)        key_i = blake2b(key_{i-1} ‖ tokens of block i as u32 LE)
+    root = blake2b(schema fingerprint ‖ LoRA id, key=the tenant's salt)        key_i = blake2b(key_{i-1} ‖ tokens of block i as u32 LE)
 
-Both are keyed with the tenant's salt: a tenant can neither name nor time another's blocks. Only full blocks have keys.
+Every key follows from its root, which nobody knows without the salt: a tenant can neither name nor time another's blocks.
+Only full blocks have keys.
 """
 
 from __future__ import annotations
@@ -19,13 +20,11 @@ BlockKey = bytes
 
 
 def root_key(schema_fingerprint: bytes, lora_id: str = "", salt: bytes = b"") -> BlockKey:
-    """salt: at most 64 bytes, secret to the tenant."""
+    """salt: of the tenant, at most 64 bytes, known to the proxy alone; empty: of all who have no tenant."""
     return hashlib.blake2b(schema_fingerprint + lora_id.encode(), digest_size=KEY_BYTES, key=salt).digest()
 
 
-def block_keys(
-    root: BlockKey, token_ids: Sequence[int], block_size: int, salt: bytes = b"", *, parent: BlockKey | None = None
-) -> list[BlockKey]:
+def block_keys(root: BlockKey, token_ids: Sequence[int], block_size: int, *, parent: BlockKey | None = None) -> list[BlockKey]:
     """The keys of the full blocks of token_ids, in order.
 
     parent: the key before the first block where token_ids continue a chain (default: the root).
@@ -38,7 +37,7 @@ def block_keys(
     keys: list[BlockKey] = []
     key = root if parent is None else parent
     for start in range(0, len(token_ids) // block_size * stride, stride):
-        digest = hashlib.blake2b(key, digest_size=KEY_BYTES, key=salt)
+        digest = hashlib.blake2b(key, digest_size=KEY_BYTES)
         digest.update(data[start : start + stride])
         key = digest.digest()
         keys.append(key)

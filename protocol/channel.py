@@ -5,7 +5,10 @@ from __future__ import annotations
 import grpc.aio
 
 from .address import join_address
+from .credentials import Credentials
+from .members_only import MemberChannel, MembersOnly
 from .parsing import Parsing
+from .tls import MEMBER_NAME
 
 # Between members message size is bounded by who sends (slices of a few MiB), not by gRPC's 4 MiB default.
 # Keepalive finds a peer that is stopped, or whose host vanished without closing its sockets, after 5 + 3 s at most; a killed process is
@@ -28,23 +31,66 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """address: "host:port". Connects on first use."""
-    return grpc.aio.insecure_channel(address, options=[*OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
+CHANNEL_OPTIONS = (*OPTIONS, ("grpc.use_local_subchannel_pool", 1))
 
 
-def create_server(host: str, port: int, *, max_request_bytes: int = -1, handshake_timeout_s: float = 10.0) -> tuple[grpc.aio.Server, int]:
+def open_channel(address: str, credentials: Credentials | None = None, authority: bytes | None = None) -> grpc.aio.Channel:
+    """address: "host:port". Connects on first use.
+
+    credentials: of a member, to be shown with each call; None: at the clients' port. authority: there, PEM of who signed its certificate
+    (b"": one that this machine trusts); None: it has no TLS.
+    """
+    secret, options = channel_credentials(credentials, authority)
+    if secret is None:
+        channel = grpc.aio.insecure_channel(address, options=options)
+    else:
+        channel = grpc.aio.secure_channel(address, secret, options=options)
+    return channel if credentials is None else MemberChannel(channel, credentials)
+
+
+def channel_credentials(
+    credentials: Credentials | None, authority: bytes | None
+) -> tuple[grpc.ChannelCredentials | None, list[tuple[str, int | str]]]:
+    """Of TLS, and the channel's options. None: it has no TLS."""
+    if credentials is not None and (tls := credentials.tls) is not None:
+        secret = grpc.ssl_channel_credentials(tls.authority, tls.key, tls.certificate)
+        return secret, [*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", MEMBER_NAME)]
+    return None if authority is None else grpc.ssl_channel_credentials(authority or None), [*CHANNEL_OPTIONS]
+
+
+def create_server(
+    host: str,
+    port: int,
+    *,
+    credentials: Credentials | None = None,
+    certificate: tuple[bytes, bytes] | None = None,
+    max_request_bytes: int = -1,
+    handshake_timeout_s: float = 10.0,
+) -> tuple[grpc.aio.Server, int]:
     """A server bound to host:port and the port it got (port 0: any free one). Not started.
 
+    credentials: what each call must bring, and each connection where they have TLS; None: it serves whoever reaches it.
+    certificate: there, PEM of its key and of its certificate; None: without TLS.
     max_request_bytes: of one message, where strangers may send them; a larger one is refused unread. -1: any size.
     handshake_timeout_s: for a new connection to speak HTTP/2; it is closed then.
     Raises OSError where the port is taken.
     """
     options = dict(OPTIONS) | {"grpc.max_receive_message_length": max_request_bytes, "grpc.so_reuseport": 0}
     options["grpc.server_handshake_timeout_ms"] = max(1, round(handshake_timeout_s * 1e3))
-    server = grpc.aio.server(interceptors=(Parsing(),), options=list(options.items()))
+    guards = () if credentials is None else (MembersOnly(credentials),)
+    server = grpc.aio.server(interceptors=(*guards, Parsing()), options=list(options.items()))
     address = join_address(host, port)
-    bound = server.add_insecure_port(address)
+    secret = _server_credentials(credentials, certificate)
+    bound = server.add_insecure_port(address) if secret is None else server.add_secure_port(address, secret)
     if bound == 0:
         raise OSError(f"cannot listen on {address}: the port is taken; choose another")
     return server, bound
+
+
+def _server_credentials(credentials: Credentials | None, certificate: tuple[bytes, bytes] | None) -> grpc.ServerCredentials | None:
+    if credentials is None:
+        return None if certificate is None else grpc.ssl_server_credentials([certificate])
+    if credentials.tls is None:
+        return None
+    tls = credentials.tls
+    return grpc.ssl_server_credentials([(tls.key, tls.certificate)], tls.authority, require_client_auth=True)

@@ -2,6 +2,7 @@
 
 model:    what is served          store:   one process a node
 proxy:    the front door          prefill: that half of a worker      decode: that half of a worker
+security: TLS between members
                                   num_workers in prefill, decode and both: how many start with that role
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 import re
 import types
@@ -22,6 +24,7 @@ from .errors import ConfigError
 
 Policy = Literal["random", "round_robin", "least_loaded", "cache_aware", "kvcache_centric", "adaptive"]
 AdmissionName = Literal["none", "two_stage", "ttft_tbt", "early_rejection", "predictive"]
+PORTS = ("http_port", "grpc_port", "control_port", "metrics_port")  # of the proxy
 QueueOrder = Literal["short", "fair", "fcfs", "edf", "late"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
@@ -115,11 +118,18 @@ class BothConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProxyConfig:
     host: str = "127.0.0.1"
-    """Address that the proxy listens on; 0.0.0.0: every one of its machine. Nothing authenticates clients."""
+    """Address that the proxy listens on for clients; 0.0.0.0: every one of its machine."""
     http_port: int = 8000
     """Port of the OpenAI-compatible HTTP API; 0: any free one."""
     grpc_port: int = 50051
-    """Port of the gRPC API, which the cluster's members join at, too; 0: any free one."""
+    """Port of the gRPC API; 0: any free one."""
+    control_host: str = ""
+    """Address that the proxy listens on for the cluster's members, operators and Prometheus; empty: this machine's address in Ray,
+    which is loopback for a Ray of its own."""
+    control_port: int = 50052
+    """Port where members join and operators ask, with the cluster's token; 0: any free one."""
+    metrics_port: int = 8001
+    """Port of /metrics and /metrics/targets, on control_host; 0: any free one."""
     policy: Policy = "cache_aware"
     """How the Conductor chooses a request's workers."""
     admission: AdmissionName = "none"
@@ -175,6 +185,12 @@ class ProxyConfig:
     write_timeout_s: float = 30.0
     """Seconds in which a client, HTTP or gRPC, must take something of what waits to be sent to it; else its request is cancelled. Nothing
     waits between two tokens, so a stream may last as long as it likes."""
+    keys_file: str = ""
+    """File of API keys and tenants, which `halfmoon keys` writes; a change counts from the next request on. Empty: no key is asked for."""
+    tls_certificate: str = ""
+    """PEM file of the clients' ports' certificate, on the proxy's host; `halfmoon certs init` makes front.pem. Empty: no TLS there."""
+    tls_key: str = ""
+    """PEM file of its key."""
     cors_origins: str = ""
     """Origins whose pages may call the HTTP API from a browser, with blanks between them: https://chat.example.org; *: every origin.
     Empty: none."""
@@ -184,7 +200,7 @@ class ProxyConfig:
     """Seconds that running requests have to finish when the proxy stops; after that they are cancelled."""
 
     def __post_init__(self) -> None:
-        for name in ("http_port", "grpc_port"):
+        for name in PORTS:
             if getattr(self, name) > 65535:
                 raise ConfigError(f"proxy.{name} is {getattr(self, name)}; a port is at most 65535 (0: any free one)", key=f"proxy.{name}")
         if not 0 < self.avoid_after_s <= self.leave_after_s:
@@ -202,8 +218,19 @@ class ProxyConfig:
                     f"proxy.cors_origins has {origin!r}; an origin is a scheme and a host, such as https://chat.example.org, or *",
                     key="proxy.cors_origins",
                 )
-        if self.http_port == self.grpc_port != 0:
-            raise ConfigError(f"proxy.http_port and proxy.grpc_port are both {self.http_port}; give each its own", key="proxy.grpc_port")
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise ConfigError("proxy.tls_certificate and proxy.tls_key belong together; set both or none", key="proxy.tls_key")
+        for name, other in itertools.combinations(PORTS, 2):
+            if getattr(self, name) == getattr(self, other) != 0:
+                raise ConfigError(f"proxy.{name} and proxy.{other} are both {getattr(self, name)}; give each its own", key=f"proxy.{other}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecurityConfig:
+    certs: str = ""
+    """Folder of `halfmoon certs init` on the host of `halfmoon serve`: members talk to each other by mutual TLS. Empty: in the clear."""
+    insecure: bool = False
+    """Whether a cluster may start that can be used or read from other machines without TLS."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,6 +241,7 @@ class ClusterConfig:
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     both: BothConfig = field(default_factory=BothConfig)
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
+    security: SecurityConfig = field(default_factory=SecurityConfig)
 
     @property
     def num_workers(self) -> int:

@@ -5,12 +5,14 @@ HalfmoonError
 │   ├── PromptTooLong           400
 │   ├── UnknownModel            404
 │   ├── UnknownRequest          404
-│   ├── Unauthenticated         401
+│   ├── Unauthenticated         401  nobody knows who asks: no key or token, or a wrong one
+│   ├── PermissionDenied        403  who asks is known, and may not do this
 │   ├── RequestTimeout          408  its bytes did not come in time
 │   ├── RequestTooLarge         413  more bytes than a body may have
 │   ├── UnsupportedMediaType    415  a body that is no plain JSON
 │   └── HeadTooLarge            431  more bytes than a head may have
 ├── Overloaded                  429  come back after retry_after_s
+│   └── RateLimited             429  the tenant has used up its minute; likewise
 ├── RequestCancelled            499  the client went away or asked for it
 ├── DeadlineExceeded            504  the request's own time ran out
 ├── Unavailable                 503  nothing wrong with the request; part of the cluster is gone
@@ -107,6 +109,11 @@ class Unauthenticated(InvalidRequest):
     grpc_status = grpc.StatusCode.UNAUTHENTICATED
 
 
+class PermissionDenied(InvalidRequest):
+    http_status = 403
+    grpc_status = grpc.StatusCode.PERMISSION_DENIED
+
+
 class RequestTimeout(InvalidRequest):
     http_status = 408
 
@@ -130,6 +137,10 @@ class Overloaded(HalfmoonError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0, **fields: Any) -> None:
         super().__init__(message, retry_after_s=retry_after_s, **fields)
         self.retry_after_s = retry_after_s
+
+
+class RateLimited(Overloaded):
+    pass
 
 
 class RequestCancelled(HalfmoonError):

@@ -5,7 +5,7 @@ registry ─► ProcessMetrics: worker, role and model_name on every series ─�
 
 from __future__ import annotations
 
-import gzip
+import json
 import platform
 import selectors
 import socket
@@ -14,12 +14,11 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from socketserver import ThreadingMixIn
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, disable_created_metrics, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
@@ -60,22 +59,6 @@ class ProcessMetrics(Collector):
                 # a label of the same name is the metric's own, and says more
                 named.samples = [sample._replace(labels={**identity, **sample.labels}) for sample in family.samples]
                 yield named
-
-
-class Page(NamedTuple):
-    content: bytes
-    headers: dict[str, str]
-
-
-def render(metrics: Collector, accept: str, accept_encoding: str) -> Page:
-    """/metrics in the format that the scraper asks for: OpenMetrics, which has exemplars, or Prometheus' text; gzip where it may be."""
-    encode, content_type = choose_encoder(accept)
-    content = encode(metrics)
-    headers = {"content-type": content_type}
-    if "gzip" in accept_encoding:
-        content = gzip.compress(content, compresslevel=1)
-        headers["content-encoding"] = "gzip"
-    return Page(content, headers)
 
 
 def counter(spec: MetricSpec, registry: CollectorRegistry) -> Counter:
@@ -136,10 +119,16 @@ class LightHistogram(Collector):
         yield HistogramMetricFamily(self._spec.name, self._spec.help, buckets=buckets, sum_value=self._sum)
 
 
-def serve_metrics(metrics: Collector, host: str) -> tuple[str, Callable[[], None]]:
-    """Serves /metrics on a free port of host, in a thread. Returns "host:port" and what stops it, at once."""
+def serve_metrics(
+    metrics: Collector, host: str, port: int = 0, targets: Callable[[str], Any] | None = None
+) -> tuple[str, Callable[[], None]]:
+    """Serves /metrics on host:port (0: a free one), in a thread. Returns "host:port" and what stops it, at once. Raises OSError.
+
+    targets: what /metrics/targets answers as JSON, from the address that was asked at; called on a thread of its own. None: no such page.
+    """
     kind = _Server6 if ":" in host else _Server
-    server = make_server(host, 0, make_wsgi_app(metrics), kind, _QuietHandler)
+    page: Any = make_wsgi_app(metrics)
+    server = make_server(host, port, page if targets is None else _with_targets(page, targets), kind, _QuietHandler)
     stopping, stopped = socket.socketpair()
     thread = threading.Thread(target=_serve, args=(server, stopped), name="metrics", daemon=True)
     thread.start()
@@ -149,6 +138,18 @@ def serve_metrics(metrics: Collector, host: str) -> tuple[str, Callable[[], None
         thread.join()
 
     return join_address(host, server.server_port), stop
+
+
+def _with_targets(page: Any, targets: Callable[[str], Any]) -> Any:
+    """The WSGI application with /metrics/targets beside the page."""
+
+    def serve(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        if environ["PATH_INFO"] != "/metrics/targets":
+            return page(environ, start_response)
+        start_response("200 OK", [("content-type", "application/json")])
+        return [json.dumps(targets(environ.get("HTTP_HOST", ""))).encode()]
+
+    return serve
 
 
 class _Server(ThreadingMixIn, WSGIServer):

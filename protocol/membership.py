@@ -17,6 +17,7 @@ from typing import Protocol
 import grpc.aio
 
 from .channel import open_channel
+from .credentials import Credentials
 from .errors import HalfmoonError, InvalidRequest, SchemaMismatch, WorkerLost
 from .grpc_errors import error_to_proto, from_rpc_error
 from .v1 import control_pb2, control_pb2_grpc
@@ -118,6 +119,8 @@ async def stay_joined(
     broken: Broken | None = None,
     prefixes: PrefixFeed | None = None,
     on_left: Callable[[], None] = lambda: None,
+    credentials: Credentials | None = None,
+    on_stores: Callable[[list[str]], None] = lambda addresses: None,
 ) -> None:
     """Joins and reports until cancelled, or broken and the proxy knows; joins again whenever the proxy comes back.
 
@@ -126,13 +129,15 @@ async def stay_joined(
         broken: once it is set, it is reported, and the member leaves.
         prefixes: told to the proxy with the reports; None: there are none to tell of.
         on_left: called whenever a stream on which the member was accepted has ended: the proxy has forgotten it, or is gone.
+        credentials: that the proxy asks for.
+        on_stores: called with the addresses of the cluster's live stores, where the member is a store and whenever they change.
 
     Raises what the proxy refuses the member for: InvalidRequest (a newer process has its id, say), SchemaMismatch, WorkerLost (it makes no
     progress). And what load raises.
     """
     membership = _Membership(info, load, take_role, broken, prefixes)
     told = ""  # what is wrong is said once, however often it is tried
-    async with open_channel(proxy_address) as channel:
+    async with open_channel(proxy_address, credentials) as channel:
         stub = control_pb2_grpc.ControlStub(channel)
         while not membership.has_left:
             accepted = False
@@ -142,6 +147,8 @@ async def stay_joined(
                         told, accepted = "", True
                         logger.info("%s joined the proxy at %s", info.id, proxy_address)
                         on_joined()
+                    if order.HasField("stores"):
+                        on_stores(list(order.stores.addresses))
                     if order.number:
                         membership.obey(order)
                     if order.tell_prefixes and prefixes is not None:

@@ -12,7 +12,7 @@ HEAD = """# Metrics
 
 Made from [protocol/metrics.py](../protocol/metrics.py) by `python -m halfmoon.protocol.metrics_page`; edit there.
 
-`GET /metrics/targets` on the proxy lists the `/metrics` of every process of the cluster, in the form of Prometheus' `http_sd_configs`;
+`GET /metrics/targets` at `proxy.metrics_port` lists every process's page, in the form of Prometheus' `http_sd_configs`;
 `halfmoon status --json` and the SDK have the addresses, too. `halfmoon dashboards up` runs Prometheus with [the
 rules](../deploy/prometheus) for a cluster; [deploy/grafana](../deploy/grafana) holds the dashboards.
 

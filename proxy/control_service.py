@@ -46,7 +46,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
             raise
         stream = member.stream
         try:
-            await member.orders.open(context.write)
+            await member.orders.open(context.write, self._cluster.acceptance(member))
             if first.HasField("prefixes"):
                 self._cluster.prefixes_changed(member, first.prefixes)
             async for report in reports:

@@ -9,7 +9,6 @@ import asyncio
 import dataclasses
 import functools
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -26,6 +25,8 @@ from .requests.choice_text import TokenText
 from .requests.generate_request import GenerateRequest
 from .requests.generation import Generation, GenerationEvent, Generator, TextDelta
 from .slow_reader import Write, watched
+from .tenants.gate import Gate
+from .tenants.tenant import Tenant
 from .text.chat_template import ChatMessage
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -64,7 +65,9 @@ def _counted(handler: Handler) -> Handler:
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
-    def __init__(self, generator: Generator, process: RequestProcess) -> None:
+    def __init__(self, generator: Generator, process: RequestProcess, gate: Gate | None = None) -> None:
+        """gate: asks each call for an API key. None: nobody is asked."""
+        self._gate = gate
         self._generator = generator
         self._faces = generator.router.metrics.faces
         self._process = process
@@ -88,7 +91,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     @unary_boundary
     @_counted
     async def Generate(self, content: bytes, context: grpc.aio.ServicerContext) -> None:
-        generation = await self._generator.open(await self._request(content, context))
+        tenant = self._tenant(context)
+        generation = await self._generator.open(dataclasses.replace(await self._request(content, context), tenant=tenant))
         limit_s = self._generator.router.config.write_timeout_s
         async with generation:
             with watched(context.write, limit_s, generation.cancel) as write:
@@ -102,6 +106,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         while events := await generation.next_events():
             for event in events:
                 await write(_reply(event))
+
+    def _tenant(self, context: grpc.aio.ServicerContext) -> Tenant | None:
+        """Whose call it is. Raises Unauthenticated."""
+        return None if self._gate is None else self._gate.tenant_of_call(context.invocation_metadata() or ())
 
     async def _request(self, content: bytes, context: grpc.aio.ServicerContext) -> GenerateRequest:
         """Raises InvalidRequest."""
@@ -120,11 +128,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     @unary_boundary
     @_counted
     async def Cancel(self, request: inference_pb2.CancelRequest, context: grpc.aio.ServicerContext) -> inference_pb2.CancelReply:
-        return inference_pb2.CancelReply(found=await self._generator.cancel(request.request_id, "cancelled by request"))
+        found = await self._generator.cancel(request.request_id, "cancelled by request", self._tenant(context))
+        return inference_pb2.CancelReply(found=found)
 
     @unary_boundary
     @_counted
     async def Models(self, request: inference_pb2.ModelsRequest, context: grpc.aio.ServicerContext) -> inference_pb2.ModelsReply:
+        self._tenant(context)
         card = self._generator.card
         model = inference_pb2.ModelInfo(
             id=card.name, max_model_len=self._generator.max_model_len, vocab_size=card.vocab_size, dtype=card.dtype
@@ -164,7 +174,7 @@ def request_from_proto(request: inference_pb2.GenerateRequest) -> GenerateReques
         prompts={"prompt": [request.prompt], "tokens": [list(request.tokens.token_ids)]}.get(kind, ()),
         messages=[ChatMessage(turn.role, turn.content) for turn in request.chat.messages] if kind == "chat" else None,
         model=request.model,
-        request_id=request.request_id or uuid.uuid4().hex,
+        label=request.request_id,
         n=request.n if request.HasField("n") else 1,
         seed=request.seed if request.HasField("seed") else None,
         max_tokens=request.max_tokens if request.HasField("max_tokens") else None,

@@ -45,6 +45,8 @@ class ProxyRequest:
     tpot_slo_s: float | None = None
     trace: TraceContext | None = None
     operation: str = "text_completion"  # or chat, as OpenTelemetry names them
+    label: str = ""  # the client's own name for it
+    salt: bytes = field(default=b"", repr=False)  # of its tenant's block keys
 
 
 class Tokens(NamedTuple):

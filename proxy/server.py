@@ -1,8 +1,9 @@
 """The proxy as one process: both faces and the core on one event loop.
 
-ProxyServer ── HTTP: OpenAI's routes, /health, /ready, /metrics          ┐
-            ── gRPC: Inference · Control · health · reflection            ├─► Generator ─► Router ─► Cluster
-stop: health says no ─► no new requests ─► the last one ends, or grace_s ─┘    ─► listeners close ─► members leave
+ProxyServer ── HTTP: OpenAI's routes, /health, /ready                    ┐
+            ── gRPC: Inference · health · reflection                      ├─► Generator ─► Router ─► Cluster
+            ── on control_host: gRPC Control, with the token · /metrics  ─┘
+stop: health says no ─► no new requests ─► the last one ends, or grace_s ─► listeners close ─► members leave
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import gc
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,29 +27,32 @@ from prometheus_client import CollectorRegistry
 from ..protocol.address import join_address
 from ..protocol.channel import create_server
 from ..protocol.config import ModelOptions, ProxyConfig
+from ..protocol.credentials import Credentials
 from ..protocol.errors import ConfigError
+from ..protocol.exporter import Identity, ProcessMetrics, serve_metrics
 from ..protocol.schema import KVSchema
 from ..protocol.tasks import Tasks, beside
-from ..protocol.v1 import control_pb2, control_pb2_grpc, inference_pb2
+from ..protocol.tls import read_pem
+from ..protocol.v1 import control_pb2_grpc, inference_pb2
 from .control_service import ControlService
 from .inference_service import InferenceService
 from .members.cluster import Cluster
 from .metrics import ProxyMetrics
+from .metrics_targets import targets
 from .model_card import ModelCard
 from .openai.connection import Connection
 from .openai.http import create_app
 from .request_process import RequestProcess
 from .requests.generation import Generator
 from .requests.router import Router
+from .tenants.gate import Gate
 from .text.tokenizer import Tokenizer
 from .tracing import otlp_tracer
 
 logger = logging.getLogger(__name__)
 
-SERVICES = (
-    inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
-    control_pb2.DESCRIPTOR.services_by_name["Control"].full_name,
-)
+SERVICES = (inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,)
+LOOPBACK = "127.0.0.1"
 # A live stream is about 300 objects. A full collection goes through those of all streams, 50 ms and more for 256 of them, and most
 # garbage is freed without one. Young objects are looked through 2,000 at a time, and all of them once in thousands of requests.
 GC_THRESHOLDS = (2_000, 5, 100)
@@ -58,10 +62,12 @@ CLOSE_GRACE_S = 1.0  # for connections still in use after every request has ende
 
 
 class Endpoints(NamedTuple):
-    """Both are "host:port"."""
+    """Each is "host:port"."""
 
     http: str
     grpc: str
+    control: str
+    metrics: str
 
 
 class _HttpServer(uvicorn.Server):
@@ -86,44 +92,89 @@ class ProxyServer:
     Args:
         model_folder: holds config.json and the tokenizer; no weights are read.
         schema: the KV format that workers must have.
+        credentials: of the cluster, for members and operators. None: new ones.
     """
 
-    def __init__(self, *, config: ProxyConfig, options: ModelOptions, model_folder: Path, schema: KVSchema) -> None:
+    def __init__(
+        self, *, config: ProxyConfig, options: ModelOptions, model_folder: Path, schema: KVSchema, credentials: Credentials | None = None
+    ) -> None:
+        self.credentials = credentials or Credentials.make()
         self.registry = CollectorRegistry()
         self._config = config
         self._options = options
         self._model_folder = model_folder
         metrics = ProxyMetrics(self.registry)
         self.card = ModelCard.from_folder(model_folder, options, schema.dtype)
-        self.cluster = Cluster(metrics, schema)
+        self.cluster = Cluster(metrics, schema, self.credentials)
         self._tracer = otlp_tracer(self.card.name) if config.tracing == "otlp" else None
         self.router = Router(config, self.cluster, metrics, eos_token_ids=self.card.eos_token_ids, tracer=self._tracer)
         self._request_process = RequestProcess()
+        self._front = (read_pem(Path(config.tls_key)), read_pem(Path(config.tls_certificate))) if config.tls_key else None
+        self._gate = Gate(Path(config.keys_file)) if config.keys_file else None
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] - made by its __init__
         self._grpc: grpc.aio.Server | None = None
+        self._control: grpc.aio.Server | None = None
+        self._stop_metrics: Callable[[], None] | None = None
         self._http: _HttpServer | None = None
         self._tasks = Tasks("the proxy")
         self._http_task: asyncio.Task[None] | None = None
 
     async def start(self) -> Endpoints:
-        """Both faces listen when it returns. Raises CheckpointError, or ConfigError if a port is taken."""
+        """All listen when it returns. Raises CheckpointError, or ConfigError if a port is taken."""
         tokenizer = await asyncio.to_thread(Tokenizer.from_folder, self._model_folder)
         config = self._config
         generator = Generator(self.router, tokenizer, self.card, config.default_timeout_s)
-        http_socket = _listen(self._config.host, self._config.http_port)
+        http_socket = _listen(config.host, config.http_port)
         try:
-            self._grpc, grpc_port = create_server(
-                config.host, config.grpc_port, max_request_bytes=config.max_body_bytes, handshake_timeout_s=config.head_timeout_s
+            self._grpc, grpc_port = self._bind(config.host, "grpc_port", None)
+            control_host = config.control_host or LOOPBACK
+            self._control, control_port = self._bind(control_host, "control_port", self.credentials)
+            metrics_address = self._serve_metrics(control_host)
+        except ConfigError:
+            http_socket.close()
+            raise
+        await self._start_grpc(self._grpc, generator)
+        control_pb2_grpc.add_ControlServicer_to_server(ControlService(self.router, self.card.name), self._control)
+        await self._control.start()
+        await self._start_http(http_socket, generator)
+        endpoints = Endpoints(
+            http=join_address(config.host, http_socket.getsockname()[1]),
+            grpc=join_address(config.host, grpc_port),
+            control=join_address(control_host, control_port),
+            metrics=metrics_address,
+        )
+        scheme = "https" if self._front is not None else "http"
+        logger.info("serving %s at %s://%s (OpenAI) and %s (gRPC)", self.card.name, scheme, endpoints.http, endpoints.grpc)
+        return endpoints
+
+    def _bind(self, host: str, key: str, credentials: Credentials | None) -> tuple[grpc.aio.Server, int]:
+        """A server and its port. key: the port's, in the configuration. Raises ConfigError."""
+        config, port = self._config, getattr(self._config, key)
+        max_bytes = config.max_body_bytes if credentials is None else -1
+        try:
+            return create_server(
+                host,
+                port,
+                credentials=credentials,
+                certificate=self._front if credentials is None else None,
+                max_request_bytes=max_bytes,
+                handshake_timeout_s=config.head_timeout_s,
             )
         except (OSError, RuntimeError) as error:
-            http_socket.close()
-            raise _port_taken(self._config.host, self._config.grpc_port, "grpc_port") from error
-        await self._start_grpc(self._grpc, generator)
-        await self._start_http(http_socket, generator)
-        host = self._config.host
-        endpoints = Endpoints(http=join_address(host, http_socket.getsockname()[1]), grpc=join_address(host, grpc_port))
-        logger.info("serving %s at http://%s (OpenAI) and %s (gRPC)", self.card.name, endpoints.http, endpoints.grpc)
-        return endpoints
+            raise _port_taken(host, port, key) from error
+
+    def _serve_metrics(self, host: str) -> str:
+        identity = Identity("proxy", "proxy", self.card.name)
+
+        def found(address: str) -> Any:
+            return targets(identity, address, list(self.cluster.members.values()))
+
+        metrics = ProcessMetrics(self.registry, lambda: identity)
+        try:
+            address, self._stop_metrics = serve_metrics(metrics, host, self._config.metrics_port, found)
+        except OSError as error:
+            raise _port_taken(host, self._config.metrics_port, "metrics_port") from error
+        return address
 
     def warm_up(self) -> None:
         """To be called after the start, in a process that runs only this server.
@@ -148,15 +199,17 @@ class ProxyServer:
             self._http.should_exit = True
             await self._http_task
         await self.cluster.close()
-        if self._grpc is not None:
-            await self._grpc.stop(CLOSE_GRACE_S)
+        for server in (self._grpc, self._control):
+            if server is not None:
+                await server.stop(CLOSE_GRACE_S)
+        if self._stop_metrics is not None:
+            await asyncio.to_thread(self._stop_metrics)
         await self._request_process.close()
         if self._tracer is not None:
             await asyncio.to_thread(self._tracer.close)
 
     async def _start_grpc(self, server: grpc.aio.Server, generator: Generator) -> None:
-        InferenceService(generator, self._request_process).add_to(server)
-        control_pb2_grpc.add_ControlServicer_to_server(ControlService(self.router, self.card.name), server)
+        InferenceService(generator, self._request_process, self._gate).add_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         for service in ("", *SERVICES):
@@ -164,7 +217,7 @@ class ProxyServer:
         await server.start()
 
     async def _start_http(self, listener: socket.socket, generator: Generator) -> None:
-        app: Any = create_app(generator, self.registry, self._request_process)
+        app: Any = create_app(generator, self._request_process, self._gate)
         connection: Any = partial(Connection, self._config, self.router.metrics.faces)
         config = uvicorn.Config(
             app,
@@ -174,6 +227,8 @@ class ProxyServer:
             log_level="error",  # it warns of each request that is no HTTP, and a stranger could fill the log
             access_log=False,
             lifespan="off",
+            ssl_certfile=self._config.tls_certificate or None,
+            ssl_keyfile=self._config.tls_key or None,
             timeout_graceful_shutdown=int(CLOSE_GRACE_S),
         )
         self._http = _HttpServer(config)

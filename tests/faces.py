@@ -16,8 +16,10 @@ import uvloop
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from halfmoon.client import Control
 from halfmoon.protocol.channel import create_server
-from halfmoon.protocol.config import ModelOptions, ProxyConfig
+from halfmoon.protocol.config import PORTS, ModelOptions, ProxyConfig
+from halfmoon.protocol.credentials import Credentials
 from halfmoon.protocol.errors import HalfmoonError
 from halfmoon.protocol.grpc_errors import unary_boundary
 from halfmoon.protocol.membership import stay_joined
@@ -27,6 +29,7 @@ from halfmoon.proxy.server import ProxyServer
 from halfmoon.proxy.text.tokenizer import Tokenizer
 
 VOCAB_SIZE = 400
+FACE_TOKEN = "the-token-of-a-cluster-of-scripted-workers"
 FACE_SCHEMA = KVSchema(model_fingerprint="faces", dtype="float32", num_layers=2, num_kv_heads=2, head_dim=8, block_size=16)
 CHATML = (
     "{%- for message in messages %}\n"
@@ -117,8 +120,8 @@ class ScriptedWorkers(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.Dec
         self._stops: dict[str, asyncio.Event] = {}
         self._feeds = Feeds()
 
-    async def start(self, proxy_address: str) -> None:
-        self._server, port = create_server("127.0.0.1", 0)
+    async def start(self, control_address: str, credentials: Credentials) -> None:
+        self._server, port = create_server("127.0.0.1", 0, credentials=credentials)
         worker_pb2_grpc.add_PrefillWorkerServicer_to_server(self, self._server)
         worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self, self._server)
         kvstore_pb2_grpc.add_KVStoreServicer_to_server(self, self._server)
@@ -142,7 +145,8 @@ class ScriptedWorkers(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.Dec
             )
             joined.append(asyncio.Event())
             load = control_pb2.MemberLoad(num_running=1, num_waiting=2, kv_usage_ratio=0.25)
-            self._members.append(asyncio.create_task(stay_joined(proxy_address, info, lambda load=load: load, joined[-1].set)))
+            joining = stay_joined(control_address, info, lambda load=load: load, joined[-1].set, credentials=credentials)
+            self._members.append(asyncio.create_task(joining))
         await asyncio.wait_for(asyncio.gather(*(event.wait() for event in joined)), 60)
 
     async def stop(self) -> None:
@@ -236,7 +240,7 @@ class Face:
         self._loop = uvloop.new_event_loop()  # the one that Ray gives its actors
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._config = ProxyConfig(**{"http_port": 0, "grpc_port": 0, "policy": "least_loaded", **config})
+        self._config = ProxyConfig(**{**dict.fromkeys(PORTS, 0), "policy": "least_loaded", **config})
         self._folder = model_folder
         self.call(self._start())
         self.reset()
@@ -262,11 +266,14 @@ class Face:
         self._loop.close()
 
     async def _start(self) -> None:
-        self.server = ProxyServer(config=self._config, options=ModelOptions(), model_folder=self._folder, schema=FACE_SCHEMA)
+        self.server = ProxyServer(
+            config=self._config, options=ModelOptions(), model_folder=self._folder, schema=FACE_SCHEMA, credentials=Credentials(FACE_TOKEN)
+        )
         endpoints = await self.server.start()
-        self.http, self.grpc = f"http://{endpoints.http}", endpoints.grpc
+        self.http, self.grpc, self.metrics = f"http://{endpoints.http}", endpoints.grpc, f"http://{endpoints.metrics}"
+        self.control = Control(endpoints.control, FACE_TOKEN)
         self.workers = ScriptedWorkers(lambda sequence: [*self.answer, 1])
-        await self.workers.start(self.grpc)
+        await self.workers.start(endpoints.control, self.server.credentials)
 
     async def _reset(self) -> None:
         workers = self.workers

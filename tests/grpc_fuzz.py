@@ -15,6 +15,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescri
 from hypothesis import HealthCheck
 from hypothesis import strategies as st
 
+Metadata = tuple[tuple[str, str], ...]
 OURS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 """What a request can't deserve: a fault of the server's, or one that it did not even name."""
 NUM_CASES = 8
@@ -29,18 +30,18 @@ _INTS = {
 }
 
 
-def fuzz(address: str, services: Iterable[ServiceDescriptor], skip: frozenset[str] = frozenset()) -> Counter[str]:
+def fuzz(address: str, services: Iterable[ServiceDescriptor], skip: frozenset[str] = frozenset(), metadata: Metadata = ()) -> Counter[str]:
     """Calls each method but those in `skip`; how often each status came. Fails at the first that is the server's fault."""
     statuses: Counter[str] = Counter()
     with grpc.insecure_channel(address) as channel:
         for service in services:
             for method in service.methods:
                 if method.name not in skip:
-                    _fuzz_method(channel, method, statuses)
+                    _fuzz_method(channel, method, statuses, metadata)
     return statuses
 
 
-def _fuzz_method(channel: grpc.Channel, method: MethodDescriptor, statuses: Counter[str]) -> None:
+def _fuzz_method(channel: grpc.Channel, method: MethodDescriptor, statuses: Counter[str], metadata: Metadata) -> None:
     name = f"/{method.containing_service.full_name}/{method.name}"
     call: Any = channel.stream_stream(name) if method.client_streaming else channel.unary_stream(name)
 
@@ -53,7 +54,7 @@ def _fuzz_method(channel: grpc.Channel, method: MethodDescriptor, statuses: Coun
     )
     @hypothesis.given(st.lists(st.binary(max_size=200) | _contents(method.input_type), min_size=1, max_size=3))
     def ask(contents: list[bytes]) -> None:
-        replies = call(iter(contents) if method.client_streaming else contents[0], timeout=PATIENCE_S)
+        replies = call(iter(contents) if method.client_streaming else contents[0], timeout=PATIENCE_S, metadata=metadata)
         try:
             for _ in itertools.islice(replies, 3):
                 pass

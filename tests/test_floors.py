@@ -40,19 +40,23 @@ PROXY_FLOORS: dict[str, set[str]] = {
     "metrics": {"request", "verdict", "face_metrics", "member_metrics"},
     "members": {"conductor", "metrics", "member_metrics"},
     "prefixes": {"conductor", "members"},
-    "requests": {"request", "conductor", "text", "model_card", "metrics", "verdict", "tracing", "members", "prefixes"},
-    "openai": {"requests", "request_process", "text", "members", "face_metrics"},
+    "tenants": set(),
+    "requests": {"request", "tenants", "conductor", "text", "model_card", "metrics", "verdict", "tracing", "members", "prefixes"},
+    "openai": {"requests", "tenants", "request_process", "text", "members", "face_metrics"},
     "slow_reader": set(),
-    "inference_service": {"requests", "request_process", "text", "slow_reader"},
+    "inference_service": {"requests", "tenants", "request_process", "text", "slow_reader"},
     "control_service": {"requests"},
+    "metrics_targets": {"members"},
     "server": {
         "control_service",
         "inference_service",
         "openai",
         "request_process",
         "requests",
+        "tenants",
         "members",
         "metrics",
+        "metrics_targets",
         "model_card",
         "text",
         "tracing",
@@ -60,7 +64,7 @@ PROXY_FLOORS: dict[str, set[str]] = {
 }
 """proxy/'s own rooms and root files, and what of proxy/ each may import."""
 
-PROXY_ROOMS_OUTSIDE = {"simulator": {"conductor", "prefixes"}, "deploy": {"conductor", "prefixes", "server", "text"}}
+PROXY_ROOMS_OUTSIDE = {"simulator": {"conductor", "prefixes"}, "deploy": {"conductor", "prefixes", "server", "tenants", "text"}}
 """What of proxy/ its users may import. deploy starts the server, and checks a model's tokenizer as the server will read it."""
 
 

@@ -10,20 +10,22 @@ from pathlib import Path
 from ...engine.gpus import Gpu
 from ...kvstore.arena_size import ArenaSize, arena_size, free_shm_bytes
 from ...protocol.address import join_address
-from ...protocol.config import ClusterConfig, ProxyConfig
+from ...protocol.config import PORTS, ClusterConfig, ProxyConfig
 from ...protocol.errors import ConfigError, MachineError
 from ...protocol.memory import SHM, human_bytes
 from ...protocol.schema import KVSchema
 from .finding import Finding, ok
 
+LOOPBACK = "127.0.0.1"
 MIN_PROMPT_TOKENS = 2048  # or max_model_len where that is less: an arena that the model sizes has to hold as many
 
 
 def check_ports(proxy: ProxyConfig) -> Finding:
     """Raises MachineError for a port that is taken or not allowed, and for an address that is not this machine's."""
-    for key, port in (("http_port", proxy.http_port), ("grpc_port", proxy.grpc_port)):
-        _require_free(proxy.host, port, key)
-    ports = " and ".join(str(port) if port else "any" for port in (proxy.http_port, proxy.grpc_port))
+    hosts = {"http_port": proxy.host, "grpc_port": proxy.host}  # the others are on control_host, which is another machine's where not set
+    for key in PORTS:
+        _require_free(hosts.get(key) or proxy.control_host or LOOPBACK, getattr(proxy, key), key)
+    ports = ", ".join(str(getattr(proxy, key)) if getattr(proxy, key) else "any" for key in PORTS)
     return ok("ports", f"{ports} are free on {proxy.host}")
 
 

@@ -31,6 +31,8 @@ COMMANDS = {
     "status": Command("Watch the cluster: members, queues, KV use, latencies.", ".status"),
     "profile": Command("Measure a running cluster; writes a cost model for the simulator and the proxy.", ".profile"),
     "explain": Command("Tell why a recent request went where it went, or was refused.", ".explain"),
+    "certs": Command("Make and renew certificates for TLS.", ".certs"),
+    "keys": Command("Make, revoke and list API keys.", ".keys"),
     "deploy": Command("A cluster on hosts of its own: write it, start it, change it, stop it.", ".deploy"),
     "doctor": Command("Find what is wrong or slow, on this machine or in a running cluster.", ".doctor"),
     "dashboards": Command("Run Prometheus with Halfmoon's rules, or draw the dashboards.", ".dashboards"),

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ...client import Client, Conversation, HalfmoonError
 from ...client.options import GenerateOptions
-from .terminal import DEFAULT_ADDRESS, Address, print_stream, seconds
+from .terminal import DEFAULT_ADDRESS, Address, ApiKey, Authority, authority_of, print_stream, seconds
 
 HELP = "/document FILE gives the model a document, /quit ends, ctrl-c cancels a turn"
 
@@ -83,6 +83,8 @@ class ChatSession:
 
 def chat(
     address: Address = DEFAULT_ADDRESS,
+    api_key: ApiKey = "",
+    ca: Authority = None,
     system: Annotated[str | None, typer.Option(help="What the model is told before the first turn.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Length of an answer, at most.")] = None,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 1.0,
@@ -94,7 +96,7 @@ def chat(
         options["max_tokens"] = max_tokens
     if seed is not None:
         options["seed"] = seed
-    with Client(address) as client:
+    with Client(address, api_key=api_key, authority=authority_of(ca)) as client:
         model = client.models()[0]
         Console(stderr=True).print(f"{model.id}, {model.max_model_len} tokens; {HELP}", style="dim", markup=False, highlight=False)
         ChatSession(client, options, system).run()

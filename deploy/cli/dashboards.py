@@ -26,7 +26,7 @@ class Action(StrEnum):
 
 def dashboards(
     action: Annotated[Action, typer.Argument(help="up: run Prometheus until interrupted; draw: write pictures of the dashboards.")],
-    proxy: Annotated[str, typer.Option(help="HTTP address of the cluster's proxy.")] = "127.0.0.1:8000",
+    proxy: Annotated[str, typer.Option(help="host:port of the proxy's metrics.")] = "127.0.0.1:8001",
     port: Annotated[int, typer.Option(help="Port of Prometheus, on loopback.")] = 9090,
     data: Annotated[Path | None, typer.Option(help="Folder of Prometheus' data; none: a temporary one, gone at the end.")] = None,
     out: Annotated[Path, typer.Option(help="draw: folder of the pictures.")] = Path("dashboards"),
@@ -86,7 +86,9 @@ def _require_proxy(proxy: str) -> None:
         with urllib.request.urlopen(f"http://{proxy}/metrics/targets", timeout=5.0):
             pass
     except (urllib.error.URLError, OSError) as error:
-        raise Unavailable(f"no proxy answers at http://{proxy}/metrics/targets ({error}); --proxy names its HTTP address") from error
+        raise Unavailable(
+            f"no proxy answers at http://{proxy}/metrics/targets ({error}); --proxy names the address of its metrics"
+        ) from error
 
 
 def _draw(prometheus: str, out: Path, span_s: float) -> None:

@@ -59,7 +59,8 @@ def init(
         "both.num_workers": both,
         "proxy.ttft_slo_s": slo_ttft,
         "proxy.tpot_slo_s": slo_tpot,
-        "proxy.host": "0.0.0.0",  # members on other hosts join there
+        "security.insecure": True,  # seen in its file: no TLS until security.certs and proxy.tls_certificate are set
+        "proxy.host": "0.0.0.0",  # clients reach it from elsewhere
         "model.device": "cuda" if gpus else "cpu",  # hosts whose GPUs are not found are an error, and not slow
     }
     description = Description(

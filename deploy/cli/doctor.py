@@ -17,8 +17,9 @@ from ...protocol.memory import human_bytes
 from ..checks.finding import Finding, Severity
 from ..doctor.examine import Report, examine_cluster, examine_machine
 from ..doctor.links import Link
+from ..token_file import find_control
 from .serve_flags import overridden, setting
-from .terminal import host_and_port, phase_table
+from .terminal import DEFAULT_CONTROL, ApiKey, Authority, ControlAddress, authority_of, host_and_port, phase_table
 
 PLAIN_WIDTH = 140
 STYLES: dict[Severity, str] = {"fault": "bold red", "slow": "bold yellow", "warning": "yellow", "ok": "green"}
@@ -31,6 +32,9 @@ def doctor(
             help="host:port of a running cluster's gRPC face. Without it: this machine and the model folder.", callback=host_and_port
         ),
     ] = None,
+    control: ControlAddress = DEFAULT_CONTROL,
+    api_key: ApiKey = "",
+    ca: Authority = None,
     model: Annotated[str | None, setting("model.path", "Folder that is to be served. Without it: the demo model.")] = None,
     config: Annotated[Path | None, typer.Option(help="Of halfmoon serve.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any key of the configuration, as for halfmoon serve.")] = None,
@@ -38,7 +42,7 @@ def doctor(
 ) -> None:
     """Find what is wrong or slow, on this machine or in a running cluster."""
     if proxy is not None:
-        report = asyncio.run(examine_cluster(proxy))
+        report = asyncio.run(examine_cluster(proxy, find_control(control), api_key, authority_of(ca)))
     else:
         report = examine_machine(ClusterConfig.load(config, overridden({"model.path": model}, settings)))
     if as_json:

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ...client import Candidate, Client, DecisionAttempt, Explanation, Prediction
-from .terminal import DEFAULT_ADDRESS, Address, seconds
+from ..token_file import find_control
+from .terminal import DEFAULT_CONTROL, ControlAddress, seconds
 
 PREDICTED = {
     "queue": "waiting for other prompts",
@@ -26,11 +27,11 @@ FAR_OFF = 0.5  # relative errors from here on are highlighted
 
 def explain(
     request_id: Annotated[str, typer.Argument(help="As it stands in the answer, or in the x-request-id header.")],
-    address: Address = DEFAULT_ADDRESS,
+    control: ControlAddress = DEFAULT_CONTROL,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Tell why a recent request went where it went, or was refused."""
-    with Client(address) as client:
+    with Client(control, control=find_control(control)) as client:
         found = client.explain(request_id)
     if as_json:
         typer.echo(json.dumps([one.as_dict() for one in found]))

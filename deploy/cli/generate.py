@@ -9,12 +9,14 @@ from rich.console import Console
 
 from ...client import Client
 from ...client.options import GenerateOptions
-from .terminal import DEFAULT_ADDRESS, Address, phase_table, print_stream
+from .terminal import DEFAULT_ADDRESS, Address, ApiKey, Authority, authority_of, phase_table, print_stream
 
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     address: Address = DEFAULT_ADDRESS,
+    api_key: ApiKey = "",
+    ca: Authority = None,
     max_tokens: Annotated[int, typer.Option(help="Length of the answer, at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 1.0,
     top_p: Annotated[float, typer.Option()] = 1.0,
@@ -31,7 +33,7 @@ def generate(
         options["stop"] = stop
     if timeout is not None:
         options["timeout_s"] = timeout
-    with Client(address) as client, client.stream(**options) as stream:
+    with Client(address, api_key=api_key, authority=authority_of(ca)) as client, client.stream(**options) as stream:
         print_stream(stream, Console())
         completion = stream.completion()
     Console(stderr=True).print(phase_table(completion.phases, completion.usage))

@@ -18,21 +18,34 @@ from ...proxy.conductor.predictors.cost_model import CostModel
 from ..profile import Profile
 from ..profile import profile as measure
 from ..profile_fit import PrefillPoint, StepPoint, predicted_prefill, predicted_step
-from .terminal import DEFAULT_ADDRESS, seconds
+from ..token_file import find_control
+from .terminal import DEFAULT_ADDRESS, DEFAULT_CONTROL, ApiKey, Authority, ControlAddress, authority_of, seconds
 
 
 def profile(
     address: Annotated[str, typer.Option("--address", "--endpoint", help="host:port of the proxy's gRPC face.")] = DEFAULT_ADDRESS,
+    control: ControlAddress = DEFAULT_CONTROL,
+    api_key: ApiKey = "",
+    ca: Authority = None,
     out: Annotated[Path, typer.Option(help="The cost model's file.")] = Path("cost_model.yaml"),
     time: Annotated[float, typer.Option("--seconds", help="How long to measure.", min=5.0, max=600.0)] = 45.0,
     seed: Annotated[int | None, typer.Option(help="Of the prompts. The same one twice hits the cluster's cache.")] = None,
 ) -> None:
     """Measure a running cluster; writes a cost model for the simulator and the proxy. Nobody else may use the cluster meanwhile."""
+    found_control = find_control(control)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("warm-up", total=1.0)
         found = asyncio.run(
-            measure(address, seconds=time, seed=seed, progress=lambda share, what: bar.update(task, completed=share, description=what))
+            measure(
+                address,
+                found_control,
+                api_key,
+                authority_of(ca),
+                seconds=time,
+                seed=seed,
+                progress=lambda share, what: bar.update(task, completed=share, description=what),
+            )
         )
     Console().print(picture(found))
     found.model.save(out)

@@ -7,27 +7,34 @@ word of deploy/change.py.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 
+from ...client import Control
 from ...engine.gpus import visible_gpus
 from ...engine.resolve import torch_has_cuda
 from ...protocol.config import ClusterConfig
-from ...protocol.errors import HalfmoonError
+from ...protocol.credentials import Credentials
+from ...protocol.errors import ConfigError, HalfmoonError
 from ...protocol.tasks import beside
+from ...protocol.tls import Tls
 from ...protocol.v1 import control_pb2
 from ..capacity import describe_capacity, read_status
 from ..change import APPLIED, REFUSED, RESTARTED
 from ..checks.before_start import require_startable
+from ..checks.exposure import exposure
 from ..checks.finding import Finding
 from ..cluster import running_cluster
-from ..plan import count_gpus, couple_on_one_gpu
+from ..plan import ClusterPlan, count_gpus, couple_on_one_gpu, make_plan
 from ..ray_session import hosts_joined, live_nodes, ray_session
 from ..supervisor import Supervisor
+from ..token_file import token_file
 from .progress import StartupProgress
 
 console = Console(stderr=True)
@@ -73,25 +80,42 @@ async def _serve(serving: Serving) -> None:
     nodes = live_nodes()
     num_gpus = count_gpus(nodes)
     config = serving.fitted(serving.config, num_gpus)
+    _require_secure(config, make_plan(config, nodes))
+    certs = str(Path(config.security.certs).expanduser()) if config.security.certs else ""
+    credentials = Credentials.from_environment() or Credentials.make()
+    if certs:
+        credentials = dataclasses.replace(credentials, tls=Tls.of_members(Path(certs)))
     with StartupProgress(console) as progress:
-        cluster = running_cluster(config, nodes, progress.notify)
+        cluster = running_cluster(config, nodes, progress.notify, credentials)
         async with beside(cluster.__aenter__()) as starting, beside(interrupted.wait()) as waiting:
             await asyncio.wait([starting, waiting], return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
                 return
             supervisor = starting.result()
         progress.done()
+    control = Control(supervisor.control_address, credentials.token, certs)
     try:
-        _print_endpoints(supervisor, config, supervisor.spec.plan.device)
-        _print_capacity(await read_status(supervisor.grpc_address), supervisor.spec.max_model_len)
-        obeying = _obey(orders, supervisor, lambda: serving.fitted(serving.reload(), num_gpus))
-        async with beside(supervisor.watch()) as watching, beside(obeying) as obeying, beside(interrupted.wait()) as waiting:
-            ended, _ = await asyncio.wait([watching, obeying, waiting], return_when=asyncio.FIRST_COMPLETED)
-            for task in ended:
-                task.result()
-            await _drain(supervisor, config.proxy.drain_timeout_s, interrupted)
+        with token_file(control):
+            _print_endpoints(supervisor, config, supervisor.spec.plan.device)
+            _print_capacity(await read_status(control), supervisor.spec.max_model_len)
+            obeying = _obey(orders, supervisor, lambda: serving.fitted(serving.reload(), num_gpus))
+            async with beside(supervisor.watch()) as watching, beside(obeying) as obeying, beside(interrupted.wait()) as waiting:
+                ended, _ = await asyncio.wait([watching, obeying, waiting], return_when=asyncio.FIRST_COMPLETED)
+                for task in ended:
+                    task.result()
+                await _drain(supervisor, config.proxy.drain_timeout_s, interrupted)
     finally:
         await cluster.__aexit__(None, None, None)
+
+
+def _require_secure(config: ClusterConfig, plan: ClusterPlan) -> None:
+    """Raises ConfigError for a cluster that others can use or read, unless that is said to be meant. Then it is said loudly."""
+    found = exposure(config, plan)
+    if found and not config.security.insecure:
+        told = "; ".join(f"{finding.what}: {finding.remedy}" for finding in found)
+        raise ConfigError(f"{told}; or say --insecure to start it all the same")
+    for finding in found:
+        console.print(f"INSECURE: {finding.what}", style="bold red", highlight=False, soft_wrap=True)
 
 
 def _say(line: str) -> None:
@@ -140,9 +164,10 @@ def _print_endpoints(supervisor: Supervisor, config: ClusterConfig, device: str)
         workers += ", which prefill too"
     console.print(
         f"[bold green]serving[/bold green] with {workers} on {'CPU' if device == 'cpu' else 'CUDA'}\n"
-        f"  OpenAI HTTP  http://{supervisor.http_address}/v1\n"
+        f"  OpenAI HTTP  {'https' if config.proxy.tls_certificate else 'http'}://{supervisor.http_address}/v1\n"
         f"  gRPC         {supervisor.grpc_address}\n"
-        f"  metrics      http://{supervisor.http_address}/metrics\n"
+        f"  control      {supervisor.control_address}, for members and operators\n"
+        f"  metrics      http://{supervisor.metrics_address}/metrics\n"
         f"  try          halfmoon chat --address {supervisor.grpc_address}",
         highlight=False,
     )

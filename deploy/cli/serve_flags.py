@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -12,7 +12,9 @@ import typer
 import yaml
 
 from ...protocol.config import AdmissionName, ClusterConfig, Policy, QueueOrder, from_mapping, given_values
+from ...protocol.tls import read_pem
 from ...proxy.conductor.predictors.cost_model import CostModel
+from ...proxy.tenants.keys_file import KeysFile
 
 Flag = typer.Option
 DEFAULTS = ClusterConfig()
@@ -57,6 +59,7 @@ def serve(
         float | None, setting("proxy.ttft_slo_s", "Seconds to the first token, for requests without an SLO; 0: none.", min=0.0)
     ] = None,
     slo_tpot: Annotated[float | None, setting("proxy.tpot_slo_s", "Seconds between two tokens, likewise.", min=0.0)] = None,
+    keys_file: Annotated[Path | None, setting("proxy.keys_file", "File of `halfmoon keys`; every request needs a key of it then.")] = None,
     order: Annotated[str | None, setting("proxy.order", f"Of the workers' queues: {', '.join(get_args(QueueOrder))}.")] = None,
     cost_model: Annotated[
         Path | None, setting("proxy.cost_model", "File with what the workers' work costs, where predictions begin.")
@@ -66,6 +69,8 @@ def serve(
     max_model_len: Annotated[
         int | None, setting("model.max_model_len", "Tokens of prompt and answer together, at most; 0: what the model was made for.", min=1)
     ] = None,
+    certs: Annotated[Path | None, setting("security.certs", "Folder of `halfmoon certs`: members talk by TLS.")] = None,
+    insecure: Annotated[bool, Flag("--insecure", help="Start although others can use or read the cluster without TLS.")] = False,
     settings: Annotated[list[str] | None, Flag("--set", help="Any key of the configuration: decode.max_running=64.")] = None,
     log_level: Annotated[LogLevel, Flag(help="Of the supervisor's own log, on standard error.")] = LogLevel.WARNING,
 ) -> None:
@@ -90,6 +95,9 @@ def serve(
         "proxy.ttft_slo_s": slo_ttft,
         "proxy.tpot_slo_s": slo_tpot,
         "proxy.order": order,
+        "security.certs": str(certs) if certs is not None else None,
+        "security.insecure": True if insecure else None,
+        "proxy.keys_file": str(keys_file) if keys_file is not None else None,
         "proxy.cost_model": str(cost_model) if cost_model is not None else None,
     }
     overrides = overridden(flags, settings)
@@ -103,13 +111,18 @@ def serve(
     run(Serving(loaded, lambda: _load(given_values(path, overrides)), hosts, counts_given), address, log_level.value)
 
 
+FILES = ("cost_model", "keys_file", "tls_certificate", "tls_key")  # of the proxy
+
+
 def _load(given: dict[str, Any]) -> ClusterConfig:
+    """Raises ConfigError, also for files that the proxy would not take."""
     loaded = from_mapping(ClusterConfig, given, "")
-    if loaded.proxy.cost_model:
-        profile = Path(loaded.proxy.cost_model).absolute()  # because the proxy starts in another folder
-        CostModel.load(profile)
-        loaded = dataclasses.replace(loaded, proxy=dataclasses.replace(loaded.proxy, cost_model=str(profile)))
-    return loaded
+    # because the proxy starts in another folder
+    paths = {name: Path(getattr(loaded.proxy, name)).expanduser().absolute() for name in FILES if getattr(loaded.proxy, name)}
+    readers: dict[str, Callable[[Path], object]] = {"cost_model": CostModel.load, "keys_file": KeysFile.load}
+    for name, path in paths.items():
+        readers.get(name, read_pem)(path)
+    return dataclasses.replace(loaded, proxy=dataclasses.replace(loaded.proxy, **{name: str(path) for name, path in paths.items()}))
 
 
 def overridden(flags: Mapping[str, Any], settings: Sequence[str] | None) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ...client import Client, ClusterStatus, Percentiles
-from .terminal import DEFAULT_ADDRESS, Address, seconds
+from ..token_file import find_control
+from .terminal import DEFAULT_CONTROL, ControlAddress, seconds
 
 PLAIN_WIDTH = 140  # of output that is not a terminal and so has no width of its own
 WIDE = 120  # columns from which on addresses and nodes are shown, too
@@ -21,13 +22,13 @@ NODE_DIGITS = 8  # of a node's id, which has 56
 
 
 def status(
-    address: Address = DEFAULT_ADDRESS,
+    control: ControlAddress = DEFAULT_CONTROL,
     once: Annotated[bool, typer.Option("--once", help="Print it once and exit, as where the output is no terminal.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print it once, as JSON.")] = False,
     interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1)] = 1.0,
 ) -> None:
     """Watch the cluster: members, queues, KV use, latencies."""
-    with Client(address) as client:
+    with Client(control, control=find_control(control)) as client:
         found = client.status()
         if as_json:
             typer.echo(json.dumps(found.as_dict()))

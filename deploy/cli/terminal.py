@@ -6,6 +6,7 @@ The answer goes to stdout and everything about it to stderr, so that a pipe gets
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...client import PhaseRecord, Stream, Usage
+from ...protocol.tls import read_pem
 
 
 def host_and_port(address: str | None) -> str | None:
@@ -21,12 +23,28 @@ def host_and_port(address: str | None) -> str | None:
         return None
     _, colon, port = address.rpartition(":")
     if "/" in address or not colon or not port.isdigit():
-        raise typer.BadParameter(f"{address!r} is no host:port, as in {DEFAULT_ADDRESS}; it is the gRPC face's, without http://")
+        raise typer.BadParameter(f"{address!r} is no host:port, as in {DEFAULT_ADDRESS}; without http://")
     return address
 
 
 Address = Annotated[str, typer.Option(help="host:port of the proxy's gRPC face.", show_default=True, callback=host_and_port)]
 DEFAULT_ADDRESS = "127.0.0.1:50051"
+ApiKey = Annotated[str, typer.Option(envvar="HALFMOON_API_KEY", show_envvar=True, help="Where the cluster asks for one.")]
+Authority = Annotated[
+    Path | None,
+    typer.Option("--ca", envvar="HALFMOON_CA", show_envvar=True, help="PEM of who signed the certificate of a cluster with TLS."),
+]
+
+
+def authority_of(file: Path | None) -> bytes | None:
+    """Raises ConfigError."""
+    return None if file is None else read_pem(file)
+
+
+ControlAddress = Annotated[
+    str, typer.Option("--control", help="host:port of the proxy's control.", show_default=True, callback=host_and_port)
+]
+DEFAULT_CONTROL = "127.0.0.1:50052"
 
 _PHASES = (
     ("queue_s", "queued in the proxy"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ...client import PhaseRecord, Usage
+from ...client import Control, PhaseRecord, Usage
 from ...protocol.config import ClusterConfig
 from ...protocol.errors import HalfmoonError
 from ..capacity import describe_capacity, read_status, served_len
@@ -50,20 +50,20 @@ def examine_machine(config: ClusterConfig) -> Report:
     return Report(worst_first(found + look_at_environment()), [], None, None)
 
 
-async def examine_cluster(address: str) -> Report:
+async def examine_cluster(address: str, control: Control, api_key: str = "", authority: bytes | None = None) -> Report:
     """A running cluster, from this machine. address: "host:port" of the proxy's gRPC face."""
     try:
-        status = await read_status(address)
+        status = await read_status(control)
     except HalfmoonError as error:
         gone = Finding(
             "proxy", "fault", f"no proxy answers: {error.message}", "start one with halfmoon serve, or check --proxy", error.code
         )
         return Report(worst_first([gone, *look_at_environment()]), [], None, None)
     found = [ok("proxy", f"{status.model} at {address}, {len(status.members)} members, policy {status.policy}"), *look_at_members(status)]
-    links, of_links = await measure_links(status.members)
+    links, of_links = await measure_links(status.members, control.credentials)
     pages = await read_pages(status.members)
     found += [*of_links, *describe_capacity(status.members, 0), check_prefill_traffic(status, pages)]
     found += [*await check_member_ports(status.members), *check_clocks(pages)]
-    probe = await send_probe(address, served_len(status.members))
+    probe = await send_probe(address, served_len(status.members), api_key, authority)
     found += [probe.finding, *look_at_environment()]
     return Report(worst_first(found), links, probe.phases, probe.usage)

@@ -16,6 +16,7 @@ import numpy as np
 
 from ...kvstore.client import StoreClient
 from ...kvstore.transport import TransportChoice, TransportName
+from ...protocol.credentials import Credentials
 from ...protocol.errors import HalfmoonError, RequestCancelled
 from ...protocol.memory import human_bytes
 from ...protocol.schema import KVSchema
@@ -47,7 +48,7 @@ class Link:
         return asdict(self) | {"bytes_per_s": self.bytes_per_s}
 
 
-async def measure_links(members: Sequence[control_pb2.StatusReply.Member]) -> tuple[list[Link], list[Finding]]:
+async def measure_links(members: Sequence[control_pb2.StatusReply.Member], credentials: Credentials) -> tuple[list[Link], list[Finding]]:
     """Of all stores, one after another: two at a time would share what they measure."""
     schema = next((KVSchema.from_proto(one.info.schema) for one in members if one.info.HasField("schema")), None)
     links: list[Link] = []
@@ -59,7 +60,7 @@ async def measure_links(members: Sequence[control_pb2.StatusReply.Member]) -> tu
         for choice in choices:
             try:
                 async with asyncio.timeout(TIMEOUT_S):
-                    link = await measure(store, schema, choice)
+                    link = await measure(store, schema, choice, credentials)
             except HalfmoonError as error:
                 name = "schema" if error.code == "schema_mismatch" else "store"
                 findings.append(Finding(name, "fault", f"{store.id} at {store.address}: {error.message}", code=error.code))
@@ -74,10 +75,16 @@ async def measure_links(members: Sequence[control_pb2.StatusReply.Member]) -> tu
     return links, findings
 
 
-async def measure(store: control_pb2.MemberInfo, schema: KVSchema, transport: TransportChoice) -> Link:
+async def measure(store: control_pb2.MemberInfo, schema: KVSchema, transport: TransportChoice, credentials: Credentials) -> Link:
     """Raises SchemaMismatch, StoreUnavailable, StoreFull."""
     client = await StoreClient.attach(
-        store.address, client_id="halfmoon doctor", node_id=store.node_id, schema=schema, transport=transport, timeout_s=TIMEOUT_S
+        store.address,
+        client_id="halfmoon doctor",
+        node_id=store.node_id,
+        schema=schema,
+        transport=transport,
+        timeout_s=TIMEOUT_S,
+        credentials=credentials,
     )
     try:
         num_slots = store.kv_capacity_tokens // schema.block_size

@@ -33,12 +33,12 @@ class Probe(NamedTuple):
     finding: Finding
 
 
-async def send_probe(address: str, max_model_len: int) -> Probe:
+async def send_probe(address: str, max_model_len: int, api_key: str = "", authority: bytes | None = None) -> Probe:
     """A prompt that nobody has sent before, so that no cache answers."""
     num_words = max(1, min(NUM_WORDS, max_model_len // 16))
     prompt = " ".join(secrets.token_hex(2) for _ in range(num_words))
     try:
-        async with AsyncClient(address) as client:
+        async with AsyncClient(address, api_key=api_key, authority=authority) as client:
             found = await client.generate(prompt=prompt, max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True, timeout_s=TIMEOUT_S)
     except HalfmoonError as error:
         return Probe(None, None, Finding("probe", "fault", f"a probe request failed: {error.message}", code=error.code))

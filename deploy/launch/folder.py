@@ -23,6 +23,10 @@ from .description import Description
 from .ray_yaml import SECRET, TOKEN, WHEEL, ray_yaml
 from .settings import changed_settings
 
+INSECURE = """# security.insecure: clients reach the head without an API key and without TLS, and members talk without TLS, until
+# proxy.keys_file, proxy.tls_certificate, proxy.tls_key and security.certs name files on the head. `halfmoon keys` and `halfmoon certs`
+# make them. Keep the hosts in a private network until then.
+"""
 RAY_YAML, HALFMOON_YAML = "ray.yaml", "halfmoon.yaml"
 
 
@@ -58,7 +62,8 @@ def write(description: Description, folder: Path, overwrite: bool = False) -> De
     config = ray_yaml(description, folder)
     check_ray(config)
     (folder / RAY_YAML).write_text(yaml.safe_dump(config, sort_keys=False, width=1000))
-    (folder / HALFMOON_YAML).write_text(yaml.safe_dump(changed_settings(description.config), sort_keys=False))
+    settings = yaml.safe_dump(changed_settings(description.config), sort_keys=False)
+    (folder / HALFMOON_YAML).write_text((INSECURE if description.config.security.insecure else "") + settings)
     return Deployment(folder, config)
 
 

@@ -28,6 +28,7 @@ FOLDER = Path("~/halfmoon").expanduser()
 CONFIG, LOG, PID = FOLDER / "halfmoon.yaml", FOLDER / "serve.log", FOLDER / "serve.pid"
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml").expanduser()  # where `ray up` leaves its configuration
 FROM_HEAD = "| "  # begins each line for the user
+CONTROL = re.compile(r"  control +([^\s,]+)")
 SERVES = re.compile(r"  try +halfmoon chat --address (\S+)")
 DONE = re.compile("|".join((APPLIED, RESTARTED, REFUSED)))
 
@@ -73,12 +74,12 @@ def status() -> int:
     if running(PID) is None:
         say(f"nothing is served here; its last log is {LOG}")
         return 1
-    address = SERVES.findall(LOG.read_text())
+    address = CONTROL.findall(LOG.read_text())
     if not address:
         say("starting; its log so far:")
         shown = LOG.read_text()
     else:
-        shown = subprocess.run(["halfmoon", "status", "--once", "--address", address[-1]], capture_output=True, text=True).stdout
+        shown = subprocess.run(["halfmoon", "status", "--once", "--control", address[-1]], capture_output=True, text=True).stdout
     for line in shown.splitlines():
         say(line)
     return 0

@@ -135,16 +135,24 @@ class OrderAnswer(_message.Message):
     def __init__(self, number: _Optional[int] = ..., refusal: _Optional[_Union[_common_pb2.Error, _Mapping]] = ...) -> None: ...
 
 class MemberOrder(_message.Message):
-    __slots__ = ("accepted", "number", "role", "tell_prefixes")
+    __slots__ = ("accepted", "number", "role", "tell_prefixes", "stores")
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     TELL_PREFIXES_FIELD_NUMBER: _ClassVar[int]
+    STORES_FIELD_NUMBER: _ClassVar[int]
     accepted: bool
     number: int
     role: Role
     tell_prefixes: bool
-    def __init__(self, accepted: bool = ..., number: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., tell_prefixes: bool = ...) -> None: ...
+    stores: MemberStores
+    def __init__(self, accepted: bool = ..., number: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., tell_prefixes: bool = ..., stores: _Optional[_Union[MemberStores, _Mapping]] = ...) -> None: ...
+
+class MemberStores(_message.Message):
+    __slots__ = ("addresses",)
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()

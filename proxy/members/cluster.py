@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...protocol.credentials import Credentials
 from ...protocol.errors import DeadlineExceeded, InvalidRequest
 from ...protocol.roles import ROLE_NAMES, ROLE_NUMBERS, WORKER_ROLES, WorkerRole, decodes, prefills
 from ...protocol.schema import KVSchema
@@ -43,11 +44,13 @@ class Asking(NamedTuple):
 
 
 class Cluster:
-    def __init__(self, metrics: ProxyMetrics, schema: KVSchema | None = None) -> None:
-        """schema: the one that all workers must have. None: the first worker's, for as long as there is any worker."""
+    def __init__(self, metrics: ProxyMetrics, schema: KVSchema | None = None, credentials: Credentials | None = None) -> None:
+        """schema: the one that all workers must have. None: the first worker's, for as long as there is any worker.
+        credentials: that members ask the proxy for."""
         self.members: dict[str, Member] = {}
         self._metrics = metrics
         self._given_schema = schema
+        self._credentials = credentials
         self._schema: KVSchema | None = None  # of the present workers
         self._max_model_len: int | None = None  # None: to be found again
         self._max_handoff_len: int | None = None  # None: to be found again
@@ -62,6 +65,7 @@ class Cluster:
         self._report_callbacks: list[ReportCallback] = []
         self._prefix_callbacks: list[PrefixCallback] = []
         self._closing = Tasks("cluster")
+        self._telling = Tasks("cluster")
         self.absences = Absences()
         metrics.members.reports = self._reports
 
@@ -172,9 +176,10 @@ class Cluster:
             if len(self._superseded) > NUM_SUPERSEDED:
                 del self._superseded[next(iter(self._superseded))]
             self._remove(known)
-        member = self.members[info.id] = Member(info, load, role or info.role, self._table)
+        member = self.members[info.id] = Member(info, load, role or info.role, self._table, self._credentials)
         if member.role == "store":
             self._stores.setdefault(member.address, []).append(member)
+            self._stores_changed()
         elif self._schema is None:
             self._schema = member.schema
         self._count(member.role, 1)
@@ -183,6 +188,18 @@ class Cluster:
         for callback in self._join_callbacks:
             callback(member)
         return member
+
+    def acceptance(self, member: Member) -> control_pb2.MemberOrder:
+        """The first order on a Join stream. A store learns from it which stores there are."""
+        return control_pb2.MemberOrder(accepted=True, stores=self._member_stores() if member.role == "store" else None)
+
+    def _member_stores(self) -> control_pb2.MemberStores:
+        return control_pb2.MemberStores(addresses=sorted(self._stores))
+
+    def _stores_changed(self) -> None:
+        for store in [store for stores in self._stores.values() for store in stores]:
+            order = control_pb2.MemberOrder(stores=self._member_stores())
+            self._telling.spawn(store.orders.tell(order), f"telling {store.id} which stores there are")
 
     def leave(self, member: Member, stream: int) -> None:
         """The Join stream with number `stream` has ended. Does nothing if a newer stream has replaced it."""
@@ -282,6 +299,7 @@ class Cluster:
     async def close(self) -> None:
         for member in list(self.members.values()):
             self._remove(member)
+        await self._telling.close()
         await self._closing.close(grace_s=2 * CLOSE_GRACE_S)
 
     def _require_valid(self, info: control_pb2.MemberInfo, present: control_pb2.Role) -> None:
@@ -303,6 +321,7 @@ class Cluster:
             self._stores[member.address].remove(member)
             if not self._stores[member.address]:
                 del self._stores[member.address]
+            self._stores_changed()
         else:
             self._schema = next((other.schema for other in self.members.values() if other.role in WORKER_ROLES), None)
         self._count(member.role, -1)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...protocol.channel import open_channel
+from ...protocol.credentials import Credentials
 from ...protocol.errors import WorkerLost
 from ...protocol.roles import ROLE_NAMES
 from ...protocol.schema import KVSchema
@@ -33,10 +34,17 @@ GoneCallback = Callable[["Member"], None]
 class Member:
     """Made in a running event loop, to which its channel belongs. It has a row of the table until it leaves.
 
-    role: its present role, as the protocol's number.
+    role: its present role, as the protocol's number. credentials: that it asks the proxy for.
     """
 
-    def __init__(self, info: control_pb2.MemberInfo, load: control_pb2.MemberLoad, role: control_pb2.Role, table: LoadTable) -> None:
+    def __init__(
+        self,
+        info: control_pb2.MemberInfo,
+        load: control_pb2.MemberLoad,
+        role: control_pb2.Role,
+        table: LoadTable,
+        credentials: Credentials | None = None,
+    ) -> None:
         self.info = info
         # read often, and a message's fields are slow to read
         self._id, self._incarnation, self.address, self.store_address = info.id, info.incarnation, info.address, info.store_address
@@ -57,7 +65,7 @@ class Member:
         self.avoided = False  # no new requests, where there are others
         self.broken = control_pb2.Broken()  # as it says itself, before it leaves
         self._joined = time.monotonic()
-        self._channel = open_channel(info.address)
+        self._channel = open_channel(info.address, credentials)
         # typed Any: the generated stubs carry no types
         self.decode_worker: Any = worker_pb2_grpc.DecodeWorkerStub(self._channel)
         # with a request that is bytes already: a prompt is serialised once, in parts

@@ -13,7 +13,7 @@ from typing import Protocol
 import grpc.aio
 
 from ...protocol.errors import HalfmoonError, WorkerLost
-from ...protocol.grpc_errors import error_from_proto
+from ...protocol.grpc_errors import client_left, error_from_proto
 from ...protocol.v1 import control_pb2
 
 Write = Callable[[control_pb2.MemberOrder], Awaitable[None]]
@@ -43,11 +43,11 @@ class Orders:
         """An order or its answer is on its way."""
         return bool(self._unanswered)
 
-    async def open(self, write: Write) -> None:
-        """Makes a stream the present one and accepts the member. Orders go on it, and those on an older stream fail."""
+    async def open(self, write: Write, accepted: control_pb2.MemberOrder) -> None:
+        """Makes a stream the present one, and sends the first order on it. Others follow, and those on an older stream fail."""
         self._fail_all()
         self._write = write
-        await self._send(write, control_pb2.MemberOrder(accepted=True))
+        await self._send(write, accepted)
 
     def closed(self) -> None:
         self._write = None
@@ -86,8 +86,11 @@ class Orders:
             return
         try:
             await self._send(self._write, order)
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the stream's end says so itself
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):  # the stream's end says so itself
             return
+        except grpc.aio.InternalError as error:
+            if not client_left(error):
+                raise
 
     async def _send(self, write: Write, order: control_pb2.MemberOrder) -> None:
         async with self._writing:  # a stream takes one message at a time

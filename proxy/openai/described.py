@@ -135,11 +135,6 @@ class ReadyReply(Described):
     missing: list[str]
 
 
-class TargetReply(Described):
-    targets: list[str]
-    labels: dict[str, str]
-
-
 class DescribedApp(FastAPI):
     """Without the 422 that FastAPI adds: a wrong body is a 400 here."""
 

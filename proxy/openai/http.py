@@ -2,12 +2,10 @@
 
 POST /v1/completions · /v1/chat/completions ─► GenerateRequest ─► Generation ─► one JSON body, or server-sent events ─► [DONE]
 GET  /v1/models · /v1/models/{id}       /health: the process lives    /ready: it can serve
-GET  /metrics: Prometheus                /metrics/targets: where every process of the cluster has its own (http_sd)
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import time
@@ -16,16 +14,15 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
-from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
 from ...protocol.errors import UnknownModel, shown
-from ...protocol.exporter import Identity, ProcessMetrics, render
 from ...protocol.trace_context import HEADER, TraceContext
 from ..request_process import RequestProcess
 from ..requests.generate_request import GenerateRequest
 from ..requests.generation import ChoiceEnd, Generation, Generator
 from ..requests.readiness import missing_parts
+from ..tenants.gate import Gate
 from .body import body_route
 from .browsers import for_browsers
 from .chunks import ChunkWriter, to_json
@@ -38,24 +35,25 @@ from .described import (
     ModelReply,
     ModelsReply,
     ReadyReply,
-    TargetReply,
     replies,
     streamed,
 )
 from .errors import install_error_handlers
 from .event_stream import EventStream, until_disconnect
 from .head import head_as_get
-from .metrics_targets import targets
+from .keyed import keyed
 from .replies import ChatShape, CompletionShape, Shape, WholeChoice
 from .types import ChatBody, CompletionBody
 
 
-def create_app(generator: Generator, registry: CollectorRegistry, process: RequestProcess) -> ASGIApp:
-    app = counted(head_as_get(_routes(generator, registry, process)), generator.router.metrics.faces)
+def create_app(generator: Generator, process: RequestProcess, gate: Gate | None = None) -> ASGIApp:
+    """gate: asks for an API key. None: nobody is asked."""
+    faces = generator.router.metrics.faces
+    app = counted(keyed(head_as_get(_routes(generator, process)), gate, faces), faces)
     return for_browsers(app, generator.router.config.cors_origins.split())
 
 
-def _routes(generator: Generator, registry: CollectorRegistry, process: RequestProcess) -> FastAPI:
+def _routes(generator: Generator, process: RequestProcess) -> FastAPI:
     app = DescribedApp(title="Halfmoon", docs_url=None, redoc_url=None)
     install_error_handlers(app, generator.router.metrics.faces)
     app.router.route_class = body_route(process, generator.router.config)
@@ -63,7 +61,7 @@ def _routes(generator: Generator, registry: CollectorRegistry, process: RequestP
 
     @app.post("/v1/completions", responses=streamed(CompletionReply))
     async def completions(body: CompletionBody, request: Request) -> Response:
-        generate_request = _stamped(body.to_generate_request(_request_id(request)), request)
+        generate_request = _asked(body, request)
         generation = await generator.open(generate_request)
         echoes = await generator.decode_aside(body.prompts) if body.echo else []
         shape = CompletionShape(generation, n=generate_request.n, wants_logprobs=body.logprobs is not None, echoes=echoes)
@@ -71,7 +69,7 @@ def _routes(generator: Generator, registry: CollectorRegistry, process: RequestP
 
     @app.post("/v1/chat/completions", responses=streamed(ChatReply))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
-        generate_request = _stamped(body.to_generate_request(_request_id(request)), request)
+        generate_request = _asked(body, request)
         generation = await generator.open(generate_request)
         shape = ChatShape(generation, n=generate_request.n, wants_logprobs=bool(body.logprobs))
         return await _reply(request, generation, shape, stream=bool(body.stream), wants_usage=body.wants_usage)
@@ -95,24 +93,11 @@ def _routes(generator: Generator, registry: CollectorRegistry, process: RequestP
         missing = missing_parts(generator.router)
         return _json({"ready": not missing, "missing": missing}, status=503 if missing else 200)
 
-    identity = Identity("proxy", "proxy", generator.card.name)
-    served = ProcessMetrics(registry, lambda: identity)
-
-    @app.get("/metrics", responses=replies(None, content={"text/plain": {}, "application/openmetrics-text": {}}), response_class=Response)
-    async def metrics(request: Request) -> Response:
-        asked = request.headers
-        page = await asyncio.to_thread(render, served, asked.get("accept", ""), asked.get("accept-encoding", ""))
-        return Response(page.content, headers=page.headers)
-
-    @app.get("/metrics/targets", responses=replies(list[TargetReply]))
-    async def metrics_targets(request: Request) -> Response:
-        return _json(targets(identity, request.url.netloc, generator.router.cluster.members.values()))
-
     return app
 
 
 async def _reply(request: Request, generation: Generation, shape: Shape, *, stream: bool, wants_usage: bool) -> Response:
-    headers = {"x-request-id": generation.request_id}
+    headers = {"x-request-id": request.state.request_id}
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(generation)
         if not stream:
@@ -138,15 +123,18 @@ async def _collect(generation: Generation) -> list[WholeChoice]:
     return choices
 
 
-def _request_id(request: Request) -> str:
-    """The client's own x-request-id, or a new one. The reply's header and the logs carry it, and Cancel takes it."""
-    request.state.request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
-    return request.state.request_id
+def _asked(body: CompletionBody | ChatBody, request: Request) -> GenerateRequest:
+    """With its ids and its trace. TTFT counts from the request's head, and not from the end of its body.
 
-
-def _stamped(asked: GenerateRequest, request: Request) -> GenerateRequest:
-    """Gives it its trace, and makes TTFT count from the request's head, and not from the end of its body."""
-    return dataclasses.replace(asked, arrival=request.state.arrival, trace=TraceContext.parse(request.headers.get(HEADER)))
+    The reply's x-request-id is the client's own label where it has one, else our id. Raises InvalidRequest.
+    """
+    request_id, label = uuid.uuid4().hex, request.headers.get("x-request-id", "")
+    request.state.request_id = label or request_id
+    trace = TraceContext.parse(request.headers.get(HEADER))
+    arrival = request.state.arrival
+    tenant = getattr(request.state, "tenant", None)
+    ours = {"request_id": request_id, "label": label, "arrival": arrival, "trace": trace, "tenant": tenant}
+    return dataclasses.replace(body.to_generate_request(), **ours)
 
 
 def _model(generator: Generator, created: int) -> dict[str, Any]:

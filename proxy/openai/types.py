@@ -177,13 +177,13 @@ class CompletionBody(GenerateBody):
             return [self.prompt]  # pyright: ignore[reportReturnType] - a list of ints: its first item is one
         return list(self.prompt)  # pyright: ignore[reportReturnType]
 
-    def to_generate_request(self, request_id: str) -> GenerateRequest:
+    def to_generate_request(self) -> GenerateRequest:
         self.require_consistent()
         if self.echo and self.logprobs is not None:
             raise InvalidRequest("echo together with logprobs is not supported: logprobs of a prompt are not computed", param="echo")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise InvalidRequest(f"best_of is {self.best_of}, other than n, which is not supported; leave it out", param="best_of")
-        return GenerateRequest(request_id=request_id, prompts=self.prompts, **self.shared_fields(self.logprobs))
+        return GenerateRequest(prompts=self.prompts, **self.shared_fields(self.logprobs))
 
 
 class TextPart(BaseModel):
@@ -232,14 +232,14 @@ class ChatBody(GenerateBody):
         """Set instead of `messages` if another process has parsed the body."""
         self._chat = messages
 
-    def to_generate_request(self, request_id: str) -> GenerateRequest:
+    def to_generate_request(self) -> GenerateRequest:
         self.require_consistent()
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs: true; set it or leave top_logprobs out", param="top_logprobs")
         fields = self.shared_fields((self.top_logprobs or 0) if self.logprobs else None)
         if self.max_completion_tokens is not None:
             fields["max_tokens"] = self.max_completion_tokens
-        return GenerateRequest(request_id=request_id, messages=self.chat, **fields)
+        return GenerateRequest(messages=self.chat, **fields)
 
 
 def _token_keys(biases: dict[str, float]) -> dict[int, float]:

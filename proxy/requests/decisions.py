@@ -43,6 +43,7 @@ class RequestDecision:
     terms: Terms
     priority: int
     arrival: float  # of time.monotonic()
+    label: str = ""  # the client's own name for it
     attempts: list[AttemptDecision] = field(default_factory=list[AttemptDecision])
     state: str = RequestState.QUEUED.value
     ended: str = ""  # finish reason, or the error's code and words
@@ -79,7 +80,8 @@ class DecisionLog:
         return len(self._ring)
 
     def open(self, request: ProxyRequest, slo: Slo) -> RequestDecision:
-        decision = RequestDecision(request.request_id, len(request.token_ids), _terms(request, slo), request.priority, request.arrival)
+        terms = _terms(request, slo)
+        decision = RequestDecision(request.request_id, len(request.token_ids), terms, request.priority, request.arrival, request.label)
         self._ring.append(decision)
         self._by_id[request.request_id] = decision
         if len(self._ring) > self._size:
@@ -89,12 +91,13 @@ class DecisionLog:
         return decision
 
     def find(self, request_id: str) -> list[RequestDecision]:
-        """The request, or all of its choices. Raises UnknownRequest."""
+        """The request, or all of its choices. request_id: or the label that clients gave to one or several. Raises UnknownRequest."""
         found = self._by_id.get(request_id)
         if found is not None:
             return [found]
         choices = [self._by_id.get(f"{request_id}-{index}") for index in range(MAX_CHOICES)]
         known = [choice for choice in choices if choice is not None]
+        known = known or [decision for decision in self._ring if request_id and decision.label == request_id]
         if not known:
             raise UnknownRequest(
                 f"no request {request_id!r} is among the last {len(self)}, which the proxy remembers (of at most {self._size}: "

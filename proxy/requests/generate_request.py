@@ -21,6 +21,7 @@ from ...protocol.sampling import MAX_SEED, SamplingParams
 from ...protocol.trace_context import TraceContext
 from ..model_card import ModelCard
 from ..request import MAX_CHOICES, ProxyRequest
+from ..tenants.tenant import Tenant
 from ..text.chat_template import ChatMessage
 from ..text.tokenizer import Tokenizer
 
@@ -28,7 +29,7 @@ MAX_STOPS = 16
 PIECE_LEN = 2**14  # tokens that are checked in one go, in about 2 ms
 MAX_STOP_CHARS = 1024  # of each, because every token's text is compared with them
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for a prompt; a chat may use what is left
-REQUEST_ID_LEN = 128
+LABEL_LEN = 128
 CHARS_COMPOSED = 4  # at most so many characters become one in a tokenizer's Unicode normal form
 
 
@@ -39,7 +40,8 @@ class GenerateRequest:
     prompts: Sequence[str | Sequence[int]] = ()
     messages: Sequence[ChatMessage] | None = None
     model: str = ""  # empty: the served one
-    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)  # ours: nobody can guess it, so that who knows it may cancel
+    label: str = ""  # the client's own name for it; nothing goes by it but explain
     n: int = 1
     seed: int | None = None
     max_tokens: int | None = None
@@ -49,6 +51,7 @@ class GenerateRequest:
     ttft_slo_s: float | None = None  # None: the proxy's
     tpot_slo_s: float | None = None
     trace: TraceContext | None = None
+    tenant: Tenant | None = None  # None: keys are not asked for
     sampling: Mapping[str, Any] = field(default_factory=dict[str, Any])  # SamplingParams' other fields
     arrival: float = field(default_factory=time.monotonic)  # of its first byte, if the face can know it
 
@@ -62,7 +65,7 @@ class RequestBuilder:
     async def build(self, asked: GenerateRequest, max_model_len: int) -> list[ProxyRequest]:
         """One request for each choice, the first prompt's choices first. Choices of one prompt share the same token_ids object.
 
-        Raises InvalidRequest (PromptTooLong, UnknownModel), naming the field, the value and the limit.
+        Raises InvalidRequest (PromptTooLong, UnknownModel, PermissionDenied), naming the field, the value and the limit.
         """
         _require(
             asked.model in ("", self._card.name),
@@ -77,12 +80,14 @@ class RequestBuilder:
             f"{len(asked.prompts)} prompts with n {asked.n} are {num_choices} choices; a request may have {MAX_CHOICES}",
             "prompt",
         )
-        _require(len(asked.request_id) <= REQUEST_ID_LEN and asked.request_id.isprintable(), _BAD_ID, "request_id")
+        _require(len(asked.label) <= LABEL_LEN and asked.label.isprintable(), _BAD_LABEL, "request_id")
         _require(len(asked.stop) <= MAX_STOPS, f"stop has {len(asked.stop)} strings; it may have {MAX_STOPS}", "stop")
         longest = max(map(len, asked.stop), default=0)
         _require(longest <= MAX_STOP_CHARS, f"stop has a string of {longest} characters; each may have {MAX_STOP_CHARS}", "stop")
         _require(all(asked.stop), "stop has an empty string, which would end every answer at once; leave it out", "stop")
         _require(-(2**31) <= asked.priority < 2**31, f"priority is {asked.priority}; it must fit 32 bits", "priority")
+        if asked.tenant is not None:
+            asked.tenant.require_priority(asked.priority)
         timeout_s = self._default_timeout_s if asked.timeout_s is None else asked.timeout_s
         _require(
             0 < timeout_s <= MAX_TIMEOUT_S,  # NaN is neither
@@ -111,6 +116,7 @@ class RequestBuilder:
         return [
             ProxyRequest(
                 request_id=request_id if len(prompts) * asked.n == 1 else f"{request_id}-{prompt * asked.n + choice}",
+                label=asked.label,
                 token_ids=token_ids,
                 sampling=dataclasses.replace(params[prompt], seed=(seed + choice) & MAX_SEED),
                 timeout_s=timeout_s,
@@ -120,6 +126,7 @@ class RequestBuilder:
                 tpot_slo_s=asked.tpot_slo_s,
                 trace=asked.trace,
                 operation="text_completion" if asked.messages is None else "chat",
+                salt=b"" if asked.tenant is None else asked.tenant.salt,
             )
             for prompt, token_ids in enumerate(prompts)
             for choice in range(asked.n)
@@ -189,7 +196,7 @@ class RequestBuilder:
         return SamplingParams(**asked.sampling, seed=seed, max_tokens=max_tokens)
 
 
-_BAD_ID = f"the request id must be printable and at most {REQUEST_ID_LEN} characters long"
+_BAD_LABEL = f"the request id must be printable and at most {LABEL_LEN} characters long"
 
 
 def _require(holds: bool, message: str, param: str, error: type[InvalidRequest] = InvalidRequest) -> None:

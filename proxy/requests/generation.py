@@ -18,11 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from ...protocol.errors import HalfmoonError, InvalidRequest
+from ...protocol.errors import HalfmoonError
 from ...protocol.log_context import logged
 from ...protocol.v1 import common_pb2
 from ..model_card import ModelCard
 from ..request import Finished, RequestState, TokenEvent, Tokens
+from ..tenants.tenant import Tenant
 from ..text.tokenizer import Tokenizer
 from ..tracing import trace_of
 from .choice_text import ChoiceText, TokenText
@@ -86,8 +87,9 @@ class _Inbox:
 class Generation:
     """One admitted GenerateRequest: the events of all choices as they come. The last event of a choice is its ChoiceEnd."""
 
-    def __init__(self, request_id: str, model: str, num_prompt_tokens: int, choices: list[_Choice]) -> None:
+    def __init__(self, request_id: str, model: str, num_prompt_tokens: int, choices: list[_Choice], tenant: Tenant | None = None) -> None:
         self.request_id = request_id
+        self.tenant = tenant
         self.model = model
         self.created = int(time.time())
         self.num_prompt_tokens = num_prompt_tokens  # of all prompts together
@@ -203,30 +205,32 @@ class Generator:
             return await self._open(dataclasses.replace(request, trace=trace))
 
     async def _open(self, request: GenerateRequest) -> Generation:
-        requests = await self._builder.build(request, self.max_model_len)
-        if (other := self._under_way.get(request.request_id)) is not None and not other.is_over:
-            raise InvalidRequest(f"request id {request.request_id!r} is under way already; choose another", param="request_id")
+        requests, tenant = await self._builder.build(request, self.max_model_len), request.tenant
+        num_prompt_tokens = sum(len(choice.token_ids) for choice in requests[:: request.n])
+        if tenant is not None:
+            tenant.admit(num_prompt_tokens)
         streams = await self.router.open_all(requests)
         choices = [
-            _Choice(index, stream, ChoiceText(self._tokenizer, choice, tuple(request.stop), self.card.eos_token_ids))
+            _Choice(index, stream, ChoiceText(self._tokenizer, choice, tuple(request.stop), self.card.eos_token_ids), tenant)
             for index, (choice, stream) in enumerate(zip(requests, streams, strict=True))
         ]
-        num_prompt_tokens = sum(len(choice.token_ids) for choice in requests[:: request.n])
-        generation = Generation(request.request_id, self.card.name, num_prompt_tokens, choices)
+        generation = Generation(request.request_id, self.card.name, num_prompt_tokens, choices, tenant)
         self._under_way[request.request_id] = generation
         return generation
 
-    async def cancel(self, request_id: str, reason: str) -> bool:
-        """True if such a request was under way."""
-        generation = self._under_way.pop(request_id, None)
-        if generation is None or generation.is_over:
+    async def cancel(self, request_id: str, reason: str, tenant: Tenant | None = None) -> bool:
+        """True if such a request of the tenant was under way."""
+        generation = self._under_way.get(request_id)
+        if generation is None or generation.is_over or generation.tenant is not tenant:
             return False
+        del self._under_way[request_id]
         generation.cancel(reason)
         return True
 
 
 class _Choice:
-    def __init__(self, index: int, stream: TokenStream, text: ChoiceText) -> None:
+    def __init__(self, index: int, stream: TokenStream, text: ChoiceText, tenant: Tenant | None) -> None:
+        self._tenant = tenant
         self.index = index
         self.stream = stream
         self._text = text
@@ -254,6 +258,8 @@ class _Choice:
         return events
 
     def _delta(self, event: Tokens) -> TextDelta:
+        if self._tenant is not None:
+            self._tenant.spend(len(event.token_ids))
         delta = TextDelta(self.index, *self._text.push(event.token_ids, event.outputs))
         if self._text.matched_stop is not None:
             self.stream.stop_soon(self._text.num_tokens)

@@ -210,7 +210,7 @@ class Router:
                 for request, decision in zip(requests, decisions, strict=True):
                     prompt = prompts.get(id(request.token_ids))
                     if prompt is None:
-                        prompt = prompts[id(request.token_ids)] = yield from self._prompts.encode_in_parts(request.token_ids)
+                        prompt = prompts[id(request.token_ids)] = yield from self._prompts.encode_in_parts(request.token_ids, request.salt)
                         yield False
                     self._require_open()
                     pairs.append(self._dispatcher.place(request, prompt, decision))

@@ -273,7 +273,7 @@ def configure(arguments: argparse.Namespace, folder: Path) -> tuple[ClusterConfi
         store=StoreConfig(arena_bytes=num_stored * request_bytes),
         prefill=PrefillConfig(max_tokens_per_step=arguments.step_tokens, **pages),
         decode=DecodeConfig(max_running=MAX_RUNNING, **pages),
-        proxy=ProxyConfig(http_port=0, grpc_port=0),
+        proxy=ProxyConfig(http_port=0, grpc_port=0, control_port=0, metrics_port=0),
     )
     return config, schema.block_bytes // schema.block_size
 

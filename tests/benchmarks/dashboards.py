@@ -28,10 +28,11 @@ from halfmoon.deploy.dashboards.draw import Source, draw
 from halfmoon.deploy.ray_session import RayNode
 from halfmoon.engine.worker_life import WorkerAddress
 from halfmoon.protocol.config import ClusterConfig, DecodeConfig, PrefillConfig, ProxyConfig, StoreConfig
+from halfmoon.protocol.credentials import Credentials
 from halfmoon.protocol.roles import WorkerRole
 
 CONFIG = ClusterConfig(
-    proxy=ProxyConfig(http_port=0, grpc_port=0, policy="kvcache_centric", ttft_slo_s=1.0, tpot_slo_s=0.1),
+    proxy=ProxyConfig(http_port=0, grpc_port=0, control_port=0, metrics_port=0, policy="kvcache_centric", ttft_slo_s=1.0, tpot_slo_s=0.1),
     prefill=PrefillConfig(num_workers=1),
     decode=DecodeConfig(num_workers=2),
     store=StoreConfig(arena_bytes=24 * 2**20),
@@ -100,7 +101,7 @@ async def scraped(source: Source, num_targets: int) -> None:
 
 
 class Members(NamedTuple):
-    http_address: str
+    metrics_address: str
     grpc_address: str
     num_processes: int  # that would be
 
@@ -112,10 +113,13 @@ async def members(config: ClusterConfig = CONFIG) -> AsyncIterator[Members]:
     spec = make_spec(config, [node])
     options, name = spec.config.model, spec.config.model.name
     async with contextlib.AsyncExitStack() as stack:
-        proxy = ProxyActor(config=config.proxy, options=options, model_folder=str(spec.model_folder), schema=spec.schema)
+        credentials = Credentials.make()
+        proxy = ProxyActor(
+            config=config.proxy, options=options, model_folder=str(spec.model_folder), schema=spec.schema, credentials=credentials
+        )
         stack.push_async_callback(proxy.stop, 1.0)
-        http_address, grpc_address = await proxy.start()
-        common = {"node_id": node.node_id, "host": node.host, "proxy_address": grpc_address}
+        _, grpc_address, control_address, metrics_address = await proxy.start()
+        common: Any = {"node_id": node.node_id, "host": node.host, "proxy_address": control_address, "credentials": credentials}
         store = StoreActor(
             **common, store_id="store-0", port=0, config=config.store, schema=spec.schema, max_model_len=spec.max_model_len, model_name=name
         )
@@ -127,13 +131,13 @@ async def members(config: ClusterConfig = CONFIG) -> AsyncIterator[Members]:
             worker = WorkerActor(worker_address=address, options=options, role=role, prefill=config.prefill, decode=config.decode)
             stack.push_async_callback(worker.stop, 1.0)
             await worker.start()
-        yield Members(http_address, grpc_address, 2 + len(workers))
+        yield Members(metrics_address, grpc_address, 2 + len(workers))
 
 
 async def run(out: Path | None, seconds: float, port: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         async with members() as found:
-            with prometheus(found.http_address, port, Path(folder)) as source:
+            with prometheus(found.metrics_address, port, Path(folder)) as source:
                 await scraped(source, found.num_processes)
                 num_answers = await load(found.grpc_address, seconds)
                 empty = await asyncio.to_thread(empty_panels, source)

@@ -104,10 +104,10 @@ class Process:
 class Front:
     def __init__(self, loop: str, folder: Path, tokenizer: Tokenizer) -> None:
         self.proxy = Process(proxy_process, loop, str(folder))
-        self.http_address, self.grpc_address = self.proxy.pipe.recv()
+        self.http_address, self.grpc_address, control_address, self.metrics_address, credentials = self.proxy.pipe.recv()
         answer = [one for one in tokenizer.encode(corpus(1)[0][:20_000]).ids if tokenizer.decode([one]).isascii()][:500]
         last = tokenizer.encode(LAST_TEXT).ids
-        self.workers = Process(workers_process, loop, self.grpc_address, answer, last)
+        self.workers = Process(workers_process, loop, control_address, credentials, answer, last)
         self.workers.expect("joined")
         self.clients = Process(clients_process, loop, self.http_address, self.grpc_address)
 
@@ -161,7 +161,7 @@ class Front:
             assert json.loads(reply.read())["usage"]["completion_tokens"] == 1
 
     def scrape(self) -> None:
-        with urllib.request.urlopen(f"http://{self.http_address}/metrics", timeout=60) as reply:
+        with urllib.request.urlopen(f"http://{self.metrics_address}/metrics", timeout=60) as reply:
             reply.read()
 
     def generate(self, **prompt: Any) -> None:

@@ -23,6 +23,7 @@ import uvicorn
 
 from halfmoon.protocol.channel import create_server, open_channel
 from halfmoon.protocol.config import ModelOptions, ProxyConfig
+from halfmoon.protocol.credentials import Credentials
 from halfmoon.protocol.membership import stay_joined
 from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import (
@@ -67,11 +68,11 @@ def proxy_process(pipe: Connection, loop: str, folder: str) -> None:
 
 async def _proxy(pipe: Connection, folder: str) -> None:
     """Obeys cpu (-> seconds of this process), watch and watched (-> longest gaps of the event loop between them), end."""
-    config = ProxyConfig(http_port=0, grpc_port=0, policy="least_loaded")
+    config = ProxyConfig(http_port=0, grpc_port=0, control_port=0, metrics_port=0, policy="least_loaded")
     server = ProxyServer(config=config, options=ModelOptions(), model_folder=Path(folder), schema=SCHEMA)
     endpoints = await server.start()
     server.warm_up()
-    pipe.send((endpoints.http, endpoints.grpc))
+    pipe.send((*endpoints, server.credentials))
     watch: asyncio.Task[tuple[float, float]] | None = None
     over = asyncio.Event()
     while (what := await command(pipe)) != "end":
@@ -176,13 +177,17 @@ class BareSteps:
 # the workers
 
 
-def workers_process(pipe: Connection, loop: str, proxy_address: str, token_ids: list[int], last_token_ids: list[int]) -> None:
-    run(_workers(pipe, proxy_address, token_ids, last_token_ids), loop)
+def workers_process(
+    pipe: Connection, loop: str, control_address: str, credentials: Credentials, token_ids: list[int], last_token_ids: list[int]
+) -> None:
+    run(_workers(pipe, control_address, credentials, token_ids, last_token_ids), loop)
 
 
-async def _workers(pipe: Connection, proxy_address: str, token_ids: list[int], last_token_ids: list[int]) -> None:
+async def _workers(
+    pipe: Connection, control_address: str, credentials: Credentials, token_ids: list[int], last_token_ids: list[int]
+) -> None:
     peers = Peers(token_ids)
-    members = await peers.start(proxy_address)
+    members = await peers.start(control_address, credentials)
     pipe.send("joined")
     while (what := await command(pipe)) != "end":
         if what == "finish":
@@ -208,8 +213,8 @@ class Peers(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.DecodeWorkerS
         self._finished = asyncio.Event()
         self._num_sent = 1
 
-    async def start(self, proxy_address: str) -> list[asyncio.Task[None]]:
-        self.server, port = create_server("127.0.0.1", 0)
+    async def start(self, control_address: str, credentials: Credentials) -> list[asyncio.Task[None]]:
+        self.server, port = create_server("127.0.0.1", 0, credentials=credentials)
         worker_pb2_grpc.add_PrefillWorkerServicer_to_server(self, self.server)
         worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self, self.server)
         kvstore_pb2_grpc.add_KVStoreServicer_to_server(self, self.server)
@@ -232,7 +237,8 @@ class Peers(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.DecodeWorkerS
                 pid=os.getpid(),
             )
             joined.append(asyncio.Event())
-            members.append(asyncio.create_task(stay_joined(proxy_address, info, control_pb2.MemberLoad, joined[-1].set)))
+            joining = stay_joined(control_address, info, control_pb2.MemberLoad, joined[-1].set, credentials=credentials)
+            members.append(asyncio.create_task(joining))
         await asyncio.gather(*(event.wait() for event in joined))
         return members
 

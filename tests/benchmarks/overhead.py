@@ -30,6 +30,7 @@ from rich.table import Table
 from halfmoon.client import AsyncClient, Delta
 from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.ray_session import ray_session
+from halfmoon.deploy.supervisor import Supervisor
 from halfmoon.protocol.channel import open_channel
 from halfmoon.protocol.config import ClusterConfig, ProxyConfig
 from halfmoon.protocol.v1 import control_pb2, control_pb2_grpc
@@ -54,8 +55,8 @@ class Counters:
     num_steps: dict[str, float]
 
 
-async def counters(address: str) -> Counters:
-    async with open_channel(address) as channel:
+async def counters(supervisor: Supervisor) -> Counters:
+    async with open_channel(supervisor.control_address, supervisor.credentials) as channel:
         status = await control_pb2_grpc.ControlStub(channel).Status(control_pb2.StatusRequest())
     cpu_s, step_s, num_steps = {}, {}, {}
     for member in status.members:
@@ -130,16 +131,16 @@ def summary(samples: list[Sample], before: Counters, after: Counters, wall_s: fl
 
 async def measure(arguments: argparse.Namespace) -> dict[str, object]:
     results: dict[str, object] = {}
-    config = ClusterConfig(proxy=ProxyConfig(http_port=0, grpc_port=0))
+    config = ClusterConfig(proxy=ProxyConfig(http_port=0, grpc_port=0, control_port=0, metrics_port=0))
     with ray_session() as nodes:
         async with running_cluster(config, nodes) as supervisor:
             address = supervisor.grpc_address
             await load(address, 4, 8, arguments.prompt_len, arguments.output_len)  # warm-up, not counted
             for num_streams in arguments.streams:
-                before, start = await counters(address), time.perf_counter()
+                before, start = await counters(supervisor), time.perf_counter()
                 samples = await load(address, num_streams, max(arguments.requests, num_streams), arguments.prompt_len, arguments.output_len)
                 wall_s = time.perf_counter() - start
-                results[str(num_streams)] = summary(samples, before, await counters(address), wall_s, arguments.output_len)
+                results[str(num_streams)] = summary(samples, before, await counters(supervisor), wall_s, arguments.output_len)
     return results
 
 

@@ -28,7 +28,7 @@ from rich.progress import Progress
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from halfmoon.client import AsyncClient
+from halfmoon.client import AsyncClient, Control
 from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.ray_session import RayNode, ray_session
 from halfmoon.engine.demo_model.measure import PLAN, Example, examples
@@ -56,16 +56,16 @@ def configuration(mode: str) -> ClusterConfig:
     num_workers = 2 if mode == "killed" else 1
     transport: Any = "grpc" if mode == "grpc" else "auto"
     return ClusterConfig(
-        proxy=ProxyConfig(http_port=0, grpc_port=0),
+        proxy=ProxyConfig(http_port=0, grpc_port=0, control_port=0, metrics_port=0),
         prefill=PrefillConfig(num_workers=0 if mode == "coupled" else num_workers, transport=transport),
         decode=DecodeConfig(num_workers=num_workers, transport=transport),
     )
 
 
 @asynccontextmanager
-async def served(mode: str, nodes: Sequence[RayNode]) -> AsyncIterator[str]:
+async def served(mode: str, nodes: Sequence[RayNode]) -> AsyncIterator[tuple[str, Control]]:
     async with running_cluster(configuration(mode), nodes) as supervisor:
-        yield supervisor.grpc_address
+        yield supervisor.grpc_address, Control(supervisor.control_address, supervisor.credentials.token)
 
 
 async def converse(client: AsyncClient, example: Example, tally: Tally) -> list[str]:
@@ -95,10 +95,10 @@ async def kill_workers(client: AsyncClient) -> None:
             os.kill(member.pid, signal.SIGKILL)
 
 
-async def ask_all(address: str, asked: Sequence[Example], killing: bool, advance: Callable[[], None]) -> Tally:
+async def ask_all(address: str, control: Control, asked: Sequence[Example], killing: bool, advance: Callable[[], None]) -> Tally:
     tally = Tally(replies=[[] for _ in asked])
     numbers = iter(range(len(asked)))
-    async with AsyncClient(address) as client:
+    async with AsyncClient(address, control=control) as client:
 
         async def stream() -> None:
             for number in numbers:
@@ -137,12 +137,12 @@ async def measure(arguments: argparse.Namespace, asked: dict[int, list[Example]]
     with ray_session() as nodes, Progress(transient=True) as progress:
         for mode in arguments.modes:
             task = progress.add_task(mode, total=arguments.count * len(arguments.lengths))
-            async with served(mode, nodes) as address:
+            async with served(mode, nodes) as (address, control):
                 tallies[mode] = {}
                 for length in arguments.lengths:
                     # the workers die once, among the longest documents
                     killing = mode == "killed" and length == max(arguments.lengths)
-                    tallies[mode][length] = await ask_all(address, asked[length], killing, partial(progress.advance, task))
+                    tallies[mode][length] = await ask_all(address, control, asked[length], killing, partial(progress.advance, task))
     return tallies
 
 

@@ -96,10 +96,14 @@ def _spec(name: str, num_gpus: int, device: str, model: Model, settings: Sequenc
 
 
 def _halfmoon(name: str, keys: Sequence[str], num_gpus: int, device: str, model: Model) -> Spec:
-    http_port, grpc_port = _free_ports(2)
+    http_port, *others = _free_ports(4)
+    ports = [
+        f"proxy.{key}={port}"
+        for key, port in zip(("http_port", "grpc_port", "control_port", "metrics_port"), (http_port, *others), strict=True)
+    ]
     keys = [
         f"model.path={model.folder}", f"model.name={model.name}", f"model.device={device}", f"model.max_model_len={model.max_model_len}",
-        f"model.load_format={'dummy' if model.dummy else 'auto'}", f"proxy.http_port={http_port}", f"proxy.grpc_port={grpc_port}", *keys,
+        f"model.load_format={'dummy' if model.dummy else 'auto'}", *ports, *keys,
     ]  # fmt: skip
     script = str(Path(__file__).with_name("serving_halfmoon.py"))
     environment = {"CUDA_VISIBLE_DEVICES": ",".join(visible_gpus()[:num_gpus])} if device == "cuda" else {}

@@ -251,7 +251,7 @@ async def undisturbed(
 
 async def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     config = ClusterConfig(
-        proxy=ProxyConfig(http_port=0, grpc_port=0, policy="cache_aware"),
+        proxy=ProxyConfig(http_port=0, grpc_port=0, control_port=0, metrics_port=0, policy="cache_aware"),
         prefill=PrefillConfig(num_workers=2, kv_capacity_tokens=KV_TOKENS),
         decode=DecodeConfig(num_workers=2, kv_capacity_tokens=KV_TOKENS),
         store=StoreConfig(arena_bytes=2**30),  # everything that a replay's sessions share stays

@@ -205,6 +205,7 @@ class Cluster:
         deadline_s: float = 600.0,
         suspect: bool = False,
         tpot_slo_s: float = 0.0,
+        root: bytes = b"",
         **sampling: Any,
     ) -> Any:
         self.num_requests += 1
@@ -217,6 +218,7 @@ class Cluster:
             deadline_s=deadline_s,
             suspect=suspect,
             tpot_slo_s=tpot_slo_s,
+            root=root,
         )
 
     def start_prefill(self, sequence: Any, *, epoch: int = 1, store_address: str = "") -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from halfmoon.protocol.blocks import root_key
 from halfmoon.protocol.errors import RequestCancelled
 
 Greedy = Callable[[list[int], int], list[int]]
@@ -196,3 +197,17 @@ async def test_without_the_cache_pages_are_free_after_their_sequence(make_cluste
     await cluster.at_rest()
     assert cluster.decode.worker.allocator.num_cached == 0 and cluster.decode.load().num_cached_pages == 0
     assert hits(cluster.decode, "hbm") == 0
+
+
+@pytest.mark.parametrize("form", [COUPLED, HANDED_OFF])
+async def test_a_tenant_finds_its_own_prefix_and_nothing_of_another_s(make_cluster: Any, greedy: Greedy, form: str) -> None:
+    """In pages and in the store, whole blocks and parts: what is computed for it is what would be computed alone."""
+    cluster, run = await make(make_cluster, form)
+    text = prompt(70, seed=9)
+    wanted = greedy(text, 8)
+    first, second = (root_key(b"schema", salt=salt) for salt in (b"one", b"two"))
+    for root, is_known in ((first, False), (second, False), (b"", False), (second, True), (first, True), (b"", True)):
+        answer = await run(text, max_tokens=8, root=root)
+        assert answer.token_ids == wanted
+        assert (answer.admitted.state.num_cached_tokens >= 64) == is_known and (is_known or not answer.admitted.state.num_cached_tokens)
+        await cluster.at_rest()

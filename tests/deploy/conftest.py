@@ -18,13 +18,14 @@ import pytest_asyncio
 import torch
 from transformers import AutoModelForCausalLM
 
-from halfmoon.client import AsyncClient
+from halfmoon.client import AsyncClient, Control
 from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.ray_session import LOOPBACK, RayNode, ray_environment, ray_session
 from halfmoon.deploy.supervisor import Supervisor
 from halfmoon.engine.resolve import DEMO_FOLDER
 from halfmoon.protocol.channel import open_channel
 from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig, StoreConfig
+from halfmoon.protocol.tls import read_pem
 from halfmoon.protocol.v1 import control_pb2, control_pb2_grpc, kvstore_pb2, kvstore_pb2_grpc
 
 
@@ -135,7 +136,7 @@ async def cluster(ray_nodes: list[RayNode], model_folder: Path, cluster_type: ty
     config = ClusterConfig(
         model=ModelOptions(path=str(model_folder), name="demo"),
         store=StoreConfig(arena_bytes=256 * 2**20),
-        proxy=ProxyConfig(http_port=0, grpc_port=0, policy="round_robin"),
+        proxy=ProxyConfig(http_port=0, grpc_port=0, control_port=0, metrics_port=0, policy="round_robin"),
         prefill=PrefillConfig(num_workers=2, max_tokens_per_step=128),
         decode=DecodeConfig(num_workers=2),
     )
@@ -155,21 +156,29 @@ class Cluster:
     supervisor: Supervisor
     client: AsyncClient
 
+    certs: str  # folder of its certificates; "": it has no TLS
+
     @classmethod
     @asynccontextmanager
-    async def open(cls, supervisor: Supervisor) -> AsyncIterator[Cluster]:
-        async with AsyncClient(supervisor.grpc_address) as client:
-            yield cls(supervisor, client)
+    async def open(cls, supervisor: Supervisor, certs: str = "") -> AsyncIterator[Cluster]:
+        control = Control(supervisor.control_address, supervisor.credentials.token, certs)
+        authority = read_pem(Path(certs, "authority.pem")) if certs else None
+        async with AsyncClient(supervisor.grpc_address, authority=authority, control=control) as client:
+            yield cls(supervisor, client, certs)
+
+    @property
+    def control(self) -> Control:
+        return Control(self.supervisor.control_address, self.supervisor.credentials.token, self.certs)
 
     async def status(self) -> control_pb2.StatusReply:
-        async with open_channel(self.supervisor.grpc_address) as channel:
+        async with open_channel(self.supervisor.control_address, self.supervisor.credentials) as channel:
             return await control_pb2_grpc.ControlStub(channel).Status(control_pb2.StatusRequest())
 
     async def store_stats(self) -> list[kvstore_pb2.StatsReply]:
         found = []
         for member in (await self.status()).members:
             if member.info.role == control_pb2.ROLE_STORE:
-                async with open_channel(member.info.address) as channel:
+                async with open_channel(member.info.address, self.supervisor.credentials) as channel:
                     found.append(await kvstore_pb2_grpc.KVStoreStub(channel).Stats(kvstore_pb2.StatsRequest()))
         return found
 

@@ -27,7 +27,7 @@ def config(model_folder: Path, **proxy: Any) -> ClusterConfig:
     return ClusterConfig(
         model=ModelOptions(path=str(model_folder), name="demo"),
         store=StoreConfig(arena_bytes=256 * 2**20),
-        proxy=ProxyConfig(http_port=0, grpc_port=0, **proxy),
+        proxy=ProxyConfig(http_port=0, grpc_port=0, control_port=0, metrics_port=0, **proxy),
         prefill=PrefillConfig(num_workers=0, max_tokens_per_step=256),
         decode=DecodeConfig(num_workers=0, max_prefill_tokens_per_step=128),
         both=BothConfig(num_workers=2),

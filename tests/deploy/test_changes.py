@@ -59,7 +59,7 @@ class PlayedActor:
     async def _start(self) -> Any:
         self.ray.alive[self.id] = self
         self.ray.events.append(f"{self.id} starts")
-        return ("h:1", "h:2") if self.id == "proxy" else f"{self.node_id}:{len(self.ray.events)}"
+        return ("h:1", "h:2", "h:3", "h:4") if self.id == "proxy" else f"{self.node_id}:{len(self.ray.events)}"
 
     async def _progress(self, seen: int) -> None:
         return None

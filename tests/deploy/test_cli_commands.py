@@ -26,8 +26,11 @@ ANSWER = "The quick brown fox, 日本語 and 😀 jumps over the lazy dog."
 HALFMOON = [sys.executable, "-P", "-m", "halfmoon"]
 
 
+FACE_TOKEN = "the-token-of-a-cluster-of-scripted-workers"
+
+
 def run(*arguments: str, text: str | None = None) -> Any:
-    return CliRunner().invoke(app, list(arguments), input=text, env={"COLUMNS": "160"})
+    return CliRunner().invoke(app, list(arguments), input=text, env={"COLUMNS": "160", "HALFMOON_CLUSTER_TOKEN": FACE_TOKEN})
 
 
 def test_help_names_every_command_without_importing_what_they_need() -> None:
@@ -140,7 +143,7 @@ def test_a_command_that_is_nearly_one_is_told_which() -> None:
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8000", "127.0.0.1", "localhost:http"])
 def test_an_address_that_grpc_would_not_understand_is_refused_at_once(address: str) -> None:
-    result = run("status", "--address", address)
+    result = run("status", "--control", address)
     assert result.exit_code == 2 and "host:port" in result.output
 
 
@@ -177,6 +180,38 @@ def test_workers_of_both_roles_come_in_the_place_of_those_that_are_not_asked_for
     assert (config.prefill.num_workers, config.decode.num_workers, config.both.num_workers) == counts
 
 
+def test_serve_refuses_what_others_could_use_or_read_unless_it_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    from rich.console import Console
+
+    import halfmoon.deploy.cli.serve as module
+    from halfmoon.deploy.plan import make_plan
+    from halfmoon.deploy.ray_session import RayNode
+    from halfmoon.protocol.config import ClusterConfig
+    from halfmoon.protocol.errors import ConfigError
+
+    text = io.StringIO()
+    monkeypatch.setattr(module, "console", Console(file=text, width=300))
+    nodes = [RayNode("node-0", "10.1.2.3", 0.0)]
+
+    def require(**changes: Any) -> None:
+        config = ClusterConfig.load(None, {"proxy.host": "0.0.0.0", **changes})
+        module._require_secure(config, make_plan(config, nodes))
+
+    with pytest.raises(ConfigError, match=r"can use the model.*without TLS.*members on 10\.1\.2\.3 talk without TLS.*say --insecure"):
+        require()
+    assert text.getvalue() == ""
+    require(**{"security.insecure": True})
+    assert text.getvalue().count("INSECURE: ") == 3
+    secure = {"proxy.keys_file": "k", "proxy.tls_certificate": "c", "proxy.tls_key": "t", "security.certs": "d"}
+    require(**secure)
+    for key in ("proxy.keys_file", "security.certs"):
+        with pytest.raises(ConfigError):
+            require(**{**secure, key: ""})
+    assert text.getvalue().count("INSECURE: ") == 3, "what is secure is quiet"
+
+
 def test_serve_says_who_prefills(monkeypatch: pytest.MonkeyPatch) -> None:
     import io
     from types import SimpleNamespace
@@ -186,7 +221,9 @@ def test_serve_says_who_prefills(monkeypatch: pytest.MonkeyPatch) -> None:
     import halfmoon.deploy.cli.serve as module
     from halfmoon.protocol.config import ClusterConfig
 
-    supervisor: Any = SimpleNamespace(http_address="127.0.0.1:1", grpc_address="127.0.0.1:2")
+    supervisor: Any = SimpleNamespace(
+        http_address="127.0.0.1:1", grpc_address="127.0.0.1:2", control_address="127.0.0.1:3", metrics_address="127.0.0.1:4"
+    )
     for num_prefill, words in ((2, "with 2 prefill and 3 decode workers on CPU"), (0, "with 3 decode workers, which prefill too")):
         text = io.StringIO()
         monkeypatch.setattr(module, "console", Console(file=text, width=160))
@@ -216,10 +253,12 @@ def test_an_answer_with_markup_is_printed_as_it_is(face: Any) -> None:
     assert run("generate", "Hello", "--address", face.grpc).stdout == f"{text}\n"
 
 
-@pytest.mark.parametrize("command", [["generate", "x"], ["chat"], ["status", "--once"], ["status", "--json"], ["status"]])
+@pytest.mark.parametrize(
+    "command", [["generate", "x", "--address"], ["chat", "--address"], ["status", "--once", "--control"], ["status", "--control"]]
+)
 def test_no_cluster_is_one_line_and_exit_code_1(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("halfmoon.client.attempts.FIRST_DELAY_S", 0.001)
-    result = run(*command, "--address", "127.0.0.1:1")
+    result = run(*command, "127.0.0.1:1")
     assert result.exit_code == 1 and result.stdout == ""
     assert re.fullmatch(r"halfmoon: the proxy at 127\.0\.0\.1:1: unavailable: .*\n", result.stderr)
 
@@ -232,7 +271,7 @@ def test_a_refused_request_is_one_line_and_exit_code_1(face: Any) -> None:
 
 def test_status_once_is_a_table_of_members_and_latencies(face: Any) -> None:
     run("generate", "Hello", "--address", face.grpc)
-    result = run("status", "--address", face.grpc, "--once")
+    result = run("status", "--control", face.control.address, "--once")
     assert result.exit_code == 0, result.output
     for words in ("chatty, up", "prefill-0", "decode-0", "store-0", "25%", "time to first token", "p99", "done"):
         assert words in result.stdout
@@ -247,7 +286,7 @@ def test_status_is_whole_at_80_columns(face: Any) -> None:
     from halfmoon.client import Client
     from halfmoon.deploy.cli.status import picture
 
-    with Client(face.grpc) as client:
+    with Client(face.grpc, control=face.control) as client:
         found = client.status()
     for width in (80, 140):
         text = io.StringIO()
@@ -259,7 +298,7 @@ def test_status_is_whole_at_80_columns(face: Any) -> None:
 
 
 def test_status_json_is_one_object(face: Any) -> None:
-    result = run("status", "--address", face.grpc, "--json")
+    result = run("status", "--control", face.control.address, "--json")
     found = json.loads(result.stdout)
     assert found["model"] == "chatty" and {member["role"] for member in found["members"]} == {"prefill", "decode", "store"}
     assert found["ttft_s"].keys() == {"p50", "p90", "p99", "count"}
@@ -351,8 +390,9 @@ def test_ctrl_c_in_chat_cancels_the_turn_and_not_the_chat(face: Any, terminal: C
     assert chat.exit_code() == 0
 
 
-def test_status_is_live_until_interrupted(face: Any, terminal: Callable[..., Terminal]) -> None:
-    status = terminal("status", "--address", face.grpc, "--interval", "0.1")
+def test_status_is_live_until_interrupted(face: Any, terminal: Callable[..., Terminal], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFMOON_CLUSTER_TOKEN", FACE_TOKEN)
+    status = terminal("status", "--control", face.control.address, "--interval", "0.1")
     status.read_until("prefill-0")
     face.workers.gate_at = 0
     threading.Thread(target=run, args=("generate", "Hello", "--address", face.grpc)).start()

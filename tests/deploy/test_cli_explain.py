@@ -10,18 +10,20 @@ from typer.testing import CliRunner
 from halfmoon.client import Client
 from halfmoon.deploy.cli import app
 
+FACE_TOKEN = "the-token-of-a-cluster-of-scripted-workers"
+
 
 def run(*arguments: str) -> Any:
-    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "160"})
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "160", "HALFMOON_CLUSTER_TOKEN": FACE_TOKEN})
 
 
 def test_a_request_is_explained_as_tables(face: Any) -> None:
     with Client(face.grpc) as client:
-        client.generate(prompt="Hello", max_tokens=4, request_id="shown")
-    result = run("explain", "shown", "--address", face.grpc)
+        done = client.generate(prompt="Hello", max_tokens=4, request_id="shown")
+    result = run("explain", "shown", "--control", face.control.address)
     assert result.exit_code == 0, result.output
     for words in (
-        "shown: done",
+        f"{done.request_id}: done",
         "policy least_loaded, admission none",
         "→ prefill-0",
         "→ decode-0",
@@ -34,15 +36,15 @@ def test_a_request_is_explained_as_tables(face: Any) -> None:
 
 
 def test_json_holds_what_the_sdk_gives(face: Any) -> None:
-    with Client(face.grpc) as client:
+    with Client(face.grpc, control=face.control) as client:
         client.generate(prompt="Hello", max_tokens=4, request_id="plain")
         (found,) = client.explain("plain")
-    (shown,) = json.loads(run("explain", "plain", "--address", face.grpc, "--json").stdout)
-    assert shown["attempts"] == json.loads(json.dumps(found.as_dict()))["attempts"] and shown["request_id"] == "plain"
+    (shown,) = json.loads(run("explain", "plain", "--control", face.control.address, "--json").stdout)
+    assert shown["attempts"] == json.loads(json.dumps(found.as_dict()))["attempts"] and shown["request_id"] == found.request_id
 
 
 def test_a_request_that_nobody_remembers_is_one_line_and_exit_code_1(face: Any) -> None:
-    result = run("explain", "nothing", "--address", face.grpc)
+    result = run("explain", "nothing", "--control", face.control.address)
     assert result.exit_code == 1 and result.stdout == ""
     assert result.stderr.startswith("halfmoon: no request 'nothing' is among the last ")
 

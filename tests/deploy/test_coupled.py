@@ -23,7 +23,7 @@ def config(model_folder: Path, num_prefill: int) -> ClusterConfig:
     return ClusterConfig(
         model=ModelOptions(path=str(model_folder), name="demo"),
         store=StoreConfig(arena_bytes=256 * 2**20),
-        proxy=ProxyConfig(http_port=0, grpc_port=0),
+        proxy=ProxyConfig(http_port=0, grpc_port=0, control_port=0, metrics_port=0),
         prefill=PrefillConfig(num_workers=num_prefill, max_tokens_per_step=128),
         decode=DecodeConfig(num_workers=1, max_prefill_tokens_per_step=128),
     )

@@ -17,7 +17,9 @@ from halfmoon.protocol.errors import HandoffCorrupt
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
-CONFIG = ClusterConfig(store=StoreConfig(arena_bytes=256 * 2**20), proxy=ProxyConfig(http_port=0, grpc_port=0))
+CONFIG = ClusterConfig(
+    store=StoreConfig(arena_bytes=256 * 2**20), proxy=ProxyConfig(http_port=0, grpc_port=0, control_port=0, metrics_port=0)
+)
 
 
 def flipping_actor(worker_views: ModuleType) -> type[WorkerActor]:

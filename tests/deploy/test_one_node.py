@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
+import json
+import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import httpx
@@ -38,7 +41,7 @@ async def cluster(ray_nodes: list[RayNode], model_folder: Path, cluster_type: ty
     config = ClusterConfig(
         model=ModelOptions(path=str(model_folder), name="demo"),
         store=StoreConfig(arena_bytes=256 * 2**20),
-        proxy=ProxyConfig(http_port=0, grpc_port=0),
+        proxy=ProxyConfig(http_port=0, grpc_port=0, control_port=0, metrics_port=0),
         prefill=PrefillConfig(num_workers=2, max_tokens_per_step=512),
         decode=DecodeConfig(num_workers=2),
     )
@@ -166,12 +169,12 @@ async def test_histograms_agree_with_what_the_client_measured(cluster, prompt_of
     """TTFT and TPOT, request by request: of nine, the one that was disturbed least agrees to a tenth."""
     ttft_gaps, tpot_gaps = [], []
     for i in range(9):
-        before = served_sums(cluster.supervisor.http_address)
+        before = served_sums(cluster.supervisor.metrics_address)
         start, arrivals = time.monotonic(), []
         stream = cluster.client.stream(token_ids=list(prompt_of(150, seed=10 + i)), max_tokens=24, temperature=0.0, ignore_eos=True)
         async for event in stream:
             arrivals += [time.monotonic()] * len(event.token_ids) if isinstance(event, Delta) else []
-        after = served_sums(cluster.supervisor.http_address)
+        after = served_sums(cluster.supervisor.metrics_address)
         ttft = arrivals[0] - start
         ttft_gaps.append(abs(after["time_to_first_token"] - before["time_to_first_token"] - ttft) / ttft)
         tpot = (arrivals[-1] - arrivals[0]) / (len(arrivals) - 1)
@@ -183,8 +186,8 @@ async def test_histograms_agree_with_what_the_client_measured(cluster, prompt_of
     assert min(tpot_gaps) < 0.1, tpot_gaps
 
 
-def served_sums(http_address: str) -> dict[str, float]:
-    text = urllib.request.urlopen(f"http://{http_address}/metrics").read().decode()
+def served_sums(metrics_address: str) -> dict[str, float]:
+    text = urllib.request.urlopen(f"http://{metrics_address}/metrics").read().decode()
     sums = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -209,7 +212,7 @@ async def test_ray_workers_do_not_find_our_folders_as_top_level_packages(ray_nod
 
 async def test_a_profile_is_a_cost_model_of_this_cluster(cluster, tmp_path: Path) -> None:
     await cluster.at_rest()
-    model = (await profile(cluster.supervisor.grpc_address, seconds=1.0)).model
+    model = (await profile(cluster.supervisor.grpc_address, cluster.control, seconds=1.0)).model
     model.save(tmp_path / "cost_model.yaml")
     assert CostModel.load(tmp_path / "cost_model.yaml") == model
     decode = (await cluster.members(control_pb2.ROLE_DECODE))[0]
@@ -228,4 +231,63 @@ async def test_a_cluster_that_is_in_use_is_not_profiled(cluster, prompt_of) -> N
     async with cluster.client.stream(token_ids=list(prompt_of(40)), max_tokens=1000, ignore_eos=True) as stream:
         await anext(stream)
         with pytest.raises(Overloaded, match="that is idle"):
-            await profile(cluster.supervisor.grpc_address, seconds=1.0)
+            await profile(cluster.supervisor.grpc_address, cluster.control, seconds=1.0)
+
+
+async def test_a_local_process_without_credentials_can_do_nothing_to_a_cluster(cluster, reference, prompt_of) -> None:
+    members = [member.info for member in (await cluster.status()).members]
+    workers = [info for info in members if info.role != control_pb2.ROLE_STORE]
+    target = {
+        "grpc": cluster.supervisor.grpc_address,
+        "control": cluster.supervisor.control_address,
+        "workers": [info.address for info in workers],
+        "stores": [info.address for info in members if info.role == control_pb2.ROLE_STORE],
+        "schema": workers[0].schema.SerializeToString().hex(),
+    }
+    prompt = list(prompt_of(80, seed=40))
+    async with cluster.client.stream(token_ids=prompt, max_tokens=400, ignore_eos=True, temperature=0.0, request_id="victim") as stream:
+        await anext(stream)
+        command = [sys.executable, str(Path(__file__).with_name("attacker.py")), json.dumps(target)]
+        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        output, _ = await process.communicate()
+        answer = await stream.completion()
+    found = json.loads(output)
+    of_clients = ("drain at the clients' port", "join at the clients' port", "cancel another's request")
+    at_clients_port = {name: found.pop(name) for name in of_clients}
+    assert len(found) == 19 and set(map(tuple, found.values())) == {("UNAUTHENTICATED",)}, found
+    assert at_clients_port.pop("cancel another's request") == ["NOT_FOUND"]
+    assert set(map(tuple, at_clients_port.values())) == {("UNIMPLEMENTED",)}
+    assert list(answer.token_ids) == reference.generate(prompt, 400, answer.token_ids), "and nobody noticed"
+    assert [member.info for member in (await cluster.status()).members] == members
+    await cluster.at_rest()
+
+
+def command_lines() -> Iterator[str]:
+    """Of all processes of this machine that may be read."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            yield path.read_text(errors="replace")
+
+
+async def test_no_log_and_no_metric_of_any_process_holds_a_prompt_an_answer_or_the_token(cluster) -> None:
+    """Of Ray's own logs, too, for Ray has carried the token to each process."""
+    import ray
+
+    words = "zanzibar quokka mistral"
+    text = f"{words}. The key of the red box is 4821."
+    done = await cluster.client.generate(prompt=text, max_tokens=24, temperature=0.0, ignore_eos=True, request_id="told")
+    with pytest.raises(InvalidRequest):
+        await cluster.client.generate(prompt=text, max_tokens=10**6)
+    told = [str(await cluster.client.explain("told")), str(await cluster.client.status())]
+    pages = [cluster.supervisor.metrics_address, *(member.info.metrics_address for member in (await cluster.status()).members)]
+    for address in pages:
+        told.append((await asyncio.to_thread(urllib.request.urlopen, f"http://{address}/metrics")).read().decode())
+    logs = [path for path in Path(ray._private.worker._global_node.get_session_dir_path(), "logs").rglob("*") if path.is_file()]
+    told += [path.read_text(errors="replace") for path in logs]
+    told += list(command_lines())
+    assert len(logs) > 5 and len(pages) == 6
+    assert any("joined the proxy" in one for one in told), "the members' own logs are among them"
+    answer = done.text.strip()
+    for one in told:
+        for secret in (*words.split(), cluster.supervisor.credentials.token, *([answer] if len(answer) > 12 else [])):
+            assert secret not in one, one[max(0, one.index(secret) - 300) : one.index(secret) + 100]

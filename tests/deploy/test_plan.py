@@ -108,11 +108,11 @@ def test_a_cluster_without_a_prefill_worker_is_refused_only_where_decode_workers
         make_plan(forbidden, nodes(2))
 
 
-def test_a_proxy_on_loopback_is_refused_when_workers_are_elsewhere() -> None:
-    with pytest.raises(ConfigError, match=r"proxy\.host"):
-        make_plan(config(1, 1), nodes(2, host="10.1.2.3"))
-    reachable = ClusterConfig(proxy=ProxyConfig(host="0.0.0.0"))
-    assert len(make_plan(reachable, nodes(2, host="10.1.2.3")).stores) == 2
+def test_control_on_loopback_is_refused_when_workers_are_elsewhere() -> None:
+    with pytest.raises(ConfigError, match=r"proxy\.control_host"):
+        make_plan(ClusterConfig(proxy=ProxyConfig(control_host="127.0.0.1")), nodes(2, host="10.1.2.3"))
+    plan = make_plan(config(1, 1), nodes(2, host="10.1.2.3"))
+    assert (len(plan.stores), plan.proxy_host, plan.control_host) == (2, "127.0.0.1", "10.1.2.3"), "clients and members come different ways"
 
 
 @pytest.mark.parametrize(("host", "expected"), [("0.0.0.0", "10.1.2.3"), ("::", "10.1.2.3"), ("10.9.9.9", "10.9.9.9")])
@@ -123,5 +123,5 @@ def test_others_are_told_an_address_of_the_proxy_that_they_can_reach(host: str, 
 
 def test_a_proxy_that_listens_on_everything_on_a_node_of_loopback_is_out_of_reach_from_elsewhere() -> None:
     mixed = [RayNode("node-0", "127.0.0.2", 0.0), RayNode("node-1", "10.1.2.3", 0.0)]
-    with pytest.raises(ConfigError, match=r"127\.0\.0\.2"):
+    with pytest.raises(ConfigError, match=r"127\.0\.0\.1"):
         make_plan(ClusterConfig(proxy=ProxyConfig(host="0.0.0.0")), mixed)

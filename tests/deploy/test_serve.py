@@ -37,6 +37,7 @@ class Served:
         assert "serving" in text, text
         self.http = re.search(r"http://([\d.:]+)/v1", text)[1]  # type: ignore[index]
         self.grpc = re.search(r"gRPC +([\d.:]+)", text)[1]  # type: ignore[index]
+        self.control = re.search(r"control +([\d.:]+)", text)[1]  # type: ignore[index]
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -55,6 +56,7 @@ class Served:
 @pytest.fixture
 def served(model_folder: Path, tmp_path: Path) -> Iterator[Served]:
     flags = ["--model", str(model_folder), "--http-port", "0", "--grpc-port", "0", "--set", "proxy.drain_timeout_s=20"]
+    flags += ["--set", "proxy.control_port=0", "--set", "proxy.metrics_port=0"]
     process = subprocess.Popen([HALFMOON, "serve", *flags], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     try:
         yield Served(process)
@@ -74,7 +76,7 @@ def test_a_served_cluster_answers_is_looked_at_and_drains_on_sigterm(served: Ser
     assert answered.stdout.strip()
     assert "time to first token" in answered.stderr
 
-    looked = halfmoon("status", "--json", "--address", served.grpc)
+    looked = halfmoon("status", "--json", "--control", served.control)
     members = {member["id"] for member in json.loads(looked.stdout)["members"]}
     assert members == {"store-0", "prefill-0", "decode-0"}
     assert all(member["address"].startswith(LOOPBACK) for member in json.loads(looked.stdout)["members"])
@@ -82,7 +84,7 @@ def test_a_served_cluster_answers_is_looked_at_and_drains_on_sigterm(served: Ser
     assert "prompt and answer up to 4096 tokens" in text and "store-0 holds 262144 tokens of KV, 64.0 prompts of 4096" in text
     assert any("prefill-0: loading weights, " in line for line in served.lines), "how far a start has come, in plain lines"
 
-    examined = halfmoon("doctor", "--proxy", served.grpc, "--json")
+    examined = halfmoon("doctor", "--proxy", served.grpc, "--control", served.control, "--json")
     report = json.loads(examined.stdout)
     assert [one for one in report["findings"] if one["severity"] == "fault"] == [], examined.stdout
     assert {(one["store_id"], one["transport"]) for one in report["links"]} == {("store-0", name) for name in ("shm", "tcp", "grpc")}
@@ -117,7 +119,9 @@ def test_a_port_that_is_taken_is_told_before_ray_starts(monkeypatch: pytest.Monk
     monkeypatch.setattr("halfmoon.deploy.cli.serve.ray_session", None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert f"port {port} is taken" in told("serve", "--http-port", "0", "--grpc-port", port)
+        assert f"port {port} is taken" in told(
+            "serve", "--http-port", "0", "--set", "proxy.control_port=0", "--set", "proxy.metrics_port=0", "--grpc-port", port
+        )
 
 
 def test_no_ray_at_the_address_is_said() -> None:

@@ -27,15 +27,19 @@ async def test_members_of_a_proxy_that_listens_on_everything_are_given_its_nodes
     found = supervisor(model_folder, host)
     proxy, store = found._proxy(), found._store(found._spec.plan.stores[0])
     assert proxy.arguments()["config"].host == host, "it listens on everything all the same"
-    started(found, proxy, (f"{bound}:8000", f"{bound}:50051"))
+    started(found, proxy, (f"{bound}:8000", f"{bound}:50051", "10.1.2.3:50052", "10.1.2.3:8001"))
     assert (found.http_address, found.grpc_address) == ("10.1.2.3:8000", "10.1.2.3:50051")
-    assert store.arguments()["proxy_address"] == "10.1.2.3:50051"
+    assert (found.control_address, found.metrics_address) == ("10.1.2.3:50052", "10.1.2.3:8001")
+    assert store.arguments()["proxy_address"] == "10.1.2.3:50052"
     started(found, store, "10.1.2.3:4711")
     worker_address = found._worker(found._spec.plan.decode[0], "decode").arguments()["worker_address"]
     assert (worker_address.proxy_address, worker_address.store_address, worker_address.host) == (
-        "10.1.2.3:50051",
+        "10.1.2.3:50052",
         "10.1.2.3:4711",
         "10.1.2.3",
     )
     again = proxy.arguments()["config"]
     assert (again.host, again.http_port, again.grpc_port) == (host, 8000, 50051), "where clients look for it"
+    assert (again.control_host, again.control_port, again.metrics_port) == ("10.1.2.3", 50052, 8001), (
+        "and members, which strangers do not reach"
+    )

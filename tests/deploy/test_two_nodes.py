@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import grpc
+import grpc.aio
+import httpx
 import pytest
 import pytest_asyncio
 
+from halfmoon.client import Client
+from halfmoon.deploy.certificates import init
 from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.ray_session import RayNode
+from halfmoon.protocol.channel import open_channel
 from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig, StoreConfig
+from halfmoon.protocol.credentials import Credentials
+from halfmoon.protocol.tls import Tls
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
@@ -19,38 +29,66 @@ NUM_TOKENS = 64
 NUM_TOKENS_EACH_OF_MANY = 24
 
 
+PLAIN, WITH_TLS = "2P2D", "1P1D with TLS"
+both = pytest.mark.parametrize("cluster", [PLAIN, WITH_TLS], indirect=True)
+plain = pytest.mark.parametrize("cluster", [PLAIN], indirect=True)
+with_tls = pytest.mark.parametrize("cluster", [WITH_TLS], indirect=True)
+
+
 @pytest_asyncio.fixture(scope="module")
-async def cluster(two_nodes: list[RayNode], model_folder: Path, cluster_type: type) -> AsyncIterator[object]:
-    """Two prefill and two decode workers, taken in turn: prefill-0 with decode-0, prefill-1 with decode-1, each pair on two nodes."""
+async def cluster(
+    request: pytest.FixtureRequest,
+    two_nodes: list[RayNode],
+    model_folder: Path,
+    cluster_type: type,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[object]:
+    """2P2D: pairs are taken in turn, prefill-0 with decode-0, prefill-1 with decode-1, each on two nodes. With TLS KV goes over gRPC,
+    because data connections have none."""
+    has_tls = request.param == WITH_TLS
+    num_each = 1 if has_tls else 2
+    certs = tmp_path_factory.mktemp("tls") / "certs"
+    credentials, front = Credentials.make(), {}
+    if has_tls:
+        init(certs, [], 1)
+        credentials = Credentials(credentials.token, Tls.of_members(certs))
+        front = {"tls_certificate": str(certs / "front.pem"), "tls_key": str(certs / "front.key")}
     config = ClusterConfig(
         model=ModelOptions(path=str(model_folder), name="demo"),
         store=StoreConfig(arena_bytes=256 * 2**20),
-        proxy=ProxyConfig(http_port=0, grpc_port=0, policy="round_robin"),
-        prefill=PrefillConfig(num_workers=2, max_tokens_per_step=512),
-        decode=DecodeConfig(num_workers=2),
+        proxy=ProxyConfig(http_port=0, grpc_port=0, control_port=0, metrics_port=0, policy="round_robin", **front),
+        prefill=PrefillConfig(num_workers=num_each, max_tokens_per_step=512),
+        decode=DecodeConfig(num_workers=num_each),
     )
-    async with running_cluster(config, two_nodes) as supervisor, cluster_type.open(supervisor) as opened:
-        yield opened
+    async with running_cluster(config, two_nodes, credentials=credentials) as supervisor:
+        async with cluster_type.open(supervisor, str(certs) if has_tls else "") as opened:
+            yield opened
 
 
-async def test_tokens_over_tcp_equal_those_of_transformers(cluster, reference, prompt_of) -> None:
+@both
+async def test_tokens_between_nodes_equal_those_of_transformers(cluster, reference, prompt_of) -> None:
     pairs = set()
     for prompt_len in (1, 64, 65, 700, 1500):
         prompt = prompt_of(prompt_len)
         result = await cluster.client.generate(token_ids=list(prompt), max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
         assert list(result.token_ids) == reference.generate(prompt, NUM_TOKENS, result.token_ids)
         pairs.add((result.phases.prefill_worker, result.phases.decode_worker, result.phases.transport))
-    assert pairs == {("prefill-0", "decode-0", "tcp"), ("prefill-1", "decode-1", "tcp")}, "either node to the other"
+    if cluster.certs:
+        assert pairs == {("prefill-0", "decode-0", "grpc")}
+    else:
+        assert pairs == {("prefill-0", "decode-0", "tcp"), ("prefill-1", "decode-1", "tcp")}, "either node to the other"
     await cluster.at_rest()
 
 
-async def test_32_concurrent_streams_over_tcp_give_the_same_tokens(cluster, reference, prompt_of) -> None:
+@plain
+async def test_32_concurrent_streams_between_nodes_give_the_same_tokens(cluster, reference, prompt_of) -> None:
     prompts = [prompt_of(20 + 17 * i, seed=1) for i in range(32)]
     answers = await asyncio.gather(*(cluster.greedy(prompt, NUM_TOKENS_EACH_OF_MANY) for prompt in prompts))
     assert answers == [reference.generate(prompt, NUM_TOKENS_EACH_OF_MANY, answer) for prompt, answer in zip(prompts, answers, strict=True)]
     await cluster.at_rest()
 
 
+@plain
 async def test_the_second_turn_finds_its_prefix_across_nodes(cluster, reference, prompt_of) -> None:
     first = prompt_of(200, seed=2)
     answer = await cluster.greedy(first, NUM_TOKENS)
@@ -59,3 +97,25 @@ async def test_the_second_turn_finds_its_prefix_across_nodes(cluster, reference,
     result = await cluster.client.generate(token_ids=list(second), max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
     assert list(result.token_ids) == reference.generate(second, NUM_TOKENS, result.token_ids)
     assert result.usage.num_cached_tokens >= 128
+
+
+@with_tls
+async def test_a_cluster_with_tls_speaks_to_nobody_in_the_clear(cluster) -> None:
+    """At the clients' ports with the authority's certificate alone, at members' with a member's own."""
+    supervisor, authority = cluster.supervisor, str(Path(cluster.certs, "authority.pem"))
+    context = ssl.create_default_context(cafile=authority)
+    async with httpx.AsyncClient(verify=context) as http:
+        assert (await http.get(f"https://{supervisor.http_address}/ready")).json()["ready"]
+        with pytest.raises(httpx.HTTPError):
+            await http.get(f"http://{supervisor.http_address}/ready")
+    client = Client(supervisor.grpc_address, authority=Path(authority).read_bytes(), control=cluster.control)
+    assert (await asyncio.to_thread(client.status)).model == (await asyncio.to_thread(client.models))[0].id == "demo"
+    client.close()
+    clear = dataclasses.replace(supervisor.credentials, tls=None)
+    members = [member.info.address for member in (await cluster.status()).members]
+    assert len(members) == 4
+    for address in (supervisor.control_address, supervisor.grpc_address, *members):
+        async with open_channel(address, clear) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await channel.unary_unary("/halfmoon.v1.Control/Status")(b"", timeout=60)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE, address

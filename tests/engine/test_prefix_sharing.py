@@ -19,29 +19,30 @@ from halfmoon.protocol.sampling import SamplingParams
 SIZE = 3
 NUM_PAGES = 11
 ROOT = root_key(b"model")
+TENANT = root_key(b"model", salt=b"of a tenant")  # the others have none
 TEXTS = [(0,) * 14, (0,) * 4 + (1,) * 10, (0,) * 6 + (1,) * 8, (1,) * 14]  # they begin alike, and part inside a block or at its end
 INDEX = st.integers(0, 63)
 
 
 class SharedPages(RuleBasedStateMachine):
-    """The KV of a token is a function of all tokens up to it, so a page's content is written down as those."""
+    """The KV of a token is a function of all tokens up to it, so a page's content is written down as those, and whose it is."""
 
     def __init__(self) -> None:
         super().__init__()
         self.prefixes = PrefixPages(ROOT, SIZE)
         self.allocator = PageAllocator(NUM_PAGES, self.prefixes)
-        self.content: dict[tuple[int, int], tuple[int, ...]] = {}  # (page, place in it) -> the tokens up to that one
+        self.content: dict[tuple[int, int], tuple[bytes | int, ...]] = {}  # (page, place in it) -> the root, and the tokens up to that one
         self.users: Counter[int] = Counter()
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.followed: set[bytes] | None = None
         self.parents: dict[bytes, bytes] = {}  # block key -> the one before it
 
-    @rule(text=st.sampled_from(TEXTS), num_tokens=st.integers(1, 14))
-    def add(self, text: tuple[int, ...], num_tokens: int) -> None:
+    @rule(text=st.sampled_from(TEXTS), num_tokens=st.integers(1, 14), root=st.sampled_from([b"", TENANT]))
+    def add(self, text: tuple[int, ...], num_tokens: int, root: bytes = b"") -> None:
         tokens = list(text[:num_tokens])
-        sequence = Sequence("r", tokens, len(tokens), SamplingParams(max_tokens=8))
-        sequence.block_keys = block_keys(ROOT, tokens, SIZE)
+        sequence = Sequence("r", tokens, len(tokens), SamplingParams(max_tokens=8), root=root)
+        sequence.block_keys = block_keys(root or ROOT, tokens, SIZE)
         self.waiting.append(sequence)
         self.take(-1, 0)
 
@@ -92,13 +93,14 @@ class SharedPages(RuleBasedStateMachine):
         first = sequence.num_computed_tokens
         last = min(first + num_tokens, sequence.num_tokens)
         for place in range(first, last):
-            self._write(sequence.pages[place // SIZE], place % SIZE, [tuple(sequence.token_ids[: place + 1])])
+            self._write(sequence.pages[place // SIZE], place % SIZE, [(sequence.root, *sequence.token_ids[: place + 1])])
         sequence.num_computed_tokens = last
         if last < sequence.num_tokens:
             return  # no logits came of it yet
         self.allocator.keep(sequence)
-        keys = block_keys(ROOT, sequence.token_ids, SIZE)
-        self.parents.update(zip(keys, [ROOT, *keys], strict=False))
+        root = sequence.root or ROOT
+        keys = block_keys(root, sequence.token_ids, SIZE)
+        self.parents.update(zip(keys, [root, *keys], strict=False))
         if last // SIZE > first // SIZE:
             assert all(map(self.prefixes.find, keys[: last // SIZE])), "full blocks are found"
 
@@ -150,7 +152,7 @@ class SharedPages(RuleBasedStateMachine):
 
     @invariant()
     def check_chains(self) -> None:
-        found: set[bytes] = {ROOT}
+        found: set[bytes] = {ROOT, TENANT}
         for key in self.prefixes.keys():
             assert self.parents[key] in found, "a block without the one before it"
             found.add(key)
@@ -165,7 +167,7 @@ class SharedPages(RuleBasedStateMachine):
         for sequence in self.running:
             for place in range(sequence.num_computed_tokens):
                 found = self.content[sequence.pages[place // SIZE], place % SIZE]
-                assert found == tuple(sequence.token_ids[: place + 1]), "the page holds another token's KV"
+                assert found == (sequence.root, *sequence.token_ids[: place + 1]), "the page holds another token's KV, or another tenant's"
 
     def teardown(self) -> None:
         while self.running:
@@ -191,7 +193,7 @@ def test_the_same_over_long_runs(seed: int) -> None:
     for _ in range(1500):
         name = rng.choice(["add", "take", "copy_part", "compute", "compute", "compute", "grow", "advance", "leave", "follow"])
         if name == "add" and len(pages.running) + len(pages.waiting) < 6:
-            pages.add(rng.choice(TEXTS), rng.randint(1, 14))
+            pages.add(rng.choice(TEXTS), rng.randint(1, 14), rng.choice([b"", TENANT]))
         elif name == "take" and pages.waiting:
             pages.take(rng.randrange(64), rng.randrange(3))
         elif name == "follow":

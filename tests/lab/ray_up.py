@@ -128,7 +128,7 @@ def add_a_host(lab: Lab) -> None:
 
 
 def members(lab: Lab) -> list[dict[str, Any]]:
-    done = lab.rack.run("admin", f"halfmoon status --json --address {lab.rack.address('head')}:50051")
+    done = lab.rack.run("head", f"halfmoon status --json --control {lab.rack.address('head')}:50052")  # the token is there
     return json.loads(done.stdout)["members"]
 
 

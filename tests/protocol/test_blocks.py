@@ -16,14 +16,14 @@ ROOT = root_key(b"schema")
 
 
 @given(tokens, st.integers(1, 8), salts)
-def test_keys_are_the_keyed_blake2b_chain_of_the_design(token_ids: list[int], block_size: int, salt: bytes) -> None:
+def test_keys_are_a_blake2b_chain_under_a_root_that_is_keyed_with_the_salt(token_ids: list[int], block_size: int, salt: bytes) -> None:
     key = hashlib.blake2b(b"schema", digest_size=16, key=salt).digest()
     expected = []
     for start in range(0, len(token_ids) - block_size + 1, block_size):
         words = token_ids[start : start + block_size]
-        key = hashlib.blake2b(key + struct.pack(f"<{len(words)}I", *words), digest_size=16, key=salt).digest()
+        key = hashlib.blake2b(key + struct.pack(f"<{len(words)}I", *words), digest_size=16).digest()
         expected.append(key)
-    assert block_keys(root_key(b"schema", salt=salt), token_ids, block_size, salt) == expected
+    assert block_keys(root_key(b"schema", salt=salt), token_ids, block_size) == expected
 
 
 @given(tokens, tokens, st.integers(1, 8))
@@ -45,8 +45,8 @@ def test_a_chain_continued_from_a_parent_equals_the_whole_chain(token_ids: list[
 
 @given(st.lists(st.integers(0, 100), min_size=4, max_size=4), salts, salts)
 def test_a_tenant_cannot_name_the_block_of_another(token_ids: list[int], salt: bytes, other: bytes) -> None:
-    mine = block_keys(root_key(b"schema", salt=salt), token_ids, 4, salt)
-    theirs = block_keys(root_key(b"schema", salt=other), token_ids, 4, other)
+    mine = block_keys(root_key(b"schema", salt=salt), token_ids, 4)
+    theirs = block_keys(root_key(b"schema", salt=other), token_ids, 4)
     assert (mine == theirs) == ((salt.rstrip(b"\0") == other.rstrip(b"\0") and len(salt) == len(other)) or salt == other)
 
 

@@ -36,13 +36,13 @@ def generate(stub: Any, **fields: Any) -> list[inference_pb2.GenerateReply]:
 def test_a_stream_is_admitted_then_deltas_then_finished(face: Any, stub: Any) -> None:
     first, *deltas, last = generate(stub, prompt="Hello", max_tokens=100, request_id="mine")
     assert first.admitted == inference_pb2.GenerateReply.Admitted(
-        request_id="mine", model="chatty", num_prompt_tokens=len(face.tokenizer.encode("Hello"))
+        request_id=face.workers.requests[0].request_id, model="chatty", num_prompt_tokens=len(face.tokenizer.encode("Hello"))
     )
     assert "".join(reply.delta.text for reply in deltas) == face.tokenizer.decode(face.answer)
     assert [token.token_id for reply in deltas for token in reply.delta.tokens] == [*face.answer, 1]
     assert last.finished.reason == common_pb2.FINISH_REASON_STOP and last.finished.phases.prefill_worker == "prefill-0"
     assert last.finished.usage.num_completion_tokens == len(face.answer) + 1
-    assert face.workers.requests[0].request_id == "mine"
+    assert first.admitted.request_id != "mine", "that is the client's label"
 
 
 def test_unset_fields_take_the_servers_defaults_and_zeros_are_meant(face: Any, stub: Any) -> None:
@@ -82,22 +82,24 @@ def test_a_wrong_request_is_a_typed_error(fields: dict[str, Any], error: type[In
 def test_cancel_ends_every_choice_of_a_request(n: int, face: Any, stub: Any) -> None:
     face.workers.gate_at = 2
     call = stub.Generate(inference_pb2.GenerateRequest(prompt="Hello", request_id="to-cancel", n=n), timeout=60)
+    request_id = next(call).admitted.request_id
     while not next(call).delta.text:
         pass
-    assert stub.Cancel(inference_pb2.CancelRequest(request_id="to-cancel")).found
+    assert not stub.Cancel(inference_pb2.CancelRequest(request_id="to-cancel")).found, "others may guess a label"
+    assert stub.Cancel(inference_pb2.CancelRequest(request_id=request_id)).found
     with pytest.raises(grpc.RpcError) as caught:
         list(call)
     assert isinstance(from_rpc_error(caught.value, "the proxy"), RequestCancelled)
     assert face.workers.cancelled.wait(60)
-    assert not stub.Cancel(inference_pb2.CancelRequest(request_id="to-cancel")).found
+    assert not stub.Cancel(inference_pb2.CancelRequest(request_id=request_id)).found
 
 
-def test_a_request_id_under_way_is_not_taken_twice(face: Any, stub: Any) -> None:
-    face.workers.gate_at = 2
-    call = stub.Generate(inference_pb2.GenerateRequest(prompt="Hello", request_id="twice", n=2), timeout=60)
-    next(call)
-    with pytest.raises(grpc.RpcError, match="under way already"):
-        generate(stub, prompt="Hello", request_id="twice")
+def test_a_label_may_be_another_request_s_too(face: Any, stub: Any) -> None:
+    face.workers.gate_at, face.workers.gate_for = 2, lambda sequence: sequence.sampling.max_tokens == 7
+    call = stub.Generate(inference_pb2.GenerateRequest(prompt="Hello", request_id="twice", n=2, max_tokens=7), timeout=60)
+    first = next(call).admitted.request_id
+    other = generate(stub, prompt="Hello", request_id="twice")[0].admitted.request_id
+    assert len({first, other, "twice"}) == 3
     face.open_gate()
     assert sum(reply.HasField("finished") for reply in call) == 2
     assert generate(stub, prompt="Hello", request_id="twice")[-1].HasField("finished")
@@ -126,13 +128,13 @@ def test_the_model_and_its_limits_are_told(stub: Any) -> None:
 
 def test_health_is_told_per_service(face: Any, channel: grpc.Channel) -> None:
     health = health_pb2_grpc.HealthStub(channel)
-    for service in ("", "halfmoon.v1.Inference", "halfmoon.v1.Control"):
+    for service in ("", "halfmoon.v1.Inference"):
         assert health.Check(health_pb2.HealthCheckRequest(service=service)).status == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_reflection_lists_every_service(face: Any, channel: grpc.Channel) -> None:
+def test_reflection_lists_every_service_for_clients(face: Any, channel: grpc.Channel) -> None:
     names = ProtoReflectionDescriptorDatabase(channel).get_services()
-    assert {"halfmoon.v1.Inference", "halfmoon.v1.Control", "grpc.health.v1.Health"} <= set(names)
+    assert {"halfmoon.v1.Inference", "grpc.health.v1.Health"} <= set(names) and "halfmoon.v1.Control" not in names
 
 
 def test_many_requests_at_once_get_their_own_answers(face: Any, stub: Any) -> None:

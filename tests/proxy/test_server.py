@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from halfmoon.client import Client
-from halfmoon.protocol.config import ModelOptions, ProxyConfig
+from halfmoon.protocol.config import PORTS, ModelOptions, ProxyConfig
 from halfmoon.protocol.errors import CheckpointError, ConfigError, Draining, NoWorker
 from halfmoon.protocol.schema import KVSchema
 from halfmoon.proxy.server import ProxyServer
@@ -25,7 +25,7 @@ SCHEMA = KVSchema(model_fingerprint="faces", dtype="float32", num_layers=2, num_
 
 
 def server(folder: Path, **config: Any) -> ProxyServer:
-    values = {"http_port": 0, "grpc_port": 0, **config}
+    values = {**dict.fromkeys(PORTS, 0), **config}
     return ProxyServer(config=ProxyConfig(**values), options=ModelOptions(), model_folder=folder, schema=SCHEMA)
 
 
@@ -47,7 +47,7 @@ async def test_free_ports_are_told_and_signal_handlers_left_alone(chat_model_fol
         httpx.get(f"http://{endpoints.http}/health")
 
 
-@pytest.mark.parametrize("key", ["http_port", "grpc_port"])
+@pytest.mark.parametrize("key", PORTS)
 async def test_a_taken_port_is_refused_in_one_line(key: str, chat_model_folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -58,11 +58,10 @@ async def test_a_taken_port_is_refused_in_one_line(key: str, chat_model_folder: 
 
 async def test_a_fixed_port_is_taken_again_after_a_restart(chat_model_folder: Path) -> None:
     proxy = server(chat_model_folder)
-    http, grpc_address = await proxy.start()
+    endpoints = await proxy.start()
     await proxy.stop(0.0)
-    ports = {"http_port": int(http.rsplit(":", 1)[1]), "grpc_port": int(grpc_address.rsplit(":", 1)[1])}
-    again = server(chat_model_folder, **ports)
-    assert await again.start() == (http, grpc_address)
+    again = server(chat_model_folder, **{key: int(address.rsplit(":", 1)[1]) for key, address in zip(PORTS, endpoints, strict=True)})
+    assert await again.start() == endpoints
     await again.stop(0.0)
 
 

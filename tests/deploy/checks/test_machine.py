@@ -12,7 +12,7 @@ import pytest
 
 from halfmoon.deploy.checks.machine import check_gpu_memory, check_memory, check_ports, check_shm
 from halfmoon.engine.gpus import Gpu
-from halfmoon.protocol.config import ClusterConfig, PrefillConfig, ProxyConfig, StoreConfig
+from halfmoon.protocol.config import PORTS, ClusterConfig, PrefillConfig, ProxyConfig, StoreConfig
 from halfmoon.protocol.errors import ConfigError, MachineError
 from halfmoon.protocol.schema import KVSchema
 
@@ -38,12 +38,12 @@ def config(arena_bytes: int = 0, num_prefill: int = 1) -> ClusterConfig:
 def test_a_port_that_another_process_listens_on_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        for key in ("http_port", "grpc_port"):
-            ports: Any = {"http_port": 0, "grpc_port": 0, key: port}
+        for key in PORTS:
+            ports: Any = {**dict.fromkeys(PORTS, 0), key: port}
             with pytest.raises(MachineError, match=rf"port {port} is taken on 127\.0\.0\.1.*proxy\.{key}, or 0") as raised:
                 check_ports(ProxyConfig(**ports))
             assert raised.value.fields == {"key": f"proxy.{key}"}
-    assert check_ports(ProxyConfig(http_port=port, grpc_port=0)).severity == "ok"
+    assert check_ports(ProxyConfig(http_port=port, grpc_port=0, control_port=0, metrics_port=0)).severity == "ok"
 
 
 @pytest.mark.parametrize("host", ["203.0.113.9", "2001:db8::9"])

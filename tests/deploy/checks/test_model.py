@@ -23,7 +23,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def config_of(folder: Path) -> ClusterConfig:
-    return ClusterConfig(model=ModelOptions(path=str(folder), device="cpu"), proxy=ProxyConfig(http_port=0, grpc_port=0))
+    return ClusterConfig(
+        model=ModelOptions(path=str(folder), device="cpu"), proxy=ProxyConfig(http_port=0, grpc_port=0, control_port=0, metrics_port=0)
+    )
 
 
 def test_a_whole_folder_has_nothing_to_tell(folder: Path) -> None:

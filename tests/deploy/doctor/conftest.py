@@ -15,6 +15,7 @@ import pytest
 
 import halfmoon.deploy.doctor.examine as module
 import halfmoon.deploy.doctor.links as links
+from halfmoon import client
 from halfmoon.client import PhaseRecord, Usage
 from halfmoon.deploy.doctor.probe import Probe, judge
 from halfmoon.kvstore.server import StoreServer
@@ -93,7 +94,10 @@ class Site:
         self.status.members.remove(lost)
 
     async def findings(self) -> list[Any]:
-        return (await module.examine_cluster(self.address)).findings
+        return (await self.report()).findings
+
+    async def report(self) -> Any:
+        return await module.examine_cluster(self.address, client.Control(self.address, "no-token-is-asked-for-by-this-proxy"))
 
 
 def add_member(status: control_pb2.StatusReply, name: str, address: str, page: str) -> None:
@@ -124,7 +128,7 @@ async def site(monkeypatch: pytest.MonkeyPatch, store_schema: KVSchema) -> Async
         add_member(control.reply, name, store_address if name == "store-0" else page.address, page.address)
     control.reply.outcomes["done"] = 5
 
-    async def probe(address: str, max_model_len: int) -> Probe:
+    async def probe(address: str, max_model_len: int, api_key: str, authority: bytes | None) -> Probe:
         return Probe(PHASES, Usage(10, 16, 0), judge(PHASES))
 
     monkeypatch.setattr(module, "send_probe", probe)

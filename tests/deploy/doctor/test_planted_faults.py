@@ -20,15 +20,17 @@ from typer.testing import CliRunner
 import halfmoon.deploy.doctor.links as links
 from halfmoon.client import PhaseRecord
 from halfmoon.deploy.cli import app
-from halfmoon.deploy.doctor.examine import examine_cluster
 from halfmoon.deploy.doctor.here import is_here, is_stopped
 from halfmoon.deploy.doctor.probe import judge, send_probe
 from halfmoon.kvstore.writer import BlockWriter
+from halfmoon.protocol.config import PORTS
 from halfmoon.protocol.schema import KVSchema
+
+FREE_PORTS = [word for key in PORTS for word in ("--set", f"proxy.{key}=0")]
 
 
 def run(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["doctor", *arguments])
+    return CliRunner().invoke(app, ["doctor", *arguments], env={"HALFMOON_CLUSTER_TOKEN": "no-token-is-asked-for-by-this-proxy"})
 
 
 def first_line(*arguments: str) -> str:
@@ -39,7 +41,7 @@ def first_line(*arguments: str) -> str:
 
 
 async def test_a_cluster_without_a_fault_is_well_and_every_transport_is_measured(site: Any) -> None:
-    report = await examine_cluster(site.address)
+    report = await site.report()
     assert report.is_well, report.findings
     assert {(link.store_id, link.transport) for link in report.links} == {("store-0", name) for name in ("shm", "tcp", "grpc")}
     assert all(link.num_bytes > 0 and link.bytes_per_s > 0 for link in report.links)
@@ -114,7 +116,7 @@ async def test_prefill_workers_that_compute_nothing_while_requests_end_are_named
     worst = (await site.findings())[0]
     assert worst.severity == "slow" and worst.what.startswith("zero prefill traffic: 5 requests have ended, and prefill-0 computed none")
     site.status.outcomes["done"] = 0
-    assert (await examine_cluster(site.address)).is_well, "nobody has asked yet"
+    assert (await site.report()).is_well, "nobody has asked yet"
 
 
 async def test_a_slow_link_is_named_with_its_store_transport_and_bandwidth(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +151,7 @@ async def test_a_link_on_which_nothing_passes_is_named(site: Any, monkeypatch: p
 
 async def test_a_clock_that_is_off_is_a_warning_and_no_fault(site: Any) -> None:
     site.pages["decode-0"].skew_s = -90
-    report = await examine_cluster(site.address)
+    report = await site.report()
     (found,) = (one for one in report.findings if one.check == "clocks")
     assert report.is_well and found.severity == "warning" and "decode-0's machine is 90 s behind ours" in found.what.replace("89", "90")
 
@@ -162,30 +164,30 @@ async def test_a_port_of_a_member_that_is_not_reached_is_told(site: Any) -> None
 
 
 def test_no_proxy_at_the_address_is_named() -> None:
-    assert "no proxy answers: the proxy at 127.0.0.1:1" in first_line("--proxy", "127.0.0.1:1")
+    assert "no proxy answers: the proxy's control at 127.0.0.1:1" in first_line("--proxy", "127.0.0.1:1", "--control", "127.0.0.1:1")
 
 
 def test_a_taken_port_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        line = first_line("--set", "proxy.http_port=0", "--set", f"proxy.grpc_port={port}")
+        line = first_line(*FREE_PORTS, "--set", f"proxy.grpc_port={port}")
     assert line.startswith("fault") and f"port {port} is taken on 127.0.0.1" in line
 
 
 def test_a_tiny_shared_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny, statvfs = SimpleNamespace(f_bavail=512, f_blocks=512, f_frsize=4096), os.statvfs
     monkeypatch.setattr(os, "statvfs", lambda folder: tiny if str(folder) == "/dev/shm" else statvfs(folder))
-    line = first_line("--set", "proxy.http_port=0", "--set", "proxy.grpc_port=0")
+    line = first_line(*FREE_PORTS)
     assert line.startswith("fault") and "/dev/shm has 2.1 MB free, which is too small" in line
 
 
 def test_an_arena_that_is_set_too_small_is_named_before_a_start() -> None:
-    line = first_line("--set", "proxy.http_port=0", "--set", "proxy.grpc_port=0", "--set", "store.arena_bytes=4194304")
+    line = first_line(*FREE_PORTS, "--set", "store.arena_bytes=4194304")
     assert line.startswith("fault") and "the KV store's arena is too small for the model: it holds 512 tokens" in line
 
 
 def test_a_model_folder_that_is_missing_is_named_once(tmp_path: Path) -> None:
-    result = run("--model", str(tmp_path / "none"), "--json", "--set", "proxy.http_port=0", "--set", "proxy.grpc_port=0")
+    result = run("--model", str(tmp_path / "none"), "--json", *FREE_PORTS)
     report = json.loads(result.stdout)
     assert result.exit_code == 1 and not report["well"]
     (fault,) = (one for one in report["findings"] if one["severity"] == "fault")
@@ -193,7 +195,7 @@ def test_a_model_folder_that_is_missing_is_named_once(tmp_path: Path) -> None:
 
 
 def test_a_machine_without_a_fault_is_exit_code_0() -> None:
-    result = run("--set", "proxy.http_port=0", "--set", "proxy.grpc_port=0")
+    result = run(*FREE_PORTS)
     assert result.exit_code == 0 and result.stdout.startswith("well"), result.output
     for words in ("torch", "memlock", "open files", "/dev/shm"):
         assert words in result.stdout

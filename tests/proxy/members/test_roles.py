@@ -195,7 +195,7 @@ async def test_orders_go_behind_the_acceptance_and_one_after_the_other() -> None
         writing = None
 
     orders = Orders(Somebody())
-    opening = asyncio.create_task(orders.open(write))
+    opening = asyncio.create_task(orders.open(write, control_pb2.MemberOrder(accepted=True)))
     await asyncio.sleep(0)
     giving = [
         asyncio.create_task(orders.give(control_pb2.MemberOrder(role=role))) for role in (control_pb2.ROLE_BOTH, control_pb2.ROLE_DECODE)

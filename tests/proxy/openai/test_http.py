@@ -273,38 +273,41 @@ def test_the_process_is_alive_and_ready(face: Any, http: httpx.Client) -> None:
 
 def test_the_metrics_are_prometheus_text(face: Any, http: httpx.Client) -> None:
     http.post("/v1/completions", json={"prompt": "Hello"})
-    families = {family.name: family for family in text_string_to_metric_families(http.get("/metrics").text)}
+    families = {family.name: family for family in text_string_to_metric_families(httpx.get(f"{face.metrics}/metrics").text)}
     count = next(sample for sample in families["halfmoon_time_to_first_token_seconds"].samples if sample.name.endswith("_count"))
     assert count.value >= 1
 
 
-def counted(http: httpx.Client, family: str, *labels: str) -> Counter[tuple[str, ...]]:
-    families = {found.name: found for found in text_string_to_metric_families(http.get("/metrics").text)}
+def counted(face: Any, family: str, *labels: str) -> Counter[tuple[str, ...]]:
+    families = {found.name: found for found in text_string_to_metric_families(httpx.get(f"{face.metrics}/metrics").text)}
     return Counter({tuple(one.labels[label] for label in labels): int(one.value) for one in families[family].samples})
 
 
 def test_every_request_is_counted_by_route_and_status_and_a_path_that_is_none_leaves_no_name(face: Any, http: httpx.Client) -> None:
     labels, code = ("halfmoon_http_requests", "method", "route", "status"), ("halfmoon_refusals", "face", "code")
     http.post("/v1/completions", json={"prompt": "Hello", "top_q": 1})
-    before, refused = counted(http, *labels), counted(http, *code)
+    before, refused = counted(face, *labels), counted(face, *code)
     http.post("/v1/completions", json={"prompt": "Hello"})
     http.post("/v1/completions", json={"prompt": "Hello", "top_q": 1})
     http.get("/v1/models/nobody")
     http.get("/secret-of-a-client")
-    found = counted(http, *labels) - before
-    assert found.pop(("GET", "/metrics", "200")) == 2
+    found = counted(face, *labels) - before
     assert found == {
         ("POST", "/v1/completions", "200"): 1,
         ("POST", "/v1/completions", "400"): 1,
         ("GET", "/v1/models/{name:path}", "404"): 1,
         ("GET", "other", "404"): 1,
     }
-    assert counted(http, *code) - refused == {("http", "invalid_request"): 2, ("http", "unknown_model"): 1}
+    assert counted(face, *code) - refused == {("http", "invalid_request"): 2, ("http", "unknown_model"): 1}
 
 
-def test_prometheus_finds_every_process_at_one_address(face: Any, http: httpx.Client) -> None:
-    found = http.get("/metrics/targets").json()
-    assert found[0] == {"targets": [http.base_url.netloc.decode()], "labels": {"worker": "proxy", "role": "proxy", "model_name": "chatty"}}
+def test_prometheus_finds_every_process_at_one_address_which_is_not_the_clients(face: Any, http: httpx.Client) -> None:
+    assert (http.get("/metrics").status_code, http.get("/metrics/targets").status_code) == (404, 404)
+    found = httpx.get(f"{face.metrics}/metrics/targets").json()
+    assert found[0] == {
+        "targets": [face.metrics.removeprefix("http://")],
+        "labels": {"worker": "proxy", "role": "proxy", "model_name": "chatty"},
+    }
     served = httpx.get(f"http://{found[0]['targets'][0]}/metrics").text
     assert 'halfmoon_build_info{model_name="chatty",python=' in served and 'worker="proxy"' in served
 
@@ -315,10 +318,10 @@ def test_tokens_wait_for_their_write_in_a_phase_of_its_own(face: Any, http: http
     assert 0 < phases["write_s"] < phases["ttft_s"]
 
 
-def test_the_request_id_is_the_clients_where_it_has_one(face: Any, http: httpx.Client) -> None:
+def test_a_client_s_own_request_id_is_a_label_and_the_request_s_is_ours(face: Any, http: httpx.Client) -> None:
     reply = http.post("/v1/completions", json={"prompt": "Hello"}, headers={"X-Request-Id": "my-own"})
-    assert reply.headers["x-request-id"] == "my-own" and reply.json()["id"] == "cmpl-my-own"
-    assert face.workers.requests[0].request_id == "my-own"
+    assert reply.headers["x-request-id"] == "my-own" and reply.json()["id"] == f"cmpl-{face.workers.requests[0].request_id}"
+    assert len(face.workers.requests[0].request_id) == 32
     new = http.post("/v1/completions", json={"prompt": "Hello"}).headers["x-request-id"]
     assert len(new) == 32 and face.workers.requests[1].request_id == new
 

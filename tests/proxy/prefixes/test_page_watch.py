@@ -47,7 +47,7 @@ class Proxy:
             id=name, incarnation=f"{name}.{incarnation}", role=control_pb2.ROLE_DECODE, address="127.0.0.1:9", schema=SCHEMA.to_proto()
         )
         member = self.cluster.join(info, control_pb2.MemberLoad())
-        await member.orders.open(self._write)
+        await member.orders.open(self._write, control_pb2.MemberOrder(accepted=True))
         return member
 
     async def _write(self, order: control_pb2.MemberOrder) -> None:

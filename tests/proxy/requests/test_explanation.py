@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from halfmoon.client import AsyncClient, Explanation, UnknownRequest
+from halfmoon.client import AsyncClient, Control, Explanation, UnknownRequest
 from halfmoon.protocol.blocks import block_keys, root_key
 from halfmoon.protocol.errors import NoWorker, Overloaded
 from halfmoon.protocol.v1 import common_pb2
@@ -30,7 +30,7 @@ async def explain(make_bench: Any) -> AsyncIterator[Any]:
     clients: list[AsyncClient] = []
 
     async def ask(bench: Any, request_id: str) -> list[Explanation]:
-        clients.append(AsyncClient(bench.address))
+        clients.append(AsyncClient(bench.address, control=Control(bench.address, "no-token-is-asked-for-by-this-bench")))
         return await clients[-1].explain(request_id)
 
     yield ask

@@ -31,7 +31,7 @@ def strict(faces: Any, chat_model_folder: Any, chat_tokenizer: Any, tmp_path_fac
 
 @pytest.fixture
 def sdk(strict: Any) -> Iterator[Client]:
-    with Client(strict.grpc) as client:
+    with Client(strict.grpc, control=strict.control) as client:
         yield client
 
 
@@ -101,7 +101,8 @@ def test_status_tells_how_requests_are_scheduled_and_how_well_that_is_predicted(
 def test_a_request_is_explained_by_the_id_that_its_client_knows(strict: Any, sdk: Client) -> None:
     reply = httpx.post(f"{strict.http}/v1/completions", json={**COMPLETIONS, "n": 2}, headers={"x-request-id": "mine"})
     assert reply.status_code == 200
-    assert [one.request_id for one in sdk.explain("mine")] == ["mine-0", "mine-1"]
+    ours = reply.json()["id"].removeprefix("cmpl-")
+    assert [one.request_id for one in sdk.explain("mine")] == [one.request_id for one in sdk.explain(ours)] == [f"{ours}-0", f"{ours}-1"]
     assert all(one.state == "done" and one.attempts[0].prefill[0].chosen for one in sdk.explain("mine"))
     httpx.post(f"{strict.http}/v1/completions", json={**COMPLETIONS, "slo": {"ttft": 1e-7}}, headers={"x-request-id": "late"})
     (late,) = sdk.explain("late")

@@ -42,6 +42,7 @@ securityContext: {capabilities: {add: [IPC_LOCK]}}
   "both" (dict "num_workers" (int .Values.both.replicas))
   "store" (dict "arena_bytes" (mul .Values.store.arenaMiB 1048576))
   "proxy" (dict "host" "0.0.0.0")
+  "security" (dict "insecure" (dig "security" "insecure" true .Values.config))
   "model" (dict "device" (ternary "cuda" "cpu" (gt (int .Values.hosts.gpus) 0))) -}}
 {{- toYaml (mergeOverwrite (deepCopy .Values.config) $decided) }}
 {{- end }}

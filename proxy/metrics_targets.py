@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ...protocol.exporter import Identity
-from ..members.member import Member
+from ..protocol.exporter import Identity
+from .members.member import Member
 
 
 def targets(proxy: Identity, proxy_address: str, members: Iterable[Member]) -> list[dict[str, Any]]:

@@ -1,0 +1,32 @@
+"""Lets requests in that bring an API key, where the configuration names a file of them. /health, /ready and pages without /v1 are open."""
+
+from __future__ import annotations
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ...protocol.errors import Unauthenticated
+from ..face_metrics import FaceMetrics
+from ..tenants.gate import Gate
+from .errors import error_response
+
+
+def keyed(app: ASGIApp, gate: Gate | None, faces: FaceMetrics) -> ASGIApp:
+    """The app itself without a gate. A request that is refused has nothing of its body read."""
+    if gate is None:
+        return app
+
+    async def check(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith("/v1"):
+            try:
+                tenant = gate.tenant_of(Headers(scope=scope).get("authorization", ""))
+            except Unauthenticated as error:
+                faces.refused("http", error.code)
+                response = error_response(Request(scope), error)
+                response.headers["www-authenticate"] = "Bearer"
+                return await response(scope, receive, send)
+            scope.setdefault("state", {})["tenant"] = tenant
+        await app(scope, receive, send)
+
+    return check

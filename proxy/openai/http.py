@@ -1,6 +1,7 @@
 """The OpenAI-compatible HTTP face.
 
 POST /v1/completions · /v1/chat/completions ─► GenerateRequest ─► Generation ─► one JSON body, or server-sent events ─► [DONE]
+GET  /: the page, and what it reads (proxy/page)
 GET  /v1/models · /v1/models/{id}       /health: the process lives    /ready: it can serve
 GET  /metrics: Prometheus                /metrics/targets: where every process of the cluster has its own (http_sd)
 """
@@ -22,6 +23,7 @@ from starlette.types import ASGIApp
 from ...protocol.errors import UnknownModel, shown
 from ...protocol.exporter import Identity, ProcessMetrics, render
 from ...protocol.trace_context import HEADER, TraceContext
+from ..page.routes import add_page
 from ..request_process import RequestProcess
 from ..requests.generate_request import GenerateRequest
 from ..requests.generation import ChoiceEnd, Generation, Generator
@@ -60,6 +62,9 @@ def _routes(generator: Generator, registry: CollectorRegistry, process: RequestP
     install_error_handlers(app, generator.router.metrics.faces)
     app.router.route_class = body_route(process, generator.router.config)
     started = int(time.time())
+
+    if generator.router.config.page:
+        add_page(app, generator)
 
     @app.post("/v1/completions", responses=streamed(CompletionReply))
     async def completions(body: CompletionBody, request: Request) -> Response:

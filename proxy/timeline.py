@@ -95,5 +95,5 @@ def _percentiles(counts: Counter[int]) -> tuple[float | None, float | None]:
     for bucket in sorted(counts):
         reached += counts[bucket]
         while len(found) < len(ranks) and reached >= ranks[len(found)]:
-            found.append(LEAST_S * RATIO ** (bucket + 0.5))
+            found.append(round(LEAST_S * RATIO ** (bucket + 0.5), 6))
     return found[0], found[1]

@@ -68,6 +68,7 @@ def _routes(generator: Generator, registry: CollectorRegistry, process: RequestP
 
     @app.post("/v1/completions", responses=streamed(CompletionReply))
     async def completions(body: CompletionBody, request: Request) -> Response:
+        """Continues a prompt, or several."""
         generate_request = _stamped(body.to_generate_request(_request_id(request)), request)
         generation = await generator.open(generate_request)
         echoes = await generator.decode_aside(body.prompts) if body.echo else []
@@ -76,6 +77,7 @@ def _routes(generator: Generator, registry: CollectorRegistry, process: RequestP
 
     @app.post("/v1/chat/completions", responses=streamed(ChatReply))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
+        """Answers a conversation, by the model's chat template."""
         generate_request = _stamped(body.to_generate_request(_request_id(request)), request)
         generation = await generator.open(generate_request)
         shape = ChatShape(generation, n=generate_request.n, wants_logprobs=bool(body.logprobs))
@@ -83,20 +85,24 @@ def _routes(generator: Generator, registry: CollectorRegistry, process: RequestP
 
     @app.get("/v1/models", responses=replies(ModelsReply))
     async def models() -> Response:
+        """The model that is served."""
         return _json({"object": "list", "data": [_model(generator, started)]})
 
     @app.get("/v1/models/{name:path}", responses=replies(ModelReply, 404))
     async def model(name: str) -> Response:
+        """One model, by its name."""
         if name != generator.card.name:
             raise UnknownModel(f"the model {shown(name)} is not served; {generator.card.name!r} is", param="model")
         return _json(_model(generator, started))
 
     @app.get("/health", responses=replies(HealthReply))
     async def health() -> Response:
+        """200: the process lives."""
         return _json({"status": "ok"})
 
     @app.get("/ready", responses=replies(ReadyReply) | {503: {"model": ReadyReply, "description": "It can't serve yet."}})
     async def ready() -> Response:
+        """200: it can serve. 503: `missing` says what it lacks."""
         missing = missing_parts(generator.router)
         return _json({"ready": not missing, "missing": missing}, status=503 if missing else 200)
 
@@ -105,12 +111,14 @@ def _routes(generator: Generator, registry: CollectorRegistry, process: RequestP
 
     @app.get("/metrics", responses=replies(None, content={"text/plain": {}, "application/openmetrics-text": {}}), response_class=Response)
     async def metrics(request: Request) -> Response:
+        """The proxy's metrics for Prometheus, as OpenMetrics where that is asked for."""
         asked = request.headers
         page = await asyncio.to_thread(render, served, asked.get("accept", ""), asked.get("accept-encoding", ""))
         return Response(page.content, headers=page.headers)
 
     @app.get("/metrics/targets", responses=replies(list[TargetReply]))
     async def metrics_targets(request: Request) -> Response:
+        """Where every process of the cluster has its metrics, as Prometheus' http_sd_configs takes it."""
         return _json(targets(identity, request.url.netloc, generator.router.cluster.members.values()))
 
     return app

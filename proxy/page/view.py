@@ -42,7 +42,7 @@ def view(router: Router) -> dict[str, Any]:
         "absences": [_absence(absence) for absence in router.cluster.absences.to_proto()],
         "latest": {"ttft_s": _percentiles(metrics.ttft_window.percentiles()), "tpot_s": _percentiles(metrics.tpot_window.percentiles())},
         "bin_s": BIN_S,
-        "bins": [[_rounded(value) for value in row] for row in metrics.timeline.rows()],
+        "bins": metrics.timeline.rows(),
         "under_way": _requests(router.under_way(), MAX_UNDER_WAY),
         "ended": _requests(router.decisions.ended(), MAX_ENDED),
     }
@@ -123,5 +123,5 @@ def _bound(limit_s: float) -> float | None:
     return limit_s if limit_s != float("inf") else None
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, DIGITS)
+def _rounded(value: float) -> float:
+    return round(value, DIGITS)

@@ -11,10 +11,10 @@ function svg(tag, attributes, text = "") {
   return element;
 }
 
-// the least of 1, 2, 5, 10, … that is at least value
+// the least round number that is at least value
 function round_up(value) {
   const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 5, 10].map((step) => step * power).find((step) => step >= value * 0.9999);
+  return [1, 1.5, 2, 3, 4, 5, 6, 8, 10].map((step) => step * power).find((step) => step >= value * 0.9999);
 }
 
 const LEAST_BINS = 24;

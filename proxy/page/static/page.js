@@ -138,7 +138,7 @@ function tiers(state) {
   const workers = state.members.filter((member) => member.role !== "store"), stores = state.members.filter((member) => member.role === "store");
   const disks = stores.filter((store) => store.ssd_bytes > 0);
   const of = (member, ratio) => (member.kv_capacity_tokens ? `${percent(ratio)} of ${count(member.kv_capacity_tokens)} tokens` : percent(ratio));
-  const row = (member, words, parts) => make("div", { class: "use" }, make("span", { class: "id" }, member.id), bar(`${member.id}: ${words}`, parts), make("span", {}, words));
+  const row = (member, words, parts) => make("div", { class: "use" }, make("span", { class: member.avoided ? "id warn" : "id" }, member.id + (member.avoided ? ": avoided" : "")), bar(`${member.id}: ${words}`, parts), make("span", {}, words));
   const tier = (title, rows, none) => [make("div", { class: "tier" }, title), ...(rows.length ? rows : [make("div", { class: "quiet" }, none)])];
   return [
     ...tier("Workers' pages (HBM)", workers.map((member) => row(member, of(member, member.kv_used), [["leased", member.kv_used]])), "no worker"),

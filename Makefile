@@ -12,7 +12,7 @@ export PYTHONSAFEPATH := 1
 # the tests start hundreds of processes: each would compile every file anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check lint proto clean
+.PHONY: demo test check lint proto docs clean
 
 $(VENV)/server.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,10 @@ $(VENV)/server.stamp: pyproject.toml constraints.txt
 
 $(VENV)/dev.stamp: $(VENV)/server.stamp
 	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/docs.stamp: $(VENV)/server.stamp
+	$(PIP) install -c constraints.txt -e '.[docs]'
 	@touch $@
 
 demo: $(VENV)/server.stamp  ## a local cluster, a request through prefill -> store -> decode, its phase record
@@ -39,6 +43,11 @@ lint: $(VENV)/dev.stamp  ## ruff, pyright, and the stubs against the .proto file
 
 proto: $(VENV)/dev.stamp  ## generate protocol/v1/*_pb2*.py from the .proto files
 	$(BIN)/python -m halfmoon.protocol.generate
+
+docs: $(VENV)/docs.stamp  ## the site of docs/, into out/docs; fails at the first warning
+	$(BIN)/python docs/_site/http_page.py
+	$(BIN)/python -m halfmoon.protocol.metrics_page
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

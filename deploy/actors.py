@@ -129,7 +129,13 @@ class StoreActor:
 
     def _load(self) -> control_pb2.MemberLoad:
         load = self._server.load()
-        return control_pb2.MemberLoad(num_running=load.num_leases, kv_usage_ratio=load.usage_ratio)
+        return control_pb2.MemberLoad(
+            num_running=load.num_leases,
+            kv_usage_ratio=load.usage_ratio,
+            kv_leased_ratio=load.leased_ratio,
+            ssd_bytes=load.num_bytes_ssd,
+            ssd_used_bytes=load.num_bytes_ssd_used,
+        )
 
 
 class WorkerActor:

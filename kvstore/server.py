@@ -33,6 +33,8 @@ class StoreLoad(NamedTuple):
     num_sessions: int
     usage_ratio: float  # of the arena: what is not free
     leased_ratio: float  # of the arena: what can't be evicted
+    num_bytes_ssd: int  # 0: there is no SSD tier
+    num_bytes_ssd_used: int
 
 
 class StoreServer:
@@ -133,7 +135,8 @@ class StoreServer:
         stats = self._running().stats()
         total = max(1, stats.num_bytes_arena)
         used = stats.num_bytes_leased + stats.num_bytes_cached
-        return StoreLoad(stats.num_leases, stats.num_handoffs, stats.num_sessions, used / total, stats.num_bytes_leased / total)
+        ssd = stats.num_bytes_ssd, stats.num_bytes_ssd_used
+        return StoreLoad(stats.num_leases, stats.num_handoffs, stats.num_sessions, used / total, stats.num_bytes_leased / total, *ssd)
 
     def know_stores(self, addresses: Iterable[str]) -> None:
         """The stores of the cluster as the proxy tells them: those that blocks may be copied from."""

@@ -144,6 +144,8 @@ class ProxyConfig:
     be late in any case lets the others pass."""
     cost_model: str = ""
     """Profile from `halfmoon profile` that predictions start from; empty: a guess. Observations correct either one."""
+    page: bool = True
+    """GET / on the HTTP port shows the cluster in a browser: members, latencies, requests by their ids, no prompt and no text."""
     num_explained: int = 1000
     """Number of requests that `halfmoon explain` can still explain."""
     max_queued_requests: int = 512

@@ -18,6 +18,7 @@ from ..protocol.v1 import common_pb2, control_pb2
 from .face_metrics import FaceMetrics
 from .member_metrics import MemberMetrics
 from .request import RequestState
+from .timeline import Timeline
 from .verdict import Verdict
 
 WINDOW_LEN = 2048  # requests
@@ -54,6 +55,7 @@ class ProxyMetrics:
         self.faces = FaceMetrics(registry)
         self.ttft_window = LatencyWindow()
         self.tpot_window = LatencyWindow()
+        self.timeline = Timeline()
         self.outcomes: Counter[str] = Counter()  # RequestState -> requests ended in it
         self._ttft = histogram(specs.TIME_TO_FIRST_TOKEN, registry)
         self._prefill_done = histogram(specs.TIME_TO_PREFILL_DONE, registry)
@@ -140,6 +142,7 @@ class ProxyMetrics:
         ttft_s, predicted_s = record.ttft_s, record.predicted_ttft_s
         self._ttft.observe(ttft_s, None if trace is None else {"trace_id": trace.trace_id})
         self.ttft_window.add(ttft_s)
+        self.timeline.first_token(ttft_s)
         if predicted_s > 0.0:
             self._predicted_ttft.observe(predicted_s)
             self._ttft_error.observe(abs(predicted_s - ttft_s))
@@ -162,6 +165,7 @@ class ProxyMetrics:
         if usage.num_completion_tokens > 1:
             self._tpot.observe(record.tpot_s)
             self.tpot_window.add(record.tpot_s)
+            self.timeline.finished(record.tpot_s)
             if record.predicted_tpot_s > 0.0 and record.tpot_s > 0.0 and record.num_attempts == 1:  # a replay's gap is no decode step
                 self._predicted_tpot.observe(record.predicted_tpot_s)
                 self._tpot_error.observe(abs(record.predicted_tpot_s - record.tpot_s))
@@ -170,6 +174,7 @@ class ProxyMetrics:
     def ended(self, outcome: RequestState, reason: str, verdict: Verdict) -> None:
         """reason: a finish reason or an error code."""
         self.outcomes[outcome.value] += 1
+        self.timeline.ended(verdict.in_slo)
         self._requests.labels(outcome.value, reason, verdict.slo_class, verdict.in_slo, verdict.miss).inc()
         for slo, met in (("ttft", verdict.ttft_met), ("tpot", verdict.tpot_met)):
             if met is not None:

@@ -53,7 +53,7 @@ class MemberInfo(_message.Message):
     def __init__(self, id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., node_id: _Optional[str] = ..., store_id: _Optional[str] = ..., store_address: _Optional[str] = ..., schema: _Optional[_Union[_common_pb2.KVSchema, _Mapping]] = ..., max_model_len: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ...) -> None: ...
 
 class MemberLoad(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_outstanding_tokens", "kv_usage_ratio", "steps", "num_prefill_tokens", "num_cached_pages", "step_age_s", "step_expected_s", "transfer_age_s")
+    __slots__ = ("num_running", "num_waiting", "num_outstanding_tokens", "kv_usage_ratio", "steps", "num_prefill_tokens", "num_cached_pages", "step_age_s", "step_expected_s", "transfer_age_s", "kv_leased_ratio", "ssd_bytes", "ssd_used_bytes")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_OUTSTANDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +64,9 @@ class MemberLoad(_message.Message):
     STEP_AGE_S_FIELD_NUMBER: _ClassVar[int]
     STEP_EXPECTED_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    KV_LEASED_RATIO_FIELD_NUMBER: _ClassVar[int]
+    SSD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SSD_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_outstanding_tokens: int
@@ -74,7 +77,10 @@ class MemberLoad(_message.Message):
     step_age_s: float
     step_expected_s: float
     transfer_age_s: float
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_outstanding_tokens: _Optional[int] = ..., kv_usage_ratio: _Optional[float] = ..., steps: _Optional[_Iterable[_Union[StepSample, _Mapping]]] = ..., num_prefill_tokens: _Optional[int] = ..., num_cached_pages: _Optional[int] = ..., step_age_s: _Optional[float] = ..., step_expected_s: _Optional[float] = ..., transfer_age_s: _Optional[float] = ...) -> None: ...
+    kv_leased_ratio: float
+    ssd_bytes: int
+    ssd_used_bytes: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_outstanding_tokens: _Optional[int] = ..., kv_usage_ratio: _Optional[float] = ..., steps: _Optional[_Iterable[_Union[StepSample, _Mapping]]] = ..., num_prefill_tokens: _Optional[int] = ..., num_cached_pages: _Optional[int] = ..., step_age_s: _Optional[float] = ..., step_expected_s: _Optional[float] = ..., transfer_age_s: _Optional[float] = ..., kv_leased_ratio: _Optional[float] = ..., ssd_bytes: _Optional[int] = ..., ssd_used_bytes: _Optional[int] = ...) -> None: ...
 
 class StepSample(_message.Message):
     __slots__ = ("num_sequences", "num_kv_tokens", "num_prefill_tokens", "seconds", "prefill_attention")

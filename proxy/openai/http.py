@@ -1,6 +1,7 @@
 """The OpenAI-compatible HTTP face.
 
 POST /v1/completions · /v1/chat/completions ─► GenerateRequest ─► Generation ─► one JSON body, or server-sent events ─► [DONE]
+GET  /: the page, and what it reads (proxy/page)
 GET  /v1/models · /v1/models/{id}       /health: the process lives    /ready: it can serve
 """
 
@@ -18,6 +19,7 @@ from starlette.types import ASGIApp
 
 from ...protocol.errors import UnknownModel, shown
 from ...protocol.trace_context import HEADER, TraceContext
+from ..page.routes import add_page
 from ..request_process import RequestProcess
 from ..requests.generate_request import GenerateRequest
 from ..requests.generation import ChoiceEnd, Generation, Generator
@@ -49,18 +51,24 @@ from .types import ChatBody, CompletionBody
 def create_app(generator: Generator, process: RequestProcess, gate: Gate | None = None) -> ASGIApp:
     """gate: asks for an API key. None: nobody is asked."""
     faces = generator.router.metrics.faces
-    app = counted(keyed(head_as_get(_routes(generator, process)), gate, faces), faces)
+    app = counted(keyed(head_as_get(_routes(generator, process, gate)), gate, faces), faces)
     return for_browsers(app, generator.router.config.cors_origins.split())
 
 
-def _routes(generator: Generator, process: RequestProcess) -> FastAPI:
+def _routes(generator: Generator, process: RequestProcess, gate: Gate | None) -> FastAPI:
     app = DescribedApp(title="Halfmoon", docs_url=None, redoc_url=None)
     install_error_handlers(app, generator.router.metrics.faces)
     app.router.route_class = body_route(process, generator.router.config)
     started = int(time.time())
 
+    if generator.router.config.page and gate is None:
+        add_page(app, generator)
+    elif generator.router.config.page:
+        add_page(app, generator, lambda request: _require_key(gate, request), shows_requests=False)
+
     @app.post("/v1/completions", responses=streamed(CompletionReply))
     async def completions(body: CompletionBody, request: Request) -> Response:
+        """Continues a prompt, or several."""
         generate_request = _asked(body, request)
         generation = await generator.open(generate_request)
         echoes = await generator.decode_aside(body.prompts) if body.echo else []
@@ -69,6 +77,7 @@ def _routes(generator: Generator, process: RequestProcess) -> FastAPI:
 
     @app.post("/v1/chat/completions", responses=streamed(ChatReply))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
+        """Answers a conversation, by the model's chat template."""
         generate_request = _asked(body, request)
         generation = await generator.open(generate_request)
         shape = ChatShape(generation, n=generate_request.n, wants_logprobs=bool(body.logprobs))
@@ -76,24 +85,33 @@ def _routes(generator: Generator, process: RequestProcess) -> FastAPI:
 
     @app.get("/v1/models", responses=replies(ModelsReply))
     async def models() -> Response:
+        """The model that is served."""
         return _json({"object": "list", "data": [_model(generator, started)]})
 
     @app.get("/v1/models/{name:path}", responses=replies(ModelReply, 404))
     async def model(name: str) -> Response:
+        """One model, by its name."""
         if name != generator.card.name:
             raise UnknownModel(f"the model {shown(name)} is not served; {generator.card.name!r} is", param="model")
         return _json(_model(generator, started))
 
     @app.get("/health", responses=replies(HealthReply))
     async def health() -> Response:
+        """200: the process lives."""
         return _json({"status": "ok"})
 
     @app.get("/ready", responses=replies(ReadyReply) | {503: {"model": ReadyReply, "description": "It can't serve yet."}})
     async def ready() -> Response:
+        """200: it can serve. 503: `missing` says what it lacks."""
         missing = missing_parts(generator.router)
         return _json({"ready": not missing, "missing": missing}, status=503 if missing else 200)
 
     return app
+
+
+def _require_key(gate: Gate, request: Request) -> None:
+    """Raises Unauthenticated."""
+    gate.tenant_of(request.headers.get("authorization", ""))
 
 
 async def _reply(request: Request, generation: Generation, shape: Shape, *, stream: bool, wants_usage: bool) -> Response:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,6 +48,7 @@ class RequestDecision:
     attempts: list[AttemptDecision] = field(default_factory=list[AttemptDecision])
     state: str = RequestState.QUEUED.value
     ended: str = ""  # finish reason, or the error's code and words
+    num_output_tokens: int = 0  # so far
     record: common_pb2.PhaseRecord = field(default_factory=common_pb2.PhaseRecord)  # the request's own, filled in as it goes on
 
     @property
@@ -89,6 +91,10 @@ class DecisionLog:
             if self._by_id[oldest.request_id] is oldest:
                 del self._by_id[oldest.request_id]
         return decision
+
+    def ended(self) -> Iterator[RequestDecision]:
+        """The remembered requests that are over, the latest arrival first."""
+        return (decision for decision in reversed(self._ring) if decision.ended)
 
     def find(self, request_id: str) -> list[RequestDecision]:
         """The request, or all of its choices. request_id: or the label that clients gave to one or several. Raises UnknownRequest."""

@@ -194,6 +194,11 @@ class Generator:
         """What the workers can hold. Before any has joined: what the model was made for."""
         return self.router.max_model_len or self.card.max_model_len
 
+    @property
+    def takes_chats(self) -> bool:
+        """The model has a chat template."""
+        return self._tokenizer.chat_template is not None
+
     async def decode_aside(self, prompts: Sequence[str | list[int]]) -> list[str]:
         """The texts of prompts."""
         return [prompt if isinstance(prompt, str) else await self._tokenizer.decode_aside(prompt) for prompt in prompts]

@@ -11,7 +11,7 @@ import contextlib
 import random
 import time
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 from ...protocol.config import ProxyConfig
 from ...protocol.errors import Draining, HalfmoonError, InvalidRequest
@@ -120,6 +120,10 @@ class Router:
     @property
     def num_running(self) -> int:
         return len(self._runners) - len(self._waiting)
+
+    def under_way(self) -> Iterator[RequestDecision]:
+        """The latest start first. To be read to its end before the event loop goes on."""
+        return (runner.decision for runner in reversed(self._runners.values()))
 
     def open(self, request: ProxyRequest) -> TokenStream:
         """Starts the request. Called in the event loop.

@@ -306,6 +306,7 @@ class RequestRunner:
         if self.is_waiting:
             self._first_tokens()
         self._sent += token_ids
+        self.decision.num_output_tokens = len(self._sent)
         self._pair.decode_assignment.grow(len(token_ids))
         self.events.append(Tokens(token_ids, outputs))
         self.on_news()
@@ -356,6 +357,7 @@ class RequestRunner:
             verdict = self.clock.left() if left else self.clock.failed(error, rejected=state is RequestState.REJECTED)
             self._context.metrics.ended(state, error.code, verdict)
             self._traced(len(self._sent), self.clock.num_cached_tokens or 0, "", error.code)
+        self.decision.num_output_tokens = len(self._sent)
         self.decision.end(state, f"{error.code}: {error.message}" if error is not None else reason)
         self._ended = True
         if self._stop_timer is not None:

@@ -52,11 +52,11 @@ async def test_metrics_show_what_the_lease_manager_counts(kv, store, attach_to) 
 
 
 async def test_load_is_the_share_of_the_arena_in_use(kv, store, attach_to) -> None:
-    assert store.load() == (0, 0, 0, 0.0, 0.0)
+    assert store.load() == (0, 0, 0, 0.0, 0.0, 0, 0)
     client = await attach_to(store.address, "prefill-0")
     await kv.cache(client, "a", 2)
     await client.reserve("r1", 1, kv.keys("r1", 2), 2, 30)
-    assert store.load() == (1, 1, 1, 0.5, 0.25)
+    assert store.load() == (1, 1, 1, 0.5, 0.25, 0, 0)  # without an SSD tier
     assert store.accounting() == (8, 2, 2, 4)
 
 

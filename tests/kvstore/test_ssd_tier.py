@@ -160,6 +160,7 @@ async def test_leased_and_handed_off_blocks_stay_in_dram(kv, start) -> None:
     assert server.accounting().num_leased == 8
     await kv.cache(client, "b", 2)
     await until(lambda: tier(server)._demoting is None)
+    assert server.load()[-2:] == (tier(server).num_places * kv.schema.block_bytes, 2 * kv.schema.block_bytes)
     assert not any(tier(server).holds(key) for key in kv.keys("r1", 7)) and tier(server).num_blocks == 2
     assert np.array_equal(await kv.read(await client.fetch("r1", 1, 5)), kv.blocks("r1", 8))
 

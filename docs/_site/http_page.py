@@ -1,0 +1,98 @@
+"""python docs/_site/http_page.py: docs/http.md, made from the proxy's own openapi.json. A test compares what is committed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import halfmoon
+from halfmoon.protocol.config import ModelOptions, ProxyConfig
+from halfmoon.protocol.schema import KVSchema
+from halfmoon.proxy.server import ProxyServer
+
+PAGE = Path(__file__).parents[1] / "http.md"
+DEMO = Path(halfmoon.__path__[0]) / "engine" / "demo_model"
+SCHEMA = KVSchema(model_fingerprint="docs", dtype="float32", num_layers=1, num_kv_heads=1, head_dim=8, block_size=16)
+HEAD = """# HTTP
+
+Made from the proxy's own `/openapi.json` by `python docs/_site/http_page.py`; edit the code.
+
+The API is OpenAI's, as far as it goes. A field that is known and not served is refused by name, so that nothing is left out in silence.
+`GET /` is [the page](observing.md#the-page) and no API.
+
+- Errors have OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
+- With `"stream": true` the reply is server-sent events, the last one `data: [DONE]`. An error after the first token is an event, too.
+- A reply, and the last chunk of a stream, have `halfmoon.request_id` and `halfmoon.phases`: where the time went.
+- `x-request-id` of a request becomes its id; `traceparent` its trace.
+- 429 comes with `retry-after` in seconds and `retry-after-ms`.
+
+"""
+
+
+def page(schema: dict[str, Any]) -> str:
+    routes = [_route(path, method, found) for path, methods in schema["paths"].items() for method, found in methods.items()]
+    components = schema["components"]["schemas"]
+    bodies = [_body(name, components[name], components) for name in ("CompletionBody", "ChatBody", "SloBody")]
+    statuses: dict[str, str] = {}
+    for methods in schema["paths"].values():
+        for status, reply in _errors(methods):
+            statuses.setdefault(status, reply["description"])
+    table = "\n".join(f"| {status} | {meaning} |" for status, meaning in sorted(statuses.items()))
+    routed, told = "\n".join(routes), "\n".join(bodies)
+    head = "| route | what it does | replies |\n|---|---|---|"
+    return f"{HEAD}## Routes\n\n{head}\n{routed}\n\n{told}\n## Errors\n\n| status | means |\n|---|---|\n{table}\n"
+
+
+def _errors(methods: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(status, reply) for found in methods.values() for status, reply in found["responses"].items() if status >= "400"]
+
+
+def _route(path: str, method: str, found: dict[str, Any]) -> str:
+    content = found["responses"]["200"].get("content", {})
+    return f"| `{method.upper()} {path}` | {found['description']} | {', '.join(f'`{kind}`' for kind in content)} |"
+
+
+def _body(name: str, schema: dict[str, Any], components: dict[str, Any]) -> str:
+    titles = {"CompletionBody": "Fields of `/v1/completions`", "ChatBody": "Fields of `/v1/chat/completions`", "SloBody": "Fields of `slo`"}
+    required, served, others = schema.get("required", []), [], {"changes nothing": [], "not served; a value may ask for nothing": []}
+    for field, found in sorted(schema["properties"].items(), key=lambda item: (item[0] not in required, item[0])):
+        if found.get("description") in others:
+            others[found["description"]].append(f"`{field}`")
+        else:
+            served.append(f"| `{field}` | {_type(found, components)} | {'yes' if field in required else ''} |")
+    rows = "\n".join(served)
+    told = [f"Taken, and changes nothing: {', '.join(others['changes nothing'])}.\n" if others["changes nothing"] else ""]
+    refused = others["not served; a value may ask for nothing"]
+    told += [f"Refused, unless the value asks for nothing: {', '.join(refused)}.\n" if refused else ""]
+    return f"## {titles[name]}\n\n| field | type | required |\n|---|---|---|\n{rows}\n\n" + "".join(f"{words}\n" for words in told if words)
+
+
+def _type(found: dict[str, Any], components: dict[str, Any]) -> str:
+    if "anyOf" in found:
+        return " or ".join(_type(kind, components) for kind in found["anyOf"] if kind.get("type") != "null")
+    if "$ref" in found:
+        kind = components[found["$ref"].rpartition("/")[2]]
+        return f"object with {', '.join(f'`{name}`' for name in kind['properties'])}"
+    if "enum" in found:
+        return " or ".join(f"`{value}`" for value in found["enum"])
+    if found.get("type") == "array":
+        return f"list of {_type(found['items'], components)}"
+    return found.get("type", "any")
+
+
+async def schema() -> dict[str, Any]:
+    """Of a proxy of its own, on a free port."""
+    config = ProxyConfig(http_port=0, grpc_port=0)
+    server = ProxyServer(config=config, options=ModelOptions(), model_folder=DEMO, schema=SCHEMA)
+    endpoints = await server.start()
+    try:
+        return await asyncio.to_thread(lambda: json.load(urllib.request.urlopen(f"http://{endpoints.http}/openapi.json")))
+    finally:
+        await server.stop(0.0)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(asyncio.run(schema())))

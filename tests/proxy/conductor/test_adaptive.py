@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from halfmoon.protocol.timing.chunk_sizer import LEAST_CHUNK_TOKENS, ChunkSizer
 from halfmoon.protocol.timing.step_cost import ChunkWork, StepCost, StepWork, attention_of
-from halfmoon.proxy.conductor.placement import MemberState, PlacementRequest, Slo, Snapshot
+from halfmoon.proxy.conductor.member_state import MemberState
+from halfmoon.proxy.conductor.placement import PlacementRequest, Slo, Snapshot
 from halfmoon.proxy.conductor.policies.adaptive import Adaptive
 from halfmoon.proxy.conductor.pool import Pool
 from halfmoon.proxy.conductor.predictors import CostModel, Predictors

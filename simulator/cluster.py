@@ -57,7 +57,7 @@ class Cluster:
         self.counters = Counters()
         self.prefixes = Prefixes(scenario, self.loop, self.index, self.predictors, self.counters)
         wants_arrivals = self.admission is not None and self.admission.wants_arrivals
-        self.view = ClusterView(scenario.flexible or scenario.coupled, scenario.block_size, wants_arrivals)
+        self.view = ClusterView(scenario.flexible or scenario.coupled, scenario.block_size, wants_arrivals, scenario.report_s)
         self.jobs: list[Job] = []
         self.role_changes: list[tuple[float, str, str]] = []
         self._progress = progress
@@ -70,11 +70,13 @@ class Cluster:
     def _make_instances(self, scenario: Scenario) -> list[Instance]:
         options = InstanceOptions(
             page_size=scenario.page_size,
+            block_size=scenario.block_size,
             max_tokens_per_step=scenario.max_tokens_per_step,
             chunk_tokens=scenario.chunk_tokens,
             tpot_s=scenario.slo.tpot_s if math.isfinite(scenario.slo.tpot_s) else scenario.tpot_target_s,
             knows=(scenario.knows or scenario.cost).step_cost,
             max_running=scenario.max_running,
+            step_jitter=scenario.step_jitter,
             learn=scenario.learn,
         )
         made: list[Instance] = []
@@ -124,7 +126,7 @@ class Cluster:
 
     def _place(self, job: Job) -> None:
         runs = self.index.leading_runs(job.keys)
-        request = PlacementRequest(num_tokens=job.num_tokens, held_blocks=runs)
+        request = PlacementRequest(num_tokens=job.num_tokens, held_blocks=runs, page_blocks=self.prefixes.in_pages(job))
         answer = self.conductor.place(request, self.snapshot())
         self.counters.num_placements += 1
         if isinstance(answer, Rejection):
@@ -158,6 +160,8 @@ class Cluster:
         if self.roles is None or prefill is decode:  # else decode is chosen when the prefill begins
             decode.promise(job, job.num_tokens)
         prefill.add_prefill(job, self._priority(job))
+        for instance in {prefill, decode}:
+            self.view.placed_on(instance)
 
     def _priority(self, job: Job) -> int:
         if self.scenario.order == "fair":
@@ -202,7 +206,7 @@ class Cluster:
         node = self.by_name[job.prefill_on]
         job.prefill_done_s = self.loop.now
         self.prefixes.cached(node, job)
-        if self.scenario.learn and job.attempt_cost_s > 0:
+        if self.scenario.learn and job.attempt_cost_s > 0 and job.decode_on != job.prefill_on:
             new = job.num_tokens - job.num_cached_tokens
             self.predictors.prefill.observe(new, job.num_cached_tokens, job.attempt_cost_s)
         there_s = max(job.kv_arrived_s, self.loop.now) + self.scenario.cost.request_s * node.processor.slowdown
@@ -242,9 +246,12 @@ class Cluster:
 
     def decode_done(self, job: Job) -> None:
         job.done_s = self.loop.now
+        self.by_name[job.decode_on].pages.keep(job.keys)
         began_s = self.view.decoding.pop(job, None)
         if began_s is not None and self.admission is not None:
             self.admission.observe_decode(self.loop.now - began_s, job.num_tokens)
+        if self.roles is not None:
+            self.roles.observe_end(job.request.num_output_tokens)
         self._end(job, "done", "")
 
     def _end(self, job: Job, outcome: Outcome, reason: str) -> None:
@@ -261,13 +268,18 @@ class Cluster:
 
     def _rebalance(self, roles: RolePlanner) -> None:
         for change in roles.rebalance(self.snapshot()):
-            instance = self.by_name[change.member_id]
-            instance.role = change.role
-            self.view.change(instance)
-            self.counters.num_role_changes += 1
-            self.role_changes.append((self.loop.now, instance.name, change.role))
+            self.loop.at(self.loop.now + self.scenario.role_change_s, self._take_role, self.by_name[change.member_id], change.role)
         if self._num_ended < len(self.jobs):
             self.loop.at(self.loop.now + self.scenario.rebalance_s, self._rebalance, roles)
+
+    def _take_role(self, instance: Instance, role: Role) -> None:
+        """What it has it keeps. One that died meanwhile has the role when it is back."""
+        if instance.role == role:
+            return
+        instance.role = role
+        self.view.placed_on(instance)
+        self.counters.num_role_changes += 1
+        self.role_changes.append((self.loop.now, instance.name, role))
 
     def _fail(self, failure: Failure) -> None:
         instance = self.by_name[failure.instance]

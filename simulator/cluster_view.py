@@ -1,4 +1,7 @@
-"""What the conductor sees of the simulated cluster: a snapshot, made anew only where something has changed."""
+"""What the conductor sees of the simulated cluster: a snapshot, made anew only where something has changed.
+
+With reports that take their time an instance is seen as it was; what was placed on it is known at once, as in the proxy's books.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,17 @@ class ClusterView:
         everyone: both pools hold all instances, for they change roles, or have both.
         block_size: tokens.
         with_arrivals: snapshots tell who arrives at decode, and since when those decode who do.
+        report_s: age that an instance's state may have.
     """
 
-    def __init__(self, everyone: bool, block_size: int, with_arrivals: bool) -> None:
+    def __init__(self, everyone: bool, block_size: int, with_arrivals: bool, report_s: float = 0.0) -> None:
         self.coming: dict[Job, Arriving] = {}  # placed, and not handed off
         self.decoding: dict[Job, float] = {}  # since when
         self._everyone = everyone
         self._block_size = block_size
         self._with_arrivals = with_arrivals
+        self._report_s = report_s
+        self._seen_s: dict[Instance, float] = {}  # when its state was made
         self._instances: list[Instance] = []
         self._states: dict[str, MemberState] = {}
         self._changed: set[Instance] = set()
@@ -38,22 +44,35 @@ class ClusterView:
         """The instance's state is not what it was."""
         self._changed.add(instance)
 
+    def placed_on(self, instance: Instance) -> None:
+        """It is seen anew with the next snapshot, however young its state is."""
+        self._seen_s.pop(instance, None)
+        self._changed.add(instance)
+
     def change_members(self) -> None:
         """An instance came or went."""
         self._pools = None
 
     def snapshot(self, now_s: float) -> Snapshot:
         if self._changed:
-            for instance in self._changed:
-                self._states[instance.name] = instance.state()
-            self._changed.clear()
-            self._pools = None
+            self._look(now_s)
         if self._pools is None:
             self._pools = self._make_pools()
         arriving, began_s = NOBODY, NEVER
         if self._with_arrivals:
             arriving, began_s = Arrivals.of(self.coming.values()), np.array(list(self.decoding.values()), np.float64)
         return Snapshot(*self._pools, self._block_size, now_s, arriving, began_s)
+
+    def _look(self, now_s: float) -> None:
+        due = self._changed
+        if self._report_s:
+            due = {one for one in due if now_s - self._seen_s.get(one, -self._report_s) >= self._report_s}
+            self._seen_s.update(dict.fromkeys(due, now_s))
+        for instance in due:
+            self._states[instance.name] = instance.state()
+        if due:
+            self._pools = None
+        self._changed = self._changed - due
 
     def _make_pools(self) -> tuple[Pool, Pool]:
         states = self._states

@@ -1,11 +1,12 @@
 """Goodput: the highest replay speed at which a share of all requests is inside its SLO, rejected ones counted as outside.
 
-speed ×1.3 until it fails ─► bisection ─► interpolated between the last two
+speed ×1.3 until it fails ─► bisection ─► the last speed that held, and the least that failed
 A scenario that does not know its SLO (no admission, fixed roles) gives one run for all SLOs: runs are kept.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,11 +18,13 @@ from .scenario import Scenario
 from .trace import Trace
 
 STRIDE = 1.3
+FARTHEST = 2.0**12  # times the first speed, either way
 
 
 class Goodput(NamedTuple):
-    speed: float
-    attainment: float  # at the highest speed that was run and held
+    speed: float  # the highest that was run and held, with every slower one that was run; 0: none
+    fails_at: float  # the least that was run and failed; inf: every speed held, so that the goodput is higher than `speed`
+    attainment: float  # at speed; at fails_at where no speed held
     num_runs: int
 
 
@@ -46,41 +49,41 @@ class GoodputSearch:
         self.num_runs = 0
 
     def attainment(self, scenario: Scenario, speed: float) -> float:
-        sized = scenario.coupled and not scenario.chunk_tokens
-        knows_slo = sized or scenario.flexible or scenario.admission != "none" or scenario.order in ("late", "short")
-        key = scenario if knows_slo else scenario.with_(slo=Slo())
-        result = self._results.get((key, speed))
-        if result is None:
-            options = ReplayOptions(
-                speed=speed, sample=self._options.sample, dequantise=self._options.dequantise, start_s=self._options.start_s,
-                duration_s=self._options.duration_s, warm_s=self._options.warm_s, seed=self._options.seed,
-            )  # fmt: skip
-            result = self._results[key, speed] = Result(simulate(scenario, replay(self._trace, options)))
-            self.num_runs += 1
-        found = result.attainment(scenario.slo)
+        found = self.result(scenario, speed).attainment(scenario.slo, scenario.judge)
         if self._on_run is not None:
             self._on_run(scenario, speed, found)
         return found
 
+    def result(self, scenario: Scenario, speed: float) -> Result:
+        """Of a run that was made before, or is made now."""
+        sized = scenario.coupled and not scenario.chunk_tokens
+        knows_slo = sized or scenario.flexible or scenario.admission != "none" or scenario.order in ("edf", "late", "short")
+        key = scenario if knows_slo else scenario.with_(slo=Slo())
+        found = self._results.get((key, speed))
+        if found is None:
+            options = dataclasses.replace(self._options, speed=speed)
+            found = self._results[key, speed] = Result(simulate(scenario, replay(self._trace, options)))
+            self.num_runs += 1
+        return found
+
     def search(self, scenario: Scenario, first: float = 1.0) -> Goodput:
-        """first: where to begin. Speed 0 where nothing above 1/32 of it holds, 32 times it where that holds still."""
+        """first: where to begin."""
         begun = self.num_runs
         low, high = 0.0, float("inf")
-        low_found, high_found = 1.0, 0.0
+        low_found = high_found = 0.0
         speed = first
         while high == float("inf") or high - low > self._tolerance * high:
             found = self.attainment(scenario, speed)
             if found >= self._level:
                 low, low_found = speed, found
-                if low >= first * 32:
+                if low >= first * FARTHEST:
                     break
-                speed = speed * STRIDE if high == float("inf") else (low + high) / 2
             else:
                 high, high_found = speed, found
-                if high < first / 32:
-                    return Goodput(0.0, found, self.num_runs - begun)
-                speed = speed / STRIDE if low == 0.0 else (low + high) / 2
-        if high == float("inf"):
-            return Goodput(low, low_found, self.num_runs - begun)
-        share = (low_found - self._level) / max(low_found - high_found, 1e-9)
-        return Goodput(low + share * (high - low), low_found, self.num_runs - begun)
+                if high <= first / FARTHEST:
+                    break
+            if high == float("inf"):
+                speed = low * STRIDE
+            else:
+                speed = (low + high) / 2 if low else high / STRIDE
+        return Goodput(low, high, low_found if low else high_found, self.num_runs - begun)

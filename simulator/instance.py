@@ -25,12 +25,16 @@ from ..proxy.conductor.predictors.timing import Predictors
 from .clock import EventLoop
 from .decode_jobs import DecodeJobs
 from .instance_options import InstanceOptions, Role
+from .jitter import Jitter
 from .job import Job
 from .links import Link
 from .node_cache import NodeCache
 from .owner import Owner
+from .page_prefixes import PagePrefixes
 from .prefill_queue import PrefillQueue
 from .processor import Processor
+
+LEARNS_ALL, LEARNS_EVERY = 200, 8  # steps: the first ones, and then each so many; a worker learns from every one
 
 
 class Instance:
@@ -54,6 +58,7 @@ class Instance:
         self._owner = owner
         self._predictors = predictors
         self._on_change = on_change
+        self._jitter = Jitter(options.step_jitter, name)
         self._version = 0  # version of the step under way; an event of an older step is void
         self._reset()
 
@@ -61,8 +66,10 @@ class Instance:
         options = self.options
         self.allocator = PageAllocator(self.cost.kv_capacity_tokens // options.page_size)
         self.prefill = PrefillQueue(self.allocator, self.cost, options, self._predictors, self._owner, self._loop, self.poke)
+        self.pages = PagePrefixes(self.allocator, options.page_size, options.block_size)
         self.decode.reset(self.allocator, options.page_size, options.max_running, options.step_tpot_s)
         self.fit = StepFit(options.knows)
+        self._num_seen = 0
         self._ending = False
         self._step: tuple[PrefillStep | None, DecodeStep | None] | None = None
         self._step_start_s = 0.0
@@ -161,13 +168,14 @@ class Instance:
         chunks = own_chunks + [(chunk.num_tokens, chunk.start) for chunk in prefill.chunks] if prefill else own_chunks
         num_decodes, num_context_tokens = decodes.num_decodes, decodes.num_context_tokens
         step_s = self.cost.mixed_time(chunks, num_decodes, num_context_tokens)
+        took_s = step_s * slow * self._jitter.next()
         if self.options.learn:
-            self._learn(chunks, decodes, step_s * slow)
+            self._learn(chunks, decodes, took_s)
         if prefill is None and whole is None:
-            self._equal_ends = self._equal(now, step_s * slow, slow)
+            self._equal_ends = self._equal(now, took_s, step_s * slow, slow)
             self._schedule_end(self._equal_ends[-1])
             return
-        self._schedule_end(now + step_s * slow)
+        self._schedule_end(now + took_s)
         if prefill:
             prefill_s = step_s - (self.cost.mixed_time(own_chunks, num_decodes, num_context_tokens) if own_chunks or num_decodes else 0.0)
             self.prefill_s += prefill_s
@@ -176,19 +184,25 @@ class Instance:
             self._on_change(self)
 
     def _learn(self, chunks: list[tuple[int, int]], decodes: StepWork, seconds: float) -> None:
+        self._num_seen += 1
+        if self._num_seen > LEARNS_ALL and self._num_seen % LEARNS_EVERY:
+            return
         num_tokens, attention = sum(new for new, _ in chunks), sum(attention_of(new, prefix) for new, prefix in chunks)
         work = decodes._replace(num_chunk_tokens=num_tokens, attention=attention)
         self.fit.observe(work, seconds)
         if work.num_decodes:
             self._predictors.step.observe(work, seconds)
 
-    def _equal(self, now: float, first_s: float, slow: float) -> list[float]:
+    def _equal(self, now: float, took_s: float, step_s: float, slow: float) -> list[float]:
+        """took_s: of the first, which is step_s but for jitter."""
         ends: list[float] = []
         more_s = self.decode.batch.num_batch * self.cost.per_kv_token_s * slow
+        jitter = self._jitter
         for _ in range(self.decode.batch.num_same_steps()):
-            now += first_s
+            now += took_s
             ends.append(now)
-            first_s += more_s
+            step_s += more_s
+            took_s = step_s * jitter.next() if jitter.deviation else step_s
         return ends
 
     def _end(self, version: int) -> None:

@@ -16,6 +16,8 @@ Role = Literal["prefill", "decode", "coupled"]
 class InstanceOptions:
     page_size: int = 128
     """Tokens."""
+    block_size: int = 512
+    """Tokens that a cached block holds."""
     max_tokens_per_step: int = 2048
     """Prefill budget of a step without a decode batch."""
     chunk_tokens: int = 0
@@ -25,6 +27,8 @@ class InstanceOptions:
     knows: StepCost
     """What the instance thinks of its steps."""
     max_running: int = 512
+    step_jitter: float = 0.0
+    """Deviation of the logarithm of a step's seconds."""
     learn: bool = False
     """Predictors, and the instance's own fit, are told what steps took."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..proxy.conductor.predictors.timing import Predictors
+from ..proxy.conductor.predictors.timing import OWN_LINK, Predictors
 from ..proxy.prefixes.index import PrefixIndex
 from .clock import EventLoop
 from .counters import Counters
@@ -61,6 +61,8 @@ class Prefixes:
             num_bytes = run.num_ssd * block_bytes
             self._counters.ssd_bytes += num_bytes
             ready_s += num_bytes / self._scenario.cost.ssd_bytes_per_s
+        num_own, loaded_s = self._from_own(node, keys, num_own, block_bytes)
+        num_blocks, ready_s = max(num_blocks, num_own), max(ready_s, self._loop.now + loaded_s)
         holder = self.by_name.get(job.fetch_from)
         if holder is not None and not holder.down:
             num_other = self._held(holder, keys)
@@ -68,6 +70,24 @@ class Prefixes:
                 num_blocks = num_other
                 ready_s = max(ready_s, self._fetch(holder, node, (num_other - num_own) * block_bytes))
         return num_blocks * self._scenario.block_size, ready_s
+
+    def _from_own(self, node: Instance, keys: list[bytes], num_stored: int, block_bytes: int) -> tuple[int, float]:
+        """Blocks in the node's store or the instance's pages, and the seconds that a load of those not in pages takes."""
+        rate = self._scenario.cost.own_load_bytes_per_s
+        if not rate:
+            return num_stored, 0.0
+        num_pages = node.pages.num_leading(keys)
+        num_bytes = max(num_stored - num_pages, 0) * block_bytes
+        if num_bytes and self._scenario.learn:
+            self._predictors.transfer.observe(num_bytes, num_bytes / rate, OWN_LINK)
+        return max(num_stored, num_pages), num_bytes / rate
+
+    def in_pages(self, job: Job) -> dict[str, int]:
+        """Instance -> leading blocks of the prompt in its pages, where loads from the own store take time."""
+        if not self._scenario.cost.own_load_bytes_per_s or not job.keys:
+            return {}
+        found = ((name, one.pages.num_leading(job.keys)) for name, one in self.by_name.items() if not one.down)
+        return {name: num for name, num in found if num}
 
     def _held(self, holder: Instance, keys: list[bytes]) -> int:
         """Leading blocks; they count as used."""
@@ -100,6 +120,7 @@ class Prefixes:
         """The prefill is done: its blocks stand on the node, as far as they fit."""
         self.unpin(node, job)
         node.cache.insert(job.keys)
+        node.pages.keep(job.keys)
         self.heal(node, job)
 
     def unpin(self, node: Instance, job: Job) -> None:

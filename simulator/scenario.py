@@ -49,6 +49,8 @@ class Scenario:
     policy: str = "kvcache_centric"
     admission: str = "none"
     slo: Slo = PAPER_SLO
+    judge: Literal["tpot", "tbt"] = "tpot"
+    """What the SLO bounds beside the first token: a request's mean gap, as live, or the mean of its longest tenth, as in the papers."""
     order: Order | Literal["fair"] = "short"
     """Order of the prefill queues. fair: as in the worker, which shares a step's budget between prompts."""
     balancing_threshold: float = 1.0
@@ -74,6 +76,12 @@ class Scenario:
     """What the predictors begin with; None: the cost model itself."""
     rebalance_s: float = 1.0
     """Between two questions for role changes (policies that have them)."""
+    role_change_s: float = 0.05
+    """From the decision until the worker has the new role: the order, its answer, and the news to the proxy."""
+    report_s: float = 0.0
+    """Age that what is known of an instance may have where nothing was placed on it since; 0: the snapshot is exact."""
+    step_jitter: float = 0.0
+    """Deviation of the logarithm of a step's seconds: 0.05 lets two steps in three be within 5 % of the cost model's."""
     failures: tuple[Failure, ...] = ()
     seed: int = 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,7 +42,10 @@ def simulate(
     chunk: Annotated[int, typer.Option(help="Prefill tokens of a step that also decodes; 0: sized each step by the SLO.")] = 0,
     speed: Annotated[float, typer.Option(help="Arrivals are this many times faster.")] = 1.0,
     slo_ttft: Annotated[float, typer.Option(help="Seconds.")] = 30.0,
-    slo_tbt: Annotated[float, typer.Option(help="Milliseconds, of the mean of a request's longest tenth of gaps.")] = 100.0,
+    slo_tbt: Annotated[float, typer.Option(help="Milliseconds between two tokens; see --judge.")] = 100.0,
+    judge: Annotated[
+        str, typer.Option(help="What --slo-tbt bounds: tpot, a request's mean gap, as live; tbt, the mean of its longest tenth.")
+    ] = "tpot",
     seed: Annotated[int, typer.Option()] = 0,
     seeds: Annotated[int, typer.Option(help="--sweep: so many seeds, mean and deviation.")] = 1,
     cost_model: Annotated[str, typer.Option(help="A shipped one's name or a file.")] = "a800-70b",
@@ -72,7 +76,7 @@ def simulate(
             cost=_sized(find_cost_model(cost_model), dram, ssd), failures=tuple(Failure.parse(text) for text in fail or ()),
             num_prefill=prefill, num_decode=decode, coupled=coupled, chunk_tokens=chunk,
             policy=policies[0], admission=admissions[0], slo=Slo(slo_ttft, slo_tbt / 1e3), order=_order(order, policies[0]),
-            balancing_threshold=threshold, remote_prefix=not local_cache, cache_on_decode=cache_on_decode, seed=seed,
+            judge=_judge(judge), balancing_threshold=threshold, remote_prefix=not local_cache, cache_on_decode=cache_on_decode, seed=seed,
         )  # fmt: skip
         options = ReplayOptions(speed=speed, sample=sample, dequantise=dequantise, start_s=start, duration_s=duration, seed=seed)
         with progress_console.status("reading the trace"):
@@ -103,6 +107,12 @@ def _names(text: str, known: Collection[str], what: str) -> list[str]:
         if name not in known:
             raise ValueError(f"no {what} {name!r}; choose of {', '.join(known)}")
     return names
+
+
+def _judge(judge: str) -> Any:
+    if judge not in ("tpot", "tbt"):
+        raise ValueError(f"no judge {judge!r}; choose of tpot, tbt")
+    return judge
 
 
 def _order(order: str, policy: str) -> Any:
@@ -151,16 +161,19 @@ def _goodput(trace: Trace, scenario: Scenario, options: ReplayOptions, level: fl
 
         def ran(_: Scenario, speed: float, attainment: float) -> None:
             tried.append((speed, attainment))
-            status.update(f"run {len(tried)}: speed {speed:.2f}, {attainment:.1%} in SLO")
+            status.update(f"run {len(tried)}: speed {speed!r}, {attainment:.1%} in SLO")
 
         found = GoodputSearch(trace, options, level=level, on_run=ran).search(scenario, options.speed)
     table = Table("speed", "in SLO", title=f"{scenario.title}, {slo_text(scenario.slo)}, {trace.name} (simulated)", title_justify="left")
     for speed, attainment in sorted(tried):
-        table.add_row(f"{speed:.3f}", f"{attainment:.1%}")
+        table.add_row(repr(speed), f"{attainment:.1%}")
     console.print(table)
-    console.print(f"goodput: {found.speed:.2f} x the trace's speed with {level:.0%} of the requests in SLO")
+    if math.isinf(found.fails_at):
+        console.print(f"goodput: more than {found.speed!r} x the trace's speed; every speed held {level:.0%} of the requests in SLO")
+    else:
+        console.print(f"goodput: {found.speed!r} x the trace's speed with {level:.0%} of the requests in SLO; {found.fails_at!r} x fails")
     if out is not None:
-        write_json({"goodput_speed": found.speed, "level": level, "runs": sorted(tried)}, out / "goodput.json")
+        write_json({"goodput_speed": found.speed, "fails_at": found.fails_at, "level": level, "runs": sorted(tried)}, out / "goodput.json")
 
 
 def _sweep(trace: Trace, chosen: list[Scenario], options: ReplayOptions, num_seeds: int, out: Path | None) -> None:

@@ -41,6 +41,12 @@ class StepCost(NamedTuple):
         rest_s = attention * self.per_attention_s + num_decodes * self.per_decode_s + num_context_tokens * self.per_context_s
         return max(self.read_s, products_s) + rest_s
 
+    def alone_s(self, num_tokens: int, num_prefix_tokens: int, most: int = 2048) -> float:
+        """Seconds of a prompt by itself, in chunks of `most` tokens."""
+        num_chunks = -(-num_tokens // most)
+        attention = attention_of(num_tokens, num_prefix_tokens)
+        return num_chunks * self.chunk_s + num_tokens * self.per_token_s + attention * self.per_attention_s
+
     def scaled(self, factor: float) -> StepCost:
         """The same machine, so many times slower in everything."""
         return StepCost(*(weight * factor for weight in self))

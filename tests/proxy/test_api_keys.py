@@ -85,6 +85,16 @@ def test_without_a_key_or_with_a_wrong_one_nothing_of_v1_answers_and_the_rest_do
         assert right.models.list().data[0].id == "chatty"
 
 
+def test_the_page_tells_a_stranger_nothing_and_a_tenant_nothing_of_others_requests(face: Any, keys: Keys) -> None:
+    key = keys.add("acme")
+    assert post(face, keys.add("other")).status_code == 200
+    assert httpx.get(face.http).status_code == 200
+    refused = httpx.get(f"{face.http}/page/state")
+    assert refused.status_code == 401 and "members" not in refused.text
+    state = httpx.get(f"{face.http}/page/state", headers={"authorization": f"Bearer {key}"}).json()
+    assert state["members"] and (state["under_way"], state["ended"]) == ([], [])
+
+
 def test_a_body_is_not_read_for_a_stranger(face: Any) -> None:
     host, port = face.http.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from halfmoon.proxy.conductor.placement import Slo
 from halfmoon.proxy.conductor.predictors import CostModel
 from halfmoon.simulator.cluster import Cluster, simulate
-from halfmoon.simulator.instance import Instance
+from halfmoon.simulator.loads import Load
 from halfmoon.simulator.outcome import Result
 from halfmoon.simulator.replay import Replay
 from halfmoon.simulator.scenario import Failure, Scenario
@@ -179,11 +179,41 @@ def test_prefixes_come_from_the_other_node_where_it_holds_more(small_cost: CostM
     assert without.counters.prefix_bytes == 0
 
 
-def test_adaptive_moves_instances_to_where_the_work_is(small_cost: CostModel, talk: Talk) -> None:
-    # long prompts and short answers: prefill is all the work there is
-    scenario = Scenario(cost=small_cost, num_prefill=4, num_decode=4, policy="adaptive", order="late", slo=Slo(10.0, 0.05))
-    cluster = simulate(scenario, talk(400, 5, gap_s=0.15, output=10))
-    roles: list[Instance] = [instance for instance in cluster.instances if instance.role == "decode"]
-    assert len(roles) < 4
-    static = simulate(scenario.with_(policy="kvcache_centric", order="edf"), talk(400, 5, gap_s=0.15, output=10))
-    assert Result(cluster).quantiles("ttft_s").mean < Result(static).quantiles("ttft_s").mean
+@pytest.mark.parametrize(("load", "rate"), [(Load("answers", 60, 200), 6.0), (Load("prompts", 700, 8), 1.4)])
+def test_adaptive_on_two_instances_holds_what_a_coupled_cluster_holds_and_a_split_does_not(
+    small_cost: CostModel, load: Load, rate: float
+) -> None:
+    """Where all the work is of one kind, one of the split's two instances idles."""
+    slo = Slo(2.0, 0.05)
+    requests = Replay(list(load.make(250, rate, 1).requests), [])
+    base = Scenario(cost=small_cost, num_prefill=1, num_decode=1, slo=slo)
+    arms = [base, base.with_(coupled=True, num_prefill=2, num_decode=0), base.with_(policy="adaptive")]
+    split, coupled, adaptive = (Result(simulate(arm, requests)).attainment(slo) for arm in arms)
+    assert split < 0.9 * coupled
+    assert adaptive >= coupled - 0.02
+
+
+def test_roles_that_change_take_their_time(small_cost: CostModel, talk: Talk) -> None:
+    scenario = Scenario(cost=small_cost, num_prefill=2, num_decode=2, policy="adaptive", role_change_s=0.25)
+    cluster = simulate(scenario, talk(20, 5))
+    assert [(moment, role) for moment, _, role in cluster.role_changes[:2]] == [(0.25, "decode")] * 2
+
+
+def test_what_a_step_takes_differs_by_its_jitter_and_not_on_average(small_cost: CostModel, talk: Talk) -> None:
+    base = Scenario(cost=small_cost, num_prefill=1, num_decode=1)
+    calm, shaken = (Result(simulate(base.with_(step_jitter=jitter), talk(60, 3))) for jitter in (0.0, 0.1))
+    assert calm.rows != shaken.rows
+    assert shaken.quantiles("tpot_s").mean == pytest.approx(calm.quantiles("tpot_s").mean, rel=0.05)
+
+
+def test_a_prefix_in_the_own_store_takes_its_load_and_one_in_pages_takes_none(small_cost: CostModel) -> None:
+    # 1024 tokens of 1 KB at 1 MB/s: a second
+    cost = dataclasses.replace(small_cost, own_load_bytes_per_s=1e6)
+    replay = Replay([request(0.0, 1024, 1, 1, 2), request(3.0, 1100, 1, 1, 2, 3)], [])
+    scenario = Scenario(cost=cost, num_prefill=1, num_decode=1)
+    kept = Result(simulate(scenario, replay)).rows[1]
+    assert kept.num_cached_tokens == 1024 and kept.prefill_start_s == pytest.approx(3.0)
+    # a prompt between them needs 31 of the 32 blocks that pages are there for: one of the two gives way
+    between = Replay([replay.requests[0], request(1.5, 16_000, 1, *range(10, 42)), request(30.0, 1100, 1, 1, 2, 3)], [])
+    loaded = Result(simulate(scenario, between)).rows[2]
+    assert loaded.num_cached_tokens == 1024 and loaded.prefill_start_s == pytest.approx(30.512)

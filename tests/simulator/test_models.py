@@ -8,7 +8,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "scheduling.md").read_text()
-BOOKS = {"clock", "counters", "goodput", "instance_options", "job", "owner", "plots", "replay", "report", "scenario", "sweep", "trace"}
+BOOKS = {
+    "clock", "counters", "goodput", "grid", "instance_options", "job", "loads", "owner",
+    "plots", "replay", "report", "scenario", "sweep", "trace",
+}  # fmt: skip
 """Files that stand for nothing of a live cluster: the clock, the trace, options and figures."""
 DECIDES = re.compile(
     r"(Conductor|Predictors|PrefixIndex|Scheduler|Allocator|Sizer|Fit|ContentIndex)$|^(create_\w+|queue_order|token_target_s)$"

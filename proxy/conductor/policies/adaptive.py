@@ -1,17 +1,18 @@
-"""adaptive: predicted milliseconds decide where a request is prefilled, where it decodes, and how many workers do which.
+"""adaptive: predicted seconds decide where a request is prefilled, where it decodes, and how many workers prefill for the others.
 
-prefill   the worker with the least predicted first token, as in kvcache_centric; a decode worker counts too, slowed by the batch that
-          shares its steps, while its step and its pages have slack. A prefill there is chunked so that no step passes the target.
-decode    the least predicted step among those in the decode role; chosen when the prefill begins, not when the request arrives.
-roles     rebalance(): as many decode workers as hold the load under the SLO and inside their pages, all others prefill. A worker that
-          changes takes no new work of the old kind and keeps what it has, its cache included.
-It is told the SLO and nothing of the best split.
+prefill   the worker with the least predicted first token, as in kvcache_centric. Workers that decode count, too, slowed by the batch that
+          shares their steps, while those have slack; a prompt there is chunked so that no step passes its target.
+decode    where the prompt was computed, if that worker decodes; else the least predicted step, chosen when the prefill begins.
+roles     rebalance(): what_if.py says what share of the last requests would have been in SLO for each number of prefill workers, none
+          included, and the best number is taken. A worker that changes keeps what it has, its cache included.
+It is told the SLO and nothing of the load.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 import numpy as np
@@ -22,29 +23,37 @@ from ..placement import NO_SLO, PlacementRequest, PrefixHint, Selection, Slo, Sn
 from ..pool import Bools, Floats, Pool
 from ..predictors.timing import Predictors
 from ..predictors.waiting import least_step, queue_s, queue_times, slowdowns_beside, step_with
-from .base import Policy, PolicySettings, RoleChange, best_prefix, own_blocks
+from ..what_if import Arrival, Demand, WhatIf
+from .base import Policy, PolicySettings, RoleChange, best_prefix, cost_by_blocks, own_blocks
 
 DEFAULT_TPOT_S = 0.05  # where the SLO bounds none: what workers then size their steps for
-PEAK_FADE = 0.02  # of the distance to the present need, with every rebalance
+DEFAULT_TTFT_S = 2.0
+NUM_ARRIVALS = 160  # that are looked back at
+OLDEST_S = 60.0
+FEWEST = 12  # arrivals that say something
+END_WEIGHT = 0.03  # of the newest answer in their mean length
 
 
 @dataclass(slots=True)
 class Adaptive(Policy):
     """
     Args:
-        full_share: of the TBT SLO and of the pages that the decode pool is planned for.
-        spare: decode workers' worth of load by which a worker has to be superfluous before it goes back to prefill.
-        slack_share: a decode worker prefills while at least so much of a step is free.
+        slack_share: of a step that has to be free where a worker that decodes computes prompts, too, while others prefill.
+        gain: in the share of requests in SLO, for which roles change.
+        calm_s: from a change of roles to the next.
     """
 
     predictors: Predictors
     slo: Slo = NO_SLO
-    full_share: float = 0.90
-    spare: float = 0.35
-    slack_share: float = 0.4
-    calm_s: float = 2.0  # from any change to one back to prefill
+    slack_share: float = 0.2
+    full_share: float = 0.90  # of the pages
+    gain: float = 0.02
+    calm_s: float = 4.0
+    nearly: float = 1.1
+    nearly_s: float = 0.02
     last_change_s: float = -math.inf
-    peak: float = 0.0  # decode workers needed, recently
+    arrivals: deque[Arrival] = field(default_factory=lambda: deque[Arrival](maxlen=NUM_ARRIVALS))
+    answer_len: float = 0.0  # mean of those that ended of late; 0: none has
     name: ClassVar[str] = "adaptive"
     fetches: ClassVar[bool] = True
     weighs_local: ClassVar[bool] = True
@@ -58,26 +67,44 @@ class Adaptive(Policy):
     def roles(self) -> Adaptive:
         return self
 
+    @property
+    def tpot_s(self) -> float:
+        return self.slo.tpot_s if math.isfinite(self.slo.tpot_s) else DEFAULT_TPOT_S
+
     def select(self, request: PlacementRequest, candidates: Snapshot) -> Selection:
         pool, block_size = candidates.prefill, candidates.block_size
         holder, best = best_prefix(request, block_size)
         own_of = own_blocks(request, pool, block_size)
         slowdowns, blocked = self._slowdowns(pool, request.num_tokens // 2)
-        ttfts = queue_times(self.predictors, pool, candidates.now_s)
-        ttfts += own_of.costs(lambda own, in_pages: self._compute_s(request, own, in_pages, max(best, own), block_size)) * slowdowns
+        loads = own_of.costs(lambda own, in_pages: self._load_s(own, in_pages, max(best, own), block_size))
+        num_cached_of = np.maximum(own_of.held, best) * block_size
+        there = cost_by_blocks(num_cached_of, lambda cached: self.predictors.prefill.predict(request.num_tokens - cached, cached))
+        here = cost_by_blocks(num_cached_of, lambda cached: self.predictors.step.cost.alone_s(request.num_tokens - cached, cached))
+        ttfts = queue_times(self.predictors, pool, candidates.now_s) + loads
+        ttfts += np.where(pool.roster.in_role("decode"), here, there) * slowdowns
         ttfts[blocked] = math.inf
-        row = int(ttfts.argmin())  # ties go to the first
+        row = self._least(pool, ttfts)
         prefill, ttft_s = pool[row], float(ttfts[row])
+        num_cached = max(best, int(own_of.held[row])) * block_size
+        self.arrivals.append(Arrival(candidates.now_s, request.num_tokens - num_cached, num_cached))
         local = prefill.role == "decode"
         decode, tpot_s = (
             (prefill, step_with(self.predictors, prefill, request.num_tokens)) if local else self.select_decode(request, candidates)
         )
-        own = int(own_of.held[row])
-        prefix = PrefixHint(holder, best) if best > own else None
+        prefix = PrefixHint(holder, best) if best > int(own_of.held[row]) else None
         where = "in its own decode batch" if local else f"for {decode.id}"
-        num_cached = max(best, own) * block_size
         reason = f"{prefill.id} is predicted to give the first token in {ttft_s:.3f} s {where}, behind {num_cached} cached tokens"
         return Selection(prefill, decode, reason, prefix, ttft_s, tpot_s)
+
+    def _least(self, pool: Pool, ttfts: Floats) -> int:
+        """The least predicted first token. Of workers that decode nearly the least will do: the one with the shortest step, promises
+        included. Idle queues would all else send everything to one."""
+        row = int(ttfts.argmin())
+        if pool.roster.roles[row] != "decode":
+            return row
+        step_s = self.predictors.step.predict_all(pool.num_requests, pool.num_outstanding_tokens)
+        near = (ttfts <= ttfts[row] * self.nearly + self.nearly_s) & pool.roster.in_role("decode")
+        return int(np.where(near, step_s, math.inf).argmin())
 
     def select_decode(self, request: PlacementRequest, candidates: Snapshot) -> tuple[MemberState, float]:
         """The least predicted step among the decode role (anyone where nobody has it), promises included; and its step as it runs now."""
@@ -85,43 +112,58 @@ class Adaptive(Policy):
         selected = least_step(self.predictors, pool if len(pool) else candidates.decode)
         return selected, step_with(self.predictors, selected, request.num_tokens)
 
+    def observe_end(self, num_output_tokens: int) -> None:
+        """A request has got so many tokens, and its last."""
+        if not self.answer_len:
+            self.answer_len = float(num_output_tokens)
+        self.answer_len += END_WEIGHT * (num_output_tokens - self.answer_len)
+
     def rebalance(self, snapshot: Snapshot) -> tuple[RoleChange, ...]:
         """Who changes its role now. To be asked about once a second; snapshot.decode holds every worker."""
         now_s, members = snapshot.now_s, list(snapshot.decode)
-        decoding = [member for member in members if member.role == "decode"]
         prefilling = [member for member in members if member.role != "decode"]
-        needed = self.decode_workers_needed(members)
-        self.peak = max(needed, self.peak - PEAK_FADE * max(self.peak - needed, 0.0))
-        num_more = min(math.ceil(needed) - len(decoding), len(prefilling) - 1)
-        if num_more > 0:
-            changed = sorted(prefilling, key=lambda one: (queue_s(self.predictors, one, now_s), one.id))[:num_more]
-            self.last_change_s = now_s
-            return tuple(RoleChange(one.id, "decode", f"decode needs {needed:.1f} workers, {len(decoding)} do it") for one in changed)
-        num_less = min(math.floor(len(decoding) - self.peak - self.spare), len(decoding) - 1)
-        if num_less > 0 and now_s - self.last_change_s > self.calm_s:
-            changed = sorted(decoding, key=lambda one: (one.num_requests, one.id))[:num_less]
-            self.last_change_s = now_s
-            return tuple(
-                RoleChange(one.id, "prefill", f"decode needed {self.peak:.1f} workers of late, {len(decoding)} do it") for one in changed
-            )
-        return ()
+        decoding = [member for member in members if member.role == "decode"]
+        if now_s - self.last_change_s < self.calm_s:
+            return ()
+        wanted, why = self.num_prefill_wanted(members, len(prefilling), now_s)
+        if wanted == len(prefilling):
+            return ()
+        self.last_change_s = now_s
+        if wanted > len(prefilling):
+            changed = sorted(decoding, key=lambda one: (one.num_requests, one.id))[: wanted - len(prefilling)]
+            return tuple(RoleChange(one.id, "prefill", why) for one in changed)
+        changed = sorted(prefilling, key=lambda one: (queue_s(self.predictors, one, now_s), one.id))[: len(prefilling) - wanted]
+        return tuple(RoleChange(one.id, "decode", why) for one in changed)
 
-    def decode_workers_needed(self, members: list[MemberState]) -> float:
-        """So many that the sequences of all members, spread evenly, step under the SLO and fit into the pages."""
-        step = self.predictors.step
-        num_sequences = sum(member.num_running for member in members)
-        num_tokens = sum(member.num_running_tokens for member in members)
-        tpot_s = self.slo.tpot_s if math.isfinite(self.slo.tpot_s) else DEFAULT_TPOT_S
-        room_s = max(self.full_share * tpot_s - step.base_s, 0.1 * step.base_s)
-        by_time = (num_sequences * step.per_sequence_s + num_tokens * step.per_kv_token_s) / room_s
-        capacity = members[0].kv_capacity_tokens
-        return max(by_time, num_tokens / (self.full_share * capacity) if capacity else 0.0)
+    def num_prefill_wanted(self, members: list[MemberState], num_now: int, now_s: float) -> tuple[int, str]:
+        """Of the workers, and why. As many as now, unless another number is better by `gain`; none before anything is known."""
+        while self.arrivals and now_s - self.arrivals[0].at_s > OLDEST_S:
+            self.arrivals.popleft()
+        if len(self.arrivals) < FEWEST:
+            return (num_now, "") if self.last_change_s > -math.inf else (0, "nothing is known of the load")
+        demand, form = self.demand(members, now_s), self.what_if(members)
+        scores = {number: form.score(demand, number) for number in range(len(members))}
+        best = max(scores, key=lambda number: (scores[number], -number))
+        if num_now in scores and scores[best] < scores[num_now] + self.gain:
+            return num_now, ""
+        known = f"{scores[num_now]:.0%} with {num_now}" if num_now in scores else f"{num_now} now"
+        return best, f"{scores[best]:.0%} of the last {len(demand.arrivals)} requests in SLO with {best} prefill workers, {known}"
 
-    def _compute_s(self, request: PlacementRequest, own: int, in_pages: int, best: int, block_size: int) -> float:
-        """Seconds of transfer and prefill on a worker that holds own blocks, some in its pages; it fetches what another holds more."""
+    def demand(self, members: list[MemberState], now_s: float) -> Demand:
+        num_running, num_tokens = sum(one.num_running for one in members), sum(one.num_running_tokens for one in members)
+        seconds = max(now_s - self.arrivals[0].at_s, 1e-3)
+        context = num_tokens / num_running if num_running else 1.0
+        return Demand(tuple(self.arrivals), len(self.arrivals) / seconds * self.answer_len, num_running, context)
+
+    def what_if(self, members: list[MemberState]) -> WhatIf:
+        slo = Slo(self.slo.ttft_s if math.isfinite(self.slo.ttft_s) else DEFAULT_TTFT_S, self.tpot_s)
+        handoff_s = self.predictors.handoff.predict(0.0, "net")
+        return WhatIf(self.predictors, slo, len(members), members[0].kv_capacity_tokens, handoff_s, self.slack_share)
+
+    def _load_s(self, own: int, in_pages: int, best: int, block_size: int) -> float:
+        """Seconds of transfer to a worker that holds own blocks, some in its pages; it fetches what another holds more."""
         block_bytes, transfer = block_size * self.predictors.model.kv_bytes_per_token, self.predictors.transfer
-        transfer_s = transfer.own((own - in_pages) * block_bytes) + transfer.predict((best - own) * block_bytes)
-        return transfer_s + self.predictors.prefill.predict(request.num_tokens - best * block_size, best * block_size)
+        return transfer.own((own - in_pages) * block_bytes) + transfer.predict((best - own) * block_bytes)
 
     def _slowdowns(self, pool: Pool, num_prefix_tokens: int) -> tuple[Floats, Bools]:
         """Of a prefill on each worker, by the batch in its steps; and who should not have one. [workers] each.
@@ -131,10 +173,13 @@ class Adaptive(Policy):
         running = pool.num_running > 0
         if not running.any():
             return np.ones(len(pool)), running
-        target_s = token_target_s(self.slo.tpot_s if math.isfinite(self.slo.tpot_s) else DEFAULT_TPOT_S, 0, 0.0)
+        target_s = token_target_s(self.tpot_s, 0, 0.0)
+        slowdowns = slowdowns_beside(self.predictors.step.cost, pool.num_running, pool.num_running_tokens, target_s, num_prefix_tokens)
+        slowdowns = np.where(running, slowdowns, 1.0)
+        decoding = pool.roster.in_role("decode")
+        if decoding.all():
+            return slowdowns, np.zeros(len(pool), np.bool_)
         slack_s = target_s - self.predictors.step.predict_all(pool.num_running, pool.num_running_tokens)
         capacity = pool.kv_capacity_tokens
         full = (capacity > 0) & (pool.num_outstanding_tokens > self.full_share * capacity)
-        blocked = running & pool.roster.in_role("decode") & ((slack_s < self.slack_share * target_s) | full)
-        slowdowns = slowdowns_beside(self.predictors.step.cost, pool, target_s, num_prefix_tokens)
-        return np.where(running, slowdowns, 1.0), blocked
+        return slowdowns, running & decoding & ((slack_s < self.slack_share * target_s) | full)

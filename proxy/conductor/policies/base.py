@@ -43,6 +43,10 @@ class RolePlanner(Protocol):
         """The decode worker, selected when the prefill begins; and its predicted step with the request."""
         ...
 
+    def observe_end(self, num_output_tokens: int) -> None:
+        """A request has got so many tokens, and its last."""
+        ...
+
     def rebalance(self, snapshot: Snapshot) -> tuple[RoleChange, ...]:
         """Who changes its role now. To be asked about once a second; snapshot.decode holds every worker."""
         ...

@@ -2,7 +2,8 @@
 
 prefill of n new tokens behind a prefix of p     prefill_s + n·per_token_s + n·p·per_token_prefix_s + n²·per_token_squared_s
 decode step of a batch                           step_s + sequences·per_sequence_s + KV tokens·per_kv_token_s
-a step that does both                            the larger of step_s and the prefill's products, and the rest of either
+a step that does both                            the larger of step_s and the prefill's products, and the rest of either;
+                                                 near their crossing more than the larger (overlap)
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ class CostModel:
     ssd_bytes_per_s: float = 6e9
     request_s: float = 0.0
     """Of a request's first token beside queue, prefill and transfer (calls, look-ups); keeps no worker busy."""
+    overlap: float = 0.0
+    """How well a mixed step's read of the weights hides under its products: it takes the power mean (read^k + products^k)^(1/k) of them,
+    which is 2^(1/k) times either where they are equal, so that small chunks cost more than their tokens. 0: all of it hides."""
+    own_load_bytes_per_s: float = 0.0
+    """Of a prefix from the store on the worker's own node into its pages; 0: it is there at once."""
     num_cores: float = 0.0
     """Workers of one machine that compute at full speed at once, where they share its cores; 0: each has a device of its own."""
 
@@ -50,6 +56,8 @@ class CostModel:
         for name in ("kv_bytes_per_token", "num_layers", "kv_capacity_tokens", "link_bytes_per_s", "ssd_bytes_per_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; a cost model needs it above 0")
+        if self.overlap and self.overlap < 1.0:
+            raise ValueError(f"overlap is {self.overlap}; give 1 (nothing hides) or more, or 0 where all of the read hides")
 
     def prefill_time(self, num_new: int, num_prefix: int) -> float:
         """Seconds to compute num_new tokens behind num_prefix, alone."""
@@ -72,12 +80,17 @@ class CostModel:
             return self.step_time(num_sequences, num_kv_tokens)
         products_s = self.prefill_s + num_new * self.per_token_s
         if num_sequences:
-            products_s = max(products_s, self.step_s)
+            products_s = self._beside_read(products_s)
         return products_s + attention_s + num_sequences * self.per_sequence_s + num_kv_tokens * self.per_kv_token_s
+
+    def _beside_read(self, products_s: float) -> float:
+        if not self.overlap or products_s <= 0.0:
+            return max(products_s, self.step_s)
+        return (products_s**self.overlap + self.step_s**self.overlap) ** (1.0 / self.overlap)
 
     @property
     def step_cost(self) -> StepCost:
-        """The same, as a worker knows it."""
+        """The same, as a worker knows it at first: it knows nothing of overlap until it has learnt from steps."""
         return StepCost(
             read_s=self.step_s,
             chunk_s=self.prefill_s,

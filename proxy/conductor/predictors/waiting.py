@@ -7,7 +7,7 @@ import numpy as np
 from ....protocol.timing.chunk_sizer import LEAST_CHUNK_TOKENS
 from ....protocol.timing.step_cost import StepCost
 from ..member_state import MemberState
-from ..pool import Floats, Pool
+from ..pool import Floats, Ints, Pool
 from .timing import Predictors
 
 MOST_CHUNK_TOKENS = 2048  # beside decode tokens: workers' own default
@@ -38,14 +38,16 @@ def least_step(predictors: Predictors, pool: Pool) -> MemberState:
     return pool[int(predictors.step.predict_all(pool.num_requests, pool.num_outstanding_tokens).argmin())]
 
 
-def slowdowns_beside(cost: StepCost, pool: Pool, target_s: float, num_prefix_tokens: int) -> Floats:
+def slowdowns_beside(
+    cost: StepCost, num_running: Ints | Floats, num_running_tokens: Ints | Floats, target_s: float, num_prefix_tokens: int
+) -> Floats:
     """How many times longer than alone a prompt takes in each worker's steps, by the chunks that its batch leaves room for. [workers]
 
     The chunk is ChunkSizer's, but for its rounding: the largest n at which the read of the weights and the products both stay under
     what the batch leaves of target_s.
     """
     half, each = cost.per_attention_s / 2, num_prefix_tokens * cost.per_attention_s
-    rest_s = pool.num_running * cost.per_decode_s + pool.num_running_tokens * cost.per_context_s
+    rest_s = num_running * cost.per_decode_s + num_running_tokens * cost.per_context_s
     left_s = target_s - rest_s
     sizes = np.minimum(_root(half, each + cost.per_token_s, left_s - cost.chunk_s), _root(half, each, left_s - cost.read_s))
     sizes = np.clip(sizes, LEAST_CHUNK_TOKENS, MOST_CHUNK_TOKENS)

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfmoon.protocol.timing.chunk_sizer import LEAST_CHUNK_TOKENS, ChunkSizer
 from halfmoon.protocol.timing.step_cost import ChunkWork, StepCost, StepWork, attention_of
-from halfmoon.proxy.conductor.placement import MemberState, PlacementRequest, Slo, Snapshot
+from halfmoon.proxy.conductor.member_state import MemberState
+from halfmoon.proxy.conductor.placement import PlacementRequest, Slo, Snapshot
 from halfmoon.proxy.conductor.policies.adaptive import Adaptive
 from halfmoon.proxy.conductor.pool import Pool
 from halfmoon.proxy.conductor.predictors import CostModel, Predictors
@@ -48,7 +51,7 @@ def test_a_decode_worker_with_slack_prefills_for_itself_where_the_queues_are_lon
 
 
 def test_a_decode_worker_whose_steps_or_pages_are_full_does_not_prefill() -> None:
-    for full in (member(1, "decode", running=50), member(1, "decode", running=5, tokens=95_000)):
+    for full in (member(1, "decode", running=60), member(1, "decode", running=5, tokens=95_000)):
         choice = Adaptive(Predictors(MODEL), SLO).select(PlacementRequest(1000), everyone(member(0, "prefill", busy=9.0), full))
         assert choice.prefill.id == "n0"
 
@@ -60,26 +63,42 @@ def test_the_longest_prefix_anywhere_is_used() -> None:
     assert choice.prefix is not None and choice.prefix.store_address == "n0" and choice.prefix.num_blocks == 10
 
 
-def test_an_idle_cluster_keeps_one_decode_worker_and_a_busy_one_gets_as_many_as_it_needs() -> None:
-    policy = Adaptive(Predictors(MODEL), SLO)
-    idle = everyone(*(member(number, "prefill" if number < 4 else "decode") for number in range(8)))
-    changes = policy.rebalance(idle)
-    assert len(changes) == 3 and {change.role for change in changes} == {"prefill"}
-    # 170 sequences: (90 - 20) ms hold 70 on a worker
-    busy = everyone(*(member(number, "prefill", busy=float(number)) for number in range(7)), member(7, "decode", running=170))
-    changes = Adaptive(Predictors(MODEL), SLO).rebalance(busy)
-    assert [change.member_id for change in changes] == ["n0", "n1"], "those with the shortest queues"
-    assert {change.role for change in changes} == {"decode"}
+def placed(policy: Adaptive, num: int, *, num_tokens: int, gap_s: float, cluster: tuple[MemberState, ...], answer_len: int) -> float:
+    """num requests, one every gap_s, and as many ends. Returns the moment after the last."""
+    for number in range(num):
+        policy.select(PlacementRequest(num_tokens), everyone(*cluster, now_s=number * gap_s))
+        policy.observe_end(answer_len)
+    return num * gap_s
 
 
-def test_a_change_back_waits_until_the_last_change_is_a_while_ago_and_the_peak_is_over() -> None:
-    policy = Adaptive(Predictors(MODEL), SLO)
-    busy = [member(number, "prefill") for number in range(6)] + [member(6, "decode", running=100), member(7, "decode", running=100)]
-    assert [change.role for change in policy.rebalance(everyone(*busy))] == ["decode"]
-    calm = [member(number, "prefill") for number in range(5)] + [member(number, "decode", running=20) for number in (5, 6, 7)]
-    assert policy.rebalance(everyone(*calm, now_s=1.0)) == ()
-    seconds = next(moment for moment in range(2, 500) if policy.rebalance(everyone(*calm, now_s=float(moment))))
-    assert seconds > 10
+def test_before_anything_is_known_everybody_does_both() -> None:
+    changes = Adaptive(Predictors(MODEL), SLO).rebalance(everyone(member(0, "prefill"), member(1, "prefill"), member(2, "decode")))
+    assert {change.member_id: change.role for change in changes} == {"n0": "decode", "n1": "decode"}
+
+
+def test_where_prompts_beside_answers_would_be_late_some_workers_prefill_alone() -> None:
+    # a batch of 60 leaves 12 of 92 ms for a prompt beside it; alone, 400 tokens take 0.4 s of the 0.5 s that there are
+    policy = Adaptive(Predictors(MODEL), Slo(0.5, 0.1))
+    cluster = tuple(member(number, "decode", running=40 if number else 0, tokens=4000) for number in range(4))
+    now_s = placed(policy, 40, num_tokens=400, gap_s=1.0, cluster=cluster, answer_len=1500)
+    changes = policy.rebalance(everyone(*cluster, now_s=now_s))
+    assert [(change.member_id, change.role) for change in changes] == [("n0", "prefill")], "the one with the fewest sequences"
+
+
+def test_where_answers_are_all_the_work_nobody_prefills_alone() -> None:
+    policy = Adaptive(Predictors(MODEL), Slo(5.0, 0.1))
+    cluster = (member(0, "prefill"), member(1, "decode", running=70))
+    now_s = placed(policy, 40, num_tokens=20, gap_s=0.5, cluster=cluster, answer_len=1000)
+    assert [(change.member_id, change.role) for change in policy.rebalance(everyone(*cluster, now_s=now_s))] == [("n0", "decode")]
+
+
+def test_a_change_waits_until_the_last_one_is_a_while_ago() -> None:
+    policy = Adaptive(Predictors(MODEL), SLO, calm_s=4.0)
+    assert policy.rebalance(everyone(member(0, "prefill"), member(1, "decode")))
+    again = everyone(member(0, "prefill"), member(1, "decode", running=70))
+    placed(policy, 20, num_tokens=20, gap_s=0.1, cluster=tuple(again.decode), answer_len=1000)
+    assert policy.rebalance(dataclasses.replace(again, now_s=3.9)) == ()
+    assert policy.rebalance(dataclasses.replace(again, now_s=4.1))
 
 
 @settings(max_examples=200)
@@ -98,10 +117,7 @@ def test_whatever_the_load_somebody_prefills_somebody_decodes_and_every_request_
     assert choice.prefill in members and choice.decode in members
     changed = {change.member_id: change.role for change in policy.rebalance(cluster)}
     after = [changed.get(one.id, one.role) for one in members]
-    if "prefill" in roles:
-        assert "prefill" in after
-    if "decode" in roles:
-        assert "decode" in after
+    assert "decode" in after
 
 
 @given(running=st.integers(1, 200), each=st.integers(10, 20_000), target_s=st.floats(0.01, 0.2), prefix=st.integers(0, 30_000))
@@ -109,7 +125,8 @@ def test_a_local_prefill_is_slowed_by_the_chunks_that_the_worker_will_run(runnin
     """ChunkSizer's own choice rounds down to 64, so the judgement lies between that size and the next."""
     cost = StepCost(5e-3, 2e-3, 2e-5, 1e-9, 1e-5, 4e-8)
     state = MemberState("d", "d#1", "d", num_running=running, num_running_tokens=running * each, role="decode")
-    found = float(slowdowns_beside(cost, Pool.of([state]), target_s, prefix)[0])
+    pool = Pool.of([state])
+    found = float(slowdowns_beside(cost, pool.num_running, pool.num_running_tokens, target_s, prefix)[0])
     decodes = StepWork(num_decodes=running, num_context_tokens=running * each)
     sizer = ChunkSizer(most=2048, most_beside=2048, least=LEAST_CHUNK_TOKENS)
     size = sizer.num_tokens(cost, decodes, target_s, [ChunkWork(prefix, 100_000)])

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 
-from halfmoon.protocol.errors import Unauthenticated, InvalidRequest
+from halfmoon.protocol.errors import InvalidRequest, Unauthenticated
 from halfmoon.protocol.v1 import common_pb2
 from halfmoon.proxy.openai.errors import install_error_handlers
 from halfmoon.proxy.page import routes, view

@@ -88,7 +88,7 @@ def _requests(decisions: Iterable[RequestDecision], limit: int) -> list[dict[str
 def _request(decision: RequestDecision, now: float) -> dict[str, Any]:
     record = decision.record
     return {
-        "id": decision.request_id,
+        "id": decision.label or decision.request_id,  # what its client knows it by
         "state": decision.state,
         "reason": decision.ended.partition(":")[0],  # the error's words behind it may quote the client
         "age_s": round(now - decision.arrival, 3),

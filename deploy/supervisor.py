@@ -301,8 +301,7 @@ class Supervisor:
                 logger.info("%s died: %s", member.id, error)
                 self._notify(member.id, "died")
                 if not member.started.done() and member.num_starts >= MAX_FIRST_STARTS:
-                    crashed = f"{member.id} crashed {member.num_starts} times before it served; its log is in Ray's session folder"
-                    member.started.set_exception(InternalError(crashed))
+                    member.started.set_exception(InternalError(_crashed(member.id, member.num_starts, error)))
                     return
             except RayTaskError as error:
                 cause = error.cause if isinstance(error.cause, HalfmoonError) else InternalError(f"{member.id}: {error.cause!r}")
@@ -439,3 +438,10 @@ class Supervisor:
         num_gpus = 1.0 if self._spec.plan.device == "cuda" else 0.0
         member = Member(placed.member_id, WorkerActor, placed.node, arguments, num_gpus, role)
         return member
+
+
+def _crashed(member_id: str, num_starts: int, error: Exception) -> str:
+    """error: Ray's, with the traceback of the process in its text, whose last line says the most."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    why = lines[-1].rstrip(".") if lines else type(error).__name__
+    return f"{member_id} crashed {num_starts} times before it served: {why}; the rest is in Ray's log, /tmp/ray/session_latest/logs"

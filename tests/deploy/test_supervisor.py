@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
 
 from halfmoon.deploy.cluster import make_spec
 from halfmoon.deploy.ray_session import RayNode
-from halfmoon.deploy.supervisor import Member, Supervisor
+from halfmoon.deploy.supervisor import Member, Supervisor, _crashed
 from halfmoon.protocol.config import ClusterConfig, ModelOptions, ProxyConfig
 
 
@@ -43,3 +45,10 @@ async def test_members_of_a_proxy_that_listens_on_everything_are_given_its_nodes
     assert (again.control_host, again.control_port, again.metrics_port) == ("10.1.2.3", 50052, 8001), (
         "and members, which strangers do not reach"
     )
+
+
+def test_a_process_that_never_served_is_told_with_what_broke_it() -> None:
+    text = "Traceback (most recent call last):\n  File ...\nModuleNotFoundError: No module named 'fastapi'\n"
+    cause: Any = RayTaskError("ProxyActor.__init__", text, ModuleNotFoundError("fastapi"))
+    cause._actor_id = "00"
+    assert "before it served: ModuleNotFoundError: No module named 'fastapi';" in _crashed("proxy", 3, ActorDiedError(cause))

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -64,7 +65,7 @@ def _routes(generator: Generator, process: RequestProcess, gate: Gate | None) ->
     if generator.router.config.page and gate is None:
         add_page(app, generator)
     elif generator.router.config.page:
-        add_page(app, generator, lambda request: _require_key(gate, request), shows_requests=False)
+        add_page(app, generator, _with_key(gate), shows_requests=False)
 
     @app.post("/v1/completions", responses=streamed(CompletionReply))
     async def completions(body: CompletionBody, request: Request) -> Response:
@@ -109,9 +110,13 @@ def _routes(generator: Generator, process: RequestProcess, gate: Gate | None) ->
     return app
 
 
-def _require_key(gate: Gate, request: Request) -> None:
-    """Raises Unauthenticated."""
-    gate.tenant_of(request.headers.get("authorization", ""))
+def _with_key(gate: Gate) -> Callable[[Request], None]:
+    """A guard, which raises Unauthenticated."""
+
+    def check(request: Request) -> None:
+        gate.tenant_of(request.headers.get("authorization", ""))
+
+    return check
 
 
 async def _reply(request: Request, generation: Generation, shape: Shape, *, stream: bool, wants_usage: bool) -> Response:

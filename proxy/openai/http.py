@@ -62,10 +62,9 @@ def _routes(generator: Generator, process: RequestProcess, gate: Gate | None) ->
     app.router.route_class = body_route(process, generator.router.config)
     started = int(time.time())
 
-    if generator.router.config.page and gate is None:
-        add_page(app, generator)
-    elif generator.router.config.page:
-        add_page(app, generator, _with_key(gate), shows_requests=False)
+    if generator.router.config.page:
+        guards: Any = {} if gate is None else {"may_see": _with_key(gate), "shows_requests": False}
+        add_page(app, generator, **guards)
 
     @app.post("/v1/completions", responses=streamed(CompletionReply))
     async def completions(body: CompletionBody, request: Request) -> Response:

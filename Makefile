@@ -12,7 +12,7 @@ export PYTHONSAFEPATH := 1
 # the tests start hundreds of processes: each would compile every file anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check lint proto docs clean
+.PHONY: demo test check lint proto docs audit clean
 
 $(VENV)/server.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,10 @@ $(VENV)/dev.stamp: $(VENV)/server.stamp
 
 $(VENV)/docs.stamp: $(VENV)/server.stamp
 	$(PIP) install -c constraints.txt -e '.[docs]'
+	@touch $@
+
+$(VENV)/audit.stamp: $(VENV)/server.stamp
+	$(PIP) install -c constraints.txt -e '.[audit]'
 	@touch $@
 
 demo: $(VENV)/server.stamp  ## a local cluster, a request through prefill -> store -> decode, its phase record
@@ -48,6 +52,12 @@ docs: $(VENV)/docs.stamp  ## the site of docs/, into out/docs; fails at the firs
 	$(BIN)/python docs/_site/http_page.py
 	$(BIN)/python -m halfmoon.protocol.metrics_page
 	$(BIN)/mkdocs build --strict
+
+audit: $(VENV)/audit.stamp  ## bandit, an SBOM in out/sbom.json, and known faults of dependencies (pip-audit asks pypi.org)
+	$(BIN)/bandit -q -r . -c pyproject.toml -ll
+	@mkdir -p out
+	$(BIN)/cyclonedx-py environment $(VENV) --pyproject pyproject.toml --output-reproducible -o out/sbom.json
+	$(BIN)/pip-audit --skip-editable
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

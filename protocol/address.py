@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-WILDCARDS = ("0.0.0.0", "::", "")  # every address of a machine; nobody can connect to one from elsewhere
+WILDCARDS = ("0.0.0.0", "::", "")  # every address of a machine; nobody can connect to one from elsewhere # nosec B104
 
 
 def join_address(host: str, port: int) -> str:

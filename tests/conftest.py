@@ -95,7 +95,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For `pytest -n`: the longest groups first."""
+    """For `pytest -n`: the longest groups first. Ray fixes at its import whether a process brings a token: a file that imports it while
+    it is collected breaks every Ray that this process starts."""
+    if "ray" in sys.modules:
+        raise pytest.UsageError("a test file imports ray where it is collected; import it in the test, behind ray_environment")
     for item in items:
         item.add_marker(pytest.mark.group(group_of(item.nodeid)))
     if config.getoption("numprocesses", None) or NUM_WORKERS > 1:

@@ -60,7 +60,7 @@ def init(
         "proxy.ttft_slo_s": slo_ttft,
         "proxy.tpot_slo_s": slo_tpot,
         "security.insecure": True,  # seen in its file: no TLS until security.certs and proxy.tls_certificate are set
-        "proxy.host": "0.0.0.0",  # clients reach it from elsewhere
+        "proxy.host": "0.0.0.0",  # clients reach it from elsewhere # nosec B104
         "model.device": "cuda" if gpus else "cpu",  # hosts whose GPUs are not found are an error, and not slow
     }
     description = Description(

@@ -89,7 +89,7 @@ async def schema() -> dict[str, Any]:
     server = ProxyServer(config=config, options=ModelOptions(), model_folder=DEMO, schema=SCHEMA)
     endpoints = await server.start()
     try:
-        return await asyncio.to_thread(lambda: json.load(urllib.request.urlopen(f"http://{endpoints.http}/openapi.json")))
+        return await asyncio.to_thread(lambda: json.load(urllib.request.urlopen(f"http://{endpoints.http}/openapi.json")))  # nosec B310
     finally:
         await server.stop(0.0)
 

@@ -17,7 +17,7 @@ TICKS_PER_S = 1000
 CLASS_S = 60.0  # that one step of priority counts for
 NO_SLO_S = 30.0  # that a request without an SLO counts with
 GIVE_WAY = 10.0
-AGEING = 3.0  # more serves the median sooner, and lets one prompt in twenty wait for half a minute near saturation
+AGEING = 5.0  # more serves the median sooner, and lets a few prompts of a hundred wait for half a minute near saturation
 LONGEST_S = 120.0  # that the longest prompt lets others pass
 
 

@@ -15,13 +15,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..protocol.address import reachable_host
+from ..protocol.address import LOOPBACK, is_loopback, reachable_host
 from ..protocol.config import ClusterConfig
 from ..protocol.errors import ConfigError, MachineError
 from ..protocol.roles import WorkerRole
 from .ray_session import RayNode
-
-LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +68,7 @@ def make_plan(config: ClusterConfig, nodes: Sequence[RayNode]) -> ClusterPlan:
     both = tuple(Placed(f"both-{i}", hosts[(num_prefill + i) % len(hosts)]) for i in range(num_both))
     used = [node for node in nodes if any(worker.node == node for worker in (*prefill, *decode, *both))]
     proxy_host = reachable_host(config.proxy.host, nodes[0].host)
-    control_host = reachable_host(config.proxy.control_host, LOOPBACK if nodes[0].host.startswith("127.") else nodes[0].host)
+    control_host = reachable_host(config.proxy.control_host, LOOPBACK if is_loopback(nodes[0].host) else nodes[0].host)
     _require_reachable(control_host, used)
     stores = tuple(Placed(f"store-{i}", node) for i, node in enumerate(used))
     return ClusterPlan(nodes[0], stores, prefill, decode, both, device, proxy_host, control_host)
@@ -111,8 +109,8 @@ def _spread(nodes: Sequence[RayNode], device: str) -> list[RayNode]:
 
 def _require_reachable(control_host: str, nodes: Sequence[RayNode]) -> None:
     """Raises ConfigError. nodes: the ones that hold a worker."""
-    away = [node.host for node in nodes if not node.host.startswith("127.")]
-    if away and (control_host.startswith("127.") or control_host == "localhost"):
+    away = [node.host for node in nodes if not is_loopback(node.host)]
+    if away and is_loopback(control_host):
         raise ConfigError(
             f"members join the proxy at {control_host} and workers run on {away[0]}, from where that is another machine's loopback; "
             "set proxy.control_host to an address of this machine that they reach, or leave it out"

@@ -11,11 +11,9 @@ import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+from ..kvstore.access import StoreAccess
 from ..kvstore.client import StoreClient
 from ..kvstore.store_link import StoreLink
-from ..kvstore.transport import TransportChoice
-from ..protocol.credentials import Credentials
-from ..protocol.schema import KVSchema
 from ..protocol.tasks import Tasks
 
 logger = logging.getLogger(__name__)
@@ -27,35 +25,18 @@ class Stores:
     def __init__(
         self,
         address: str,
+        access: StoreAccess,
         *,
-        client_id: str,
-        node_id: str,
-        schema: KVSchema,
-        transport: TransportChoice,
         on_lost: Callable[[StoreClient], None],
         on_attached: Callable[[StoreClient], Awaitable[None]],
-        credentials: Credentials | None = None,
     ) -> None:
-        self.own = StoreLink(
-            address,
-            client_id=client_id,
-            node_id=node_id,
-            schema=schema,
-            transport=transport,
-            on_lost=on_lost,
-            on_attached=on_attached,
-            credentials=credentials,
-        )
-        self._client_id = client_id
-        self._node_id = node_id
-        self._schema = schema
-        self._transport: TransportChoice = transport
+        self.own = StoreLink(address, access, on_lost=on_lost, on_attached=on_attached)
+        self._access = access
         self._on_lost = on_lost
         self._on_attached = on_attached
-        self._credentials = credentials
         self._sessions: dict[str, asyncio.Task[StoreClient]] = {}
         self._open: set[StoreClient] = set()  # closed in close() where a task was cancelled before it had done so
-        self._tasks = Tasks(client_id)
+        self._tasks = Tasks(access.client_id)
 
     def is_own(self, address: str) -> bool:
         return address in ("", self.own.address)
@@ -82,14 +63,7 @@ class Stores:
         await self.own.close()
 
     async def _attach(self, address: str) -> StoreClient:
-        client = await StoreClient.attach(
-            address,
-            client_id=self._client_id,
-            node_id=self._node_id,
-            schema=self._schema,
-            transport=self._transport,
-            credentials=self._credentials,
-        )
+        client = await self._access.attach(address)
         self._open.add(client)
         try:
             await self._on_attached(client)
@@ -105,7 +79,7 @@ class Stores:
 
     async def _watch(self, address: str, client: StoreClient) -> None:
         await client.lost.wait()
-        logger.warning("%s lost the KV store at %s", self._client_id, address)
+        logger.warning("%s lost the KV store at %s", self._access.client_id, address)
         self._sessions.pop(address, None)
         self._on_lost(client)
         await self._close(client)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 import grpc.aio
 
+from ..kvstore.access import StoreAccess
 from ..kvstore.client import StoreClient
 from ..kvstore.transport import TransportChoice
 from ..protocol.address import join_address
@@ -142,16 +143,8 @@ class Worker:
         facts = self.facts = self.executor.facts
         self.root = root_key(facts.schema.fingerprint)
         self.metrics = WorkerMetrics(facts.flops)
-        self.stores = Stores(
-            worker_address.store_address,
-            client_id=self.worker_id,
-            node_id=worker_address.node_id,
-            schema=facts.schema,
-            transport=self._transport,
-            on_lost=self._store_lost,
-            on_attached=self._store_attached,
-            credentials=worker_address.credentials,
-        )
+        access = StoreAccess(self.worker_id, worker_address.node_id, facts.schema, self._transport, worker_address.credentials)
+        self.stores = Stores(worker_address.store_address, access, on_lost=self._store_lost, on_attached=self._store_attached)
         try:
             await self.stores.own.attach()
         except StoreUnavailable as error:

@@ -12,11 +12,9 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
-from ..protocol.credentials import Credentials
 from ..protocol.errors import StoreUnavailable
-from ..protocol.schema import KVSchema
+from .access import StoreAccess
 from .client import StoreClient
-from .transport import TransportChoice
 
 logger = logging.getLogger(__name__)
 
@@ -35,23 +33,15 @@ class StoreLink:
     def __init__(
         self,
         address: str,
+        access: StoreAccess,
         *,
-        client_id: str,
-        node_id: str,
-        schema: KVSchema,
-        transport: TransportChoice,
         on_lost: Callable[[StoreClient], None],
         on_attached: Callable[[StoreClient], Awaitable[None]] | None = None,
-        credentials: Credentials | None = None,
     ) -> None:
         self.address = address
-        self._client_id = client_id
-        self._node_id = node_id
-        self._schema = schema
-        self._transport: TransportChoice = transport
+        self._access = access
         self._on_lost = on_lost
         self._on_attached = on_attached
-        self._credentials = credentials
         self._client: StoreClient | None = None
         self._waiting: set[asyncio.Future[StoreClient]] = set()  # for a session
         self._wanted = asyncio.Event()  # somebody waits who did not when the last attempt failed
@@ -82,21 +72,14 @@ class StoreLink:
 
     async def attach(self) -> StoreClient:
         """Raises StoreUnavailable, SchemaMismatch."""
-        client = await StoreClient.attach(
-            self.address,
-            client_id=self._client_id,
-            node_id=self._node_id,
-            schema=self._schema,
-            transport=self._transport,
-            credentials=self._credentials,
-        )
+        client = await self._access.attach(self.address)
         self._client = client
         if self._on_attached is not None:
             await self._on_attached(client)
         for waiter in self._waiting:
             if not waiter.done():
                 waiter.set_result(client)
-        logger.info("%s attached to the KV store at %s over %s", self._client_id, self.address, client.transport)
+        logger.info("%s attached to the KV store at %s over %s", self._access.client_id, self.address, client.transport)
         return client
 
     async def stay_attached(self) -> None:
@@ -104,7 +87,7 @@ class StoreLink:
         while True:
             client = self._client or await self._attach_again()
             await client.lost.wait()
-            logger.warning("%s lost the KV store at %s", self._client_id, self.address)
+            logger.warning("%s lost the KV store at %s", self._access.client_id, self.address)
             self._on_lost(client)
             await client.close()  # cancelled in here, it is still ours, and close() closes it
             self._client = None
@@ -120,7 +103,7 @@ class StoreLink:
             try:
                 return await self.attach()
             except StoreUnavailable as error:
-                logger.debug("%s: %s; trying again in %.1f s", self._client_id, error, backoff_s)
+                logger.debug("%s: %s; trying again in %.1f s", self._access.client_id, error, backoff_s)
             self._wanted.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wanted.wait(), backoff_s)

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 WILDCARDS = ("0.0.0.0", "::", "")  # every address of a machine; nobody can connect to one from elsewhere # nosec B104
 
+LOOPBACK = "127.0.0.1"
+
+
+def is_loopback(host: str) -> bool:
+    """Reached from its own machine alone."""
+    return host.startswith("127.") or host in ("localhost", "::1")
+
 
 def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -24,7 +24,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
-from ..protocol.address import join_address
+from ..protocol.address import LOOPBACK, join_address
 from ..protocol.channel import create_server
 from ..protocol.config import ModelOptions, ProxyConfig
 from ..protocol.credentials import Credentials
@@ -52,7 +52,6 @@ from .tracing import otlp_tracer
 logger = logging.getLogger(__name__)
 
 SERVICES = (inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,)
-LOOPBACK = "127.0.0.1"
 # A live stream is about 300 objects. A full collection goes through those of all streams, 50 ms and more for 256 of them, and most
 # garbage is freed without one. Young objects are looked through 2,000 at a time, and all of them once in thousands of requests.
 GC_THRESHOLDS = (2_000, 5, 100)

@@ -148,6 +148,11 @@ def worker_views() -> Any:
 
 
 @pytest.fixture(scope="session")
+def store_closing() -> Any:
+    return _load("store_closing")
+
+
+@pytest.fixture(scope="session")
 def faces() -> Any:
     return _load("faces")
 

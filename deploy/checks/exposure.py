@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...protocol.address import is_loopback
 from ...protocol.config import ClusterConfig
 from ..plan import ClusterPlan
 from .finding import Finding
@@ -16,18 +17,14 @@ def exposure(config: ClusterConfig, plan: ClusterPlan) -> list[Finding]:
     def add(what: str, remedy: str) -> None:
         found.append(Finding(CHECK, "warning", what, remedy))
 
-    if not _is_loopback(proxy.host):
+    if not is_loopback(proxy.host):
         if not proxy.keys_file:
             add(f"whoever reaches {plan.proxy_host} can use the model", "make keys with `halfmoon keys add`, and set proxy.keys_file")
         if not proxy.tls_certificate:
             what = f"clients reach {plan.proxy_host} without TLS, so that prompts, answers and API keys can be read on the way"
             add(what, "make certificates with `halfmoon certs init`, and set proxy.tls_certificate and proxy.tls_key")
-    hosts = sorted({placed.node.host for placed in plan.stores if not _is_loopback(placed.node.host)})
+    hosts = sorted({placed.node.host for placed in plan.stores if not is_loopback(placed.node.host)})
     if hosts and not config.security.certs:
         what = f"members on {', '.join(hosts)} talk without TLS, so that prompts, KV and the cluster's token can be read on the way"
         add(what, "make certificates with `halfmoon certs init`, and set security.certs")
     return found
-
-
-def _is_loopback(host: str) -> bool:
-    return host.startswith("127.") or host in ("localhost", "::1")

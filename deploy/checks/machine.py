@@ -9,14 +9,13 @@ from pathlib import Path
 
 from ...engine.gpus import Gpu
 from ...kvstore.arena_size import ArenaSize, arena_size, free_shm_bytes
-from ...protocol.address import join_address
+from ...protocol.address import LOOPBACK, join_address
 from ...protocol.config import PORTS, ClusterConfig, ProxyConfig
 from ...protocol.errors import ConfigError, MachineError
 from ...protocol.memory import SHM, human_bytes
 from ...protocol.schema import KVSchema
 from .finding import Finding, ok
 
-LOOPBACK = "127.0.0.1"
 MIN_PROMPT_TOKENS = 2048  # or max_model_len where that is less: an arena that the model sizes has to hold as many
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
 from halfmoon.engine.stores import Stores
+from halfmoon.kvstore.access import StoreAccess
 from halfmoon.kvstore.client import StoreClient
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.config import StoreConfig
@@ -29,10 +31,7 @@ async def other() -> AsyncIterator[StoreServer]:
 
 @pytest.fixture
 def stores() -> Stores:
-    return Stores(
-        "127.0.0.1:9", client_id="prefill-0", node_id="node-t", schema=SCHEMA, transport="auto",
-        on_lost=lambda client: None, on_attached=nothing,
-    )  # fmt: skip
+    return Stores("127.0.0.1:9", StoreAccess("prefill-0", "node-t", SCHEMA), on_lost=lambda client: None, on_attached=nothing)
 
 
 def is_closed(client: StoreClient) -> bool:
@@ -42,36 +41,19 @@ def is_closed(client: StoreClient) -> bool:
 
 
 async def test_a_lost_session_whose_end_is_interrupted_by_close_is_closed(
-    stores: Stores, other: StoreServer, monkeypatch: pytest.MonkeyPatch
+    stores: Stores, other: StoreServer, store_closing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client, closing = await stores.client(other.address), asyncio.Event()
-    close = StoreClient.close
-
-    async def interrupted(self: StoreClient) -> None:
-        if not closing.is_set():
-            closing.set()
-            await asyncio.Event().wait()
-        await close(self)
-
-    monkeypatch.setattr(StoreClient, "close", interrupted)
+    client, closing = await stores.client(other.address), store_closing.hold_first_close(monkeypatch)
     await other.stop(0.0)
     await closing.wait()
     await stores.close()
     assert is_closed(client)
 
 
-async def test_a_cancelled_close_of_a_client_ends_its_threads_too(stores: Stores, other: StoreServer) -> None:
-    client, waiting = await stores.client(other.address), asyncio.Event()
-
-    async def refuse_to_end() -> None:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            waiting.set()
-            await asyncio.Event().wait()
-
-    client._connection.spawn(refuse_to_end(), "refusing to end")
-    await asyncio.sleep(0)
+async def test_a_cancelled_close_of_a_client_ends_its_threads_too(stores: Stores, other: StoreServer, store_closing: Any) -> None:
+    client = await stores.client(other.address)
+    waiting = store_closing.close_slowly(client)
+    await asyncio.sleep(0)  # the work has begun
     closing = asyncio.ensure_future(client.close())
     await waiting.wait()
     closing.cancel()

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
+from halfmoon.kvstore.access import StoreAccess
 from halfmoon.kvstore.client import StoreClient
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.kvstore.store_link import StoreLink
@@ -18,35 +19,18 @@ from halfmoon.protocol.errors import StoreUnavailable
 
 @pytest.fixture
 async def link(kv: Any, store: Any) -> StoreLink:
-    link = StoreLink(
-        store.address, client_id="decode-0", node_id=kv.node, schema=kv.schema, transport="auto", on_lost=lambda client: None
-    )  # fmt: skip
+    link = StoreLink(store.address, StoreAccess("decode-0", kv.node, kv.schema), on_lost=lambda client: None)
     await link.attach()
     return link
-
-
-def close_slowly(client: StoreClient) -> asyncio.Event:
-    """client.close() has work to wait for from now on. The event: it has begun to wait."""
-    waiting = asyncio.Event()
-
-    async def refuse_to_end() -> None:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            waiting.set()
-            await asyncio.Event().wait()
-
-    client._connection.spawn(refuse_to_end(), "refusing to end")
-    return waiting
 
 
 def state(client: StoreClient) -> grpc.ChannelConnectivity:
     return client._connection._channel.get_state()
 
 
-async def test_a_close_that_is_cancelled_closes_the_channel(link: StoreLink) -> None:
+async def test_a_close_that_is_cancelled_closes_the_channel(link: StoreLink, store_closing: Any) -> None:
     client = link.client
-    waiting = close_slowly(client)
+    waiting = store_closing.close_slowly(client)
     await asyncio.sleep(0)  # the work has begun
     closing = asyncio.ensure_future(link.close())
     await waiting.wait()
@@ -57,18 +41,9 @@ async def test_a_close_that_is_cancelled_closes_the_channel(link: StoreLink) -> 
 
 
 async def test_a_link_that_is_closed_while_it_gives_a_lost_session_up_closes_its_channel(
-    link: StoreLink, store: Any, monkeypatch: pytest.MonkeyPatch
+    link: StoreLink, store: Any, store_closing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client, giving_up = link.client, asyncio.Event()
-    close = StoreClient.close
-
-    async def interrupted(self: StoreClient) -> None:
-        if not giving_up.is_set():
-            giving_up.set()
-            await asyncio.Event().wait()
-        await close(self)
-
-    monkeypatch.setattr(StoreClient, "close", interrupted)
+    client, giving_up = link.client, store_closing.hold_first_close(monkeypatch)
     staying = asyncio.ensure_future(link.stay_attached())
     await store.stop(0)
     await giving_up.wait()

@@ -246,7 +246,7 @@ class Cluster:
 
     def decode_done(self, job: Job) -> None:
         job.done_s = self.loop.now
-        self.by_name[job.decode_on].pages.keep(job.keys)
+        self.prefixes.keep_pages(self.by_name[job.decode_on], job)
         began_s = self.view.decoding.pop(job, None)
         if began_s is not None and self.admission is not None:
             self.admission.observe_decode(self.loop.now - began_s, job.num_tokens)

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ..proxy.conductor.placement import Slo
 from .cluster import Cluster
 from .job import Job
-
-Judge = Literal["tpot", "tbt"]
-"""Which of the two the SLO's second number bounds."""
+from .scenario import Judge
 
 
 class Row(NamedTuple):

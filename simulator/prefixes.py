@@ -89,6 +89,11 @@ class Prefixes:
         found = ((name, one.pages.num_leading(job.keys)) for name, one in self.by_name.items() if not one.down)
         return {name: num for name, num in found if num}
 
+    def keep_pages(self, node: Instance, job: Job) -> None:
+        """The job has ended on the instance, or its prefill has."""
+        if self._scenario.cost.own_load_bytes_per_s:  # nobody asks for them else
+            node.pages.keep(job.keys)
+
     def _held(self, holder: Instance, keys: list[bytes]) -> int:
         """Leading blocks; they count as used."""
         run = holder.cache.acquire(keys)
@@ -120,7 +125,7 @@ class Prefixes:
         """The prefill is done: its blocks stand on the node, as far as they fit."""
         self.unpin(node, job)
         node.cache.insert(job.keys)
-        node.pages.keep(job.keys)
+        self.keep_pages(node, job)
         self.heal(node, job)
 
     def unpin(self, node: Instance, job: Job) -> None:

@@ -19,6 +19,10 @@ PAPER_SLO = Slo(30.0, 0.1)  # the SLO of Mooncake's papers
 COST_MODELS = Path(__file__).parent / "cost_models"
 
 
+Judge = Literal["tpot", "tbt"]
+"""Which pace the SLO's second number bounds: a request's mean gap, or the mean of its longest tenth."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     at_s: float
@@ -49,7 +53,7 @@ class Scenario:
     policy: str = "kvcache_centric"
     admission: str = "none"
     slo: Slo = PAPER_SLO
-    judge: Literal["tpot", "tbt"] = "tpot"
+    judge: Judge = "tpot"
     """What the SLO bounds beside the first token: a request's mean gap, as live, or the mean of its longest tenth, as in the papers."""
     order: Order | Literal["fair"] = "short"
     """Order of the prefill queues. fair: as in the worker, which shares a step's budget between prompts."""

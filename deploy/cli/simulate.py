@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -24,7 +24,7 @@ from ...simulator.outcome import Result
 from ...simulator.plots import write_png
 from ...simulator.replay import Replay, ReplayOptions, replay
 from ...simulator.report import figures, slo_text, summary_table, write_csv, write_json, write_sweep_csv
-from ...simulator.scenario import Failure, Scenario, find_cost_model
+from ...simulator.scenario import Failure, Judge, Scenario, find_cost_model
 from ...simulator.sweep import SweepRow, scenarios, sweep
 from ...simulator.trace import Ceiling, Trace, ideal_hits, read_trace
 
@@ -76,7 +76,8 @@ def simulate(
             cost=_sized(find_cost_model(cost_model), dram, ssd), failures=tuple(Failure.parse(text) for text in fail or ()),
             num_prefill=prefill, num_decode=decode, coupled=coupled, chunk_tokens=chunk,
             policy=policies[0], admission=admissions[0], slo=Slo(slo_ttft, slo_tbt / 1e3), order=_order(order, policies[0]),
-            judge=_judge(judge), balancing_threshold=threshold, remote_prefix=not local_cache, cache_on_decode=cache_on_decode, seed=seed,
+            judge=_known(judge, get_args(Judge), "judge"),
+            balancing_threshold=threshold, remote_prefix=not local_cache, cache_on_decode=cache_on_decode, seed=seed,
         )  # fmt: skip
         options = ReplayOptions(speed=speed, sample=sample, dequantise=dequantise, start_s=start, duration_s=duration, seed=seed)
         with progress_console.status("reading the trace"):
@@ -102,23 +103,17 @@ def _sized(cost: CostModel, dram: int, ssd: int) -> CostModel:
 
 
 def _names(text: str, known: Collection[str], what: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in known:
-            raise ValueError(f"no {what} {name!r}; choose of {', '.join(known)}")
-    return names
+    return [_known(name, known, what) for name in text.split(",")]
 
 
-def _judge(judge: str) -> Any:
-    if judge not in ("tpot", "tbt"):
-        raise ValueError(f"no judge {judge!r}; choose of tpot, tbt")
-    return judge
+def _known(name: str, known: Collection[str], what: str) -> Any:
+    if name not in known:
+        raise ValueError(f"no {what} {name!r}; choose of {', '.join(known)}")
+    return name
 
 
 def _order(order: str, policy: str) -> Any:
-    if order not in ("", "short", "fcfs", "edf", "late", "fair"):
-        raise ValueError(f"no order {order!r}; choose of short, fcfs, edf, late, fair")
-    return order or policy_type(policy).order
+    return _known(order, ("short", "fcfs", "edf", "late", "fair"), "order") if order else policy_type(policy).order
 
 
 def _ordered(scenario: Scenario, order: str) -> Scenario:

@@ -27,8 +27,7 @@ SCALES = (1.0, 1.25, 1.6)  # of the load, so that of forms that all hold the one
 
 class Arrival(NamedTuple):
     at_s: float
-    num_new_tokens: int
-    num_prefix_tokens: int
+    prefill_s: float  # of its prompt, alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +63,13 @@ class WhatIf:
     handoff_s: float
     least_slack: float
 
-    def prompts(self, demand: Demand) -> list[tuple[float, float]]:
-        """(arrival, seconds of its prefill alone) of each request."""
-        cost = self.predictors.step.cost
-        return [(at_s, cost.alone_s(num_new, num_prefix)) for at_s, num_new, num_prefix in demand.arrivals]
-
     def score(self, demand: Demand, num_prefill: int) -> float:
         """Mean share in time, over SCALES."""
         return sum(self.share(demand, num_prefill, scale) for scale in SCALES) / len(SCALES)
 
     def share(self, demand: Demand, num_prefill: int, scale: float) -> float:
         batch = self.batch(demand, num_prefill, scale)
-        return batch.share**2 * self._in_time(self.prompts(demand), num_prefill, scale, batch)
+        return batch.share**2 * self._in_time(demand.arrivals, num_prefill, scale, batch)
 
     def batch(self, demand: Demand, num_prefill: int, scale: float) -> Batch:
         """Of each worker that decodes, at the larger of the demand that is there and the demand that comes."""
@@ -96,7 +90,7 @@ class WhatIf:
         slowdown = float(slowdowns_beside(step.cost, size, size * demand.context_len, target_s, 0)[0])
         return Batch(share, slowdown, min(wanted, 1.0) * target_s + self.predictors.model.request_s)
 
-    def _in_time(self, prompts: Sequence[tuple[float, float]], num_prefill: int, scale: float, batch: Batch) -> float:
+    def _in_time(self, prompts: Sequence[Arrival], num_prefill: int, scale: float, batch: Batch) -> float:
         free = [0.0] * num_prefill  # when each worker's queue is computed
         local = [0.0] * (self.num_workers - num_prefill) if math.isfinite(batch.slowdown) else []
         first_s, limit_s, num_in_time = prompts[0][0], self.slo.ttft_s, 0

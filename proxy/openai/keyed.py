@@ -1,4 +1,4 @@
-"""Lets requests in that bring an API key, where the configuration names a file of them. /health, /ready and pages without /v1 are open."""
+"""Lets requests in that bring an API key, where the configuration names a file of them. All but GUARDED is open: /health, /ready, files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from ..face_metrics import FaceMetrics
 from ..tenants.gate import Gate
 from .errors import error_response
 
+GUARDED = ("/v1", "/page/state")
+
 
 def keyed(app: ASGIApp, gate: Gate | None, faces: FaceMetrics) -> ASGIApp:
     """The app itself without a gate. A request that is refused has nothing of its body read."""
@@ -18,7 +20,7 @@ def keyed(app: ASGIApp, gate: Gate | None, faces: FaceMetrics) -> ASGIApp:
         return app
 
     async def check(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith("/v1"):
+        if scope["type"] == "http" and scope["path"].startswith(GUARDED):
             try:
                 tenant = gate.tenant_of(Headers(scope=scope).get("authorization", ""))
             except Unauthenticated as error:

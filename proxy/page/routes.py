@@ -1,18 +1,17 @@
 """GET /: the cluster as a page for people. Plain files of the package, and one JSON that they read each second.
 
 GET /  · /page/{file} ─► files, read once, the same for everybody
-GET /page/state       ─► may_see ─► the view as JSON, made at most each REFRESH_S, whoever asks how often
+GET /page/state       ─► the view as JSON, made at most each REFRESH_S, whoever asks how often; with a key where the cluster has keys
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.responses import Response
 
 from ...protocol.version import package_version
@@ -31,19 +30,9 @@ SAFE = {
     "cross-origin-resource-policy": "same-origin",
 }
 
-MaySee = Callable[[Request], None]
-"""Raises the HalfmoonError that answers a request which may not see the whole cluster's requests."""
 
-
-def everybody(request: Request) -> None:
-    """Where nothing tells one client from another."""
-
-
-def add_page(app: FastAPI, generator: Generator, may_see: MaySee = everybody, *, shows_requests: bool = True) -> None:
-    """may_see guards what there is to know; the files hold nothing of this cluster.
-
-    shows_requests: False where one client's requests are not another's to see.
-    """
+def add_page(app: FastAPI, generator: Generator, *, shows_requests: bool) -> None:
+    """shows_requests: False where one client's requests are not another's to see."""
     state = _State(generator, shows_requests)
 
     @app.get("/", include_in_schema=False)
@@ -58,8 +47,7 @@ def add_page(app: FastAPI, generator: Generator, may_see: MaySee = everybody, *,
             return found
 
     @app.get("/page/state", include_in_schema=False)
-    async def page_state(request: Request) -> Response:
-        may_see(request)
+    async def page_state() -> Response:
         return Response(state.content(), headers=SAFE | {"cache-control": "no-store"}, media_type="application/json")
 
     index = _file("index.html")

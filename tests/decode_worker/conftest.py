@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import random
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from halfmoon.engine.worker_life import WorkerAddress
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.channel import create_server, open_channel
 from halfmoon.protocol.config import DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig, StoreConfig
-from halfmoon.protocol.errors import HalfmoonError
+from halfmoon.protocol.errors import HalfmoonError, RequestCancelled
 from halfmoon.protocol.grpc_errors import from_rpc_error
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.v1 import common_pb2, control_pb2, control_pb2_grpc, worker_pb2, worker_pb2_grpc
@@ -276,6 +277,37 @@ class Cluster:
     async def run_local(self, token_ids: list[int], **sampling: Any) -> Answer:
         """The one leg of a request whose prompt the decode worker computes."""
         return await self.read(self.start_decode(self.sequence(token_ids, **sampling), local=True), Answer())
+
+    async def any_mix(
+        self, rng: random.Random, texts: list[list[int]], max_tokens: int, num_rounds: int, num_at_once: int, is_right: Callable[..., bool]
+    ) -> None:
+        """Beginnings of the texts, of any length, as prompts: computed by the one who answers or handed off, every third one's client gone
+        in the middle. is_right: of a prompt and its answer."""
+        for _ in range(num_rounds):
+            await asyncio.gather(*(self._run_or_leave(rng, texts, max_tokens, rng.randrange(1000), is_right) for _ in range(num_at_once)))
+
+    async def _run_or_leave(
+        self, rng: random.Random, texts: list[list[int]], max_tokens: int, index: int, is_right: Callable[..., bool]
+    ) -> None:
+        tokens = rng.choice(texts)[: rng.randrange(1, len(texts[0]))]
+        local, num_tokens = index % 2 == 0, rng.randrange(1, max_tokens)
+        if index % 3:
+            run = self.run_local if local else self.run
+            assert is_right(tokens, (await run(tokens, max_tokens=num_tokens)).token_ids, num_tokens)
+            return
+        sequence = self.sequence(tokens, max_tokens=60)
+        calls = [self.start_decode(sequence, local=local), *([] if local else [self.start_prefill(sequence)])]
+        for call in rng.sample(calls, len(calls)):
+            await asyncio.sleep(rng.random() * 0.05)
+            call.cancel()
+        await self.decode.worker.stores.own.client.abort(sequence.request_id, 1, RequestCancelled("the client went away"))
+
+    async def every_page_is_free(self) -> None:
+        await self.at_rest()
+        for worker in self.workers:
+            allocator = worker.allocator
+            assert not allocator._num_users and len(allocator._idle) == allocator.num_cached
+            assert len(allocator._free) + len(allocator._idle) == allocator.num_pages
 
     async def at_rest(self) -> None:
         """Until no worker holds a sequence or is in a step, and the store holds no lease; fails after 60 s, naming what is left."""

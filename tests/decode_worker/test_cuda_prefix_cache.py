@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from halfmoon.protocol.errors import RequestCancelled
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"), pytest.mark.timeout(600)]
 
@@ -96,26 +93,10 @@ async def test_seeded_tokens_are_the_same_with_hits_and_without(make: Any, form:
 
 async def test_cancelled_and_concurrent_requests_over_few_pages_leave_every_page_free(make: Any, reference: Any) -> None:
     cluster, _ = await make("1P1D", decode={"kv_capacity_tokens": 1600})
-    rng = random.Random(5)
     texts = [prompt(500), [*prompt(500)[:270], *prompt(230, 1)], [*prompt(500)[:275], *prompt(225, 2)]]
 
-    async def one(index: int) -> None:
-        tokens = rng.choice(texts)[: rng.randrange(1, 500)]
-        local, num_tokens = index % 2 == 0, rng.randrange(1, 60)
-        if index % 3:
-            run = cluster.run_local if local else cluster.run
-            assert is_greedy(reference, tokens, (await run(tokens, max_tokens=num_tokens)).token_ids)
-            return
-        sequence = cluster.sequence(tokens, max_tokens=60)
-        calls = [cluster.start_decode(sequence, local=local), *([] if local else [cluster.start_prefill(sequence)])]
-        for call in rng.sample(calls, len(calls)):
-            await asyncio.sleep(rng.random() * 0.05)
-            call.cancel()
-        await cluster.decode.worker.stores.own.client.abort(sequence.request_id, 1, RequestCancelled("the client went away"))
+    def is_right(tokens: list[int], answer: list[int], num_tokens: int) -> bool:
+        return len(answer) == num_tokens and is_greedy(reference, tokens, answer)
 
-    for _ in range(12):
-        await asyncio.gather(*(one(rng.randrange(1000)) for _ in range(8)))
-    await cluster.at_rest()
-    for worker in cluster.workers:
-        allocator = worker.allocator
-        assert not allocator._num_users and len(allocator._free) + len(allocator._idle) == allocator.num_pages
+    await cluster.any_mix(random.Random(5), texts, 60, 12, 8, is_right)
+    await cluster.every_page_is_free()

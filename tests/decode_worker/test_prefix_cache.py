@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from halfmoon.protocol.blocks import root_key
-from halfmoon.protocol.errors import RequestCancelled
 
 Greedy = Callable[[list[int], int], list[int]]
 
@@ -155,30 +154,13 @@ async def test_any_mix_of_cancelled_requests_with_common_prefixes_leaves_every_p
     make_cluster: Any, greedy: Greedy, both: int
 ) -> None:
     cluster = await make_cluster(both=both, prefill={"max_tokens_per_step": 24}, decode={"kv_capacity_tokens": 512})
-    rng = random.Random(5)
     texts = [prompt(150), [*prompt(150)[:70], *prompt(80, 1)], [*prompt(150)[:75], *prompt(80, 2)]]
 
-    async def one(index: int) -> None:
-        tokens = rng.choice(texts)[: rng.randrange(1, 150)]
-        local, num_tokens = index % 2 == 0, rng.randrange(1, 30)
-        if index % 3:
-            run = cluster.run_local if local else cluster.run
-            assert (await run(tokens, max_tokens=num_tokens)).token_ids == greedy(tokens, num_tokens)
-            return
-        sequence = cluster.sequence(tokens, max_tokens=60)
-        calls = [cluster.start_decode(sequence, local=local), *([] if local else [cluster.start_prefill(sequence)])]
-        for call in rng.sample(calls, len(calls)):
-            await asyncio.sleep(rng.random() * 0.05)
-            call.cancel()
-        await cluster.decode.worker.stores.own.client.abort(sequence.request_id, 1, RequestCancelled("the client went away"))
+    def is_right(tokens: list[int], answer: list[int], num_tokens: int) -> bool:
+        return answer == greedy(tokens, num_tokens)
 
-    for _ in range(6):
-        await asyncio.gather(*(one(rng.randrange(1000)) for _ in range(6)))
-    await cluster.at_rest()
-    for worker in cluster.workers:
-        allocator = worker.allocator
-        assert not allocator._num_users and len(allocator._idle) == allocator.num_cached
-        assert len(allocator._free) + len(allocator._idle) == allocator.num_pages
+    await cluster.any_mix(random.Random(5), texts, 30, 6, 6, is_right)
+    await cluster.every_page_is_free()
 
 
 async def test_a_preempted_sequence_goes_on_from_the_blocks_that_are_still_there(make_cluster: Any, greedy: Greedy) -> None:

@@ -89,8 +89,9 @@ def test_the_page_tells_a_stranger_nothing_and_a_tenant_nothing_of_others_reques
     key = keys.add("acme")
     assert post(face, keys.add("other")).status_code == 200
     assert httpx.get(face.http).status_code == 200
-    refused = httpx.get(f"{face.http}/page/state")
-    assert refused.status_code == 401 and "members" not in refused.text
+    for headers in ({}, {"authorization": "Bearer other"}):
+        refused = httpx.get(f"{face.http}/page/state", headers=headers)
+        assert refused.status_code == 401 and "members" not in refused.text
     state = httpx.get(f"{face.http}/page/state", headers={"authorization": f"Bearer {key}"}).json()
     assert state["members"] and (state["under_way"], state["ended"]) == ([], [])
 

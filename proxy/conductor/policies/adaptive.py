@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -34,6 +34,14 @@ FEWEST = 12  # arrivals that say something
 END_WEIGHT = 0.03  # of the newest answer in their mean length
 
 
+class Seen(NamedTuple):
+    """A request that was placed."""
+
+    at_s: float
+    num_new_tokens: int
+    num_prefix_tokens: int
+
+
 @dataclass(slots=True)
 class Adaptive(Policy):
     """
@@ -52,7 +60,7 @@ class Adaptive(Policy):
     nearly: float = 1.1
     nearly_s: float = 0.02
     last_change_s: float = -math.inf
-    arrivals: deque[Arrival] = field(default_factory=lambda: deque[Arrival](maxlen=NUM_ARRIVALS))
+    arrivals: deque[Seen] = field(default_factory=lambda: deque[Seen](maxlen=NUM_ARRIVALS))
     answer_len: float = 0.0  # mean of those that ended of late; 0: none has
     name: ClassVar[str] = "adaptive"
     fetches: ClassVar[bool] = True
@@ -86,7 +94,7 @@ class Adaptive(Policy):
         row = self._least(pool, ttfts)
         prefill, ttft_s = pool[row], float(ttfts[row])
         num_cached = max(best, int(own_of.held[row])) * block_size
-        self.arrivals.append(Arrival(candidates.now_s, request.num_tokens - num_cached, num_cached))
+        self.arrivals.append(Seen(candidates.now_s, request.num_tokens - num_cached, num_cached))
         local = prefill.role == "decode"
         decode, tpot_s = (
             (prefill, step_with(self.predictors, prefill, request.num_tokens)) if local else self.select_decode(request, candidates)
@@ -153,7 +161,9 @@ class Adaptive(Policy):
         num_running, num_tokens = sum(one.num_running for one in members), sum(one.num_running_tokens for one in members)
         seconds = max(now_s - self.arrivals[0].at_s, 1e-3)
         context = num_tokens / num_running if num_running else 1.0
-        return Demand(tuple(self.arrivals), len(self.arrivals) / seconds * self.answer_len, num_running, context)
+        cost = self.predictors.step.cost
+        arrivals = tuple(Arrival(one.at_s, cost.alone_s(one.num_new_tokens, one.num_prefix_tokens)) for one in self.arrivals)
+        return Demand(arrivals, len(self.arrivals) / seconds * self.answer_len, num_running, context)
 
     def what_if(self, members: list[MemberState]) -> WhatIf:
         slo = Slo(self.slo.ttft_s if math.isfinite(self.slo.ttft_s) else DEFAULT_TTFT_S, self.tpot_s)

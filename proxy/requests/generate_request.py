@@ -67,40 +67,8 @@ class RequestBuilder:
 
         Raises InvalidRequest (PromptTooLong, UnknownModel, PermissionDenied), naming the field, the value and the limit.
         """
-        _require(
-            asked.model in ("", self._card.name),
-            f"the model {shown(asked.model)} is not served; {self._card.name!r} is",
-            "model",
-            UnknownModel,
-        )
-        _require(1 <= asked.n <= MAX_CHOICES, f"n is {asked.n}; it must be at least 1 and at most {MAX_CHOICES}", "n")
-        num_choices = asked.n * len(asked.prompts)
-        _require(
-            num_choices <= MAX_CHOICES,
-            f"{len(asked.prompts)} prompts with n {asked.n} are {num_choices} choices; a request may have {MAX_CHOICES}",
-            "prompt",
-        )
-        _require(len(asked.label) <= LABEL_LEN and asked.label.isprintable(), _BAD_LABEL, "request_id")
-        _require(len(asked.stop) <= MAX_STOPS, f"stop has {len(asked.stop)} strings; it may have {MAX_STOPS}", "stop")
-        longest = max(map(len, asked.stop), default=0)
-        _require(longest <= MAX_STOP_CHARS, f"stop has a string of {longest} characters; each may have {MAX_STOP_CHARS}", "stop")
-        _require(all(asked.stop), "stop has an empty string, which would end every answer at once; leave it out", "stop")
-        _require(-(2**31) <= asked.priority < 2**31, f"priority is {asked.priority}; it must fit 32 bits", "priority")
-        if asked.tenant is not None:
-            asked.tenant.require_priority(asked.priority)
         timeout_s = self._default_timeout_s if asked.timeout_s is None else asked.timeout_s
-        _require(
-            0 < timeout_s <= MAX_TIMEOUT_S,  # NaN is neither
-            f"timeout is {timeout_s}; it must be a number of seconds above 0 and at most {MAX_TIMEOUT_S:.0f} (7 days)",
-            "timeout_s",
-        )
-        for name in ("ttft_slo_s", "tpot_slo_s"):
-            slo_s = getattr(asked, name)
-            _require(
-                slo_s is None or 0 < slo_s <= MAX_TIMEOUT_S,
-                f"{name} is {slo_s}; it must be a number of seconds above 0 and at most {MAX_TIMEOUT_S:.0f} (7 days)",
-                name,
-            )
+        self._require_sound(asked, timeout_s)
         prompts = await self._token_ids(asked, max_model_len)
         param = "prompt" if asked.messages is None else "messages"
         for token_ids in prompts:
@@ -131,6 +99,42 @@ class RequestBuilder:
             for prompt, token_ids in enumerate(prompts)
             for choice in range(asked.n)
         ]
+
+    def _require_sound(self, asked: GenerateRequest, timeout_s: float) -> None:
+        """All but the prompts and what is sampled."""
+        _require(
+            asked.model in ("", self._card.name),
+            f"the model {shown(asked.model)} is not served; {self._card.name!r} is",
+            "model",
+            UnknownModel,
+        )
+        _require(1 <= asked.n <= MAX_CHOICES, f"n is {asked.n}; it must be at least 1 and at most {MAX_CHOICES}", "n")
+        num_choices = asked.n * len(asked.prompts)
+        _require(
+            num_choices <= MAX_CHOICES,
+            f"{len(asked.prompts)} prompts with n {asked.n} are {num_choices} choices; a request may have {MAX_CHOICES}",
+            "prompt",
+        )
+        _require(len(asked.label) <= LABEL_LEN and asked.label.isprintable(), _BAD_LABEL, "request_id")
+        _require(len(asked.stop) <= MAX_STOPS, f"stop has {len(asked.stop)} strings; it may have {MAX_STOPS}", "stop")
+        longest = max(map(len, asked.stop), default=0)
+        _require(longest <= MAX_STOP_CHARS, f"stop has a string of {longest} characters; each may have {MAX_STOP_CHARS}", "stop")
+        _require(all(asked.stop), "stop has an empty string, which would end every answer at once; leave it out", "stop")
+        _require(-(2**31) <= asked.priority < 2**31, f"priority is {asked.priority}; it must fit 32 bits", "priority")
+        if asked.tenant is not None:
+            asked.tenant.require_priority(asked.priority)
+        _require(
+            0 < timeout_s <= MAX_TIMEOUT_S,  # NaN is neither
+            f"timeout is {timeout_s}; it must be a number of seconds above 0 and at most {MAX_TIMEOUT_S:.0f} (7 days)",
+            "timeout_s",
+        )
+        for name in ("ttft_slo_s", "tpot_slo_s"):
+            slo_s = getattr(asked, name)
+            _require(
+                slo_s is None or 0 < slo_s <= MAX_TIMEOUT_S,
+                f"{name} is {slo_s}; it must be a number of seconds above 0 and at most {MAX_TIMEOUT_S:.0f} (7 days)",
+                name,
+            )
 
     async def _token_ids(self, asked: GenerateRequest, max_model_len: int) -> list[Sequence[int]]:
         if asked.messages is not None:

@@ -193,6 +193,11 @@ class Cluster:
         info = next(member.info for member in (await self.status()).members if member.info.id == member_id)
         os.kill(info.pid, signal.SIGKILL)
 
+    async def decoding_worker(self, request_id: str) -> str:
+        """Whose tokens the request gets."""
+        (explained,) = await self.client.explain(request_id)
+        return next(candidate.id for candidate in explained.attempts[-1].decode if candidate.chosen)
+
     async def restart_proxy(self, num_members: int) -> None:
         """Kills it, and returns once another process has taken its place and knows the members again."""
         import ray

@@ -82,12 +82,6 @@ async def test_the_next_turn_finds_the_blocks_of_the_last(cluster, reference, pr
     assert result.usage.num_cached_tokens == found.get(result.phases.prefill_worker, in_store)
 
 
-async def decoding_worker(cluster: Any, request_id: str) -> str:
-    """Whose tokens the request gets."""
-    (explained,) = await cluster.client.explain(request_id)
-    return next(candidate.id for candidate in explained.attempts[-1].decode if candidate.chosen)
-
-
 async def test_one_that_dies_costs_a_replay_on_the_other(cluster, reference, prompt_of) -> None:
     prompt = prompt_of(300, seed=4)
     stream = cluster.client.stream(token_ids=list(prompt), max_tokens=300, temperature=0.0, ignore_eos=True)
@@ -95,7 +89,7 @@ async def test_one_that_dies_costs_a_replay_on_the_other(cluster, reference, pro
     async for event in stream:
         if isinstance(event, Delta):
             if not token_ids:
-                await cluster.kill(await decoding_worker(cluster, stream.request_id))
+                await cluster.kill(await cluster.decoding_worker(stream.request_id))
             token_ids += event.token_ids
     assert token_ids == reference.generate(prompt, 300, token_ids)
     assert (await stream.completion()).phases.num_attempts == 2

@@ -55,12 +55,6 @@ async def pid_of(cluster, member_id: str) -> int:
     return next(member.info.pid for member in (await cluster.status()).members if member.info.id == member_id)
 
 
-async def decoding_worker(cluster, request_id: str) -> str:
-    """Whose tokens the request gets."""
-    (explained,) = await cluster.client.explain(request_id)
-    return next(candidate.id for candidate in explained.attempts[-1].decode if candidate.chosen)
-
-
 async def left(cluster, member_id: str) -> float:
     """Seconds until the proxy has left it."""
     began = time.monotonic()
@@ -102,7 +96,7 @@ async def test_a_stream_goes_on_elsewhere_when_its_decode_worker_is_stopped(clus
         token_ids += event.token_ids if isinstance(event, Delta) else ()
         if len(token_ids) >= 30:
             break
-    frozen = await decoding_worker(cluster, stream.request_id)
+    frozen = await cluster.decoding_worker(stream.request_id)
     with stopped(await pid_of(cluster, frozen)):
         assert await left(cluster, frozen) < NOTICED_S + SLACK_S
         async for event in stream:
@@ -176,7 +170,7 @@ async def test_a_decode_worker_killed_mid_stream_repeats_and_loses_no_token(clus
     for number in range(3):
         readers.append(asyncio.create_task(read(number)))
         await begun[number].wait()
-    workers = [await decoding_worker(cluster, stream.request_id) for stream in streams]
+    workers = [await cluster.decoding_worker(stream.request_id) for stream in streams]
     assert sorted(workers[1:]) == ["decode-0", "decode-1"]
     await cluster.kill(workers[0])
     greedy, *seeded = await asyncio.gather(*readers)

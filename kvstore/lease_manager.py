@@ -26,6 +26,7 @@ from ..protocol.errors import (
     RequestCancelled,
     StaleEpoch,
     StoreFull,
+    StoreUnavailable,
     WorkerLost,
 )
 from ..protocol.v1 import common_pb2
@@ -103,15 +104,19 @@ class LeaseManager:
             raise LeaseExpired(f"no session {session_id!r}: the client was silent for too long or detached; attach again")
         return client
 
-    def end_session(self, session_id: str, what_happened: str) -> None:
-        """Ends every lease of it; what_happened completes "<client> …". Its unsealed hand-offs abort with that reason."""
+    def end_session(self, session_id: str, what_happened: str, cause: HalfmoonError | None = None) -> None:
+        """Ends every lease of it; what_happened completes "<client> …". Its unsealed hand-offs abort with that reason.
+
+        cause: in the place of the client's loss, where it is not the client that is gone.
+        """
         client = self._clients.pop(session_id, None)
         if client is None:
             return
         self.num_expired_leases += len(client.leases)
         for lease in list(client.leases.values()):
             unsealed = lease.handoff is not None and lease.revoked is None and not lease.handoff.is_sealed
-            reason = WorkerLost(f"{client.client_id} {what_happened}{' before the seal' if unsealed else ''}", client_id=client.client_id)
+            lost = f"{client.client_id} {what_happened}{' before the seal' if unsealed else ''}"
+            reason = cause or WorkerLost(lost, client_id=client.client_id)
             if lease.handoff is not None and unsealed:
                 self._abort(lease.handoff, reason)
             self._end_lease(lease, reason)
@@ -339,7 +344,8 @@ class LeaseManager:
         return lease
 
     def _abort(self, handoff: Handoff, reason: HalfmoonError) -> None:
-        error = aborted(handoff.handoff_id, reason)
+        # a store that ends is nobody's giving up: both sides are told what they would be told if it had died
+        error = reason if isinstance(reason, StoreUnavailable) else aborted(handoff.handoff_id, reason)
         self._end_handoff(handoff, reason, error)
         for lease in (handoff.writer, handoff.reader):
             if lease is not None and lease.lease_id in self._leases:

@@ -305,7 +305,7 @@ class Store:
             pass
         self._phase = "stopped"
         self._waiters.notify_all()
-        self.sessions.end_all("lost its store, which stopped,", StoreUnavailable(f"store {self.store_id} stopped"))
+        self.sessions.end_all("lost its store, which stopped,", self._stopped())
         for timer in self._deadlines.values():
             timer.cancel()
 
@@ -404,10 +404,13 @@ class Store:
     def _is_idle(self) -> bool:
         return not self._endings and (self._leases is None or self._leases.num_handoffs == 0)
 
+    def _stopped(self) -> StoreUnavailable:
+        return StoreUnavailable(f"store {self.store_id} stopped")
+
     def _session_ended(self, session_id: str, what_happened: str) -> None:
         manager = self._manager()
         before = manager.num_expired_leases
-        manager.end_session(session_id, what_happened)
+        manager.end_session(session_id, what_happened, self._stopped() if self._phase == "stopped" else None)
         self.data.end_session(session_id)
         self.metrics.expired(manager.num_expired_leases - before)
         self._reserving.wake_session(session_id)

@@ -24,6 +24,7 @@ from halfmoon.protocol.errors import (
     PromptTooLong,
     StaleEpoch,
     StoreFull,
+    StoreUnavailable,
     WorkerLost,
 )
 from halfmoon.protocol.v1 import common_pb2
@@ -314,6 +315,15 @@ def test_the_slots_of_a_revoked_grpc_lease_are_free_at_once(managed: tuple[Lease
         manager.push(lease.lease_id, 0, 0, 1)
     with pytest.raises(HandoffAborted, match="the test said so"):
         manager.seal(lease.lease_id, STATE, [1])
+
+
+def test_a_session_that_ends_with_its_store_gives_nothing_up(managed: tuple[LeaseManager, Recorder]) -> None:
+    manager, recorder = managed
+    lease = manager.try_reserve("grpc", HandoffId("r", 1), [], 1, 10)
+    assert lease is not None
+    manager.end_session("grpc", "lost its store, which stopped,", StoreUnavailable("store s stopped"))
+    assert isinstance(lease.revoked, StoreUnavailable) and isinstance(recorder.ended_leases[lease.lease_id], StoreUnavailable)
+    assert manager.num_handoffs == 0 and manager.accounting().num_free == NUM_SLOTS
 
 
 def test_an_abort_leaves_a_later_epoch_alone(managed: tuple[LeaseManager, Recorder]) -> None:

@@ -104,7 +104,7 @@ def test_the_environment_s_token_is_taken_and_a_guessable_one_refused(monkeypatc
         assert short not in str(caught.value)
 
 
-OPENERS = {"create_server", "open_channel", "stay_joined", "attach", "StoreLink", "Stores", "Connection"}
+OPENERS = {"create_server", "open_channel", "stay_joined", "attach", "StoreAccess", "Connection"}
 OPEN_TO_USERS = {"client/async_client.py:open_channel"}
 
 

@@ -282,6 +282,8 @@ class BothPeer(PrefillPeer, DecodePeer):
 class UnreadPeer(Peer):
     """A worker that takes its requests as bytes, and gives every one the single token 9. What reading a long prompt costs stays out."""
 
+    before_answer: Callable[[], Awaitable[Any]] = staticmethod(nothing)
+
     def register(self, server: grpc.aio.Server) -> None:
         handlers = {
             "PrefillWorker": {"Prefill": grpc.unary_unary_rpc_method_handler(self._prefill)},
@@ -300,6 +302,7 @@ class UnreadPeer(Peer):
 
     async def _decode(self, request: bytes, context: Any) -> None:
         self._arrive(request)
+        await self.before_answer()
         state = common_pb2.HandoffState(first_token=common_pb2.TokenOutput(token_id=9))
         admitted = worker_pb2.DecodeReply.Admitted(state=state)
         await context.write(worker_pb2.DecodeReply(admitted=admitted).SerializeToString())
@@ -379,16 +382,13 @@ class Bench:
 
     async def add(self, role: str, store: StorePeer | None = None, *, schema: KVSchema = SCHEMA, unread: bool = False) -> Any:
         """unread: a worker that takes its requests as bytes."""
-        kind, known = (
-            (UnreadPeer, self.unread)
-            if unread
-            else {
-                "prefill": (PrefillPeer, self.prefills),
-                "decode": (DecodePeer, self.decodes),
-                "both": (BothPeer, self.boths),
-                "store": (StorePeer, self.stores),
-            }[role]
-        )
+        kinds = {
+            "prefill": (PrefillPeer, self.prefills),
+            "decode": (DecodePeer, self.decodes),
+            "both": (BothPeer, self.boths),
+            "store": (StorePeer, self.stores),
+        }
+        kind, known = (UnreadPeer, self.unread) if unread else kinds[role]
         peer = kind(role, len(known), self.board, store)
         known.append(peer)
         peer.schema = schema

@@ -194,8 +194,8 @@ async def test_a_second_replay_sends_what_was_sent_in_both_attempts_once(make_be
 
 async def test_a_million_tokens_go_to_both_workers_while_the_event_loop_turns(make_bench: Any, peers: Any, loop_gap: Any) -> None:
     bench, schema = await make_bench(0, 0), dataclasses.replace(peers.SCHEMA, block_size=64)
-    for role in ("prefill", "decode"):
-        await bench.add(role, bench.stores[0], schema=schema, unread=True)
+    prefill, decode = [await bench.add(role, bench.stores[0], schema=schema, unread=True) for role in ("prefill", "decode")]
+    decode.before_answer = prefill.arrived.wait  # as an answer waits for its prompt; it ends the call that may still be on its way
     token_ids = array("I", range(1_000_000))
     began = time.process_time()
     sequence = common_pb2.SequenceSpec(token_ids=token_ids)
@@ -203,6 +203,7 @@ async def test_a_million_tokens_go_to_both_workers_while_the_event_loop_turns(ma
     alone_s, gaps_s = time.process_time() - began, []  # to copy and serialise it once, in one go
     for number in range(3):
         request = dataclasses.replace(bench.request(), request_id=f"long-{number}", token_ids=token_ids)
+        prefill.arrived.clear()
         with loop_gap(asyncio.get_running_loop()) as gap:
             (stream,) = await bench.router.open_all([request])
             found, _ = await peers.read(stream)

@@ -21,6 +21,7 @@ from .attempts import Attempts, ClosedFlag
 from .cluster_status import ClusterStatus, Model
 from .completion import Collector, Completion, Delta, Event, event_from_proto
 from .explanation import Explanation
+from .helper_thread import HelperThread
 from .options import GenerateOptions, build_request, checked_timeout_s
 
 CALL_TIMEOUT_S = 10.0
@@ -28,10 +29,19 @@ Reply = TypeVar("Reply")
 
 
 class Stream(Iterator[Event]):
-    """The events of one request. Closing it, leaving its `with`, or dropping it cancels the request everywhere."""
+    """The events of one request. Closing it, leaving its `with`, dropping it, or Ctrl-C while it is read cancels the request everywhere."""
 
-    def __init__(self, stub: Any, request: inference_pb2.GenerateRequest, peer: str, client: ClosedFlag, metadata: Metadata = ()) -> None:
+    def __init__(
+        self,
+        stub: Any,
+        request: inference_pb2.GenerateRequest,
+        peer: str,
+        client: ClosedFlag,
+        helper: HelperThread,
+        metadata: Metadata = (),
+    ) -> None:
         self._stub = stub
+        self._helper = helper
         self._metadata = metadata
         self._client = client
         self._request = request
@@ -52,7 +62,7 @@ class Stream(Iterator[Event]):
         """Raises an error of protocol/errors.py."""
         while not self._closed:
             try:
-                event = event_from_proto(next(self._call))
+                event = event_from_proto(self._helper.run(next, self._call))
             except StopIteration:
                 self._closed = True
             except grpc.RpcError as error:
@@ -60,6 +70,9 @@ class Stream(Iterator[Event]):
                     break
                 time.sleep(self._attempts.delay_after(error, replied=self._collector.admitted is not None))
                 self._call = self._start()
+            except BaseException:  # of a signal's handler: the event that was awaited is lost
+                self.close()
+                raise
             else:
                 self._collector.add(event)
                 return event
@@ -83,7 +96,7 @@ class Stream(Iterator[Event]):
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self._call.cancel()
+            self._helper.run(self._call.cancel)
 
     def __enter__(self) -> Stream:
         return self
@@ -92,15 +105,15 @@ class Stream(Iterator[Event]):
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_call"):  # an __init__ that failed leaves none
-            self.close()
+        if hasattr(self, "_call") and not self._closed:  # an __init__ that failed leaves none
+            self._call.cancel()  # by itself: at Python's exit no other thread runs
 
     def _start(self) -> Any:
         self._client.require_open()
         remaining_s = self._attempts.remaining_s
         if remaining_s is not None:
             self._request.timeout_s = remaining_s
-        return self._stub.Generate(self._request, timeout=self._attempts.call_timeout_s, metadata=self._metadata)
+        return self._helper.run(self._stub.Generate, self._request, timeout=self._attempts.call_timeout_s, metadata=self._metadata)
 
 
 class Client:
@@ -118,6 +131,7 @@ class Client:
         self._metadata = key_metadata(api_key)
         self._control = control
         self._closed = ClosedFlag(address)
+        self._helper = HelperThread()
         self._channel = _open(address, None, authority)
         self._inference: Any = inference_pb2_grpc.InferenceStub(self._channel)
         self._control_channel = None if control is None else _open(control.address, control.credentials, None)
@@ -129,7 +143,7 @@ class Client:
 
     def stream(self, **options: Unpack[GenerateOptions]) -> Stream:
         """Raises InvalidRequest at once for a wrong option; anything else comes while it is read."""
-        return Stream(self._inference, build_request(options), self.address, self._closed, self._metadata)
+        return Stream(self._inference, build_request(options), self.address, self._closed, self._helper, self._metadata)
 
     def models(self, *, timeout_s: float = CALL_TIMEOUT_S) -> list[Model]:
         reply: inference_pb2.ModelsReply = self._unary(self._inference.Models, inference_pb2.ModelsRequest(), timeout_s)
@@ -154,9 +168,10 @@ class Client:
 
     def close(self) -> None:
         self._closed.set()
-        self._channel.close()
+        self._helper.run(self._channel.close)
         if self._control_channel is not None:
-            self._control_channel.close()
+            self._helper.run(self._control_channel.close)
+        self._helper.close()
 
     def __enter__(self) -> Client:
         return self
@@ -179,7 +194,7 @@ class Client:
         while True:
             self._closed.require_open()
             try:
-                return method(request, timeout=attempts.call_timeout_s, metadata=metadata)
+                return self._helper.run(method, request, timeout=attempts.call_timeout_s, metadata=metadata)
             except grpc.RpcError as error:
                 time.sleep(attempts.delay_after(error, replied=False))
 

@@ -39,6 +39,7 @@ def init(folder: Path, names: Sequence[str], days: int) -> None:
     )  # fmt: skip
     built = _builder(name, name, key.public_key(), AUTHORITY_DAYS)
     built = built.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True).add_extension(usage, critical=True)
+    built = built.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     _write(folder, AUTHORITY, key, built.sign(key, hashes.SHA256()))
     rotate(folder, names, days)
 
@@ -58,6 +59,8 @@ def rotate(folder: Path, names: Sequence[str], days: int) -> None:
         built = built.add_extension(x509.SubjectAlternativeName([_general_name(one) for one in subjects]), critical=False)
         built = built.add_extension(x509.ExtendedKeyUsage(usages), critical=False)
         built = built.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())  # asked for by Python 3.13 and later
+        built = built.add_extension(issuer, critical=False)
         _write(folder, file, key, built.sign(signer, hashes.SHA256()))
 
 

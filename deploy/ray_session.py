@@ -27,7 +27,7 @@ LOOPBACK = "127.0.0.2"
 CONNECT_TIMEOUT_S = 5.0
 HOSTS_EVERY_S = 1.0  # Ray tells nobody of a host that joins
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "PYTHONSAFEPATH": "1", "GRPC_ENABLE_FORK_SUPPORT": "0"}
-OWN_ENVIRONMENT = {"RAY_worker_niceness": "0"}
+OWN_ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_gcs_server_port_wait_time_s": "120"}
 """Of a Ray that is ours, besides ENVIRONMENT; ray_environment says why."""
 OBJECT_STORE_BYTES = 80 * 2**20  # nothing of ours goes through it
 

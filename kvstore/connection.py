@@ -38,6 +38,7 @@ class Connection:
         self.loop = asyncio.get_running_loop()
         self.welcome = kvstore_pb2.AttachReply.Welcome()
         self._channel = open_channel(address, credentials)
+        self.tls = None if credentials is None else credentials.tls
         self.stub = kvstore_pb2_grpc.KVStoreStub(self._channel)
         self.on_end: list[Callable[[], None]] = []  # called once, when the session ends from either side
         self._ended: StoreUnavailable | None = None

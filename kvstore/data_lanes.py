@@ -7,11 +7,13 @@ Calls block: they are for threads.
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..protocol.errors import HalfmoonError, InvalidRequest, LeaseExpired, StoreUnavailable
+from ..protocol.tls import MEMBER_NAME
 from .data_wire import HELLO, MAGIC, MAX_MESSAGE_BYTES, REPLY, Status, break_off, receive
 
 MAX_LANES = 4
@@ -19,11 +21,12 @@ CONNECT_TIMEOUT_S = 5.0
 
 
 class DataLanes:
-    def __init__(self, peer: str, host: str, port: int, token: bytes) -> None:
-        """peer: the store, as errors name it."""
+    def __init__(self, peer: str, host: str, port: int, token: bytes, tls: ssl.SSLContext | None = None) -> None:
+        """peer: the store, as errors name it. tls: of a client; None: in the clear."""
         self._peer = peer
         self._address = (host, port)
         self._token = token
+        self._tls = tls
         self._changed = threading.Condition()  # guards the three below
         self._idle: list[socket.socket] = []
         self._open: set[socket.socket] = set()
@@ -71,10 +74,14 @@ class DataLanes:
 
     def _connect(self) -> socket.socket:
         lane = socket.create_connection(self._address, CONNECT_TIMEOUT_S)
+        if self._tls is not None:
+            lane = self._tls.wrap_socket(lane, server_hostname=MEMBER_NAME, do_handshake_on_connect=False)
         with self._changed:
             self._open.add(lane)
         try:
             self._require_open()
+            if isinstance(lane, ssl.SSLSocket):
+                lane.do_handshake()
             lane.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             lane.sendall(HELLO.pack(MAGIC, self._token))
             read_reply(lane)

@@ -1,6 +1,6 @@
 """The store's data connections: a thread each, so that no KV byte passes through the event loop that serves control.
 
-accept ─► HELLO: whose session? ─► request ─► slots entered ─► bytes between socket and arena ─► slots left ─► reply
+accept ─► TLS? ─► HELLO: whose session? ─► request ─► slots entered ─► bytes between socket and arena ─► slots left ─► reply
 A session's end shuts its connections down; a lease that ends breaks off the copies that are under way in its slots.
 """
 
@@ -10,6 +10,7 @@ import hmac
 import logging
 import secrets
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Sequence
 
@@ -54,10 +55,12 @@ class DataServer:
         self._connections: dict[_Connection, str] = {}
         self._listener: socket.socket | None = None
         self._accepting: threading.Thread | None = None
+        self._tls: ssl.SSLContext | None = None
         self.port = 0
 
-    def start(self, host: str) -> None:
-        """Listens on a free port of host. Raises OSError."""
+    def start(self, host: str, tls: ssl.SSLContext | None = None) -> None:
+        """Listens on a free port of host. tls: of a server; None: in the clear. Raises OSError."""
+        self._tls = tls
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, 0), family=family, backlog=128)
         self.port = self._listener.getsockname()[1]
@@ -158,7 +161,14 @@ class DataServer:
                 accepted, peer = listener.accept()
             except OSError:
                 return  # stop() has shut it down
-            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            try:
+                accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if self._tls is not None:
+                    accepted = self._tls.wrap_socket(accepted, server_side=True, do_handshake_on_connect=False)
+            except OSError as error:
+                logger.info("a connection of %s broke: %s", peer, error)
+                accepted.close()
+                continue
             _Connection(self, accepted, str(peer)).thread.start()
 
 
@@ -190,6 +200,8 @@ class _Connection:
 
     def _serve(self) -> None:
         self.socket.settimeout(HELLO_TIMEOUT_S)
+        if isinstance(self.socket, ssl.SSLSocket):
+            self.socket.do_handshake()
         magic, token = HELLO.unpack(receive(self.socket, HELLO.size))
         self.socket.settimeout(None)
         if magic != MAGIC:

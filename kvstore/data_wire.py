@@ -4,12 +4,14 @@ client ── HELLO (the session's data token) ──► store
        ── REQUEST write · bytes ──►    ◄── REPLY
        ── REQUEST read ──►             ◄── REPLY · bytes          one request at a time on a connection
 Bytes of a slice: block by block, its layers in order. They are checked by the blocks' checksums, from the writer to the reader.
+In a cluster with certificates all of it is inside TLS, and both sides show theirs.
 """
 
 from __future__ import annotations
 
 import enum
 import socket
+import ssl
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -66,7 +68,7 @@ class Ended(ConnectionError):
 def receive(connection: socket.socket, num_bytes: int) -> bytearray:
     """Raises Ended where the connection ends before the first byte, ConnectionError after it."""
     data = bytearray(num_bytes)
-    if (found := connection.recv_into(data, num_bytes, socket.MSG_WAITALL)) < num_bytes:
+    if (found := _fill(connection, memoryview(data))) < num_bytes:
         raise Ended("closed") if found == 0 else ConnectionError("it ended within a message")
     return data
 
@@ -75,6 +77,10 @@ def receive_into(connection: socket.socket, views: Sequence[memoryview]) -> None
     """Fills the views in order. Raises ConnectionError where the connection ends before that."""
     for batch in _batches(views):
         left = sum(map(len, batch))
+        if isinstance(connection, ssl.SSLSocket):
+            if sum(_fill(connection, view) for view in batch) < left:
+                raise ConnectionError("it ended within a slice")
+            continue
         while left:
             found = connection.recvmsg_into(batch, 0, socket.MSG_WAITALL)[0]
             if found == 0:
@@ -85,6 +91,10 @@ def receive_into(connection: socket.socket, views: Sequence[memoryview]) -> None
 
 def send_views(connection: socket.socket, views: Sequence[memoryview]) -> None:
     for batch in _batches(views):
+        if isinstance(connection, ssl.SSLSocket):
+            for view in batch:
+                connection.sendall(view)
+            continue
         left = sum(map(len, batch))
         while left:
             sent = connection.sendmsg(batch)
@@ -99,9 +109,19 @@ def break_off(connection: socket.socket) -> None:
     """
     try:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        connection.shutdown(socket.SHUT_RDWR)
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)  # an SSLSocket's own would have a thread that sends go on in the clear
     except OSError:
         return  # it is closed already
+
+
+def _fill(connection: socket.socket, view: memoryview) -> int:
+    """How many bytes were read: all, or those before the connection's end."""
+    if not isinstance(connection, ssl.SSLSocket):
+        return connection.recv_into(view, 0, socket.MSG_WAITALL)
+    filled = 0
+    while filled < len(view) and (found := connection.recv_into(view[filled:])):  # of one TLS record at most
+        filled += found
+    return filled
 
 
 def _batches(views: Sequence[memoryview]) -> list[list[memoryview]]:

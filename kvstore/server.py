@@ -75,8 +75,8 @@ class StoreServer:
             store = Store(self._config, arena, store_id=self.store_id, node_id=self._node_id, schema=self._schema)
             replication = Replication(store, self._credentials)
             kvstore_pb2_grpc.add_KVStoreServicer_to_server(KVStoreService(store, replication), server)
-            if self._credentials is None or self._credentials.tls is None:
-                store.data.start(host)  # data connections have no TLS: with it, KV of other nodes goes over gRPC
+            tls = self._credentials.tls if self._credentials is not None else None
+            store.data.start(host, None if tls is None else tls.context(server_side=True))
             await store.tiers.opened()
             await server.start()
         except BaseException:

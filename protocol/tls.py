@@ -1,4 +1,4 @@
-"""Certificates, as processes hand them to gRPC: PEM, in memory. `halfmoon certs` makes them.
+"""Certificates, as processes hand them to gRPC and to sockets: PEM, in memory. `halfmoon certs` makes them.
 
 authority ─► member: of every process of the cluster, shown and asked for on both sides of each connection
           └► front: of the clients' ports
@@ -6,6 +6,8 @@ authority ─► member: of every process of the cluster, shown and asked for on
 
 from __future__ import annotations
 
+import os
+import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +30,29 @@ class Tls:
     def of_members(cls, folder: Path) -> Tls:
         """Raises ConfigError."""
         return cls(read_pem(folder / f"{AUTHORITY}.pem"), read_pem(folder / f"{MEMBER}.pem"), read_pem(folder / f"{MEMBER}.key"))
+
+    def context(self, *, server_side: bool) -> ssl.SSLContext:
+        """For sockets of members: each side shows its certificate and asks for the other's. Raises ConfigError."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            context.load_verify_locations(cadata=self.authority.decode("ascii"))
+            _load_chain(context, self.certificate + b"\n" + self.key)
+            if server_side:
+                context.num_tickets = 0  # no connection is resumed
+        except (ssl.SSLError, ValueError) as error:
+            raise ConfigError(f"the members' certificate can't be used: {error}; `halfmoon certs rotate FOLDER` makes a new one") from error
+        return context
+
+
+def _load_chain(context: ssl.SSLContext, pem: bytes) -> None:
+    """Python reads a certificate and its key from a file alone: this one is in memory, and nobody else can open it."""
+    descriptor = os.memfd_create("halfmoon-member")
+    with open(descriptor, "wb") as file:
+        file.write(pem)
+        file.flush()
+        context.load_cert_chain(f"/proc/self/fd/{descriptor}")
 
 
 def read_pem(path: Path) -> bytes:

@@ -1,6 +1,6 @@
 """The KV store alone: bytes in and out, look-ups among a million blocks, what an index entry takes.
 
-    halfmoon bench kvstore [--out FILE.json] [--clients 1,4] [--mooncake PYTHON] [--seconds 1.0] [--sizes 65536,...]
+    halfmoon bench kvstore [--out FILE.json] [--clients 1,4] [--mooncake PYTHON] [--seconds 1.0] [--sizes 65536,...] [--certs FOLDER]
 
 store (a process) ◄── sessions of this process: put = Reserve, push, Seal; get = Fetch, every byte received, every checksum compared
 Beside them in the same run: memcpy, a raw TCP socket between two processes, Mooncake's transfer engine over TCP (no checksums).
@@ -31,8 +31,10 @@ from halfmoon.kvstore.client import StoreClient
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.blocks import KEY_BYTES
 from halfmoon.protocol.config import StoreConfig
+from halfmoon.protocol.credentials import Credentials
 from halfmoon.protocol.errors import RequestCancelled
 from halfmoon.protocol.schema import KVSchema
+from halfmoon.protocol.tls import Tls
 from halfmoon.protocol.v1 import common_pb2
 
 NODE = "bench"
@@ -93,9 +95,15 @@ class Child:
         self.process.wait(30)
 
 
-async def run_store(arena_bytes: int) -> None:
+def credentials_of(certs: str) -> Credentials | None:
+    """certs: a folder of certificates; "": without TLS."""
+    return Credentials("of-a-benchmark-on-one-machine-alone", Tls.of_members(Path(certs))) if certs else None
+
+
+async def run_store(arena_bytes: int, certs: str) -> None:
     pin(0)
-    server = StoreServer(StoreConfig(arena_bytes=arena_bytes, lease_ttl_s=30.0), node_id=NODE)
+    config = StoreConfig(arena_bytes=arena_bytes, lease_ttl_s=30.0)
+    server = StoreServer(config, node_id=NODE, credentials=credentials_of(certs))
     show(await server.start("127.0.0.1"))
     await asyncio.to_thread(sys.stdin.read)
     await server.stop(0)
@@ -244,15 +252,18 @@ async def rate(runs: list[Callable[[], Awaitable[None]]], size: int, seconds: fl
     return {"gb_s": total / statistics.median(times), "best": total / min(times)}
 
 
-async def measure_store(transport: str, sizes: list[int], clients: list[int], seconds: float) -> list[Row]:
+async def measure_store(transport: Any, sizes: list[int], clients: list[int], seconds: float, certs: str) -> list[Row]:
     rows: list[Row] = []
+    credentials, suffix = credentials_of(certs), " TLS" if certs else ""
     for schema in (SMALL, LARGE):
-        child = Child("store", str(ARENA_BYTES))
+        child = Child("store", str(ARENA_BYTES), certs)
         fitting = [size for size in sizes if (size >= LARGE.block_bytes) == (schema is LARGE)]
         for size in fitting:
             for num_clients in clients:
                 sessions = [
-                    await StoreClient.attach(child.address, client_id=f"c{index}", node_id=NODE, schema=schema, transport=transport)  # type: ignore[arg-type]
+                    await StoreClient.attach(
+                        child.address, client_id=f"c{index}", node_id=NODE, schema=schema, transport=transport, credentials=credentials
+                    )
                     for index in range(num_clients)
                 ]
                 transfers = [Transfers(session, schema, size) for session in sessions]
@@ -262,7 +273,7 @@ async def measure_store(transport: str, sizes: list[int], clients: list[int], se
                     after = await sessions[0].stats()
                     num_bytes = after.num_bytes_pushed + after.num_bytes_fetched - moved.num_bytes_pushed - moved.num_bytes_fetched
                     found["cpu_s_gb"] = (cpu_s(child.process.pid) + time.process_time() - before) / (num_bytes / 1e9)
-                    row = {"what": sessions[0].transport, "size": size, "clients": num_clients, "direction": direction, **found}
+                    row = {"what": sessions[0].transport + suffix, "size": size, "clients": num_clients, "direction": direction, **found}
                     rows.append(row)
                     show(line(row))
                 for session in sessions:
@@ -273,7 +284,7 @@ async def measure_store(transport: str, sizes: list[int], clients: list[int], se
 
 async def measure_index() -> Row:
     """Look-ups of 128k-token prompts (2,048 keys) and Reserves of 128 blocks among a million blocks while four clients push."""
-    child = Child("store", str((NUM_INDEXED + 50_000) * TINY.block_bytes))
+    child = Child("store", str((NUM_INDEXED + 50_000) * TINY.block_bytes), "")
     clients = [await StoreClient.attach(child.address, client_id=f"c{index}", node_id=NODE, schema=TINY) for index in range(5)]
     asking = clients.pop()
     before = anonymous_bytes(child.process.pid)
@@ -346,11 +357,12 @@ def main() -> None:
     parser.add_argument("--transports", default="auto,tcp,grpc")
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--mooncake", default="", help="a Python that has Mooncake's wheel")
+    parser.add_argument("--certs", default="", help="folder of `halfmoon certs init`: the store's connections have TLS")
     parser.add_argument("--no-index", action="store_true")
     parser.add_argument("--role", nargs="+")
     options = parser.parse_args()
     if options.role:
-        asyncio.run(run_store(int(options.role[1]))) if options.role[0] == "store" else run_socket()
+        asyncio.run(run_store(int(options.role[1]), options.role[2])) if options.role[0] == "store" else run_socket()
         return
     sizes, clients = [int(size) for size in options.sizes.split(",")], [int(number) for number in options.clients.split(",")]
     load = os.getloadavg()[0]
@@ -360,7 +372,7 @@ def main() -> None:
     for row in rows:
         show(line(row))
     for transport in options.transports.split(","):
-        rows += asyncio.run(measure_store(transport, sizes, clients, options.seconds))
+        rows += asyncio.run(measure_store(transport, sizes, clients, options.seconds, options.certs))
     if not options.no_index:
         rows.append(asyncio.run(measure_index()))
     if options.out:

@@ -270,11 +270,13 @@ def test_a_request_waits_for_a_proxy_that_is_still_starting(kind: Any, make_face
         reserved.bind(("127.0.0.1", 0))
         port = reserved.getsockname()[1]
     client = kind(f"127.0.0.1:{port}")
-    threading.Timer(0.3, make_face, kwargs={"grpc_port": port}).start()
+    starting = threading.Timer(0.3, make_face, kwargs={"grpc_port": port})
+    starting.start()
     with contextlib.suppress(NoWorker):  # reached it before its workers had joined
         assert client.call("generate", prompt="Hello", max_tokens=3, timeout_s=60).token_ids != ()
     assert client.call("models")[0].id == "chatty"
     client.close()
+    starting.join()
 
 
 class Refusing(inference_pb2_grpc.InferenceServicer):

@@ -96,9 +96,11 @@ def test_an_interrupted_call_ends_by_itself_and_the_next_does_not_wait_for_it(he
 
     before = signal.signal(signal.SIGUSR1, raises)
     try:
-        threading.Thread(target=interrupt).start()
+        interrupting = threading.Thread(target=interrupt)
+        interrupting.start()
         with pytest.raises(TimeoutError):
             helper.run(slow)
+        interrupting.join()
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert helper.run(lambda: 5) == 5 and not ended.is_set()

@@ -395,12 +395,14 @@ def test_status_is_live_until_interrupted(face: Any, terminal: Callable[..., Ter
     status = terminal("status", "--control", face.control.address, "--interval", "0.1")
     status.read_until("prefill-0")
     face.workers.gate_at = 0
-    threading.Thread(target=run, args=("generate", "Hello", "--address", face.grpc)).start()
+    generating = threading.Thread(target=run, args=("generate", "Hello", "--address", face.grpc))
+    generating.start()
     status.read_until("waiting 1")
     face.open_gate()
     status.read_until("waiting 0", start=len(status.seen))
     status.write("\x03")
     assert status.exit_code() == 0
+    generating.join()
 
 
 def test_deploy_init_takes_any_key_of_the_configuration(tmp_path: Path) -> None:

@@ -43,8 +43,7 @@ async def cluster(
     cluster_type: type,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[object]:
-    """2P2D: pairs are taken in turn, prefill-0 with decode-0, prefill-1 with decode-1, each on two nodes. With TLS KV goes over gRPC,
-    because data connections have none."""
+    """2P2D: pairs are taken in turn, prefill-0 with decode-0, prefill-1 with decode-1, each on two nodes. With TLS: 1P1D."""
     has_tls = request.param == WITH_TLS
     num_each = 1 if has_tls else 2
     certs = tmp_path_factory.mktemp("tls") / "certs"
@@ -74,7 +73,7 @@ async def test_tokens_between_nodes_equal_those_of_transformers(cluster, referen
         assert list(result.token_ids) == reference.generate(prompt, NUM_TOKENS, result.token_ids)
         pairs.add((result.phases.prefill_worker, result.phases.decode_worker, result.phases.transport))
     if cluster.certs:
-        assert pairs == {("prefill-0", "decode-0", "grpc")}
+        assert pairs == {("prefill-0", "decode-0", "tcp")}
     else:
         assert pairs == {("prefill-0", "decode-0", "tcp"), ("prefill-1", "decode-1", "tcp")}, "either node to the other"
     await cluster.at_rest()

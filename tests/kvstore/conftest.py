@@ -19,6 +19,7 @@ from halfmoon.kvstore.server import StoreServer
 from halfmoon.kvstore.transport import Piece, TransportName
 from halfmoon.kvstore.writer import BlockWriter
 from halfmoon.protocol.config import StoreConfig
+from halfmoon.protocol.credentials import Credentials
 from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import common_pb2, kvstore_pb2
 
@@ -111,13 +112,19 @@ StartStore = Callable[..., Awaitable[StoreServer]]
 
 
 @pytest.fixture
-async def start_store() -> AsyncIterator[StartStore]:
+def credentials() -> Credentials | None:
+    """Of the stores and their clients."""
+    return None
+
+
+@pytest.fixture
+async def start_store(credentials: Credentials | None) -> AsyncIterator[StartStore]:
     """start_store(num_slots=8, lease_ttl_s=5.0, schema=None, port=0) -> a running store."""
     started: list[StoreServer] = []
 
     async def start(num_slots: int = 8, lease_ttl_s: float = 5.0, schema: KVSchema | None = None, port: int = 0) -> StoreServer:
         config = StoreConfig(arena_bytes=num_slots * SCHEMA.block_bytes, lease_ttl_s=lease_ttl_s)
-        server = StoreServer(config, node_id=NODE, schema=schema)
+        server = StoreServer(config, node_id=NODE, schema=schema, credentials=credentials)
         started.append(server)
         await server.start("127.0.0.1", port)
         return server
@@ -159,12 +166,12 @@ async def attach(request: pytest.FixtureRequest, store: StoreServer) -> AsyncIte
 
 
 @pytest.fixture
-async def attach_to() -> AsyncIterator[Attach]:
+async def attach_to(credentials: Credentials | None) -> AsyncIterator[Attach]:
     """attach_to(address, client_id, **options) -> a client of any store."""
     clients: list[StoreClient] = []
 
     async def attach_client(address: str, client_id: str, **options: Any) -> StoreClient:
-        options = {"node_id": NODE, "schema": SCHEMA, **options}
+        options = {"node_id": NODE, "schema": SCHEMA, "credentials": credentials, **options}
         clients.append(await StoreClient.attach(address, client_id=client_id, **options))
         return clients[-1]
 

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
+from halfmoon.deploy.certificates import init
 from halfmoon.kvstore import data_server
 from halfmoon.kvstore.data_lanes import DataLanes, read_reply
 from halfmoon.kvstore.data_wire import PIECE_BYTES, Op, Request, receive_into, send_views
 from halfmoon.kvstore.receive_buffers import ReceiveBuffers
+from halfmoon.kvstore.server import StoreServer
+from halfmoon.protocol.credentials import Credentials
 from halfmoon.protocol.errors import HandoffAborted, InvalidRequest, LeaseExpired, StoreUnavailable, WorkerLost
 from halfmoon.protocol.schema import KVSchema
+from halfmoon.protocol.tls import MEMBER_NAME, Tls
 
 WIDE = KVSchema(model_fingerprint="w" * 16, dtype="float32", num_layers=2, num_kv_heads=8, head_dim=128, block_size=512)  # 4 MiB a layer
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Tls:
+    folder = tmp_path_factory.mktemp("certs")
+    init(folder, [], 1)
+    return Tls.of_members(folder)
+
+
+@pytest.fixture(params=["in the clear", "TLS"])
+def credentials(request: pytest.FixtureRequest, certificates: Tls) -> Credentials | None:
+    return Credentials.make() if request.param == "in the clear" else Credentials(Credentials.make().token, certificates)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -29,15 +47,30 @@ def lanes_of(client) -> DataLanes:
     return client._transport._lanes
 
 
-async def test_a_stranger_is_turned_away(store) -> None:
-    lanes = DataLanes("store", "127.0.0.1", store._running().data.port, b"x" * 32)
+def knock(store: StoreServer, tls: Tls | None, token: bytes = b"x" * 32) -> None:
+    context = None if tls is None else tls.context(server_side=False)
+    with DataLanes("store", "127.0.0.1", store._running().data.port, token, context).take():
+        raise AssertionError("it was let in")
 
-    def knock() -> None:
-        with lanes.take():
-            raise AssertionError("it was let in")
 
+async def test_a_stranger_is_turned_away(store, credentials) -> None:
     with pytest.raises(OSError, match="of no session"):
-        await asyncio.to_thread(knock)
+        await asyncio.to_thread(knock, store, credentials.tls)
+
+
+@pytest.mark.parametrize("credentials", ["TLS"], indirect=True)
+async def test_with_tls_nobody_talks_in_the_clear_or_under_another_authority(kv, store, attach_to, credentials, tmp_path) -> None:
+    client = await attach_to(store.address, "prefill-0", transport="tcp")
+    assert isinstance(next(iter(lanes_of(client)._open)), ssl.SSLSocket)
+    token = client._connection.welcome.data.token
+    init(tmp_path / "others", [], 1)
+    others = Tls.of_members(tmp_path / "others")
+    stolen = dataclasses.replace(others, authority=credentials.tls.authority)  # it trusts ours, and shows its own
+    for tls in (None, others, stolen):
+        with pytest.raises(OSError):
+            await asyncio.to_thread(knock, store, tls, token)
+    sent = await kv.hand_off(client, "r1", 3)
+    assert np.array_equal(await kv.read(await client.fetch("r1", 1, 5)), sent)
 
 
 async def test_a_session_s_end_closes_its_connections_and_its_token(kv, store, attach_to) -> None:
@@ -208,12 +241,25 @@ async def test_a_lost_store_ends_pushes_and_fetches(kv, start_store, attach_to) 
         await kv.push(writer, kv.blocks("r1", 2))
 
 
-def test_views_of_every_size_arrive_whole() -> None:
+@pytest.mark.parametrize("in_tls", [False, True])
+def test_views_of_every_size_arrive_whole(in_tls: bool, certificates: Tls) -> None:
     generator = np.random.default_rng(0)
     sizes = [1, 3, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 3 * PIECE_BYTES + 7, *generator.integers(1, 2000, 3000).tolist()]
     sent = [generator.integers(0, 256, size, dtype=np.uint8) for size in sizes]
     found = [np.zeros(size, np.uint8) for size in reversed(sizes)]
     left, right = socket.socketpair()
+    if in_tls:
+        name = {"server_hostname": MEMBER_NAME}
+        left, right = [
+            certificates.context(server_side=server).wrap_socket(
+                one, server_side=server, do_handshake_on_connect=False, **({} if server else name)
+            )
+            for one, server in ((left, False), (right, True))
+        ]
+        shaking = threading.Thread(target=left.do_handshake)
+        shaking.start()
+        right.do_handshake()
+        shaking.join()
     with left, right:
         sending = threading.Thread(target=send_views, args=(left, [array.data for array in sent]), daemon=True)
         sending.start()

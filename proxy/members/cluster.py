@@ -112,7 +112,7 @@ class Cluster:
     def report(self, member: Member, load: control_pb2.MemberLoad, role: control_pb2.Role = control_pb2.ROLE_UNSPECIFIED) -> None:
         """role: its present one; unspecified: unchanged."""
         self._heard_role(member, role)
-        member.report(load)
+        member.report(load, role)
         for callback in self._report_callbacks:
             callback(member, load)
 
@@ -169,7 +169,7 @@ class Cluster:
         if known is not None and known.incarnation == info.incarnation:
             known.stream += 1
             self._heard_role(known, role)
-            known.report(load)
+            known.report(load, role)
             return known
         if known is not None:
             self._superseded[known.incarnation] = None

@@ -62,6 +62,7 @@ class Member:
         self.gone = False
         self.left_because = ""  # where it was the proxy that left it
         self.silent_s = 0.0  # since its last report, as Liveness counts
+        self.role_reason = ""  # why it was given the role that it has; "": it began with it, or took it on by itself
         self.avoided = False  # no new requests, where there are others
         self.broken = control_pb2.Broken()  # as it says itself, before it leaves
         self._joined = time.monotonic()

@@ -19,7 +19,7 @@ from typing import ClassVar, NamedTuple, Self
 import numpy as np
 
 from ....protocol.timing.chunk_sizer import token_target_s
-from ..member_state import MemberState
+from ..member_state import DECODES_ITS_OWN, MemberState
 from ..placement import NO_SLO, PlacementRequest, PrefixHint, Selection, Slo, Snapshot
 from ..pool import Bools, Floats, Pool
 from ..predictors.timing import Predictors
@@ -101,12 +101,12 @@ class Adaptive(Policy):
         there = cost_by_blocks(num_cached_of, lambda cached: self.predictors.prefill.predict(request.num_tokens - cached, cached))
         here = cost_by_blocks(num_cached_of, lambda cached: self.predictors.step.cost.alone_s(request.num_tokens - cached, cached))
         ttfts = queue_times(self.predictors, pool, candidates.now_s) + loads
-        ttfts += np.where(pool.roster.in_role("decode"), here, there) * slowdowns
+        ttfts += np.where(pool.roster.decodes_its_own, here, there) * slowdowns
         ttfts[blocked] = math.inf
         row = self._least(pool, ttfts)
         prefill, ttft_s = pool[row], float(ttfts[row])
         num_cached = max(best, int(own_of.held[row])) * block_size
-        local = prefill.role == "decode"
+        local = prefill.role in DECODES_ITS_OWN
         decode, tpot_s = (
             (prefill, step_with(self.predictors, prefill, request.num_tokens)) if local else self.select_decode(request, candidates)
         )
@@ -119,15 +119,15 @@ class Adaptive(Policy):
         """The least predicted first token. Of workers that decode nearly the least will do: the one with the shortest step, promises
         included. Idle queues would all else send everything to one."""
         row = int(ttfts.argmin())
-        if pool.roster.roles[row] != "decode":
+        if not pool.roster.decodes_its_own[row]:
             return row
         step_s = self.predictors.step.predict_all(pool.num_requests, pool.num_outstanding_tokens)
-        near = (ttfts <= ttfts[row] * self.nearly + self.nearly_s) & pool.roster.in_role("decode")
+        near = (ttfts <= ttfts[row] * self.nearly + self.nearly_s) & pool.roster.decodes_its_own
         return int(np.where(near, step_s, math.inf).argmin())
 
     def select_decode(self, request: PlacementRequest, candidates: Snapshot) -> tuple[MemberState, float]:
-        """The least predicted step among the decode role (anyone where nobody has it), promises included; and its step as it runs now."""
-        pool = candidates.decode.with_role("decode")
+        """The least predicted step among those who decode (anyone where nobody does), promises included; and its step as it runs now."""
+        pool = candidates.decode.keep(candidates.decode.roster.decodes_its_own)
         selected = least_step(self.predictors, pool if len(pool) else candidates.decode)
         return selected, step_with(self.predictors, selected, request.num_tokens)
 
@@ -142,8 +142,8 @@ class Adaptive(Policy):
 
     def deliberate(self, snapshot: Snapshot, fixed: frozenset[str] = NOBODY) -> Generator[None, None, tuple[RoleChange, ...]]:
         now_s, members = snapshot.now_s, list(snapshot.decode)
-        prefilling = [member for member in members if member.role != "decode"]
-        decoding = [member for member in members if member.role == "decode"]
+        prefilling = [member for member in members if member.role not in DECODES_ITS_OWN]
+        decoding = [member for member in members if member.role in DECODES_ITS_OWN]
         num_now, fewest = len(prefilling), self._fewest(len(members))
         whole = bool(decoding) and num_now >= fewest
         if not members or (whole and now_s - self.last_change_s < self.calm_s):
@@ -220,7 +220,7 @@ class Adaptive(Policy):
         target_s = token_target_s(self.tpot_s, 0, 0.0)
         slowdowns = slowdowns_beside(self.predictors.step.cost, pool.num_running, pool.num_running_tokens, target_s, num_prefix_tokens)
         slowdowns = np.where(running, slowdowns, 1.0)
-        decoding = pool.roster.in_role("decode")
+        decoding = pool.roster.decodes_its_own
         if decoding.all():
             return slowdowns, np.zeros(len(pool), np.bool_)
         slack_s = target_s - self.predictors.step.predict_all(pool.num_running, pool.num_running_tokens)

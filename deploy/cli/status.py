@@ -104,10 +104,10 @@ def _scheduling(found: ClusterStatus) -> Text:
 
 
 def _role_change(change: RoleChange) -> Text:
-    text = Text(f"{_span(change.ago_s)} ago: {change.member}, {change.former} until then, ", style="dim")
+    text = Text(f"{_span(change.ago_s)} ago: {change.member} ", style="dim")
     if change.error:
-        return text.append(f"did not become {change.role}: {change.error}", style="yellow")
-    return text.append(f"became {change.role}: {change.reason}")
+        return text.append(f"stayed {change.former} and did not become {change.role}: {change.error}", style="yellow")
+    return text.append(f"became {change.role} and was {change.former}: {change.reason}")
 
 
 def _row(percentiles: Percentiles) -> tuple[str, ...]:

@@ -80,7 +80,7 @@ class Router:
         cluster.on_report(self.learner.reported)
         # any seed will do here: tests and the simulator give policies theirs
         self.conductor = create_conductor(config, self.predictors, random.Random())
-        self._rebalancer = create_rebalancer(config, cluster, self.conductor, metrics.members)
+        self._rebalancer = create_rebalancer(config, cluster, self.conductor, metrics)
         self._placer = create_placer(config, cluster, self._index, page_index, self.conductor, self.learner)
         self._prompts = PromptEncoder(cluster)
         assigner = Assigner(cluster, self._index, page_index, self._placer.load_tracker, self._replicator)

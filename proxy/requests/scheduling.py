@@ -14,10 +14,10 @@ from ..conductor.load_tracker import LoadTracker
 from ..conductor.placement import Slo
 from ..conductor.policies import create_policy
 from ..conductor.predictors import CostModel, Predictors
-from ..member_metrics import MemberMetrics
 from ..members.cluster import Cluster
 from ..members.member import Member
 from ..members.rebalancer import Rebalancer
+from ..metrics import ProxyMetrics
 from ..prefixes.index import PrefixIndex
 from .learner import Learner
 from .placer import Placer, QueueOrdering
@@ -50,13 +50,13 @@ def create_conductor(config: ProxyConfig, predictors: Predictors, rng: random.Ra
     return Conductor(policy, create_admission(config.admission, slo, predictors), predictors, local_prefill=config.local_prefill)
 
 
-def create_rebalancer(config: ProxyConfig, cluster: Cluster, conductor: Conductor, metrics: MemberMetrics) -> Rebalancer | None:
+def create_rebalancer(config: ProxyConfig, cluster: Cluster, conductor: Conductor, metrics: ProxyMetrics) -> Rebalancer | None:
     """None where workers keep their roles. Else everyone is a candidate for everything, unless workers that decode may not prefill."""
     roles = conductor.policy.roles
     if roles is None or not config.rebalance_s or config.local_prefill == "always":
         return None
     cluster.one_pool = config.local_prefill == "fallback"
-    return Rebalancer(cluster, roles, metrics, interval_s=config.rebalance_s)
+    return Rebalancer(cluster, roles, metrics.members, interval_s=config.rebalance_s)
 
 
 def create_placer(

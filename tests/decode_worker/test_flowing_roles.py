@@ -22,12 +22,12 @@ DAYS_S = 7 * 24 * 3600.0
 NUM_WORKERS = 4
 BOTH = control_pb2.ROLE_BOTH
 MODEL = CostModel(
-    per_token_s=2e-5, per_token_prefix_s=2e-6, per_token_squared_s=1e-6, step_s=0.02, per_sequence_s=2e-4, per_kv_token_s=0.0,
+    per_token_s=2e-5, per_token_prefix_s=2e-6, per_token_squared_s=1e-6, step_s=0.02, per_sequence_s=5e-4, per_kv_token_s=0.0,
     kv_bytes_per_token=1000, kv_capacity_tokens=100_000, cache_tokens=10**6, link_bytes_per_s=1e9,
 )  # fmt: skip
-"""A prompt of 200 tokens takes 44 ms alone, and 198 ms in steps of 24 ms that read 20 ms of weights. 20 sequences fill such a step."""
+"""A prompt of 200 tokens takes 44 ms alone, and 198 ms in steps of 24 ms that read 20 ms of weights. 8 sequences fill such a step."""
 SLO = {"ttft_slo_s": 0.45, "tpot_slo_s": 0.024 / 0.92}
-NUM_LONG, NUM_SHORT = 24, 48  # requests in a burst of either kind
+NUM_LONG, NUM_SHORT = 24, 24  # requests in a burst of either kind
 
 
 def prompt(num_tokens: int, seed: int) -> list[int]:
@@ -84,7 +84,7 @@ async def test_a_load_that_shifts_from_prompts_to_answers_makes_roles_change_by_
         monkeypatch.setattr(Learner, name, lambda *_, **__: None)
     MODEL.save(tmp_path / "model.json")
     proxy = await make_proxy(policy="adaptive", cost_model=str(tmp_path / "model.json"), rebalance_s=0.05, **SLO)
-    proxy.router.conductor.policy.calm_s = 0.2
+    proxy.router.conductor.policy.calm_s = 0.05
     cluster = await joined(proxy, make_cluster, NUM_WORKERS)
     load = Load(proxy.router, greedy)
     found: list[int] = []  # numbers of workers that prefill for the others, as they changed
@@ -93,12 +93,12 @@ async def test_a_load_that_shifts_from_prompts_to_answers_makes_roles_change_by_
         found.append(sum(member.role == "prefill" for member in proxy.cluster.members.values()))
 
     proxy.cluster.on_role(look)
-    async with asyncio.timeout(150):
+    async with asyncio.timeout(240):
         while not found or max(found) < 2:
             await load.burst(NUM_LONG, 200, 2, NUM_LONG)
         first = len(found)
         while min(found[first:], default=NUM_WORKERS) > 1:
-            await load.burst(NUM_SHORT, 8, 60, 6)
+            await load.burst(NUM_SHORT, 8, 40, 6)
     await proxy.router._rebalancer.close()  # so that nothing changes under the eyes of what follows
     await cluster.every_page_is_free()
     roles = [(worker, proxy.cluster.members[worker.worker_id]) for worker in cluster.workers]
@@ -134,9 +134,9 @@ async def test_tokens_are_exact_and_nothing_is_left_over_where_roles_change_at_r
             num_changes += 1
             await asyncio.sleep(0.01)
 
-    async with asyncio.timeout(150):
+    async with asyncio.timeout(240):
         flipping = asyncio.create_task(flip())
-        await asyncio.gather(*(load.any_mix(random.Random(number), 8) for number in range(8)))
+        await asyncio.gather(*(load.any_mix(random.Random(number), 6) for number in range(6)))
         is_over = True
         await flipping
     assert num_changes > 20

@@ -253,7 +253,7 @@ class Cluster:
         return self._prefilling().roster.stores[0]
 
     def store_loads(self) -> dict[str, int]:
-        """The stores on the nodes of workers that prefill -> tokens that those workers still have to compute."""
+        """The stores on the nodes of workers that prefill, or may -> tokens that those workers have before them."""
         roster, rows = self._prefilling()
         addresses, having, places = roster.stores
         tokens = np.bincount(places, self._table.outstanding_tokens(rows[having]), len(addresses))

@@ -24,7 +24,7 @@ from ..protocol.errors import (
 from .access import Control
 from .async_client import AsyncClient, AsyncStream
 from .client import Client, Stream
-from .cluster_status import ClusterStatus, Member, Model, Percentiles
+from .cluster_status import ClusterStatus, Member, Model, Percentiles, RoleChange
 from .completion import Admitted, Choice, Completion, Delta, Event, Finished, PhaseRecord, TokenLogprob, TopLogprob, Usage
 from .conversation import Conversation
 from .explanation import Candidate, DecisionAttempt, Explanation, Prediction
@@ -59,6 +59,7 @@ __all__ = [
     "Prediction",
     "PromptTooLong",
     "RequestCancelled",
+    "RoleChange",
     "Stream",
     "TokenLogprob",
     "TopLogprob",

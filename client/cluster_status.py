@@ -42,6 +42,32 @@ class Member:
     """Of its /metrics, "host:port"."""
     kv_usage_ratio: float
     """Share of a worker's pages, or of a store's arena, that is in use."""
+    role_reason: str
+    """Why the policy gave it its role; "": it began with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoleChange:
+    """A worker was to take on another role."""
+
+    member: str
+    role: Role
+    former: Role
+    reason: str
+    error: str
+    """Why it kept its former role; "": it did not."""
+    ago_s: float
+
+    @classmethod
+    def from_proto(cls, message: control_pb2.StatusReply.RoleChange) -> RoleChange:
+        return cls(
+            member=message.member,
+            role=ROLE_NAMES.get(message.role, "unknown"),
+            former=ROLE_NAMES.get(message.former, "unknown"),
+            reason=message.reason,
+            error=message.error,
+            ago_s=message.ago_s,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +105,8 @@ class ClusterStatus:
     num_in_slo: int
     """Finished requests that had an SLO and met it."""
     num_outside_slo: int
+    role_changes: tuple[RoleChange, ...]
+    """The last ones, the latest first."""
 
     @classmethod
     def from_proto(cls, message: control_pb2.StatusReply) -> ClusterStatus:
@@ -99,6 +127,7 @@ class ClusterStatus:
             rejections=dict(message.rejections),
             num_in_slo=message.num_in_slo,
             num_outside_slo=message.num_outside_slo,
+            role_changes=tuple(map(RoleChange.from_proto, message.role_changes)),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -120,4 +149,5 @@ def _member(message: control_pb2.StatusReply.Member) -> Member:
         num_waiting=load.num_waiting,
         num_outstanding_tokens=load.num_outstanding_tokens,
         kv_usage_ratio=load.kv_usage_ratio,
+        role_reason=message.role_reason,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grpc.aio
 
@@ -37,7 +37,7 @@ def describe_capacity(members: Sequence[control_pb2.StatusReply.Member], wanted_
     stores = [member for member in members if _role(member) == "store" and member.info.kv_capacity_tokens]
     length = served_len(members)
     found = [_length(workers, length, wanted_len)] if workers else []
-    hands_off = any(prefills(_role(one)) and decodes(_role(two)) for one in workers for two in workers if one is not two)
+    hands_off = any(_ever(prefills, one) and _ever(decodes, two) for one in workers for two in workers if one is not two)
     return found + [_arena(store, length, hands_off) for store in stores if length]
 
 
@@ -57,6 +57,11 @@ def _arena(store: control_pb2.StatusReply.Member, length: int, hands_off: bool) 
     if hands_off and num_tokens < length:
         return Finding("arena", "fault", f"{store.info.id}: {arena_too_small(num_tokens, length)}", "raise store.arena_bytes")
     return ok("arena", f"{store.info.id} holds {num_tokens} tokens of KV, {num_tokens / length:.1f} prompts of {length}")
+
+
+def _ever(does: Callable[[str], bool], member: control_pb2.StatusReply.Member) -> bool:
+    """In the role that it has, or in the one that it began with: roles may flow."""
+    return does(_role(member)) or does(ROLE_NAMES.get(member.info.role, "unknown"))
 
 
 def _role(member: control_pb2.StatusReply.Member) -> str:

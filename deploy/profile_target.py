@@ -45,7 +45,8 @@ async def look(client: AsyncClient, control: Control) -> Target:
     if not (prefill and decode and stores):
         raise ConfigError(
             f"{client.address} has {len(prefill)} prefill workers, {len(decode)} decode workers and {len(stores)} stores; a profile needs "
-            "one of each, for hand-offs are measured too (workers of both roles do not tell what was which)"
+            "one of each, for hand-offs are measured too (workers of both roles do not tell what was which; where the "
+            "policy changes roles, set proxy.rebalance_s to 0)"
         )
     schema = KVSchema.from_proto(decode[0].schema)
     max_model_len = min(info.max_model_len for info in (*prefill, *decode))

@@ -158,6 +158,9 @@ class ProxyConfig:
     """Worker pairs that one request is tried on before the client gets its error; a pair that lost its store is not counted."""
     local_prefill: Literal["never", "fallback", "always"] = "fallback"
     """When decode workers compute prompts themselves; fallback: while no prefill worker or no store is alive, or none is configured."""
+    rebalance_s: float = 1.0
+    """Seconds between two decisions of the policy about who prefills and who decodes, if it makes any (adaptive); 0: workers keep the
+    roles that they start with. With local_prefill always, they keep them, too."""
     replicate: Literal["never", "hot"] = "hot"
     """Whether a prefix that many requests share is copied to more stores ahead of demand; never: blocks are copied for nobody."""
     avoid_after_s: float = 1.0

@@ -144,6 +144,21 @@ MEMBER_JOINS = MetricSpec("halfmoon_member_joins", "counter", "proxy", "Processe
 MEMBER_LOSSES = MetricSpec(
     "halfmoon_member_losses", "counter", "proxy", "Processes of the member that left or died: the two look alike.", ("member",)
 )
+ROLE_CHANGES = MetricSpec(
+    "halfmoon_role_changes",
+    "counter",
+    "proxy",
+    "Roles that workers were given and say that they have. new_role; reason: slo (more requests would be in SLO), unknown_load (nothing is "
+    "known of it yet), missing_role (nobody had it).",
+    ("new_role", "reason"),
+)
+ROLE_CHANGE_FAILURES = MetricSpec(
+    "halfmoon_role_change_failures",
+    "counter",
+    "proxy",
+    "Roles that workers were given and did not take on, by error code; they keep the former one.",
+    ("new_role", "code"),
+)
 MEMBER_SECONDS = MetricSpec(
     "halfmoon_member_seconds",
     "counter",

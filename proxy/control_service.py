@@ -59,7 +59,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
                     )
                     return
                 if report.HasField("answer"):
-                    member.orders.answered(report.answer)
+                    member.orders.answered(report.answer, report.role)
                 self._cluster.report(member, report.load, report.role)
                 if report.HasField("prefixes"):
                     self._cluster.prefixes_changed(member, report.prefixes)
@@ -97,6 +97,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
                     role=ROLE_NUMBERS[member.role],
                     silent_s=member.silent_s,
                     avoided=member.avoided,
+                    role_reason=member.role_reason,
                 )
                 for member in sorted(self._cluster.members.values(), key=lambda member: (member.info.role, member.id))
             ],
@@ -116,6 +117,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
             num_in_slo=metrics.num_in_slo,
             num_outside_slo=metrics.num_outside_slo,
             absences=self._cluster.absences.to_proto(),
+            role_changes=[change.to_proto() for change in router.role_changes],
         )
 
     @unary_boundary

@@ -52,6 +52,8 @@ class MemberMetrics(Collector):
             self._members.labels(role)
         self._joins = counter(specs.MEMBER_JOINS, registry)
         self._losses = counter(specs.MEMBER_LOSSES, registry)
+        self._role_changes = counter(specs.ROLE_CHANGES, registry)
+        self._role_failures = counter(specs.ROLE_CHANGE_FAILURES, registry)
         ReadCounter(specs.MEMBER_SECONDS, registry, self._all_seconds)
         registry.register(self)
 
@@ -69,6 +71,13 @@ class MemberMetrics(Collector):
 
     def took_role(self, member: str, role: str) -> None:
         self._turned(member, role, is_up=True)
+
+    def changed_role(self, role: str, reason: str) -> None:
+        self._role_changes.labels(role, reason).inc()
+
+    def kept_role(self, wanted: str, code: str) -> None:
+        """It did not take on the wanted one."""
+        self._role_failures.labels(wanted, code).inc()
 
     @property
     def lacks_prefill(self) -> bool:

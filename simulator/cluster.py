@@ -15,7 +15,7 @@ from ..proxy.conductor.admission import create_admission
 from ..proxy.conductor.conductor import Conductor
 from ..proxy.conductor.placement import Arriving, Placement, PlacementRequest, Rejection, Snapshot
 from ..proxy.conductor.policies import create_policy
-from ..proxy.conductor.policies.base import RolePlanner
+from ..proxy.conductor.policies.base import RolePlanner, rebalance
 from ..proxy.conductor.predictors.timing import Predictors
 from ..proxy.conductor.predictors.waiting import step_with
 from ..proxy.conductor.queue_order import queue_order
@@ -127,8 +127,11 @@ class Cluster:
     def _place(self, job: Job) -> None:
         runs = self.index.leading_runs(job.keys)
         request = PlacementRequest(num_tokens=job.num_tokens, held_blocks=runs, page_blocks=self.prefixes.in_pages(job))
-        answer = self.conductor.place(request, self.snapshot())
+        seen = self.snapshot()
+        answer = self.conductor.place(request, seen)
         self.counters.num_placements += 1
+        if self.roles is not None and (isinstance(answer, Placement) or answer.code == "overloaded"):
+            self.roles.observe_arrival(request, seen)
         if isinstance(answer, Rejection):
             if answer.code == "no_worker":
                 self._parked.append(job)
@@ -267,7 +270,7 @@ class Cluster:
     # roles and failures
 
     def _rebalance(self, roles: RolePlanner) -> None:
-        for change in roles.rebalance(self.snapshot()):
+        for change in rebalance(roles, self.snapshot()):
             self.loop.at(self.loop.now + self.scenario.role_change_s, self._take_role, self.by_name[change.member_id], change.role)
         if self._num_ended < len(self.jobs):
             self.loop.at(self.loop.now + self.scenario.rebalance_s, self._rebalance, roles)

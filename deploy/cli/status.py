@@ -12,12 +12,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ...client import Client, ClusterStatus, Percentiles
+from ...client import Client, ClusterStatus, Percentiles, RoleChange
 from ..token_file import find_control
 from .terminal import DEFAULT_CONTROL, ControlAddress, seconds
 
 PLAIN_WIDTH = 140  # of output that is not a terminal and so has no width of its own
 WIDE = 120  # columns from which on addresses and nodes are shown, too
+NUM_ROLE_CHANGES = 3
 NODE_DIGITS = 8  # of a node's id, which has 56
 
 
@@ -52,7 +53,8 @@ def _watch(client: Client, found: ClusterStatus, interval_s: float) -> None:
 
 def picture(found: ClusterStatus, width: int) -> RenderableType:
     """width: columns that it is to be read at."""
-    return Group(_headline(found), _members(found, wide=width >= WIDE), _latencies(found), _scheduling(found))
+    parts = [_headline(found), _members(found, wide=width >= WIDE), _latencies(found), _scheduling(found)]
+    return Group(*parts, *map(_role_change, found.role_changes[:NUM_ROLE_CHANGES]))
 
 
 def _headline(found: ClusterStatus) -> Text:
@@ -99,6 +101,13 @@ def _scheduling(found: ClusterStatus) -> Text:
         errors = ", ".join(f"{name} {error:.0%}" for name, error in sorted(found.prediction_errors.items()))
         text.append(f"\npredictions are off by {errors}")
     return text
+
+
+def _role_change(change: RoleChange) -> Text:
+    text = Text(f"{_span(change.ago_s)} ago: {change.member} ", style="dim")
+    if change.error:
+        return text.append(f"stayed {change.former} and did not become {change.role}: {change.error}", style="yellow")
+    return text.append(f"became {change.role} and was {change.former}: {change.reason}")
 
 
 def _row(percentiles: Percentiles) -> tuple[str, ...]:

@@ -165,22 +165,24 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("members", "model", "num_queued", "num_running", "draining", "ttft_s", "tpot_s", "outcomes", "up_s", "policy", "admission", "order", "prediction_errors", "rejections", "num_in_slo", "num_outside_slo", "absences")
+    __slots__ = ("members", "model", "num_queued", "num_running", "draining", "ttft_s", "tpot_s", "outcomes", "up_s", "policy", "admission", "order", "prediction_errors", "rejections", "num_in_slo", "num_outside_slo", "absences", "role_changes")
     class Member(_message.Message):
-        __slots__ = ("info", "load", "up_s", "role", "silent_s", "avoided")
+        __slots__ = ("info", "load", "up_s", "role", "silent_s", "avoided", "role_reason")
         INFO_FIELD_NUMBER: _ClassVar[int]
         LOAD_FIELD_NUMBER: _ClassVar[int]
         UP_S_FIELD_NUMBER: _ClassVar[int]
         ROLE_FIELD_NUMBER: _ClassVar[int]
         SILENT_S_FIELD_NUMBER: _ClassVar[int]
         AVOIDED_FIELD_NUMBER: _ClassVar[int]
+        ROLE_REASON_FIELD_NUMBER: _ClassVar[int]
         info: MemberInfo
         load: MemberLoad
         up_s: float
         role: Role
         silent_s: float
         avoided: bool
-        def __init__(self, info: _Optional[_Union[MemberInfo, _Mapping]] = ..., load: _Optional[_Union[MemberLoad, _Mapping]] = ..., up_s: _Optional[float] = ..., role: _Optional[_Union[Role, str]] = ..., silent_s: _Optional[float] = ..., avoided: bool = ...) -> None: ...
+        role_reason: str
+        def __init__(self, info: _Optional[_Union[MemberInfo, _Mapping]] = ..., load: _Optional[_Union[MemberLoad, _Mapping]] = ..., up_s: _Optional[float] = ..., role: _Optional[_Union[Role, str]] = ..., silent_s: _Optional[float] = ..., avoided: bool = ..., role_reason: _Optional[str] = ...) -> None: ...
     class Absence(_message.Message):
         __slots__ = ("info", "why", "for_s")
         INFO_FIELD_NUMBER: _ClassVar[int]
@@ -201,6 +203,21 @@ class StatusReply(_message.Message):
         p99: float
         count: int
         def __init__(self, p50: _Optional[float] = ..., p90: _Optional[float] = ..., p99: _Optional[float] = ..., count: _Optional[int] = ...) -> None: ...
+    class RoleChange(_message.Message):
+        __slots__ = ("member", "role", "former", "reason", "error", "ago_s")
+        MEMBER_FIELD_NUMBER: _ClassVar[int]
+        ROLE_FIELD_NUMBER: _ClassVar[int]
+        FORMER_FIELD_NUMBER: _ClassVar[int]
+        REASON_FIELD_NUMBER: _ClassVar[int]
+        ERROR_FIELD_NUMBER: _ClassVar[int]
+        AGO_S_FIELD_NUMBER: _ClassVar[int]
+        member: str
+        role: Role
+        former: Role
+        reason: str
+        error: str
+        ago_s: float
+        def __init__(self, member: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., former: _Optional[_Union[Role, str]] = ..., reason: _Optional[str] = ..., error: _Optional[str] = ..., ago_s: _Optional[float] = ...) -> None: ...
     class OutcomesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -239,6 +256,7 @@ class StatusReply(_message.Message):
     NUM_IN_SLO_FIELD_NUMBER: _ClassVar[int]
     NUM_OUTSIDE_SLO_FIELD_NUMBER: _ClassVar[int]
     ABSENCES_FIELD_NUMBER: _ClassVar[int]
+    ROLE_CHANGES_FIELD_NUMBER: _ClassVar[int]
     members: _containers.RepeatedCompositeFieldContainer[StatusReply.Member]
     model: str
     num_queued: int
@@ -256,7 +274,8 @@ class StatusReply(_message.Message):
     num_in_slo: int
     num_outside_slo: int
     absences: _containers.RepeatedCompositeFieldContainer[StatusReply.Absence]
-    def __init__(self, members: _Optional[_Iterable[_Union[StatusReply.Member, _Mapping]]] = ..., model: _Optional[str] = ..., num_queued: _Optional[int] = ..., num_running: _Optional[int] = ..., draining: bool = ..., ttft_s: _Optional[_Union[StatusReply.Percentiles, _Mapping]] = ..., tpot_s: _Optional[_Union[StatusReply.Percentiles, _Mapping]] = ..., outcomes: _Optional[_Mapping[str, int]] = ..., up_s: _Optional[float] = ..., policy: _Optional[str] = ..., admission: _Optional[str] = ..., order: _Optional[str] = ..., prediction_errors: _Optional[_Mapping[str, float]] = ..., rejections: _Optional[_Mapping[str, int]] = ..., num_in_slo: _Optional[int] = ..., num_outside_slo: _Optional[int] = ..., absences: _Optional[_Iterable[_Union[StatusReply.Absence, _Mapping]]] = ...) -> None: ...
+    role_changes: _containers.RepeatedCompositeFieldContainer[StatusReply.RoleChange]
+    def __init__(self, members: _Optional[_Iterable[_Union[StatusReply.Member, _Mapping]]] = ..., model: _Optional[str] = ..., num_queued: _Optional[int] = ..., num_running: _Optional[int] = ..., draining: bool = ..., ttft_s: _Optional[_Union[StatusReply.Percentiles, _Mapping]] = ..., tpot_s: _Optional[_Union[StatusReply.Percentiles, _Mapping]] = ..., outcomes: _Optional[_Mapping[str, int]] = ..., up_s: _Optional[float] = ..., policy: _Optional[str] = ..., admission: _Optional[str] = ..., order: _Optional[str] = ..., prediction_errors: _Optional[_Mapping[str, float]] = ..., rejections: _Optional[_Mapping[str, int]] = ..., num_in_slo: _Optional[int] = ..., num_outside_slo: _Optional[int] = ..., absences: _Optional[_Iterable[_Union[StatusReply.Absence, _Mapping]]] = ..., role_changes: _Optional[_Iterable[_Union[StatusReply.RoleChange, _Mapping]]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("timeout_s",)

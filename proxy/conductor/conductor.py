@@ -79,6 +79,8 @@ class Conductor:
                 return no_handoff, ""
             return _candidates("decode", snapshot.decode, request), "no live store takes a hand-off of it"
         candidates = _candidates("prefill", snapshot.prefill, request)
+        if snapshot.prefill is snapshot.decode:  # everybody is a candidate for both already
+            return candidates, ""
         if self.local_prefill == "fallback" and isinstance(candidates, Rejection) and candidates.code == "no_worker":
             return _candidates("decode", snapshot.decode, request), "no prefill worker is alive"
         if self.local_prefill == "fallback" and self.policy.weighs_local and not isinstance(candidates, Rejection):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+DECODES_ITS_OWN = frozenset({"coupled", "decode"})  # roles of workers that decode what they prefill
+
 
 @dataclass(frozen=True, slots=True)
 class MemberState:

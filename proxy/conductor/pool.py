@@ -18,7 +18,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from .member_state import MemberState
+from .member_state import DECODES_ITS_OWN, MemberState
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -34,7 +34,6 @@ class Roster:
         self.incarnations = tuple(incarnations)
         self.store_addresses = tuple(store_addresses)
         self.roles = tuple(roles)
-        self._in_role: dict[str, Bools] = {}
         self._joined: tuple[Roster, Roster] | None = None  # the last other, and what came of it
 
     @cached_property
@@ -65,11 +64,10 @@ class Roster:
         rows = [row for row, address in enumerate(self.store_addresses) if address]
         return addresses, np.array(rows, np.int64), np.array([place[self.store_addresses[row]] for row in rows], np.int64)
 
-    def in_role(self, role: str) -> Bools:
-        found = self._in_role.get(role)
-        if found is None:
-            found = self._in_role[role] = np.array([one == role for one in self.roles], np.bool_)
-        return found
+    @cached_property
+    def decodes_its_own(self) -> Bools:
+        """Who decodes what it prefills."""
+        return np.array([one in DECODES_ITS_OWN for one in self.roles], np.bool_)
 
     def take(self, rows: list[int]) -> Roster:
         return Roster(*([column[row] for row in rows] for column in self._columns()))

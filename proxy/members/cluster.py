@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...protocol.credentials import Credentials
-from ...protocol.errors import DeadlineExceeded, InvalidRequest
+from ...protocol.errors import DeadlineExceeded, InternalError, InvalidRequest
 from ...protocol.roles import ROLE_NAMES, ROLE_NUMBERS, WORKER_ROLES, WorkerRole, decodes, prefills
 from ...protocol.schema import KVSchema
 from ...protocol.tasks import Tasks
@@ -31,6 +31,7 @@ from .member import CLOSE_GRACE_S, STATE_ROLES, Member
 JoinCallback = Callable[[Member], None]
 ReportCallback = Callable[[Member, control_pb2.MemberLoad], None]
 PrefixCallback = Callable[[Member, control_pb2.PrefixChange], None]
+LAST_ORDER = 2**62  # of a request that lets every other pass
 NUM_SUPERSEDED = 4096  # replaced processes to remember; older ones have ended by now
 
 
@@ -43,12 +44,17 @@ class Asking(NamedTuple):
     page_blocks: Mapping[str, int] = NOTHING  # worker id -> leading blocks of it that stand in its pages
 
 
+BEHIND_ALL = Asking({}, LAST_ORDER, lambda num_held: 0.0)
+
+
 class Cluster:
     def __init__(self, metrics: ProxyMetrics, schema: KVSchema | None = None, credentials: Credentials | None = None) -> None:
         """schema: the one that all workers must have. None: the first worker's, for as long as there is any worker.
         credentials: that members ask the proxy for."""
         self.members: dict[str, Member] = {}
         self._metrics = metrics
+        self.one_pool = False
+        """Every worker is a candidate for prefill and for decode, whatever its role: the policy goes by roles itself."""
         self._given_schema = schema
         self._credentials = credentials
         self._schema: KVSchema | None = None  # of the present workers
@@ -112,15 +118,16 @@ class Cluster:
     def report(self, member: Member, load: control_pb2.MemberLoad, role: control_pb2.Role = control_pb2.ROLE_UNSPECIFIED) -> None:
         """role: its present one; unspecified: unchanged."""
         self._heard_role(member, role)
-        member.report(load)
+        member.report(load, role)
         for callback in self._report_callbacks:
             callback(member, load)
 
-    async def set_role(self, member: Member, role: WorkerRole, timeout_s: float) -> None:
-        """Gives a worker a new role and returns once the worker has confirmed it. Placements use the new role from the call on.
+    async def set_role(self, member: Member, role: WorkerRole, timeout_s: float, reason: str = "") -> None:
+        """Gives a worker a new role and returns once the worker says that it has it. Placements use the new role from the call on.
 
-        What was placed on the worker before ends there. After any error the worker has its former role again. Raises InvalidRequest for
-        a role that it cannot take, its own refusal, DeadlineExceeded if it does not answer, WorkerLost if it leaves.
+        What was placed on the worker before ends there. After any error the worker has its former role again. reason: for people. Raises
+        InvalidRequest for a role that it cannot take, its own refusal, DeadlineExceeded if it does not answer, WorkerLost if it leaves,
+        InternalError if it answers with another role.
         """
         if ROLE_NUMBERS[role] not in member.info.roles:
             found = ", ".join(sorted(ROLE_NAMES[number] for number in member.info.roles)) or "none but its own"
@@ -130,13 +137,17 @@ class Cluster:
             self._change_role(member, role)
             try:
                 async with asyncio.timeout(timeout_s):
-                    await member.orders.give(control_pb2.MemberOrder(role=ROLE_NUMBERS[role]))
+                    said = await member.orders.give(control_pb2.MemberOrder(role=ROLE_NUMBERS[role]))
+                if said != ROLE_NUMBERS[role]:
+                    found = ROLE_NAMES.get(said, f"number {said}")
+                    raise InternalError(f"{member.id} was to take on the role {role} and says that it has the role {found}")
             except TimeoutError as error:
                 self._change_role(member, former)
                 raise DeadlineExceeded(f"{member.title} did not say within {timeout_s:g} s that it takes on the role {role}") from error
             except BaseException:
                 self._change_role(member, former)
                 raise
+            member.role_reason = reason
 
     def _heard_role(self, member: Member, role: control_pb2.Role) -> None:
         """Follows the reported role: a worker may take one on after its order timed out. Raises InvalidRequest for an unknown role."""
@@ -144,6 +155,7 @@ class Cluster:
             raise InvalidRequest(f"{member.title} reports role number {role}, which this proxy does not know; run one version on both")
         if role and ROLE_NAMES[role] != member.role and not member.orders.pending:
             self._change_role(member, ROLE_NAMES[role])
+            member.role_reason = ""
 
     def _change_role(self, member: Member, role: str) -> None:
         former, member.role = member.role, role
@@ -169,7 +181,7 @@ class Cluster:
         if known is not None and known.incarnation == info.incarnation:
             known.stream += 1
             self._heard_role(known, role)
-            known.report(load)
+            known.report(load, role)
             return known
         if known is not None:
             self._superseded[known.incarnation] = None
@@ -241,7 +253,7 @@ class Cluster:
         return self._prefilling().roster.stores[0]
 
     def store_loads(self) -> dict[str, int]:
-        """The stores on the nodes of workers that prefill -> tokens that those workers still have to compute."""
+        """The stores on the nodes of workers that prefill, or may -> tokens that those workers have before them."""
         roster, rows = self._prefilling()
         addresses, having, places = roster.stores
         tokens = np.bincount(places, self._table.outstanding_tokens(rows[having]), len(addresses))
@@ -253,14 +265,27 @@ class Cluster:
 
     def snapshot(self, block_size: int, now_s: float = 0.0, asking: Asking | None = None) -> Snapshot:
         """asking None: shows the workers as if no prefill were waiting."""
-        prefill, decode = (self._table.pool(found.roster, found.rows) for found in self._live_candidates())
-        if asking is not None and len(self._table.tasks):
-            self._show_queues((prefill, decode), asking, now_s)
+        candidates = self._live_candidates()
+        if self.one_pool:
+            prefill = decode = self._pools(candidates[:1], asking, now_s)[0]
+        else:
+            prefill, decode = self._pools(candidates, asking, now_s)
         return Snapshot(prefill, decode, block_size, now_s, max_handoff_len=self.max_handoff_len)
 
-    def _show_queues(self, pools: tuple[Pool, Pool], asking: Asking, now_s: float) -> None:
+    def workers(self, block_size: int, now_s: float) -> Snapshot:
+        """All workers in either pool, behind everything that was placed on them: what a decision about roles is made on."""
+        everyone = self._pools([self._live(_works)], BEHIND_ALL, now_s)[0]
+        return Snapshot(everyone, everyone, block_size, now_s, max_handoff_len=self.max_handoff_len)
+
+    def _pools(self, candidates: Sequence[_Candidates], asking: Asking | None, now_s: float) -> list[Pool]:
+        pools = [self._table.pool(found.roster, found.rows) for found in candidates]
+        if asking is not None and len(self._table.tasks):
+            self._show_queues(pools, candidates, asking, now_s)
+        return pools
+
+    def _show_queues(self, pools: list[Pool], candidates: Sequence[_Candidates], asking: Asking, now_s: float) -> None:
         """Sets the pools' busy_until_s for this request."""
-        candidates, tasks = self._live_candidates(), self._table.tasks
+        tasks = self._table.tasks
         has_task = np.zeros(self._table.size, np.bool_)
         has_task[tasks.rows] = True
         work_s = np.zeros(self._table.size)
@@ -276,14 +301,15 @@ class Cluster:
     def _live_candidates(self) -> tuple[_Candidates, _Candidates]:
         """Candidates for prefill and for decode."""
         if self._candidates is None:
-            self._candidates = self._live(prefills), self._live(decodes)
+            everyone = self._live(_works) if self.one_pool else None
+            self._candidates = (everyone, everyone) if everyone is not None else (self._live(prefills), self._live(decodes))
         return self._candidates
 
     def _live(self, does: Callable[[str], bool]) -> _Candidates:
-        """Workers whose role satisfies does, sorted by id. Those that are avoided only if all are."""
+        """Workers whose role satisfies does, those that prefill first, by id. Those that are avoided only if all are."""
         members = [member for member in self.members.values() if does(member.role)]
         members = [member for member in members if not self._is_avoided(member)] or members
-        members.sort(key=lambda member: member.id)
+        members.sort(key=lambda member: (not prefills(member.role), member.id))  # of equal predictions the first one is taken
         roster = Roster(
             [member.id for member in members],
             [member.incarnation for member in members],
@@ -339,6 +365,10 @@ class Cluster:
         self._num_members[role] += change
         for role in ROLE_NAMES.values():
             self._metrics.members.set_members(role, self._num_members[role])
+
+
+def _works(role: str) -> bool:
+    return role in WORKER_ROLES
 
 
 class _Candidates(NamedTuple):

@@ -41,6 +41,7 @@ class Liveness:
         self._config = config
         self._clock = AwakeClock(CHECK_INTERVAL_S)
         self._tasks = Tasks("liveness")
+        self._running: asyncio.Task[None] | None = None
         cluster.on_join(self._joined)
 
     def stalled(self, load: control_pb2.MemberLoad) -> str:
@@ -82,8 +83,8 @@ class Liveness:
         return [Late(load.step_age_s, allowed_s + limit_s, step), Late(load.transfer_age_s, in_proportion_s, transfer)]
 
     def _joined(self, member: Member) -> None:
-        if not len(self._tasks):
-            self._tasks.spawn(self._run(), "the check of its members")
+        if self._running is None or self._running.done():  # one that is over may stand among the tasks for a moment
+            self._running = self._tasks.spawn(self._run(), "the check of its members")
 
     async def _run(self) -> None:
         while self._cluster.members:

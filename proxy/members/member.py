@@ -51,7 +51,7 @@ class Member:
         self._kv_capacity_tokens = info.kv_capacity_tokens
         self.row = row = table.enter(self._load_row)
         self._table = table
-        self._context = AssignedLoad(lambda: table.changed(row))  # tokens of context that it decodes now or later
+        self.context = AssignedLoad(lambda: table.changed(row))  # tokens that it decodes behind, now or later, whatever its role
         # prompts that it computes, for itself or to hand off
         self.backlog = Backlog(AssignedLoad(lambda: table.changed(row)), shares=False, table=table.tasks, row=row)
         self._set_role(ROLE_NAMES[role])
@@ -62,6 +62,7 @@ class Member:
         self.gone = False
         self.left_because = ""  # where it was the proxy that left it
         self.silent_s = 0.0  # since its last report, as Liveness counts
+        self.role_reason = ""  # why it was given the role that it has; "": it began with it, or took it on by itself
         self.avoided = False  # no new requests, where there are others
         self.broken = control_pb2.Broken()  # as it says itself, before it leaves
         self._joined = time.monotonic()
@@ -79,7 +80,7 @@ class Member:
         self.store: Any = kvstore_pb2_grpc.KVStoreStub(self._channel)
         self._gone_callbacks: dict[int, GoneCallback] = {}
         self._numbers = itertools.count()
-        self.report(load)
+        self.report(load, role)
 
     @property
     def id(self) -> str:
@@ -109,7 +110,7 @@ class Member:
 
     @role.setter
     def role(self, role: str) -> None:
-        """What was assigned before stays in the sum that it was added to, until it ends."""
+        """What was assigned before stays assigned until it ends."""
         self._set_role(role)
         self._table.changed(self.row)
 
@@ -117,17 +118,12 @@ class Member:
         self._role = role
         self.backlog.share(role != "decode")
 
-    @property
-    def assigned(self) -> AssignedLoad:
-        """Role prefill: tokens to compute. Other roles: tokens of context."""
-        return self.backlog.assigned if self._role == "prefill" else self._context
-
-    def report(self, load: control_pb2.MemberLoad) -> None:
+    def report(self, load: control_pb2.MemberLoad, role: control_pb2.Role = control_pb2.ROLE_UNSPECIFIED) -> None:
+        """role: that the load is to be read by; unspecified: the present one. An order that changes it may be on its way."""
         self.load = load
         self.silent_s = 0.0
-        self.assigned.report(load.num_outstanding_tokens)
-        if self._role != "prefill":
-            self.backlog.assigned.report(load.num_prefill_tokens)
+        prefills_alone = (ROLE_NAMES[role] if role else self._role) == "prefill"
+        self.backlog.assigned.report(load.num_outstanding_tokens if prefills_alone else load.num_prefill_tokens)
         self.backlog.report(time.monotonic())
 
     @property
@@ -148,13 +144,13 @@ class Member:
 
     def _load_row(self) -> LoadRow:
         # a prefill worker counts down its prompts chunk by chunk; the proxy itself knows every token that a decode worker holds
-        assigned = self.assigned
+        context = self.context
         return LoadRow(
-            assigned.num_left_tokens if self._role == "prefill" else assigned.num_tokens,
+            self.backlog.assigned.num_left_tokens if self._role == "prefill" else context.num_tokens,
             self._kv_capacity_tokens,
-            assigned.num_requests,
-            assigned.num_running,
-            assigned.num_running_tokens,
+            context.num_requests,
+            context.num_running,
+            context.num_running_tokens,
         )
 
     def lost(self, request_id: str) -> WorkerLost:

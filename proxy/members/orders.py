@@ -1,6 +1,6 @@
 """Orders to a member, on its Join stream, and its answers.
 
-role ─► order, with a number ─► member ─► answer ─► done | refusal        the stream ends ─► WorkerLost
+role ─► order, with a number ─► member ─► answer ─► its role now | refusal        the stream ends ─► WorkerLost
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Orders:
         self._numbers = itertools.count(1)
         self._write: Write | None = None
         self._writing = asyncio.Lock()
-        self._unanswered: dict[int, asyncio.Future[None]] = {}
+        self._unanswered: dict[int, asyncio.Future[control_pb2.Role]] = {}
 
     @property
     def pending(self) -> bool:
@@ -53,8 +53,8 @@ class Orders:
         self._write = None
         self._fail_all()
 
-    async def give(self, order: control_pb2.MemberOrder) -> None:
-        """Returns once the order is obeyed. Raises the member's refusal, or WorkerLost if its stream ends first."""
+    async def give(self, order: control_pb2.MemberOrder) -> control_pb2.Role:
+        """Returns the role that the member says it has once it has obeyed. Raises its refusal, or WorkerLost if its stream ends first."""
         write = self._write
         if write is None:
             raise self._lost()
@@ -62,7 +62,7 @@ class Orders:
         answered = self._unanswered[order.number] = asyncio.get_running_loop().create_future()
         try:
             await self._send(write, order)
-            await answered
+            return await answered
         except grpc.aio.AioRpcError as error:
             raise self._lost() from error
         except asyncio.InvalidStateError as error:  # grpc.aio's error for a write on a call that is over
@@ -70,15 +70,15 @@ class Orders:
         finally:
             self._unanswered.pop(order.number, None)
 
-    def answered(self, answer: control_pb2.OrderAnswer) -> None:
-        """Drops an answer that nobody waits for."""
+    def answered(self, answer: control_pb2.OrderAnswer, role: control_pb2.Role = control_pb2.ROLE_UNSPECIFIED) -> None:
+        """role: that the member says it has. Drops an answer that nobody waits for."""
         future = self._unanswered.get(answer.number)
         if future is None or future.done():
             return
         if answer.HasField("refusal"):
             future.set_exception(error_from_proto(answer.refusal))
         else:
-            future.set_result(None)
+            future.set_result(role)
 
     async def tell(self, order: control_pb2.MemberOrder) -> None:
         """Without an answer. Nothing happens where its stream has ended."""

@@ -13,6 +13,7 @@ from typing import Any
 from ...protocol.roles import ROLE_NAMES
 from ...protocol.v1 import common_pb2, control_pb2
 from ..members.member import Member
+from ..members.rebalancer import NotedChange
 from ..requests.decisions import RequestDecision
 from ..requests.phase_clock import handoff_s
 from ..requests.readiness import missing_parts
@@ -22,6 +23,7 @@ from ..timeline import BIN_S
 MAX_MEMBERS = 256
 MAX_UNDER_WAY = 16
 MAX_ENDED = 16
+MAX_ROLE_CHANGES = 4
 DIGITS = 6  # of seconds
 
 
@@ -39,6 +41,7 @@ def view(router: Router) -> dict[str, Any]:
         "num_running": router.num_running,
         "num_members": len(members),
         "members": [_member(member) for member in members[:MAX_MEMBERS]],
+        "role_changes": [_role_change(change) for change in router.role_changes[:MAX_ROLE_CHANGES]],
         "absences": [_absence(absence) for absence in router.cluster.absences.to_proto()],
         "latest": {"ttft_s": _percentiles(metrics.ttft_window.percentiles()), "tpot_s": _percentiles(metrics.tpot_window.percentiles())},
         "bin_s": BIN_S,
@@ -53,6 +56,7 @@ def _member(member: Member) -> dict[str, Any]:
     return {
         "id": member.id,
         "role": member.role,
+        "role_reason": member.role_reason,
         "device": member.info.device,
         "up_s": round(member.up_s, 1),
         "silent_s": round(member.silent_s, 1),
@@ -68,6 +72,12 @@ def _member(member: Member) -> dict[str, Any]:
         "ssd_bytes": load.ssd_bytes,
         "ssd_used_bytes": load.ssd_used_bytes,
     }
+
+
+def _role_change(noted: NotedChange) -> dict[str, Any]:
+    """Of a change that failed without the error's words."""
+    change, for_s = noted.change, time.monotonic() - noted.at
+    return {"id": change.member_id, "role": change.role, "reason": change.reason, "failed": bool(noted.error), "for_s": round(for_s, 1)}
 
 
 def _absence(absence: control_pb2.StatusReply.Absence) -> dict[str, Any]:

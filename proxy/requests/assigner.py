@@ -35,7 +35,7 @@ class Assigner:
         """If it raises, nothing stays assigned."""
         prefill, decode = self._cluster.members[placement.prefill.id], self._cluster.members[placement.decode.id]
         store, tracker = self._handoff_store(placement, decided.asked.num_tokens), self._load_tracker
-        assignment = decode.assigned.place(decided.asked.num_tokens)
+        assignment = decode.context.place(decided.asked.num_tokens)
         pair = Pair(prefill, decode, store, placement, decided, prompt, assignment, prefill.num_loads)
         with ExitStack() as undo:
             undo.callback(pair.release)

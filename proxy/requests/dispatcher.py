@@ -69,9 +69,11 @@ class Dispatcher:
             retry_after_s=retry_after_s,
         )
 
-    def finished(self, pair: Pair) -> None:
+    def finished(self, pair: Pair, num_output_tokens: int) -> None:
         """The pair's request has finished by itself."""
         seconds, admission = self._placer.load_tracker.finished(pair, time.monotonic()), self._placer.admission
+        if (roles := self._placer.conductor.policy.roles) is not None:
+            roles.observe_end(num_output_tokens)
         if seconds is not None and admission is not None:
             admission.observe_decode(seconds, pair.num_tokens)
 

@@ -107,6 +107,7 @@ class Placer:
                 # late even so: it gives way to others, and then waits longer, so it is predicted anew
                 order = self._ordering.order_of(request, slo, work_s, predicted_s)
                 seen, answer = self._ask(asked, order, now_s)
+        self._tell_arrival(asked, seen, answer)
         return decision.decided(asked, seen, self.learner.frozen(), answer, order)
 
     def place_again(
@@ -136,6 +137,7 @@ class Placer:
             page_blocks=self._page_index.leading_runs(prompt.keys),
         )
         seen, answer = self._ask(asked, order, now_s)
+        self._tell_arrival(asked, seen, answer)
         return decision.decided(asked, seen, self.learner.frozen(), answer, order)
 
     def _may_probe(self, now_s: float) -> bool:
@@ -148,6 +150,11 @@ class Placer:
             return False
         self._next_probe_s = now_s + PROBE_S
         return True
+
+    def _tell_arrival(self, asked: PlacementRequest, seen: Snapshot, answer: Placement | Rejection) -> None:
+        """Once, however often the Conductor was asked."""
+        if (roles := self.conductor.policy.roles) is not None and (isinstance(answer, Placement) or answer.code == "overloaded"):
+            roles.observe_arrival(asked, seen)
 
     def _work_s(self, asked: PlacementRequest, num_held: int) -> float:
         """Predicted seconds of the prefill alone, behind so many held blocks."""

@@ -20,6 +20,7 @@ from ...protocol.tasks import Tasks
 from ..conductor.placement import Slo
 from ..members.cluster import Cluster
 from ..members.liveness import Liveness
+from ..members.rebalancer import NotedChange
 from ..metrics import ProxyMetrics
 from ..prefixes.index import PrefixIndex
 from ..prefixes.page_watch import PageWatch
@@ -37,7 +38,7 @@ from .learner import Learner
 from .pair import Pair
 from .prompt import Prompt, PromptEncoder
 from .runner import RequestRunner, RunnerContext
-from .scheduling import create_conductor, create_placer, create_predictors, default_slo
+from .scheduling import create_conductor, create_placer, create_predictors, create_rebalancer, default_slo
 from .token_stream import TokenStream
 
 SLICE_S = 0.002  # of opening many or long choices before the event loop serves others
@@ -79,6 +80,7 @@ class Router:
         cluster.on_report(self.learner.reported)
         # any seed will do here: tests and the simulator give policies theirs
         self.conductor = create_conductor(config, self.predictors, random.Random())
+        self._rebalancer = create_rebalancer(config, cluster, self.conductor, metrics)
         self._placer = create_placer(config, cluster, self._index, page_index, self.conductor, self.learner)
         self._prompts = PromptEncoder(cluster)
         assigner = Assigner(cluster, self._index, page_index, self._placer.load_tracker, self._replicator)
@@ -120,6 +122,11 @@ class Router:
     @property
     def num_running(self) -> int:
         return len(self._runners) - len(self._waiting)
+
+    @property
+    def role_changes(self) -> Sequence[NotedChange]:
+        """The last ones, the latest first. Empty under a policy that leaves workers their roles."""
+        return () if self._rebalancer is None else list(self._rebalancer.noted)
 
     def under_way(self) -> Iterator[RequestDecision]:
         """The latest start first. To be read to its end before the event loop goes on."""
@@ -195,6 +202,8 @@ class Router:
         for runner in list(self._runners.values()):
             runner.cancel("the proxy is shutting down")
         await self._tasks.close(CLOSE_GRACE_S)
+        if self._rebalancer is not None:
+            await self._rebalancer.close()
         await self._replicator.close()
         await self._watch.close()
         await self._page_watch.close()

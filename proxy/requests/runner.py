@@ -329,7 +329,7 @@ class RequestRunner:
             num_completion_tokens=len(self._sent),
             num_cached_tokens=min(self.clock.num_cached_tokens or 0, len(self.request.token_ids)),
         )
-        self._context.dispatcher.finished(self._pair)
+        self._context.dispatcher.finished(self._pair, len(self._sent))
         self.finished = Finished(reason, self.clock.record, usage)
         self.events.append(self.finished)
         self._end(RequestState.DONE, None, _reason_name(reason))

@@ -16,6 +16,8 @@ from ..conductor.policies import create_policy
 from ..conductor.predictors import CostModel, Predictors
 from ..members.cluster import Cluster
 from ..members.member import Member
+from ..members.rebalancer import Rebalancer
+from ..metrics import ProxyMetrics
 from ..prefixes.index import PrefixIndex
 from .learner import Learner
 from .placer import Placer, QueueOrdering
@@ -44,8 +46,17 @@ def create_predictors(config: ProxyConfig, cluster: Cluster) -> Predictors:
 
 def create_conductor(config: ProxyConfig, predictors: Predictors, rng: random.Random) -> Conductor:
     slo = default_slo(config)
-    policy = create_policy(config.policy, rng, predictors, slo=slo)
+    policy = create_policy(config.policy, rng, predictors, slo=slo, local_prefill=config.local_prefill != "never")
     return Conductor(policy, create_admission(config.admission, slo, predictors), predictors, local_prefill=config.local_prefill)
+
+
+def create_rebalancer(config: ProxyConfig, cluster: Cluster, conductor: Conductor, metrics: ProxyMetrics) -> Rebalancer | None:
+    """None where workers keep their roles. Else everyone is a candidate for everything, unless workers that decode may not prefill."""
+    roles = conductor.policy.roles
+    if roles is None or not config.rebalance_s or config.local_prefill == "always":
+        return None
+    cluster.one_pool = config.local_prefill == "fallback"
+    return Rebalancer(cluster, roles, metrics.members, interval_s=config.rebalance_s)
 
 
 def create_placer(

@@ -196,7 +196,7 @@ async def choices(n: int = 128, num_tokens: int = 16_384) -> dict[str, Any]:
         await asyncio.sleep(0.01)
         begun = time.thread_time()
         streams = await router.open_all(requests)
-        while any(not member.assigned.num_requests for member in router.cluster.members.values() if member.role == "decode"):
+        while any(not member.context.num_requests for member in router.cluster.members.values() if member.role == "decode"):
             await asyncio.sleep(0)
         for _ in range(5):  # what starts them has run
             await asyncio.sleep(0)

@@ -368,13 +368,12 @@ class Proxy:
         self.cluster.join(info, control_pb2.MemberLoad(), control_pb2.ROLE_STORE)
 
 
-@pytest.fixture
-async def proxy(members: Members) -> AsyncIterator[Proxy]:
-    """The real end of Join, and the router behind it, in the place of the fake one."""
+@contextlib.asynccontextmanager
+async def running_proxy(members: Members, **config: Any) -> AsyncIterator[Proxy]:
     metrics = ProxyMetrics(CollectorRegistry())
     cluster = ProxyCluster(metrics)
     # the store that know_store joins sends no reports
-    router = Router(ProxyConfig(avoid_after_s=600.0, leave_after_s=600.0), cluster, metrics, eos_token_ids=frozenset())
+    router = Router(ProxyConfig(avoid_after_s=600.0, leave_after_s=600.0, **config), cluster, metrics, eos_token_ids=frozenset())
     server, port = create_server("127.0.0.1", 0)
     control_pb2_grpc.add_ControlServicer_to_server(ControlService(router, "tiny"), server)
     await server.start()
@@ -383,6 +382,24 @@ async def proxy(members: Members) -> AsyncIterator[Proxy]:
     await router.close()
     await cluster.close()
     await server.stop(0.0)
+
+
+@pytest.fixture
+async def proxy(members: Members) -> AsyncIterator[Proxy]:
+    """The real end of Join, and the router behind it, in the place of the fake one."""
+    async with running_proxy(members) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+async def make_proxy(members: Members) -> AsyncIterator[Callable[..., Any]]:
+    """make_proxy(**proxy config) -> the same, with another configuration. To be made before the cluster."""
+    async with contextlib.AsyncExitStack() as exits:
+
+        async def make(**config: Any) -> Proxy:
+            return await exits.enter_async_context(running_proxy(members, **config))
+
+        yield make
 
 
 @pytest.fixture

@@ -297,6 +297,30 @@ def test_status_is_whole_at_80_columns(face: Any) -> None:
         assert (face.grpc.split(":")[0] in text.getvalue()) == (width > 80)
 
 
+def test_status_says_which_workers_took_on_another_role_and_why_and_which_did_not() -> None:
+    import io
+
+    from rich.console import Console
+
+    from halfmoon.client import ClusterStatus
+    from halfmoon.deploy.cli.status import picture
+    from halfmoon.protocol.v1 import control_pb2
+
+    reply, why = control_pb2.StatusReply(), "98% of the last 160 requests in SLO with 1 prefill workers, 60% with 0"
+    roles = {"former": control_pb2.ROLE_DECODE, "role": control_pb2.ROLE_PREFILL}
+    reply.role_changes.add(member="both-1", reason=why, error="its pages are full", ago_s=3.0, **roles)
+    reply.role_changes.add(member="both-0", reason=why, ago_s=75.0, **roles)
+    found = ClusterStatus.from_proto(reply)
+    assert [(one.member, one.former, one.role, one.error) for one in found.role_changes] == [
+        ("both-1", "decode", "prefill", "its pages are full"),
+        ("both-0", "decode", "prefill", ""),
+    ]
+    text = io.StringIO()
+    Console(file=text, width=140).print(picture(found, 140))
+    assert "3s ago: both-1 stayed decode and did not become prefill: its pages are full" in text.getvalue()
+    assert f"1m15s ago: both-0 became prefill and was decode: {why}" in text.getvalue()
+
+
 def test_status_json_is_one_object(face: Any) -> None:
     result = run("status", "--control", face.control.address, "--json")
     found = json.loads(result.stdout)

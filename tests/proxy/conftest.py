@@ -430,7 +430,7 @@ class Bench:
     def assert_at_rest(self) -> None:
         """No request under way, no token assigned to any member."""
         assert (self.router.num_queued, self.router.num_running) == (0, 0)
-        for assigned in (lambda member: member.assigned, lambda member: member.backlog.assigned):
+        for assigned in (lambda member: member.context, lambda member: member.backlog.assigned):
             assert {member.id: assigned(member).num_tokens for member in self.cluster.members.values() if assigned(member).num_tokens} == {}
 
 

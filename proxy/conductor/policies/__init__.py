@@ -42,10 +42,17 @@ def policy_type(name: str) -> type[Policy]:
 
 
 def create_policy(
-    name: str, rng: random.Random, predictors: Predictors | None = None, *, slo: Slo | None = None, balancing_threshold: float = 1.0
+    name: str,
+    rng: random.Random,
+    predictors: Predictors | None = None,
+    *,
+    slo: Slo | None = None,
+    balancing_threshold: float = 1.0,
+    local_prefill: bool = True,
 ) -> Policy:
     """rng: what `random` draws from. predictors, slo and balancing_threshold: of those that predict; None: a guess that learns, no SLO.
+    local_prefill: workers that decode may compute prompts, too.
 
     Raises ValueError for a name not in POLICIES.
     """
-    return policy_type(name).create(PolicySettings(rng, predictors or Predictors.guess(), slo or Slo(), balancing_threshold))
+    return policy_type(name).create(PolicySettings(rng, predictors or Predictors.guess(), slo or Slo(), balancing_threshold, local_prefill))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import ClassVar, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -28,12 +28,18 @@ class PolicySettings(NamedTuple):
     predictors: Predictors
     slo: Slo = NO_SLO  # of requests that bring none
     balancing_threshold: float = 1.0
+    local_prefill: bool = True  # workers that decode may compute prompts, too
+
+
+RoleCause = Literal["unknown_load", "slo", "missing_role"]
+NOBODY: frozenset[str] = frozenset()
 
 
 class RoleChange(NamedTuple):
     member_id: str
     role: Literal["prefill", "decode"]
-    reason: str
+    cause: RoleCause
+    reason: str  # for people
 
 
 class RolePlanner(Protocol):
@@ -43,12 +49,20 @@ class RolePlanner(Protocol):
         """The decode worker, selected when the prefill begins; and its predicted step with the request."""
         ...
 
+    def observe_arrival(self, request: PlacementRequest, snapshot: Snapshot) -> None:
+        """A request was placed, or refused for its SLO. Once for each time that its prompt is to be computed."""
+        ...
+
     def observe_end(self, num_output_tokens: int) -> None:
         """A request has got so many tokens, and its last."""
         ...
 
-    def rebalance(self, snapshot: Snapshot) -> tuple[RoleChange, ...]:
-        """Who changes its role now. To be asked about once a second; snapshot.decode holds every worker."""
+    def deliberate(self, snapshot: Snapshot, fixed: frozenset[str] = NOBODY) -> Generator[None, None, tuple[RoleChange, ...]]:
+        """Who changes its role now. To be asked about once a second; snapshot.decode holds every worker.
+
+        It yields between pieces of work of less than a millisecond, so that an event loop can serve others. fixed: ids of workers that
+        can't change.
+        """
         ...
 
 
@@ -80,6 +94,16 @@ class Policy(ABC):
         return None
 
 
+def rebalance(roles: RolePlanner, snapshot: Snapshot) -> tuple[RoleChange, ...]:
+    """The whole deliberation at once."""
+    thinking = roles.deliberate(snapshot)
+    while True:
+        try:
+            next(thinking)
+        except StopIteration as decided:
+            return decided.value
+
+
 def usable_blocks(request: PlacementRequest, num_blocks: int, block_size: int) -> int:
     """Of num_blocks cached blocks, those that spare work: the last token is always computed, its logits give the next one."""
     return min(num_blocks, (request.num_tokens - 1) // block_size)
@@ -89,6 +113,11 @@ def cached_blocks(request: PlacementRequest, member: MemberState, block_size: in
     """Leading blocks that the member's pages or the store on its own node spare it."""
     num_held = max(request.held_blocks.get(member.store_address, 0), request.page_blocks.get(member.id, 0))
     return usable_blocks(request, num_held, block_size)
+
+
+def known_blocks(request: PlacementRequest, block_size: int) -> int:
+    """Leading blocks that somebody has, in pages or in a store."""
+    return usable_blocks(request, max((*request.held_blocks.values(), *request.page_blocks.values()), default=0), block_size)
 
 
 def page_blocks(request: PlacementRequest, member: MemberState, block_size: int) -> int:

@@ -15,13 +15,13 @@ from typing import ClassVar, Self
 
 import numpy as np
 
+from ..member_state import DECODES_ITS_OWN
 from ..placement import PlacementRequest, PrefixHint, Selection, Snapshot
 from ..pool import Floats, Pool
 from ..predictors.timing import Predictors
 from ..predictors.waiting import least_step, queue_times, step_with
 from .base import Policy, PolicySettings, best_prefix, own_blocks
 
-DECODES_ITS_OWN = frozenset({"coupled", "decode"})  # roles that are offered for a prefill only where they decode what they prefill
 NEARLY = 1.1
 NEARLY_S = 0.02
 

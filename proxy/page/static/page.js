@@ -117,14 +117,18 @@ function workers(state) {
   if (!here.length && !gone.length) return make("p", { class: "quiet" }, "None has joined yet.");
   const found = table("Workers", [
     ["worker", "id", (member) => make("span", {}, member.id, make("div", { class: "quiet" }, member.gone ? "" : [member.device, `up ${span(member.up_s)}`].filter(Boolean).join(", ")))],
-    ["role", "", (member) => member.role],
+    ["role", "", (member) => make("span", { title: member.role_reason ?? "" }, member.role)],
     ["state", "", condition],
     ["running", "num", live((member) => count(member.num_running))],
     ["waiting", "num", live((member) => count(member.num_waiting))],
     ["tokens", "num", live((member) => count(member.num_tokens))],
   ], [...here, ...gone]);
   const more = state.num_members - state.members.length;
-  return more > 0 ? make("div", {}, found, make("p", { class: "quiet" }, `and ${more} more`)) : found;
+  const notes = more > 0 ? [`and ${more} more`] : [];
+  for (const change of state.role_changes) {
+    notes.push(`${span(change.for_s)} ago: ${change.id} ${change.failed ? "did not become" : "became"} ${change.role}: ${change.reason}`);
+  }
+  return make("div", {}, found, ...notes.map((words) => make("p", { class: "quiet" }, words)));
 }
 
 function condition(member) {

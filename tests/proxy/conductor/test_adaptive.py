@@ -10,7 +10,8 @@ from halfmoon.protocol.timing.chunk_sizer import LEAST_CHUNK_TOKENS, ChunkSizer
 from halfmoon.protocol.timing.step_cost import ChunkWork, StepCost, StepWork, attention_of
 from halfmoon.proxy.conductor.member_state import MemberState
 from halfmoon.proxy.conductor.placement import PlacementRequest, Slo, Snapshot
-from halfmoon.proxy.conductor.policies.adaptive import Adaptive
+from halfmoon.proxy.conductor.policies.adaptive import MOST_FORMS, Adaptive
+from halfmoon.proxy.conductor.policies.base import rebalance
 from halfmoon.proxy.conductor.pool import Pool
 from halfmoon.proxy.conductor.predictors import CostModel, Predictors
 from halfmoon.proxy.conductor.predictors.waiting import slowdowns_beside
@@ -66,13 +67,13 @@ def test_the_longest_prefix_anywhere_is_used() -> None:
 def placed(policy: Adaptive, num: int, *, num_tokens: int, gap_s: float, cluster: tuple[MemberState, ...], answer_len: int) -> float:
     """num requests, one every gap_s, and as many ends. Returns the moment after the last."""
     for number in range(num):
-        policy.select(PlacementRequest(num_tokens), everyone(*cluster, now_s=number * gap_s))
+        policy.observe_arrival(PlacementRequest(num_tokens), everyone(*cluster, now_s=number * gap_s))
         policy.observe_end(answer_len)
     return num * gap_s
 
 
 def test_before_anything_is_known_everybody_does_both() -> None:
-    changes = Adaptive(Predictors(MODEL), SLO).rebalance(everyone(member(0, "prefill"), member(1, "prefill"), member(2, "decode")))
+    changes = rebalance(Adaptive(Predictors(MODEL), SLO), everyone(member(0, "prefill"), member(1, "prefill"), member(2, "decode")))
     assert {change.member_id: change.role for change in changes} == {"n0": "decode", "n1": "decode"}
 
 
@@ -81,7 +82,7 @@ def test_where_prompts_beside_answers_would_be_late_some_workers_prefill_alone()
     policy = Adaptive(Predictors(MODEL), Slo(0.5, 0.1))
     cluster = tuple(member(number, "decode", running=40 if number else 0, tokens=4000) for number in range(4))
     now_s = placed(policy, 40, num_tokens=400, gap_s=1.0, cluster=cluster, answer_len=1500)
-    changes = policy.rebalance(everyone(*cluster, now_s=now_s))
+    changes = rebalance(policy, everyone(*cluster, now_s=now_s))
     assert [(change.member_id, change.role) for change in changes] == [("n0", "prefill")], "the one with the fewest sequences"
 
 
@@ -89,16 +90,60 @@ def test_where_answers_are_all_the_work_nobody_prefills_alone() -> None:
     policy = Adaptive(Predictors(MODEL), Slo(5.0, 0.1))
     cluster = (member(0, "prefill"), member(1, "decode", running=70))
     now_s = placed(policy, 40, num_tokens=20, gap_s=0.5, cluster=cluster, answer_len=1000)
-    assert [(change.member_id, change.role) for change in policy.rebalance(everyone(*cluster, now_s=now_s))] == [("n0", "decode")]
+    assert [(change.member_id, change.role) for change in rebalance(policy, everyone(*cluster, now_s=now_s))] == [("n0", "decode")]
 
 
 def test_a_change_waits_until_the_last_one_is_a_while_ago() -> None:
     policy = Adaptive(Predictors(MODEL), SLO, calm_s=4.0)
-    assert policy.rebalance(everyone(member(0, "prefill"), member(1, "decode")))
+    assert rebalance(policy, everyone(member(0, "prefill"), member(1, "decode")))
     again = everyone(member(0, "prefill"), member(1, "decode", running=70))
     placed(policy, 20, num_tokens=20, gap_s=0.1, cluster=tuple(again.decode), answer_len=1000)
-    assert policy.rebalance(dataclasses.replace(again, now_s=3.9)) == ()
-    assert policy.rebalance(dataclasses.replace(again, now_s=4.1))
+    assert rebalance(policy, dataclasses.replace(again, now_s=3.9)) == ()
+    assert rebalance(policy, dataclasses.replace(again, now_s=4.1))
+
+
+def test_where_nobody_decodes_somebody_does_at_once() -> None:
+    policy = Adaptive(Predictors(MODEL), SLO)
+    assert rebalance(policy, everyone(member(0, "prefill"), member(1, "decode")))
+    left = everyone(member(0, "prefill", busy=9.0), member(1, "prefill", busy=0.5), now_s=0.1)
+    (change,) = rebalance(policy, left)
+    assert (change.member_id, change.role, change.cause) == ("n1", "decode", "missing_role"), "the one with the shortest queue"
+
+
+def test_where_workers_that_decode_may_not_prefill_somebody_always_does() -> None:
+    policy = Adaptive(Predictors(MODEL), Slo(5.0, 0.1), local_prefill=False)
+    cluster = (member(0, "decode"), member(1, "decode", running=70))
+    (change,) = rebalance(policy, everyone(*cluster))
+    assert (change.member_id, change.role) == ("n0", "prefill")
+    now_s = placed(policy, 40, num_tokens=20, gap_s=0.5, cluster=cluster, answer_len=1000)
+    assert rebalance(policy, everyone(member(0, "prefill"), member(1, "decode", running=70), now_s=now_s)) == ()
+
+
+def test_a_worker_that_can_t_change_is_passed_over() -> None:
+    policy = Adaptive(Predictors(MODEL), SLO)
+    cluster = everyone(member(0, "prefill"), member(1, "prefill"), member(2, "decode"))
+    thinking = policy.deliberate(cluster, frozenset({"n0"}))
+    with pytest.raises(StopIteration) as decided:
+        next(thinking)
+    assert [change.member_id for change in decided.value.value] == ["n1"]
+    again = Adaptive(Predictors(MODEL), SLO)
+    with pytest.raises(StopIteration) as decided:
+        next(again.deliberate(cluster, frozenset({"n0", "n1"})))
+    assert decided.value.value == () and len(rebalance(again, cluster)) == 2, "and no calm begins"
+
+
+def test_an_arrival_counts_its_tokens_that_nobody_has_cached() -> None:
+    policy = Adaptive(Predictors(MODEL), SLO)
+    policy.observe_arrival(PlacementRequest(1000, {"n0": 3}, page_blocks={"n1": 10}), everyone(member(0, "decode"), now_s=7.0))
+    ((at_s, num_new, num_prefix),) = policy.arrivals
+    assert (at_s, num_new, num_prefix) == (7.0, 1000 - 640, 640)
+
+
+def test_a_deliberation_over_a_thousand_workers_is_short_and_comes_in_pieces() -> None:
+    policy = Adaptive(Predictors(MODEL), SLO)
+    cluster = tuple(member(number, "decode", running=20, tokens=4000) for number in range(1000))
+    now_s = placed(policy, 40, num_tokens=400, gap_s=1.0, cluster=cluster[:1], answer_len=1500)
+    assert MOST_FORMS <= len(list(policy.deliberate(everyone(*cluster, now_s=now_s)))) <= MOST_FORMS + 5
 
 
 @settings(max_examples=200)
@@ -115,7 +160,7 @@ def test_whatever_the_load_somebody_prefills_somebody_decodes_and_every_request_
     cluster = everyone(*members, now_s=100.0)
     choice = policy.select(PlacementRequest(500), cluster)
     assert choice.prefill in members and choice.decode in members
-    changed = {change.member_id: change.role for change in policy.rebalance(cluster)}
+    changed = {change.member_id: change.role for change in rebalance(policy, cluster)}
     after = [changed.get(one.id, one.role) for one in members]
     assert "decode" in after
 

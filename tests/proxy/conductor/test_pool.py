@@ -36,7 +36,7 @@ def test_rows_taken_left_out_and_joined_are_the_workers_that_they_were(found: li
     assert list(pool.without(frozenset("ab"))) == [member for member in found if member.incarnation == "c"]
     joined = pool.join(kept)
     assert list(joined) == [*found, *kept] and joined.roster is pool.join(kept).roster
-    assert pool.roster.in_role("decode").tolist() == [member.role == "decode" for member in found]
+    assert pool.roster.decodes_its_own.tolist() == [member.role in ("decode", "coupled") for member in found]
 
 
 @given(members, st.dictionaries(st.sampled_from("xyzw"), numbers))

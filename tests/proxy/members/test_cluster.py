@@ -119,10 +119,10 @@ async def test_a_new_process_replaces_the_old_and_the_old_cannot_come_back(clust
 async def test_a_second_stream_of_the_same_process_takes_over_without_a_loss(cluster: Cluster) -> None:
     member = cluster.join(info("decode-0"), NO_LOAD)
     first = member.stream
-    assignment = member.assigned.place(10)
+    assignment = member.context.place(10)
     assert cluster.join(info("decode-0"), NO_LOAD) is member
     cluster.leave(member, first)
-    assert not member.gone and member.assigned.num_tokens == 10
+    assert not member.gone and member.context.num_tokens == 10
     assignment.end()
     cluster.leave(member, member.stream)
     assert member.gone and not cluster.members
@@ -143,8 +143,8 @@ async def test_observers_hear_of_an_end_once_unless_they_left(cluster: Cluster) 
 async def test_prefill_load_follows_reports_and_decode_load_what_was_assigned(cluster: Cluster) -> None:
     prefill = cluster.join(info("prefill-0"), NO_LOAD)
     decode = cluster.join(info("decode-0"), NO_LOAD)
-    prefill.assigned.place(1000)
-    decode.assigned.place(1000)
+    prefill.backlog.assigned.place(1000)
+    decode.context.place(1000)
     for member in (prefill, decode):
         for _ in range(2):
             member.report(control_pb2.MemberLoad(num_outstanding_tokens=300))
@@ -207,7 +207,7 @@ async def test_a_snapshot_shows_each_worker_s_load_and_how_long_the_request_woul
     first, second, decode = (cluster.members[name] for name in ("prefill-0", "prefill-1", "decode-0"))
     first.backlog.place(1000, 4.0, 0, 50.0)
     second.backlog.place(200, 1.0, 0, 50.0)
-    decode.assigned.place(30).begin()
+    decode.context.place(30).begin()
     before = cluster.snapshot(4, 50.0, Asking({"127.0.0.1:11": 3}, 0, lambda num_held: 2.0 if num_held < 3 else 0.5))
     assert [one.num_outstanding_tokens for one in before.prefill] == [1000, 200]
     # steps are shared: each equal comes before it for as long as it takes itself, which is less where its prefix lies
@@ -215,7 +215,7 @@ async def test_a_snapshot_shows_each_worker_s_load_and_how_long_the_request_woul
     (seen,) = before.decode
     assert (seen.num_outstanding_tokens, seen.num_requests, seen.num_running, seen.num_running_tokens) == (30, 1, 1, 30)
     assert cluster.store_loads() == {"127.0.0.1:10": 1000, "127.0.0.1:11": 200}
-    decode.assigned.place(12)
+    decode.context.place(12)
     assert before.decode[0].num_outstanding_tokens == 30, "a snapshot stays what it was"
     assert cluster.snapshot(4).decode[0].num_outstanding_tokens == 42 and decode.state.num_outstanding_tokens == 42
     cluster.leave(first, first.stream)
@@ -226,12 +226,12 @@ async def test_a_snapshot_shows_each_worker_s_load_and_how_long_the_request_woul
 async def test_two_hundred_members_come_and_go_and_each_has_a_row_of_its_own(cluster: Cluster) -> None:
     for number in range(100):
         cluster.join(info(f"store-{number}"), NO_LOAD)
-        cluster.join(info(f"decode-{number}"), NO_LOAD).assigned.place(number)
+        cluster.join(info(f"decode-{number}"), NO_LOAD).context.place(number)
     for number in range(0, 100, 2):
         gone = cluster.members[f"decode-{number}"]
         cluster.leave(gone, gone.stream)
     for number in range(0, 100, 4):
-        cluster.join(info(f"decode-{number}", 2), NO_LOAD).assigned.place(1000 + number)
+        cluster.join(info(f"decode-{number}", 2), NO_LOAD).context.place(1000 + number)
     found = {one.id: one.num_outstanding_tokens for one in cluster.snapshot(4).decode}
     odd = {f"decode-{number}": number for number in range(1, 100, 2)}
     assert found == odd | {f"decode-{number}": 1000 + number for number in range(0, 100, 4)}
@@ -251,7 +251,7 @@ async def test_rows_of_members_that_left_are_used_again_without_what_stood_there
 async def test_each_change_of_a_worker_s_load_shows_in_the_next_snapshot(cluster: Cluster) -> None:
     cluster.join(info("store-0"), NO_LOAD)
     decode = cluster.join(info("decode-0"), NO_LOAD)
-    assignment = decode.assigned.place(30)
+    assignment = decode.context.place(30)
 
     def seen() -> tuple[int, int, int, int]:
         (one,) = cluster.snapshot(4).decode

@@ -54,7 +54,7 @@ async def test_two_workers_of_both_roles_hand_off_to_each_other(make_bench: Any,
 async def test_backlog_and_context_of_both_roles_are_counted_apart(make_bench: Any) -> None:
     bench = await make_bench(0, 0, num_both=1)
     member = bench.cluster.members["both-0"]
-    member.assigned.place(500)
+    member.context.place(500)
     member.backlog.place(1000, 3.0, 0, 0.0)
     for _ in range(2):
         member.report(control_pb2.MemberLoad(num_outstanding_tokens=7, num_prefill_tokens=300))

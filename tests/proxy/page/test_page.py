@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,8 +13,11 @@ import pytest
 
 from halfmoon.protocol.errors import InvalidRequest
 from halfmoon.protocol.v1 import common_pb2
+from halfmoon.proxy.conductor.policies.base import RoleChange
+from halfmoon.proxy.members.rebalancer import NotedChange
 from halfmoon.proxy.page import routes, view
 from halfmoon.proxy.page.routes import FILES, STATIC
+from halfmoon.proxy.requests.router import Router
 
 NAMES = ["queue", "prefill_queue", "prefix_load", "prefill", "handoff", "write"]
 SECRET = "Hello quick brown fox"
@@ -149,6 +153,19 @@ def test_members_are_shown_with_their_load_and_the_last_minutes_with_verdicts(ht
     assert sum(row[4] for row in state["bins"]) == sum(row[4] for row in before["bins"]) + 1
     assert any(row[0] is not None and row[2] is not None for row in state["bins"])
     assert (state["slo"], state["takes_chats"], state["missing"]) == ({"ttft_s": None, "tpot_s": None}, True, [])
+
+
+def test_the_latest_changes_of_roles_are_shown_with_their_reason_and_a_failure_without_its_words(
+    http: httpx.Client, face: Any, fresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change = RoleChange("both-0", "prefill", "slo", "98% with, 60% without")
+    noted = [NotedChange(change, "decode", time.monotonic() - 5.0, error) for error in (SECRET, "", "", "", "")]
+    monkeypatch.setattr(Router, "role_changes", property(lambda _: noted))
+    text = http.get("/page/state").text
+    shown = json.loads(text)["role_changes"]
+    assert SECRET not in text and [one["failed"] for one in shown] == [True, False, False, False]
+    assert {(one["id"], one["role"], one["reason"]) for one in shown} == {("both-0", "prefill", "98% with, 60% without")}
+    assert all(5.0 <= one["for_s"] for one in shown)
 
 
 def test_it_shows_so_many_requests_and_no_more(http: httpx.Client, face: Any, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ async def test_every_candidate_is_shown_with_its_predictions_and_the_chosen_with
     index = bench.router._index
     index.change(bench.stores[0].address, keys[:3], ())
     busy = bench.cluster.members["prefill-0"].backlog.place(4000, 7.0, 0, asyncio.get_running_loop().time())
-    running = bench.cluster.members["decode-0"].assigned.place(500)
+    running = bench.cluster.members["decode-0"].context.place(500)
     running.begin()
     for prefill in bench.prefills:
         prefill.phases = common_pb2.PrefillPhases(queue_s=1e-6, prefill_s=2e-6, compute_s=2e-6)

@@ -160,7 +160,7 @@ async def test_a_replay_is_not_refused_for_its_slo(make_bench: Any, peers: Any, 
     request = bench.request(slo=(None, 0.05))
     stream = bench.router.open(request)
     first = await within(2, peers.take(stream, 2))
-    load = bench.cluster.members["decode-1"].assigned.place(10**5)
+    load = bench.cluster.members["decode-1"].context.place(10**5)
     load.begin()
     with pytest.raises(Overloaded):
         bench.router.open(bench.request(slo=(None, 0.05)))
@@ -181,7 +181,7 @@ async def test_when_the_prefill_is_done_and_decode_has_no_room_left_the_request_
     request = bench.request()
     stream = bench.router.open(request)
     await within(2, bench.decodes[0].arrived.wait())
-    load = bench.cluster.members["decode-0"].assigned.place(900)
+    load = bench.cluster.members["decode-0"].context.place(900)
     load.begin()
     seal.set()
     step_ms = round((0.04 + 2 * 0.002 + 910 * 1e-5) * 1e3)

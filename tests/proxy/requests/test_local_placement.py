@@ -91,7 +91,7 @@ async def test_one_call_gives_the_tokens_and_a_phase_record_of_one_worker(make_b
     stream = bench.router.open(request)
     await within(2, bench.decodes[0].arrived.wait())
     assert stream.state is RequestState.PREFILL
-    assert bench.cluster.members["decode-0"].assigned.num_tokens == 10, "its context, once"
+    assert bench.cluster.members["decode-0"].context.num_tokens == 10, "its context, once"
     gate.set()
     token_ids, finished = await within(5, peers.read(stream))
     assert token_ids == peers.answer(request) and bench.decodes[0].requests[0].local_prefill

@@ -34,7 +34,10 @@ def assert_untouched(bench: Any) -> None:
     assert router._placer.load_tracker.is_idle and not router._opening and not router._runners
     assert router._queue.num_tokens == 0 and len(bench.cluster._table.tasks) == 0
     assert not router._index._promises.stores
-    assert all(member.num_loads == 0 and member.assigned.num_requests == 0 for member in bench.cluster.members.values())
+    assert all(
+        member.num_loads == 0 and member.context.num_requests == member.backlog.assigned.num_requests == 0
+        for member in bench.cluster.members.values()
+    )
 
 
 def nth(n: int, found: Callable[..., Any], broken: Exception) -> Callable[..., Any]:

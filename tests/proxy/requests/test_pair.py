@@ -35,16 +35,16 @@ async def test_each_step_undoes_its_own_part_and_may_be_taken_twice(bench: Any) 
     bench.router._index.change(bench.stores[0].address, (), ())
     pair, tracker = assign(bench), bench.router._placer.load_tracker
     prefill, decode = pair.prefill, pair.decode
-    assert (prefill.assigned.num_tokens, decode.assigned.num_tokens, len(tracker.arriving.at_s)) == (21, 21, 1)
+    assert (prefill.backlog.assigned.num_tokens, decode.context.num_tokens, len(tracker.arriving.at_s)) == (21, 21, 1)
     for _ in range(2):
         pair.end_prefill()
-    assert (prefill.assigned.num_tokens, decode.assigned.num_tokens, len(bench.cluster._table.tasks)) == (0, 21, 0)
+    assert (prefill.backlog.assigned.num_tokens, decode.context.num_tokens, len(bench.cluster._table.tasks)) == (0, 21, 0)
     for _ in range(2):
         pair.begin_decode()
-    assert (decode.assigned.num_running, len(tracker.arriving.at_s), len(tracker.began_s)) == (1, 0, 1)
+    assert (decode.context.num_running, len(tracker.arriving.at_s), len(tracker.began_s)) == (1, 0, 1)
     for _ in range(2):
         pair.release()
-    assert (decode.assigned.num_tokens, decode.assigned.num_requests, decode.assigned.num_running) == (0, 0, 0)
+    assert (decode.context.num_tokens, decode.context.num_requests, decode.context.num_running) == (0, 0, 0)
     assert tracker.is_idle
 
 

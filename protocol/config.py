@@ -169,7 +169,8 @@ class ProxyConfig:
     transfer_limit_s: float = 10.0
     """Seconds that a worker may be at one copy to or from a store before the proxy leaves it."""
     restart_after_s: float = 30.0
-    """Seconds that a worker which was left for a step may go on with it, before it is told to end and is started again."""
+    """Seconds after which a process that lives and serves nobody is ended and started again: a worker or a store that was left and stays
+    so, a proxy that does not answer."""
     max_connections: int = 4096
     """HTTP connections open at a time; one more is answered 429 and closed."""
     head_timeout_s: float = 10.0

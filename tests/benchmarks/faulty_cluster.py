@@ -220,6 +220,8 @@ class LiveCluster:
             load = member.load
             if member.info.role == control_pb2.ROLE_STORE:
                 found = await self._stats(member.info.address)
+                if found is None:
+                    return f"{member.info.id} does not answer"
                 total = found.num_bytes_leased + found.num_bytes_cached + found.num_bytes_free
                 if total != found.num_bytes_arena or found.num_leases or found.num_handoffs or found.num_bytes_leased:
                     held = f"{found.num_leases} leases, {found.num_handoffs} hand-offs, {found.num_bytes_leased} bytes leased"
@@ -236,11 +238,15 @@ class LiveCluster:
         stores = (
             [member.info.address for member in status.members if member.info.role == control_pb2.ROLE_STORE] if status is not None else []
         )
-        return sum([(await self._stats(address)).num_handoffs for address in stores])
+        return sum([found.num_handoffs for address in stores if (found := await self._stats(address)) is not None])
 
-    async def _stats(self, address: str) -> kvstore_pb2.StatsReply:
+    async def _stats(self, address: str) -> kvstore_pb2.StatsReply | None:
+        """None where the store does not answer."""
         async with open_channel(address, self.supervisor.credentials) as channel:
-            return await kvstore_pb2_grpc.KVStoreStub(channel).Stats(kvstore_pb2.StatsRequest(), timeout=STATUS_TIMEOUT_S)
+            try:
+                return await kvstore_pb2_grpc.KVStoreStub(channel).Stats(kvstore_pb2.StatsRequest(), timeout=STATUS_TIMEOUT_S)
+            except grpc.aio.AioRpcError:
+                return None
 
     async def processes(self) -> dict[str, Process]:
         found: dict[str, Process] = {}

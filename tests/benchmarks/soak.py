@@ -203,7 +203,7 @@ async def soak(options: argparse.Namespace, kinds: Sequence[str]) -> dict[str, A
             cases = await known_cases(client, rng, NUM_CASES)
         client_kinds = [kind for kind in kinds if kind in CLIENT_FAULTS]
         supervisor = cluster.supervisor
-        load = Load(supervisor.grpc_address, supervisor.http_address, cases, client_kinds, rng)
+        load = Load(supervisor.grpc_address, supervisor.http_address, cases, client_kinds, options.share, rng)
         show("the cluster serves")
         run = Soak(cluster, load, [kind for kind in kinds if kind in PROCESS_FAULTS], rng)
         began = time.monotonic()
@@ -245,6 +245,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--faults", default=",".join(PROCESS_FAULTS + CLIENT_FAULTS))
     parser.add_argument("--streams", type=int, default=8, help="clients at a time")
+    parser.add_argument("--share", type=float, default=0.4, help="of requests whose client commits a fault")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     kinds = [kind for kind in options.faults.split(",") if kind]

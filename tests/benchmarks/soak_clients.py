@@ -25,7 +25,6 @@ from halfmoon.protocol.errors import DeadlineExceeded, HalfmoonError, InvalidReq
 
 CLIENT_FAULTS = ("leave", "slow", "cancel", "deadline", "malformed")
 FACES = ("grpc", "sse", "json")
-FAULT_SHARE = 0.4  # of requests
 TIMEOUT_S, GRACE_S = 60.0, 5.0  # a request's own; beyond which it hangs
 MALFORMED: tuple[dict[str, Any], ...] = (
     {"prompt": []},
@@ -53,12 +52,16 @@ class Refused(Exception):
 class Load:
     """num_streams clients, each of which sends a request when its last one has ended.
 
-    kinds: faults that clients may commit.
+    Args:
+        kinds: faults that clients may commit.
+        share: of requests that have one.
     """
 
-    def __init__(self, grpc_address: str, http_address: str, cases: Sequence[Case], kinds: Sequence[str], rng: random.Random) -> None:
+    def __init__(
+        self, grpc_address: str, http_address: str, cases: Sequence[Case], kinds: Sequence[str], share: float, rng: random.Random
+    ) -> None:
         self._grpc_address = grpc_address
-        self._cases, self._kinds, self._rng = cases, kinds, rng
+        self._cases, self._kinds, self._share, self._rng = cases, kinds, share if kinds else 0.0, rng
         self._http = httpx.AsyncClient(base_url=f"http://{http_address}", timeout=None, limits=httpx.Limits(max_connections=None))
         self._open = asyncio.Event()
         self._open.set()
@@ -108,7 +111,7 @@ class Load:
 
     async def _request(self, client: AsyncClient) -> None:
         case, face = self._rng.choice(self._cases), self._rng.choice(FACES)
-        fault = self._rng.choice(self._kinds) if self._kinds and self._rng.random() < FAULT_SHARE else ""
+        fault = self._rng.choice(self._kinds) if self._rng.random() < self._share else ""
         if fault in ("cancel", "deadline"):
             face = "grpc"
         began = time.monotonic()

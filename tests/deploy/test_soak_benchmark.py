@@ -32,7 +32,7 @@ async def test_tokens_are_right_if_they_are_the_answer_or_of_a_client_that_left_
 ) -> None:
     clients, cases = load("soak_clients"), load("known_answers")
     case = cases.Case((1, 2), (5, 6, 7), "abc", None)
-    running = clients.Load("127.0.0.1:1", "127.0.0.1:1", [case], (), random.Random(0))
+    running = clients.Load("127.0.0.1:1", "127.0.0.1:1", [case], (), 0.0, random.Random(0))
     running._check(case, found, "grpc", whole=whole)
     running._check_text(case, "abcd"[: len(found)] if is_right else "xyz", "sse", whole=whole)
     assert len(running.wrong) == (0 if is_right else 2)
@@ -95,7 +95,7 @@ def test_a_known_token_is_the_samplers_and_none_where_rounding_could_make_it_ano
 
 async def test_clients_that_are_paused_have_all_been_answered(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clients = load("soak_clients")
-    running = clients.Load("127.0.0.1:1", "127.0.0.1:1", [], (), random.Random(0))
+    running = clients.Load("127.0.0.1:1", "127.0.0.1:1", [], (), 0.0, random.Random(0))
     under_way, most, gate = 0, 0, asyncio.Event()
 
     async def request(client: Any) -> None:

@@ -1,6 +1,6 @@
 """How long a cluster takes to get over a fault: kill, stop and wedge of workers, the store and the proxy, one after another.
 
-    halfmoon bench recovery --rounds 3 --out recovery.json
+    halfmoon bench recovery --rounds 3 --faults kill,stop,wedge --out recovery.json
 
 noticed         until the proxy has left the member; of the proxy itself, until the supervisor says so
 first success   until an answer is there to a probe that was sent after the fault; a probe of a new prompt goes out each PROBE_S
@@ -17,7 +17,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -152,11 +152,12 @@ class Told:
         return await self._waiting[member_id]
 
 
-async def recovery(num_rounds: int) -> dict[str, list[Row]]:
-    told, rows = Told(), {f"{kind} {member_id}": [] for kind, member_id in FAULTS}
+async def recovery(num_rounds: int, kinds: Sequence[str]) -> dict[str, list[Row]]:
+    faults = [(kind, member_id) for kind, member_id in FAULTS if kind in kinds]
+    told, rows = Told(), {f"{kind} {member_id}": [] for kind, member_id in faults}
     async with live_cluster(configuration(policy="round_robin"), told.notify) as cluster, cluster.client() as client:
         for _ in range(num_rounds):
-            for kind, member_id in FAULTS:
+            for kind, member_id in faults:
                 row = await measured(cluster, client, told, kind, member_id)
                 rows[f"{kind} {member_id}"].append(row)
                 show(f"  {kind} {member_id}: {row}")
@@ -184,9 +185,10 @@ def spread(seconds: list[float | None]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--faults", default="kill,stop,wedge")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    rows = asyncio.run(recovery(options.rounds))
+    rows = asyncio.run(recovery(options.rounds, options.faults.split(",")))
     show(table(rows))
     if options.out:
         found = {"rows": {name: [row._asdict() for row in found] for name, found in rows.items()}, "environment": environment()}

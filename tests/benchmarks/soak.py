@@ -172,11 +172,12 @@ class Soak:
 
 
 def unexplained(failures: Sequence[Failure], windows: Sequence[Window]) -> list[str]:
-    """Failures that a replay should have hidden: the proxy was not killed beside them, nor so many others as a request has attempts."""
+    """Failures that a replay should have hidden: the proxy was not killed beside them, nor was each attempt lost to another fault."""
     found: list[str] = []
     for failure in failures:
         beside = [window.what for window in windows if window.began <= failure.ended and failure.began <= window.ended]
-        if "kill proxy" not in beside and len(beside) < MAX_ATTEMPTS:
+        used_up = f"attempt {MAX_ATTEMPTS} of {MAX_ATTEMPTS}" in failure.what and len(beside) >= MAX_ATTEMPTS
+        if "kill proxy" not in beside and not used_up:
             found.append(f"{failure.what} (beside {', '.join(beside) or 'no fault'})")
     return found
 

@@ -144,7 +144,7 @@ class Load:
             outcome = getattr(error, "code", type(error).__name__)
             if not _asked_for(error, fault):
                 outcome += ", not asked for"
-                what = f"{face} {fault or 'sound'}: {type(error).__name__}: {error}"[:400]
+                what = f"{face} {fault or 'sound'}: {type(error).__name__}: {error}"[:800]
                 self.failures.append(Failure(began, ended, what))
         self.ended[outcome] += 1
 
@@ -186,7 +186,7 @@ class Load:
         text, done = "", False
         async with self._http.stream("POST", "/v1/completions", json=self._body(case, stream=True)) as response:
             if response.status_code != 200:
-                raise Refused(f"{response.status_code} {(await response.aread()).decode()[:300]}")
+                raise Refused(f"{response.status_code} {(await response.aread()).decode()[:600]}")
             try:
                 async for line in response.aiter_lines():
                     if line == "data: [DONE]":
@@ -205,7 +205,7 @@ class Load:
     async def _json(self, client: AsyncClient, case: Case, fault: str) -> None:
         response = await self._http.post("/v1/completions", json=self._body(case, stream=False))
         if response.status_code != 200:
-            raise Refused(f"{response.status_code} {response.text[:300]}")
+            raise Refused(f"{response.status_code} {response.text[:600]}")
         self._check_text(case, response.json()["choices"][0]["text"], "json", whole=True)
 
     async def _malformed(self) -> None:

@@ -40,7 +40,7 @@ async def test_tokens_are_right_if_they_are_the_answer_or_of_a_client_that_left_
         pass
 
 
-def test_a_failure_is_excused_beside_a_killed_proxy_or_as_many_faults_as_a_request_has_attempts(load: Any) -> None:
+def test_a_failure_is_excused_beside_a_killed_proxy_or_where_each_of_its_attempts_was_lost_to_a_fault(load: Any) -> None:
     soak, clients = load("soak"), load("soak_clients")
     windows = [
         soak.Window("kill decode", 10.0, 10.1),
@@ -51,13 +51,14 @@ def test_a_failure_is_excused_beside_a_killed_proxy_or_as_many_faults_as_a_reque
     failures = [
         clients.Failure(1.0, 9.0, "before all"),
         clients.Failure(9.5, 13.0, "beside two"),
-        clients.Failure(9.5, 14.5, "beside three"),
+        clients.Failure(9.5, 14.5, "beside three, gone (attempt 3 of 3)"),
+        clients.Failure(9.5, 14.5, "beside three, gone (attempt 2 of 3)"),
         clients.Failure(35.0, 38.0, "beside the proxy's"),
         clients.Failure(37.0, 38.0, "after all"),
     ]
     found = soak.unexplained(failures, windows)
-    assert [one.partition(" (")[0] for one in found] == ["before all", "beside two", "after all"]
-    assert "beside kill decode, stop store" in found[1] and "beside no fault" in found[2]
+    assert [one.rpartition(" (")[0] for one in found] == ["before all", "beside two", "beside three, gone (attempt 2 of 3)", "after all"]
+    assert "beside kill decode, stop store" in found[1] and "beside no fault" in found[3]
 
 
 def test_what_a_process_holds_may_not_grow_unless_it_is_another_one(load: Any) -> None:

@@ -41,6 +41,7 @@ GAP_S = 3.0  # between two faults of processes, at the mean
 PAIR_SHARE = 0.3
 BACK_S = 120.0  # for everybody to be back
 AT_REST_S = 20.0
+RECONNECT_S = 2.0  # after a proxy's death: clients' channels are not tried again at once, and a short deadline ends before that
 MAX_ATTEMPTS = 3  # as ProxyConfig has it
 MAX_NEW_FDS, MAX_NEW_MIB = 24, 96.0  # of proxy and store, from the first rest to the last
 
@@ -99,6 +100,7 @@ class Faults:
             await self._cluster.kill(member_id)
             if member_id == "proxy":  # its requests are lost, and nobody can be served before a decode worker has joined again
                 await self._cluster.until(lambda members: any(name.startswith("decode") for name in members), BACK_S)
+                await asyncio.sleep(RECONNECT_S)
         else:
             await self._stop_for(member_id, self._rng.uniform(0.5, 6.0))
 

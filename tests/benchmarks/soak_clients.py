@@ -25,7 +25,7 @@ from halfmoon.protocol.errors import DeadlineExceeded, HalfmoonError, InvalidReq
 
 CLIENT_FAULTS = ("leave", "slow", "cancel", "deadline", "malformed")
 FACES = ("grpc", "sse", "json")
-TIMEOUT_S, GRACE_S = 60.0, 5.0  # a request's own; beyond which it hangs
+TIMEOUT_S, GRACE_S = 120.0, 5.0  # a request's own; beyond which it hangs
 MALFORMED: tuple[dict[str, Any], ...] = (
     {"prompt": []},
     {"prompt": [10**9]},

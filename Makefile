@@ -12,7 +12,7 @@ export PYTHONSAFEPATH := 1
 # the tests start hundreds of processes: each would compile every file anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check lint proto docs audit clean
+.PHONY: demo test soak check lint proto docs audit clean
 
 $(VENV)/server.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,9 @@ demo: $(VENV)/server.stamp  ## a local cluster, a request through prefill -> sto
 
 test: $(VENV)/dev.stamp  ## the whole suite, no GPU needed
 	$(PYTEST)
+
+soak: $(VENV)/dev.stamp  ## two minutes of random faults on a live cluster; docs/faults.md
+	$(BIN)/python -m halfmoon bench soak --minutes 2
 
 check: lint  ## lint, types and the fast tests: without tests/kernels, tests/engine, both workers, tests/deploy and what is marked slow
 	$(PYTEST) -m "not slow" tests/protocol tests/kvstore tests/client tests/proxy tests/simulator tests/test_floors.py

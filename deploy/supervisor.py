@@ -3,6 +3,7 @@
 start:  proxy ─► stores ─► workers        each on the node of the plan
 watch:  a member's run() fails ─► a new process with the same id, the same port for proxy and stores; it rejoins by itself
         its host is gone ─► a worker moves to a host with room, or waits for one; a store ends
+        it is frozen (frozen.py) ─► its process is ended, and that is a death like any other
 apply:  a changed configuration ─► surplus workers stop, missing ones start, and where settings changed all restart
 roll:   host by host: workers stop, the store starts anew, workers start anew; requests go on elsewhere
 stop:   drain the proxy ─► workers ─► stores ─► proxy
@@ -36,6 +37,7 @@ from ..protocol.tasks import Tasks, beside
 from ..protocol.v1 import control_pb2, control_pb2_grpc
 from .actors import ProxyActor, StoreActor, WorkerActor, remote
 from .change import Change
+from .frozen import CHECK_INTERVAL_S, PROXY, Frozen
 from .plan import ClusterPlan, Placed, find_room
 from .ray_session import RayNode, live_nodes
 
@@ -73,6 +75,7 @@ class Member:
     address: Any = None  # what its start() returned last
     actor: Any = None
     num_starts: int = 0
+    is_up: bool = False  # its present process serves
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +145,7 @@ class Supervisor:
         await self._start_all([self._proxy()])
         await self._start_all([self._store(placed) for placed in plan.stores])
         await self._start_all([self._worker(placed, role) for role, workers in plan.workers.items() for placed in workers])
+        self._tasks.spawn(self._end_frozen(), "looking for frozen processes", self._broke)
 
     async def watch(self) -> None:
         """Runs until cancelled. Raises only a bug, because deaths are repaired."""
@@ -247,7 +251,7 @@ class Supervisor:
         """Stops workers, then stores, then the proxy. May be called in the middle of a start."""
         await self._tasks.close()
         for going in (WorkerActor, StoreActor, ProxyActor):
-            await asyncio.gather(*(self._stop(member) for member in list(self._members.values()) if member.actor_class is going))
+            await asyncio.gather(*(self._stop(member) for member in self.members if issubclass(member.actor_class, going)))
 
     async def _start_all(self, members: Sequence[Member]) -> None:
         if not members:
@@ -261,16 +265,43 @@ class Supervisor:
                 raise error
 
     def _keep_up(self, member: Member) -> None:
-        def broke(error: Exception) -> None:
-            if not (bug := self._found_bug()).done():
-                bug.set_exception(error)
-
         self._members[member.id] = member
-        self._keepers[member.id] = self._tasks.spawn(self._keep(member), f"keeping {member.id}", broke)
+        self._keepers[member.id] = self._tasks.spawn(self._keep(member), f"keeping {member.id}", self._broke)
+
+    def _broke(self, error: Exception) -> None:
+        if not (bug := self._found_bug()).done():
+            bug.set_exception(error)
+
+    async def _end_frozen(self) -> None:
+        frozen = Frozen(self._spec.config.proxy)
+        async with open_channel(self.control_address, self.credentials) as channel:
+            stub = control_pb2_grpc.ControlStub(channel)
+            while True:
+                async with beside(_member_ids(stub)) as asking:
+                    while not asking.done():  # a slow answer is one all the same
+                        await asyncio.wait({asking}, timeout=CHECK_INTERVAL_S)
+                        self._look(frozen, asking.result() if asking.done() else None)
+                await asyncio.sleep(CHECK_INTERVAL_S)
+
+    def _look(self, frozen: Frozen, members: set[str] | None) -> None:
+        serving = {member.id: member.num_starts for member in self._members.values() if member.is_up}
+        looked = frozen.look(time.monotonic(), serving, members)
+        if looked.said:
+            logger.warning("the proxy %s", looked.said)
+            self._notify(PROXY, looked.said)
+        for member_id in looked.frozen:
+            logger.error("%s is frozen: its process is ended", member_id)
+            self._notify(member_id, "frozen")
+            self._kill(self._members[member_id])
+
+    def _kill(self, member: Member) -> None:
+        """Ends its process, whatever that is doing."""
+        import ray
+
+        ray.kill(member.actor, no_restart=True)
 
     async def _keep(self, member: Member) -> None:
         """Keeps one member alive, over as many processes as that takes."""
-        import ray
         from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
 
         backoff_s = FIRST_BACKOFF_S
@@ -285,7 +316,7 @@ class Supervisor:
             member.actor = remote(member.actor_class, node_id=member.node.node_id, num_gpus=member.num_gpus).remote(**member.arguments())
             try:
                 member.address = await self._started(member)
-                served_since = time.monotonic()
+                served_since, member.is_up = time.monotonic(), True
                 self._notify(member.id, "up")
                 if not member.started.done():
                     member.started.set_result(None)
@@ -313,7 +344,9 @@ class Supervisor:
                 self._notify(member.id, f"{what}: {cause}")
                 if pause is not None and not pause.served.done():
                     pause.served.set_exception(cause)
-                ray.kill(member.actor, no_restart=True)  # a process with a step that does not end does not end by itself
+                self._kill(member)  # a process with a step that does not end does not end by itself
+            finally:
+                member.is_up = False
             steady = time.monotonic() - served_since > STEADY_S
             backoff_s = FIRST_BACKOFF_S if steady else min(backoff_s * 2, LONGEST_BACKOFF_S)
             await asyncio.sleep(backoff_s)
@@ -366,7 +399,6 @@ class Supervisor:
             logger.debug("%s: no more progress: %s", member.id, error)
 
     async def _stop(self, member: Member) -> None:
-        import ray
         from ray.exceptions import RayError
 
         if member.actor is None:
@@ -375,7 +407,7 @@ class Supervisor:
             await asyncio.wait_for(asyncio.wrap_future(member.actor.stop.remote(STOP_GRACE_S).future()), 2 * STOP_GRACE_S)
         except (RayError, TimeoutError) as error:
             logger.warning("%s did not stop by itself (%s); killed", member.id, type(error).__name__)
-        ray.kill(member.actor, no_restart=True)
+        self._kill(member)
         self._notify(member.id, "stopped")
 
     def _proxy(self) -> Member:
@@ -438,6 +470,15 @@ class Supervisor:
         num_gpus = 1.0 if self._spec.plan.device == "cuda" else 0.0
         member = Member(placed.member_id, WorkerActor, placed.node, arguments, num_gpus, role)
         return member
+
+
+async def _member_ids(control: Any) -> set[str] | None:
+    """Those that the proxy knows; None where it could not be asked."""
+    try:
+        status: control_pb2.StatusReply = await control.Status(control_pb2.StatusRequest())
+    except grpc.aio.AioRpcError:
+        return None
+    return {member.info.id for member in status.members}
 
 
 def _crashed(member_id: str, num_starts: int, error: Exception) -> str:

@@ -16,6 +16,7 @@ from ..protocol.credentials import Credentials
 from ..protocol.errors import HalfmoonError, RequestCancelled, StoreUnavailable
 from ..protocol.grpc_errors import error_to_proto
 from ..protocol.schema import KVSchema
+from ..protocol.tasks import untaken
 from ..protocol.v1 import common_pb2, kvstore_pb2
 from .arena import ArenaMap, open_arena
 from .connection import Connection
@@ -185,6 +186,7 @@ class StoreClient:
             if task.cancelled():
                 self._connection.raise_if_ended()
             else:
+                task.add_done_callback(untaken)
                 self._connection.spawn(self._undo(task, request), "undoing a cancelled Reserve")
             raise
 

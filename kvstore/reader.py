@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ..protocol.errors import HandoffCorrupt, HandoffIncomplete, InvalidRequest, LeaseExpired, StoreUnavailable
 from ..protocol.schema import KVSchema
+from ..protocol.tasks import untaken
 from ..protocol.v1 import common_pb2, kvstore_pb2
 from .block_rows import BlockRows
 from .checksums import Checksums
@@ -102,6 +103,7 @@ class BlockReader:
             return
         self._released = True
         if self._pump is not None:
+            self._pump.add_done_callback(untaken)
             self._pump.cancel()
         request = kvstore_pb2.ReleaseRequest(lease_id=self._lease_id, corrupt_blocks=self._corrupt_blocks)
         try:

@@ -164,15 +164,16 @@ class ProxyConfig:
     replicate: Literal["never", "hot"] = "hot"
     """Whether a prefix that many requests share is copied to more stores ahead of demand; never: blocks are copied for nobody."""
     avoid_after_s: float = 1.0
-    """Seconds without a report of a member, or of a worker at one step beyond step_patience, after which others get the new requests."""
+    """Seconds without a report of a member, or of a worker at one step, after which others get the new requests; see step_patience."""
     leave_after_s: float = 2.5
     """Seconds, counted in the same way, after which the proxy leaves the member and runs its requests elsewhere; it rejoins by itself."""
     step_patience: float = 10.0
-    """How many times as long as predicted a worker's step may take, before those seconds begin."""
+    """How many times as long as predicted a worker's step may take, where that is more than avoid_after_s."""
     transfer_limit_s: float = 10.0
     """Seconds that a worker may be at one copy to or from a store before the proxy leaves it."""
     restart_after_s: float = 30.0
-    """Seconds that a worker which was left for a step may go on with it, before it is told to end and is started again."""
+    """Seconds after which a process that lives and serves nobody is ended and started again: a worker or a store that was left and stays
+    so, a proxy that does not answer."""
     max_connections: int = 4096
     """HTTP connections open at a time; one more is answered 429 and closed."""
     head_timeout_s: float = 10.0

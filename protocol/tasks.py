@@ -41,7 +41,7 @@ class Tasks:
         return task
 
     def start(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
-        """As spawn, for work whose exceptions the caller takes from the task itself, by awaiting it or in a callback."""
+        """As spawn, for work whose exceptions the caller takes from the task itself, by awaiting it or in a callback; see untaken."""
         task = asyncio.get_running_loop().create_task(work)
         self._keep(task, self._tasks.discard)
         return task
@@ -71,6 +71,13 @@ class Tasks:
             logger.error("%s: %s failed: %s", self._owner, what, error, exc_info=None if isinstance(error, HalfmoonError) else error)
             if isinstance(error, Exception):
                 on_error(error)
+
+
+def untaken(task: asyncio.Task[Any]) -> None:
+    """A callback for a started task whose caller may be gone when it ends: an error of ours is no news then, a bug is logged."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None and not isinstance(error, HalfmoonError):
+        logger.error("nobody waited for what failed: %s", error, exc_info=error)
 
 
 @contextlib.asynccontextmanager

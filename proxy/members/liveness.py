@@ -74,13 +74,13 @@ class Liveness:
         return _first([silence, *self._stalls(member.load, limit_s)])
 
     def _stalls(self, load: control_pb2.MemberLoad, limit_s: float) -> list[Late]:
-        """limit_s: beyond what a step may take by its prediction. A copy has no prediction, and its limit is in proportion."""
+        """limit_s: of a step predicted to be short; a long one has more. A copy has no prediction, and its limit is in proportion."""
         config = self._config
-        allowed_s = config.step_patience * load.step_expected_s
+        more_s = max(config.step_patience * load.step_expected_s - config.avoid_after_s, 0.0)
         step = f"it has been at one step for {load.step_age_s:.1f} s, which should take {load.step_expected_s:.3f} s"
         transfer = f"it has been at one copy to or from a store for {load.transfer_age_s:.1f} s"
         in_proportion_s = config.transfer_limit_s * limit_s / config.leave_after_s
-        return [Late(load.step_age_s, allowed_s + limit_s, step), Late(load.transfer_age_s, in_proportion_s, transfer)]
+        return [Late(load.step_age_s, limit_s + more_s, step), Late(load.transfer_age_s, in_proportion_s, transfer)]
 
     def _joined(self, member: Member) -> None:
         if self._running is None or self._running.done():  # one that is over may stand among the tasks for a moment

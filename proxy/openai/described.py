@@ -158,6 +158,7 @@ def replies(reply: Any, *statuses: int, **other: Any) -> dict[int | str, dict[st
 
 
 def streamed(reply: Any) -> dict[int | str, dict[str, Any]]:
-    """As replies, for a route that generates."""
-    schema = {"type": "string", "description": "`data: {chunk}` events as OpenAI's, the last one `data: [DONE]`, where `stream` is true"}
-    return replies(reply, *GENERATING, content={"text/event-stream": {"schema": schema}})
+    """As replies, for a route that generates. Where `stream` is true it answers with events, each of which itemSchema describes."""
+    data = {"type": "string", "description": "a chunk as OpenAI's, or an error; of the last event `[DONE]`"}
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    return replies(reply, *GENERATING, content={"text/event-stream": {"itemSchema": event}})

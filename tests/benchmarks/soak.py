@@ -1,10 +1,13 @@
-"""A fault soak of the KV store alone: kills, broken connections, cancelled and slow clients, a disk that is full, fails and tears.
+"""A soak of a whole cluster: requests with known answers in a closed loop, and faults of processes and clients at random, in pairs too.
 
-    halfmoon bench soak [--faults 10000] [--seed N] [--out FILE.json]
+    halfmoon bench soak --minutes 2 --seed 7 --faults kill,stop,wedge,store,proxy,flip,leave,slow,cancel,deadline,malformed --out soak.json
 
-store (a process with an SSD tier, killed and started again) ◄── workers over shm, tcp and grpc, each op perhaps with a fault in its middle
-A block's bytes follow from its key, so that everyone knows what was sealed under it. At the end: nobody holds anything, and the store's
-books say so; every byte that was ever read was the right one; nothing took longer than HANG_S.
+kill, stop, wedge    a worker: SIGKILL; SIGSTOP for seconds; a step that does not end for seconds
+flip                 a worker's role, while a hand-off is under way, and back
+store, proxy         killed, or stopped for seconds
+leave, slow, cancel, deadline, malformed                     what clients do
+At the end, and every REST_S seconds with all clients silent: everyone is back, nobody holds anything, and the books add up. No answer
+was wrong by a token, none hung, none failed that a replay could have saved, and no log has a traceback. Else the exit code is 1.
 """
 
 from __future__ import annotations
@@ -12,341 +15,252 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import errno
-import hashlib
 import json
-import os
+import platform
 import random
 import secrets
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
+from faulty_cluster import NUM_MEMBERS, LiveCluster, Process, configuration, live_cluster
+from known_answers import known_cases
+from measure import environment, show
+from soak_clients import CLIENT_FAULTS, Failure, Load
 
-from halfmoon.kvstore.client import StoreClient
-from halfmoon.kvstore.reader import BlockReader
-from halfmoon.kvstore.server import StoreServer
-from halfmoon.kvstore.ssd_files import SsdFiles
-from halfmoon.kvstore.writer import BlockWriter
-from halfmoon.protocol.config import StoreConfig
-from halfmoon.protocol.errors import HalfmoonError, InvalidRequest, StoreUnavailable, WorkerLost
-from halfmoon.protocol.schema import KVSchema
-from halfmoon.protocol.v1 import common_pb2
+from halfmoon.protocol.roles import WorkerRole
 
-NODE = "soak"
-SCHEMA = KVSchema(model_fingerprint="f" * 16, dtype="float32", num_layers=3, num_kv_heads=2, head_dim=64, block_size=16)  # 48 KiB a block
-NUM_SLOTS, NUM_PLACES, NUM_CHAINS, MAX_BLOCKS = 64, 128, 40, 8
-HANG_S = 60.0
-DISK_FAULT = 0.1  # of reads and writes
-TRANSPORTS = ("auto", "tcp", "grpc", "tcp")
-
-
-def keys(chain: str, num_blocks: int) -> list[bytes]:
-    return [hashlib.blake2b(f"{chain}/{index}".encode(), digest_size=16).digest() for index in range(num_blocks)]
+PROCESS_FAULTS = ("kill", "stop", "wedge", "store", "proxy", "flip")
+WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
+NUM_CASES = 22
+REST_S = 40.0
+GAP_S = 3.0  # between two faults of processes, at the mean
+PAIR_SHARE = 0.3
+BACK_S = 120.0  # for everybody to be back
+AT_REST_S = 20.0
+RECONNECT_S = 2.0  # after a proxy's death: clients' channels are not tried again at once, and a short deadline ends before that
+MAX_ATTEMPTS = 3  # as ProxyConfig has it
+MAX_NEW_FDS, MAX_NEW_MIB = 24, 96.0  # of proxy and store, from the first rest to the last
 
 
-def content(key: bytes) -> np.ndarray:
-    """uint8 [num_layers, layer_bytes]."""
-    data = hashlib.shake_128(key).digest(SCHEMA.block_bytes)
-    return np.frombuffer(data, np.uint8).reshape(SCHEMA.num_layers, SCHEMA.layer_bytes)
+class Window(NamedTuple):
+    """A fault of a process, until all members were back."""
+
+    what: str
+    began: float  # of time.monotonic()
+    ended: float
 
 
-def show(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+class Faults:
+    """What happens to processes. Each is a method named after it, which returns once it is healed as far as it can heal it."""
 
+    def __init__(self, cluster: LiveCluster, rng: random.Random) -> None:
+        self._cluster = cluster
+        self._rng = rng
+        self.counts: Counter[str] = Counter()
+        self.windows: list[Window] = []
 
-async def run_store(port: int, folder: str, seed: int) -> None:
-    """Its disk fails by itself; a byte in folder/faults for each time."""
-    generator = random.Random(seed)
-    tally = os.open(Path(folder, "faults"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    write, read = SsdFiles.write, SsdFiles.read
+    async def commit(self, kind: str) -> None:
+        began, named = time.monotonic(), [kind]
+        with contextlib.suppress(LookupError):  # who is to be hurt is down already
+            await getattr(self, f"_{kind}")(named)
+            self.counts[named[-1]] += 1
+        self.windows.append(Window(named[-1], began, time.monotonic()))
 
-    def failing_write(self: SsdFiles, place: int, key: bytes, checksum: int, block: np.ndarray) -> None:
-        if generator.random() > DISK_FAULT:
-            return write(self, place, key, checksum, block)
-        os.write(tally, b"w")
-        if generator.random() < 0.5:
-            raise OSError(errno.ENOSPC, "the disk is full")
-        torn = block.copy()
-        torn[generator.randrange(len(torn)) :] = 0  # the rest never reached the disk
-        return write(self, place, key, checksum, torn)
+    async def _kill(self, named: list[str]) -> None:
+        worker = self._rng.choice(WORKERS)
+        named.append(f"kill {worker[:-2]}")
+        await self._cluster.kill(worker)
 
-    def failing_read(self: SsdFiles, place: int, checksum: int, block: np.ndarray) -> bool:
-        if generator.random() < DISK_FAULT:
-            os.write(tally, b"r")
-            if generator.random() < 0.5:
-                raise OSError(errno.EIO, "the disk does not answer")
-            time.sleep(0.02)  # or answers late
-        return read(self, place, checksum, block)
+    async def _stop(self, named: list[str]) -> None:
+        worker = self._rng.choice(WORKERS)
+        named.append(f"stop {worker[:-2]}")
+        await self._stop_for(worker, self._rng.uniform(0.5, 8.0))
 
-    SsdFiles.write, SsdFiles.read = failing_write, failing_read
-    config = StoreConfig(
-        arena_bytes=NUM_SLOTS * SCHEMA.block_bytes,
-        lease_ttl_s=10.0,
-        ssd_path=str(Path(folder, "ssd")),
-        ssd_bytes=NUM_PLACES * SCHEMA.block_bytes,
-        ssd_free_ratio=0.4,
-    )
-    server = StoreServer(config, node_id=NODE, schema=SCHEMA)
-    show(await server.start("127.0.0.1", port))
-    await asyncio.to_thread(sys.stdin.read)
-    await server.stop(0)
+    async def _wedge(self, named: list[str]) -> None:
+        worker, seconds = self._rng.choice(WORKERS), self._rng.uniform(1.0, 8.0)
+        named.append(f"wedge {worker[:-2]}")
+        await self._cluster.pid(worker)
+        await self._cluster.wedge(worker, seconds)
+        await asyncio.sleep(seconds)
 
+    async def _store(self, named: list[str]) -> None:
+        await self._kill_or_stop("store-0", named)
 
-class StoreProcess:
-    def __init__(self, folder: str, generator: random.Random) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            self._port = taken.getsockname()[1]
-        self._folder = folder
-        self._generator = generator
+    async def _proxy(self, named: list[str]) -> None:
+        await self._kill_or_stop("proxy", named)
 
-    async def start(self) -> str:
-        root = Path(__file__).resolve().parents[3]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-        role = ["--role", str(self._port), self._folder, str(self._generator.randrange(2**32))]
-        command = [sys.executable, str(Path(__file__).resolve()), *role]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-        assert self.process.stdout is not None
-        address = (await asyncio.to_thread(self.process.stdout.readline)).strip()
-        if not address:
-            raise SystemExit("the store did not start; its message stands above")
-        return address
+    async def _kill_or_stop(self, member_id: str, named: list[str]) -> None:
+        kills = self._rng.random() < 0.5
+        named.append(f"{'kill' if kills else 'stop'} {member_id.removesuffix('-0')}")
+        if kills:
+            await self._cluster.kill(member_id)
+            if member_id == "proxy":  # its requests are lost, and nobody can be served before a decode worker has joined again
+                await self._cluster.until(lambda members: any(name.startswith("decode") for name in members), BACK_S)
+                await asyncio.sleep(RECONNECT_S)
+        else:
+            await self._stop_for(member_id, self._rng.uniform(0.5, 6.0))
 
-    async def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        await asyncio.to_thread(self.process.wait)
+    async def _flip(self, named: list[str]) -> None:
+        """A worker takes on another role while a hand-off is under way, if one comes, and its own again."""
+        worker = self._rng.choice(WORKERS)
+        role: WorkerRole = "prefill" if worker.startswith("prefill") else "decode"
+        named.append(f"flip {role}")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2.0):
+                while not await self._cluster.num_handoffs():
+                    await asyncio.sleep(0.01)
+        try:
+            await self._cluster.set_role(worker, "decode" if role == "prefill" else "prefill")
+            await asyncio.sleep(self._rng.uniform(0.0, 1.0))
+        finally:
+            await self._cluster.role_is(worker, role, BACK_S)
 
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(30)
-
-    def num_disk_faults(self) -> int:
-        path = Path(self._folder, "faults")
-        return path.stat().st_size if path.exists() else 0
+    async def _stop_for(self, member_id: str, seconds: float) -> None:
+        async with self._cluster.stopped(member_id):
+            await asyncio.sleep(seconds)
 
 
 class Soak:
-    def __init__(self, seed: int, folder: str) -> None:
-        self.random = random.Random(seed)
-        self.store = StoreProcess(folder, self.random)
-        self.faults: Counter[str] = Counter()
-        self.ended: Counter[str] = Counter()
-        self.num_wrong = self.num_hangs = self.num_blocks_read = 0
-        self.address = ""
-        self._num_handoffs = 0
-        self._running = True
+    def __init__(self, cluster: LiveCluster, load: Load, kinds: Sequence[str], rng: random.Random) -> None:
+        self._cluster, self._load, self._kinds, self._rng = cluster, load, kinds, rng
+        self.faults = Faults(cluster, rng)
+        self.leaks: list[str] = []
+        self.processes: list[dict[str, Process]] = []
 
-    def num_faults(self) -> int:
-        return self.faults.total() + self.store.num_disk_faults()
+    async def run(self, minutes: float) -> None:
+        end = time.monotonic() + 60.0 * minutes
+        while time.monotonic() < end:
+            self._load.resume()
+            await self._trouble(min(end, time.monotonic() + REST_S))
+            await self._rest()
 
-    async def run(self, num_faults: int) -> None:
-        self.address = await self.store.start()
-        workers = [asyncio.create_task(self._work(TRANSPORTS[index % len(TRANSPORTS)])) for index in range(8)]
-        began, next_kill, told = time.monotonic(), num_faults // 12, 0
-        while self.num_faults() < num_faults:
-            await asyncio.sleep(0.05)
-            if broken := next((worker for worker in workers if worker.done()), None):
-                await broken
-            if self.num_faults() > next_kill:
-                next_kill += num_faults // 12
-                self.faults["store killed"] += 1
-                await self.store.kill()
-                await self.store.start()
-            if time.monotonic() - began > 10 * (told + 1):
-                told += 1
-                show(
-                    f"{time.monotonic() - began:4.0f} s  {self.num_faults()} faults, {self.num_blocks_read} blocks read, {dict(self.ended)}"
-                )
-        self._running = False
-        await asyncio.gather(*workers)
+    async def _trouble(self, until: float) -> None:
+        async with asyncio.TaskGroup() as group:
+            while (left_s := until - time.monotonic()) > 0:
+                await asyncio.sleep(min(left_s, self._rng.expovariate(1.0 / GAP_S)))
+                if self._kinds and len(await self._cluster.incarnations()) >= NUM_MEMBERS - 2:
+                    group.create_task(self._commit())
 
-    async def rest(self) -> dict[str, int]:
-        """What is still held when everybody has let go, in bytes, and what the store's books say."""
-        client = await self._attach("auto")
-        deadline = time.monotonic() + HANG_S
-        while (stats := await client.stats()).num_bytes_leased and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
-        for chain in range(NUM_CHAINS):
-            await self._read(client, f"c{chain}", MAX_BLOCKS)
-        stats = await client.stats()
-        books = stats.num_bytes_leased + stats.num_bytes_cached + stats.num_bytes_free
-        await client.close()
-        return {
-            "leaked_bytes": stats.num_bytes_leased + abs(books - stats.num_bytes_arena),
-            "leases": stats.num_leases,
-            "handoffs": stats.num_handoffs,
-        }
+    async def _commit(self) -> None:
+        kinds = self._rng.choices(self._kinds, k=2 if self._rng.random() < PAIR_SHARE else 1)
+        async with asyncio.TaskGroup() as group:
+            for kind in kinds:
+                group.create_task(self.faults.commit(kind))
+                await asyncio.sleep(self._rng.uniform(0.0, 0.5))
 
-    async def _attach(self, transport: str) -> StoreClient:
-        while True:
-            try:
-                return await StoreClient.attach(self.address, client_id=transport, node_id=NODE, schema=SCHEMA, transport=transport)  # type: ignore[arg-type]
-            except StoreUnavailable:
-                await asyncio.sleep(0.05)  # it is being started again
+    async def _rest(self) -> None:
+        """All clients silent: everyone comes back, and nobody holds anything."""
+        await self._load.paused()
+        if await self._cluster.all_back(BACK_S) is None:
+            self._leaked(f"only {sorted(await self._cluster.incarnations())} came back")
+        began, left = time.monotonic(), "nothing looked at"
+        while left and time.monotonic() - began < AT_REST_S:
+            await asyncio.sleep(0.1)
+            left = await self._cluster.not_at_rest()
+        if left:
+            self._leaked(left)
+        self.processes.append(await self._cluster.processes())
+        show(
+            f"  at rest: {self.faults.counts.total()} faults of processes, {self._load.faults.total()} of clients, {dict(self._load.ended)}"
+        )
 
-    async def _work(self, transport: str) -> None:
-        client = await self._attach(transport)
-        while self._running:
-            operation = self.random.choice((self._put, self._put, self._get, self._get, self._hand_off))
-            outcome = await self._guarded(client, operation)
-            self.ended[outcome] += 1
-            if client.lost.is_set() or self.random.random() < 0.02:
-                self.faults["session dropped"] += not client.lost.is_set()
-                await client.close()
-                client = await self._attach(transport)
-        await client.close()
-
-    async def _guarded(self, client: StoreClient, operation: Callable[[StoreClient], Awaitable[None]]) -> str:
-        """An operation, perhaps with a fault in its middle. Its outcome's name."""
-        task = asyncio.ensure_future(operation(client))
-        if self.random.random() < 0.6:
-            await asyncio.wait({task}, timeout=self.random.random() ** 2 * 0.1)
-            self._hurt(client, task)
-        await asyncio.wait({task}, timeout=HANG_S)
-        if not task.done():
-            self.num_hangs += 1
-            show(f"HANG in {operation}: {task.get_stack()}")
-            task.cancel()
-            return "hang"
-        if task.cancelled():
-            return "cancelled"
-        error = task.exception()
-        if error is None:
-            return "done"
-        if isinstance(error, InvalidRequest):
-            show(f"a request that ought to be right was refused: {error.message}")
-        if isinstance(error, HalfmoonError):
-            return error.code
-        raise error
-
-    def _hurt(self, client: StoreClient, task: asyncio.Future[None]) -> None:
-        if task.done() or self.random.random() < 0.5:
-            lanes = list(getattr(getattr(client._transport, "_lanes", None), "_open", ()))
-            if lanes:
-                self.faults["data connection broken"] += 1
-                with contextlib.suppress(OSError):
-                    self.random.choice(lanes).shutdown(socket.SHUT_RDWR)
-                return
-        if not task.done():
-            self.faults["cancelled"] += 1
-            task.cancel()
-
-    async def _put(self, client: StoreClient) -> None:
-        chain = f"c{self.random.randrange(NUM_CHAINS)}"
-        writer = await client.cache(keys(chain, self.random.randint(1, MAX_BLOCKS)), self.random.choice((0.0, 1.0)))
-        await self._push(writer, chain)
-
-    async def _push(self, writer: BlockWriter, chain: str) -> None:
-        blocks = np.stack([content(key) for key in keys(chain, writer.num_blocks)])
-        try:
-            if self.random.random() < 0.05:
-                self.faults["writer gave up"] += 1
-                raise WorkerLost("it wanted no more")
-            layers = [np.ascontiguousarray(blocks[:, layer]) for layer in range(SCHEMA.num_layers)]
-            await asyncio.to_thread(lambda: [writer.push(layer, 0, rows) for layer, rows in enumerate(layers)])
-            await writer.seal(common_pb2.HandoffState(num_tokens=1))
-        except HalfmoonError as error:
-            await writer.abort(error)
-            raise
-        except asyncio.CancelledError:
-            await asyncio.shield(writer.abort(WorkerLost("cancelled")))
-            raise
-
-    async def _get(self, client: StoreClient) -> None:
-        await self._read(client, f"c{self.random.randrange(NUM_CHAINS)}", self.random.randint(1, MAX_BLOCKS))
-
-    async def _read(self, client: StoreClient, chain: str, num_blocks: int) -> None:
-        reader = await client.fetch_prefix(keys(chain, num_blocks))
-        await self._verify(reader, chain)
-
-    async def _verify(self, reader: BlockReader, chain: str) -> None:
-        found = np.zeros((reader.num_blocks, SCHEMA.num_layers, SCHEMA.layer_bytes), np.uint8)
-        try:
-            async for part in reader.slices():
-                for index, block in enumerate(part.blocks):
-                    found[part.first_block + index, part.layer : part.layer + part.num_layers] = block.reshape(part.num_layers, -1)
-                if self.random.random() < 0.02:
-                    self.faults["slow reader"] += 1
-                    await asyncio.sleep(0.1)
-        finally:
-            await asyncio.shield(reader.release())
-        self.num_blocks_read += reader.num_blocks
-        for key, block in zip(keys(chain, reader.num_blocks), found, strict=True):
-            if not np.array_equal(block, content(key)):
-                self.num_wrong += 1
-                show(f"WRONG bytes under {key.hex()}")
-
-    async def _hand_off(self, client: StoreClient) -> None:
-        """Written and fetched at the same time, now and then by nobody or until a deadline that is too near."""
-        self._num_handoffs += 1
-        name, chain = f"h{self._num_handoffs}-{secrets.token_hex(4)}", f"c{self.random.randrange(NUM_CHAINS)}"
-        num_blocks, deadline_s = self.random.randint(1, MAX_BLOCKS), 5.0
-        if self.random.random() < 0.1:
-            self.faults["deadline too near"] += 1
-            deadline_s = 0.005
-        fetching = asyncio.ensure_future(self._fetch(client, name, chain, deadline_s))
-        try:
-            writer = await client.reserve(name, 1, keys(chain, num_blocks), num_blocks, deadline_s)
-            await self._push(writer, chain)
-            await fetching
-        finally:
-            fetching.cancel()
-            await asyncio.wait({fetching})
-            if not fetching.cancelled():
-                fetching.exception()
-
-    async def _fetch(self, client: StoreClient, name: str, chain: str, deadline_s: float) -> None:
-        await self._verify(await client.fetch(name, 1, deadline_s), chain)
+    def _leaked(self, what: str) -> None:
+        self.leaks.append(what)
+        show(f"LEAK {what}")
 
 
-async def soak(num_faults: int, seed: int, out: Path | None) -> bool:
-    show(f"seed {seed}")
-    with tempfile.TemporaryDirectory() as folder:
-        run = Soak(seed, folder)
+def unexplained(failures: Sequence[Failure], windows: Sequence[Window]) -> list[str]:
+    """Failures that a replay should have hidden: the proxy was not killed beside them, nor was each attempt lost to another fault."""
+    found: list[str] = []
+    for failure in failures:
+        beside = [window.what for window in windows if window.began <= failure.ended and failure.began <= window.ended]
+        used_up = f"attempt {MAX_ATTEMPTS} of {MAX_ATTEMPTS}" in failure.what and len(beside) >= MAX_ATTEMPTS
+        if "kill proxy" not in beside and not used_up:
+            found.append(f"{failure.what} (beside {', '.join(beside) or 'no fault'})")
+    return found
+
+
+def growth(processes: Sequence[dict[str, Process]]) -> list[str]:
+    """Of processes that lived from the first rest to the last. A worker's memory grows until all its pages have been used."""
+    found: list[str] = []
+    for name, first in processes[0].items():
+        last = processes[-1].get(name)
+        if last is None or last.pid != first.pid:
+            continue
+        if last.num_fds - first.num_fds > MAX_NEW_FDS:
+            found.append(f"{name}: {first.num_fds} descriptors, then {last.num_fds}")
+        if name in ("proxy", "store-0") and last.rss_mib - first.rss_mib > MAX_NEW_MIB:
+            found.append(f"{name}: {first.rss_mib} MiB, then {last.rss_mib}")
+    return found
+
+
+async def soak(options: argparse.Namespace, kinds: Sequence[str]) -> dict[str, Any]:
+    rng = random.Random(options.seed)
+    show(f"seed {options.seed}")
+    async with live_cluster(configuration()) as cluster:
+        async with cluster.client() as client:
+            cases = await known_cases(client, rng, NUM_CASES)
+        client_kinds = [kind for kind in kinds if kind in CLIENT_FAULTS]
+        supervisor = cluster.supervisor
+        load = Load(supervisor.grpc_address, supervisor.http_address, cases, client_kinds, options.share, rng)
+        show("the cluster serves")
+        run = Soak(cluster, load, [kind for kind in kinds if kind in PROCESS_FAULTS], rng)
         began = time.monotonic()
-        await run.run(num_faults)
-        rest = await run.rest()
-        run.faults["disk"] = run.store.num_disk_faults()
-        run.store.close()
-    figures: dict[str, Any] = {
-        "seed": seed,
-        "seconds": round(time.monotonic() - began, 1),
-        "faults": dict(run.faults),
-        "num_faults": run.faults.total(),
-        "outcomes": dict(run.ended),
-        "blocks_read": run.num_blocks_read,
-        "hangs": run.num_hangs,
-        "wrong_blocks": run.num_wrong,
-        **rest,
+        async with load.running(options.streams):
+            await run.run(options.minutes)
+        tracebacks = cluster.tracebacks()
+    verdict = {
+        "wrong": load.wrong,
+        "hangs": load.hangs,
+        "failures": unexplained(load.failures, run.faults.windows),
+        "leaks": run.leaks,
+        "growth": growth(run.processes),
+        "tracebacks": tracebacks,
     }
-    show(json.dumps(figures, indent=1))
-    if out:
-        out.write_text(json.dumps(figures, indent=1))
-    return not (run.num_hangs or run.num_wrong or rest["leaked_bytes"] or rest["leases"] or rest["handoffs"])
+    return {
+        "ok": not any(verdict.values()),
+        "seed": options.seed,
+        "minutes": round((time.monotonic() - began) / 60, 2),
+        "faults": {**run.faults.counts, **load.faults},
+        "num_process_faults": run.faults.counts.total(),
+        "num_client_faults": load.faults.total(),
+        "outcomes": load.ended,
+        "num_requests": load.ended.total(),
+        "num_tokens_checked": load.num_tokens,
+        "num_replayed": load.num_replayed,
+        "longest_request_s": round(load.longest_s, 2),
+        "verdict": verdict,
+        "excused": len(load.failures) - len(verdict["failures"]),
+        "processes": [{name: one._asdict() for name, one in found.items()} for found in (run.processes[0], run.processes[-1])],
+        "environment": environment()
+        | {name: version(name) for name in ("ray", "grpcio", "protobuf")}
+        | {"python": platform.python_version()},
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=2.0, help="of load; a cluster takes half a minute to start")
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--faults", default=",".join(PROCESS_FAULTS + CLIENT_FAULTS))
+    parser.add_argument("--streams", type=int, default=8, help="clients at a time")
+    parser.add_argument("--share", type=float, default=0.4, help="of requests whose client commits a fault")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--role", nargs=3)
     options = parser.parse_args()
-    if options.role:
-        asyncio.run(run_store(int(options.role[0]), options.role[1], int(options.role[2])))
-        return
-    if not asyncio.run(soak(options.faults, options.seed or secrets.randbelow(2**31), options.out)):
-        raise SystemExit("the store did not come to rest, hung, or gave out wrong bytes")
+    kinds = [kind for kind in options.faults.split(",") if kind]
+    if unknown := set(kinds) - {*PROCESS_FAULTS, *CLIENT_FAULTS}:
+        parser.error(f"no fault is named {', '.join(sorted(unknown))}; there are {', '.join(PROCESS_FAULTS + CLIENT_FAULTS)}")
+    options.seed = secrets.randbelow(2**31) if options.seed is None else options.seed
+    found = asyncio.run(soak(options, kinds))
+    show(json.dumps(found, indent=1))
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1))
+    if not found["ok"]:
+        raise SystemExit(f"seed {options.seed}: " + ", ".join(f"{len(what)} {name}" for name, what in found["verdict"].items() if what))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import time
 from collections.abc import Iterator
@@ -87,6 +88,18 @@ async def test_a_client_that_leaves_while_prefilling_frees_everything_before_its
     (after,) = await cluster.store_stats()
     block_bytes = KVSchema.from_proto((await cluster.members(control_pb2.ROLE_DECODE))[0].schema).block_bytes
     assert after.num_bytes_pushed - before.num_bytes_pushed < 3900 // 64 * block_bytes
+
+
+async def test_clients_that_leave_cancel_and_dawdle_at_random_get_no_wrong_token_and_leave_nothing(cluster, load) -> None:
+    soak, rng = load("soak_clients"), random.Random(12)
+    supervisor = cluster.supervisor
+    cases = await load("known_answers").known_cases(cluster.client, rng, 11)
+    running = soak.Load(supervisor.grpc_address, supervisor.http_address, cases, soak.CLIENT_FAULTS, 0.7, rng)
+    async with running.running(6):
+        while running.ended.total() < 30:
+            await asyncio.sleep(0.02)
+    assert (running.wrong, running.hangs, running.failures) == ([], [], []) and running.ended["right"]
+    await cluster.at_rest()
 
 
 async def test_a_stream_goes_on_elsewhere_when_its_decode_worker_is_stopped(cluster, reference, prompt_of) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -356,6 +358,33 @@ async def test_a_cancelled_reserve_leaves_nothing_behind(kv, store, attach) -> N
     await asyncio.gather(waiting, keeping, return_exceptions=True)
     await holder.abort(WorkerLost("done"))
     await until(lambda: store.accounting().num_free == 8 and store.load().num_leases == 0)
+
+
+async def test_a_store_that_ends_under_a_cancelled_reserve_is_no_news(kv, store, attach, monkeypatch) -> None:
+    """Nobody takes what the Reserve ends with, and asyncio must not complain of it."""
+    prefill, complaints, asked = await attach("prefill-0"), [], []
+    await prefill.reserve("r1", 1, kv.keys("r1", 8), 8, 30)
+    start = prefill._connection.start
+    monkeypatch.setattr(prefill._connection, "start", lambda work: asked.append(weakref.ref(task := start(work))) or task)
+    waiting = asyncio.ensure_future(prefill.reserve("r2", 1, kv.keys("r2", 2), 2, 30))
+    await until(lambda: num_reserving(store) == 1)
+
+    async def store_is_gone(*_) -> None:
+        raise StoreUnavailable("the store is gone")
+
+    monkeypatch.setattr(prefill, "abort", store_is_gone)
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    del waiting  # its traceback holds the Reserve's task
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context["message"]))
+    try:
+        await store.stop(0)
+        await until(lambda: (task := asked[0]()) is None or task.done())
+        await asyncio.sleep(0)
+        gc.collect()
+    finally:
+        asyncio.get_running_loop().set_exception_handler(None)
+    assert complaints == []
 
 
 async def test_a_cancelled_fetch_leaves_nothing_behind(kv, store, attach) -> None:

@@ -8,8 +8,8 @@ import logging
 
 import pytest
 
-from halfmoon.protocol.errors import InvalidRequest
-from halfmoon.protocol.tasks import Tasks, beside
+from halfmoon.protocol.errors import InvalidRequest, StoreUnavailable
+from halfmoon.protocol.tasks import Tasks, beside, untaken
 
 
 async def test_an_unexpected_exception_is_logged_with_its_traceback_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -82,3 +82,16 @@ async def test_work_beside_a_block_ends_with_it_whatever_ends_either(caplog: pyt
         assert await task == "found"
     gc.collect()
     assert caplog.records == [], "asyncio complains of no exception that nobody took"
+
+
+async def test_of_what_nobody_takes_any_more_only_a_bug_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def fail(error: Exception) -> None:
+        raise error
+
+    tasks = Tasks("a store")
+    for error in (StoreUnavailable("it is gone"), ValueError("a bug")):
+        task = tasks.start(fail(error))
+        task.add_done_callback(untaken)
+        await asyncio.wait({task})
+    assert [record.getMessage() for record in caplog.records] == ["nobody waited for what failed: a bug"]
+    assert caplog.records[0].exc_info is not None

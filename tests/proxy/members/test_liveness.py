@@ -125,9 +125,12 @@ def at_step(age_s: float, expected_s: float = 0.01) -> control_pb2.MemberLoad:
         (at_step(0.9), False, False),
         (at_step(1.4), True, False),
         (at_step(2.9), True, True),
-        (at_step(2.9, expected_s=0.25), False, False),  # a long prompt's
-        (at_step(4.0, expected_s=0.25), True, False),
-        (at_step(5.5, expected_s=0.25), True, True),
+        (at_step(0.9, expected_s=0.1), False, False),
+        (at_step(2.4, expected_s=0.1), True, False),
+        (at_step(2.6, expected_s=0.1), True, True),  # as soon as a silent one
+        (at_step(2.4, expected_s=0.25), False, False),  # a long prompt's
+        (at_step(3.9, expected_s=0.25), True, False),
+        (at_step(4.1, expected_s=0.25), True, True),
         (control_pb2.MemberLoad(transfer_age_s=3.9), False, False),
         (control_pb2.MemberLoad(transfer_age_s=4.1), True, False),
         (control_pb2.MemberLoad(transfer_age_s=10.1), True, True),

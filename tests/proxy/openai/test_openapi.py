@@ -64,6 +64,15 @@ def test_whatever_is_asked_gets_an_answer_that_openapi_json_says(mode: Generatio
     assert [record.getMessage() for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")] == []
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_the_events_of_a_stream_are_as_openapi_json_says(path: str, face: Any) -> None:
+    schema: Any = schemathesis.openapi.from_url(f"{face.http}/openapi.json")
+    asked = {"prompt": "x"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "x"}]}
+    case = schema[path]["POST"].Case(body={**asked, "stream": True, "max_tokens": 3}, media_type="application/json")
+    response = case.call_and_validate(checks=[CHECKS.get_one(name) for name in NAMES])
+    assert response.content.decode().endswith("data: [DONE]\n\n")
+
+
 def test_every_status_and_the_event_stream_are_described(face: Any) -> None:
     schema = httpx.get(f"{face.http}/openapi.json").json()
     for path in ("/v1/completions", "/v1/chat/completions"):

@@ -100,7 +100,7 @@ def table(asked: Question, window: Window, plan: Plan) -> Table:
     target = asked.target
     load = f"{window.needed_rate * (1 + target.margin):.3g} requests a second"
     found = Table(title=f"At {load}, the load and {target.margin:.0%} (simulated)", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name in ("form", "GPUs", "in SLO", "carries/s", "TTFT p90", "TPOT p90", "prefill", "decode", "pages"):
+    for name in ("form", "GPUs", "in SLO", "carries", "TTFT p90", "TPOT p90", "prefill", "decode", "pages"):
         found.add_column(name, justify="left" if name == "form" else "right", no_wrap=True)
     finals = {one.form: one for one in plan.finalists}
     for one in sorted(plan.tried, key=lambda one: (one.form.num_instances, -one.seen.attainment)):

@@ -15,6 +15,8 @@ from .runner import Carried
 from .sizing import Finalist, Plan, Target, Tried
 from .window import Window
 
+CLOSE = 0.03  # share in SLO between an idle instance and the level, within which hardly any load fits
+
 
 class Question(NamedTuple):
     """What was asked."""
@@ -82,7 +84,9 @@ def lines(asked: Question, window: Window, plan: Plan) -> Iterator[str]:
     best = plan.finalists[0]
     if best.carried.breaks:
         yield f"{best.form.title} breaks first at {best.carried.fails_at * window.rate:.3g} requests a second by {best.carried.breaks}"
-    if not plan.holds and best.carried.speed:
+    if not plan.holds and alone.attainment < target.level + CLOSE:
+        yield f"{target.level:.0%} is nearly all that an idle instance holds: a longer SLO or a lower --level carries far more"
+    elif not plan.holds and best.carried.speed:
         needed = best.form.num_instances * window.speed * (1 + target.margin) / best.carried.speed
         yield f"if rate grows with instances, the load with its margin wants about {math.ceil(needed) * asked.tp} GPUs; --gpus tries it"
     if plan.out_of_time:

@@ -99,6 +99,14 @@ def test_an_slo_that_nothing_can_hold_is_told_after_one_run(small_cost: CostMode
     assert any("give a longer SLO" in line for line in lines(case.asked, case.window, found))
 
 
+def test_a_level_that_an_idle_instance_hardly_holds_is_called_so(small_cost: CostModel) -> None:
+    alone = Case(small_cost, Slo(0.25, 0.03)).plan(num_instances=1).alone.attainment
+    case = Case(small_cost, Slo(0.25, 0.03), level=alone - 0.01)
+    found = case.plan(num_instances=1)
+    assert not found.holds
+    assert any("nearly all that an idle instance holds" in line for line in lines(case.asked, case.window, found))
+
+
 def test_when_time_is_up_nothing_more_is_begun_and_that_is_told(small_cost: CostModel) -> None:
     case = Case(small_cost, budget_s=0.0)
     found = case.plan()

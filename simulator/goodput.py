@@ -18,7 +18,7 @@ from .scenario import Scenario
 from .trace import Trace
 
 STRIDE = 1.3
-FARTHEST = 2.0**12  # times the first speed, either way
+FARTHEST = 2.0**12
 
 
 class Goodput(NamedTuple):
@@ -34,12 +34,17 @@ class GoodputSearch:
         level: share of the requests that has to be inside.
         tolerance: relative width of the last bracket.
         on_run: told of every run, for progress.
+        farthest: times the first speed, either way, that is tried.
+        stop: asked after each run; a bracket is then as wide as it is.
     """
 
     def __init__(
         self, trace: Trace, options: ReplayOptions, *, level: float = 0.9, tolerance: float = 0.02,
-        on_run: Callable[[Scenario, float, float], None] | None = None,
+        on_run: Callable[[Scenario, float, float], None] | None = None, farthest: float = FARTHEST,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
+        self._farthest = farthest
+        self._stop = stop
         self._trace = trace
         self._options = options
         self._level = level
@@ -76,12 +81,14 @@ class GoodputSearch:
             found = self.attainment(scenario, speed)
             if found >= self._level:
                 low, low_found = speed, found
-                if low >= first * FARTHEST:
+                if low >= first * self._farthest:
                     break
             else:
                 high, high_found = speed, found
-                if high <= first / FARTHEST:
+                if high <= first / self._farthest:
                     break
+            if self._stop():
+                break
             if high == float("inf"):
                 speed = low * STRIDE
             else:

@@ -14,7 +14,7 @@ from .scenario import Scenario
 
 def write_png(result: Result, scenario: Scenario, path: Path) -> None:
     """Raises ConfigError where matplotlib is not installed."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, (ttft, tbt, load) = pyplot.subplots(1, 3, figsize=(15, 4))
     done = [row for row in result.rows if row.outcome == "done"]
     _cdf(ttft, np.array([row.ttft_s for row in done]), scenario.slo.ttft_s, "TTFT [s]")
@@ -60,11 +60,12 @@ def _cdf(axes: Any, values: np.ndarray, limit: float, name: str) -> None:
     axes.grid(alpha=0.3)
 
 
-def _pyplot() -> Any:
+def load_pyplot() -> Any:
+    """Raises ConfigError where matplotlib is not installed."""
     try:
         import matplotlib
     except ModuleNotFoundError as error:
-        raise ConfigError("a PNG needs matplotlib: pip install 'halfmoon[bench]', or leave --png out") from error
+        raise ConfigError("a PNG needs matplotlib: pip install 'halfmoon[bench]', or leave the picture out") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

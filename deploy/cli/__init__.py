@@ -37,6 +37,7 @@ COMMANDS = {
     "doctor": Command("Find what is wrong or slow, on this machine or in a running cluster.", ".doctor"),
     "dashboards": Command("Run Prometheus with Halfmoon's rules, or draw the dashboards.", ".dashboards"),
     "simulate": Command("Replay a trace against a simulated cluster, on a virtual clock.", ".simulate"),
+    "plan": Command("How many GPUs a load needs within an SLO, and as what. Simulated.", ".plan"),
     "bench": Command(
         "Load any OpenAI endpoint (bench serve), or run one of the benchmarks of a checkout.",
         ".bench_flags",

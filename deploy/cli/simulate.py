@@ -26,14 +26,15 @@ from ...simulator.replay import Replay, ReplayOptions, replay
 from ...simulator.report import figures, slo_text, summary_table, write_csv, write_json, write_sweep_csv
 from ...simulator.scenario import Failure, Judge, Scenario, find_cost_model
 from ...simulator.sweep import SweepRow, scenarios, sweep
-from ...simulator.trace import Ceiling, Trace, ideal_hits, read_trace
+from ...simulator.trace import Ceiling, Trace, ideal_hits
+from ...simulator.trace_formats import FORMATS, Imported, import_trace
 
 console = Console()
 progress_console = Console(stderr=True)
 
 
 def simulate(
-    trace: Annotated[Path, typer.Option(help="Requests in Mooncake's format, .jsonl or .jsonl.xz.")],
+    trace: Annotated[Path, typer.Option(help=f"{FORMATS}; plain or .xz.")],
     policy: Annotated[str, typer.Option(help=f"{', '.join(POLICIES)}; several for --sweep, with commas.")] = "kvcache_centric",
     admission: Annotated[str, typer.Option(help=f"{', '.join(ADMISSIONS)}; several for --sweep, with commas.")] = "none",
     prefill: Annotated[int, typer.Option(help="Prefill instances.")] = 8,
@@ -81,7 +82,9 @@ def simulate(
         )  # fmt: skip
         options = ReplayOptions(speed=speed, sample=sample, dequantise=dequantise, start_s=start, duration_s=duration, seed=seed)
         with progress_console.status("reading the trace"):
-            found = read_trace(trace)
+            imported = import_trace(trace)
+        _tell(imported)
+        found = imported.trace
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
         if goodput:
@@ -95,6 +98,14 @@ def simulate(
         message = f"{error.code}: {error.message}" if isinstance(error, HalfmoonError) else str(error)
         progress_console.print(message, style="red", highlight=False)
         raise typer.Exit(1) from error
+
+
+def _tell(imported: Imported) -> None:
+    """What of the file is not replayed, or is not said by it."""
+    num, first = imported.left_out
+    lines = [f"{num} requests are left out ({first})"] if num else []
+    for line in [*lines, *imported.notes]:
+        progress_console.print(line, style="yellow", highlight=False)
 
 
 def _sized(cost: CostModel, dram: int, ssd: int) -> CostModel:

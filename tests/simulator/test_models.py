@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "scheduling.md").read_text()
 BOOKS = {
     "clock", "counters", "goodput", "grid", "instance_options", "job", "loads", "owner",
-    "plots", "replay", "report", "scenario", "sweep", "trace",
+    "plots", "replay", "report", "scenario", "sweep", "trace", "trace_formats",
 }  # fmt: skip
 """Files that stand for nothing of a live cluster: the clock, the trace, options and figures."""
 DECIDES = re.compile(

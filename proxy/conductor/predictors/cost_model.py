@@ -22,6 +22,8 @@ class CostModel:
     """Seconds, bytes and tokens of one instance (a worker, or the node that it takes up)."""
 
     name: str = ""
+    source: str = ""
+    """Where its numbers come from: measured, derived, and from what."""
     prefill_s: float = 0.0
     """Of any prefill, however short."""
     per_token_s: float
@@ -80,10 +82,11 @@ class CostModel:
             return self.step_time(num_sequences, num_kv_tokens)
         products_s = self.prefill_s + num_new * self.per_token_s
         if num_sequences:
-            products_s = self._beside_read(products_s)
+            products_s = self.overlapped(products_s)
         return products_s + attention_s + num_sequences * self.per_sequence_s + num_kv_tokens * self.per_kv_token_s
 
-    def _beside_read(self, products_s: float) -> float:
+    def overlapped(self, products_s: float) -> float:
+        """Of the products of a step's chunks and its read of the weights together."""
         if not self.overlap or products_s <= 0.0:
             return max(products_s, self.step_s)
         return (products_s**self.overlap + self.step_s**self.overlap) ** (1.0 / self.overlap)

@@ -22,8 +22,8 @@ from ...protocol.trace_context import TraceContext
 from ..model_card import ModelCard
 from ..request import MAX_CHOICES, ProxyRequest
 from ..tenants.tenant import Tenant
-from ..text.chat_template import ChatMessage
-from ..text.tokenizer import Tokenizer
+from ..text.chat_template import PLAIN, ChatMessage, ChatOptions
+from ..text.tokenizer import Tokenizer, require_unicode
 
 MAX_STOPS = 16
 PIECE_LEN = 2**14  # tokens that are checked in one go, in about 2 ms
@@ -39,6 +39,7 @@ class GenerateRequest:
 
     prompts: Sequence[str | Sequence[int]] = ()
     messages: Sequence[ChatMessage] | None = None
+    chat: ChatOptions = PLAIN  # how messages are rendered
     model: str = ""  # empty: the served one
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)  # ours: nobody can guess it, so that who knows it may cancel
     label: str = ""  # the client's own name for it; nothing goes by it but explain
@@ -140,13 +141,12 @@ class RequestBuilder:
         if asked.messages is not None:
             _require(bool(asked.messages), "messages is empty; send at least one", "messages")
             self._require_text_fits(sum(len(message.content) for message in asked.messages), "messages", max_model_len)
-            text = _clean(await self._tokenizer.render_chat_aside(asked.messages), "messages")
-            return [await self._tokenizer.encode_aside(text, add_special_tokens=False)]
+            return [await self._tokenizer.encode_chat_aside(asked.messages, asked.chat)]
         _require(bool(asked.prompts), "there is no prompt; send one", "prompt")
         texts = [prompt for prompt in asked.prompts if isinstance(prompt, str)]
         for text in texts:
             self._require_text_fits(len(text), "prompt", max_model_len)
-            _clean(text, "prompt")
+            require_unicode(text, "prompt")
         encoded = iter(await self._tokenizer.encode_all_aside(texts))
         return [next(encoded) if isinstance(prompt, str) else prompt for prompt in asked.prompts]
 
@@ -195,9 +195,22 @@ class RequestBuilder:
                 num_prompt_tokens=num_prompt_tokens,
                 max_model_len=max_model_len,
             )
-        self._require_known(asked.sampling.get("logit_bias", {}), "logit_bias")
-        self._require_known(asked.sampling.get("stop_token_ids", ()), "stop_token_ids")
-        return SamplingParams(**asked.sampling, seed=seed, max_tokens=max_tokens)
+        sampling = {**self._card.sampling, **asked.sampling}
+        self._require_known(sampling.get("logit_bias", {}), "logit_bias")
+        self._require_known(sampling.get("stop_token_ids", ()), "stop_token_ids")
+        sampling["stop_token_ids"] = self._stop_token_ids(asked)
+        return SamplingParams(**sampling, seed=seed, max_tokens=max_tokens)
+
+    def _stop_token_ids(self, asked: GenerateRequest) -> tuple[int, ...]:
+        """The request's own; stop strings that are special tokens, which leave no text; and EOS tokens that workers don't know of."""
+        found: dict[int, None] = dict.fromkeys(asked.sampling.get("stop_token_ids", ()))
+        for stop in asked.stop:
+            token_id = self._tokenizer.special_token_id(stop)
+            if token_id is not None and token_id < self._card.vocab_size:
+                found[token_id] = None
+        if not asked.sampling.get("ignore_eos"):
+            found.update(dict.fromkeys(self._card.other_eos_token_ids))
+        return tuple(found)
 
 
 _BAD_LABEL = f"the request id must be printable and at most {LABEL_LEN} characters long"
@@ -206,14 +219,3 @@ _BAD_LABEL = f"the request id must be printable and at most {LABEL_LEN} characte
 def _require(holds: bool, message: str, param: str, error: type[InvalidRequest] = InvalidRequest) -> None:
     if not holds:
         raise error(message, param=param)
-
-
-def _clean(text: str, param: str) -> str:
-    """The text itself. Raises InvalidRequest for half a surrogate pair, which JSON can spell and Unicode cannot encode."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(
-            f"{param} has half a surrogate pair at character {error.start}, which is no Unicode text", param=param
-        ) from error
-    return text

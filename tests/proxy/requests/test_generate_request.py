@@ -130,11 +130,24 @@ def test_the_card_names_the_model_after_its_folder_or_the_option(chat_model_fold
     assert (card.name, card.max_model_len) == ("mine", 100)
 
 
-def test_generation_config_names_the_tokens_that_end_a_turn(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"vocab_size": 9, "max_position_embeddings": 8, "eos_token_id": 1}')
-    assert ModelCard.from_folder(tmp_path, ModelOptions(), "float32").eos_token_ids == {1}
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
-    assert ModelCard.from_folder(tmp_path, ModelOptions(), "float32").eos_token_ids == {2, 3}
+async def test_a_stop_string_that_is_a_special_token_stops_at_the_token(builder: RequestBuilder, chat_tokenizer: Tokenizer) -> None:
+    (request,) = await build(builder, stop=["<|im_end|>", "fox", "<|im_end|>!"], sampling={"stop_token_ids": (9,)})
+    assert request.sampling.stop_token_ids == (9, chat_tokenizer.special_token_id("<|im_end|>"))
+
+
+async def test_requests_end_at_eos_tokens_that_workers_do_not_know_unless_they_ignore_eos(
+    chat_model_folder: Path, chat_tokenizer: Tokenizer
+) -> None:
+    card = ModelCard("m", 512, 400, frozenset({1, 3}), "float32", other_eos_token_ids=frozenset({3}))
+    builder = RequestBuilder(chat_tokenizer, card, 60.0)
+    assert (await build(builder))[0].sampling.stop_token_ids == (3,)
+    assert (await build(builder, sampling={"ignore_eos": True, "stop_token_ids": (5,)}))[0].sampling.stop_token_ids == (5,)
+
+
+async def test_a_request_is_sampled_as_the_model_recommends_but_for_what_it_says_itself(chat_tokenizer: Tokenizer) -> None:
+    card = ModelCard("m", 512, 400, frozenset({1}), "float32", sampling={"temperature": 0.7, "top_k": 20})
+    (request,) = await build(RequestBuilder(chat_tokenizer, card, 60.0), sampling={"top_k": 0})
+    assert (request.sampling.temperature, request.sampling.top_k, request.sampling.top_p) == (0.7, 0, 1.0)
 
 
 @pytest.mark.parametrize("content", [None, "{}", '{"vocab_size": "many", "max_position_embeddings": 4}'])

@@ -70,7 +70,7 @@ PROXY_ROOMS_OUTSIDE = {
     "simulator": {"conductor", "prefixes"},
     "deploy": {"conductor", "model_card", "prefixes", "server", "tenants", "text"},
 }
-"""What of proxy/ its users may import. deploy starts the server, and checks a model's tokenizer and defaults as the server will read them."""
+"""What of proxy/ its users may import. deploy starts the server, and checks tokenizer and defaults as it will read them."""
 
 
 def modules(room: str) -> list[Path]:

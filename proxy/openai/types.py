@@ -12,9 +12,8 @@ from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, PrivateAttr, m
 
 from ...protocol.errors import InvalidRequest, shown
 from ...protocol.sampling import MAX_SEED
-from ..request import MAX_CHOICES
 from ..requests.choice_text import TextOptions
-from ..requests.generate_request import GenerateRequest
+from ..requests.generate_request import MAX_CHOICES, GenerateRequest
 from ..text.chat_template import OURS, ChatMessage, ChatOptions
 
 IGNORED = frozenset(

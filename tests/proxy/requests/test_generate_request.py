@@ -12,7 +12,7 @@ from halfmoon.protocol.errors import CheckpointError, InvalidRequest, PromptTooL
 from halfmoon.protocol.sampling import MAX_SEED
 from halfmoon.proxy.model_card import ModelCard
 from halfmoon.proxy.request import ProxyRequest
-from halfmoon.proxy.requests.generate_request import GenerateRequest, RequestBuilder
+from halfmoon.proxy.requests.generate_request import GenerateRequest, RequestBuilder, salted
 from halfmoon.proxy.text.chat_template import ChatMessage
 from halfmoon.proxy.text.tokenizer import Tokenizer
 
@@ -156,3 +156,8 @@ def test_a_folder_without_limits_is_refused(content: str | None, tmp_path: Path)
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         ModelCard.from_folder(tmp_path, ModelOptions(), "float32")
+
+
+def test_two_tenants_with_one_cache_salt_share_no_prefix() -> None:
+    salts = [salted(tenant, cache_salt) for tenant in (b"", b"a" * 32, b"b" * 32) for cache_salt in ("", "x")]
+    assert len(set(salts)) == 6 and salts[0] == b""

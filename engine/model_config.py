@@ -5,6 +5,7 @@ config.json, generation_config.json ─► defaults of the architecture ─► c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,13 +38,20 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """kind "linear": positions divided by factor; "llama3": low frequencies divided by factor, the middle blended."""
+    """kind "linear": positions divided by factor; "llama3", "yarn": low frequencies divided by factor, the middle blended."""
 
     kind: str
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 0
+    beta_fast: float = 32.0
+    """yarn: a frequency that turns so many times in the original length is kept; one that turns beta_slow times is divided by factor."""
+    beta_slow: float = 1.0
+    truncate: bool = True
+    """yarn: the blend begins and ends at whole indices of frequencies."""
+    attention_factor: float = 1.0
+    """Cosines and sines are multiplied by it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +91,30 @@ class ModelConfig:
         return _Reader(folder, read_json(folder / "config.json")).read()
 
 
+_ROPE_NEEDS = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ("factor",)}
+
+
+def _yarn(rope: Mapping[str, Any], original: int) -> RopeScaling:
+    """As transformers reads it (modeling_rope_utils.py), DeepSeek's mscale included."""
+    factor = float(rope["factor"])
+
+    def attention(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    given, mscale, mscale_all_dim = rope.get("attention_factor"), rope.get("mscale"), rope.get("mscale_all_dim")
+    if given is None:
+        given = attention(mscale) / attention(mscale_all_dim) if mscale and mscale_all_dim else attention(1.0)
+    return RopeScaling(
+        "yarn",
+        factor,
+        original_max_position_embeddings=original,
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+        truncate=bool(rope.get("truncate", True)),
+        attention_factor=float(given),
+    )
+
+
 class _Reader:
     """config.json's values over the family's defaults. Each is checked when it is read."""
 
@@ -101,6 +133,9 @@ class _Reader:
         max_position_embeddings = self._count("max_position_embeddings")
         attention_bias = bool(self.values.get("attention_bias", False))
         rope_theta, rope_scaling = self._rope(max_position_embeddings)
+        if rope_scaling is not None and rope_scaling.kind == "yarn":
+            extended = int(rope_scaling.factor * rope_scaling.original_max_position_embeddings)
+            max_position_embeddings = max(max_position_embeddings, extended)
         windows = self._layer_windows(num_layers)
         config = ModelConfig(
             architecture=self.architecture,
@@ -155,19 +190,23 @@ class _Reader:
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if float(rope.get("partial_rotary_factor") or self.values.get("partial_rotary_factor") or 1.0) != 1.0:
             raise UnsupportedArchitecture(f"{self.path}: RoPE over a part of the head is not supported")
-        if kind == "default":
-            return theta, None
-        if kind not in ("linear", "llama3"):
-            raise UnsupportedArchitecture(f"{self.path}: rope_type is {kind!r}; supported are 'default', 'linear', 'llama3'")
-        needed = ("factor",) if kind == "linear" else ("factor", "low_freq_factor", "high_freq_factor")
+        if kind in ("default", "dynamic"):
+            return theta, None  # dynamic scaling begins beyond max_position_embeddings, which is the longest that is served
+        if kind not in _ROPE_NEEDS:
+            raise UnsupportedArchitecture(
+                f"{self.path}: rope_type is {kind!r}; supported are 'default', 'dynamic', {', '.join(map(repr, _ROPE_NEEDS))}"
+            )
+        needed = _ROPE_NEEDS[kind]
         missing = [key for key in needed if not isinstance(rope.get(key), (int, float))]
         if missing:
             self._fail(f"{kind} RoPE scaling lacks {', '.join(missing)}")
         if kind == "linear":
             return theta, RopeScaling(kind, float(rope["factor"]))
-        original = rope.get("original_max_position_embeddings") or max_position_embeddings
+        original = int(rope.get("original_max_position_embeddings") or max_position_embeddings)
+        if kind == "yarn":
+            return theta, _yarn(rope, original)
         factors = (float(rope[key]) for key in needed)
-        return theta, RopeScaling(kind, *factors, original_max_position_embeddings=int(original))
+        return theta, RopeScaling(kind, *factors, original_max_position_embeddings=original)
 
     def _layer_windows(self, num_layers: int) -> tuple[int, ...]:
         window = int(self.values.get("sliding_window") or 0) if self.values.get("use_sliding_window", False) else 0

@@ -27,6 +27,7 @@ AdmissionName = Literal["none", "two_stage", "ttft_tbt", "early_rejection", "pre
 PORTS = ("http_port", "grpc_port", "control_port", "metrics_port")  # of the proxy
 QueueOrder = Literal["short", "fair", "fcfs", "edf", "late"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+SpecialInText = Literal["parsed", "literal"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,14 @@ class ModelOptions:
     """Tokens in one KV block, and in one page of a worker."""
     max_model_len: int = 0
     """Longest prompt and answer together, in tokens; 0: the length that the model was made for. A worker's pages bound it, too."""
+    generation_config: Literal["auto", "none"] = "auto"
+    """Sampling of requests that say nothing of it; auto: what generation_config.json recommends, else OpenAI's defaults; none: OpenAI's."""
+    eos: Literal["all", "config"] = "all"
+    """Tokens that end an answer; all: those that config.json, generation_config.json or the tokenizer names; config: those of
+    generation_config.json, or else of config.json."""
+    special_tokens_in_text: SpecialInText = "parsed"
+    """What the text of a special token is in a chat's messages; parsed: the token, as in other servers, so that whoever writes a message
+    can end it and begin another; literal: text."""
     prefix_cache_hbm: bool = True
     """Whether a worker's pages keep the KV of sequences that ended, for prompts that begin alike, until others need the room."""
 

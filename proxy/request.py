@@ -17,7 +17,8 @@ from ..protocol.sampling import SamplingParams
 from ..protocol.trace_context import TraceContext
 from ..protocol.v1 import common_pb2
 
-MAX_CHOICES = 128  # of one client request, over all its prompts
+MAX_N = 128  # choices of a prompt
+MAX_CHOICES = 2048  # of one client request, over all its prompts
 
 
 class RequestState(enum.StrEnum):

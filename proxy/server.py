@@ -120,7 +120,7 @@ class ProxyServer:
 
     async def start(self) -> Endpoints:
         """All listen when it returns. Raises CheckpointError, or ConfigError if a port is taken."""
-        tokenizer = await asyncio.to_thread(Tokenizer.from_folder, self._model_folder)
+        tokenizer = await asyncio.to_thread(Tokenizer.from_folder, self._model_folder, self._options.special_tokens_in_text)
         config = self._config
         generator = Generator(self.router, tokenizer, self.card, config.default_timeout_s)
         http_socket = _listen(config.host, config.http_port)
@@ -144,6 +144,8 @@ class ProxyServer:
         )
         scheme = "https" if self._front is not None else "http"
         logger.info("serving %s at %s://%s (OpenAI) and %s (gRPC)", self.card.name, scheme, endpoints.http, endpoints.grpc)
+        if told := self.card.told():
+            logger.info("requests that say nothing of it are sampled as generation_config.json recommends: %s", told)
         return endpoints
 
     def _bind(self, host: str, key: str, credentials: Credentials | None) -> tuple[grpc.aio.Server, int]:

@@ -37,6 +37,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 # name -> (transformers' configuration class, what differs from COMMON)
 VARIANTS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "llama2_mha": (transformers.LlamaConfig, {"num_key_value_heads": 4}),
@@ -45,6 +46,8 @@ VARIANTS: dict[str, tuple[type[Any], dict[str, Any]]] = {
         transformers.LlamaConfig,
         {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     ),
+    "rope_yarn": (transformers.LlamaConfig, {"rope_parameters": YARN_ROPE, "max_position_embeddings": 256}),
+    "rope_dynamic": (transformers.LlamaConfig, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}),
     "llama_biased": (transformers.LlamaConfig, {"attention_bias": True, "mlp_bias": True, "head_dim": 24}),
     "mistral_window": (transformers.MistralConfig, {"sliding_window": 11}),
     "mistral_full": (transformers.MistralConfig, {"sliding_window": None, "head_dim": 32}),

@@ -66,8 +66,11 @@ PROXY_FLOORS: dict[str, set[str]] = {
 }
 """proxy/'s own rooms and root files, and what of proxy/ each may import."""
 
-PROXY_ROOMS_OUTSIDE = {"simulator": {"conductor", "prefixes"}, "deploy": {"conductor", "prefixes", "server", "tenants", "text"}}
-"""What of proxy/ its users may import. deploy starts the server, and checks a model's tokenizer as the server will read it."""
+PROXY_ROOMS_OUTSIDE = {
+    "simulator": {"conductor", "prefixes"},
+    "deploy": {"conductor", "model_card", "prefixes", "server", "tenants", "text"},
+}
+"""What of proxy/ its users may import. deploy starts the server, and checks tokenizer and defaults as it will read them."""
 
 
 def modules(room: str) -> list[Path]:

@@ -20,7 +20,7 @@ from ..cluster import find_model
 from ..plan import require_gpus
 from .finding import Check, Finding, ok
 from .machine import check_gpu_memory, check_memory, check_ports, check_shm
-from .model import check_tokenizer, check_weights, weight_bytes
+from .model import check_sampling, check_tokenizer, check_weights, weight_bytes
 
 
 class StartChecks:
@@ -32,7 +32,12 @@ class StartChecks:
 
     def all(self) -> list[Check]:
         """In the order in which one explains the next."""
-        checks = [Check("model", self._check_model), Check("weights", self._check_weights), Check("tokenizer", self._check_tokenizer)]
+        checks = [
+            Check("model", self._check_model),
+            Check("weights", self._check_weights),
+            Check("tokenizer", self._check_tokenizer),
+            Check("sampling", lambda: check_sampling(self._model[0], self._config.model)),
+        ]
         if self._own_ray:
             checks += [Check("devices", self._check_devices), Check("memory", self._check_memory), Check("/dev/shm", self._check_shm)]
         return [Check("ports", lambda: check_ports(self._config.proxy)), *checks]

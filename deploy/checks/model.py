@@ -11,6 +11,7 @@ from ...engine.resolve import resolve_device, resolve_dtype
 from ...protocol.config import ModelOptions
 from ...protocol.memory import human_bytes
 from ...protocol.schema import DTYPE_BYTES
+from ...proxy.model_card import ModelCard
 from ...proxy.text.tokenizer import Tokenizer
 from .finding import Finding, ok
 
@@ -44,6 +45,12 @@ def check_tokenizer(folder: Path, model: ModelConfig) -> Finding:
             f"put the model's chat_template.jinja into {folder}",
         )
     return ok("tokenizer", f"{tokenizer.vocab_size} tokens, with a chat template")
+
+
+def check_sampling(folder: Path, options: ModelOptions) -> Finding:
+    """Raises CheckpointError for a recommendation of generation_config.json that is none."""
+    told = ModelCard.from_folder(folder, options, "").told()
+    return ok("sampling", f"by default {told}, as generation_config.json recommends" if told else "OpenAI's defaults")
 
 
 def weight_bytes(model: ModelConfig, options: ModelOptions) -> int:

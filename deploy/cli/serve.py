@@ -30,6 +30,7 @@ from ..change import APPLIED, REFUSED, RESTARTED
 from ..checks.before_start import require_startable
 from ..checks.exposure import exposure
 from ..checks.finding import Finding
+from ..checks.model import check_sampling
 from ..cluster import running_cluster
 from ..plan import ClusterPlan, count_gpus, couple_on_one_gpu, make_plan
 from ..ray_session import hosts_joined, live_nodes, ray_session
@@ -97,6 +98,7 @@ async def _serve(serving: Serving) -> None:
     try:
         with token_file(control):
             _print_endpoints(supervisor, config, supervisor.spec.plan.device)
+            _print_line(check_sampling(supervisor.spec.model_folder, config.model))
             _print_capacity(await read_status(control), supervisor.spec.max_model_len)
             obeying = _obey(orders, supervisor, lambda: serving.fitted(serving.reload(), num_gpus))
             async with beside(supervisor.watch()) as watching, beside(obeying) as obeying, beside(interrupted.wait()) as waiting:
@@ -154,7 +156,11 @@ def _print_findings(findings: Iterable[Finding]) -> None:
 def _print_capacity(status: control_pb2.StatusReply, wanted_len: int) -> None:
     """How many tokens fit where."""
     for found in describe_capacity(status.members, wanted_len):
-        console.print(f"  {found.check:<12} {found.told}", style="" if found.severity == "ok" else "yellow", highlight=False)
+        _print_line(found)
+
+
+def _print_line(found: Finding) -> None:
+    console.print(f"  {found.check:<12} {found.told}", style="" if found.severity == "ok" else "yellow", highlight=False)
 
 
 def _print_endpoints(supervisor: Supervisor, config: ClusterConfig, device: str) -> None:

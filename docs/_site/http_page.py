@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import halfmoon
-from halfmoon.protocol.config import ModelOptions, ProxyConfig
+from halfmoon.protocol.config import PORTS, ModelOptions, ProxyConfig
 from halfmoon.protocol.schema import KVSchema
 from halfmoon.proxy.server import ProxyServer
 
@@ -27,7 +27,17 @@ The API is OpenAI's, as far as it goes. A field that is known and not served is 
 - With `"stream": true` the reply is server-sent events, the last one `data: [DONE]`. An error after the first token is an event, too.
 - A reply, and the last chunk of a stream, have `halfmoon.request_id` and `halfmoon.phases`: where the time went.
 - `x-request-id` of a request becomes its id; `traceparent` its trace.
-- 429 comes with `retry-after` in seconds and `retry-after-ms`.
+- 429 and 503 come with `retry-after` in seconds, 429 with `retry-after-ms`, too.
+- A prompt that is too long is `context_length_exceeded`, an unknown model `model_not_found`, as clients expect.
+- A body may be gzipped.
+- Each choice has a `stop_reason`: the request's own stop string or token that ended it; null for EOS and the length.
+- `cache_salt`: prefixes are shared with requests of the same tenant and salt alone.
+- `truncate_prompt_tokens`: of a longer prompt the last so many tokens; -1: as many as the model takes.
+- `bad_words` are words of one token; a word of several is refused. `top_k: -1` and 0 are all tokens.
+- `chat_template_kwargs` are variables of the model's template (`{"enable_thinking": false}`). `reasoning_effort` is one, too;
+  `none` also sets `enable_thinking` and `thinking` to false.
+- `return_token_ids`: `prompt_token_ids` and, in each choice or chunk, `token_ids`.
+- A content part of type `text` may have more fields, such as `cache_control`; parts of other types are refused by their type.
 
 """
 
@@ -85,7 +95,7 @@ def _type(found: dict[str, Any], components: dict[str, Any]) -> str:
 
 async def schema() -> dict[str, Any]:
     """Of a proxy of its own, on a free port."""
-    config = ProxyConfig(http_port=0, grpc_port=0)
+    config = ProxyConfig(**dict.fromkeys(PORTS, 0))
     server = ProxyServer(config=config, options=ModelOptions(), model_folder=DEMO, schema=SCHEMA)
     endpoints = await server.start()
     try:

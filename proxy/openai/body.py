@@ -12,6 +12,7 @@ import email.message
 import json
 import reprlib
 import time
+import zlib
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..request_process import LARGE_BYTES, Packed, RequestProcess, pack, unpack_
 from .types import ChatBody, CompletionBody, GenerateBody
 
 INLINE_BYTES = 2**16  # about a millisecond
+GZIP = "gzip"
 
 _shown = reprlib.Repr()
 _shown.maxlist = _shown.maxdict = 40
@@ -48,6 +50,8 @@ def body_route(process: RequestProcess, limits: ProxyConfig) -> type[APIRoute]:
                 request.state.arrival = time.monotonic()  # the head is here; the body may take long
                 _require_json(request)
                 content = await _read(request, limits)
+                if request.headers.get("content-encoding", "").strip().lower() == GZIP:
+                    content = await asyncio.to_thread(_unzipped, content, limits.max_body_bytes)
                 model = await _parse_aside(body_type, content, process) if content else None
                 return await handle(_ReadRequest(request, content, model))
 
@@ -105,15 +109,29 @@ async def _read(request: Request, limits: ProxyConfig) -> bytes:
     return bytes(content)
 
 
+def _unzipped(content: bytes, limit: int) -> bytes:
+    """Raises RequestTooLarge at the first byte too many, InvalidRequest for what is no gzip or ends early."""
+    reader = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+    try:
+        found = reader.decompress(content, limit + 1)
+    except zlib.error as error:
+        raise InvalidRequest(f"the body is not gzip, as its content-encoding says: {error}") from error
+    if len(found) > limit:
+        raise _too_large("more bytes once it is unpacked", limit)
+    if not reader.eof:
+        raise InvalidRequest("the body's gzip ends before its end")
+    return found
+
+
 def _too_large(what: str, limit: int) -> RequestTooLarge:
     return RequestTooLarge(f"the body has {what}; it may have {limit} ({limit / 2**20:g} MiB)", max_body_bytes=limit)
 
 
 def _require_json(request: Request) -> None:
     """Raises UnsupportedMediaType. A request without any body is not this function's to refuse."""
-    encoding, kind = request.headers.get("content-encoding", "identity"), request.headers.get("content-type", "")
-    if encoding.strip().lower() not in ("", "identity"):
-        raise UnsupportedMediaType(f"content-encoding is {shown(encoding)}; send the body uncompressed")
+    encoding, kind = request.headers.get("content-encoding", ""), request.headers.get("content-type", "")
+    if encoding.strip().lower() not in ("", "identity", GZIP):
+        raise UnsupportedMediaType(f"content-encoding is {shown(encoding)}; send the body uncompressed, or as gzip")
     if not _is_json(kind) and (kind or request.headers.get("content-length", "") != "0"):
         raise UnsupportedMediaType(f"content-type is {shown(kind)}; the body must be JSON, sent with content-type: application/json")
 

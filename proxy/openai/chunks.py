@@ -27,12 +27,17 @@ def to_event(value: Any) -> bytes:
 
 
 class ChunkWriter:
-    """path: the route's, which the wording of errors depends on."""
+    """path: the route's, which the wording of errors depends on.
 
-    def __init__(self, generation: Generation, shape: Shape, wants_usage: bool, path: str) -> None:
+    usage: a chunk of it at the end. running_usage: every chunk says the tokens of its choice so far.
+    """
+
+    def __init__(self, generation: Generation, shape: Shape, path: str, *, usage: bool = False, running_usage: bool = False) -> None:
         self._generation = generation
         self._shape = shape
-        self._wants_usage = wants_usage
+        self._wants_usage = usage
+        self._running_usage = running_usage
+        self._num_tokens: dict[int, int] = {}  # of the choices, so far
         self._path = path
         self._begun = False
         self._over = False
@@ -62,18 +67,19 @@ class ChunkWriter:
             frame, opening = self._open(event.index)
         if isinstance(event, ChoiceEnd):
             self._ends.append(event)
-            return opening + self._event(self._shape.last_chunk(event))
-        if event.token_texts:
-            return opening + self._event(self._shape.chunk(event.index, event.text, event.token_texts))
+            return opening + self._event(self._shape.last_chunk(event), event.index)
+        self._num_tokens[event.index] = self._num_tokens.get(event.index, 0) + len(event.token_ids)
+        if event.token_texts or ((self._running_usage or self._shape.wants_token_ids) and event.token_ids):
+            return opening + self._event(self._shape.chunk(event.index, event.text, event.token_texts, event.token_ids), event.index)
         return opening + self._text(frame, event) if event.text else opening
 
     def _open(self, index: int) -> tuple[tuple[bytes, bytes], bytes]:
         """The frame of a choice's text, and the events that come before its first text."""
-        head, hole, tail = self._event(self._shape.chunk(index, _HOLE, [])).partition(to_json(_HOLE).encode())
+        head, hole, tail = self._event(self._shape.chunk(index, _HOLE, []), index).partition(to_json(_HOLE).encode())
         assert hole, "a chunk's text does not stand in it"
         frame = self._frames[index] = (head, tail)
         opening = self._shape.opening(index)
-        return frame, b"" if opening is None else self._event(opening)
+        return frame, b"" if opening is None else self._event(opening, index)
 
     def _text(self, frame: tuple[bytes, bytes], delta: TextDelta) -> bytes:
         head, tail = frame
@@ -83,6 +89,8 @@ class ChunkWriter:
         self._over = True
         return (to_event(self._shape.usage_chunk(self._ends)) if self._wants_usage else b"") + DONE
 
-    def _event(self, chunk: dict[str, Any]) -> bytes:
-        """With include_usage every chunk of OpenAI's carries the field; it is null in all but the last."""
+    def _event(self, chunk: dict[str, Any], index: int) -> bytes:
+        """With include_usage every chunk of OpenAI's carries the field; it is null in all but the last, unless it runs."""
+        if self._running_usage:
+            return to_event(chunk | {"usage": self._shape.running_usage(index, self._num_tokens.get(index, 0))})
         return to_event(chunk | {"usage": None} if self._wants_usage else chunk)

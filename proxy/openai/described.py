@@ -19,11 +19,11 @@ MEANINGS = {
     405: "The route does not take this method.",
     408: "The request did not come whole in time.",
     413: "The body is too large.",
-    415: "The body is no uncompressed JSON.",
+    415: "The body is no JSON, or compressed otherwise than by gzip.",
     429: "Too busy; come back after `retry-after` seconds.",
     431: "The head is too large.",
     500: "A fault of the server.",
-    503: "A part of the cluster is missing, or it is shutting down.",
+    503: "A part of the cluster is missing, or it is shutting down; come back after `retry-after` seconds.",
     504: "The request's own timeout ran out.",
 }
 
@@ -60,11 +60,19 @@ class Extension(Described):
     """A phase record for each choice."""
 
 
-class CompletionChoice(Described):
+class Choice(Described):
     index: int
+    finish_reason: Literal["stop", "length"]
+    stop_reason: str | int | None
+    """The request's own stop string or token that ended the answer."""
+    token_ids: list[int] | None = None
+    """With return_token_ids."""
+
+
+class CompletionChoice(Choice):
     text: str
     logprobs: dict[str, list[Any]] | None
-    finish_reason: Literal["stop", "length"]
+    prompt_token_ids: list[int] | None = None
 
 
 class Spelled(Described):
@@ -88,17 +96,16 @@ class Message(Described):
     refusal: None
 
 
-class ChatChoice(Described):
-    index: int
+class ChatChoice(Choice):
     message: Message
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
 
 
 class Envelope(Described):
     id: str
     created: int
     model: str
+    system_fingerprint: str
     usage: Usage
     halfmoon: Extension
 
@@ -111,6 +118,8 @@ class CompletionReply(Envelope):
 class ChatReply(Envelope):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
+    service_tier: Literal["default"]
+    prompt_token_ids: list[int] | None = None
 
 
 class ModelReply(Described):

@@ -16,13 +16,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from ...protocol.errors import HalfmoonError, InternalError, InvalidRequest, Overloaded, RequestTimeout, shown
+from ...protocol.errors import HalfmoonError, InternalError, InvalidRequest, Overloaded, PromptTooLong, RequestTimeout, UnknownModel, shown
 from ..face_metrics import FaceMetrics
 from .types import HINTS, ChatBody, CompletionBody
 
 logger = logging.getLogger(__name__)
 
 MAX_NAME_LEN = 80  # of a field; all known ones are shorter
+UNAVAILABLE_RETRY_S = 1
+OPENAI_CODES: dict[type[HalfmoonError], str] = {PromptTooLong: "context_length_exceeded", UnknownModel: "model_not_found"}
+"""Codes that clients look for, where ours differ."""
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 # OpenAI's names for fields that SamplingParams and GenerateRequest name differently
 _NAMES = {"/v1/completions": {"num_logprobs": "logprobs"}, "/v1/chat/completions": {"num_logprobs": "top_logprobs"}}
@@ -34,8 +37,9 @@ def error_body(error: HalfmoonError, path: str) -> dict[str, Any]:
     message, param = error.message, error.fields.get("param")
     if param in names:
         message, param = message.replace(param, names[param]), names[param]
+    code = next((name for kind, name in OPENAI_CODES.items() if isinstance(error, kind)), error.code)
     kind = _TYPES.get(error.http_status, "invalid_request_error" if error.http_status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": error.code}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def error_response(request: Request, error: HalfmoonError) -> JSONResponse:
@@ -43,6 +47,8 @@ def error_response(request: Request, error: HalfmoonError) -> JSONResponse:
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
         headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after_s * 1e3)))  # OpenAI's own client reads this one first
+    if error.http_status == 503:
+        headers["retry-after"] = str(UNAVAILABLE_RETRY_S)
     if isinstance(error, RequestTimeout):
         headers["connection"] = "close"  # the rest of the body may never come
     request_id = getattr(request.state, "request_id", None)

@@ -17,11 +17,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.types import ASGIApp
 
-from ...protocol.errors import UnknownModel, shown
+from ...protocol.errors import UnknownModel
 from ...protocol.trace_context import HEADER, TraceContext
 from ..page.routes import add_page
 from ..request_process import RequestProcess
-from ..requests.generate_request import GenerateRequest
+from ..requests.generate_request import GenerateRequest, no_such_model
 from ..requests.generation import ChoiceEnd, Generation, Generator
 from ..requests.readiness import missing_parts
 from ..tenants.gate import Gate
@@ -45,7 +45,7 @@ from .event_stream import EventStream, until_disconnect
 from .head import head_as_get
 from .keyed import keyed
 from .replies import ChatShape, CompletionShape, Shape, WholeChoice
-from .types import ChatBody, CompletionBody
+from .types import ChatBody, CompletionBody, GenerateBody
 
 
 def create_app(generator: Generator, process: RequestProcess, gate: Gate | None = None) -> ASGIApp:
@@ -71,7 +71,7 @@ def _routes(generator: Generator, process: RequestProcess, *, shows_requests: bo
         generation = await generator.open(generate_request)
         echoes = await generator.decode_aside(body.prompts) if body.echo else []
         shape = CompletionShape(generation, n=generate_request.n, wants_logprobs=body.logprobs is not None, echoes=echoes)
-        return await _reply(request, generation, shape, stream=bool(body.stream), wants_usage=body.wants_usage)
+        return await _reply(request, generation, shape, body)
 
     @app.post("/v1/chat/completions", responses=streamed(ChatReply))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
@@ -79,7 +79,7 @@ def _routes(generator: Generator, process: RequestProcess, *, shows_requests: bo
         generate_request = _asked(body, request)
         generation = await generator.open(generate_request)
         shape = ChatShape(generation, n=generate_request.n, wants_logprobs=bool(body.logprobs))
-        return await _reply(request, generation, shape, stream=bool(body.stream), wants_usage=body.wants_usage)
+        return await _reply(request, generation, shape, body)
 
     @app.get("/v1/models", responses=replies(ModelsReply))
     async def models() -> Response:
@@ -90,7 +90,7 @@ def _routes(generator: Generator, process: RequestProcess, *, shows_requests: bo
     async def model(name: str) -> Response:
         """One model, by its name."""
         if name != generator.card.name:
-            raise UnknownModel(f"the model {shown(name)} is not served; {generator.card.name!r} is", param="model")
+            raise UnknownModel(no_such_model(name, generator.card.name), param="model")
         return _json(_model(generator, started))
 
     @app.get("/health", responses=replies(HealthReply))
@@ -107,14 +107,14 @@ def _routes(generator: Generator, process: RequestProcess, *, shows_requests: bo
     return app
 
 
-async def _reply(request: Request, generation: Generation, shape: Shape, *, stream: bool, wants_usage: bool) -> Response:
+async def _reply(request: Request, generation: Generation, shape: Shape, body: GenerateBody) -> Response:
     headers = {"x-request-id": request.state.request_id}
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(generation)
-        if not stream:
+        if not body.stream:
             choices = await until_disconnect(request.receive, _collect(generation))
             return _json(shape.whole(choices), headers=headers)
-        writer = ChunkWriter(generation, shape, wants_usage, request.url.path)
+        writer = ChunkWriter(generation, shape, request.url.path, usage=body.wants_usage, running_usage=body.wants_running_usage)
         # the status line waits for the first event, so an error before it still gets its own status
         first = await until_disconnect(request.receive, writer.next())
         stack.pop_all()  # from here on the stream closes the generation
@@ -131,6 +131,7 @@ async def _collect(generation: Generation) -> list[WholeChoice]:
             else:
                 choice.texts.append(event.text)
                 choice.token_texts.extend(event.token_texts)
+                choice.token_ids.extend(event.token_ids)
     return choices
 
 

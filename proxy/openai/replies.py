@@ -25,6 +25,7 @@ class WholeChoice:
     index: int
     texts: list[str] = field(default_factory=list[str])
     token_texts: list[TokenText] = field(default_factory=list[TokenText])
+    token_ids: list[int] = field(default_factory=list[int])
     end: ChoiceEnd | None = None
 
 
@@ -40,6 +41,7 @@ class Shape:
         self._n = n
         self.wants_logprobs = wants_logprobs
         self.echoes = echoes
+        self.wants_token_ids = bool(generation.prompts)
 
     def whole(self, choices: Sequence[WholeChoice]) -> dict[str, Any]:
         ends = [choice.end for choice in choices if choice.end is not None]
@@ -50,11 +52,14 @@ class Shape:
         """The chunk before a choice's first text, or None."""
         raise NotImplementedError
 
-    def chunk(self, index: int, text: str, token_texts: Sequence[TokenText]) -> dict[str, Any]:
-        return self._envelope(self.chunk_object, [self._chunk_choice(index, text, token_texts, None)])
+    def chunk(self, index: int, text: str, token_texts: Sequence[TokenText], token_ids: Sequence[int] = ()) -> dict[str, Any]:
+        choice = self._chunk_choice(index, text, token_texts, None)
+        if self.wants_token_ids:
+            choice["token_ids"] = list(token_ids)
+        return self._envelope(self.chunk_object, [choice])
 
     def last_chunk(self, end: ChoiceEnd) -> dict[str, Any]:
-        choice = self._chunk_choice(end.index, None, [], _REASONS[end.reason])
+        choice = self._chunk_choice(end.index, None, [], _REASONS[end.reason]) | {"stop_reason": end.stop_reason}
         return self._envelope(self.chunk_object, [choice]) | {"halfmoon": self._extension([end])}
 
     def usage_chunk(self, ends: Sequence[ChoiceEnd]) -> dict[str, Any]:
@@ -72,6 +77,18 @@ class Shape:
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
+    def running_usage(self, index: int, num_completion_tokens: int) -> dict[str, int]:
+        """Of one choice that goes on, and of all prompts."""
+        num_prompt_tokens = self._generation.num_prompt_tokens
+        total = num_prompt_tokens + num_completion_tokens
+        return {"prompt_tokens": num_prompt_tokens, "completion_tokens": num_completion_tokens, "total_tokens": total}
+
+    def _ended(self, choice: WholeChoice) -> dict[str, Any]:
+        """What a whole choice has beside OpenAI's fields."""
+        assert choice.end is not None
+        tokens = {"token_ids": choice.token_ids} if self.wants_token_ids else {}
+        return {"stop_reason": choice.end.stop_reason, **tokens}
+
     def _whole_choice(self, choice: WholeChoice) -> dict[str, Any]:
         raise NotImplementedError
 
@@ -82,7 +99,7 @@ class Shape:
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         generation = self._generation
         head = {"id": f"{self.id_prefix}-{generation.request_id}", "object": kind, "created": generation.created}
-        return head | {"model": generation.model, "choices": choices}
+        return head | {"model": generation.model, "system_fingerprint": generation.fingerprint, "choices": choices}
 
     def _extension(self, ends: Sequence[ChoiceEnd]) -> dict[str, Any]:
         phases = [{"index": end.index, **PhaseRecord.from_proto(end.phases).as_dict()} for end in ends]
@@ -95,12 +112,21 @@ class CompletionShape(Shape):
     chunk_object = "text_completion"
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        return self.chunk(index, self.echoes[index // self._n], []) if self.echoes else None
+        if not self.echoes and not self.wants_token_ids:
+            return None
+        opening = self.chunk(index, self.echoes[index // self._n] if self.echoes else "", [])
+        opening["choices"][0] |= self._prompt(index)
+        return opening
 
     def _whole_choice(self, choice: WholeChoice) -> dict[str, Any]:
         assert choice.end is not None
         echo = self.echoes[choice.index // self._n] if self.echoes else ""
-        return self._chunk_choice(choice.index, echo + "".join(choice.texts), choice.token_texts, _REASONS[choice.end.reason])
+        reason = _REASONS[choice.end.reason]
+        whole = self._chunk_choice(choice.index, echo + "".join(choice.texts), choice.token_texts, reason)
+        return whole | self._ended(choice) | self._prompt(choice.index)
+
+    def _prompt(self, index: int) -> dict[str, Any]:
+        return {"prompt_token_ids": list(self._generation.prompts[index // self._n])} if self.wants_token_ids else {}
 
     def _chunk_choice(self, index: int, text: str | None, token_texts: Sequence[TokenText], reason: str | None) -> dict[str, Any]:
         logprobs = _legacy_logprobs(token_texts) if self.wants_logprobs and text is not None else None
@@ -114,13 +140,23 @@ class ChatShape(Shape):
 
     def opening(self, index: int) -> dict[str, Any] | None:
         choice = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-        return self._envelope(self.chunk_object, [choice])
+        return self._envelope(self.chunk_object, [choice]) | self._prompt()
+
+    def whole(self, choices: Sequence[WholeChoice]) -> dict[str, Any]:
+        return super().whole(choices) | self._prompt()
+
+    def _prompt(self) -> dict[str, Any]:
+        return {"prompt_token_ids": list(self._generation.prompts[0])} if self.wants_token_ids else {}
+
+    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return super()._envelope(kind, choices) | {"service_tier": "default"}
 
     def _whole_choice(self, choice: WholeChoice) -> dict[str, Any]:
         assert choice.end is not None
         message = {"role": "assistant", "content": "".join(choice.texts), "refusal": None}
         logprobs = self._logprobs(choice.token_texts)
-        return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": _REASONS[choice.end.reason]}
+        whole = {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": _REASONS[choice.end.reason]}
+        return whole | self._ended(choice)
 
     def _chunk_choice(self, index: int, text: str | None, token_texts: Sequence[TokenText], reason: str | None) -> dict[str, Any]:
         delta: Mapping[str, Any] = {} if text is None else {"content": text}

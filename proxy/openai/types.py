@@ -12,29 +12,39 @@ from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, PrivateAttr, m
 
 from ...protocol.errors import InvalidRequest, shown
 from ...protocol.sampling import MAX_SEED
+from ..requests.choice_text import TextOptions
 from ..requests.generate_request import MAX_CHOICES, GenerateRequest
-from ..text.chat_template import ChatMessage
+from ..text.chat_template import OURS, ChatMessage, ChatOptions
 
 IGNORED = frozenset(
     "user store metadata service_tier safety_identifier prompt_cache_key prompt_cache_retention parallel_tool_calls prediction".split()
-)
+) | {"verbosity", "spaces_between_special_tokens"}
 # field -> values that ask for nothing; null and an empty list never ask for anything
 REFUSED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("none", "auto"),
     "functions": (),
     "modalities": (["text"],),
-    "reasoning_effort": (),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": (),
-    "verbosity": (),
     "web_search_options": (),
+    # vLLM's
+    "allowed_token_ids": (),
+    "chat_template": (),
+    "documents": (),
+    "kv_transfer_params": (),
+    "length_penalty": (1, 1.0),
+    "logits_processors": (),
+    "prompt_embeds": (),
+    "return_tokens_as_token_ids": (False,),
+    "use_beam_search": (False,),
+    "vllm_xargs": (),
 }
 MAX_FIELDS = 100
 """In a body. Any honest body has fewer, known and unknown ones together."""
-MAX_LENGTHS = {"logit_bias": 1024, "messages": 2**16, "stop_token_ids": 1024}
+MAX_LENGTHS = {"bad_words": 1024, "logit_bias": 1024, "messages": 2**16, "stop_token_ids": 1024}
 _SAMPLING = (
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("min_tokens", "ignore_eos", "stop_token_ids"),
@@ -63,6 +73,8 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """Every chunk says the tokens of its choice so far."""
     include_obfuscation: bool = False
     """Asks for padding against traffic analysis; Halfmoon sends none."""
 
@@ -107,6 +119,12 @@ class GenerateBody(BaseModel):
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     stop_token_ids: Checked[int] | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    bad_words: Checked[str] | None = None
+    truncate_prompt_tokens: int | None = None
+    cache_salt: str | None = None
+    return_token_ids: bool | None = None
     priority: int | None = None
     timeout: float | None = None
     slo: SloBody | None = None
@@ -136,6 +154,10 @@ class GenerateBody(BaseModel):
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def wants_running_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
     def require_consistent(self) -> None:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options needs stream: true; leave it out or stream", param="stream_options")
@@ -143,6 +165,8 @@ class GenerateBody(BaseModel):
     def shared_fields(self, num_logprobs: int | None) -> dict[str, Any]:
         """The keywords of GenerateRequest that both routes share."""
         sampling: dict[str, Any] = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
+        if self.top_k == -1:
+            sampling["top_k"] = 0  # vLLM's word for all tokens
         if self.logit_bias:
             sampling["logit_bias"] = _token_keys(self.logit_bias)
         if self.stop_token_ids is not None:
@@ -159,6 +183,11 @@ class GenerateBody(BaseModel):
             "priority": self.priority or 0,
             "ttft_slo_s": self.slo.ttft if self.slo is not None else None,
             "tpot_slo_s": self.slo.tpot if self.slo is not None else None,
+            "bad_words": self.bad_words or [],
+            "text": TextOptions(self.skip_special_tokens is not False, bool(self.include_stop_str_in_output)),
+            "truncate_prompt_tokens": self.truncate_prompt_tokens,
+            "cache_salt": self.cache_salt or "",
+            "return_token_ids": bool(self.return_token_ids),
             "sampling": sampling,
         }
 
@@ -168,6 +197,8 @@ class CompletionBody(GenerateBody):
     logprobs: int | None = None
     echo: bool | None = None
     best_of: int | None = None
+    add_special_tokens: bool | None = None
+    """Whether a text is begun with BOS, where the model's tokenizer does that; true by default."""
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -183,14 +214,24 @@ class CompletionBody(GenerateBody):
             raise InvalidRequest("echo together with logprobs is not supported: logprobs of a prompt are not computed", param="echo")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise InvalidRequest(f"best_of is {self.best_of}, other than n, which is not supported; leave it out", param="best_of")
-        return GenerateRequest(prompts=self.prompts, **self.shared_fields(self.logprobs))
+        fields = self.shared_fields(self.logprobs)
+        return GenerateRequest(prompts=self.prompts, add_special_tokens=self.add_special_tokens is not False, **fields)
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+class ContentPart(BaseModel):
+    """A text, with whatever other servers' clients add to it, such as cache_control. Parts of other types are refused by their type."""
 
-    type: Literal["text"]
-    text: str
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    type: str
+    text: str | None = None
+
+    def to_text(self, path: str) -> str:
+        if self.type != "text":
+            raise InvalidRequest(f"{path} is of type {shown(self.type)}; this model takes parts of type 'text' alone", param=path)
+        if self.text is None:
+            raise InvalidRequest(f"{path} has no text; give it a string", param=path)
+        return self.text
 
 
 class MessageBody(BaseModel):
@@ -199,7 +240,7 @@ class MessageBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Checked[TextPart] | None = None
+    content: str | Checked[ContentPart] | None = None
 
     def to_message(self, position: int) -> ChatMessage:
         for name, value in (self.model_extra or {}).items():
@@ -208,9 +249,12 @@ class MessageBody(BaseModel):
                 raise InvalidRequest(f"{path} is not supported; leave it out", param=path)
         if self.content is None and self.role != "assistant":
             raise InvalidRequest(f"messages[{position}] has no content; give it a string", param=f"messages[{position}].content")
-        parts = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content or [])
+        text = self.content
+        if not isinstance(text, str):
+            path = f"messages[{position}].content"
+            text = "\n".join(part.to_text(f"{path}[{index}]") for index, part in enumerate(text or []))
         # few chat templates know "developer", OpenAI's newer name for it
-        return ChatMessage("system" if self.role == "developer" else self.role, parts)
+        return ChatMessage("system" if self.role == "developer" else self.role, text)
 
 
 class ChatBody(GenerateBody):
@@ -218,6 +262,13 @@ class ChatBody(GenerateBody):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the model's chat template, such as enable_thinking."""
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    """A variable of the chat template, too; none also switches thinking off, where the template can."""
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    """The answer continues the last message."""
     _chat: list[ChatMessage] | None = PrivateAttr(None)
 
     @property
@@ -239,7 +290,26 @@ class ChatBody(GenerateBody):
         fields = self.shared_fields((self.top_logprobs or 0) if self.logprobs else None)
         if self.max_completion_tokens is not None:
             fields["max_tokens"] = self.max_completion_tokens
-        return GenerateRequest(messages=self.chat, **fields)
+        return GenerateRequest(messages=self.chat, chat=self.chat_options(), **fields)
+
+    def chat_options(self) -> ChatOptions:
+        """Raises InvalidRequest."""
+        continues = bool(self.continue_final_message)
+        if continues and self.add_generation_prompt:
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt exclude one another; set one of them", param="continue_final_message"
+            )
+        variables = self.chat_template_kwargs or {}
+        taken = sorted(OURS & variables.keys())
+        if taken:
+            raise InvalidRequest(
+                f"chat_template_kwargs has {taken[0]}, which is a field of the request or comes from one", param="chat_template_kwargs"
+            )
+        if self.reasoning_effort is not None:
+            variables = {"reasoning_effort": self.reasoning_effort, **variables}
+        if self.reasoning_effort == "none":
+            variables = {"enable_thinking": False, "thinking": False, **variables}
+        return ChatOptions(not continues if self.add_generation_prompt is None else self.add_generation_prompt, continues, variables)
 
 
 def _token_keys(biases: dict[str, float]) -> dict[int, float]:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from ...protocol.v1 import common_pb2
 from ..request import ProxyRequest
 from ..text.detokenizer import StopStrings, create_detokenizer
 from ..text.tokenizer import Tokenizer
+
+
+class TextOptions(NamedTuple):
+    """What a request says of its answer's text.
+
+    skip_special_tokens: they have no text.
+    include_stop: the stop string or token that ends the text is part of it.
+    """
+
+    skip_special_tokens: bool = True
+    include_stop: bool = False
+
+
+AS_TEXT = TextOptions()
 
 
 class TopText(NamedTuple):
@@ -33,29 +47,48 @@ class Pushed(NamedTuple):
 
 
 class ChoiceText:
-    def __init__(self, tokenizer: Tokenizer, request: ProxyRequest, stop: Sequence[str], eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        request: ProxyRequest,
+        stop: Sequence[str],
+        eos_token_ids: frozenset[int],
+        options: TextOptions = AS_TEXT,
+    ) -> None:
         self.num_tokens = 0
         self._tokenizer = tokenizer
         self._params = request.sampling
-        self._detokenizer = create_detokenizer(tokenizer, request.token_ids)
-        self._stops = StopStrings(stop)
+        self._detokenizer = create_detokenizer(tokenizer, request.token_ids, skip_special_tokens=options.skip_special_tokens)
+        self._stops = StopStrings(stop, include=options.include_stop)
         # tokens that end the answer are not part of its text
-        self._silent = frozenset(self._params.stop_token_ids) | (frozenset[int]() if self._params.ignore_eos else eos_token_ids)
+        ending = frozenset(self._params.stop_token_ids) | (frozenset[int]() if self._params.ignore_eos else eos_token_ids)
+        self._silent = frozenset[int]() if options.include_stop else ending
+        self._special_stops = {token_id: text for text in stop if (token_id := tokenizer.special_token_id(text)) is not None}
+        self._last: int | None = None
         self._text_len = 0  # of everything decoded, held back or not
 
     @property
     def matched_stop(self) -> str | None:
+        """Set as soon as the text is complete, whatever tokens follow."""
         return self._stops.matched
+
+    def stop_reason(self, own_stops: Collection[int]) -> str | int | None:
+        """Of an answer that stopped: the stop string, or the token, if it is of own_stops. None: the model's EOS."""
+        if self._stops.matched is not None or self._last is None:
+            return self._stops.matched
+        return self._special_stops.get(self._last) or (self._last if self._last in own_stops else None)
 
     def push(self, token_ids: list[int], outputs: list[common_pb2.TokenOutput]) -> Pushed:
         """Leaves out tokens after a stop string. outputs: of the same tokens, if logprobs were asked for."""
         if len(token_ids) == 1 and not outputs:
             self.num_tokens += 1
+            self._last = token_ids[0]
             return Pushed(self._text_of(token_ids[0]), token_ids, outputs, [])
         out: list[str] = []
         texts: list[TokenText] = []
         for position, token_id in enumerate(token_ids):
             self.num_tokens += 1
+            self._last = token_id
             if outputs:
                 texts.append(self._token_text(outputs[position]))
             out.append(self._text_of(token_id))

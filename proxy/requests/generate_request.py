@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 import secrets
 import time
 import uuid
@@ -20,12 +21,17 @@ from ...protocol.errors import InvalidRequest, PromptTooLong, UnknownModel, show
 from ...protocol.sampling import MAX_SEED, SamplingParams
 from ...protocol.trace_context import TraceContext
 from ..model_card import ModelCard
-from ..request import MAX_CHOICES, ProxyRequest
+from ..request import MAX_CHOICES, MAX_N, ProxyRequest
 from ..tenants.tenant import Tenant
-from ..text.chat_template import ChatMessage
-from ..text.tokenizer import Tokenizer
+from ..text.chat_template import PLAIN, ChatMessage, ChatOptions
+from ..text.tokenizer import Tokenizer, require_unicode
+from .choice_text import AS_TEXT, TextOptions
 
 MAX_STOPS = 16
+MAX_BAD_WORDS = 128
+MAX_SALT_CHARS = 1024
+MAX_RETURNED = 2**15  # token ids of prompts in a reply, which is written in one go
+LEAST_BIAS = -100.0  # of a token that is not to come, as in OpenAI's logit_bias
 PIECE_LEN = 2**14  # tokens that are checked in one go, in about 2 ms
 MAX_STOP_CHARS = 1024  # of each, because every token's text is compared with them
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for a prompt; a chat may use what is left
@@ -39,6 +45,9 @@ class GenerateRequest:
 
     prompts: Sequence[str | Sequence[int]] = ()
     messages: Sequence[ChatMessage] | None = None
+    chat: ChatOptions = PLAIN  # how messages are rendered
+    add_special_tokens: bool = True  # BOS and the like, around prompts that are texts
+    truncate_prompt_tokens: int | None = None  # of a longer prompt the last so many are taken; -1: as many as the model takes
     model: str = ""  # empty: the served one
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)  # ours: nobody can guess it, so that who knows it may cancel
     label: str = ""  # the client's own name for it; nothing goes by it but explain
@@ -46,10 +55,14 @@ class GenerateRequest:
     seed: int | None = None
     max_tokens: int | None = None
     stop: Sequence[str] = ()
+    bad_words: Sequence[str] = ()  # words of one token, with or without a blank before it, that the answer has not
+    text: TextOptions = AS_TEXT
+    cache_salt: str = ""  # prefixes are shared with requests of the same tenant and salt alone
     timeout_s: float | None = None
     priority: int = 0
     ttft_slo_s: float | None = None  # None: the proxy's
     tpot_slo_s: float | None = None
+    return_token_ids: bool = False  # the prompts' are wanted back
     trace: TraceContext | None = None
     tenant: Tenant | None = None  # None: keys are not asked for
     sampling: Mapping[str, Any] = field(default_factory=dict[str, Any])  # SamplingParams' other fields
@@ -69,8 +82,16 @@ class RequestBuilder:
         """
         timeout_s = self._default_timeout_s if asked.timeout_s is None else asked.timeout_s
         self._require_sound(asked, timeout_s)
-        prompts = await self._token_ids(asked, max_model_len)
+        prompts: list[Sequence[int]] = [
+            self._truncated(asked, token_ids, max_model_len) for token_ids in await self._token_ids(asked, max_model_len)
+        ]
         param = "prompt" if asked.messages is None else "messages"
+        num_returned = sum(map(len, prompts)) if asked.return_token_ids else 0
+        _require(
+            num_returned <= MAX_RETURNED,
+            f"the prompts have {num_returned} tokens, and return_token_ids gives back at most {MAX_RETURNED}; leave it out",
+            "return_token_ids",
+        )
         for token_ids in prompts:
             self._require_fits(token_ids, param, max_model_len)
             for start in range(0, len(token_ids), PIECE_LEN):
@@ -80,6 +101,7 @@ class RequestBuilder:
         seed = secrets.randbits(63) if asked.seed is None else asked.seed
         _require(0 <= seed <= MAX_SEED, f"seed is {seed}; it must be at least 0 and at most {MAX_SEED}", "seed")
         request_id = asked.request_id
+        salt = salted(b"" if asked.tenant is None else asked.tenant.salt, asked.cache_salt)
         params = [self._params(asked, len(token_ids), max_model_len, seed) for token_ids in prompts]
         return [
             ProxyRequest(
@@ -94,7 +116,7 @@ class RequestBuilder:
                 tpot_slo_s=asked.tpot_slo_s,
                 trace=asked.trace,
                 operation="text_completion" if asked.messages is None else "chat",
-                salt=b"" if asked.tenant is None else asked.tenant.salt,
+                salt=salt,
             )
             for prompt, token_ids in enumerate(prompts)
             for choice in range(asked.n)
@@ -104,11 +126,11 @@ class RequestBuilder:
         """All but the prompts and what is sampled."""
         _require(
             asked.model in ("", self._card.name),
-            f"the model {shown(asked.model)} is not served; {self._card.name!r} is",
+            no_such_model(asked.model, self._card.name),
             "model",
             UnknownModel,
         )
-        _require(1 <= asked.n <= MAX_CHOICES, f"n is {asked.n}; it must be at least 1 and at most {MAX_CHOICES}", "n")
+        _require(1 <= asked.n <= MAX_N, f"n is {asked.n}; it must be at least 1 and at most {MAX_N}", "n")
         num_choices = asked.n * len(asked.prompts)
         _require(
             num_choices <= MAX_CHOICES,
@@ -120,6 +142,19 @@ class RequestBuilder:
         longest = max(map(len, asked.stop), default=0)
         _require(longest <= MAX_STOP_CHARS, f"stop has a string of {longest} characters; each may have {MAX_STOP_CHARS}", "stop")
         _require(all(asked.stop), "stop has an empty string, which would end every answer at once; leave it out", "stop")
+        kept = asked.truncate_prompt_tokens
+        _require(
+            kept is None or kept == -1 or kept >= 1,
+            f"truncate_prompt_tokens is {kept}; it must be at least 1, or -1 for as many as the model takes",
+            "truncate_prompt_tokens",
+        )
+        _require(len(asked.bad_words) <= MAX_BAD_WORDS, f"bad_words has {len(asked.bad_words)}; it may have {MAX_BAD_WORDS}", "bad_words")
+        _require(
+            len(asked.cache_salt) <= MAX_SALT_CHARS,
+            f"cache_salt has {len(asked.cache_salt)} characters; it may have {MAX_SALT_CHARS}",
+            "cache_salt",
+        )
+        require_unicode(asked.cache_salt, "cache_salt")
         _require(-(2**31) <= asked.priority < 2**31, f"priority is {asked.priority}; it must fit 32 bits", "priority")
         if asked.tenant is not None:
             asked.tenant.require_priority(asked.priority)
@@ -140,14 +175,13 @@ class RequestBuilder:
         if asked.messages is not None:
             _require(bool(asked.messages), "messages is empty; send at least one", "messages")
             self._require_text_fits(sum(len(message.content) for message in asked.messages), "messages", max_model_len)
-            text = _clean(await self._tokenizer.render_chat_aside(asked.messages), "messages")
-            return [await self._tokenizer.encode_aside(text, add_special_tokens=False)]
+            return [await self._tokenizer.encode_chat_aside(asked.messages, asked.chat)]
         _require(bool(asked.prompts), "there is no prompt; send one", "prompt")
         texts = [prompt for prompt in asked.prompts if isinstance(prompt, str)]
         for text in texts:
             self._require_text_fits(len(text), "prompt", max_model_len)
-            _clean(text, "prompt")
-        encoded = iter(await self._tokenizer.encode_all_aside(texts))
+            require_unicode(text, "prompt")
+        encoded = iter(await self._tokenizer.encode_all_aside(texts, add_special_tokens=asked.add_special_tokens))
         return [next(encoded) if isinstance(prompt, str) else prompt for prompt in asked.prompts]
 
     def _require_text_fits(self, num_chars: int, param: str, max_model_len: int) -> None:
@@ -158,8 +192,8 @@ class RequestBuilder:
         limit = max_model_len * self._tokenizer.max_token_chars * CHARS_COMPOSED
         if num_chars > limit:
             raise PromptTooLong(
-                f"the prompt has {num_chars} characters; this model takes {max_model_len} tokens for prompt and answer together, "
-                f"and a text of at most {limit} characters",
+                f"This model's maximum context length is {max_model_len} tokens for prompt and answer together, and a text of at most "
+                f"{limit} characters; the prompt has {num_chars} characters, so shorten it",
                 param=param,
                 num_prompt_chars=num_chars,
                 max_model_len=max_model_len,
@@ -169,8 +203,8 @@ class RequestBuilder:
         _require(bool(token_ids), "the prompt is empty; it must have at least one token", param)
         if len(token_ids) >= max_model_len:
             raise PromptTooLong(
-                f"the prompt has {len(token_ids)} tokens; this model takes {max_model_len} for prompt and answer together, "
-                f"so a prompt may have {max_model_len - 1}",
+                f"This model's maximum context length is {max_model_len} tokens for prompt and answer together; the prompt has "
+                f"{len(token_ids)} tokens and may have {max_model_len - 1}",
                 param=param,
                 num_prompt_tokens=len(token_ids),
                 max_model_len=max_model_len,
@@ -188,32 +222,64 @@ class RequestBuilder:
         if max_tokens is None:
             max_tokens = left if asked.messages is not None else min(left, COMPLETION_MAX_TOKENS)
         elif max_tokens > left:
-            raise InvalidRequest(
-                f"the prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}; this model takes {max_model_len} "
-                f"together, so max_tokens may be {left}",
+            raise PromptTooLong(
+                f"This model's maximum context length is {max_model_len} tokens for prompt and answer together; the prompt has "
+                f"{num_prompt_tokens} tokens and max_tokens is {max_tokens}, so max_tokens may be {left}",
                 param="max_tokens",
                 num_prompt_tokens=num_prompt_tokens,
                 max_model_len=max_model_len,
             )
-        self._require_known(asked.sampling.get("logit_bias", {}), "logit_bias")
-        self._require_known(asked.sampling.get("stop_token_ids", ()), "stop_token_ids")
-        return SamplingParams(**asked.sampling, seed=seed, max_tokens=max_tokens)
+        sampling = {**self._card.sampling, **asked.sampling}
+        self._require_known(sampling.get("logit_bias", {}), "logit_bias")
+        self._require_known(sampling.get("stop_token_ids", ()), "stop_token_ids")
+        sampling["stop_token_ids"] = self._stop_token_ids(asked)
+        if asked.bad_words:
+            sampling["logit_bias"] = {**sampling.get("logit_bias", {}), **dict.fromkeys(self._banned(asked.bad_words), LEAST_BIAS)}
+        return SamplingParams(**sampling, seed=seed, max_tokens=max_tokens)
+
+    def _truncated(self, asked: GenerateRequest, token_ids: Sequence[int], max_model_len: int) -> Sequence[int]:
+        kept = asked.truncate_prompt_tokens
+        if kept is None:
+            return token_ids
+        return token_ids[-(max_model_len - (asked.max_tokens or 1) if kept == -1 else kept) :]
+
+    def _banned(self, bad_words: Sequence[str]) -> set[int]:
+        """Raises InvalidRequest for a word of several tokens: sampling sees one token at a time."""
+        banned: set[int] = set()
+        for word in bad_words:
+            spelled = [self._tokenizer.encode(text, add_special_tokens=False) for text in (word, f" {word.lstrip()}")]
+            tokens = {token_ids[0] for token_ids in spelled if len(token_ids) == 1}
+            _require(bool(tokens), f"bad_words has {shown(word)}, which is no single token of this model; leave it out", "bad_words")
+            banned |= tokens
+        return banned
+
+    def _stop_token_ids(self, asked: GenerateRequest) -> tuple[int, ...]:
+        """The request's own; stop strings that are special tokens, which leave no text; and EOS tokens that workers don't know of."""
+        found: dict[int, None] = dict.fromkeys(asked.sampling.get("stop_token_ids", ()))
+        for stop in asked.stop:
+            token_id = self._tokenizer.special_token_id(stop)
+            if token_id is not None and token_id < self._card.vocab_size:
+                found[token_id] = None
+        if not asked.sampling.get("ignore_eos"):
+            found.update(dict.fromkeys(self._card.other_eos_token_ids))
+        return tuple(found)
 
 
 _BAD_LABEL = f"the request id must be printable and at most {LABEL_LEN} characters long"
 
 
+def no_such_model(asked: str, served: str) -> str:
+    """In words that clients look for."""
+    return f"The model {shown(asked)} does not exist; {served!r} is served"
+
+
+def salted(salt: bytes, cache_salt: str) -> bytes:
+    """The tenant's salt with the request's own: neither tenants nor salts share a prefix."""
+    if not cache_salt:
+        return salt
+    return hashlib.blake2b(cache_salt.encode(), digest_size=32, key=salt[: hashlib.blake2b.MAX_KEY_SIZE], person=b"cache_salt").digest()
+
+
 def _require(holds: bool, message: str, param: str, error: type[InvalidRequest] = InvalidRequest) -> None:
     if not holds:
         raise error(message, param=param)
-
-
-def _clean(text: str, param: str) -> str:
-    """The text itself. Raises InvalidRequest for half a surrogate pair, which JSON can spell and Unicode cannot encode."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(
-            f"{param} has half a surrogate pair at character {error.start}, which is no Unicode text", param=param
-        ) from error
-    return text

@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
+import hashlib
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from ...protocol.errors import HalfmoonError
 from ...protocol.log_context import logged
+from ...protocol.schema import KVSchema
 from ...protocol.v1 import common_pb2
+from ...protocol.version import package_version
 from ..model_card import ModelCard
 from ..request import Finished, RequestState, TokenEvent, Tokens
 from ..tenants.tenant import Tenant
@@ -51,6 +55,7 @@ class ChoiceEnd:
     index: int
     reason: common_pb2.FinishReason
     matched_stop: str | None
+    stop_reason: str | int | None  # the request's own stop string or token; None: EOS, or the length
     phases: common_pb2.PhaseRecord
     usage: common_pb2.Usage
 
@@ -94,6 +99,8 @@ class Generation:
         self.created = int(time.time())
         self.num_prompt_tokens = num_prompt_tokens  # of all prompts together
         self.num_choices = len(choices)
+        self.prompts: Sequence[Sequence[int]] = ()  # token ids of each, where the client wants them back
+        self.fingerprint = ""
         self._choices = choices
         self._num_open = len(choices)
         self._inbox = _Inbox()
@@ -216,10 +223,19 @@ class Generator:
             tenant.admit(num_prompt_tokens)
         streams = await self.router.open_all(requests)
         choices = [
-            _Choice(index, stream, ChoiceText(self._tokenizer, choice, tuple(request.stop), self.card.eos_token_ids), tenant)
+            _Choice(
+                index,
+                stream,
+                ChoiceText(self._tokenizer, choice, tuple(request.stop), self.card.eos_token_ids, request.text),
+                tenant,
+                request.sampling.get("stop_token_ids", ()),
+            )
             for index, (choice, stream) in enumerate(zip(requests, streams, strict=True))
         ]
         generation = Generation(request.request_id, self.card.name, num_prompt_tokens, choices, tenant)
+        generation.fingerprint = _fingerprint(self.router.schema)
+        if request.return_token_ids:
+            generation.prompts = [choice.token_ids for choice in requests[:: request.n]]
         self._under_way[request.request_id] = generation
         return generation
 
@@ -233,8 +249,16 @@ class Generator:
         return True
 
 
+@functools.lru_cache(maxsize=8)
+def _fingerprint(schema: KVSchema | None) -> str:
+    """OpenAI's name for what an answer is made by: another one after another model, KV format or version of Halfmoon."""
+    made_by = package_version().encode() + (schema.fingerprint if schema is not None else b"")
+    return f"fp_{hashlib.blake2b(made_by, digest_size=5).hexdigest()}"
+
+
 class _Choice:
-    def __init__(self, index: int, stream: TokenStream, text: ChoiceText, tenant: Tenant | None) -> None:
+    def __init__(self, index: int, stream: TokenStream, text: ChoiceText, tenant: Tenant | None, own_stops: Collection[int]) -> None:
+        self._own_stops = own_stops
         self._tenant = tenant
         self.index = index
         self.stream = stream
@@ -277,7 +301,9 @@ class _Choice:
             num_cached_tokens=finished.usage.num_cached_tokens,
         )
         reason = finished.reason if self._text.matched_stop is None else common_pb2.FINISH_REASON_STOP
-        return ChoiceEnd(self.index, reason, self._text.matched_stop, finished.phases, usage)
+        stop_reason = self._text.stop_reason(self._own_stops) if reason == common_pb2.FINISH_REASON_STOP else None
+        matched_stop = stop_reason if isinstance(stop_reason, str) else None
+        return ChoiceEnd(self.index, reason, matched_stop, stop_reason, finished.phases, usage)
 
 
 def _together(events: list[TokenEvent]) -> list[TokenEvent]:

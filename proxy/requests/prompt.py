@@ -16,6 +16,7 @@ from ...protocol.v1 import common_pb2, worker_pb2
 from ..members.cluster import Cluster
 
 PART_TOKENS = 2**14  # a millisecond or two
+MAX_ROOTS = 1024
 _LENGTH_DELIMITED = 2  # protobuf's wire type of a message
 
 
@@ -35,7 +36,7 @@ class PromptEncoder:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._rooted: KVSchema | None = None  # whose root keys are
-        self._roots: dict[bytes, BlockKey] = {}  # by salt, of the tenants, who are few
+        self._roots: dict[bytes, BlockKey] = {}  # by salt: of tenants, and of requests with a salt of their own
 
     def encode(self, token_ids: Sequence[int], salt: bytes = b"") -> Prompt:
         """In one go. Raises NoWorker."""
@@ -94,6 +95,8 @@ class PromptEncoder:
         root = self._roots.get(salt)
         if root is None:
             assert self._rooted is not None
+            if len(self._roots) >= MAX_ROOTS:
+                self._roots.clear()
             root = self._roots[salt] = root_key(self._rooted.fingerprint, salt=salt)
         return root
 

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, cast
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
 
 from ...protocol.errors import CheckpointError, InvalidRequest
+from .folder import NAMES
 
 
 class ChatMessage(NamedTuple):
@@ -74,32 +76,102 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     return environment
 
 
+class ChatOptions(NamedTuple):
+    """What a request says of how its chat is rendered.
+
+    add_generation_prompt: the prompt ends where the assistant begins.
+    continue_final_message: the prompt ends inside the last message, which the answer continues.
+    variables: of the template's own, such as enable_thinking.
+    """
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    variables: Mapping[str, Any] = {}
+
+
+PLAIN = ChatOptions()
+_END_MARK = "\U000f0002 "  # for private use: stands where a final message ends that is to be continued; a template may trim its blank
+OURS = frozenset(("messages", "tools", "documents", "add_generation_prompt"))
+"""Variables of every template, which a request has fields for."""
+
+
 class ChatTemplate:
-    """Raises CheckpointError if the source does not parse.
+    """Raises CheckpointError if the source does not parse, or names a special token of which the folder says nothing.
 
     Args:
         special_tokens: "bos_token" -> "<s>" …, visible to the template.
+        absent: names of special tokens that the folder says it has not.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, Any]) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, Any], absent: Collection[str] = ()) -> None:
         self._special_tokens = dict(special_tokens)
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            tree = environment.parse(source)
+            self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(f"the chat template does not parse: line {error.lineno}: {error.message}") from error
+        _require_named(tree, {*special_tokens, *absent})
+        self.literals = "".join(_literals(tree))
+        """All text that the template itself can write."""
 
-    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> str:
+    def render(self, messages: Sequence[ChatMessage], options: ChatOptions = PLAIN) -> str:
         """Raises InvalidRequest if the template refuses the messages, for instance the order of their roles."""
+        turns = [message._asdict() for message in messages]
+        if options.continue_final_message and turns:
+            turns[-1]["content"] += _END_MARK
         try:
-            return self._template.render(
-                messages=[message._asdict() for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
+            text = self._template.render(
+                {
+                    **self._special_tokens,
+                    **options.variables,
+                    "messages": turns,
+                    "tools": None,
+                    "documents": None,
+                    "add_generation_prompt": options.add_generation_prompt,
+                }
             )
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"the model's chat template refuses these messages: {error.message}", param="messages") from error
-        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             # the template's code failed on these messages; it belongs to the checkpoint
             raise InvalidRequest(f"the model's chat template fails on these messages: {error}", param="messages") from error
+        return _continued(text, messages) if options.continue_final_message else text
+
+
+def _continued(text: str, messages: Sequence[ChatMessage]) -> str:
+    """The text up to the end of the last message. Where the template trims messages, this one's last blanks are gone, too."""
+    mark = _END_MARK.strip()
+    before, found, after = text.rpartition(mark)
+    if not found or messages[-1].content.strip() not in before:
+        raise InvalidRequest(
+            "the model's chat template does not write the last message as it is, so that it cannot be continued",
+            param="continue_final_message",
+        )
+    return before if after.startswith(_END_MARK.removeprefix(mark)) else before.rstrip()
+
+
+def _literals(tree: jinja2.nodes.Template) -> Iterator[str]:
+    for node in tree.find_all((jinja2.nodes.TemplateData, jinja2.nodes.Const)):
+        text = node.data if isinstance(node, jinja2.nodes.TemplateData) else cast(jinja2.nodes.Const, node).value
+        if isinstance(text, str):
+            yield text
+
+
+def _require_named(tree: jinja2.nodes.Template, known: Collection[str]) -> None:
+    """Jinja renders an unknown name as nothing, and the model would miss its BOS without a word. A name that is tested may be unknown."""
+    tested = {name.name for test in tree.find_all((jinja2.nodes.Test, jinja2.nodes.If, jinja2.nodes.CondExpr)) for name in _of(test)}
+    unknown = sorted(
+        name for name in jinja2.meta.find_undeclared_variables(tree) if name in NAMES and name not in known and name not in tested
+    )
+    if unknown:
+        raise CheckpointError(
+            f"the chat template names {unknown[0]}, of which neither tokenizer_config.json nor special_tokens_map.json says anything; "
+            f"give {unknown[0]} there, or null where the model has none"
+        )
+
+
+def _of(test: jinja2.nodes.Node) -> Iterator[jinja2.nodes.Name]:
+    """The names that a test asks about."""
+    condition = test if isinstance(test, jinja2.nodes.Test) else cast(jinja2.nodes.If, test).test
+    return condition.find_all(jinja2.nodes.Name)

@@ -35,16 +35,18 @@ class Detokenizer(Protocol):
         ...
 
 
-def create_detokenizer(tokenizer: Tokenizer, context: Sequence[int] = ()) -> Detokenizer:
+def create_detokenizer(tokenizer: Tokenizer, context: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
     """context: the prompt's token ids. With them, a word that continues the prompt keeps its leading space."""
-    return ByteDetokenizer(tokenizer) if tokenizer.is_byte_level else WindowDetokenizer(tokenizer, context)
+    if tokenizer.is_byte_level:
+        return ByteDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+    return WindowDetokenizer(tokenizer, context, skip_special_tokens=skip_special_tokens)
 
 
 class ByteDetokenizer:
     """For decoders that only join bytes. It needs no context: if the prompt ends inside a character, the answer is decoded by itself."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._bytes_of = tokenizer.decoded_bytes
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._bytes_of = tokenizer.decoded_bytes if skip_special_tokens else tokenizer.token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
@@ -57,19 +59,20 @@ class ByteDetokenizer:
 class WindowDetokenizer:
     """For any decoder. A token costs two decodes of a few tokens, however many came before."""
 
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
         self._token_ids = list(context[-_CONTEXT_TOKENS:])
-        if tokenizer.decode(self._token_ids).endswith(_UNFINISHED):
+        if self._decode().endswith(_UNFINISHED):
             self._token_ids = []  # the prompt ends inside a character: the answer is decoded by itself
         self._read = len(self._token_ids)  # text of the tokens before this index was returned; the window starts at 0
-        self._known = tokenizer.decode(self._token_ids)
+        self._known = self._decode()
 
     def push(self, token_id: int) -> str:
-        if self._tokenizer.is_silent(token_id):
+        if self._skip and self._tokenizer.is_silent(token_id):
             return ""
         self._token_ids.append(token_id)
-        text = self._tokenizer.decode(self._token_ids)
+        text = self._decode()
         impatient = len(self._token_ids) - self._read > _PATIENCE
         whole = not text.endswith(_UNFINISHED) or (impatient and self._tokenizer.byte_fallback)
         stable = text if whole else self._stable_part(text)
@@ -77,7 +80,7 @@ class WindowDetokenizer:
         if whole and new:
             self._token_ids = self._token_ids[self._read :]
             self._read = len(self._token_ids)
-            self._known = self._tokenizer.decode(self._token_ids)
+            self._known = self._decode()
         elif new:
             self._known = stable
         if impatient and not whole:
@@ -92,7 +95,7 @@ class WindowDetokenizer:
         """
         self._token_ids = self._token_ids[-_PENDING_TOKENS:]
         self._read = 0
-        self._known = self._tokenizer.decode(self._token_ids).removesuffix(_UNFINISHED)
+        self._known = self._decode().removesuffix(_UNFINISHED)
 
     def _stable_part(self, text: str) -> str:
         """The part of text that no later token can change. The last character of text is unfinished."""
@@ -100,18 +103,22 @@ class WindowDetokenizer:
         return self._known if self._tokenizer.byte_fallback else text.removesuffix(_UNFINISHED)
 
     def finish(self) -> str:
-        text = self._tokenizer.decode(self._token_ids)
+        text = self._decode()
         new, self._known = text[len(self._known) :], text
         return new
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._token_ids, skip_special_tokens=self._skip)
 
 
 class StopStrings:
     """Finds the stop string that is complete first, however the text is cut. If two end together, the longer one wins.
 
-    Text is returned as soon as no stop string can begin in it.
+    Text is returned as soon as no stop string can begin in it. include: the one that is found is returned, too.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        self._include = include
         self._stops = tuple(dict.fromkeys(stop for stop in stops if stop))
         self._longest = max(map(len, self._stops), default=0)
         self._held = ""
@@ -127,8 +134,8 @@ class StopStrings:
         self._held += text
         ends = [(start + len(stop), start, stop) for stop in self._stops if (start := self._find(stop)) >= 0]
         if ends:
-            _, start, self.matched = min(ends)
-            out, self._held = self._held[:start], ""
+            end, start, self.matched = min(ends)
+            out, self._held = self._held[: end if self._include else start], ""
             return out
         out, self._held = self._split(self._held)
         self._num_exempt = max(self._num_exempt - len(out), 0)

@@ -2,7 +2,7 @@
 
 tokenizer.json         the vocabulary, the pre-tokenizer, the decoder, the tokens before a prompt (BOS; add_bos_token of
                        tokenizer_config.json is not read, as in transformers 5)
-tokenizer_config.json  special tokens by name, chat_template (or chat_template.jinja beside it, which wins)
+other files            special tokens by name, tokens added to the vocabulary, chat templates: proxy/text/folder.py
 """
 
 from __future__ import annotations
@@ -10,30 +10,40 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
 
 from tokenizers import Tokenizer as RustTokenizer
 
+from ...protocol.config import SpecialInText
 from ...protocol.errors import CheckpointError, InvalidRequest
-from .chat_template import ChatMessage, ChatTemplate
+from .chat_template import PLAIN, ChatMessage, ChatOptions, ChatTemplate
+from .control_tokens import ControlTokens
+from .folder import read_special_tokens, read_templates
 
 INLINE_CHARS = 4096  # about a millisecond of encoding; a longer text goes to a thread
 INLINE_TOKENS = 4096  # about a millisecond of decoding
 _TURN_CHARS = 64  # rendering a turn costs as much as so many characters of text
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
     """Thread-safe. Only the library's batch calls release the interpreter's lock, so long texts go through them, in a thread."""
 
-    def __init__(self, backend: RustTokenizer, *, special_tokens: dict[str, Any], chat_template: ChatTemplate | None) -> None:
+    def __init__(
+        self,
+        backend: RustTokenizer,
+        *,
+        special_tokens: dict[str, str],
+        chat_templates: Mapping[str, ChatTemplate],
+        special_in_text: SpecialInText = "parsed",
+    ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self.special_tokens = special_tokens
-        self.chat_template = chat_template
+        """Names to texts."""
+        self.chat_templates = chat_templates
+        self._bos_token_id = backend.token_to_id(special_tokens.get("bos_token", ""))
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         decoder = backend.decoder.__getstate__() if backend.decoder is not None else b""
         self._byte_level = b'"ByteLevel"' in decoder
@@ -46,9 +56,10 @@ class Tokenizer:
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
         self.max_token_chars = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
         """Characters of the longest token. In byte-level tokenizers each byte is a character."""
+        self._control_tokens = self._literal_tokens() if special_in_text == "literal" else None
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Tokenizer:
+    def from_folder(cls, folder: Path, special_in_text: SpecialInText = "parsed") -> Tokenizer:
         """Raises CheckpointError, in one line, for a file that is missing or does not parse."""
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -57,15 +68,28 @@ class Tokenizer:
             backend = RustTokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception, nothing narrower
             raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
-        settings = read_json(folder / "tokenizer_config.json")
-        special_tokens = _special_tokens(settings)
-        source = _template_source(folder, settings)
-        template = None if source is None else ChatTemplate(source, special_tokens)
-        return cls(backend, special_tokens=special_tokens, chat_template=template)
+        added = [token.content for token in backend.get_added_tokens_decoder().values()]
+        special = read_special_tokens(folder, backend.get_vocab(with_added_tokens=True), added)
+        backend.add_tokens(special.added)  # pyright: ignore[reportUnknownMemberType] - the library's own list of anything
+        templates = {name: ChatTemplate(source, special.names, special.absent) for name, source in read_templates(folder).items()}
+        return cls(backend, special_tokens=special.names, chat_templates=templates, special_in_text=special_in_text)
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """The one for chats without tools. None: the model takes no chats."""
+        return self.chat_templates.get("default")
+
+    def special_token_id(self, text: str) -> int | None:
+        """None: the text is not exactly a special token's."""
+        token_id = self._backend.token_to_id(text)
+        return token_id if token_id in self._special else None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """add_special_tokens: what the model expects around a plain prompt; a rendered chat holds its own."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """add_special_tokens: what the model expects around a plain prompt; a rendered chat holds its own.
+
+        A prompt that begins with the BOS that the model expects before it is not given another.
+        """
+        return self._with_one_bos(self._backend.encode(text, add_special_tokens=add_special_tokens).ids, add_special_tokens)
 
     async def encode_aside(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """As encode; a long text in a thread, so that the event loop goes on."""
@@ -79,9 +103,13 @@ class Tokenizer:
 
         def encode_batch() -> list[list[int]]:
             found = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-            return [encoding.ids for encoding in found]
+            return [self._with_one_bos(encoding.ids, add_special_tokens) for encoding in found]
 
         return await asyncio.to_thread(encode_batch)
+
+    def _with_one_bos(self, token_ids: list[int], added: bool) -> list[int]:
+        bos = self._bos_token_id
+        return token_ids[1:] if added and bos is not None and token_ids[:2] == [bos, bos] else token_ids
 
     async def decode_aside(self, token_ids: Sequence[int]) -> str:
         """As decode, but many tokens are decoded in a thread."""
@@ -105,17 +133,43 @@ class Tokenizer:
         """True if decode leaves it out: a special token, or an unknown id."""
         return token_id in self._special or not self._backend.id_to_token(token_id)
 
-    async def render_chat_aside(self, messages: Sequence[ChatMessage]) -> str:
-        """As render_chat, but a long chat is rendered in a thread."""
+    async def encode_chat_aside(self, messages: Sequence[ChatMessage], options: ChatOptions = PLAIN) -> list[int]:
+        """As encode_chat, but a long chat is rendered and encoded in a thread."""
         if len(messages) * _TURN_CHARS + sum(len(message.content) for message in messages) <= INLINE_CHARS:
-            return self.render_chat(messages)
-        return await asyncio.to_thread(self.render_chat, messages)
+            return self.encode_chat(messages, options)
+        return await asyncio.to_thread(self.encode_chat, messages, options)
 
-    def render_chat(self, messages: Sequence[ChatMessage]) -> str:
-        """The prompt of a chat, up to where the assistant begins. Raises InvalidRequest without a template."""
-        if self.chat_template is None:
-            raise InvalidRequest("this model has no chat template; send a prompt instead of messages", param="messages")
-        return self.chat_template.render(messages)
+    def encode_chat(self, messages: Sequence[ChatMessage], options: ChatOptions = PLAIN) -> list[int]:
+        """A chat's prompt. Raises InvalidRequest without a template, and as the template does."""
+        if self._control_tokens is not None:
+            mark = self._control_tokens.mark
+            messages = [message._replace(content=mark(message.content)) for message in messages]
+            options = options._replace(variables=mark(dict(options.variables)))
+        text = self.render_chat(messages, options)
+        if self._control_tokens is not None and self._control_tokens.has_marks(text):
+            return self._control_tokens.encode(text, self._encode_parts)
+        (token_ids,) = self._encode_parts([text])
+        return token_ids
+
+    def _encode_parts(self, texts: list[str]) -> list[list[int]]:
+        """Of chats. A batch call lets other threads go on, and costs a short text more."""
+        if sum(map(len, texts)) <= INLINE_CHARS:
+            return [self.encode(text, add_special_tokens=False) for text in texts]
+        return [found.ids for found in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def render_chat(self, messages: Sequence[ChatMessage], options: ChatOptions = PLAIN) -> str:
+        """The text of a chat's prompt. Raises InvalidRequest without a template, and for half a surrogate pair."""
+        template = self.chat_template
+        if template is None:
+            named = f"; it has {', '.join(sorted(self.chat_templates))}" if self.chat_templates else ""
+            raise InvalidRequest(f"this model has no chat template{named}; send a prompt instead of messages", param="messages")
+        return require_unicode(template.render(messages, options), "messages")
+
+    def _literal_tokens(self) -> ControlTokens:
+        """The special tokens, and all others that were added and that a template writes. Blanks are text."""
+        written = "".join(template.literals for template in self.chat_templates.values())
+        texts = [text for token_id, text in self._added.items() if token_id in self._special or (text in written and not text.isspace())]
+        return ControlTokens(texts, RustTokenizer.from_str(self._backend.to_str()))
 
     def token_text(self, token_id: int) -> str:
         """The text of one token by itself; "�" stands for bytes that are only part of a character."""
@@ -135,6 +189,17 @@ class Tokenizer:
         return piece.replace("▁", " ").encode()
 
 
+def require_unicode(text: str, param: str) -> str:
+    """The text itself. Raises InvalidRequest for half a surrogate pair, which JSON can spell and Unicode cannot encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{param} has half a surrogate pair at character {error.start}, which is no Unicode text", param=param
+        ) from error
+    return text
+
+
 def _piece_bytes(piece: str) -> bytes:
     """The bytes that a byte-level piece stands for. A piece with any other character, as some added tokens have, is its own UTF-8."""
     byte_of_char = _byte_of_char()
@@ -147,37 +212,3 @@ def _byte_of_char() -> dict[str, int]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The file's object, or {} if there is no such file. Raises CheckpointError if it holds anything else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds a {type(found).__name__}; it must hold an object")
-    return cast(dict[str, Any], found)
-
-
-def _special_tokens(settings: dict[str, Any]) -> dict[str, Any]:
-    """ "bos_token" -> its text; a token is a string or an object with its content."""
-    found: dict[str, Any] = {}
-    for name in _SPECIAL_NAMES:
-        token = settings.get(name)
-        text: Any = cast(dict[str, Any], token).get("content") if isinstance(token, dict) else token
-        if isinstance(text, str):
-            found[name] = text
-    return found
-
-
-def _template_source(folder: Path, settings: dict[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    inline: str | list[dict[str, str]] | None = settings.get("chat_template")
-    if isinstance(inline, list):  # several, by name
-        return {entry["name"]: entry["template"] for entry in inline}.get("default")
-    return inline

@@ -266,7 +266,7 @@ def test_no_cluster_is_one_line_and_exit_code_1(command: list[str], monkeypatch:
 def test_a_refused_request_is_one_line_and_exit_code_1(face: Any) -> None:
     result = run("generate", "x" * 3000, "--address", face.grpc)
     assert result.exit_code == 1 and result.stdout == ""
-    assert re.fullmatch(r"halfmoon: the prompt has \d+ tokens; this model takes 512 .*\n", result.stderr)
+    assert re.fullmatch(r"halfmoon: This model.s maximum context length is 512 tokens .* has \d+ tokens .*\n", result.stderr)
 
 
 def test_status_once_is_a_table_of_members_and_latencies(face: Any) -> None:
@@ -347,7 +347,7 @@ def test_chat_remembers_the_turns_and_puts_a_document_before_the_next(face: Any,
 
 def test_a_turn_that_fails_is_taken_back_and_the_chat_goes_on(face: Any) -> None:
     result = run("chat", "--address", face.grpc, text=f"{'x' * 3000}\nshort\n")
-    assert result.exit_code == 0 and "this model takes 512" in result.stderr and ANSWER in result.stdout
+    assert result.exit_code == 0 and "context length is 512" in result.stderr and ANSWER in result.stdout
     assert len(face.workers.requests) == 1
 
 

@@ -24,6 +24,8 @@ VARIANT_NAMES = [
     "qwen25_tied",
     "qwen3",
     "qwen3_window",
+    "rope_dynamic",
+    "rope_yarn",
 ]
 
 

@@ -72,6 +72,17 @@ def test_rope_without_scaling_and_with_linear_scaling(read):
     assert read(rope_scaling={"type": "linear", "factor": 2}).rope_scaling == RopeScaling("linear", 2.0)
 
 
+def test_yarn_is_made_for_its_factor_times_the_length_of_training(read):
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    assert read(rope_scaling=yarn, max_position_embeddings=32).max_position_embeddings == 128
+    assert read(rope_scaling=yarn, max_position_embeddings=256).max_position_embeddings == 256
+
+
+def test_dynamic_scaling_begins_where_serving_ends(read):
+    config = read(rope_scaling={"rope_type": "dynamic", "factor": 4.0}, max_position_embeddings=32)
+    assert config.rope_scaling is None and config.max_position_embeddings == 32
+
+
 def test_sliding_windows_follow_transformers_rules(read):
     qwen = {"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 2, "sliding_window": 20}
     assert read(**qwen).layer_windows == (0, 0, 0)
@@ -115,7 +126,7 @@ def test_dtype_is_read_under_its_new_and_its_old_name(read):
         ({"architectures": ["GPT2LMHeadModel"]}, "is of GPT2LMHeadModel; supported are LlamaForCausalLM, Mistral"),
         ({"architectures": "absent", "model_type": "gpt2"}, "model_type 'gpt2' and no architectures; supported are"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'; supported are"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type is 'longrope'; supported are"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "part of the head"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantized \(gptq\)"),
         ({"torch_dtype": "float64"}, "dtype is 'float64'; supported are float32"),

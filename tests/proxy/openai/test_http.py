@@ -261,7 +261,7 @@ def test_the_model_is_listed_and_found_by_name(openai_client: openai.OpenAI) -> 
     (model,) = openai_client.models.list().data
     assert (model.id, model.object, model.owned_by) == ("chatty", "model", "halfmoon")
     assert openai_client.models.retrieve("chatty") == model
-    with pytest.raises(openai.NotFoundError, match="'other' is not served; 'chatty' is"):
+    with pytest.raises(openai.NotFoundError, match="'other' does not exist; 'chatty' is served"):
         openai_client.models.retrieve("other")
 
 

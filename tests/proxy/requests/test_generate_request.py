@@ -12,7 +12,7 @@ from halfmoon.protocol.errors import CheckpointError, InvalidRequest, PromptTooL
 from halfmoon.protocol.sampling import MAX_SEED
 from halfmoon.proxy.model_card import ModelCard
 from halfmoon.proxy.request import ProxyRequest
-from halfmoon.proxy.requests.generate_request import GenerateRequest, RequestBuilder
+from halfmoon.proxy.requests.generate_request import GenerateRequest, RequestBuilder, salted
 from halfmoon.proxy.text.chat_template import ChatMessage
 from halfmoon.proxy.text.tokenizer import Tokenizer
 
@@ -67,9 +67,9 @@ async def test_the_limit_itself_is_allowed(builder: RequestBuilder) -> None:
 @pytest.mark.parametrize(
     ("ask", "error", "param", "message"),
     [
-        ({"prompts": [[7] * 512]}, PromptTooLong, "prompt", "512 tokens; this model takes 512"),
-        ({"prompts": [[7] * 500], "max_tokens": 13}, InvalidRequest, "max_tokens", "may be 12"),
-        ({"prompts": [], "messages": [ChatMessage("user", "日" * 600)]}, PromptTooLong, "messages", "takes 512"),
+        ({"prompts": [[7] * 512]}, PromptTooLong, "prompt", "512 tokens and may have 511"),
+        ({"prompts": [[7] * 500], "max_tokens": 13}, PromptTooLong, "max_tokens", "may be 12"),
+        ({"prompts": [], "messages": [ChatMessage("user", "日" * 600)]}, PromptTooLong, "messages", "length is 512"),
         ({"model": "other"}, UnknownModel, "model", "'chatty' is"),
         ({"prompts": [[2**32]]}, InvalidRequest, "prompt", "token id 4294967296"),
         ({"timeout_s": float("nan")}, InvalidRequest, "timeout_s", "nan"),
@@ -84,7 +84,7 @@ async def test_the_limit_itself_is_allowed(builder: RequestBuilder) -> None:
         ({"timeout_s": 604801.0}, InvalidRequest, "timeout_s", r"604801\.0; it must be .* at most 604800 \(7 days\)"),
         ({"timeout_s": 1e18}, InvalidRequest, "timeout_s", "7 days"),
         ({"timeout_s": float("inf")}, InvalidRequest, "timeout_s", "7 days"),
-        ({"prompts": ["a"] * 65, "n": 2}, InvalidRequest, "prompt", "65 prompts with n 2 are 130 choices; a request may have 128"),
+        ({"prompts": ["a"] * 65, "n": 32}, InvalidRequest, "prompt", "65 prompts with n 32 are 2080 choices; a request may have 2048"),
         ({"n": 129}, InvalidRequest, "n", "at most 128"),
     ],
 )
@@ -109,10 +109,10 @@ async def test_a_text_that_no_prompt_can_be_is_refused_before_it_is_tokenised(
         return await encode(self, texts, **options)
 
     monkeypatch.setattr(Tokenizer, "encode_all_aside", seen)
-    with pytest.raises(PromptTooLong, match=f"the prompt has 1000000 characters; .* at most {limit} characters"):
+    with pytest.raises(PromptTooLong, match=f"at most {limit} characters; the prompt has 1000000 characters"):
         await build(builder, **ask)
     assert encoded == []
-    with pytest.raises(PromptTooLong, match="tokens; this model takes 512"):
+    with pytest.raises(PromptTooLong, match="tokens and may have 511"):
         await build(builder, prompts=["b" * limit])  # as long as the limit: its tokens decide
     assert encoded == ["b" * limit]
 
@@ -130,11 +130,24 @@ def test_the_card_names_the_model_after_its_folder_or_the_option(chat_model_fold
     assert (card.name, card.max_model_len) == ("mine", 100)
 
 
-def test_generation_config_names_the_tokens_that_end_a_turn(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"vocab_size": 9, "max_position_embeddings": 8, "eos_token_id": 1}')
-    assert ModelCard.from_folder(tmp_path, ModelOptions(), "float32").eos_token_ids == {1}
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
-    assert ModelCard.from_folder(tmp_path, ModelOptions(), "float32").eos_token_ids == {2, 3}
+async def test_a_stop_string_that_is_a_special_token_stops_at_the_token(builder: RequestBuilder, chat_tokenizer: Tokenizer) -> None:
+    (request,) = await build(builder, stop=["<|im_end|>", "fox", "<|im_end|>!"], sampling={"stop_token_ids": (9,)})
+    assert request.sampling.stop_token_ids == (9, chat_tokenizer.special_token_id("<|im_end|>"))
+
+
+async def test_requests_end_at_eos_tokens_that_workers_do_not_know_unless_they_ignore_eos(
+    chat_model_folder: Path, chat_tokenizer: Tokenizer
+) -> None:
+    card = ModelCard("m", 512, 400, frozenset({1, 3}), "float32", other_eos_token_ids=frozenset({3}))
+    builder = RequestBuilder(chat_tokenizer, card, 60.0)
+    assert (await build(builder))[0].sampling.stop_token_ids == (3,)
+    assert (await build(builder, sampling={"ignore_eos": True, "stop_token_ids": (5,)}))[0].sampling.stop_token_ids == (5,)
+
+
+async def test_a_request_is_sampled_as_the_model_recommends_but_for_what_it_says_itself(chat_tokenizer: Tokenizer) -> None:
+    card = ModelCard("m", 512, 400, frozenset({1}), "float32", sampling={"temperature": 0.7, "top_k": 20})
+    (request,) = await build(RequestBuilder(chat_tokenizer, card, 60.0), sampling={"top_k": 0})
+    assert (request.sampling.temperature, request.sampling.top_k, request.sampling.top_p) == (0.7, 0, 1.0)
 
 
 @pytest.mark.parametrize("content", [None, "{}", '{"vocab_size": "many", "max_position_embeddings": 4}'])
@@ -143,3 +156,8 @@ def test_a_folder_without_limits_is_refused(content: str | None, tmp_path: Path)
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         ModelCard.from_folder(tmp_path, ModelOptions(), "float32")
+
+
+def test_two_tenants_with_one_cache_salt_share_no_prefix() -> None:
+    salts = [salted(tenant, cache_salt) for tenant in (b"", b"a" * 32, b"b" * 32) for cache_salt in ("", "x")]
+    assert len(set(salts)) == 6 and salts[0] == b""

@@ -66,7 +66,7 @@ def sentencepiece() -> Tokenizer:
     words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁Once", "▁upon", "▁a", "time", "▁"]
     backend = RustTokenizer(models.BPE({word: index for index, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True))
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    return Tokenizer(backend, special_tokens={}, chat_template=None)
+    return Tokenizer(backend, special_tokens={}, chat_templates={})
 
 
 def test_byte_fallback_gives_whole_characters(sentencepiece: Tokenizer) -> None:
@@ -101,7 +101,7 @@ def byte_pieces(request: pytest.FixtureRequest) -> Tokenizer:
     backend.decoder = decoders.ByteLevel() if request.param == "bytes" else decoders.Sequence([decoders.ByteLevel()])
     backend.add_tokens(["é", "a b"])  # an added token's characters are read as bytes where they stand for some
     backend.add_special_tokens(["<|end|>"])
-    return Tokenizer(backend, special_tokens={}, chat_template=None)
+    return Tokenizer(backend, special_tokens={}, chat_templates={})
 
 
 LONE_BYTE, SPLIT_CHARACTERS, SPECIAL = [0xF0], [256], [267]

@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from halfmoon.protocol.errors import CheckpointError, InvalidRequest
-from halfmoon.proxy.text.chat_template import ChatMessage, ChatTemplate
+from halfmoon.proxy.text.chat_template import ChatMessage, ChatOptions, ChatTemplate
 from halfmoon.proxy.text.tokenizer import INLINE_CHARS, Tokenizer
 
 TEXTS = [
@@ -98,7 +98,7 @@ def test_the_models_chat_template_renders_as_in_transformers(messages: list[Chat
 def test_awkward_templates_render_as_in_transformers(
     source: str, messages: list[ChatMessage], add_generation_prompt: bool, chat_tokenizer: Tokenizer, reference
 ) -> None:
-    ours = ChatTemplate(source, chat_tokenizer.special_tokens).render(messages, add_generation_prompt=add_generation_prompt)
+    ours = ChatTemplate(source, chat_tokenizer.special_tokens).render(messages, ChatOptions(add_generation_prompt))
     plain = [message._asdict() for message in messages]
     assert ours == reference.apply_chat_template(plain, chat_template=source, tokenize=False, add_generation_prompt=add_generation_prompt)
 

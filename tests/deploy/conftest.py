@@ -34,6 +34,13 @@ def model_folder() -> Path:
     return DEMO_FOLDER
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _ray_knows_its_token() -> None:
+    """Ray fixes at its import whether a process brings a token, and whoever imports it first here may be a test without a cluster."""
+    with ray_environment():
+        import ray  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
+
 class SharedRay:
     """One Ray of two nodes on this machine for all of the folder's tests: starting one takes longer than most of them."""
 

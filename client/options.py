@@ -25,7 +25,7 @@ class Options(TypedDict, total=False):
     """All optional; what is left out takes the server's default, which is that of OpenAI's API.
 
     ttft_slo_s, tpot_slo_s: to be served within, to the first token and between two; an admission refuses what it predicts to take longer.
-    response_format: what the text has to match: OpenAI's {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": ...}},
+    response_format: what the text has to match: {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": ...}},
         or {"type": "regex", "regex": ...}, {"type": "ebnf", "ebnf": ...}, {"type": "choice", "choice": [...]}.
     timeout_s: above 0 and at most MAX_TIMEOUT_S; math.inf: no deadline but the proxy's longest, which is the same 7 days.
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ class Grammars:
         if compiled is None:
             compiled = asyncio.get_running_loop().run_in_executor(self._thread, self._compile, params.grammar)
             self._compiled[params.grammar] = compiled
-            compiled.add_done_callback(lambda done: self._keep(params.grammar, done))
+            compiled.add_done_callback(partial(self._keep, params.grammar))
         else:
             self._compiled.move_to_end(params.grammar)
         found = await asyncio.shield(compiled)  # others may wait for it, too
@@ -79,9 +80,9 @@ class Grammars:
             self._compiler = GrammarCompiler.from_folder(self._folder, self._vocab_size, self._eos_token_ids)
         return self._compiler
 
-    def _keep(self, grammar: Grammar | None, done: asyncio.Future[Any]) -> None:
-        if grammar is None or done.cancelled() or done.exception() is not None:
-            self._compiled.pop(grammar, None)  # pyright: ignore[reportArgumentType] - None is no key of it
+    def _keep(self, grammar: Grammar, done: asyncio.Future[Any]) -> None:
+        if not _is_there(done):
+            self._compiled.pop(grammar, None)
             return
         sizes = {one: kept.result().memory_size_bytes for one, kept in self._compiled.items() if _is_there(kept)}
         total = sum(sizes.values())

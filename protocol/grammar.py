@@ -28,7 +28,7 @@ class Grammar:
 
     Attributes:
         kind: of KINDS.
-        text: a regular expression or a grammar in EBNF; JSON of the schema, of the list of choices or of the structural tag; json_object: "".
+        text: a regular expression or a grammar in EBNF; JSON of a schema, a list of choices or a structural tag; json_object: "".
     """
 
     kind: str

@@ -16,7 +16,8 @@ NOT_ENFORCED = (
     *("$dynamicRef", "$recursiveRef", "$anchor", "contentMediaType", "contentEncoding", "contentSchema"),
 )
 ANNOTATIONS = frozenset(
-    "title description default examples example deprecated readOnly writeOnly $schema $id $comment $defs definitions discriminator nullable".split()
+    "title description default examples example deprecated readOnly writeOnly".split()
+    + "$schema $id $comment $defs definitions discriminator".split()
 )
 """They narrow nothing, and may stand beside anything."""
 COMBINING = ("$ref", "anyOf", "oneOf", "allOf")

@@ -1,4 +1,4 @@
-"""JSON schemas in the kinds of public suites: types, bounds, enums, objects, arrays, unions, references, formats, patterns, what pydantic writes."""
+"""JSON schemas in the kinds of public suites: types, bounds, fixed values, patterns, objects, arrays, unions, references."""
 
 from __future__ import annotations
 
@@ -96,10 +96,26 @@ SCHEMAS: dict[str, Schema] = {
     },
     "tree that refers to its root": {"type": "object", "properties": {"c": listing({"$ref": "#"}, maxItems=2)}, "required": ["c"]},
     # as applications ask
-    "contact": thing("name email", name=SHORT, email={"type": "string", "pattern": "^[a-z]{1,6}@[a-z]{1,6}\\.com$"}, age={"type": "integer", "minimum": 0, "maximum": 150}),
+    "contact": thing(
+        "name email",
+        name=SHORT,
+        email={"type": "string", "pattern": "^[a-z]{1,6}@[a-z]{1,6}\\.com$"},
+        age={"type": "integer", "minimum": 0, "maximum": 150},
+    ),
     "weather call": thing("location unit", location=SHORT, unit={"type": "string", "enum": ["celsius", "fahrenheit"]}),
-    "sentiment": thing("label score", label={"enum": ["positive", "negative", "neutral"]}, score={"type": "number", "minimum": 0, "maximum": 1}),
-    "steps": thing("steps answer", steps=listing(thing("explanation output", explanation=SHORT, output=SHORT), minItems=1, maxItems=2), answer=SHORT),
+    "sentiment": thing(
+        "label score", label={"enum": ["positive", "negative", "neutral"]}, score={"type": "number", "minimum": 0, "maximum": 1}
+    ),
+    "steps": thing(
+        "steps answer", steps=listing(thing("explanation output", explanation=SHORT, output=SHORT), minItems=1, maxItems=2), answer=SHORT
+    ),
     "event": thing("title days", title=SHORT, days=listing({"enum": ["mon", "tue", "wed"]}, minItems=1, maxItems=3), remote=FLAG),
-    "invoice": thing("lines total", lines=listing(thing("sku qty", sku={"type": "string", "pattern": "^[A-Z]\\d{2}$"}, qty={"type": "integer", "minimum": 1, "maximum": 9}), maxItems=2), total=INT),
-}  # fmt: skip
+    "invoice": thing(
+        "lines total",
+        lines=listing(
+            thing("sku qty", sku={"type": "string", "pattern": "^[A-Z]\\d{2}$"}, qty={"type": "integer", "minimum": 1, "maximum": 9}),
+            maxItems=2,
+        ),
+        total=INT,
+    ),
+}

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 from ..protocol.errors import InvalidRequest
+from ..protocol.grammar import grammar_of
 from ..protocol.v1 import inference_pb2
 
 MAX_TIMEOUT_S = 7 * 24 * 3600.0
@@ -24,6 +25,8 @@ class Options(TypedDict, total=False):
     """All optional; what is left out takes the server's default, which is that of OpenAI's API.
 
     ttft_slo_s, tpot_slo_s: to be served within, to the first token and between two; an admission refuses what it predicts to take longer.
+    response_format: what the text has to match: {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": ...}},
+        or {"type": "regex", "regex": ...}, {"type": "ebnf", "ebnf": ...}, {"type": "choice", "choice": [...]}.
     timeout_s: above 0 and at most MAX_TIMEOUT_S; math.inf: no deadline but the proxy's longest, which is the same 7 days.
     """
 
@@ -45,6 +48,7 @@ class Options(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     num_logprobs: int
     n: int
+    response_format: Mapping[str, Any]
     timeout_s: float
     priority: int
     ttft_slo_s: float
@@ -94,6 +98,10 @@ def _set(request: inference_pb2.GenerateRequest, name: str, value: Any) -> None:
         request.stop_token_ids.extend(value)
     elif name == "logit_bias":
         request.logit_bias.update(value)
+    elif name == "response_format":
+        grammar = grammar_of(value)
+        if grammar is not None:
+            request.response_format.kind, request.response_format.text = grammar.kind, grammar.text
     elif name == "timeout_s":
         timeout_s = checked_timeout_s(value)
         request.timeout_s = MAX_TIMEOUT_S if timeout_s is None else timeout_s

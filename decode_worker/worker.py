@@ -140,6 +140,9 @@ class DecodeHalf:
     async def _take_in(self, job: DecodeJob) -> None:
         """From the fetch to the admission."""
         try:
+            job.sequence.grammar = await self._worker.grammars.state_of(job.sequence.sampling)
+            if job.ended:
+                return
             await self._loader.open(job)
             if job.ended:
                 return
@@ -161,6 +164,12 @@ class DecodeHalf:
 
     async def _prefill(self, job: DecodeJob) -> None:
         """For a local prefill: up to the point from which the engine's steps compute the prompt."""
+        try:
+            job.sequence.grammar = await self._worker.grammars.state_of(job.sequence.sampling)
+        except HalfmoonError as error:
+            self._fail(job, error)
+        if job.ended:
+            return
         with self._changed:
             self.scheduler.add(job.sequence)
         self.start_waiting()

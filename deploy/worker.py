@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ..decode_worker.worker import DecodeHalf
 from ..engine.executor import Progress
 from ..engine.local_executor import LocalExecutor
-from ..engine.resolve import resolve_name
+from ..engine.resolve import resolve_folder, resolve_name
 from ..engine.step_budget import StepLimits
 from ..engine.worker import Worker
 from ..engine.worker_life import WorkerAddress
@@ -40,6 +40,7 @@ def make_worker(
         worker_address,
         role=role,
         model_name=resolve_name(options),
+        model_folder=resolve_folder(options),
         load=load,
         transport=config.transport,
         keeps_prefixes=options.prefix_cache_hbm,

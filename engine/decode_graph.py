@@ -45,10 +45,11 @@ def batch_size_for(num_seqs: int, sizes: Seq[int]) -> int | None:
 
 
 def is_plain(chunk: StepChunk) -> bool:
-    """The next token follows from logits and columns alone: no penalty, bias, ban or logprob is asked for."""
+    """The next token follows from logits and columns alone: no penalty, bias, ban, grammar or logprob is asked for."""
     params = chunk.sequence.sampling
     num_output_tokens = chunk.start + chunk.num_tokens - chunk.sequence.num_prompt_tokens
-    return not (params.needs_penalties or params.logit_bias or params.num_logprobs is not None) and num_output_tokens >= params.min_tokens
+    changes = params.needs_penalties or params.logit_bias or params.num_logprobs is not None or params.grammar is not None
+    return not changes and num_output_tokens >= params.min_tokens
 
 
 def can_capture(device: torch.device) -> bool:

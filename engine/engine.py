@@ -29,6 +29,7 @@ from .sampler import TokenSample, sample
 from .sequence import Sequence, StepChunk
 from .staging import Staging
 from .step_graphs import InFlight, StepGraphs
+from .token_masks import TokenMasks
 from .warm_up import warm_up
 from .weights import Progress, dummy_weights, load_weights
 
@@ -139,7 +140,7 @@ class Engine:
         """Starts a step, forward and sample in one, and waits for nothing; steps run in the order of these calls.
 
         None, and nothing begun, where the step's buffers don't hold it, or what it samples is more than a draw from the logits:
-        penalties, bias, logprobs and min_tokens that are not there yet are sample's.
+        penalties, bias, grammars, logprobs and min_tokens that are not there yet are sample's.
 
         Args:
             chunks: one of a single token may begin where its sequence's token_ids end: it then computes the token that the step
@@ -149,17 +150,19 @@ class Engine:
         return None if self._graphs is None else self._graphs.launch(chunks, after_layer)
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> list[TokenSample]:
+    def sample(self, logits: torch.Tensor, sequences: Seq[Sequence], masks: TokenMasks | None = None) -> list[TokenSample]:
         """The next token of each sequence from its row of logits.
 
         The token at output index i of a request is a function of (logits, sampling parameters, tokens so far, i) alone, so
         that a replay on another worker draws the same one. The sequences are not changed.
+
+        masks: of the sequences with a grammar, where they are made already.
         """
         if self._graphs is not None:
             token_ids = self._graphs.tokens(logits, sequences)
             if token_ids is not None:
                 return [TokenSample(token_id, None, []) for token_id in token_ids]
-        return sample(logits, sequences, self.config.eos_token_ids)
+        return sample(logits, sequences, self.config.eos_token_ids, masks)
 
 
 def _device(kind: str, num_threads: int) -> torch.device:

@@ -1,6 +1,6 @@
 """The executor of one process: an Engine, its page cache, and the threads that copy pages in and out.
 
-run:      forward, with after_layer where blocks are pushed ─► sample ─► the device is done
+run:      forward, with after_layer where blocks are pushed ─► sample ─► the device is done      masks of grammars on a thread meanwhile
 launch:   a CUDA graph, where one holds the step
 Whatever they raise: does the device answer? ─► StepFailed, these chunks' matter ─ no: DeviceLost
 """
@@ -19,6 +19,7 @@ from .executor import BlockPush, DeviceLost, ExecutorFacts, InFlightStep, PageTr
 from .model_flops import ModelFlops, peak_flops
 from .page_transfer import LocalPageTransfer, StepPush
 from .sequence import StepChunk
+from .token_masks import MaskMaker
 from .transfer import TransferThread
 
 
@@ -41,6 +42,7 @@ class LocalExecutor:
         )
         self._pages = LocalPageTransfer(engine.cache, TransferThread(f"{name}-transfer", engine.device, on_crash))
         self.pages: PageTransfer = self._pages
+        self._masks = MaskMaker(config.vocab_size, f"{name}-masks")
 
     @classmethod
     def load(
@@ -70,8 +72,9 @@ class LocalExecutor:
         engine, sampled = self.engine, [chunk.sequence for chunk in chunks if chunk.is_last]
         push = self._pages.after_layer(pushes) if pushes else None
         with self._typed(push):
+            masks = self._masks.begin(sampled)
             logits = engine.forward(chunks, after_layer=push)
-            samples = engine.sample(logits, sampled) if sampled else []
+            samples = engine.sample(logits, sampled, None if masks is None else masks.result()) if sampled else []
             if engine.device.type == "cuda":
                 # a page that is freed after the step may be another's at once
                 torch.cuda.current_stream(engine.device).synchronize()
@@ -92,6 +95,7 @@ class LocalExecutor:
 
     def close(self) -> None:
         self.pages.close()
+        self._masks.close()
 
     @contextlib.contextmanager
     def _typed(self, push: StepPush | None) -> Iterator[None]:

@@ -1,8 +1,8 @@
 """From logits and sequences to tokens: what a request asked for, applied to its row.
 
 raw logits ─┬─► log_softmax ─► logprobs
-            └─► penalties ─► logit_bias ─► min_tokens ban ─► kernels.sampling (temperature, filters, draw) ─► token
-                                                                    └─ none: NOT_FINITE, or NOTHING_LEFT where the ban took all
+            └─► penalties ─► logit_bias ─► min_tokens ban ─► grammar ─► kernels.sampling (temperature, filters, draw) ─► token
+                                                                    └─ none: NOT_FINITE, or NOTHING_LEFT where bans took all
 """
 
 from __future__ import annotations
@@ -13,17 +13,24 @@ import numpy as np
 import torch
 
 from ..kernels.sampling import NO_TOKEN, likeliest, sampling
+from ..kernels.token_mask import token_mask
 from ..protocol.sampling import SamplingParams
 from .executor import NOT_FINITE, NOTHING_LEFT, TokenSample
 from .sequence import Sequence
 from .staging import read_back
+from .token_masks import TokenMasks, make_masks
 
 LARGEST = torch.finfo(torch.float32).max
 
 
-def sample(logits: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int]) -> list[TokenSample]:
-    """logits: fp32 [len(sequences), vocab_size], not changed. A row without a token to draw leaves the others as they are."""
-    adjusted = _adjust(logits, sequences, eos_token_ids)
+def sample(
+    logits: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int], masks: TokenMasks | None = None
+) -> list[TokenSample]:
+    """logits: fp32 [len(sequences), vocab_size], not changed. A row without a token to draw leaves the others as they are.
+
+    masks: of the sequences with a grammar. None: they are made here.
+    """
+    adjusted = _adjust(logits, sequences, eos_token_ids, masks)
     params = [sequence.sampling for sequence in sequences]
     if all(one.greedy for one in params):
         tokens = likeliest(adjusted)
@@ -61,11 +68,12 @@ def _draw(logits: torch.Tensor, params: Seq[SamplingParams], indices: list[int])
     )
 
 
-def _adjust(logits: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int]) -> torch.Tensor:
+def _adjust(logits: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int], masks: TokenMasks | None) -> torch.Tensor:
     """A changed copy, or logits itself where no row asks for a change."""
     penalised = [row for row, sequence in enumerate(sequences) if sequence.sampling.needs_penalties]
     added = _additions(sequences, eos_token_ids, logits.shape[1])
-    if not penalised and not added:
+    masked = [row for row, sequence in enumerate(sequences) if sequence.grammar is not None]
+    if not penalised and not added and not masked:
         return logits
     logits = logits.clone()
     if penalised:
@@ -74,7 +82,14 @@ def _adjust(logits: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: froze
         rows, tokens, values = zip(*added, strict=True)
         where = (torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device))
         logits.index_put_(where, torch.tensor(values, dtype=logits.dtype, device=logits.device), accumulate=True)
+    if masked:
+        _mask(logits, masks or make_masks(sequences, masked, -(-logits.shape[1] // 32)))
     return logits
+
+
+def _mask(logits: torch.Tensor, masks: TokenMasks) -> None:
+    device = logits.device
+    token_mask(logits, torch.tensor(masks.rows, device=device), torch.from_numpy(masks.words).to(device))
 
 
 def _additions(sequences: Seq[Sequence], eos_token_ids: frozenset[int], vocab_size: int) -> list[tuple[int, int, float]]:
@@ -83,7 +98,7 @@ def _additions(sequences: Seq[Sequence], eos_token_ids: frozenset[int], vocab_si
     for row, sequence in enumerate(sequences):
         params = sequence.sampling
         added += ((row, token, bias) for token, bias in params.logit_bias.items())
-        if sequence.num_output_tokens < params.min_tokens:
+        if sequence.num_output_tokens < params.min_tokens and sequence.grammar is None:
             ending = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
             added += ((row, token, float("-inf")) for token in ending)
     # an id beyond the vocabulary can't be drawn: nothing to add to

@@ -8,13 +8,25 @@ KV in pages [ num_computed_tokens ........ | to do  ]
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from ..protocol.durations import seconds
 from ..protocol.errors import InternalError, InvalidRequest, PromptTooLong
 from ..protocol.sampling import SamplingParams
 from ..protocol.v1 import common_pb2
+
+
+class GrammarState(Protocol):
+    """Where a sequence stands in the grammar of its answer: it follows from the grammar and the answer's tokens alone."""
+
+    def fill(self, output_token_ids: Seq[int], words: Any) -> None:
+        """Which tokens may come next: words, int32 [ceil(vocab_size / 32)], gets a bit for each token.
+
+        Raises ValueError for tokens that are not within the grammar.
+        """
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +48,7 @@ class Sequence:
     num_sound_tokens: int = 0  # of the computed ones: their KV gave finite logits, or came verified
     num_kept_blocks: int = 0  # leading blocks that were offered to others, or are another's
     num_skipped_tokens: int = 0  # of its prompt, computed for another while it waited for its own chunks
+    grammar: GrammarState | None = None  # that sampling.grammar names; set before it is computed
     stop_token_ids: frozenset[int] = field(init=False)  # sampling's; asked for every token, and there may be a thousand
 
     def __post_init__(self) -> None:
@@ -97,7 +110,8 @@ class Sequence:
             return None
         last = self.token_ids[-1]
         stops = last in self.stop_token_ids or (last in eos_token_ids and not params.ignore_eos)
-        if stops and self.num_output_tokens >= params.min_tokens:
+        # with a grammar the mask knows of min_tokens, and lets an answer end that can't go on
+        if stops and (self.num_output_tokens >= params.min_tokens or params.grammar is not None):
             return common_pb2.FINISH_REASON_STOP
         if self.num_output_tokens >= params.max_tokens:
             return common_pb2.FINISH_REASON_LENGTH

@@ -232,6 +232,11 @@ class StepLoop:
 
 def _no_token(sequence: Sequence, reason: int) -> HalfmoonError:
     number = sequence.num_output_tokens + 1
+    if reason == NOTHING_LEFT and sequence.grammar is not None:
+        return InvalidRequest(
+            f"token {number} of {sequence.request_id} can't be drawn: no token of the model goes on with the text within its grammar",
+            param="response_format",
+        )
     if reason == NOTHING_LEFT:
         return InvalidRequest(
             f"token {number} of {sequence.request_id} can't be drawn: min_tokens and stop_token_ids rule out every token of the model; "

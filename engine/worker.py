@@ -15,6 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import grpc.aio
@@ -35,6 +36,7 @@ from .block_cacher import BlockCacher
 from .calibration import calibrate
 from .combined_scheduler import CombinedScheduler
 from .executor import Executor, Progress
+from .grammars import Grammars
 from .page_allocator import PageAllocator
 from .prefix_feed import PrefixFeed
 from .prefix_loader import PrefixLoader
@@ -103,6 +105,7 @@ class Worker:
     Args:
         role: that it starts with.
         model_name: for its metrics.
+        model_folder: with the tokenizer's files; read where a request brings a grammar.
         load: makes the executor, in a thread.
         keeps_prefixes: pages stay after their sequence, found by block key, until others need them.
     """
@@ -113,6 +116,7 @@ class Worker:
         *,
         role: WorkerRole,
         model_name: str,
+        model_folder: Path,
         load: LoadExecutor,
         transport: TransportChoice,
         keeps_prefixes: bool = True,
@@ -124,6 +128,7 @@ class Worker:
         self.life = WorkerLife(worker_address, self._fail_all)
         self.role: WorkerRole = role
         self._model_name = model_name
+        self._model_folder = model_folder
         self.prefill = prefill
         self.decode = decode
         self.changed = threading.Condition()  # guards the schedulers; notified when there may be a step
@@ -151,6 +156,9 @@ class Worker:
             logger.warning("%s starts without its store: %s", self.worker_id, error)
         self.prefixes = PrefixLoader(self.executor.pages, self.allocator, self.changed, self.stores, self.metrics, life.spawn)
         self.blocks = BlockCacher(self.executor.pages, self.metrics)
+        self.grammars = Grammars(self._model_folder, facts.vocab_size, facts.eos_token_ids, f"{self.worker_id}-grammars")
+        if facts.device != "cpu":
+            await asyncio.to_thread(self.grammars.warm_up)
         self.steps = self._mount()
         self._step_age = WorkAge(self.steps.front, REPORT_INTERVAL_S)
         self._transfer_age = WorkAge(self.executor.pages.front, REPORT_INTERVAL_S)
@@ -183,6 +191,7 @@ class Worker:
         await self.life.settle(grace_s)
         await self.stores.close()
         await asyncio.to_thread(self.executor.close)
+        await asyncio.to_thread(self.grammars.close)
         await self.life.end()
 
     def load(self) -> control_pb2.MemberLoad:

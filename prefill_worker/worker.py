@@ -107,14 +107,16 @@ class PrefillHalf:
         keys = sent_or_made_keys(request.sequence.block_keys, root, sequence.token_ids, self._facts.page_size)
         sequence.block_keys = list(keys)
         loop = asyncio.get_running_loop()
+        self.scheduler.check(sequence)
         job = PrefillJob(request, sequence, keys, task, loop.create_future(), loop.create_future())
-        with self._changed:
-            self.scheduler.add(sequence)
         self._jobs[sequence] = job
-        self.start_waiting()
         return job
 
     async def _prefill(self, job: PrefillJob) -> common_pb2.HandoffState:
+        job.sequence.grammar = await self._worker.grammars.state_of(job.sequence.sampling)
+        with self._changed:
+            self.scheduler.add(job.sequence)
+        self.start_waiting()
         await job.started
         await self._prepare(job)
         assert job.client is not None and job.writer is not None

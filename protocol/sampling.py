@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from .errors import InvalidRequest
+from .grammar import Grammar
 from .v1 import common_pb2
 
 MAX_LOGPROBS = 20
@@ -39,6 +40,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     num_logprobs: int | None = None  # None: none; k: the sampled token's and the k likeliest
+    grammar: Grammar | None = None  # that the answer's text has to match; None: any text
 
     def __post_init__(self) -> None:
         self._require_range("temperature", 0.0, 100.0)
@@ -53,6 +55,10 @@ class SamplingParams:
         self._require_range("min_tokens", 0, self.max_tokens)
         if self.num_logprobs is not None:
             self._require_range("num_logprobs", 0, MAX_LOGPROBS)
+        if self.grammar is not None and self.ignore_eos:
+            raise InvalidRequest(
+                "ignore_eos can't be asked for with response_format, whose answer ends with its grammar", param="ignore_eos"
+            )
         for token_id, bias in self.logit_bias.items():
             if not -100.0 <= bias <= 100.0:
                 self._refuse("logit_bias", f"token {token_id} has {bias}", "between -100 and 100")
@@ -66,7 +72,10 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     def to_proto(self) -> common_pb2.SamplingParams:
-        return common_pb2.SamplingParams(**dataclasses.asdict(self))
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        if self.grammar is not None:
+            values["grammar"] = common_pb2.Grammar(kind=self.grammar.kind, text=self.grammar.text)
+        return common_pb2.SamplingParams(**values)
 
     @classmethod
     def from_proto(cls, message: common_pb2.SamplingParams) -> SamplingParams:
@@ -74,6 +83,7 @@ class SamplingParams:
         values["stop_token_ids"] = tuple(message.stop_token_ids)
         values["logit_bias"] = dict(message.logit_bias)
         values["num_logprobs"] = message.num_logprobs if message.HasField("num_logprobs") else None
+        values["grammar"] = Grammar(message.grammar.kind, message.grammar.text) if message.HasField("grammar") else None
         return cls(**values)
 
     def _require_range(self, name: str, low: float, high: float, exclude_low: bool = False) -> None:

@@ -17,6 +17,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from ..protocol.errors import HalfmoonError, InvalidRequest
+from ..protocol.grammar import Grammar
 from ..protocol.grpc_errors import client_left, unary_boundary
 from ..protocol.trace_context import TraceContext
 from ..protocol.v1 import inference_pb2, inference_pb2_grpc
@@ -170,6 +171,8 @@ def request_from_proto(request: inference_pb2.GenerateRequest) -> GenerateReques
         sampling["stop_token_ids"] = tuple(request.stop_token_ids)
     if request.logit_bias:
         sampling["logit_bias"] = dict(request.logit_bias)
+    if request.HasField("response_format"):
+        sampling["grammar"] = Grammar(request.response_format.kind, request.response_format.text)
     return GenerateRequest(
         prompts={"prompt": [request.prompt], "tokens": [list(request.tokens.token_ids)]}.get(kind, ()),
         messages=[ChatMessage(turn.role, turn.content) for turn in request.chat.messages] if kind == "chat" else None,

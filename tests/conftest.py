@@ -170,6 +170,12 @@ def loop_gap() -> Any:
 
 
 @pytest.fixture(scope="session")
+def schemas() -> dict[str, dict[str, Any]]:
+    """By name; tests/schemas.py."""
+    return _load("schemas").SCHEMAS
+
+
+@pytest.fixture(scope="session")
 def chat_model_folder(faces: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Config, tokenizer and chat template of a small model, "chatty"; no weights."""
     return faces.write_model_folder(tmp_path_factory.mktemp("models") / "chatty")

@@ -15,6 +15,7 @@ from ...protocol.sampling import MAX_SEED
 from ..requests.choice_text import TextOptions
 from ..requests.generate_request import MAX_CHOICES, GenerateRequest
 from ..text.chat_template import OURS, ChatMessage, ChatOptions
+from .structured import GUIDED, answer_grammar
 
 IGNORED = frozenset(
     "user store metadata service_tier safety_identifier prompt_cache_key prompt_cache_retention parallel_tool_calls prediction".split()
@@ -25,7 +26,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "functions": (),
     "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": (),
@@ -127,6 +127,12 @@ class GenerateBody(BaseModel):
     return_token_ids: bool | None = None
     priority: int | None = None
     timeout: float | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     slo: SloBody | None = None
 
     @model_validator(mode="before")
@@ -173,6 +179,9 @@ class GenerateBody(BaseModel):
             sampling["stop_token_ids"] = tuple(self.stop_token_ids)
         if num_logprobs is not None:
             sampling["num_logprobs"] = num_logprobs
+        guided = {name: getattr(self, name) for name in GUIDED}
+        if (grammar := answer_grammar(self.response_format, self.structured_outputs, guided)) is not None:
+            sampling["grammar"] = grammar
         return {
             "model": self.model or "",
             "n": 1 if self.n is None else self.n,

@@ -103,7 +103,7 @@ class ChoiceText:
         return tail if self._stops.matched is not None else tail + self._stops.finish()
 
     def _text_of(self, token_id: int) -> str:
-        if token_id in self._silent and self.num_tokens >= self._params.min_tokens:
+        if token_id in self._silent and (self.num_tokens >= self._params.min_tokens or self._params.grammar is not None):
             return ""
         text = self._detokenizer.push(token_id)
         self._text_len += len(text)

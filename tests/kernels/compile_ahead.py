@@ -156,6 +156,11 @@ def small_case(name: str) -> None:
         from halfmoon.kernels.portable.silu_mul import silu_mul
 
         silu_mul(torch.zeros(8, 28672, dtype=bf16))
+    elif name == "token_mask":
+        from halfmoon.kernels.portable.token_mask import token_mask
+
+        words = torch.zeros(4, 4008, dtype=torch.int32)
+        token_mask(torch.zeros(8, 128256), torch.arange(4), words)
     elif name == "kv_pack":
         from halfmoon.kernels.portable.kv_pack import kv_pack, kv_unpack
 
@@ -193,7 +198,10 @@ PORTABLE: dict[str, Callable[[], None]] = {
     "paged_decode fp8 hd128 1 sequence": lambda: decode_case(128, num_seqs=1, stored=E4M3),
     "paged_decode fp8 hd256 8 queries": lambda: decode_case(256, num_q=8, stored=E4M3),
     "paged_decode fp8 hd128 8 queries, window": lambda: decode_case(128, num_q=8, stored=E4M3, sliding_window=256),
-    **{name: lambda name=name: small_case(name) for name in ("rms_norm", "silu_mul", "kv_write", "kv_write fp8", "kv_pack", "widen")},
+    **{
+        name: lambda name=name: small_case(name)
+        for name in ("rms_norm", "silu_mul", "token_mask", "kv_write", "kv_write fp8", "kv_pack", "widen")
+    },
 }
 HOPPER: dict[str, Callable[[], None]] = {
     **{f"hopper flash_prefill hd{d}": lambda d=d: prefill_case("hopper", d) for d in (64, 128, 256)},

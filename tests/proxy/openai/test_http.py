@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import openai
+import pydantic
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -56,6 +57,31 @@ def by_seed(face: Any) -> None:
 
 
 # Completions
+
+
+def test_what_an_answer_has_to_match_reaches_the_workers_however_it_is_asked_for(face: Any, openai_client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+    as_json = json.dumps(schema, separators=(",", ":"))
+    openai_client.chat.completions.create(
+        model="chatty",
+        messages=HELLO,
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}},
+    )
+    bodies: list[dict[str, Any]] = [{"guided_json": schema}, {"structured_outputs": {"json": schema}}, {"guided_json": as_json}]
+    for body in bodies:
+        openai_client.completions.create(model="chatty", prompt="x", extra_body=body)
+    found = [(sequence.sampling.grammar.kind, sequence.sampling.grammar.text) for sequence in face.workers.requests]
+    assert len(found) >= 4 and set(found) == {("json_schema", as_json)}
+
+
+def test_a_model_of_pydantic_is_parsed_from_the_answer(face: Any, openai_client: openai.OpenAI, chat_tokenizer: Any) -> None:
+    class Reply(pydantic.BaseModel):
+        age: int
+        note: str | None
+
+    face.workers.script = lambda sequence: chat_tokenizer.encode('{"age": 3, "note": null}', add_special_tokens=False)
+    reply = openai_client.chat.completions.parse(model="chatty", messages=HELLO, response_format=Reply)
+    assert reply.choices[0].message.parsed == Reply(age=3, note=None)
 
 
 def test_a_completion_has_text_usage_and_phases(face: Any, openai_client: openai.OpenAI) -> None:

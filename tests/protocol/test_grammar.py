@@ -1,0 +1,72 @@
+"""What a response_format may ask for, and that it arrives as it was sent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from halfmoon.protocol.errors import InvalidRequest
+from halfmoon.protocol.grammar import MAX_GRAMMAR_BYTES, Grammar, grammar_of
+from halfmoon.protocol.sampling import SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("response_format", "grammar"),
+    [
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, Grammar("json_object")),
+        ({"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "null"}}}, Grammar("json_schema", '{"type":"null"}')),
+        ({"type": "regex", "regex": "a+"}, Grammar("regex", "a+")),
+        ({"type": "grammar", "grammar": 'root ::= "a"'}, Grammar("ebnf", 'root ::= "a"')),
+        ({"type": "choice", "choice": ["yes", "nö"]}, Grammar("choice", '["yes","nö"]')),
+    ],
+)
+def test_a_response_format_becomes_a_grammar_that_travels_whole(response_format: Any, grammar: Grammar | None) -> None:
+    assert grammar_of(response_format) == grammar
+    params = SamplingParams(grammar=grammar)
+    assert SamplingParams.from_proto(params.to_proto()) == params
+
+
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ({"properties": {"a": {"not": {}}}}, "schema.properties.a has 'not'"),
+        ({"items": {"if": {}}}, "schema.items has 'if'"),
+        ({"type": "array", "uniqueItems": True}, "'uniqueItems'"),
+        ({"anyOf": [{"contains": {}}]}, r"schema.anyOf\[0\] has 'contains'"),
+        ({"$ref": "#/$defs/a", "minimum": 5}, r"'minimum' beside '\$ref'"),
+        ({"anyOf": [{}], "properties": {}}, "'properties' beside 'anyOf'"),
+        ({"allOf": [{"type": "integer"}, {"maximum": 9}]}, "allOf of several"),
+        ({"$ref": "#anchor"}, "begin with '#/'"),
+        ({"minimum": 5}, "'minimum' and no type"),
+        ({"type": "number", "multipleOf": 0.5}, "'multipleOf' for a type other than integer"),
+        ({"type": "string", "pattern": "a", "minLength": 3}, "'minLength' beside 'pattern'"),
+        ({"type": "string", "enum": ["a", 1]}, "allows 1, which is not of its type"),
+        ({"type": "integer", "enum": [1, 9], "minimum": 5}, "'minimum' beside 'enum'"),
+        ({"type": "object", "required": ["a"]}, "requires 'a', which its properties lack"),
+        ({"items": [{}]}, "a schema is an object or a boolean"),
+        ([1], "a schema is an object or a boolean"),
+    ],
+)
+def test_a_schema_that_would_not_be_enforced_is_refused_by_the_keyword(schema: Any, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        Grammar.of_schema(schema)
+
+
+def test_properties_may_have_the_names_of_keywords() -> None:
+    Grammar.of_schema({"type": "object", "properties": {"not": {"type": "null"}, "if": {"type": "null"}}, "required": ["not"]})
+
+
+def test_what_is_too_long_too_deep_or_no_kind_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match=f"it may have {MAX_GRAMMAR_BYTES}"):
+        Grammar("regex", "a" * (MAX_GRAMMAR_BYTES + 1))
+    deep: dict[str, Any] = {}
+    for _ in range(70):
+        deep = {"items": deep}
+    with pytest.raises(InvalidRequest, match="nested more than"):
+        Grammar.of_schema(deep)
+    with pytest.raises(InvalidRequest, match="must be one of json_object"):
+        Grammar("xml", "x")
+    with pytest.raises(InvalidRequest, match="half a surrogate pair"):
+        Grammar("regex", "\ud800")

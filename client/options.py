@@ -101,7 +101,8 @@ def _set(request: inference_pb2.GenerateRequest, name: str, value: Any) -> None:
     elif name == "response_format":
         grammar = grammar_of(value)
         if grammar is not None:
-            request.response_format.kind, request.response_format.text = grammar.kind, grammar.text
+            held: Any = request
+            held.response_format.kind, held.response_format.text = grammar.kind, grammar.text
     elif name == "timeout_s":
         timeout_s = checked_timeout_s(value)
         request.timeout_s = MAX_TIMEOUT_S if timeout_s is None else timeout_s

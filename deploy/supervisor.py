@@ -475,10 +475,10 @@ class Supervisor:
 async def _member_ids(control: Any) -> set[str] | None:
     """Those that the proxy knows; None where it could not be asked."""
     try:
-        status: control_pb2.StatusReply = await control.Status(control_pb2.StatusRequest())
+        reply: control_pb2.MemberIdsReply = await control.MemberIds(control_pb2.MemberIdsRequest())
     except grpc.aio.AioRpcError:
         return None
-    return {member.info.id for member in status.members}
+    return set(reply.ids)
 
 
 def _crashed(member_id: str, num_starts: int, error: Exception) -> str:

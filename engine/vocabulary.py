@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..protocol.errors import CheckpointError, InvalidRequest
+from ..protocol.token_pieces import byte_level, sentence_piece
 
 
 def read_vocabulary(folder: Path, vocab_size: int) -> list[bytes]:
@@ -40,22 +41,11 @@ def read_vocabulary(folder: Path, vocab_size: int) -> list[bytes]:
     found = [b""] * vocab_size
     for token_id, piece in pieces:
         if token_id < vocab_size:
-            found[token_id] = byte_level(piece) if "ByteLevel" in kinds else _sentence_piece(piece, "ByteFallback" in kinds)
+            found[token_id] = byte_level(piece) if "ByteLevel" in kinds else sentence_piece(piece, has_bytes="ByteFallback" in kinds)
     for token in added:
         if token["id"] < vocab_size:
             found[token["id"]] = b"" if token.get("special") else token["content"].encode()
     return found
-
-
-def byte_level(piece: str) -> bytes:
-    """Of GPT-2's stand-ins for bytes; a piece with any other character is its own UTF-8."""
-    return bytes(_BYTES[char] for char in piece) if all(char in _BYTES for char in piece) else piece.encode()
-
-
-def _sentence_piece(piece: str, has_bytes: bool) -> bytes:
-    if has_bytes and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-        return bytes.fromhex(piece[3:5])
-    return piece.replace("▁", " ").encode()
 
 
 def _pieces(vocab: Any) -> Iterator[tuple[int, str]]:
@@ -70,13 +60,3 @@ def _flat(decoder: Any) -> list[dict[str, Any]]:
     if not decoder:
         return []
     return [part for inner in decoder["decoders"] for part in _flat(inner)] if decoder["type"] == "Sequence" else [decoder]
-
-
-def _byte_of_char() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes, backwards (openai/gpt-2, src/encoder.py)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
-
-
-_BYTES = _byte_of_char()

@@ -55,16 +55,14 @@ class DataServer:
         self._connections: dict[_Connection, str] = {}
         self._listener: socket.socket | None = None
         self._accepting: threading.Thread | None = None
-        self._tls: ssl.SSLContext | None = None
         self.port = 0
 
     def start(self, host: str, tls: ssl.SSLContext | None = None) -> None:
         """Listens on a free port of host. tls: of a server; None: in the clear. Raises OSError."""
-        self._tls = tls
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, 0), family=family, backlog=128)
         self.port = self._listener.getsockname()[1]
-        self._accepting = threading.Thread(target=self._accept, args=(self._listener,), name="store-data", daemon=True)
+        self._accepting = threading.Thread(target=self._accept, args=(self._listener, tls), name="store-data", daemon=True)
         self._accepting.start()
 
     def open_session(self, session_id: str) -> bytes:
@@ -155,7 +153,7 @@ class DataServer:
             views.extend([run.reshape(-1).data] if run.flags.c_contiguous else [row.data for row in run])
         return views
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
         while True:
             try:
                 accepted, peer = listener.accept()
@@ -163,8 +161,8 @@ class DataServer:
                 return  # stop() has shut it down
             try:
                 accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                if self._tls is not None:
-                    accepted = self._tls.wrap_socket(accepted, server_side=True, do_handshake_on_connect=False)
+                if tls is not None:
+                    accepted = tls.wrap_socket(accepted, server_side=True, do_handshake_on_connect=False)
             except OSError as error:
                 logger.info("a connection of %s broke: %s", peer, error)
                 accepted.close()

@@ -121,6 +121,10 @@ class ControlService(control_pb2_grpc.ControlServicer):
         )
 
     @unary_boundary
+    async def MemberIds(self, request: control_pb2.MemberIdsRequest, context: grpc.aio.ServicerContext) -> control_pb2.MemberIdsReply:
+        return control_pb2.MemberIdsReply(ids=self._cluster.members)
+
+    @unary_boundary
     async def Explain(self, request: control_pb2.ExplainRequest, context: grpc.aio.ServicerContext) -> control_pb2.ExplainReply:
         config, found = self._router.config, self._router.decisions.find(request.request_id)
         return control_pb2.ExplainReply(requests=[explain(decision, config.policy, config.admission) for decision in found])

@@ -44,6 +44,11 @@ class ControlStub(object):
                 request_serializer=halfmoon_dot_protocol_dot_v1_dot_control__pb2.StatusRequest.SerializeToString,
                 response_deserializer=halfmoon_dot_protocol_dot_v1_dot_control__pb2.StatusReply.FromString,
                 _registered_method=True)
+        self.MemberIds = channel.unary_unary(
+                '/halfmoon.v1.Control/MemberIds',
+                request_serializer=halfmoon_dot_protocol_dot_v1_dot_control__pb2.MemberIdsRequest.SerializeToString,
+                response_deserializer=halfmoon_dot_protocol_dot_v1_dot_control__pb2.MemberIdsReply.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/halfmoon.v1.Control/Drain',
                 request_serializer=halfmoon_dot_protocol_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
@@ -69,6 +74,13 @@ class ControlServicer(object):
 
     def Status(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MemberIds(self, request, context):
+        """For who asks often: costs little with thousands of members.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -99,6 +111,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=halfmoon_dot_protocol_dot_v1_dot_control__pb2.StatusRequest.FromString,
                     response_serializer=halfmoon_dot_protocol_dot_v1_dot_control__pb2.StatusReply.SerializeToString,
+            ),
+            'MemberIds': grpc.unary_unary_rpc_method_handler(
+                    servicer.MemberIds,
+                    request_deserializer=halfmoon_dot_protocol_dot_v1_dot_control__pb2.MemberIdsRequest.FromString,
+                    response_serializer=halfmoon_dot_protocol_dot_v1_dot_control__pb2.MemberIdsReply.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -165,6 +182,33 @@ class Control(object):
             '/halfmoon.v1.Control/Status',
             halfmoon_dot_protocol_dot_v1_dot_control__pb2.StatusRequest.SerializeToString,
             halfmoon_dot_protocol_dot_v1_dot_control__pb2.StatusReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MemberIds(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/halfmoon.v1.Control/MemberIds',
+            halfmoon_dot_protocol_dot_v1_dot_control__pb2.MemberIdsRequest.SerializeToString,
+            halfmoon_dot_protocol_dot_v1_dot_control__pb2.MemberIdsReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -68,7 +68,8 @@ class ChunkWriter:
         if isinstance(event, ChoiceEnd):
             self._ends.append(event)
             return opening + self._event(self._shape.last_chunk(event), event.index)
-        self._num_tokens[event.index] = self._num_tokens.get(event.index, 0) + len(event.token_ids)
+        if self._running_usage:
+            self._num_tokens[event.index] = self._num_tokens.get(event.index, 0) + len(event.token_ids)
         if event.token_texts or ((self._running_usage or self._shape.wants_token_ids) and event.token_ids):
             return opening + self._event(self._shape.chunk(event.index, event.text, event.token_texts, event.token_ids), event.index)
         return opening + self._text(frame, event) if event.text else opening

@@ -65,9 +65,8 @@ def _attempt(attempt: AttemptDecision, policy: str, record: common_pb2.PhaseReco
         found.num_cached_tokens = answer.num_cached_tokens
         if answer.prefix is not None:
             found.prefix_store, found.prefix_blocks = answer.prefix
-        if answer.is_local and answer.prefill.id not in {
-            one.id for one in found.prefill
-        }:  # one decode worker was the prefill worker as well
+        asked = {one.id for one in found.prefill}
+        if answer.is_local and answer.prefill.id not in asked:  # one decode worker was the prefill worker as well
             found.prefill.append(_prefill_candidate(attempt, answer.prefill, policy))
         found.predictions.extend(_predictions(attempt, answer, record))
     return found

@@ -8,7 +8,6 @@ other files            special tokens by name, tokens added to the vocabulary, c
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from ...protocol.config import SpecialInText
 from ...protocol.errors import CheckpointError, InvalidRequest
+from ...protocol.token_pieces import byte_level, sentence_piece
 from .chat_template import PLAIN, ChatMessage, ChatOptions, ChatTemplate
 from .control_tokens import ControlTokens
 from .folder import read_special_tokens, read_templates
@@ -126,7 +126,7 @@ class Tokenizer:
         found = self._decoded_bytes.get(token_id)
         if found is None:
             piece = None if token_id in self._special else self._backend.id_to_token(token_id)
-            found = self._decoded_bytes[token_id] = _piece_bytes(piece or "")
+            found = self._decoded_bytes[token_id] = byte_level(piece or "")
         return found
 
     def is_silent(self, token_id: int) -> bool:
@@ -183,10 +183,8 @@ class Tokenizer:
         if piece is None:
             return b""
         if self._byte_level:
-            return _piece_bytes(piece)
-        if self.byte_fallback and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            return bytes.fromhex(piece[3:5])
-        return piece.replace("▁", " ").encode()
+            return byte_level(piece)
+        return sentence_piece(piece, has_bytes=self.byte_fallback)
 
 
 def require_unicode(text: str, param: str) -> str:
@@ -198,17 +196,3 @@ def require_unicode(text: str, param: str) -> str:
             f"{param} has half a surrogate pair at character {error.start}, which is no Unicode text", param=param
         ) from error
     return text
-
-
-def _piece_bytes(piece: str) -> bytes:
-    """The bytes that a byte-level piece stands for. A piece with any other character, as some added tokens have, is its own UTF-8."""
-    byte_of_char = _byte_of_char()
-    return bytes(byte_of_char[char] for char in piece) if all(char in byte_of_char for char in piece) else piece.encode()
-
-
-@functools.cache
-def _byte_of_char() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes, backwards (openai/gpt-2, src/encoder.py)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}

@@ -73,11 +73,9 @@ def test_nobody_is_judged_by_time_in_which_the_supervisor_slept() -> None:
 
 class Listed(control_pb2_grpc.ControlServicer):
     def __init__(self, *member_ids: str) -> None:
-        self._reply = control_pb2.StatusReply()
-        for member_id in member_ids:
-            self._reply.members.add().info.id = member_id
+        self._reply = control_pb2.MemberIdsReply(ids=member_ids)
 
-    async def Status(self, request: control_pb2.StatusRequest, context: object) -> control_pb2.StatusReply:
+    async def MemberIds(self, request: control_pb2.MemberIdsRequest, context: object) -> control_pb2.MemberIdsReply:
         return self._reply
 
 

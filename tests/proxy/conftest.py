@@ -494,6 +494,32 @@ async def bench(make_bench: MakeBench) -> Bench:
     return await make_bench()
 
 
+class LoopTurns:
+    num = 0
+
+
+@pytest.fixture
+def loop_turns() -> Callable[[], contextlib.AbstractAsyncContextManager[LoopTurns]]:
+    """`async with loop_turns() as turns`: how often the event loop served others meanwhile."""
+
+    @contextlib.asynccontextmanager
+    async def counted() -> AsyncIterator[LoopTurns]:
+        turns = LoopTurns()
+
+        async def others() -> None:
+            while True:
+                turns.num += 1
+                await asyncio.sleep(0)
+
+        beside = asyncio.create_task(others())
+        try:
+            yield turns
+        finally:
+            beside.cancel()
+
+    return counted
+
+
 @pytest.fixture
 def peers() -> Any:
     """The helpers above, for tests (importlib mode has no module to import them from)."""

@@ -40,6 +40,7 @@ async def test_status_shows_members_requests_and_percentiles(bench: Any, peers: 
     while (status := await control.Status(control_pb2.StatusRequest())).members[0].load.num_outstanding_tokens != 77:
         await asyncio.sleep(0.02)
     assert [member.info.id for member in status.members] == ["prefill-0", "decode-0", "store-0"]
+    assert set((await control.MemberIds(control_pb2.MemberIdsRequest())).ids) == {"prefill-0", "decode-0", "store-0"}
     assert status.members[0].info == bench.prefills[0].info and 0 < status.members[0].up_s <= status.up_s
     assert (status.model, status.num_queued, status.num_running, status.draining) == ("test-model", 1, 0, False)
     assert status.ttft_s.count == status.tpot_s.count == 1 and status.ttft_s.p50 > 0

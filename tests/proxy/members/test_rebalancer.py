@@ -162,22 +162,14 @@ async def test_when_a_worker_leaves_roles_are_decided_at_once(make_bench: Any, c
     await found.close()
 
 
-async def test_the_event_loop_serves_others_between_the_pieces_of_a_decision(make_bench: Any, clock: Clock) -> None:
+async def test_the_event_loop_serves_others_between_the_pieces_of_a_decision(make_bench: Any, clock: Clock, loop_turns: Any) -> None:
     bench = await make_bench(0, 0, num_both=1)
     script = Script()
     script.num_pieces = 50
-    found, num_turns = made(bench, script, clock), 0
-
-    async def others() -> None:
-        nonlocal num_turns
-        while True:
-            num_turns += 1
-            await asyncio.sleep(0)
-
-    beside = asyncio.create_task(others())
-    await found.rebalance()
-    beside.cancel()
-    assert num_turns >= 50
+    found = made(bench, script, clock)
+    async with loop_turns() as turns:
+        await found.rebalance()
+    assert turns.num >= 50
 
 
 async def test_only_the_latest_changes_are_remembered(make_bench: Any, clock: Clock) -> None:

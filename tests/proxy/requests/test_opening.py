@@ -99,7 +99,7 @@ async def test_what_is_being_opened_holds_its_ids_and_a_drain_ends_it(bench: Any
 
 
 async def test_choices_of_one_prompt_are_hashed_once_and_others_are_served_meanwhile(
-    bench: Any, peers: Any, monkeypatch: pytest.MonkeyPatch
+    bench: Any, peers: Any, loop_turns: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[int] = []
 
@@ -110,20 +110,11 @@ async def test_choices_of_one_prompt_are_hashed_once_and_others_are_served_meanw
     monkeypatch.setattr(prompts, "block_keys", count)
     monkeypatch.setattr(prompts, "PART_TOKENS", 100)
     monkeypatch.setattr(routers, "SLICE_S", 0.0)
-    turns = 0
-
-    async def others() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    ticking = asyncio.create_task(others())
     requests = choices(bench, 20, list(range(400)))
-    streams = await bench.router.open_all(requests)
-    ticking.cancel()
+    async with loop_turns() as turns:
+        streams = await bench.router.open_all(requests)
     assert hashed == [100] * 4
-    assert turns >= 4 + 20 + 20, "one a part, a placement, a start"
+    assert turns.num >= 4 + 20 + 20, "one a part, a placement, a start"
     found = await asyncio.gather(*(peers.read(stream) for stream in streams))
     assert [token_ids for token_ids, _ in found] == [peers.answer(request) for request in requests]
 

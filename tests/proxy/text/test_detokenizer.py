@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models
 
+from halfmoon.protocol.token_pieces import BYTE_OF_CHAR
 from halfmoon.proxy.text.detokenizer import StopStrings, create_detokenizer
-from halfmoon.proxy.text.tokenizer import Tokenizer, _byte_of_char
+from halfmoon.proxy.text.tokenizer import Tokenizer
 
 EMOJI = "👩‍👩‍👧‍👦 mixed 🏳️‍🌈 text 日本 é"
 
@@ -95,7 +96,7 @@ def byte_pieces(request: pytest.FixtureRequest) -> Tokenizer:
     window: the same behind a decoder that is more than byte-level, so that its text must come from decode itself.
     """
     raw = [*(bytes([byte]) for byte in range(256)), *(bytes([end, begin]) for end in (0x9F, 0x98, 0x80) for begin in (0xF0, 0xE6, 0xC3))]
-    char_of = {byte: char for char, byte in _byte_of_char().items()}
+    char_of = {byte: char for char, byte in BYTE_OF_CHAR.items()}
     words = {"".join(char_of[byte] for byte in piece): index for index, piece in enumerate(raw)}
     backend = RustTokenizer(models.BPE(words, []))
     backend.decoder = decoders.ByteLevel() if request.param == "bytes" else decoders.Sequence([decoders.ByteLevel()])

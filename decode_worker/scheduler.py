@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..engine.page_allocator import PageAllocator
+from ..engine.prompt_turns import LeftS, PromptTurns, turn_of
 from ..engine.sequence import Sequence, StepChunk
 from ..engine.step_budget import DecodeLoad
 from ..protocol.blocks import div_ceil
@@ -30,6 +31,8 @@ from ..protocol.errors import ConfigError, PromptTooLong
 from ..protocol.timing.chunk_sizer import token_target_s
 from ..protocol.timing.step_cost import ChunkWork, StepWork
 from ..protocol.v1 import common_pb2
+
+LATE_SPARE = 4  # one part of so many of all pages, that prompts which are late leave free
 
 
 class Step(NamedTuple):
@@ -54,6 +57,8 @@ class Generated(NamedTuple):
 class _Entry:
     sequence: Sequence
     order: tuple[int, int]  # queue_order, arrival
+    turn: tuple[int, ...]  # of its prompt, see PromptTurns
+    late: bool = False
     held: bool = False  # the caller may read and write the pages: from start() to admit(), from the last token to release()
     admitted: bool = False  # its hand-off or cached prefix was taken in: whatever it lacks is computed here
     num_steps: int = 0  # scheduled and not recorded yet, that it is in
@@ -66,7 +71,8 @@ class _Entry:
 class DecodeScheduler:
     """Sequences start, run and resume in order of priority, then arrival; the last in that order is the first preempted.
 
-    The first in order is never preempted for another's sake, so every sequence ends.
+    The first in order is never preempted for another's sake, so every sequence ends. Prompts that are due and have no token yet start
+    and are computed by turns that arrange() gives them, behind the others.
 
     Args:
         eos_token_ids: of the model.
@@ -91,9 +97,10 @@ class DecodeScheduler:
         self.eos_token_ids = eos_token_ids
         self.max_running = max_running
         self.max_prefill_tokens_per_step = max_prefill_tokens_per_step
+        self._turns = PromptTurns()
         self._arrivals = itertools.count()
         self._entries: dict[Sequence, _Entry] = {}  # until the pages are free
-        self._waiting: list[_Entry] = []  # for pages; sorted by order, as the other two
+        self._waiting: list[_Entry] = []  # for pages; sorted by turn, the other two by order
         self._loading: list[_Entry] = []
         self._running: list[_Entry] = []
 
@@ -131,12 +138,28 @@ class DecodeScheduler:
     def add(self, sequence: Sequence) -> None:
         """A sequence whose hand-off has begun, or that has none. Raises PromptTooLong."""
         self.check(sequence)
-        entry = _Entry(sequence, (sequence.queue_order, next(self._arrivals)))
+        order = sequence.queue_order, next(self._arrivals)
+        entry = _Entry(sequence, order, turn_of(sequence, order))
         self._entries[sequence] = entry
-        insort(self._waiting, entry, key=_order)
+        self._turns.changed = True
+        insort(self._waiting, entry, key=_turn)
+
+    def arrange(self, now_s: float, left_s: LeftS) -> None:
+        """Prompts that are due get turns by that: those that have pages, and those that wait for some.
+
+        Args:
+            now_s: of the clock of Sequence.due.
+            left_s: of a prompt, or the part of one that is left.
+        """
+        entries = itertools.chain(self._running, self._loading, self._waiting)
+        prompts = [(entry, _work(entry)) for entry in entries if _num_missing(entry) > 1]
+        if self._turns.arrange(prompts, now_s, left_s):
+            self._waiting.sort(key=_turn)
 
     def start(self) -> list[Sequence]:
-        """Gives pages to the waiting, in order, for as long as they are there. Returns those that have something to load now.
+        """Gives pages to the waiting, in turn, for as long as they are there. Returns those that have something to load now.
+
+        Who is late anyway leaves a part of the pages to those who are not.
 
         Those that were preempted run again. A page for each running sequence stays free, lest a start preempts at once. Leading blocks
         that are here count as computed: nothing is to be loaded into their pages, the first num_computed_tokens // block_size.
@@ -145,7 +168,9 @@ class DecodeScheduler:
         while self._waiting:
             entry = self._waiting[0]
             num_pages = div_ceil(entry.sequence.num_tokens, self.block_size)
-            if not self.allocator.take(entry.sequence, num_pages, num_spare=len(self._running)):
+            spare = len(self._running)
+            spare += self.allocator.num_pages // LATE_SPARE if entry.late and self._running else 0
+            if not self.allocator.take(entry.sequence, num_pages, num_spare=spare):
                 break
             del self._waiting[0]
             insort(self._running if entry.admitted else self._loading, entry, key=_order)
@@ -187,12 +212,7 @@ class DecodeScheduler:
     @property
     def waiting_chunks(self) -> list[ChunkWork]:
         """What the next step's prefill chunks are of, in their order."""
-        waiting: list[ChunkWork] = []
-        for entry in self._running:
-            num_left = _num_missing(entry)
-            if num_left > 1:
-                waiting.append(ChunkWork(entry.sequence.num_tokens + entry.num_coming - num_left, num_left))
-        return waiting
+        return [_work(entry) for entry in self._prompts()]
 
     def load(self, begins_at: float, default_tpot_s: float) -> DecodeLoad:
         """What the next step decodes, were it to begin then. default_tpot_s: of sequences without a TPOT of their own."""
@@ -222,19 +242,15 @@ class DecodeScheduler:
         """
         chunks: list[StepChunk] = []
         preempted: list[Sequence] = []
-        budget = self.max_prefill_tokens_per_step if budget is None else budget
+        sizes = self._sizes(budget)
         for entry in self._running.copy():
             if len(chunks) == self.max_running:
                 break
-            sequence = entry.sequence
-            if not sequence.pages:  # preempted by one before it
+            if not entry.sequence.pages:  # preempted by one before it
                 continue
-            self._catch_up(entry)
-            size = _chunk_size(entry, budget)
-            if size == 0 or not self._grow(entry, preempted):
-                continue
-            budget -= size if _num_missing(entry) > 1 else 0
-            chunks.append(_take(entry, size))
+            size = sizes[entry]
+            if size and self._grow(entry, preempted):
+                chunks.append(_take(entry, size))
         return Step(chunks, preempted, [chunk.sequence for chunk in chunks if chunk.is_last])
 
     def schedule_ahead(self, budget: int | None = None) -> Step | None:
@@ -244,15 +260,12 @@ class DecodeScheduler:
         its place. No chunks where nobody is left; None where that can't be decided yet, because pages are short.
         """
         chosen: list[tuple[_Entry, int]] = []
-        budget = self.max_prefill_tokens_per_step if budget is None else budget
+        sizes = self._sizes(budget)
         for entry in self._running:
             if len(chosen) == self.max_running:
                 break
-            self._catch_up(entry)
-            size = 0 if _surely_ends(entry) else _chunk_size(entry, budget)
-            if size > 0:
-                chosen.append((entry, size))
-                budget -= size if _num_missing(entry) > 1 else 0
+            if sizes[entry] and not _surely_ends(entry):
+                chosen.append((entry, sizes[entry]))
         lacking = [entry for entry, _ in chosen if len(entry.sequence.pages) < self._num_pages_ahead(entry)]
         if not self.allocator.can_allocate(len(lacking)):
             return None
@@ -323,12 +336,27 @@ class DecodeScheduler:
         entry = self._entries.get(sequence)
         return 0 if entry is None else entry.num_preemptions
 
+    def _prompts(self) -> list[_Entry]:
+        """Of the running, who lacks more than a token; in turn."""
+        return sorted((entry for entry in self._running if _num_missing(entry) > 1), key=_turn)
+
+    def _sizes(self, budget: int | None) -> dict[_Entry, int]:
+        """Tokens that each of the running may have in the next step. Prompts share the budget, one after another."""
+        left = self.max_prefill_tokens_per_step if budget is None else budget
+        for entry in self._running:
+            self._catch_up(entry)
+        sizes = dict.fromkeys(self._running, 1)  # who lacks one token gets it from no budget
+        for entry in self._prompts():
+            sizes[entry] = size = min(_num_missing(entry), left)
+            left -= size
+        return sizes
+
     def _loaded(self, sequence: Sequence) -> _Entry:
         entry = self._entries.get(sequence)
         if entry is None or entry not in self._loading:
             raise ValueError(f"sequence {sequence.request_id} is not loading")
         self._loading.remove(entry)
-        entry.admitted = True
+        entry.admitted = self._turns.changed = True
         return entry
 
     def _num_pages_ahead(self, entry: _Entry) -> int:
@@ -362,7 +390,8 @@ class DecodeScheduler:
         self.allocator.release(entry.sequence)
         entry.sequence.num_computed_tokens = entry.sequence.num_skipped_tokens = 0
         entry.num_preemptions += 1
-        insort(self._waiting, entry, key=_order)
+        entry.turn = turn_of(entry.sequence, entry.order)
+        insort(self._waiting, entry, key=_turn)
 
     def _finish(self, entry: _Entry) -> None:
         self._leave(entry)
@@ -370,7 +399,7 @@ class DecodeScheduler:
         entry.held = True
 
     def _leave(self, entry: _Entry) -> None:
-        entry.left = True
+        entry.left = self._turns.changed = True
         for entries in (self._waiting, self._loading, self._running):
             if entry in entries:
                 entries.remove(entry)
@@ -385,16 +414,20 @@ def _order(entry: _Entry) -> tuple[int, int]:
     return entry.order
 
 
+def _turn(entry: _Entry) -> tuple[int, ...]:
+    return entry.turn
+
+
 def _num_missing(entry: _Entry) -> int:
     """Tokens whose KV is neither there nor computed by the steps under way, those that the steps give it among them."""
     sequence = entry.sequence
     return sequence.num_tokens + entry.num_coming - sequence.num_computed_tokens - entry.num_pending
 
 
-def _chunk_size(entry: _Entry, budget: int) -> int:
-    """Of its next chunk. A sequence that lacks one token gets it from no budget."""
-    missing = _num_missing(entry)
-    return 1 if missing == 1 else min(missing, budget)
+def _work(entry: _Entry) -> ChunkWork:
+    """What of it has to be computed before its next token."""
+    num_left = _num_missing(entry)
+    return ChunkWork(entry.sequence.num_tokens + entry.num_coming - num_left, num_left)
 
 
 def _surely_ends(entry: _Entry) -> bool:

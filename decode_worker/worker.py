@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -118,6 +119,8 @@ class DecodeHalf:
         loop = asyncio.get_running_loop()
         job = DecodeJob(request, sequence, keys, loop.create_future(), self.feeds.enter(request))
         job.timer = loop.call_later(max(sequence.remaining_s, 0.0), self._time_out, job)
+        if not job.is_local:
+            sequence.due = math.inf  # the prefill worker's matter
         self._jobs[sequence] = job
         work, what = self._prefill(job) if job.is_local else self._take_in(job), f"the intake of {sequence.request_id}"
         job.intake = self._intakes.spawn(work, what, partial(self._intake_broke, job))

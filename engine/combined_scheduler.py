@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 from ..protocol.timing.step_cost import ChunkWork
+from .prompt_turns import LeftS
 from .sequence import Sequence, StepChunk
 from .step_budget import DecodeLoad, StepBudget
 
@@ -32,7 +33,12 @@ class DecodeQueue(Protocol):
     max_prefill_tokens_per_step: int
 
     @property
+    def num_waiting(self) -> int: ...
+
+    @property
     def waiting_chunks(self) -> list[ChunkWork]: ...
+
+    def arrange(self, now_s: float, left_s: LeftS) -> None: ...
 
     def load(self, begins_at: float, default_tpot_s: float) -> DecodeLoad: ...
 
@@ -50,7 +56,12 @@ class PrefillQueue(Protocol):
     max_tokens_per_step: int
 
     @property
+    def num_waiting(self) -> int: ...
+
+    @property
     def waiting_chunks(self) -> list[ChunkWork]: ...
+
+    def arrange(self, now_s: float, left_s: LeftS) -> None: ...
 
     def schedule(self, budget: int | None = None) -> Any: ...
 
@@ -78,10 +89,9 @@ class CombinedScheduler:
 
     def schedule(self, now: float) -> CombinedStep | None:
         """None where nothing is to do. Every step before it has been recorded, by both halves. now: of time.monotonic()."""
-        waiting = self._prefill.waiting_chunks
-        budget = self._num_tokens(waiting, now)
+        budget = self._num_tokens(now)
         decode = self._decode.schedule(min(budget, self._decode.max_prefill_tokens_per_step))
-        prefill = self._prefill_part(decode.chunks, budget) if waiting else None
+        prefill = self._prefill_part(decode.chunks, budget)
         if not (decode.chunks or decode.preempted or prefill is not None):
             return None
         return self._scheduled(CombinedStep(decode, prefill))
@@ -89,12 +99,11 @@ class CombinedScheduler:
     def schedule_ahead(self, now: float) -> CombinedStep | None:
         """The step behind the only one that is not recorded yet, which has just begun; None where that has to wait for its record, or
         nothing is to do."""
-        waiting = self._prefill.waiting_chunks
-        budget = self._num_tokens(waiting, now, self._last_chunks)
+        budget = self._num_tokens(now, self._last_chunks)
         decode = self._decode.schedule_ahead(min(budget, self._decode.max_prefill_tokens_per_step))
         if decode is None:
             return None
-        prefill = self._prefill_part(decode.chunks, budget) if waiting else None
+        prefill = self._prefill_part(decode.chunks, budget)
         return self._scheduled(CombinedStep(decode, prefill)) if decode.chunks or prefill is not None else None
 
     def observe(self, chunks: list[StepChunk], seconds: float) -> None:
@@ -111,17 +120,26 @@ class CombinedScheduler:
         if step.prefill is not None:
             self._prefill.withdraw(step.prefill)
 
-    def _num_tokens(self, waiting: list[ChunkWork], now: float, before: list[StepChunk] | None = None) -> int:
-        """Of both halves' chunks. waiting: the prefill half's. before: of the step that runs."""
-        waiting = self._decode.waiting_chunks + waiting
-        if not waiting:
+    def _num_tokens(self, now: float, before: list[StepChunk] | None = None) -> int:
+        """Of both halves' chunks, once their prompts have their turns. before: of the step that runs."""
+        if not (self._waiting or self._decode.num_waiting or self._prefill.num_waiting):
             return 0
         begins_at = now + self._budget.seconds(before) if before else now
-        return self._budget.num_tokens(self._decode.load(begins_at, self._budget.default_tpot_s), waiting)
+        load = self._decode.load(begins_at, self._budget.default_tpot_s)
+        left_s = self._budget.left_s(load)
+        self._decode.arrange(now, left_s)
+        self._prefill.arrange(now, left_s)
+        return self._budget.num_tokens(load, self._waiting)
+
+    @property
+    def _waiting(self) -> list[ChunkWork]:
+        return self._decode.waiting_chunks + self._prefill.waiting_chunks
 
     def _prefill_part(self, decode_chunks: list[StepChunk], budget: int) -> StepPart | None:
         """At least a block where the decode half computes no prompt itself: chunks end at block boundaries, and a smaller budget would
         never let one in."""
+        if not budget:
+            return None
         num_own = sum(chunk.num_tokens for chunk in decode_chunks if not chunk.is_decode)
         part = self._prefill.schedule(max(budget - num_own, 0 if num_own else self._prefill.block_size))
         return part if part.chunks else None

@@ -7,6 +7,7 @@ KV in pages [ num_computed_tokens ........ | to do  ]
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ class Sequence:
     sampling: SamplingParams
     deadline: float = float("inf")  # of time.monotonic() in this process
     queue_order: int = 0
+    due: float = float("inf")  # its first token, of time.monotonic() in this process; inf: whenever its place comes
+    priority: int = 0  # lower is more urgent
     tpot_slo_s: float = 0.0  # that its steps are sized for; 0: the worker's own
     suspect: bool = False  # a worker broke while it computed this: it is computed apart
     root: bytes = b""  # the key before its first block, its tenant's own; empty: the worker's
@@ -61,6 +64,11 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def prompt_due(self) -> float:
+        """due, until it has its first token."""
+        return self.due if self.num_output_tokens == 0 else math.inf
 
     @property
     def remaining_s(self) -> float:
@@ -126,10 +134,19 @@ class Sequence:
             sampling=SamplingParams.from_proto(message.sampling),
             deadline=time.monotonic() + seconds(message.deadline_s, "deadline_s"),
             queue_order=message.queue_order,
+            due=_moment(message.first_token_due_s) if message.HasField("first_token_due_s") else math.inf,
+            priority=message.priority,
             tpot_slo_s=message.tpot_slo_s,
             suspect=message.suspect,
             root=message.root,
         )
+
+
+def _moment(left_s: float) -> float:
+    """Of time.monotonic(). left_s may be below 0."""
+    if not math.isfinite(left_s):
+        raise InvalidRequest(f"first_token_due_s is {left_s}; it must be a number of seconds", param="first_token_due_s")
+    return time.monotonic() + left_s
 
 
 class StepChunk(NamedTuple):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ..protocol.timing.chunk_sizer import LEAST_CHUNK_TOKENS, ChunkSizer
 from ..protocol.timing.step_cost import ChunkWork, StepCost, StepWork, attention_of
 from ..protocol.timing.step_fit import StepFit
+from .prompt_turns import LeftS
 from .sequence import StepChunk
 
 
@@ -52,6 +53,11 @@ class StepBudget:
     def num_tokens(self, load: DecodeLoad, waiting: Seq[ChunkWork]) -> int:
         """waiting: in the order in which the step's chunks are taken from it."""
         return self._sizer.num_tokens(self._fit, load.decodes, load.target_s, waiting)
+
+    def left_s(self, load: DecodeLoad) -> LeftS:
+        """Seconds that a prompt takes beside what is decoded now."""
+        pace = self._sizer.pace(self._fit, load.decodes, load.target_s)
+        return lambda work: pace * self._sizer.alone_s(self._fit, work)
 
     def seconds(self, chunks: Seq[StepChunk]) -> float:
         """Predicted, of a step."""

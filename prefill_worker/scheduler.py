@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..engine.page_allocator import PageAllocator
+from ..engine.prompt_turns import LeftS, PromptTurns, turn_of
 from ..engine.sequence import Sequence, StepChunk
 from ..protocol.blocks import div_ceil
 from ..protocol.errors import ConfigError, PromptTooLong
 from ..protocol.timing.step_cost import ChunkWork
+
+LATE_SPARE = 4  # one part of so many of all pages, that prompts which are late leave free
 
 
 class Step(NamedTuple):
@@ -38,6 +41,8 @@ class Step(NamedTuple):
 class _Entry:
     sequence: Sequence
     order: tuple[int, int]  # queue_order, arrival
+    turn: tuple[int, ...]  # see PromptTurns
+    late: bool = False
     held: bool = False  # the caller may read and write the pages: from start() to release()
     runnable: bool = False
     num_steps: int = 0  # scheduled and not recorded yet, that it is in
@@ -46,10 +51,11 @@ class _Entry:
 
 
 class PrefillScheduler:
-    """Prompts start in order of priority, then arrival, each with pages for the whole of it; none overtakes, so a long one is not starved.
+    """Prompts start in turn, each with pages for the whole of it; none overtakes, so a long one is not starved. Turns are queue orders,
+    then arrival; or what arrange() makes of them, where first tokens are due.
 
-    Within the most urgent priority that is runnable a step's budget is shared evenly (what one does not need goes to the
-    others, earliest first), so a long prompt does not starve short ones. Less urgent ones get what is left.
+    Among equal turns a step's budget is shared evenly (what one does not need goes to the others, earliest first), so a long prompt
+    does not starve short ones. Later turns get what is left.
 
     Args:
         max_tokens_per_step: at least block_size (ConfigError), for chunks end at block boundaries except a prompt's last.
@@ -71,9 +77,10 @@ class PrefillScheduler:
         self.num_reserved_pages = 0
         self.chunk_alignment = block_size
         self._num_pages = 0  # of its prompts
+        self._turns = PromptTurns()
         self._arrivals = itertools.count()
         self._entries: dict[Sequence, _Entry] = {}  # until the pages are free
-        self._waiting: list[_Entry] = []  # both sorted by order
+        self._waiting: list[_Entry] = []  # both sorted by turn
         self._started: list[_Entry] = []
 
     @property
@@ -90,9 +97,8 @@ class PrefillScheduler:
         """What the next step's chunks are of, in their order."""
         waiting: list[ChunkWork] = []
         for entry in self._started:
-            num_left = _num_missing(entry) if entry.runnable else 0
-            if num_left:
-                waiting.append(ChunkWork(entry.sequence.num_tokens - num_left, num_left))
+            if entry.runnable and _num_missing(entry):
+                waiting.append(_work(entry))
         return waiting
 
     @property
@@ -119,12 +125,28 @@ class PrefillScheduler:
     def add(self, sequence: Sequence) -> None:
         """Raises PromptTooLong."""
         self.check(sequence)
-        entry = _Entry(sequence, (sequence.queue_order, next(self._arrivals)))
+        order = sequence.queue_order, next(self._arrivals)
+        entry = _Entry(sequence, order, turn_of(sequence, order))
         self._entries[sequence] = entry
-        insort(self._waiting, entry, key=_order)
+        self._turns.changed = True
+        insort(self._waiting, entry, key=_turn)
+
+    def arrange(self, now_s: float, left_s: LeftS) -> None:
+        """Prompts that are due get turns by that: those started, and those that wait for pages.
+
+        Args:
+            now_s: of the clock of Sequence.due.
+            left_s: of a prompt, or the part of one that is left.
+        """
+        prompts = [(entry, _work(entry)) for entry in itertools.chain(self._started, self._waiting)]
+        if self._turns.arrange(prompts, now_s, left_s):
+            self._started.sort(key=_turn)
+            self._waiting.sort(key=_turn)
 
     def start(self) -> list[Sequence]:
-        """Gives pages to the waiting, in order, for as long as they are there. The caller loads prefixes, then calls ready().
+        """Gives pages to the waiting, in turn, for as long as they are there. The caller loads prefixes, then calls ready().
+
+        Who is late anyway leaves a part of the pages to those who are not.
 
         Leading blocks that are here count as computed: nothing is to be loaded into their pages, the first
         num_computed_tokens // block_size.
@@ -133,12 +155,13 @@ class PrefillScheduler:
         while self._waiting:
             entry = self._waiting[0]
             num_pages = div_ceil(entry.sequence.num_tokens, self.block_size)
-            if not (self._may_take(num_pages) and self.allocator.take(entry.sequence, num_pages)):
+            spare = self.allocator.num_pages // LATE_SPARE if entry.late and self._started else 0
+            if not (self._may_take(num_pages + spare) and self.allocator.take(entry.sequence, num_pages, num_spare=spare)):
                 break
             del self._waiting[0]
             self._num_pages += num_pages
             entry.held = True
-            insort(self._started, entry, key=_order)
+            insort(self._started, entry, key=_turn)
             started.append(entry.sequence)
         return started
 
@@ -161,7 +184,7 @@ class PrefillScheduler:
         runnable = [entry for entry in self._started if entry.runnable and _num_missing(entry)]
         budget = self.max_tokens_per_step if budget is None else min(budget, self.max_tokens_per_step)
         sizes: dict[_Entry, int] = {}
-        for _, equals in itertools.groupby(runnable, key=lambda entry: entry.order[0]):
+        for _, equals in itertools.groupby(runnable, key=lambda entry: entry.turn[:2]):
             budget = self._share(list(equals), budget, sizes)
         chunks: list[StepChunk] = []
         for entry, size in sizes.items():
@@ -232,7 +255,7 @@ class PrefillScheduler:
         return max((start + limit) // self.chunk_alignment * self.chunk_alignment - start, 0)
 
     def _leave(self, entry: _Entry) -> None:
-        entry.left = True
+        entry.left = self._turns.changed = True
         _discard(self._waiting, entry)
         _discard(self._started, entry)
 
@@ -243,8 +266,8 @@ class PrefillScheduler:
             del self._entries[entry.sequence]
 
 
-def _order(entry: _Entry) -> tuple[int, int]:
-    return entry.order
+def _turn(entry: _Entry) -> tuple[int, ...]:
+    return entry.turn
 
 
 def _discard(entries: list[_Entry], entry: _Entry) -> None:
@@ -255,6 +278,11 @@ def _discard(entries: list[_Entry], entry: _Entry) -> None:
 def _num_missing(entry: _Entry) -> int:
     """Tokens that neither stand in the pages nor are computed by the steps under way."""
     return entry.sequence.num_tokens - entry.sequence.num_computed_tokens - entry.num_pending
+
+
+def _work(entry: _Entry) -> ChunkWork:
+    num_left = _num_missing(entry)
+    return ChunkWork(entry.sequence.num_tokens - num_left, num_left)
 
 
 def _give_back(entry: _Entry, chunk: StepChunk) -> None:

@@ -18,7 +18,7 @@ from ..proxy.conductor.policies import create_policy
 from ..proxy.conductor.policies.base import RolePlanner, rebalance
 from ..proxy.conductor.predictors.timing import Predictors
 from ..proxy.conductor.predictors.waiting import step_with
-from ..proxy.conductor.queue_order import queue_order
+from ..proxy.conductor.queue_order import first_token_due_s, queue_order
 from ..proxy.prefixes.index import PrefixIndex
 from .clock import EventLoop
 from .cluster_view import ClusterView
@@ -162,7 +162,7 @@ class Cluster:
         self.prefixes.hope(prefill, job)
         if self.roles is None or prefill is decode:  # else decode is chosen when the prefill begins
             decode.promise(job, job.num_tokens)
-        prefill.add_prefill(job, self._priority(job))
+        prefill.add_prefill(job, self._priority(job), self._due_s(job))
         for instance in {prefill, decode}:
             self.view.placed_on(instance)
 
@@ -175,6 +175,16 @@ class Cluster:
             arrival_s=job.request.arrival_s,
             ttft_slo_s=self.scenario.slo.ttft_s,
             predicted_ttft_s=predicted_s,
+            work_s=job.predicted_prefill_s,
+        )
+
+    def _due_s(self, job: Job) -> float:
+        if self.scenario.order == "fair":
+            return math.inf
+        return first_token_due_s(
+            self.scenario.order,
+            arrival_s=job.request.arrival_s,
+            ttft_slo_s=self.scenario.slo.ttft_s,
             work_s=job.predicted_prefill_s,
         )
 

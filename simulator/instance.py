@@ -78,9 +78,9 @@ class Instance:
 
     # what comes in
 
-    def add_prefill(self, job: Job, queue_order: int) -> None:
-        """queue_order: the queue's order, lower first."""
-        self.prefill.add(job, queue_order)
+    def add_prefill(self, job: Job, queue_order: int, due_s: float = math.inf) -> None:
+        """queue_order: the queue's order, lower first. due_s: its first token; inf: by the queue's order."""
+        self.prefill.add(job, queue_order, due_s)
         self._on_change(self)
         self.poke()
 

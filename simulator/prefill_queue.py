@@ -1,13 +1,15 @@
 """What an instance has to prefill, in the worker's own PrefillScheduler, and how much of it the conductor is told.
 
-add ─► held, most urgent first ─feed─► scheduler ─start─► its prefix is loaded ─► ready ─schedule─► chunks of a step ─end─► done
+add ─► held, in their order    ─feed─► scheduler ─start─► its prefix is loaded ─► ready ─schedule─► chunks of a step ─end─► done
 The scheduler is fed two steps ahead, and a prefix is looked up when its prefill starts: by then the queue before it is in the cache.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable
+import math
+from bisect import insort
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from ..engine.page_allocator import PageAllocator
 from ..engine.sequence import Sequence
@@ -15,6 +17,7 @@ from ..prefill_worker.scheduler import PrefillScheduler, Step
 from ..protocol.sampling import SamplingParams
 from ..protocol.timing.chunk_sizer import Predicted
 from ..protocol.timing.step_cost import StepWork
+from ..protocol.timing.turns import Turn, arrange
 from ..proxy.conductor.predictors.cost_model import CostModel
 from ..proxy.conductor.predictors.timing import Predictors
 from .clock import EventLoop
@@ -22,8 +25,18 @@ from .instance_options import InstanceOptions
 from .job import Job
 from .owner import Owner
 
-NEVER = 2**62  # no priority is less urgent
+MOST_ARRANGED = 256  # of those held: more would wait for long in any order
 NO_SAMPLING = SamplingParams(max_tokens=1, ignore_eos=True)
+
+
+class _Held(NamedTuple):
+    place: tuple[int, int]  # queue_order, when it came
+    due_s: float
+    job: Job
+
+
+def _place(held: _Held) -> tuple[int, int]:
+    return held.place
 
 
 class PrefillQueue:
@@ -44,35 +57,53 @@ class PrefillQueue:
         self._owner = owner
         self._loop = loop
         self._on_ready = on_ready
-        self._held: list[tuple[int, int, Job]] = []
+        self._held: list[_Held] = []  # by their places
         self._num_added = 0
-        self._most_urgent_fed = NEVER
+        self._pace = 1.0  # times as long as alone, beside those who decode
         self._fresh: dict[Sequence, Job] = {}  # ready, and no chunk of them computed
 
-    def add(self, job: Job, queue_order: int) -> None:
-        """queue_order: the queue's order, lower first."""
+    def add(self, job: Job, queue_order: int, due_s: float = math.inf) -> None:
+        """queue_order: the queue's order, lower first. due_s: its first token; inf: by the queue's order."""
         self._num_added += 1
-        heapq.heappush(self._held, (queue_order, self._num_added, job))
+        insort(self._held, _Held((queue_order, self._num_added), due_s, job), key=_place)
         self.queued_s += job.predicted_prefill_s
         self.num_left_tokens += job.num_tokens
         self.feed()
 
     def feed(self) -> None:
-        """Two steps ahead, and whoever is more urgent than all that the scheduler has."""
-        while self._held:
-            queue_order, _, job = self._held[0]
-            if self.num_fed_tokens >= 2 * self._options.max_tokens_per_step and queue_order >= self._most_urgent_fed:
+        """Two steps ahead, and whoever comes before all that the scheduler has."""
+        for held, leads in self._next():
+            if self.num_fed_tokens >= 2 * self._options.max_tokens_per_step and not leads:
                 break
-            heapq.heappop(self._held)
-            sequence = Sequence(str(job.index), range(job.num_tokens), job.num_tokens, NO_SAMPLING, queue_order=queue_order)  # type: ignore[arg-type]
+            self._held.remove(held)
+            job, due_s = held.job, held.due_s
+            sequence = Sequence(
+                str(job.index), range(job.num_tokens), job.num_tokens, NO_SAMPLING, queue_order=held.place[0], due=due_s  # type: ignore[arg-type]
+            )  # fmt: skip
             job.prefill_sequence = sequence
             self.jobs[sequence] = job
             self.num_fed_tokens += job.num_tokens
-            self._most_urgent_fed = min(self._most_urgent_fed, queue_order)
             self.scheduler.add(sequence)
             self._begin_loads()
         if self.scheduler.num_waiting:
             self._begin_loads()
+
+    def _next(self) -> Iterator[tuple[_Held, bool]]:
+        """Who is held, in the order in which they would be computed, and whether that is before all whom the scheduler has."""
+        held, fed = self._held[:MOST_ARRANGED], list(self.jobs)
+        if not held:
+            return
+        turns = [Turn(one.place, one.due_s, one.job.predicted_prefill_s * self._pace) for one in held]
+        turns += [Turn((sequence.queue_order, 0), sequence.due, self._left_s(sequence)) for sequence in fed]
+        leads = True
+        for index in arrange(turns, self._loop.now).order:
+            leads = leads and index < len(held)
+            if index < len(held):
+                yield held[index], leads
+
+    def _left_s(self, sequence: Sequence) -> float:
+        num_computed = sequence.num_computed_tokens
+        return self._pace * self._predictors.prefill.predict(sequence.num_tokens - num_computed, num_computed)
 
     def _begin_loads(self) -> None:
         for sequence in self.scheduler.start():
@@ -115,6 +146,8 @@ class PrefillQueue:
             num_cached = self._owner.look_again(job)
             if num_cached > job.num_cached_tokens:
                 self._recount(sequence, job, num_cached)
+        self._pace = pace = self._sizer.pace(cost, decodes, target_s)
+        self.scheduler.arrange(self._loop.now, lambda work: pace * self._sizer.alone_s(cost, work))
         budget = self._sizer.num_tokens(cost, decodes, target_s, self.scheduler.waiting_chunks)
         # who decodes his own prompt has chunks of any size, as in DecodeScheduler; blocks for another are pushed whole
         self.scheduler.chunk_alignment = 1 if decodes.num_decodes else self._options.page_size
@@ -159,16 +192,14 @@ class PrefillQueue:
             self.num_ready -= 1
             self.queued_s = max(self.queued_s - job.predicted_prefill_s + job.attempt_cost_s, 0.0)
             self._owner.prefill_done(job)
-        self._most_urgent_fed = min((sequence.queue_order for sequence in self.jobs), default=NEVER)
         if not self.jobs and not self._held:
             self.queued_s = 0.0  # what rounding left
 
     def withdraw(self, job: Job) -> None:
         """Takes out one that is not to be finished here; one that is not here does nothing."""
-        at = next((at for at, held in enumerate(self._held) if held[2] is job), None)
+        at = next((at for at, held in enumerate(self._held) if held.job is job), None)
         if at is not None:
             del self._held[at]
-            heapq.heapify(self._held)
             self.num_left_tokens -= job.num_tokens
             self.computing(job.predicted_prefill_s)
             return

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Protocol
 
-from .step_cost import ChunkWork, StepWork, with_chunks
+from .step_cost import ChunkWork, StepWork, attention_of, with_chunks
 
 MARGIN = 0.92  # of the TPOT that steps may take: the rest is for what no prediction knows
 SPREAD = 4.0  # steps that what a sequence has in hand is spent on
@@ -74,6 +74,25 @@ class ChunkSizer:
         sizes = self._sizes(decodes.num_decodes)
         fitting = bisect_right(sizes, target_s, key=lambda size: cost.seconds(with_chunks(decodes, waiting, size)))
         return sizes[fitting - 1] if fitting else min(self._least, self._most_beside)
+
+    def alone_s(self, cost: Predicted, work: ChunkWork) -> float:
+        """Of a prompt, or the part of one that is left, in the largest steps with nobody beside it."""
+        num_tokens = work.num_left_tokens
+        if num_tokens <= 0:
+            return 0.0
+        num_steps = max(num_tokens / self._most, 1.0)
+        return num_steps * cost.seconds(
+            StepWork(round(num_tokens / num_steps), attention_of(num_tokens, work.num_prefix_tokens) / num_steps)
+        )
+
+    def pace(self, cost: Predicted, decodes: StepWork, target_s: float) -> float:
+        """How many times as long as alone a prompt takes beside those who decode; at least 1."""
+        if not decodes.num_decodes:
+            return 1.0
+        endless = ChunkWork(0, self._most)
+        size = self.num_tokens(cost, decodes, target_s, [endless])
+        alone_s = size / self._most * cost.seconds(StepWork(self._most, attention_of(size, 0) * self._most / size))
+        return max(cost.seconds(with_chunks(decodes, [endless], size)) / alone_s, 1.0) if alone_s > 0.0 else 1.0
 
     def _sizes(self, num_decodes: int) -> list[int]:
         """Above the least, that a step of so many decode tokens is not padded at; ascending, most_beside the last."""

@@ -83,7 +83,7 @@ class TokenOutput(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ...) -> None: ...
 
 class SequenceSpec(_message.Message):
-    __slots__ = ("request_id", "token_ids", "num_prompt_tokens", "sampling", "deadline_s", "queue_order", "block_keys", "tpot_slo_s", "suspect", "root")
+    __slots__ = ("request_id", "token_ids", "num_prompt_tokens", "sampling", "deadline_s", "queue_order", "block_keys", "tpot_slo_s", "suspect", "root", "first_token_due_s", "priority")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +94,8 @@ class SequenceSpec(_message.Message):
     TPOT_SLO_S_FIELD_NUMBER: _ClassVar[int]
     SUSPECT_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_DUE_S_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     num_prompt_tokens: int
@@ -104,7 +106,9 @@ class SequenceSpec(_message.Message):
     tpot_slo_s: float
     suspect: bool
     root: bytes
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., deadline_s: _Optional[float] = ..., queue_order: _Optional[int] = ..., block_keys: _Optional[_Iterable[bytes]] = ..., tpot_slo_s: _Optional[float] = ..., suspect: bool = ..., root: _Optional[bytes] = ...) -> None: ...
+    first_token_due_s: float
+    priority: int
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., deadline_s: _Optional[float] = ..., queue_order: _Optional[int] = ..., block_keys: _Optional[_Iterable[bytes]] = ..., tpot_slo_s: _Optional[float] = ..., suspect: bool = ..., root: _Optional[bytes] = ..., first_token_due_s: _Optional[float] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class HandoffId(_message.Message):
     __slots__ = ("id", "epoch")

@@ -6,6 +6,7 @@ open ─► RequestDecision ─► decided: AttemptDecision (the snapshot that t
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -45,6 +46,7 @@ class RequestDecision:
     priority: int
     arrival: float  # of time.monotonic()
     label: str = ""  # the client's own name for it
+    first_token_due: float = math.inf  # what workers order its prompt by, of time.monotonic()
     attempts: list[AttemptDecision] = field(default_factory=list[AttemptDecision])
     state: str = RequestState.QUEUED.value
     ended: str = ""  # finish reason, or the error's code and words

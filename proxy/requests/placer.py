@@ -7,6 +7,7 @@ Prompt ─► prefix index ─► PlacementRequest ─┐
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from functools import partial
 
@@ -16,7 +17,7 @@ from ..conductor.conductor import Conductor
 from ..conductor.load_tracker import LoadTracker
 from ..conductor.placement import NO_SLO, Placement, PlacementRequest, Rejection, Slo, Snapshot
 from ..conductor.policies.base import usable_blocks
-from ..conductor.queue_order import queue_order
+from ..conductor.queue_order import first_token_due_s, queue_order
 from ..members.cluster import Asking, Cluster
 from ..prefixes.index import PrefixIndex
 from ..request import ProxyRequest
@@ -37,7 +38,7 @@ class QueueOrdering:
     @property
     def asks_twice(self) -> bool:
         """A request that is predicted to be late has another place."""
-        return self.order in ("late", "short")
+        return self.order == "late"
 
     def order_of(self, request: ProxyRequest, slo: Slo, work_s: float, predicted_ttft_s: float | None = None) -> int:
         """work_s: predicted seconds of its prefill alone; predicted_ttft_s: counted from the arrival."""
@@ -51,6 +52,12 @@ class QueueOrdering:
             work_s=work_s,
             priority=request.priority,
         )
+
+    def due_of(self, request: ProxyRequest, slo: Slo, work_s: float) -> float:
+        """When its first token is due, of time.monotonic(); inf: at no moment of its own."""
+        if self.order == "fair":
+            return math.inf
+        return first_token_due_s(self.order, arrival_s=request.arrival, ttft_slo_s=slo.ttft_s, work_s=work_s)
 
 
 class Placer:
@@ -97,6 +104,7 @@ class Placer:
         )
         work_s = self._work_s(asked, max((*asked.held_blocks.values(), *asked.page_blocks.values()), default=0))
         order = self._ordering.order_of(request, slo, work_s)
+        decision.first_token_due = self._ordering.due_of(request, slo, work_s)
         seen, answer = self._ask(asked, order, now_s)
         if isinstance(answer, Rejection) and answer.code == "overloaded" and self._may_probe(now_s):
             asked = dataclasses.replace(asked, admitted=True)

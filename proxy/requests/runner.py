@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable
@@ -202,7 +203,10 @@ class RequestRunner:
             queue_order=pair.queue_order,
             tpot_slo_s=tpot_s if math.isfinite(tpot_s := self.decision.slo.tpot_s) else 0.0,
             suspect=self._num_breaks > 0,
+            priority=request.priority,
         )
+        if not self._sent and math.isfinite(due := self.decision.first_token_due):
+            sequence.first_token_due_s = due - time.monotonic()
         self._epoch += 1
         handoff = common_pb2.HandoffId(id=self._handoff_id, epoch=self._epoch)
         logger.debug("request %s epoch %d: %s", request.request_id, self._epoch, pair.placement.reason)

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import importlib.util
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,7 @@ def parse() -> argparse.Namespace:
     options.add_argument("--max-output", type=int, default=400)
     options.add_argument("--warm-up", type=int, default=12)
     options.add_argument("--slo", action="append", help="TTFT:TPOT in seconds; the first is what adaptive is told; default: several")
+    options.add_argument("--tell", action="store_true", help="load each Halfmoon arm once for each --slo, which its requests are told")
     options.add_argument("--goodput", action="store_true", help="search the highest rate or speed that holds the first SLO")
     options.add_argument("--timeout", type=float, default=120.0, help="of a request")
     options.add_argument("--seed", type=int, default=1)
@@ -132,13 +135,25 @@ class Run:
         self.write()
 
     def _load(self, spec: Spec, started_s: float) -> None:
-        options = self._options.within(self._deadline - time.monotonic() - STOP_S)
-        target = ArmTarget(spec.name, tuple(process.url for process in spec.processes))
         command = shown_command(["halfmoon", "bench", "serving", *sys.argv[1:]])
-        found = asyncio.run(run_arm(target, self._plan, options, command=command))
-        self.arms.append(found | {"started_s": started_s, "processes": [list(process.arguments) for process in spec.processes]})
-        for grid in tables.joint_tables([found]):
-            show(tables.to_markdown(grid))
+        for name, options in self._loads(spec):
+            target = ArmTarget(name, tuple(process.url for process in spec.processes))
+            options = options.within(self._deadline - time.monotonic() - STOP_S)
+            found = asyncio.run(run_arm(target, self._plan, options, command=command))
+            self.arms.append(found | {"started_s": started_s, "processes": [list(process.arguments) for process in spec.processes]})
+            self.write()
+            for grid in tables.joint_tables([found]):
+                show(tables.to_markdown(grid))
+
+    def _loads(self, spec: Spec) -> Iterator[tuple[str, ArmOptions]]:
+        """What a started arm is put under: its name there and the options. With --tell the same requests again for each SLO, in other
+        tokens, so that none finds an earlier one's prefix."""
+        if not self._arguments.tell or not spec.takes_slo:
+            yield spec.name, self._options
+            return
+        for index, slo in enumerate(self._options.slos):
+            told = {"slo": {"ttft": slo.ttft_s, "tpot": slo.tpot_s}}
+            yield f"{spec.name}, told {slo}", dataclasses.replace(self._options, extra_body=told, seed=self._options.seed + index)
 
     def write(self) -> None:
         folder = self._arguments.out

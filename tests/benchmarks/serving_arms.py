@@ -68,6 +68,8 @@ class Spec:
     name: str
     processes: tuple[Process, ...] = ()
     absent: str = ""
+    takes_slo: bool = False
+    """Of each request."""
 
 
 def make_specs(
@@ -107,7 +109,7 @@ def _halfmoon(name: str, keys: Sequence[str], num_gpus: int, device: str, model:
     ]  # fmt: skip
     script = str(Path(__file__).with_name("serving_halfmoon.py"))
     environment = {"CUDA_VISIBLE_DEVICES": ",".join(visible_gpus()[:num_gpus])} if device == "cuda" else {}
-    return Spec(name, (Process((sys.executable, script, *keys), f"http://127.0.0.1:{http_port}", "/ready", environment),))
+    return Spec(name, (Process((sys.executable, script, *keys), f"http://127.0.0.1:{http_port}", "/ready", environment),), takes_slo=True)
 
 
 def _vllm(name: str, num_gpus: int, device: str, model: Model, chunk: int) -> Spec:

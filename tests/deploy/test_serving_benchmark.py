@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import dataclasses
 import json
 import subprocess
 import sys
@@ -102,16 +103,18 @@ def test_arms_run_in_turn_and_what_no_longer_fits_is_left_out_and_told(load, arm
     serving = load("serving")
     values = {"device": "cpu", "out": tmp_path, "start_timeout_s": 60.0, "budget_s": 600.0}
     load_values = {"trace": None, "rates": "20,40", "requests": 6, "input_len": "20", "output_len": "3", "shared_share": 0.0}
-    caps = {"max_input": 100, "max_output": 100, "warm_up": 1, "seed": 1}
+    caps = {"max_input": 100, "max_output": 100, "warm_up": 1, "seed": 1, "tell": True}
     arguments = argparse.Namespace(**values, **load_values, **caps)
     plan, factors = serving.make_plan(arguments)
     options = serving.ArmOptions(factors=factors, slos=(serving.Slo(5.0, 1.0),), seed=1)
     run = serving.Run(arguments, plan, options)
     run.run(fake_spec(arms, "first"))
+    told = dict(run._loads(dataclasses.replace(fake_spec(arms, "ours"), takes_slo=True)))
     run.run(arms.Spec("absent", absent="it is not here"))
     run.run(arms.Spec("broken", (arms.Process((sys.executable, "-c", "raise SystemExit(3)"), "http://127.0.0.1:9", "/", {}),)))
     run._deadline = time.monotonic() + serving.STOP_S
     run.run(fake_spec(arms, "late"))
+    assert {name: one.extra_body for name, one in told.items()} == {"ours, told 5s/1000ms": {"slo": {"ttft": 5.0, "tpot": 1.0}}}
     text = (tmp_path / "serving.md").read_text()
     (arm,) = json.loads((tmp_path / "serving.json").read_text())["arms"]
     assert arm["name"] == "first" and len(arm["windows"]) == 2 and arm["started_s"] > 0

@@ -14,7 +14,7 @@ from halfmoon.engine.sequence import Sequence
 from halfmoon.prefill_worker.scheduler import PrefillScheduler
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.v1 import common_pb2
-from halfmoon.proxy.conductor.queue_order import AGEING, GIVE_WAY, LONGEST_S, queue_order
+from halfmoon.proxy.conductor.queue_order import AGEING, GIVE_WAY, LONGEST_S, NO_SLO_S, first_token_due_s, queue_order
 
 moments = st.floats(0, 1e5, allow_nan=False)
 
@@ -45,20 +45,26 @@ def test_who_is_too_late_anyway_gives_way_but_not_for_ever(arrival: float, slo: 
 works = st.floats(0.0, 20.0)
 
 
-@given(arrival=moments, work=works, slo=st.floats(0.1, 60) | st.just(math.inf), predicted=st.none() | st.floats(0, 1e4), later=works)
+@given(arrival=moments, work=works, slo=st.floats(0.1, 60) | st.just(math.inf), later=works)
 def test_the_shortest_goes_first_and_passes_nobody_for_longer_than_his_own_work_allows(
-    arrival: float, work: float, slo: float, predicted: float | None, later: float
+    arrival: float, work: float, slo: float, later: float
 ) -> None:
-    def place(arrival_s: float, work_s: float, predicted_s: float | None) -> int:
-        return queue_order("short", arrival_s=arrival_s, ttft_slo_s=slo, predicted_ttft_s=predicted_s, work_s=work_s)
+    def place(arrival_s: float, work_s: float) -> int:
+        return queue_order("short", arrival_s=arrival_s, ttft_slo_s=slo, work_s=work_s)
 
-    found = place(arrival, work, predicted)
-    assert place(arrival, min(work, later), predicted) <= found, "of those that came at once"
-    # however short and however urgent: who comes after that goes behind it
-    assert found <= place(arrival + AGEING * work, 0.0, None)
-    assert found <= place(arrival + LONGEST_S, 0.0, None)
-    if math.isfinite(slo) and (predicted is None or predicted <= slo):
-        assert found <= place(arrival + slo, 0.0, None), "and none passes after its first token is due"
+    found = place(arrival, work)
+    assert place(arrival, min(work, later)) <= found, "of those that came at once"
+    # however short: who comes after that goes behind it
+    assert found <= place(arrival + AGEING * work, 0.0)
+    assert found <= place(arrival + LONGEST_S, 0.0)
+
+
+@given(arrival=moments, work=works, slo=st.floats(0.1, 60))
+def test_a_first_token_is_due_within_its_slo_and_without_one_after_what_its_work_allows(arrival: float, work: float, slo: float) -> None:
+    assert arrival < first_token_due_s("short", arrival_s=arrival, ttft_slo_s=slo, work_s=work) < arrival + slo
+    own = first_token_due_s("short", arrival_s=arrival, ttft_slo_s=math.inf, work_s=work)
+    assert arrival + NO_SLO_S <= own <= arrival + NO_SLO_S + LONGEST_S
+    assert first_token_due_s("fcfs", arrival_s=arrival, ttft_slo_s=slo) == math.inf
 
 
 @given(st.integers(20, 60), st.floats(0.3, 0.95), st.integers(0, 1000))

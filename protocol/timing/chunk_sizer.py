@@ -14,7 +14,7 @@ from typing import Protocol
 
 from .step_cost import ChunkWork, StepWork, attention_of, with_chunks
 
-MARGIN = 0.92  # of the TPOT that steps may take: the rest is for what no prediction knows
+MARGIN = 0.96  # of the TPOT that steps may take: the rest is for what no prediction knows, and for the way to the client
 SPREAD = 4.0  # steps that what a sequence has in hand is spent on
 AHEAD = 1.0  # TPOTs that a step may take more, by what every sequence has in hand
 ALIGNMENT = 64  # tokens, of sizes without a graph

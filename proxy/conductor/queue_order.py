@@ -20,7 +20,7 @@ NO_SLO_S = 30.0  # that a request without an SLO counts with
 GIVE_WAY = 10.0
 AGEING = 5.0  # more serves the median sooner, and lets a few prompts of a hundred wait for half a minute near saturation
 LONGEST_S = 120.0  # that the longest prompt lets others pass
-DUE_SHARE = 0.95  # of the TTFT in the SLO, by which a worker is to be done: the rest is the way to the client
+DUE_SHARE = 0.97  # of the TTFT in the SLO, by which a worker is to be done: the rest is the way to the client
 
 
 def queue_order(

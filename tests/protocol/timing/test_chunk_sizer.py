@@ -73,9 +73,9 @@ def test_with_graphs_a_step_fills_the_rows_of_one(decodes: StepWork, target_s: f
 
 def test_who_was_faster_than_its_pace_lends_a_part_of_it_and_never_more_than_it_has() -> None:
     assert token_target_s(0.05, 0, 0.0) == pytest.approx(MARGIN * 0.05)
-    assert token_target_s(0.05, 4, 4 * 0.02) == pytest.approx(0.046 + (4 * 0.046 - 0.08) / 4)
-    assert token_target_s(0.05, 1000, 10.0) == pytest.approx(0.046 + AHEAD * 0.05), "a single gap has a bound, too"
-    assert token_target_s(0.05, 4, 10.0) == pytest.approx(0.046), "a late one does not make prompts late"
+    assert token_target_s(0.05, 4, 4 * 0.02) == pytest.approx(0.048 + (4 * 0.048 - 0.08) / 4)
+    assert token_target_s(0.05, 1000, 10.0) == pytest.approx(0.048 + AHEAD * 0.05), "a single gap has a bound, too"
+    assert token_target_s(0.05, 4, 10.0) == pytest.approx(0.048), "a late one does not make prompts late"
     assert token_target_s(math.inf, 4, 10.0) == math.inf
 
 

@@ -122,13 +122,16 @@ class StoreClient:
         )
         return await self._fetch(request, f"hand-off {handoff_id} epoch {epoch}")
 
-    async def fetch_prefix(self, block_keys: Sequence[bytes], compute_s: float = 0.0) -> BlockReader:
+    async def fetch_prefix(
+        self, block_keys: Sequence[bytes], compute_s: float = 0.0, ssd: common_pb2.SsdUse = common_pb2.SSD_USE_UNSPECIFIED
+    ) -> BlockReader:
         """The longest run of leading keys held here, pinned until release; num_blocks may be 0.
 
-        compute_s: what computing one block takes; blocks on SSD are read only where that is predicted to be faster. 0: not known.
+        ssd: whether blocks on SSD are read. Unspecified: where the store predicts that to be faster than compute_s, which is what computing
+        one block takes; 0: not known.
         """
         keys = kvstore_pb2.BlockKeys(keys=block_keys)
-        request = kvstore_pb2.FetchRequest(session_id=self._connection.session_id, prefix=keys, compute_s=compute_s)
+        request = kvstore_pb2.FetchRequest(session_id=self._connection.session_id, prefix=keys, compute_s=compute_s, ssd=ssd)
         return await self._fetch(request, "the cached prefix")
 
     async def lookup(self, block_keys: Sequence[bytes]) -> int:

@@ -104,7 +104,12 @@ class KVStoreService(kvstore_pb2_grpc.KVStoreServicer):
 
     async def _send(self, lease: Lease, deadline: float, stream: WholeWrites) -> None:
         layout = kvstore_pb2.FetchReply.Layout(
-            lease_id=lease.lease_id, slots=lease.slots, block_keys=lease.block_keys, num_blocks=len(lease.slots)
+            lease_id=lease.lease_id,
+            slots=lease.slots,
+            block_keys=lease.block_keys,
+            num_blocks=len(lease.slots),
+            ssd_wait_s=lease.ssd_wait_s,
+            num_ssd_blocks=lease.num_ssd_blocks,
         )
         await stream.write(kvstore_pb2.FetchReply(layout=layout))
         async for found in self._store.slices(lease, deadline):
@@ -138,6 +143,10 @@ class KVStoreService(kvstore_pb2_grpc.KVStoreServicer):
     @unary_boundary
     async def Replicate(self, request: kvstore_pb2.ReplicateRequest, context: Context) -> kvstore_pb2.ReplicateReply:
         return await self._replication.replicate(request)
+
+    @unary_boundary
+    async def Promote(self, request: kvstore_pb2.PromoteRequest, context: Context) -> kvstore_pb2.PromoteReply:
+        return kvstore_pb2.PromoteReply(**(await self._store.promote(request.block_keys))._asdict())
 
     @unary_boundary
     async def Stats(self, request: kvstore_pb2.StatsRequest, context: Context) -> kvstore_pb2.StatsReply:

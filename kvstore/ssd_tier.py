@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,6 +30,13 @@ MAX_FAILURES = 8  # writes in a row, after which the disk is given up
 RATE_WEIGHT = 0.2  # of the newest read in the mean
 
 
+class Promotion(NamedTuple):
+    """What a caller of promote waited for."""
+
+    wait_s: float = 0.0
+    num_blocks: int = 0  # read for it; 0 also where it waited for another's read as well: then wait_s says little of the disk
+
+
 class SsdTier:
     def __init__(
         self,
@@ -40,6 +49,7 @@ class SsdTier:
         free_ratio: float,
         on_evicted: Callable[[list[bytes]], None],
         on_moved: Callable[[str, int], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """row(slot): a block's bytes in the arena. free_ratio: of the arena, kept free by demotion.
 
@@ -52,6 +62,7 @@ class SsdTier:
         self._num_wanted_free = int(free_ratio * dram_slots.num_slots)
         self._on_evicted = on_evicted
         self._on_moved = on_moved
+        self._clock = clock
         self._slots = SlotAllocator(files.num_places)
         self._content = ContentIndex(self._slots, policy, lambda stored, evicted: on_evicted(evicted) if evicted else None)
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="store-ssd")
@@ -131,18 +142,24 @@ class SsdTier:
             return next((index for index, key in enumerate(keys) if self._dram.slot(key) is None), len(keys))
         return len(keys)
 
-    async def promote(self, keys: Sequence[bytes], compute_s: float = 0.0) -> None:
+    async def promote(self, keys: Sequence[bytes]) -> Promotion:
         """The leading run of keys, as far as it is held and fits, stands in the arena afterwards. A block is read once for all who ask."""
+        began, num_read, alone = self._clock(), 0, True
         while not self._is_closed:
-            run = self._run(keys[: self.num_worth(keys, compute_s)])
+            run = self._run(keys)
             wanted = [key for key in run if self._dram.slot(key) is None]
             if not wanted:
-                return
+                break
             other = next((self._promoting[key] for key in wanted if key in self._promoting), None)
             if other is not None:
+                alone = False
                 await asyncio.wait({other})
-            elif not await self._read_all(run, wanted):
-                return
+                continue
+            num_read += len(wanted)
+            if not await self._read_all(run, wanted):
+                alone = False
+                break
+        return Promotion(self._clock() - began, num_read if alone else 0)
 
     def _run(self, keys: Sequence[bytes]) -> list[bytes]:
         run: list[bytes] = []
@@ -169,14 +186,13 @@ class SsdTier:
         return await asyncio.shield(reading) and len(fitting) == len(wanted)
 
     async def _finish(self, keys: Sequence[bytes], places: list[int], slots: list[int], held: list[int]) -> bool:
-        loop = asyncio.get_running_loop()
-        began = loop.time()
+        began = self._clock()
         try:
             found = await asyncio.gather(*(self._read(place, slot) for place, slot in zip(places, slots, strict=True)))
         finally:  # also where a read broke: who waits for these keys looks again
             for key in keys:
                 del self._promoting[key]
-        seconds = (loop.time() - began) / len(places)
+        seconds = (self._clock() - began) / len(places)
         self._seconds_a_block += (seconds - self._seconds_a_block) * (RATE_WEIGHT if self._seconds_a_block else 1.0)
         right = [(key, slot, self._content.checksum(place)) for key, place, slot, ok in zip(keys, places, slots, found, strict=True) if ok]
         wrong = [place for place, ok in zip(places, found, strict=True) if not ok]

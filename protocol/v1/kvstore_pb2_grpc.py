@@ -84,6 +84,11 @@ class KVStoreStub(object):
                 request_serializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.ReplicateRequest.SerializeToString,
                 response_deserializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.ReplicateReply.FromString,
                 _registered_method=True)
+        self.Promote = channel.unary_unary(
+                '/halfmoon.v1.KVStore/Promote',
+                request_serializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.PromoteRequest.SerializeToString,
+                response_deserializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.PromoteReply.FromString,
+                _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/halfmoon.v1.KVStore/Stats',
                 request_serializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.StatsRequest.SerializeToString,
@@ -161,6 +166,13 @@ class KVStoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Promote(self, request, context):
+        """Leading blocks come up from SSD ahead of a Fetch; nothing is pinned.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stats(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -219,6 +231,11 @@ def add_KVStoreServicer_to_server(servicer, server):
                     servicer.Replicate,
                     request_deserializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.ReplicateRequest.FromString,
                     response_serializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.ReplicateReply.SerializeToString,
+            ),
+            'Promote': grpc.unary_unary_rpc_method_handler(
+                    servicer.Promote,
+                    request_deserializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.PromoteRequest.FromString,
+                    response_serializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.PromoteReply.SerializeToString,
             ),
             'Stats': grpc.unary_unary_rpc_method_handler(
                     servicer.Stats,
@@ -496,6 +513,33 @@ class KVStore(object):
             '/halfmoon.v1.KVStore/Replicate',
             halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.ReplicateRequest.SerializeToString,
             halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.ReplicateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Promote(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/halfmoon.v1.KVStore/Promote',
+            halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.PromoteRequest.SerializeToString,
+            halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.PromoteReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,6 +24,7 @@ from ..members.rebalancer import NotedChange
 from ..metrics import ProxyMetrics
 from ..prefixes.index import PrefixIndex
 from ..prefixes.page_watch import PageWatch
+from ..prefixes.promoter import Promoter
 from ..prefixes.replicator import Replicator
 from ..prefixes.watch import PrefixWatch
 from ..request import ProxyRequest, RequestState
@@ -78,12 +79,13 @@ class Router:
         self.predictors = create_predictors(config, cluster)
         self.learner = Learner(self.predictors, metrics)
         cluster.on_report(self.learner.reported)
+        self._promoter = Promoter(cluster, self.learner, metrics.registry)
         # any seed will do here: tests and the simulator give policies theirs
         self.conductor = create_conductor(config, self.predictors, random.Random())
         self._rebalancer = create_rebalancer(config, cluster, self.conductor, metrics)
         self._placer = create_placer(config, cluster, self._index, page_index, self.conductor, self.learner)
         self._prompts = PromptEncoder(cluster)
-        assigner = Assigner(cluster, self._index, page_index, self._placer.load_tracker, self._replicator)
+        assigner = Assigner(cluster, self._index, page_index, self._placer.load_tracker, self._replicator, self._promoter)
         self._dispatcher = Dispatcher(self._prompts, self._placer, assigner, metrics)
         self._slo = default_slo(config)
         self._context = RunnerContext(
@@ -205,6 +207,7 @@ class Router:
         if self._rebalancer is not None:
             await self._rebalancer.close()
         await self._replicator.close()
+        await self._promoter.close()
         await self._watch.close()
         await self._page_watch.close()
         await self.liveness.close()

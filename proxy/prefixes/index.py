@@ -61,6 +61,10 @@ class PrefixIndex:
         self._live = 0  # the bits that count
         self._cut: set[str] = set()
         self._masks_of: tuple[Sequence[str], int] | None = None  # stores last counted among, and their bits; None: a store came or went
+        self.on_change: Callable[[Sequence[bytes], Sequence[bytes]], None] | None = None
+        """Is told of blocks that some store holds and none did before, and of those that none holds any more."""
+        self._new: list[bytes] = []
+        self._gone: list[bytes] = []
         self._promises = Promises(clock, promise_ttl_s)
         self._on_ssd = SsdBlocks()
 
@@ -105,8 +109,9 @@ class PrefixIndex:
             stored = list(stored)
             self._promises.confirm(slot, stored)
         if store in self._cut:
+            self._tell()
             return
-        holders, held, bit = self._holders, self._held[slot], 1 << slot
+        holders, held, bit, told = self._holders, self._held[slot], 1 << slot, self.on_change
         before = len(held)
         room = before + self._max_copies - self.num_copies
         for key in stored:
@@ -114,9 +119,12 @@ class PrefixIndex:
                 self._cut.add(store)
                 break
             known = holders.get(key)
+            if known is None and told is not None:
+                self._new.append(key)
             holders[key] = bit if known is None else known | bit  # one int for all the blocks of one holder
             held.add(key)
         self.num_copies += len(held) - before
+        self._tell()
 
     def drop(self, store: str) -> None:
         """Forgets the store and its promises: it is gone, or its content is no longer known."""
@@ -130,6 +138,7 @@ class PrefixIndex:
             del self._stores[slot]
             self._name_array = self._masks_of = None
             self._sweep()
+            self._tell()
 
     def expect(self, store: str, keys: Sequence[bytes]) -> None:
         """Promises that the store will hold keys, a chain from its start. They count as held until the store confirms them,
@@ -263,7 +272,14 @@ class PrefixIndex:
                     holders[key] = left
                 else:
                     del holders[key]
+                    if self.on_change is not None:
+                        self._gone.append(key)
         self.num_copies -= before - len(held)
+
+    def _tell(self) -> None:
+        if self.on_change is not None and (self._new or self._gone):
+            new, gone, self._new, self._gone = self._new, self._gone, [], []
+            self.on_change(new, gone)
 
     def _sweep(self) -> None:
         """Removes a part of a dropped store's blocks from the table. Its slot is free once all are removed."""

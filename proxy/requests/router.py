@@ -23,6 +23,7 @@ from ..members.liveness import Liveness
 from ..members.rebalancer import NotedChange
 from ..metrics import ProxyMetrics
 from ..prefixes.index import PrefixIndex
+from ..prefixes.kv_event_sockets import KvEventSockets
 from ..prefixes.page_watch import PageWatch
 from ..prefixes.promoter import Promoter
 from ..prefixes.replicator import Replicator
@@ -72,6 +73,7 @@ class Router:
         self._tasks = Tasks("router")
         self._index = PrefixIndex()
         self._watch = PrefixWatch(cluster, self._index)
+        self.kv_events = _kv_events(config, self._index)
         page_index = PrefixIndex()
         self._page_watch = PageWatch(cluster, page_index)
         self.liveness = Liveness(cluster, config)
@@ -208,6 +210,8 @@ class Router:
             await self._rebalancer.close()
         await self._replicator.close()
         await self._promoter.close()
+        if self.kv_events is not None:
+            await self.kv_events.close()
         await self._watch.close()
         await self._page_watch.close()
         await self.liveness.close()
@@ -298,16 +302,29 @@ class Router:
 
     def _first_token(self, runner: RequestRunner) -> None:
         self._queue.leave(self._waiting.pop(runner.request.request_id), first_token=True)
+        self._tell_tokens(runner)
         self._count()
 
     def _runner_ended(self, runner: RequestRunner) -> None:
         if runner.is_waiting:
             self._queue.leave(self._waiting.pop(runner.request.request_id), first_token=False)
         del self._runners[runner.request.request_id]
+        self._tell_tokens(runner)
         self.streams.pop(runner.request.request_id, None)
         if not self._runners:
             self._empty.set()
         self._count()
 
+    def _tell_tokens(self, runner: RequestRunner) -> None:
+        """Of a prompt, and of its answer so far, to who publishes events about blocks. A tenant's are nobody's business."""
+        if self.kv_events is not None and not runner.prompt.salt:
+            self.kv_events.know(runner.prompt.schema, runner.prompt.keys, [*runner.request.token_ids, *runner.sent])
+
     def _count(self) -> None:
         self.metrics.set_requests(self.num_queued, self.num_running)
+
+
+def _kv_events(config: ProxyConfig, index: PrefixIndex) -> KvEventSockets | None:
+    if not config.kv_events_endpoint:
+        return None
+    return KvEventSockets(index, config.kv_events_endpoint, config.kv_events_replay_endpoint, config.kv_events_topic)

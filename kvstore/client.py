@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from ..protocol.address import split_address
@@ -145,14 +145,28 @@ class StoreClient:
         request = kvstore_pb2.AbortRequest(handoff=handoff, reason=error_to_proto(reason))
         return (await self._connection.call(self._connection.stub.Abort, request)).found
 
-    async def replicate(self, block_keys: Sequence[bytes], source_address: str, deadline_s: float) -> kvstore_pb2.ReplicateReply:
-        """The store copies what it lacks of the leading blocks out of the store at source_address, and caches it.
+    async def replicate(
+        self,
+        block_keys: Sequence[bytes],
+        source_address: str,
+        deadline_s: float,
+        on_progress: Callable[[kvstore_pb2.ReplicateReply], None] = lambda _: None,
+    ) -> kvstore_pb2.ReplicateReply:
+        """The store copies what it lacks of the leading blocks out of the store at source_address, and caches it. A cancel gives it up.
 
         Raises StoreUnavailable (this store or the source), SchemaMismatch, HandoffCorrupt, HandoffIncomplete, DeadlineExceeded:
         nothing is cached then.
         """
         request = kvstore_pb2.ReplicateRequest(block_keys=block_keys, source_address=source_address, deadline_s=deadline_s)
-        return await self._connection.call(self._connection.stub.Replicate, request)
+        call = self._connection.track(self._connection.stub.Replicate(request))
+        try:
+            while (reply := await self._connection.read(call)) is not None:
+                if reply.stop:
+                    return reply
+                on_progress(reply)
+            raise StoreUnavailable(f"{self._connection.peer} ended the copy without its result; it is stopping")
+        finally:
+            call.cancel()
 
     async def stats(self) -> kvstore_pb2.StatsReply:
         return await self._connection.call(self._connection.stub.Stats, kvstore_pb2.StatsRequest())

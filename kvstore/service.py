@@ -14,6 +14,7 @@ import grpc.aio
 from ..protocol.durations import seconds
 from ..protocol.errors import HalfmoonError, InvalidRequest, build_error
 from ..protocol.grpc_errors import error_from_proto, unary_boundary
+from ..protocol.tasks import beside
 from ..protocol.v1 import kvstore_pb2, kvstore_pb2_grpc
 from .handoff import HandoffId, Lease
 from .malloc import keep_pages
@@ -141,8 +142,21 @@ class KVStoreService(kvstore_pb2_grpc.KVStoreServicer):
             self._store.feed.leave(watcher)
 
     @unary_boundary
-    async def Replicate(self, request: kvstore_pb2.ReplicateRequest, context: Context) -> kvstore_pb2.ReplicateReply:
-        return await self._replication.replicate(request)
+    async def Replicate(self, request: kvstore_pb2.ReplicateRequest, context: Context) -> None:
+        news, latest = asyncio.Event(), kvstore_pb2.ReplicateReply()
+
+        def tell(reply: kvstore_pb2.ReplicateReply) -> None:
+            nonlocal latest
+            latest = reply  # who reads slowly hears of the newest: the copy waits for nobody
+            news.set()
+
+        async with beside(self._replication.replicate(request, tell)) as copying:
+            copying.add_done_callback(lambda _: news.set())
+            while await news.wait() and not copying.done():
+                news.clear()
+                await context.write(latest)
+            reply = await copying
+        await context.write(reply)
 
     @unary_boundary
     async def Promote(self, request: kvstore_pb2.PromoteRequest, context: Context) -> kvstore_pb2.PromoteReply:

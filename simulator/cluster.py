@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from ..protocol.errors import ConfigError
 from ..proxy.conductor.admission import create_admission
@@ -94,7 +95,7 @@ class Cluster:
         scenario = self.scenario
         return NodeCache(
             scenario.cost.cache_tokens // scenario.block_size,
-            lambda *change: self.index.change(node, *change),
+            partial(self.index.change, node),
             num_ssd_blocks=scenario.cost.ssd_tokens // scenario.block_size,
             eviction=scenario.eviction,
         )

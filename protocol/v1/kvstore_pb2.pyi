@@ -279,7 +279,7 @@ class ReplicateRequest(_message.Message):
     def __init__(self, block_keys: _Optional[_Iterable[bytes]] = ..., source_address: _Optional[str] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class ReplicateReply(_message.Message):
-    __slots__ = ("num_blocks", "num_bytes", "num_held", "stop", "seconds")
+    __slots__ = ("num_blocks", "num_bytes", "num_held", "stop", "seconds", "num_bytes_wanted", "num_ssd_blocks")
     class Stop(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STOP_UNSPECIFIED: _ClassVar[ReplicateReply.Stop]
@@ -295,12 +295,16 @@ class ReplicateReply(_message.Message):
     NUM_HELD_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_WANTED_FIELD_NUMBER: _ClassVar[int]
+    NUM_SSD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     num_blocks: int
     num_bytes: int
     num_held: int
     stop: ReplicateReply.Stop
     seconds: float
-    def __init__(self, num_blocks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., num_held: _Optional[int] = ..., stop: _Optional[_Union[ReplicateReply.Stop, str]] = ..., seconds: _Optional[float] = ...) -> None: ...
+    num_bytes_wanted: int
+    num_ssd_blocks: int
+    def __init__(self, num_blocks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., num_held: _Optional[int] = ..., stop: _Optional[_Union[ReplicateReply.Stop, str]] = ..., seconds: _Optional[float] = ..., num_bytes_wanted: _Optional[int] = ..., num_ssd_blocks: _Optional[int] = ...) -> None: ...
 
 class PromoteRequest(_message.Message):
     __slots__ = ("block_keys",)

@@ -79,7 +79,7 @@ class KVStoreStub(object):
                 request_serializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.WatchRequest.SerializeToString,
                 response_deserializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.WatchReply.FromString,
                 _registered_method=True)
-        self.Replicate = channel.unary_unary(
+        self.Replicate = channel.unary_stream(
                 '/halfmoon.v1.KVStore/Replicate',
                 request_serializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.ReplicateRequest.SerializeToString,
                 response_deserializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.ReplicateReply.FromString,
@@ -161,6 +161,7 @@ class KVStoreServicer(object):
 
     def Replicate(self, request, context):
         """This store fetches what it lacks of the leading blocks from another one, and caches it. All of it or, on an error, nothing.
+        Replies without a stop say how far it is; the last one has it. To cancel the call gives the copy up.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -227,7 +228,7 @@ def add_KVStoreServicer_to_server(servicer, server):
                     request_deserializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.WatchRequest.FromString,
                     response_serializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.WatchReply.SerializeToString,
             ),
-            'Replicate': grpc.unary_unary_rpc_method_handler(
+            'Replicate': grpc.unary_stream_rpc_method_handler(
                     servicer.Replicate,
                     request_deserializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.ReplicateRequest.FromString,
                     response_serializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.ReplicateReply.SerializeToString,
@@ -507,7 +508,7 @@ class KVStore(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
+        return grpc.experimental.unary_stream(
             request,
             target,
             '/halfmoon.v1.KVStore/Replicate',

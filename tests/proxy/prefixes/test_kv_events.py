@@ -63,7 +63,12 @@ def expected(keys: set[bytes]) -> dict[int, tuple[int | None, tuple[int, ...]]]:
 
 
 steps = st.lists(
-    st.tuples(st.sampled_from(["know", "store", "evict", "drop"]), st.sampled_from(["a:1", "b:2"]), st.integers(0, 3), st.integers(0, 8)),
+    st.tuples(
+        st.sampled_from(["know", "store", "holes", "evict", "both", "drop"]),
+        st.sampled_from(["a:1", "b:2"]),
+        st.integers(0, 3),
+        st.integers(0, 8),
+    ),
     max_size=40,
 )
 
@@ -88,6 +93,12 @@ def test_a_subscriber_knows_what_some_store_holds_of_the_prompts_that_came(found
         elif what == "evict":
             index.change(store, (), KEYS[chain][num_blocks:])
             held[store] -= set(KEYS[chain][num_blocks:])
+        elif what == "holes":
+            index.change(store, KEYS[chain][num_blocks % 2 :: 2], ())
+            held[store] |= set(KEYS[chain][num_blocks % 2 :: 2])
+        elif what == "both":
+            index.change(store, keys, KEYS[chain])
+            held[store] = held[store] - set(KEYS[chain]) | set(keys)
         else:
             index.drop(store)
             held[store] = set()

@@ -60,7 +60,7 @@ class Disk:
 
 
 class Site:
-    """One worker of both roles under a router, whose store has room for three prompts in DRAM."""
+    """Workers under a router, whose store has room for three prompts in DRAM."""
 
     def __init__(self, proxy: Any, cluster: Any, disk: Disk) -> None:
         self.proxy, self.cluster, self.disk = proxy, cluster, disk
@@ -98,8 +98,8 @@ class Site:
         await until(lambda: self.index.ssd_runs(keys, self.index.leading_runs(keys)) == {address: NUM_BLOCKS})
 
 
-@pytest.fixture
-async def site(make_proxy: Any, make_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+@pytest.fixture(params=["one worker of both roles", "1P1D"])
+async def site(request: Any, make_proxy: Any, make_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     """Of all that could be learnt, only what the SSD takes is."""
     for name in ("_note", "_note_link"):
         monkeypatch.setattr(Learner, name, lambda *_, **__: None)
@@ -107,7 +107,7 @@ async def site(make_proxy: Any, make_cluster: Any, tmp_path: Path, monkeypatch: 
     proxy = await make_proxy(policy="kvcache_centric", cost_model=str(tmp_path / "model.json"))
     disk = Disk(monkeypatch, FAST_S)
     ssd = {"ssd_path": str(tmp_path / "ssd"), "ssd_bytes": 4000 * 8192, "ssd_free_ratio": 0.5}
-    cluster = await make_cluster(both=1, arena_bytes=100 * BLOCK_BYTES, store=ssd, prefix_cache_hbm=False)
+    cluster = await make_cluster(both=int(request.param != "1P1D"), arena_bytes=100 * BLOCK_BYTES, store=ssd, prefix_cache_hbm=False)
     proxy.know_store(cluster.store)
     for worker in cluster.workers:
         await worker.life.joined.wait()

@@ -53,7 +53,7 @@ class LocalPrefill:
             job = self._computing.get(chunk.sequence)
             if job is not None:
                 job.compute_s += seconds_per_token * chunk.num_tokens
-                self._prefixes.computed(seconds_per_token)
+                self._prefixes.computed(seconds_per_token, chunk.num_tokens)
                 if chunk.is_last:
                     self._computing.pop(chunk.sequence, None)
 

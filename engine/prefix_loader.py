@@ -32,7 +32,7 @@ from .worker_metrics import WorkerMetrics
 logger = logging.getLogger(__name__)
 
 NO_HINT = worker_pb2.PrefixHint()
-NEWEST_WEIGHT = 0.1  # of a step in the mean of what a token takes
+HALF_LIFE_TOKENS = 2048  # computed, after which a step has half its weight in the mean of what a token takes
 
 
 @dataclass(slots=True)
@@ -71,10 +71,13 @@ class PrefixLoader:
         self._spawn = spawn
         self._seconds_per_token = 0.0  # of computing, lately; 0: not known yet
 
-    def computed(self, seconds_per_token: float) -> None:
-        """A prompt's tokens took so long each: a block that a store has on SSD alone is loaded only where that is faster."""
+    def computed(self, seconds_per_token: float, num_tokens: int) -> None:
+        """A prompt's tokens took so long each: a block that a store has on SSD alone is loaded only where that is faster.
+
+        A few tokens pay for a whole step, so they say little of many.
+        """
         known = self._seconds_per_token or seconds_per_token
-        self._seconds_per_token = known + NEWEST_WEIGHT * (seconds_per_token - known)
+        self._seconds_per_token = known + (1.0 - 0.5 ** (num_tokens / HALF_LIFE_TOKENS)) * (seconds_per_token - known)
 
     async def load(
         self,
@@ -148,7 +151,11 @@ class PrefixLoader:
         num_hinted = hint.num_blocks - num_shared
         client, reader = await self._find(sequence, keys[num_shared:], num_hinted, hint, own_ssd, readers)
         found.ssd_wait_s = sum(one.ssd_wait_s for one in readers)
-        if client is None or reader is None or reader.num_blocks == 0:
+        if client is None or reader is None:
+            return 0
+        if reader.ssd_wait_s == found.ssd_wait_s:  # else another store read, too
+            found.num_bytes_ssd, found.ssd_store = reader.num_ssd_blocks * self._pages.schema.block_bytes, client.address
+        if reader.num_blocks == 0:
             return 0
         began = time.monotonic()
         try:
@@ -157,9 +164,6 @@ class PrefixLoader:
             found.corrupt_in, found.corrupt_blocks = client, [num_shared + block for block in error.fields["blocks"]]
             raise
         found.num_bytes, found.transport = reader.num_bytes, client.transport
-        found.num_bytes_ssd, found.ssd_store = reader.num_ssd_blocks * self._pages.schema.block_bytes, client.address
-        if reader.ssd_wait_s < found.ssd_wait_s:  # another store read, too
-            found.num_bytes_ssd = 0
         self._metrics.transferred(client.transport, "load", reader.num_bytes, time.monotonic() - began)
         return reader.num_blocks
 

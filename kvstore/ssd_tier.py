@@ -8,10 +8,12 @@ Leased, unsealed and handed-off blocks are pinned, and stay. Reads and writes ar
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -28,13 +30,24 @@ NUM_THREADS = 4  # reads and writes under way
 BATCH_BLOCKS = 16  # demoted together: so many slots are held meanwhile
 MAX_FAILURES = 8  # writes in a row, after which the disk is given up
 RATE_WEIGHT = 0.2  # of the newest read in the mean
+PATIENCE = 2.0  # times what computing takes, that a reader waits for a read
+LEAST_PATIENCE_S = 0.25
+UNKNOWN_PATIENCE_S = 10.0  # where it is not known what computing takes
 
 
 class Promotion(NamedTuple):
     """What a caller of promote waited for."""
 
     wait_s: float = 0.0
-    num_blocks: int = 0  # read for it; 0 also where it waited for another's read as well: then wait_s says little of the disk
+    num_blocks: int = 0
+    """Read for it, those that did not come in time included; 0 also where it waited for another's read as well: then wait_s says little of
+    the disk."""
+
+
+@dataclass(slots=True)
+class _Wait:
+    num_blocks: int = 0  # of its own reads
+    alone: bool = True  # it has waited for no other read, and its own found what they wanted
 
 
 class SsdTier:
@@ -142,24 +155,33 @@ class SsdTier:
             return next((index for index, key in enumerate(keys) if self._dram.slot(key) is None), len(keys))
         return len(keys)
 
-    async def promote(self, keys: Sequence[bytes]) -> Promotion:
-        """The leading run of keys, as far as it is held and fits, stands in the arena afterwards. A block is read once for all who ask."""
-        began, num_read, alone = self._clock(), 0, True
+    async def promote(self, keys: Sequence[bytes], compute_s: float = 0.0) -> Promotion:
+        """The leading run of keys, as far as it is held and fits, stands in the arena afterwards. A block is read once for all who ask.
+
+        Who waits gives up after PATIENCE times what computing takes; the read goes on. compute_s: of one block; 0: not known.
+        """
+        began, wait = self._clock(), _Wait()
+        patience_s = max(PATIENCE * compute_s * len(keys), LEAST_PATIENCE_S) if compute_s else UNKNOWN_PATIENCE_S
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await self._promote(keys, wait)
+        return Promotion(self._clock() - began, wait.num_blocks if wait.alone else 0)
+
+    async def _promote(self, keys: Sequence[bytes], wait: _Wait) -> None:
         while not self._is_closed:
             run = self._run(keys)
             wanted = [key for key in run if self._dram.slot(key) is None]
             if not wanted:
-                break
+                return
             other = next((self._promoting[key] for key in wanted if key in self._promoting), None)
             if other is not None:
-                alone = False
+                wait.alone = False
                 await asyncio.wait({other})
                 continue
-            num_read += len(wanted)
+            wait.num_blocks += len(wanted)
             if not await self._read_all(run, wanted):
-                alone = False
-                break
-        return Promotion(self._clock() - began, num_read if alone else 0)
+                wait.alone = False
+                return
 
     def _run(self, keys: Sequence[bytes]) -> list[bytes]:
         run: list[bytes] = []

@@ -87,7 +87,7 @@ class Tiers:
             return Promotion()
         check_keys(block_keys)
         num_worth = len(block_keys) if use == common_pb2.SSD_USE_LOAD else ssd.num_worth(block_keys, compute_s)
-        return await ssd.promote(block_keys[:num_worth])
+        return await ssd.promote(block_keys[:num_worth], compute_s)
 
     def lookup(self, block_keys: Sequence[bytes], num_exact: int = NUM_EXACT) -> Held:
         """num_exact: as leading_run's."""

@@ -213,7 +213,7 @@ class PrefillHalf:
 
     def _stepped(self, seconds: float, work: StepWork) -> None:
         self._worker.metrics.stepped("prefill", seconds, work)
-        self._worker.prefixes.computed(seconds / max(work.num_tokens, 1))
+        self._worker.prefixes.computed(seconds / max(work.num_tokens, 1), work.num_tokens)
         self._worker.start_waiting()
 
     def _failed(self, job: PrefillJob, error: HalfmoonError) -> None:

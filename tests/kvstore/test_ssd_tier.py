@@ -229,6 +229,25 @@ async def test_a_reader_is_told_what_was_read_from_the_disk_for_it_alone(kv, sta
         await reader.release()
 
 
+async def test_a_disk_that_hangs_costs_its_readers_a_while_and_no_request(kv, start, monkeypatch) -> None:
+    server, client = await start(free_ratio=0.3)
+    for name in "abc":
+        await kv.cache(client, name, 4)
+        await settled(server)
+    gate, plain = threading.Event(), SsdFiles.read
+    monkeypatch.setattr(SsdFiles, "read", lambda *arguments: gate.wait() and plain(*arguments))
+    held = await client._connection.call(client._connection.stub.Lookup, _lookup(kv, "a", 4))
+    num_cold = held.num_blocks - held.num_blocks_dram
+    for expected in (num_cold, 0):  # the second waits for the first one's read
+        reader = await client.fetch_prefix(kv.keys("a", 4), compute_s=1e-6, ssd=common_pb2.SSD_USE_LOAD)
+        assert (reader.num_blocks, reader.num_ssd_blocks) == (held.num_blocks_dram, expected) and reader.ssd_wait_s > 0.2
+        await reader.release()
+    gate.set()
+    await until(lambda: not tier(server)._promoting)
+    assert np.array_equal(await read(kv, client, "a", held.num_blocks), kv.blocks("a", held.num_blocks))
+    await settled(server)
+
+
 async def test_blocks_come_up_ahead_of_a_fetch_and_are_not_read_again(kv, start) -> None:
     server, client = await start(free_ratio=0.3)
     for name in "abc":

@@ -44,6 +44,7 @@ class PhaseRecord:
     predicted_ttft_s: float = 0.0
     predicted_tpot_s: float = 0.0
     placement_reason: str = ""
+    ssd_wait_s: float = 0.0
 
     @classmethod
     def from_proto(cls, message: common_pb2.PhaseRecord) -> PhaseRecord:

@@ -22,6 +22,7 @@ class Candidate:
     chosen: bool
     num_cached_blocks: int
     queue_s: float
+    ssd_s: float
     transfer_s: float
     prefill_s: float
     ttft_s: float

@@ -24,7 +24,9 @@ class LocalPrefill:
 
     async def load(self, job: DecodeJob) -> None:
         """Sets the job's prefix. Never fails, because what is corrupt or gone is computed."""
-        job.prefix = await self._prefixes.load(job.sequence, job.block_keys, skip_own_store=job.request.skip_own_store)
+        job.prefix = await self._prefixes.load(
+            job.sequence, job.block_keys, skip_own_store=job.request.skip_own_store, own_ssd=job.request.own_ssd
+        )
         if not job.ended:
             self._unbegun[job.sequence] = job
 
@@ -51,7 +53,7 @@ class LocalPrefill:
             job = self._computing.get(chunk.sequence)
             if job is not None:
                 job.compute_s += seconds_per_token * chunk.num_tokens
-                self._prefixes.computed(seconds_per_token)
+                self._prefixes.computed(seconds_per_token, chunk.num_tokens)
                 if chunk.is_last:
                     self._computing.pop(chunk.sequence, None)
 
@@ -73,6 +75,9 @@ def local_state(job: DecodeJob, token: common_pb2.TokenOutput) -> common_pb2.Han
         transport="local",
         compute_s=job.compute_s,
         load_transport=job.prefix.transport,
+        ssd_wait_s=job.prefix.ssd_wait_s,
+        num_bytes_ssd=job.prefix.num_bytes_ssd,
+        ssd_store=job.prefix.ssd_store,
     )
     num_tokens = len(job.request.sequence.token_ids)  # the sequence itself grows on
     num_cached_tokens = job.prefix.num_tokens + job.sequence.num_skipped_tokens

@@ -21,7 +21,7 @@ from typing import Any
 
 from ..kvstore.client import BlockReader, StoreClient
 from ..protocol.errors import HalfmoonError, HandoffCorrupt
-from ..protocol.v1 import worker_pb2
+from ..protocol.v1 import common_pb2, worker_pb2
 from .executor import PageTransfer
 from .page_allocator import PageAllocator
 from .page_copy import load_pages
@@ -32,7 +32,7 @@ from .worker_metrics import WorkerMetrics
 logger = logging.getLogger(__name__)
 
 NO_HINT = worker_pb2.PrefixHint()
-NEWEST_WEIGHT = 0.1  # of a step in the mean of what a token takes
+HALF_LIFE_TOKENS = 2048  # computed, after which a step has half its weight in the mean of what a token takes
 
 
 @dataclass(slots=True)
@@ -43,6 +43,9 @@ class CachedPrefix:
     load_s: float = 0.0  # looking for it included
     num_bytes: int = 0
     transport: str = ""
+    ssd_wait_s: float = 0.0  # of load_s: stores read blocks from SSD
+    num_bytes_ssd: int = 0  # that ssd_store, an address, read for this load alone; 0: none, or not to be told from other reads
+    ssd_store: str = ""
     corrupt_in: StoreClient | None = None  # the store whose cached blocks did not match their checksums
     corrupt_blocks: list[int] = field(default_factory=list)
 
@@ -68,16 +71,25 @@ class PrefixLoader:
         self._spawn = spawn
         self._seconds_per_token = 0.0  # of computing, lately; 0: not known yet
 
-    def computed(self, seconds_per_token: float) -> None:
-        """A prompt's tokens took so long each: a block that a store has on SSD alone is loaded only where that is faster."""
+    def computed(self, seconds_per_token: float, num_tokens: int) -> None:
+        """A prompt's tokens took so long each: a block that a store has on SSD alone is loaded only where that is faster.
+
+        A few tokens pay for a whole step, so they say little of many.
+        """
         known = self._seconds_per_token or seconds_per_token
-        self._seconds_per_token = known + NEWEST_WEIGHT * (seconds_per_token - known)
+        self._seconds_per_token = known + (1.0 - 0.5 ** (num_tokens / HALF_LIFE_TOKENS)) * (seconds_per_token - known)
 
     async def load(
-        self, sequence: Sequence, block_keys: list[bytes], hint: worker_pb2.PrefixHint = NO_HINT, *, skip_own_store: bool = False
+        self,
+        sequence: Sequence,
+        block_keys: list[bytes],
+        hint: worker_pb2.PrefixHint = NO_HINT,
+        *,
+        skip_own_store: bool = False,
+        own_ssd: common_pb2.SsdUse = common_pb2.SSD_USE_UNSPECIFIED,
     ) -> CachedPrefix:
         """block_keys: of the prompt's full blocks. hint: a store beside the own one that may hold more of them. skip_own_store: it is
-        gone, or does not answer.
+        gone, or does not answer. own_ssd: whether it may read from SSD, as the hint says it of the other store.
 
         Never fails: a prefix that is corrupt or gone is computed, with a warning and a count. What was corrupt is not in its
         store any more when this returns, and noted: others may have been promised it meanwhile.
@@ -85,10 +97,11 @@ class PrefixLoader:
         began, found, failed = time.monotonic(), CachedPrefix(), False
         readers: list[BlockReader] = []
         block_size = self._pages.schema.block_size
+        own = None if skip_own_store else own_ssd
         num_blocks = num_shared = sequence.num_computed_tokens // block_size
         try:
             if num_shared < len(block_keys):
-                num_blocks += await self._load(sequence, block_keys, num_shared, hint, skip_own_store, found, readers)
+                num_blocks += await self._load(sequence, block_keys, num_shared, hint, own, found, readers)
         except HalfmoonError as error:
             failed = True
             self._count_failure(sequence, error)
@@ -130,14 +143,19 @@ class PrefixLoader:
         keys: list[bytes],
         num_shared: int,
         hint: worker_pb2.PrefixHint,
-        skip_own_store: bool,
+        own_ssd: common_pb2.SsdUse | None,
         found: CachedPrefix,
         readers: list[BlockReader],
     ) -> int:
-        """The blocks behind the first num_shared. Returns how many of them stand in the pages."""
+        """The blocks behind the first num_shared. Returns how many of them stand in the pages. own_ssd: None skips the own store."""
         num_hinted = hint.num_blocks - num_shared
-        client, reader = await self._find(sequence, keys[num_shared:], num_hinted, hint.store_address, skip_own_store, readers)
-        if client is None or reader is None or reader.num_blocks == 0:
+        client, reader = await self._find(sequence, keys[num_shared:], num_hinted, hint, own_ssd, readers)
+        found.ssd_wait_s = sum(one.ssd_wait_s for one in readers)
+        if client is None or reader is None:
+            return 0
+        if reader.ssd_wait_s == found.ssd_wait_s:  # else another store read, too
+            found.num_bytes_ssd, found.ssd_store = reader.num_ssd_blocks * self._pages.schema.block_bytes, client.address
+        if reader.num_blocks == 0:
             return 0
         began = time.monotonic()
         try:
@@ -154,28 +172,28 @@ class PrefixLoader:
         sequence: Sequence,
         keys: list[bytes],
         num_hinted: int,
-        hinted_address: str,
-        skip_own_store: bool,
+        hint: worker_pb2.PrefixHint,
+        own_ssd: common_pb2.SsdUse | None,
         readers: list[BlockReader],
     ) -> tuple[StoreClient | None, BlockReader | None]:
         """The reader with the longest run; all that are opened are added to readers. num_hinted: blocks that the hinted store may hold."""
         own, found = None, None
-        if not skip_own_store:
-            own, found = await self._fetch(sequence, keys, self._stores.own.address, "local", readers)
+        if own_ssd is not None:
+            own, found = await self._fetch(sequence, keys, self._stores.own.address, "local", own_ssd, readers)
         held = found.num_blocks if found is not None else 0
-        if num_hinted <= held or self._stores.is_own(hinted_address):
+        if num_hinted <= held or self._stores.is_own(hint.store_address):
             return own, found
-        remote, hinted = await self._fetch(sequence, keys, hinted_address, "remote", readers)
+        remote, hinted = await self._fetch(sequence, keys, hint.store_address, "remote", hint.ssd, readers)
         if hinted is not None and hinted.num_blocks > held:
             return remote, hinted
         return own, found
 
     async def _fetch(
-        self, sequence: Sequence, keys: list[bytes], address: str, tier: str, readers: list[BlockReader]
+        self, sequence: Sequence, keys: list[bytes], address: str, tier: str, ssd: common_pb2.SsdUse, readers: list[BlockReader]
     ) -> tuple[StoreClient | None, BlockReader | None]:
         try:
             client = await self._stores.client(address)
-            reader = await client.fetch_prefix(keys, self._seconds_per_token * self._pages.schema.block_size)
+            reader = await client.fetch_prefix(keys, self._seconds_per_token * self._pages.schema.block_size, ssd)
         except HalfmoonError as error:
             self._count_failure(sequence, error)
             return None, None

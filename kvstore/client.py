@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from ..protocol.address import split_address
@@ -122,13 +122,16 @@ class StoreClient:
         )
         return await self._fetch(request, f"hand-off {handoff_id} epoch {epoch}")
 
-    async def fetch_prefix(self, block_keys: Sequence[bytes], compute_s: float = 0.0) -> BlockReader:
+    async def fetch_prefix(
+        self, block_keys: Sequence[bytes], compute_s: float = 0.0, ssd: common_pb2.SsdUse = common_pb2.SSD_USE_UNSPECIFIED
+    ) -> BlockReader:
         """The longest run of leading keys held here, pinned until release; num_blocks may be 0.
 
-        compute_s: what computing one block takes; blocks on SSD are read only where that is predicted to be faster. 0: not known.
+        ssd: whether blocks on SSD are read. Unspecified: where the store predicts that to be faster than compute_s, which is what computing
+        one block takes; 0: not known.
         """
         keys = kvstore_pb2.BlockKeys(keys=block_keys)
-        request = kvstore_pb2.FetchRequest(session_id=self._connection.session_id, prefix=keys, compute_s=compute_s)
+        request = kvstore_pb2.FetchRequest(session_id=self._connection.session_id, prefix=keys, compute_s=compute_s, ssd=ssd)
         return await self._fetch(request, "the cached prefix")
 
     async def lookup(self, block_keys: Sequence[bytes]) -> int:
@@ -142,14 +145,28 @@ class StoreClient:
         request = kvstore_pb2.AbortRequest(handoff=handoff, reason=error_to_proto(reason))
         return (await self._connection.call(self._connection.stub.Abort, request)).found
 
-    async def replicate(self, block_keys: Sequence[bytes], source_address: str, deadline_s: float) -> kvstore_pb2.ReplicateReply:
-        """The store copies what it lacks of the leading blocks out of the store at source_address, and caches it.
+    async def replicate(
+        self,
+        block_keys: Sequence[bytes],
+        source_address: str,
+        deadline_s: float,
+        on_progress: Callable[[kvstore_pb2.ReplicateReply], None] = lambda _: None,
+    ) -> kvstore_pb2.ReplicateReply:
+        """The store copies what it lacks of the leading blocks out of the store at source_address, and caches it. A cancel gives it up.
 
         Raises StoreUnavailable (this store or the source), SchemaMismatch, HandoffCorrupt, HandoffIncomplete, DeadlineExceeded:
         nothing is cached then.
         """
         request = kvstore_pb2.ReplicateRequest(block_keys=block_keys, source_address=source_address, deadline_s=deadline_s)
-        return await self._connection.call(self._connection.stub.Replicate, request)
+        call = self._connection.track(self._connection.stub.Replicate(request))
+        try:
+            while (reply := await self._connection.read(call)) is not None:
+                if reply.stop:
+                    return reply
+                on_progress(reply)
+            raise StoreUnavailable(f"{self._connection.peer} ended the copy without its result; it is stopping")
+        finally:
+            call.cancel()
 
     async def stats(self) -> kvstore_pb2.StatsReply:
         return await self._connection.call(self._connection.stub.Stats, kvstore_pb2.StatsRequest())

@@ -34,6 +34,9 @@ class ContentIndex:
     def slot(self, key: bytes) -> int | None:
         return self._slot_of.get(key)
 
+    def holds(self, key: bytes) -> bool:
+        return key in self._slot_of
+
     def checksum(self, slot: int) -> int:
         """xxh3-64 of a cached slot's bytes."""
         return self._checksums[slot]

@@ -56,6 +56,8 @@ class Lease:
     handoff: Handoff | None = None
     checksums: list[int] = field(default_factory=list[int])  # known once sealed
     without_data: bool = False  # READ: the client gets the bytes by itself, over a data connection
+    ssd_wait_s: float = 0.0  # READ: as FetchReply.Layout has them
+    num_ssd_blocks: int = 0
     revoked: HalfmoonError | None = None  # why it counts no more; slots that its client may still touch stay pinned
 
 

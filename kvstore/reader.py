@@ -52,6 +52,7 @@ class BlockReader:
     ) -> None:
         """name: of what is read, for messages."""
         self.num_blocks = layout.num_blocks
+        self.ssd_wait_s, self.num_ssd_blocks = layout.ssd_wait_s, layout.num_ssd_blocks  # as kvstore.proto has them
         self.num_skipped = 0  # leading blocks that are not read
         self.block_keys = list(layout.block_keys)
         self.state: common_pb2.HandoffState | None = None

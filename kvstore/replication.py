@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,9 +35,16 @@ OUTCOMES = {Reply.STOP_COMPLETE: "complete", Reply.STOP_SOURCE: "source", Reply.
 class Pull:
     ending: asyncio.Future[HalfmoonError | None]  # set from outside: why it has to end
     over: asyncio.Future[None]
+    on_progress: Callable[[kvstore_pb2.ReplicateReply], None]
     num_blocks: int = 0  # copied
     num_bytes: int = 0
+    num_bytes_wanted: int = 0
+    num_ssd_blocks: int = 0
     source_is_short: bool = False
+
+    def reply(self) -> kvstore_pb2.ReplicateReply:
+        """How far it is."""
+        return Reply(num_bytes=self.num_bytes, num_bytes_wanted=self.num_bytes_wanted, num_ssd_blocks=self.num_ssd_blocks)
 
 
 class Replication:
@@ -54,8 +61,12 @@ class Replication:
         self._pulls: dict[bytes, Pull] = {}  # by every key that one is fetching
         self._running: set[Pull] = set()
 
-    async def replicate(self, request: kvstore_pb2.ReplicateRequest) -> kvstore_pb2.ReplicateReply:
-        """Raises PermissionDenied (the source is no store of the cluster), StoreUnavailable (naming the source, or stopping),
+    async def replicate(
+        self, request: kvstore_pb2.ReplicateRequest, on_progress: Callable[[kvstore_pb2.ReplicateReply], None] = lambda _: None
+    ) -> kvstore_pb2.ReplicateReply:
+        """on_progress(how far it is): after each message of bytes; never where another call fetches the blocks.
+
+        Raises PermissionDenied (the source is no store of the cluster), StoreUnavailable (naming the source, or stopping),
         SchemaMismatch, HandoffCorrupt, HandoffIncomplete,
         DeadlineExceeded, InvalidRequest."""
         loop = asyncio.get_running_loop()
@@ -63,7 +74,7 @@ class Replication:
         outcome, reply = "cancelled", Reply()
         try:
             async with asyncio.timeout(seconds(request.deadline_s, "deadline_s")):
-                reply = await self._replicate(list(dict.fromkeys(request.block_keys)), request.source_address)
+                reply = await self._replicate(list(dict.fromkeys(request.block_keys)), request.source_address, on_progress)
             outcome = OUTCOMES[reply.stop]
         except TimeoutError as error:
             failure = DeadlineExceeded(f"the blocks were not copied from {request.source_address} within {request.deadline_s:.3g} s")
@@ -85,7 +96,9 @@ class Replication:
             if not pull.ending.done():
                 pull.ending.set_result(StoreUnavailable(f"store {self._store.store_id} is stopping"))
 
-    async def _replicate(self, block_keys: Sequence[bytes], source: str) -> kvstore_pb2.ReplicateReply:
+    async def _replicate(
+        self, block_keys: Sequence[bytes], source: str, on_progress: Callable[[kvstore_pb2.ReplicateReply], None]
+    ) -> kvstore_pb2.ReplicateReply:
         if not source:
             raise InvalidRequest("Replicate without a source_address; name a store that holds the blocks", param="source_address")
         if self.sources is not None and source not in self.sources:
@@ -98,14 +111,16 @@ class Replication:
             await asyncio.wait({other.over})
             wanted = self._store.missing(block_keys)
         loop = asyncio.get_running_loop()
-        pull = Pull(loop.create_future(), loop.create_future())
+        pull = Pull(loop.create_future(), loop.create_future(), on_progress)
         if wanted:
             await self._run(pull, block_keys, wanted, source)
         num_held = self._store.lookup(block_keys)
         stop = Reply.STOP_SOURCE if pull.source_is_short else Reply.STOP_NO_ROOM
         if num_held == len(block_keys):
             stop = Reply.STOP_COMPLETE
-        return Reply(num_blocks=pull.num_blocks, num_bytes=pull.num_bytes, num_held=num_held, stop=stop)
+        reply = pull.reply()
+        reply.num_blocks, reply.num_held, reply.stop = pull.num_blocks, num_held, stop
+        return reply
 
     async def _run(self, pull: Pull, block_keys: Sequence[bytes], wanted: Sequence[bytes], source: str) -> None:
         self._running.add(pull)
@@ -126,7 +141,7 @@ class Replication:
         )
         try:
             reader = await client.fetch_prefix(wanted)
-            pull.source_is_short = reader.num_blocks < len(wanted)
+            pull.source_is_short, pull.num_ssd_blocks = reader.num_blocks < len(wanted), reader.num_ssd_blocks
             try:
                 await self._copy(pull, block_keys, reader, f"{name}, which replicates from {source},")
             except HandoffCorrupt:
@@ -137,22 +152,27 @@ class Replication:
             await client.close()  # ends the lease there where it was not released
 
     async def _copy(self, pull: Pull, block_keys: Sequence[bytes], reader: BlockReader, name: str) -> None:
+        schema = self._store.schema
+        assert schema is not None, "missing() has read its content"
         lease = self._store.reserve_replica(name, _leading(block_keys, reader.block_keys, self._store))
         try:
             places = _places(lease, reader.block_keys)
             num_blocks = sum(place is not None for place in places)
             if num_blocks == 0:
                 return
+            layer_bytes, block_bytes = schema.layer_bytes, schema.block_bytes
+            pull.num_bytes_wanted = num_blocks * block_bytes
             async for piece in reader.slices():
                 for first_block, blocks in _runs(piece, places):
                     self._store.write_replica(lease, piece.layer, piece.num_layers, first_block, blocks)
+                    pull.num_bytes += len(blocks) * piece.num_layers * layer_bytes
+                pull.on_progress(pull.reply())
             checksums = [0] * len(lease.slots)
             for place, checksum in zip(places, reader.checksums, strict=True):
                 if place is not None:
                     checksums[place] = checksum
             self._store.seal_replica(lease, checksums)
-            assert self._store.schema is not None
-            pull.num_blocks, pull.num_bytes = num_blocks, num_blocks * self._store.schema.block_bytes
+            pull.num_blocks = num_blocks
         finally:
             self._store.close_replica(lease)
 

@@ -14,6 +14,7 @@ import grpc.aio
 from ..protocol.durations import seconds
 from ..protocol.errors import HalfmoonError, InvalidRequest, build_error
 from ..protocol.grpc_errors import error_from_proto, unary_boundary
+from ..protocol.tasks import beside
 from ..protocol.v1 import kvstore_pb2, kvstore_pb2_grpc
 from .handoff import HandoffId, Lease
 from .malloc import keep_pages
@@ -104,7 +105,12 @@ class KVStoreService(kvstore_pb2_grpc.KVStoreServicer):
 
     async def _send(self, lease: Lease, deadline: float, stream: WholeWrites) -> None:
         layout = kvstore_pb2.FetchReply.Layout(
-            lease_id=lease.lease_id, slots=lease.slots, block_keys=lease.block_keys, num_blocks=len(lease.slots)
+            lease_id=lease.lease_id,
+            slots=lease.slots,
+            block_keys=lease.block_keys,
+            num_blocks=len(lease.slots),
+            ssd_wait_s=lease.ssd_wait_s,
+            num_ssd_blocks=lease.num_ssd_blocks,
         )
         await stream.write(kvstore_pb2.FetchReply(layout=layout))
         async for found in self._store.slices(lease, deadline):
@@ -136,8 +142,25 @@ class KVStoreService(kvstore_pb2_grpc.KVStoreServicer):
             self._store.feed.leave(watcher)
 
     @unary_boundary
-    async def Replicate(self, request: kvstore_pb2.ReplicateRequest, context: Context) -> kvstore_pb2.ReplicateReply:
-        return await self._replication.replicate(request)
+    async def Replicate(self, request: kvstore_pb2.ReplicateRequest, context: Context) -> None:
+        news, latest = asyncio.Event(), kvstore_pb2.ReplicateReply()
+
+        def tell(reply: kvstore_pb2.ReplicateReply) -> None:
+            nonlocal latest
+            latest = reply  # who reads slowly hears of the newest: the copy waits for nobody
+            news.set()
+
+        async with beside(self._replication.replicate(request, tell)) as copying:
+            copying.add_done_callback(lambda _: news.set())
+            while await news.wait() and not copying.done():
+                news.clear()
+                await context.write(latest)
+            reply = await copying
+        await context.write(reply)
+
+    @unary_boundary
+    async def Promote(self, request: kvstore_pb2.PromoteRequest, context: Context) -> kvstore_pb2.PromoteReply:
+        return kvstore_pb2.PromoteReply(**(await self._store.promote(request.block_keys))._asdict())
 
     @unary_boundary
     async def Stats(self, request: kvstore_pb2.StatsRequest, context: Context) -> kvstore_pb2.StatsReply:

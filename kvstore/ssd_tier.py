@@ -8,9 +8,13 @@ Leased, unsealed and handed-off blocks are pinned, and stay. Reads and writes ar
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,6 +30,24 @@ NUM_THREADS = 4  # reads and writes under way
 BATCH_BLOCKS = 16  # demoted together: so many slots are held meanwhile
 MAX_FAILURES = 8  # writes in a row, after which the disk is given up
 RATE_WEIGHT = 0.2  # of the newest read in the mean
+PATIENCE = 2.0  # times what computing takes, that a reader waits for a read
+LEAST_PATIENCE_S = 0.25
+UNKNOWN_PATIENCE_S = 10.0  # where it is not known what computing takes
+
+
+class Promotion(NamedTuple):
+    """What a caller of promote waited for."""
+
+    wait_s: float = 0.0
+    num_blocks: int = 0
+    """Read for it, those that did not come in time included; 0 also where it waited for another's read as well: then wait_s says little of
+    the disk."""
+
+
+@dataclass(slots=True)
+class _Wait:
+    num_blocks: int = 0  # of its own reads
+    alone: bool = True  # it has waited for no other read, and its own found what they wanted
 
 
 class SsdTier:
@@ -40,6 +62,7 @@ class SsdTier:
         free_ratio: float,
         on_evicted: Callable[[list[bytes]], None],
         on_moved: Callable[[str, int], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """row(slot): a block's bytes in the arena. free_ratio: of the arena, kept free by demotion.
 
@@ -52,6 +75,7 @@ class SsdTier:
         self._num_wanted_free = int(free_ratio * dram_slots.num_slots)
         self._on_evicted = on_evicted
         self._on_moved = on_moved
+        self._clock = clock
         self._slots = SlotAllocator(files.num_places)
         self._content = ContentIndex(self._slots, policy, lambda stored, evicted: on_evicted(evicted) if evicted else None)
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="store-ssd")
@@ -131,17 +155,32 @@ class SsdTier:
             return next((index for index, key in enumerate(keys) if self._dram.slot(key) is None), len(keys))
         return len(keys)
 
-    async def promote(self, keys: Sequence[bytes], compute_s: float = 0.0) -> None:
-        """The leading run of keys, as far as it is held and fits, stands in the arena afterwards. A block is read once for all who ask."""
+    async def promote(self, keys: Sequence[bytes], compute_s: float = 0.0) -> Promotion:
+        """The leading run of keys, as far as it is held and fits, stands in the arena afterwards. A block is read once for all who ask.
+
+        Who waits gives up after PATIENCE times what computing takes; the read goes on. compute_s: of one block; 0: not known.
+        """
+        began, wait = self._clock(), _Wait()
+        patience_s = max(PATIENCE * compute_s * len(keys), LEAST_PATIENCE_S) if compute_s else UNKNOWN_PATIENCE_S
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await self._promote(keys, wait)
+        return Promotion(self._clock() - began, wait.num_blocks if wait.alone else 0)
+
+    async def _promote(self, keys: Sequence[bytes], wait: _Wait) -> None:
         while not self._is_closed:
-            run = self._run(keys[: self.num_worth(keys, compute_s)])
+            run = self._run(keys)
             wanted = [key for key in run if self._dram.slot(key) is None]
             if not wanted:
                 return
             other = next((self._promoting[key] for key in wanted if key in self._promoting), None)
             if other is not None:
+                wait.alone = False
                 await asyncio.wait({other})
-            elif not await self._read_all(run, wanted):
+                continue
+            wait.num_blocks += len(wanted)
+            if not await self._read_all(run, wanted):
+                wait.alone = False
                 return
 
     def _run(self, keys: Sequence[bytes]) -> list[bytes]:
@@ -169,14 +208,13 @@ class SsdTier:
         return await asyncio.shield(reading) and len(fitting) == len(wanted)
 
     async def _finish(self, keys: Sequence[bytes], places: list[int], slots: list[int], held: list[int]) -> bool:
-        loop = asyncio.get_running_loop()
-        began = loop.time()
+        began = self._clock()
         try:
             found = await asyncio.gather(*(self._read(place, slot) for place, slot in zip(places, slots, strict=True)))
         finally:  # also where a read broke: who waits for these keys looks again
             for key in keys:
                 del self._promoting[key]
-        seconds = (loop.time() - began) / len(places)
+        seconds = (self._clock() - began) / len(places)
         self._seconds_a_block += (seconds - self._seconds_a_block) * (RATE_WEIGHT if self._seconds_a_block else 1.0)
         right = [(key, slot, self._content.checksum(place)) for key, place, slot, ok in zip(keys, places, slots, found, strict=True) if ok]
         wrong = [place for place, ok in zip(places, found, strict=True) if not ok]

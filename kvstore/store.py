@@ -32,6 +32,7 @@ from .progress import SliceCursor
 from .reserve_queue import ReserveQueue
 from .sessions import HEARTBEAT_SHARE, Session, Sessions
 from .slot_access import SlotAccess
+from .ssd_tier import Promotion
 from .tiers import Tiers
 from .transport import MESSAGE_BYTES, READ_BYTES, SLICE_BYTES
 from .waiters import Waiters
@@ -171,8 +172,10 @@ class Store:
         """
         self._require_running(or_draining=True)
         if request.WhichOneof("what") == "prefix":
-            await self.tiers.promote(request.prefix.keys, request.compute_s)
-            return self._opened(self._manager().fetch_prefix(request.session_id, request.prefix.keys), request.without_data)
+            promotion = await self.tiers.promote(request.prefix.keys, request.compute_s, request.ssd)
+            lease = self._manager().fetch_prefix(request.session_id, request.prefix.keys)
+            lease.ssd_wait_s, lease.num_ssd_blocks = promotion
+            return self._opened(lease, request.without_data)
         handoff_id = _handoff_id(request.handoff)
         while True:
             lease = self._manager().open_fetch(request.session_id, handoff_id)
@@ -212,6 +215,11 @@ class Store:
             if not await self._waiters.wait(handoff_id.id, deadline):
                 raise DeadlineExceeded(f"{handoff_id} was not sealed within the fetch's deadline; {_how_far(lease.handoff)}")
 
+    async def promote(self, block_keys: Sequence[bytes]) -> Promotion:
+        """Leading blocks come up from the SSD. Raises InvalidRequest, StoreUnavailable."""
+        self._require_running()
+        return await self.tiers.promote(block_keys, 0.0, common_pb2.SSD_USE_LOAD)
+
     def sealed(self, lease: Lease) -> kvstore_pb2.FetchReply.Sealed:
         if lease.handoff is None:
             return kvstore_pb2.FetchReply.Sealed(checksums=lease.checksums)
@@ -229,8 +237,8 @@ class Store:
         return found
 
     def lookup(self, block_keys: Sequence[bytes]) -> int:
-        """Leading blocks held, on any tier."""
-        return self.tiers.lookup(block_keys).num_blocks
+        """Leading blocks held, on any tier; each is looked for."""
+        return self.tiers.lookup(block_keys, len(block_keys)).num_blocks
 
     # replicas: blocks that the store itself writes, out of another one (kvstore/replication.py)
 

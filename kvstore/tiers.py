@@ -15,13 +15,15 @@ from typing import NamedTuple
 import numpy as np
 
 from ..protocol.config import StoreConfig
+from ..protocol.leading_run import NUM_EXACT, leading_run
 from ..protocol.schema import KVSchema
 from ..protocol.tasks import Tasks
+from ..protocol.v1 import common_pb2
 from .content import ContentIndex
 from .eviction import create_eviction_policy
 from .lease_manager import LeaseManager, check_keys
 from .ssd_files import Record, SsdFiles
-from .ssd_tier import SsdTier
+from .ssd_tier import Promotion, SsdTier
 from .watch import WatchFeed
 
 logger = logging.getLogger(__name__)
@@ -75,22 +77,27 @@ class Tiers:
         if self._ssd is not None:
             self._ssd.look()
 
-    async def promote(self, block_keys: Sequence[bytes], compute_s: float) -> None:
-        """Leading blocks come up from the SSD, as far as that is worth it. Raises InvalidRequest."""
-        if self._ssd is not None:
-            check_keys(block_keys)
-            await self._ssd.promote(block_keys, compute_s)
+    async def promote(self, block_keys: Sequence[bytes], compute_s: float, use: common_pb2.SsdUse) -> Promotion:
+        """Leading blocks come up from the SSD; as far as that is worth it, where the caller leaves that open. compute_s: of one block.
 
-    def lookup(self, block_keys: Sequence[bytes]) -> Held:
+        Raises InvalidRequest.
+        """
+        ssd = self._ssd
+        if ssd is None or use == common_pb2.SSD_USE_LEAVE:
+            return Promotion()
+        check_keys(block_keys)
+        num_worth = len(block_keys) if use == common_pb2.SSD_USE_LOAD else ssd.num_worth(block_keys, compute_s)
+        return await ssd.promote(block_keys[:num_worth], compute_s)
+
+    def lookup(self, block_keys: Sequence[bytes], num_exact: int = NUM_EXACT) -> Held:
+        """num_exact: as leading_run's."""
         if self._dram is None:
             return Held(0, 0)
         content, ssd = self._dram, self._ssd
-        num_dram = len(content.find_run(block_keys))
+        num_dram = leading_run(block_keys, content.holds, num_exact)
         if ssd is None:
             return Held(num_dram, num_dram)
-        rest = block_keys[num_dram:]
-        run = next((index for index, key in enumerate(rest) if not ssd.holds(key) and content.slot(key) is None), len(rest))
-        return Held(num_dram + run, num_dram)
+        return Held(leading_run(block_keys, lambda key: content.holds(key) or ssd.holds(key), num_exact), num_dram)
 
     def content_changed(self, stored: list[bytes], evicted: list[bytes]) -> None:
         """Of the arena."""

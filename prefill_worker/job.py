@@ -79,6 +79,9 @@ class PrefillJob:
             transport=self.client.transport,
             compute_s=self.compute_s,
             load_transport=self.prefix.transport,
+            ssd_wait_s=self.prefix.ssd_wait_s,
+            num_bytes_ssd=self.prefix.num_bytes_ssd,
+            ssd_store=self.prefix.ssd_store,
         )
         return common_pb2.HandoffState(
             num_tokens=self.sequence.num_tokens,

@@ -148,7 +148,9 @@ class PrefillHalf:
 
     async def _load_prefix(self, job: PrefillJob) -> None:
         request = job.request
-        job.prefix = await self._worker.prefixes.load(job.sequence, job.block_keys, request.prefix, skip_own_store=request.skip_own_store)
+        job.prefix = await self._worker.prefixes.load(
+            job.sequence, job.block_keys, request.prefix, skip_own_store=request.skip_own_store, own_ssd=request.own_ssd
+        )
 
     async def _reserve(self, job: PrefillJob) -> None:
         """Sets the job's client and writer."""
@@ -211,7 +213,7 @@ class PrefillHalf:
 
     def _stepped(self, seconds: float, work: StepWork) -> None:
         self._worker.metrics.stepped("prefill", seconds, work)
-        self._worker.prefixes.computed(seconds / max(work.num_tokens, 1))
+        self._worker.prefixes.computed(seconds / max(work.num_tokens, 1), work.num_tokens)
         self._worker.start_waiting()
 
     def _failed(self, job: PrefillJob, error: HalfmoonError) -> None:

@@ -211,6 +211,13 @@ class ProxyConfig:
     Empty: none."""
     tracing: Literal["off", "otlp"] = "off"
     """otlp: spans of each request go to the OpenTelemetry collector that OTEL_EXPORTER_OTLP_ENDPOINT names; needs halfmoon[tracing]."""
+    kv_events_endpoint: str = ""
+    """ZeroMQ endpoint at which the proxy publishes which blocks the stores hold, as vLLM does: tcp://127.0.0.1:5557. Token ids of
+    prompts are in it, in the clear, but for tenants' prompts. Needs halfmoon[kv-events]. Empty: none."""
+    kv_events_replay_endpoint: str = ""
+    """Another one, where subscribers ask for batches that they missed. Empty: none."""
+    kv_events_topic: str = ""
+    """Topic of the batches."""
     drain_timeout_s: float = 30.0
     """Seconds that running requests have to finish when the proxy stops; after that they are cancelled."""
 
@@ -233,6 +240,13 @@ class ProxyConfig:
                     f"proxy.cors_origins has {origin!r}; an origin is a scheme and a host, such as https://chat.example.org, or *",
                     key="proxy.cors_origins",
                 )
+        for name in ("kv_events_endpoint", "kv_events_replay_endpoint"):
+            endpoint = getattr(self, name)
+            if endpoint and not re.fullmatch(r"tcp://\S+:\d+|ipc://\S+", endpoint):
+                raise ConfigError(f"proxy.{name} is {endpoint!r}; give tcp://HOST:PORT or ipc://PATH", key=f"proxy.{name}")
+        if self.kv_events_replay_endpoint and not self.kv_events_endpoint:
+            key = "proxy.kv_events_replay_endpoint"
+            raise ConfigError(f"{key} is set and proxy.kv_events_endpoint is not; there is nothing to be sent again", key=key)
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ConfigError("proxy.tls_certificate and proxy.tls_key belong together; set both or none", key="proxy.tls_key")
         for name, other in itertools.combinations(PORTS, 2):

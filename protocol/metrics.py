@@ -207,7 +207,7 @@ PREDICTION_ERROR = MetricSpec(
     "halfmoon_prediction_relative_error",
     "histogram",
     "proxy",
-    "|predicted - measured| / measured, by predictor (prefill, step, transfer, handoff, ttft, tpot).",
+    "|predicted - measured| / measured, by predictor (prefill, step, transfer, ssd, handoff, ttft, tpot).",
     ("predictor",),
     RELATIVE_ERROR_BUCKETS,
 )
@@ -241,6 +241,20 @@ REPLICATIONS = MetricSpec(
     ("outcome",),
 )
 REPLICATION_BYTES = MetricSpec("halfmoon_replication_bytes", "counter", "proxy", "Bytes that stores copied as they were told to.")
+SSD_PREFIXES = MetricSpec(
+    "halfmoon_ssd_prefixes",
+    "counter",
+    "proxy",
+    "Placements whose prefix a store has on SSD, by verdict: load, leave (computing it is predicted to be faster).",
+    ("verdict",),
+)
+SSD_PROMOTIONS = MetricSpec(
+    "halfmoon_ssd_promotions",
+    "counter",
+    "proxy",
+    "Reads from SSD that a store was asked for, by cause: ahead (its prompt waits for pages), probe (is the SSD still slow?).",
+    ("cause",),
+)
 REPLICATIONS_IN_FLIGHT = MetricSpec("halfmoon_replications_in_flight", "gauge", "proxy", "Copies of hot prefixes under way.")
 
 # worker; role: in which the work was done

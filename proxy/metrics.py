@@ -23,7 +23,7 @@ from .verdict import Verdict
 
 WINDOW_LEN = 2048  # requests
 ERROR_WEIGHT = 0.02  # of the newest relative error in the mean
-PREDICTORS = ("prefill", "step", "transfer", "handoff", "ttft", "tpot")
+PREDICTORS = ("prefill", "step", "transfer", "ssd", "handoff", "ttft", "tpot")
 PHASES = ("queue", "prefill_queue", "prefix_load", "prefill", "push", "handoff_wait", "write", "first_decode", "decode")
 FALLBACKS = ("local_prefill", "transport", "replay")
 

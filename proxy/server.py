@@ -132,6 +132,8 @@ class ProxyServer:
         except ConfigError:
             http_socket.close()
             raise
+        if self.router.kv_events is not None:
+            self.router.kv_events.start()
         await self._start_grpc(self._grpc, generator)
         control_pb2_grpc.add_ControlServicer_to_server(ControlService(self.router, self.card.name), self._control)
         await self._control.start()

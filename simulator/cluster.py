@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from ..protocol.errors import ConfigError
 from ..proxy.conductor.admission import create_admission
@@ -94,7 +95,7 @@ class Cluster:
         scenario = self.scenario
         return NodeCache(
             scenario.cost.cache_tokens // scenario.block_size,
-            lambda stored, evicted: self.index.change(node, stored, evicted),
+            partial(self.index.change, node),
             num_ssd_blocks=scenario.cost.ssd_tokens // scenario.block_size,
             eviction=scenario.eviction,
         )
@@ -126,8 +127,9 @@ class Cluster:
 
     def _place(self, job: Job) -> None:
         runs = self.index.leading_runs(job.keys)
-        request = PlacementRequest(num_tokens=job.num_tokens, held_blocks=runs, page_blocks=self.prefixes.in_pages(job))
-        seen = self.snapshot()
+        on_ssd, in_pages = self.index.ssd_runs(job.keys, runs), self.prefixes.in_pages(job)
+        request = PlacementRequest(num_tokens=job.num_tokens, held_blocks=runs, page_blocks=in_pages, ssd_blocks=on_ssd)
+        request, seen = self.conductor.weigh(request, self.scenario.block_size), self.snapshot()
         answer = self.conductor.place(request, seen)
         self.counters.num_placements += 1
         if self.roles is not None and (isinstance(answer, Placement) or answer.code == "overloaded"):
@@ -138,16 +140,17 @@ class Cluster:
                 return
             self._end(job, "rejected_at_arrival", answer.reason)
             return
-        self._dispatch(job, answer, runs)
+        self._dispatch(job, answer, request.held_blocks)
 
-    def _dispatch(self, job: Job, placement: Placement, runs: dict[str, int]) -> None:
+    def _dispatch(self, job: Job, placement: Placement, held: Mapping[str, int]) -> None:
         scenario, now = self.scenario, self.loop.now
         prefill = self.by_name[placement.prefill.id]
         job.prefill_on = prefill.name
         job.attempt_cost_s = 0.0
         job.kv_arrived_s = 0.0
         job.prefill_start_s = -1.0
-        num_own = runs.get(prefill.node, 0)
+        num_own = held.get(prefill.node, 0)
+        job.left_on_ssd = frozenset(node for node, verdict in placement.ssd_verdicts.items() if not verdict.loads)
         job.fetch_from = ""
         if scenario.remote_prefix and placement.prefix is not None and placement.prefix.num_blocks > num_own:
             job.fetch_from = placement.prefix.store_address

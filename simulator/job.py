@@ -22,6 +22,7 @@ class Job:
     keys: list[bytes]  # keys of its full blocks
     prefill_on: str = ""  # names of instances
     decode_on: str = ""
+    left_on_ssd: frozenset[str] = frozenset()  # nodes whose SSD is not read for it
     fetch_from: str = ""  # node whose store holds more of the prefix
     prefill_sequence: Sequence | None = None
     run: Run | None = None  # pinned cache of the prefill node

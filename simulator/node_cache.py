@@ -13,7 +13,7 @@ from ..kvstore.content import ContentIndex
 from ..kvstore.eviction import create_eviction_policy
 from ..kvstore.slots import SlotAllocator
 
-Change = Callable[[list[bytes], list[bytes]], None]
+Change = Callable[[list[bytes], list[bytes], list[bytes], list[bytes]], None]
 
 
 class Run(NamedTuple):
@@ -23,7 +23,7 @@ class Run(NamedTuple):
 
 
 class NodeCache:
-    """on_change(stored, evicted): what can be found on this node, on either tier."""
+    """on_change(stored, evicted, demoted, promoted): what can be found on this node, on either tier, and what moved between them."""
 
     def __init__(self, num_blocks: int, on_change: Change, *, num_ssd_blocks: int = 0, eviction: str = "lru") -> None:
         self._on_change = on_change
@@ -33,10 +33,10 @@ class NodeCache:
         self.ssd_slots = SlotAllocator(num_ssd_blocks)
         self.ssd = ContentIndex(self.ssd_slots, create_eviction_policy(eviction), self._ssd_changed)
 
-    def acquire(self, keys: Sequence[bytes]) -> Run:
+    def acquire(self, keys: Sequence[bytes], *, from_ssd: bool = True) -> Run:
         slots = self.dram.find_run(keys)
         self.dram.pin(slots)
-        num_ssd = len(self.ssd.find_run(keys[len(slots) :])) if self.ssd_slots.num_slots else 0
+        num_ssd = len(self.ssd.find_run(keys[len(slots) :])) if from_ssd and self.ssd_slots.num_slots else 0
         return Run(slots, num_ssd, len(keys))
 
     def insert(self, keys: Sequence[bytes]) -> None:
@@ -63,10 +63,10 @@ class NodeCache:
     def _dram_changed(self, stored: list[bytes], evicted: list[bytes]) -> None:
         num_ssd = self.ssd_slots.num_slots
         if not num_ssd:
-            self._on_change(stored, evicted)
+            self._on_change(stored, evicted, [], [])
             return
         if stored:
-            self._on_change(stored, [])
+            self._on_change(stored, [], [], [key for key in stored if self.ssd.slot(key) is not None])
         if evicted:
             self._demote(evicted)
 
@@ -76,10 +76,9 @@ class NodeCache:
         slots = self.ssd.allocate(num) or []
         self.ssd.add((key, slot, 0) for key, slot in zip(new[:num], slots, strict=True))
         self.ssd.unpin(slots)
-        if new[num:]:
-            self._on_change([], new[num:])
+        self._on_change([], new[num:], [key for key in keys if self.ssd.slot(key) is not None], [])
 
     def _ssd_changed(self, stored: list[bytes], evicted: list[bytes]) -> None:
         gone = [key for key in evicted if self.dram.slot(key) is None]
         if gone:
-            self._on_change([], gone)
+            self._on_change([], gone, [], [])

@@ -53,23 +53,30 @@ class Prefixes:
         """Pins what the node holds, fetches what another holds more. Cached tokens, and when they are there."""
         node = self.by_name[job.prefill_on]
         keys = job.keys[: self.usable(job)]
-        run = job.run = node.cache.acquire(keys)
+        run = job.run = node.cache.acquire(keys, from_ssd=node.node not in job.left_on_ssd)
         num_own = len(run.slots) + run.num_ssd
         num_blocks, ready_s = num_own, self._loop.now
         block_bytes = self._scenario.block_size * self._scenario.cost.kv_bytes_per_token
         if run.num_ssd:
-            num_bytes = run.num_ssd * block_bytes
-            self._counters.ssd_bytes += num_bytes
-            ready_s += num_bytes / self._scenario.cost.ssd_bytes_per_s
+            ready_s += self._read_ssd(node, run.num_ssd * block_bytes)
         num_own, loaded_s = self._from_own(node, keys, num_own, block_bytes)
         num_blocks, ready_s = max(num_blocks, num_own), max(ready_s, self._loop.now + loaded_s)
         holder = self.by_name.get(job.fetch_from)
         if holder is not None and not holder.down:
-            num_other = self._held(holder, keys)
+            num_other, num_ssd = self._held(holder, keys, holder.node not in job.left_on_ssd)
             if num_other > num_own:
                 num_blocks = num_other
-                ready_s = max(ready_s, self._fetch(holder, node, (num_other - num_own) * block_bytes))
+                read_s = self._read_ssd(holder, min(num_ssd, num_other - num_own) * block_bytes) if num_ssd else 0.0
+                ready_s = max(ready_s, self._fetch(holder, node, (num_other - num_own) * block_bytes) + read_s)
         return num_blocks * self._scenario.block_size, ready_s
+
+    def _read_ssd(self, node: Instance, num_bytes: int) -> float:
+        """Seconds."""
+        seconds = num_bytes / self._scenario.cost.ssd_bytes_per_s
+        self._counters.ssd_bytes += num_bytes
+        if self._scenario.learn:
+            self._predictors.ssd.observe(num_bytes, seconds, node.node)
+        return seconds
 
     def _from_own(self, node: Instance, keys: list[bytes], num_stored: int, block_bytes: int) -> tuple[int, float]:
         """Blocks in the node's store or the instance's pages, and the seconds that a load of those not in pages takes."""
@@ -94,11 +101,11 @@ class Prefixes:
         if self._scenario.cost.own_load_bytes_per_s:  # nobody asks for them else
             node.pages.keep(job.keys)
 
-    def _held(self, holder: Instance, keys: list[bytes]) -> int:
-        """Leading blocks; they count as used."""
-        run = holder.cache.acquire(keys)
+    def _held(self, holder: Instance, keys: list[bytes], from_ssd: bool) -> tuple[int, int]:
+        """Leading blocks, and those of them on SSD alone. They count as used."""
+        run = holder.cache.acquire(keys, from_ssd=from_ssd)
         holder.cache.release(run)
-        return len(run.slots) + run.num_ssd
+        return len(run.slots) + run.num_ssd, run.num_ssd
 
     def _fetch(self, holder: Instance, node: Instance, num_bytes: int) -> float:
         now = self._loop.now

@@ -16,6 +16,7 @@ from .terminal import DEFAULT_CONTROL, ControlAddress, seconds
 
 PREDICTED = {
     "queue": "waiting for other prompts",
+    "ssd": "read from SSD",
     "transfer": "cached prefix loaded",
     "prefill": "prefill, its own part",
     "handoff": "hand-off and calls",
@@ -76,10 +77,10 @@ def _verdict(attempt: DecisionAttempt) -> Text:
 
 def _prefill_table(attempt: DecisionAttempt) -> Table:
     table = Table("", f"prefill ({_listed(attempt.prefill, attempt.num_prefill)})", box=None, header_style="dim", pad_edge=False)
-    for name in ("cached blocks", "tokens ahead", "queue", "transfer", "prefill", "first token"):
+    for name in ("cached blocks", "tokens ahead", "queue", "SSD", "transfer", "prefill", "first token"):
         table.add_column(name, justify="right")
     for one in attempt.prefill:
-        times = (one.queue_s, one.transfer_s, one.prefill_s, one.ttft_s)
+        times = (one.queue_s, one.ssd_s, one.transfer_s, one.prefill_s, one.ttft_s)
         counts = (str(one.num_cached_blocks), str(one.num_outstanding_tokens))
         table.add_row(_mark(one), one.id, *counts, *map(seconds, times), style=_style(one))
     return table

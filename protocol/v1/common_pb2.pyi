@@ -11,9 +11,18 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+
+class SsdUse(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SSD_USE_UNSPECIFIED: _ClassVar[SsdUse]
+    SSD_USE_LOAD: _ClassVar[SsdUse]
+    SSD_USE_LEAVE: _ClassVar[SsdUse]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
+SSD_USE_UNSPECIFIED: SsdUse
+SSD_USE_LOAD: SsdUse
+SSD_USE_LEAVE: SsdUse
 
 class Grammar(_message.Message):
     __slots__ = ("kind", "text")
@@ -131,7 +140,7 @@ class HandoffState(_message.Message):
     def __init__(self, num_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., first_token: _Optional[_Union[TokenOutput, _Mapping]] = ..., phases: _Optional[_Union[PrefillPhases, _Mapping]] = ...) -> None: ...
 
 class PrefillPhases(_message.Message):
-    __slots__ = ("queue_s", "prefix_load_s", "prefill_s", "push_s", "num_bytes_pushed", "num_bytes_loaded", "transport", "compute_s", "load_transport")
+    __slots__ = ("queue_s", "prefix_load_s", "prefill_s", "push_s", "num_bytes_pushed", "num_bytes_loaded", "transport", "compute_s", "load_transport", "ssd_wait_s", "num_bytes_ssd", "ssd_store")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFIX_LOAD_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
@@ -141,6 +150,9 @@ class PrefillPhases(_message.Message):
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
     LOAD_TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    SSD_WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_SSD_FIELD_NUMBER: _ClassVar[int]
+    SSD_STORE_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     prefix_load_s: float
     prefill_s: float
@@ -150,7 +162,10 @@ class PrefillPhases(_message.Message):
     transport: str
     compute_s: float
     load_transport: str
-    def __init__(self, queue_s: _Optional[float] = ..., prefix_load_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., push_s: _Optional[float] = ..., num_bytes_pushed: _Optional[int] = ..., num_bytes_loaded: _Optional[int] = ..., transport: _Optional[str] = ..., compute_s: _Optional[float] = ..., load_transport: _Optional[str] = ...) -> None: ...
+    ssd_wait_s: float
+    num_bytes_ssd: int
+    ssd_store: str
+    def __init__(self, queue_s: _Optional[float] = ..., prefix_load_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., push_s: _Optional[float] = ..., num_bytes_pushed: _Optional[int] = ..., num_bytes_loaded: _Optional[int] = ..., transport: _Optional[str] = ..., compute_s: _Optional[float] = ..., load_transport: _Optional[str] = ..., ssd_wait_s: _Optional[float] = ..., num_bytes_ssd: _Optional[int] = ..., ssd_store: _Optional[str] = ...) -> None: ...
 
 class DecodePhases(_message.Message):
     __slots__ = ("handoff_wait_s", "intake_s", "queue_s", "first_decode_s", "decode_s", "num_preemptions")
@@ -169,7 +184,7 @@ class DecodePhases(_message.Message):
     def __init__(self, handoff_wait_s: _Optional[float] = ..., intake_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., first_decode_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., num_preemptions: _Optional[int] = ...) -> None: ...
 
 class PhaseRecord(_message.Message):
-    __slots__ = ("queue_s", "prefill_queue_s", "prefix_load_s", "prefill_s", "push_s", "handoff_wait_s", "first_decode_s", "decode_s", "ttft_s", "prefill_done_s", "tpot_s", "e2e_s", "prefill_worker", "decode_worker", "transport", "num_attempts", "num_bytes_pushed", "num_preemptions", "prefill_compute_s", "predicted_ttft_s", "predicted_tpot_s", "placement_reason", "write_s")
+    __slots__ = ("queue_s", "prefill_queue_s", "prefix_load_s", "prefill_s", "push_s", "handoff_wait_s", "first_decode_s", "decode_s", "ttft_s", "prefill_done_s", "tpot_s", "e2e_s", "prefill_worker", "decode_worker", "transport", "num_attempts", "num_bytes_pushed", "num_preemptions", "prefill_compute_s", "predicted_ttft_s", "predicted_tpot_s", "placement_reason", "write_s", "ssd_wait_s")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFIX_LOAD_S_FIELD_NUMBER: _ClassVar[int]
@@ -193,6 +208,7 @@ class PhaseRecord(_message.Message):
     PREDICTED_TPOT_S_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_REASON_FIELD_NUMBER: _ClassVar[int]
     WRITE_S_FIELD_NUMBER: _ClassVar[int]
+    SSD_WAIT_S_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     prefill_queue_s: float
     prefix_load_s: float
@@ -216,7 +232,8 @@ class PhaseRecord(_message.Message):
     predicted_tpot_s: float
     placement_reason: str
     write_s: float
-    def __init__(self, queue_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefix_load_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., push_s: _Optional[float] = ..., handoff_wait_s: _Optional[float] = ..., first_decode_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., prefill_done_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., e2e_s: _Optional[float] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., transport: _Optional[str] = ..., num_attempts: _Optional[int] = ..., num_bytes_pushed: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prefill_compute_s: _Optional[float] = ..., predicted_ttft_s: _Optional[float] = ..., predicted_tpot_s: _Optional[float] = ..., placement_reason: _Optional[str] = ..., write_s: _Optional[float] = ...) -> None: ...
+    ssd_wait_s: float
+    def __init__(self, queue_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefix_load_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., push_s: _Optional[float] = ..., handoff_wait_s: _Optional[float] = ..., first_decode_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., prefill_done_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., e2e_s: _Optional[float] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., transport: _Optional[str] = ..., num_attempts: _Optional[int] = ..., num_bytes_pushed: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prefill_compute_s: _Optional[float] = ..., predicted_ttft_s: _Optional[float] = ..., predicted_tpot_s: _Optional[float] = ..., placement_reason: _Optional[str] = ..., write_s: _Optional[float] = ..., ssd_wait_s: _Optional[float] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("num_prompt_tokens", "num_completion_tokens", "num_cached_tokens")

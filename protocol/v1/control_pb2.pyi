@@ -314,7 +314,7 @@ class ExplainReply(_message.Message):
 class Explanation(_message.Message):
     __slots__ = ("request_id", "state", "ended", "num_tokens", "ttft_slo_s", "tpot_slo_s", "priority", "age_s", "policy", "admission", "attempts", "phases")
     class Candidate(_message.Message):
-        __slots__ = ("id", "chosen", "num_cached_blocks", "queue_s", "transfer_s", "prefill_s", "ttft_s", "step_s", "num_running", "num_outstanding_tokens")
+        __slots__ = ("id", "chosen", "num_cached_blocks", "queue_s", "transfer_s", "prefill_s", "ttft_s", "step_s", "num_running", "num_outstanding_tokens", "ssd_s")
         ID_FIELD_NUMBER: _ClassVar[int]
         CHOSEN_FIELD_NUMBER: _ClassVar[int]
         NUM_CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -325,6 +325,7 @@ class Explanation(_message.Message):
         STEP_S_FIELD_NUMBER: _ClassVar[int]
         NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
         NUM_OUTSTANDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+        SSD_S_FIELD_NUMBER: _ClassVar[int]
         id: str
         chosen: bool
         num_cached_blocks: int
@@ -335,7 +336,8 @@ class Explanation(_message.Message):
         step_s: float
         num_running: int
         num_outstanding_tokens: int
-        def __init__(self, id: _Optional[str] = ..., chosen: bool = ..., num_cached_blocks: _Optional[int] = ..., queue_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., step_s: _Optional[float] = ..., num_running: _Optional[int] = ..., num_outstanding_tokens: _Optional[int] = ...) -> None: ...
+        ssd_s: float
+        def __init__(self, id: _Optional[str] = ..., chosen: bool = ..., num_cached_blocks: _Optional[int] = ..., queue_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., step_s: _Optional[float] = ..., num_running: _Optional[int] = ..., num_outstanding_tokens: _Optional[int] = ..., ssd_s: _Optional[float] = ...) -> None: ...
     class Prediction(_message.Message):
         __slots__ = ("name", "predicted_s", "measured_s", "measured")
         NAME_FIELD_NUMBER: _ClassVar[int]

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from halfmoon.protocol.v1 import common_pb2 as halfmoon_dot_protocol_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"halfmoon/protocol/v1/kvstore.proto\x12\x0bhalfmoon.v1\x1a!halfmoon/protocol/v1/common.proto\"\xb4\x01\n\rAttachRequest\x12\x31\n\x05hello\x18\x01 \x01(\x0b\x32 .halfmoon.v1.AttachRequest.HelloH\x00\x12\x13\n\theartbeat\x18\x02 \x01(\x08H\x00\x1aR\n\x05Hello\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12%\n\x06schema\x18\x03 \x01(\x0b\x32\x15.halfmoon.v1.KVSchemaB\x07\n\x05\x65vent\"\xbb\x03\n\x0b\x41ttachReply\x12\x33\n\x07welcome\x18\x01 \x01(\x0b\x32 .halfmoon.v1.AttachReply.WelcomeH\x00\x12\x13\n\theartbeat\x18\x02 \x01(\x08H\x00\x1a\xbe\x01\n\x07Welcome\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x10\n\x08store_id\x18\x02 \x01(\t\x12\x13\n\x0blease_ttl_s\x18\x03 \x01(\x01\x12\x1c\n\x14heartbeat_interval_s\x18\x04 \x01(\x01\x12-\n\x05\x61rena\x18\x05 \x01(\x0b\x32\x1e.halfmoon.v1.AttachReply.Arena\x12+\n\x04\x64\x61ta\x18\x06 \x01(\x0b\x32\x1d.halfmoon.v1.AttachReply.Data\x1as\n\x05\x41rena\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\r\n\x05token\x18\x03 \x01(\x0c\x12\x13\n\x0b\x64\x61ta_offset\x18\x04 \x01(\x04\x12\x12\n\nslot_bytes\x18\x05 \x01(\x04\x12\x11\n\tnum_slots\x18\x06 \x01(\r\x1a#\n\x04\x44\x61ta\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x42\x07\n\x05\x65vent\"\x8b\x02\n\x0eReserveRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x34\n\x07purpose\x18\x02 \x01(\x0e\x32#.halfmoon.v1.ReserveRequest.Purpose\x12\'\n\x07handoff\x18\x03 \x01(\x0b\x32\x16.halfmoon.v1.HandoffId\x12\x12\n\nblock_keys\x18\x04 \x03(\x0c\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\x12\x12\n\ndeadline_s\x18\x06 \x01(\x01\"J\n\x07Purpose\x12\x17\n\x13PURPOSE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPURPOSE_HANDOFF\x10\x01\x12\x11\n\rPURPOSE_CACHE\x10\x02\"@\n\x0cReserveReply\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05slots\x18\x02 \x03(\r\x12\x0f\n\x07present\x18\x03 \x03(\x08\"y\n\x0bPushRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x03 \x01(\r\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x12\x12\n\nnum_layers\x18\x06 \x01(\r\"\x1e\n\tPushReply\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\"\\\n\x0bSealRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0b\x32\x19.halfmoon.v1.HandoffState\x12\x11\n\tchecksums\x18\x03 \x03(\x06\"\x0b\n\tSealReply\"\xbc\x01\n\x0c\x46\x65tchRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12)\n\x07handoff\x18\x02 \x01(\x0b\x32\x16.halfmoon.v1.HandoffIdH\x00\x12(\n\x06prefix\x18\x03 \x01(\x0b\x32\x16.halfmoon.v1.BlockKeysH\x00\x12\x12\n\ndeadline_s\x18\x04 \x01(\x01\x12\x11\n\tcompute_s\x18\x06 \x01(\x01\x12\x14\n\x0cwithout_data\x18\x05 \x01(\x08\x42\x06\n\x04what\"\x19\n\tBlockKeys\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"\xa6\x03\n\nFetchReply\x12\x30\n\x06layout\x18\x01 \x01(\x0b\x32\x1e.halfmoon.v1.FetchReply.LayoutH\x00\x12.\n\x05slice\x18\x02 \x01(\x0b\x32\x1d.halfmoon.v1.FetchReply.SliceH\x00\x12\x30\n\x06sealed\x18\x03 \x01(\x0b\x32\x1e.halfmoon.v1.FetchReply.SealedH\x00\x1aQ\n\x06Layout\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05slots\x18\x02 \x03(\r\x12\x12\n\nblock_keys\x18\x03 \x03(\x0c\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x1a\x61\n\x05Slice\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x1a\x45\n\x06Sealed\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.halfmoon.v1.HandoffState\x12\x11\n\tchecksums\x18\x02 \x03(\x06\x42\x07\n\x05\x65vent\"[\n\x0c\x41\x62ortRequest\x12\'\n\x07handoff\x18\x01 \x01(\x0b\x32\x16.halfmoon.v1.HandoffId\x12\"\n\x06reason\x18\x02 \x01(\x0b\x32\x12.halfmoon.v1.Error\"\x1b\n\nAbortReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\":\n\x0eReleaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x16\n\x0e\x63orrupt_blocks\x18\x02 \x03(\r\"\x0e\n\x0cReleaseReply\"#\n\rLookupRequest\x12\x12\n\nblock_keys\x18\x01 \x03(\x0c\":\n\x0bLookupReply\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x17\n\x0fnum_blocks_dram\x18\x02 \x01(\r\"\x0e\n\x0cWatchRequest\"t\n\nWatchReply\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12\x0e\n\x06stored\x18\x03 \x03(\x0c\x12\x0f\n\x07\x65victed\x18\x04 \x03(\x0c\x12\x0f\n\x07\x64\x65moted\x18\x05 \x03(\x0c\x12\x10\n\x08promoted\x18\x06 \x03(\x0c\"R\n\x10ReplicateRequest\x12\x12\n\nblock_keys\x18\x01 \x03(\x0c\x12\x16\n\x0esource_address\x18\x02 \x01(\t\x12\x12\n\ndeadline_s\x18\x03 \x01(\x01\"\xde\x01\n\x0eReplicateReply\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x10\n\x08num_held\x18\x03 \x01(\r\x12.\n\x04stop\x18\x04 \x01(\x0e\x32 .halfmoon.v1.ReplicateReply.Stop\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\"R\n\x04Stop\x12\x14\n\x10STOP_UNSPECIFIED\x10\x00\x12\x11\n\rSTOP_COMPLETE\x10\x01\x12\x0f\n\x0bSTOP_SOURCE\x10\x02\x12\x10\n\x0cSTOP_NO_ROOM\x10\x03\"\x0e\n\x0cStatsRequest\"\xbc\x03\n\nStatsReply\x12\x10\n\x08store_id\x18\x01 \x01(\t\x12\x17\n\x0fnum_bytes_arena\x18\x02 \x01(\x04\x12\x18\n\x10num_bytes_leased\x18\x03 \x01(\x04\x12\x18\n\x10num_bytes_cached\x18\x04 \x01(\x04\x12\x16\n\x0enum_bytes_free\x18\x05 \x01(\x04\x12\x12\n\nnum_leases\x18\x06 \x01(\r\x12\x14\n\x0cnum_handoffs\x18\x07 \x01(\r\x12\x14\n\x0cnum_sessions\x18\x08 \x01(\r\x12\x1a\n\x12num_evicted_blocks\x18\t \x01(\x04\x12\x1a\n\x12num_expired_leases\x18\n \x01(\x04\x12\x18\n\x10num_bytes_pushed\x18\x0b \x01(\x04\x12\x19\n\x11num_bytes_fetched\x18\x0c \x01(\x04\x12\x18\n\x10num_query_blocks\x18\r \x01(\x04\x12\x16\n\x0enum_hit_blocks\x18\x0e \x01(\x04\x12\x15\n\rnum_bytes_ssd\x18\x10 \x01(\x04\x12\x1a\n\x12num_bytes_ssd_used\x18\x11 \x01(\x04\x12%\n\x06schema\x18\x0f \x01(\x0b\x32\x15.halfmoon.v1.KVSchema2\xca\x05\n\x07KVStore\x12\x42\n\x06\x41ttach\x12\x1a.halfmoon.v1.AttachRequest\x1a\x18.halfmoon.v1.AttachReply(\x01\x30\x01\x12\x41\n\x07Reserve\x12\x1b.halfmoon.v1.ReserveRequest\x1a\x19.halfmoon.v1.ReserveReply\x12:\n\x04Push\x12\x18.halfmoon.v1.PushRequest\x1a\x16.halfmoon.v1.PushReply(\x01\x12\x38\n\x04Seal\x12\x18.halfmoon.v1.SealRequest\x1a\x16.halfmoon.v1.SealReply\x12=\n\x05\x46\x65tch\x12\x19.halfmoon.v1.FetchRequest\x1a\x17.halfmoon.v1.FetchReply0\x01\x12;\n\x05\x41\x62ort\x12\x19.halfmoon.v1.AbortRequest\x1a\x17.halfmoon.v1.AbortReply\x12\x41\n\x07Release\x12\x1b.halfmoon.v1.ReleaseRequest\x1a\x19.halfmoon.v1.ReleaseReply\x12>\n\x06Lookup\x12\x1a.halfmoon.v1.LookupRequest\x1a\x18.halfmoon.v1.LookupReply\x12=\n\x05Watch\x12\x19.halfmoon.v1.WatchRequest\x1a\x17.halfmoon.v1.WatchReply0\x01\x12G\n\tReplicate\x12\x1d.halfmoon.v1.ReplicateRequest\x1a\x1b.halfmoon.v1.ReplicateReply\x12;\n\x05Stats\x12\x19.halfmoon.v1.StatsRequest\x1a\x17.halfmoon.v1.StatsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"halfmoon/protocol/v1/kvstore.proto\x12\x0bhalfmoon.v1\x1a!halfmoon/protocol/v1/common.proto\"\xb4\x01\n\rAttachRequest\x12\x31\n\x05hello\x18\x01 \x01(\x0b\x32 .halfmoon.v1.AttachRequest.HelloH\x00\x12\x13\n\theartbeat\x18\x02 \x01(\x08H\x00\x1aR\n\x05Hello\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12%\n\x06schema\x18\x03 \x01(\x0b\x32\x15.halfmoon.v1.KVSchemaB\x07\n\x05\x65vent\"\xbb\x03\n\x0b\x41ttachReply\x12\x33\n\x07welcome\x18\x01 \x01(\x0b\x32 .halfmoon.v1.AttachReply.WelcomeH\x00\x12\x13\n\theartbeat\x18\x02 \x01(\x08H\x00\x1a\xbe\x01\n\x07Welcome\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x10\n\x08store_id\x18\x02 \x01(\t\x12\x13\n\x0blease_ttl_s\x18\x03 \x01(\x01\x12\x1c\n\x14heartbeat_interval_s\x18\x04 \x01(\x01\x12-\n\x05\x61rena\x18\x05 \x01(\x0b\x32\x1e.halfmoon.v1.AttachReply.Arena\x12+\n\x04\x64\x61ta\x18\x06 \x01(\x0b\x32\x1d.halfmoon.v1.AttachReply.Data\x1as\n\x05\x41rena\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\r\n\x05token\x18\x03 \x01(\x0c\x12\x13\n\x0b\x64\x61ta_offset\x18\x04 \x01(\x04\x12\x12\n\nslot_bytes\x18\x05 \x01(\x04\x12\x11\n\tnum_slots\x18\x06 \x01(\r\x1a#\n\x04\x44\x61ta\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x42\x07\n\x05\x65vent\"\x8b\x02\n\x0eReserveRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x34\n\x07purpose\x18\x02 \x01(\x0e\x32#.halfmoon.v1.ReserveRequest.Purpose\x12\'\n\x07handoff\x18\x03 \x01(\x0b\x32\x16.halfmoon.v1.HandoffId\x12\x12\n\nblock_keys\x18\x04 \x03(\x0c\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\x12\x12\n\ndeadline_s\x18\x06 \x01(\x01\"J\n\x07Purpose\x12\x17\n\x13PURPOSE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPURPOSE_HANDOFF\x10\x01\x12\x11\n\rPURPOSE_CACHE\x10\x02\"@\n\x0cReserveReply\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05slots\x18\x02 \x03(\r\x12\x0f\n\x07present\x18\x03 \x03(\x08\"y\n\x0bPushRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x03 \x01(\r\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x12\x12\n\nnum_layers\x18\x06 \x01(\r\"\x1e\n\tPushReply\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\"\\\n\x0bSealRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0b\x32\x19.halfmoon.v1.HandoffState\x12\x11\n\tchecksums\x18\x03 \x03(\x06\"\x0b\n\tSealReply\"\xde\x01\n\x0c\x46\x65tchRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12)\n\x07handoff\x18\x02 \x01(\x0b\x32\x16.halfmoon.v1.HandoffIdH\x00\x12(\n\x06prefix\x18\x03 \x01(\x0b\x32\x16.halfmoon.v1.BlockKeysH\x00\x12\x12\n\ndeadline_s\x18\x04 \x01(\x01\x12 \n\x03ssd\x18\x07 \x01(\x0e\x32\x13.halfmoon.v1.SsdUse\x12\x11\n\tcompute_s\x18\x06 \x01(\x01\x12\x14\n\x0cwithout_data\x18\x05 \x01(\x08\x42\x06\n\x04what\"\x19\n\tBlockKeys\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"\xd2\x03\n\nFetchReply\x12\x30\n\x06layout\x18\x01 \x01(\x0b\x32\x1e.halfmoon.v1.FetchReply.LayoutH\x00\x12.\n\x05slice\x18\x02 \x01(\x0b\x32\x1d.halfmoon.v1.FetchReply.SliceH\x00\x12\x30\n\x06sealed\x18\x03 \x01(\x0b\x32\x1e.halfmoon.v1.FetchReply.SealedH\x00\x1a}\n\x06Layout\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05slots\x18\x02 \x03(\r\x12\x12\n\nblock_keys\x18\x03 \x03(\x0c\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x12\n\nssd_wait_s\x18\x05 \x01(\x01\x12\x16\n\x0enum_ssd_blocks\x18\x06 \x01(\r\x1a\x61\n\x05Slice\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x1a\x45\n\x06Sealed\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.halfmoon.v1.HandoffState\x12\x11\n\tchecksums\x18\x02 \x03(\x06\x42\x07\n\x05\x65vent\"[\n\x0c\x41\x62ortRequest\x12\'\n\x07handoff\x18\x01 \x01(\x0b\x32\x16.halfmoon.v1.HandoffId\x12\"\n\x06reason\x18\x02 \x01(\x0b\x32\x12.halfmoon.v1.Error\"\x1b\n\nAbortReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\":\n\x0eReleaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x16\n\x0e\x63orrupt_blocks\x18\x02 \x03(\r\"\x0e\n\x0cReleaseReply\"#\n\rLookupRequest\x12\x12\n\nblock_keys\x18\x01 \x03(\x0c\":\n\x0bLookupReply\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x17\n\x0fnum_blocks_dram\x18\x02 \x01(\r\"\x0e\n\x0cWatchRequest\"t\n\nWatchReply\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12\x0e\n\x06stored\x18\x03 \x03(\x0c\x12\x0f\n\x07\x65victed\x18\x04 \x03(\x0c\x12\x0f\n\x07\x64\x65moted\x18\x05 \x03(\x0c\x12\x10\n\x08promoted\x18\x06 \x03(\x0c\"R\n\x10ReplicateRequest\x12\x12\n\nblock_keys\x18\x01 \x03(\x0c\x12\x16\n\x0esource_address\x18\x02 \x01(\t\x12\x12\n\ndeadline_s\x18\x03 \x01(\x01\"\x90\x02\n\x0eReplicateReply\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x10\n\x08num_held\x18\x03 \x01(\r\x12.\n\x04stop\x18\x04 \x01(\x0e\x32 .halfmoon.v1.ReplicateReply.Stop\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x18\n\x10num_bytes_wanted\x18\x06 \x01(\x04\x12\x16\n\x0enum_ssd_blocks\x18\x07 \x01(\r\"R\n\x04Stop\x12\x14\n\x10STOP_UNSPECIFIED\x10\x00\x12\x11\n\rSTOP_COMPLETE\x10\x01\x12\x0f\n\x0bSTOP_SOURCE\x10\x02\x12\x10\n\x0cSTOP_NO_ROOM\x10\x03\"$\n\x0ePromoteRequest\x12\x12\n\nblock_keys\x18\x01 \x03(\x0c\"2\n\x0cPromoteReply\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x0e\n\x06wait_s\x18\x02 \x01(\x01\"\x0e\n\x0cStatsRequest\"\xbc\x03\n\nStatsReply\x12\x10\n\x08store_id\x18\x01 \x01(\t\x12\x17\n\x0fnum_bytes_arena\x18\x02 \x01(\x04\x12\x18\n\x10num_bytes_leased\x18\x03 \x01(\x04\x12\x18\n\x10num_bytes_cached\x18\x04 \x01(\x04\x12\x16\n\x0enum_bytes_free\x18\x05 \x01(\x04\x12\x12\n\nnum_leases\x18\x06 \x01(\r\x12\x14\n\x0cnum_handoffs\x18\x07 \x01(\r\x12\x14\n\x0cnum_sessions\x18\x08 \x01(\r\x12\x1a\n\x12num_evicted_blocks\x18\t \x01(\x04\x12\x1a\n\x12num_expired_leases\x18\n \x01(\x04\x12\x18\n\x10num_bytes_pushed\x18\x0b \x01(\x04\x12\x19\n\x11num_bytes_fetched\x18\x0c \x01(\x04\x12\x18\n\x10num_query_blocks\x18\r \x01(\x04\x12\x16\n\x0enum_hit_blocks\x18\x0e \x01(\x04\x12\x15\n\rnum_bytes_ssd\x18\x10 \x01(\x04\x12\x1a\n\x12num_bytes_ssd_used\x18\x11 \x01(\x04\x12%\n\x06schema\x18\x0f \x01(\x0b\x32\x15.halfmoon.v1.KVSchema2\x8f\x06\n\x07KVStore\x12\x42\n\x06\x41ttach\x12\x1a.halfmoon.v1.AttachRequest\x1a\x18.halfmoon.v1.AttachReply(\x01\x30\x01\x12\x41\n\x07Reserve\x12\x1b.halfmoon.v1.ReserveRequest\x1a\x19.halfmoon.v1.ReserveReply\x12:\n\x04Push\x12\x18.halfmoon.v1.PushRequest\x1a\x16.halfmoon.v1.PushReply(\x01\x12\x38\n\x04Seal\x12\x18.halfmoon.v1.SealRequest\x1a\x16.halfmoon.v1.SealReply\x12=\n\x05\x46\x65tch\x12\x19.halfmoon.v1.FetchRequest\x1a\x17.halfmoon.v1.FetchReply0\x01\x12;\n\x05\x41\x62ort\x12\x19.halfmoon.v1.AbortRequest\x1a\x17.halfmoon.v1.AbortReply\x12\x41\n\x07Release\x12\x1b.halfmoon.v1.ReleaseRequest\x1a\x19.halfmoon.v1.ReleaseReply\x12>\n\x06Lookup\x12\x1a.halfmoon.v1.LookupRequest\x1a\x18.halfmoon.v1.LookupReply\x12=\n\x05Watch\x12\x19.halfmoon.v1.WatchRequest\x1a\x17.halfmoon.v1.WatchReply0\x01\x12I\n\tReplicate\x12\x1d.halfmoon.v1.ReplicateRequest\x1a\x1b.halfmoon.v1.ReplicateReply0\x01\x12\x41\n\x07Promote\x12\x1b.halfmoon.v1.PromoteRequest\x1a\x19.halfmoon.v1.PromoteReply\x12;\n\x05Stats\x12\x19.halfmoon.v1.StatsRequest\x1a\x17.halfmoon.v1.StatsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -59,43 +59,47 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SEALREPLY']._serialized_start=1300
   _globals['_SEALREPLY']._serialized_end=1311
   _globals['_FETCHREQUEST']._serialized_start=1314
-  _globals['_FETCHREQUEST']._serialized_end=1502
-  _globals['_BLOCKKEYS']._serialized_start=1504
-  _globals['_BLOCKKEYS']._serialized_end=1529
-  _globals['_FETCHREPLY']._serialized_start=1532
-  _globals['_FETCHREPLY']._serialized_end=1954
-  _globals['_FETCHREPLY_LAYOUT']._serialized_start=1694
-  _globals['_FETCHREPLY_LAYOUT']._serialized_end=1775
-  _globals['_FETCHREPLY_SLICE']._serialized_start=1777
-  _globals['_FETCHREPLY_SLICE']._serialized_end=1874
-  _globals['_FETCHREPLY_SEALED']._serialized_start=1876
-  _globals['_FETCHREPLY_SEALED']._serialized_end=1945
-  _globals['_ABORTREQUEST']._serialized_start=1956
-  _globals['_ABORTREQUEST']._serialized_end=2047
-  _globals['_ABORTREPLY']._serialized_start=2049
-  _globals['_ABORTREPLY']._serialized_end=2076
-  _globals['_RELEASEREQUEST']._serialized_start=2078
-  _globals['_RELEASEREQUEST']._serialized_end=2136
-  _globals['_RELEASEREPLY']._serialized_start=2138
-  _globals['_RELEASEREPLY']._serialized_end=2152
-  _globals['_LOOKUPREQUEST']._serialized_start=2154
-  _globals['_LOOKUPREQUEST']._serialized_end=2189
-  _globals['_LOOKUPREPLY']._serialized_start=2191
-  _globals['_LOOKUPREPLY']._serialized_end=2249
-  _globals['_WATCHREQUEST']._serialized_start=2251
-  _globals['_WATCHREQUEST']._serialized_end=2265
-  _globals['_WATCHREPLY']._serialized_start=2267
-  _globals['_WATCHREPLY']._serialized_end=2383
-  _globals['_REPLICATEREQUEST']._serialized_start=2385
-  _globals['_REPLICATEREQUEST']._serialized_end=2467
-  _globals['_REPLICATEREPLY']._serialized_start=2470
-  _globals['_REPLICATEREPLY']._serialized_end=2692
-  _globals['_REPLICATEREPLY_STOP']._serialized_start=2610
-  _globals['_REPLICATEREPLY_STOP']._serialized_end=2692
-  _globals['_STATSREQUEST']._serialized_start=2694
-  _globals['_STATSREQUEST']._serialized_end=2708
-  _globals['_STATSREPLY']._serialized_start=2711
-  _globals['_STATSREPLY']._serialized_end=3155
-  _globals['_KVSTORE']._serialized_start=3158
-  _globals['_KVSTORE']._serialized_end=3872
+  _globals['_FETCHREQUEST']._serialized_end=1536
+  _globals['_BLOCKKEYS']._serialized_start=1538
+  _globals['_BLOCKKEYS']._serialized_end=1563
+  _globals['_FETCHREPLY']._serialized_start=1566
+  _globals['_FETCHREPLY']._serialized_end=2032
+  _globals['_FETCHREPLY_LAYOUT']._serialized_start=1728
+  _globals['_FETCHREPLY_LAYOUT']._serialized_end=1853
+  _globals['_FETCHREPLY_SLICE']._serialized_start=1855
+  _globals['_FETCHREPLY_SLICE']._serialized_end=1952
+  _globals['_FETCHREPLY_SEALED']._serialized_start=1954
+  _globals['_FETCHREPLY_SEALED']._serialized_end=2023
+  _globals['_ABORTREQUEST']._serialized_start=2034
+  _globals['_ABORTREQUEST']._serialized_end=2125
+  _globals['_ABORTREPLY']._serialized_start=2127
+  _globals['_ABORTREPLY']._serialized_end=2154
+  _globals['_RELEASEREQUEST']._serialized_start=2156
+  _globals['_RELEASEREQUEST']._serialized_end=2214
+  _globals['_RELEASEREPLY']._serialized_start=2216
+  _globals['_RELEASEREPLY']._serialized_end=2230
+  _globals['_LOOKUPREQUEST']._serialized_start=2232
+  _globals['_LOOKUPREQUEST']._serialized_end=2267
+  _globals['_LOOKUPREPLY']._serialized_start=2269
+  _globals['_LOOKUPREPLY']._serialized_end=2327
+  _globals['_WATCHREQUEST']._serialized_start=2329
+  _globals['_WATCHREQUEST']._serialized_end=2343
+  _globals['_WATCHREPLY']._serialized_start=2345
+  _globals['_WATCHREPLY']._serialized_end=2461
+  _globals['_REPLICATEREQUEST']._serialized_start=2463
+  _globals['_REPLICATEREQUEST']._serialized_end=2545
+  _globals['_REPLICATEREPLY']._serialized_start=2548
+  _globals['_REPLICATEREPLY']._serialized_end=2820
+  _globals['_REPLICATEREPLY_STOP']._serialized_start=2738
+  _globals['_REPLICATEREPLY_STOP']._serialized_end=2820
+  _globals['_PROMOTEREQUEST']._serialized_start=2822
+  _globals['_PROMOTEREQUEST']._serialized_end=2858
+  _globals['_PROMOTEREPLY']._serialized_start=2860
+  _globals['_PROMOTEREPLY']._serialized_end=2910
+  _globals['_STATSREQUEST']._serialized_start=2912
+  _globals['_STATSREQUEST']._serialized_end=2926
+  _globals['_STATSREPLY']._serialized_start=2929
+  _globals['_STATSREPLY']._serialized_end=3373
+  _globals['_KVSTORE']._serialized_start=3376
+  _globals['_KVSTORE']._serialized_end=4159
 # @@protoc_insertion_point(module_scope)

@@ -140,20 +140,22 @@ class SealReply(_message.Message):
     def __init__(self) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("session_id", "handoff", "prefix", "deadline_s", "compute_s", "without_data")
+    __slots__ = ("session_id", "handoff", "prefix", "deadline_s", "ssd", "compute_s", "without_data")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    SSD_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
     WITHOUT_DATA_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     handoff: _common_pb2.HandoffId
     prefix: BlockKeys
     deadline_s: float
+    ssd: _common_pb2.SsdUse
     compute_s: float
     without_data: bool
-    def __init__(self, session_id: _Optional[str] = ..., handoff: _Optional[_Union[_common_pb2.HandoffId, _Mapping]] = ..., prefix: _Optional[_Union[BlockKeys, _Mapping]] = ..., deadline_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., without_data: bool = ...) -> None: ...
+    def __init__(self, session_id: _Optional[str] = ..., handoff: _Optional[_Union[_common_pb2.HandoffId, _Mapping]] = ..., prefix: _Optional[_Union[BlockKeys, _Mapping]] = ..., deadline_s: _Optional[float] = ..., ssd: _Optional[_Union[_common_pb2.SsdUse, str]] = ..., compute_s: _Optional[float] = ..., without_data: bool = ...) -> None: ...
 
 class BlockKeys(_message.Message):
     __slots__ = ("keys",)
@@ -164,16 +166,20 @@ class BlockKeys(_message.Message):
 class FetchReply(_message.Message):
     __slots__ = ("layout", "slice", "sealed")
     class Layout(_message.Message):
-        __slots__ = ("lease_id", "slots", "block_keys", "num_blocks")
+        __slots__ = ("lease_id", "slots", "block_keys", "num_blocks", "ssd_wait_s", "num_ssd_blocks")
         LEASE_ID_FIELD_NUMBER: _ClassVar[int]
         SLOTS_FIELD_NUMBER: _ClassVar[int]
         BLOCK_KEYS_FIELD_NUMBER: _ClassVar[int]
         NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+        SSD_WAIT_S_FIELD_NUMBER: _ClassVar[int]
+        NUM_SSD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
         lease_id: str
         slots: _containers.RepeatedScalarFieldContainer[int]
         block_keys: _containers.RepeatedScalarFieldContainer[bytes]
         num_blocks: int
-        def __init__(self, lease_id: _Optional[str] = ..., slots: _Optional[_Iterable[int]] = ..., block_keys: _Optional[_Iterable[bytes]] = ..., num_blocks: _Optional[int] = ...) -> None: ...
+        ssd_wait_s: float
+        num_ssd_blocks: int
+        def __init__(self, lease_id: _Optional[str] = ..., slots: _Optional[_Iterable[int]] = ..., block_keys: _Optional[_Iterable[bytes]] = ..., num_blocks: _Optional[int] = ..., ssd_wait_s: _Optional[float] = ..., num_ssd_blocks: _Optional[int] = ...) -> None: ...
     class Slice(_message.Message):
         __slots__ = ("layer", "first_block", "num_blocks", "data", "num_layers")
         LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -273,7 +279,7 @@ class ReplicateRequest(_message.Message):
     def __init__(self, block_keys: _Optional[_Iterable[bytes]] = ..., source_address: _Optional[str] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class ReplicateReply(_message.Message):
-    __slots__ = ("num_blocks", "num_bytes", "num_held", "stop", "seconds")
+    __slots__ = ("num_blocks", "num_bytes", "num_held", "stop", "seconds", "num_bytes_wanted", "num_ssd_blocks")
     class Stop(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STOP_UNSPECIFIED: _ClassVar[ReplicateReply.Stop]
@@ -289,12 +295,30 @@ class ReplicateReply(_message.Message):
     NUM_HELD_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_WANTED_FIELD_NUMBER: _ClassVar[int]
+    NUM_SSD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     num_blocks: int
     num_bytes: int
     num_held: int
     stop: ReplicateReply.Stop
     seconds: float
-    def __init__(self, num_blocks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., num_held: _Optional[int] = ..., stop: _Optional[_Union[ReplicateReply.Stop, str]] = ..., seconds: _Optional[float] = ...) -> None: ...
+    num_bytes_wanted: int
+    num_ssd_blocks: int
+    def __init__(self, num_blocks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., num_held: _Optional[int] = ..., stop: _Optional[_Union[ReplicateReply.Stop, str]] = ..., seconds: _Optional[float] = ..., num_bytes_wanted: _Optional[int] = ..., num_ssd_blocks: _Optional[int] = ...) -> None: ...
+
+class PromoteRequest(_message.Message):
+    __slots__ = ("block_keys",)
+    BLOCK_KEYS_FIELD_NUMBER: _ClassVar[int]
+    block_keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, block_keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class PromoteReply(_message.Message):
+    __slots__ = ("num_blocks", "wait_s")
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    num_blocks: int
+    wait_s: float
+    def __init__(self, num_blocks: _Optional[int] = ..., wait_s: _Optional[float] = ...) -> None: ...
 
 class StatsRequest(_message.Message):
     __slots__ = ()

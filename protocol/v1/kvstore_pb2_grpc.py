@@ -79,10 +79,15 @@ class KVStoreStub(object):
                 request_serializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.WatchRequest.SerializeToString,
                 response_deserializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.WatchReply.FromString,
                 _registered_method=True)
-        self.Replicate = channel.unary_unary(
+        self.Replicate = channel.unary_stream(
                 '/halfmoon.v1.KVStore/Replicate',
                 request_serializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.ReplicateRequest.SerializeToString,
                 response_deserializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.ReplicateReply.FromString,
+                _registered_method=True)
+        self.Promote = channel.unary_unary(
+                '/halfmoon.v1.KVStore/Promote',
+                request_serializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.PromoteRequest.SerializeToString,
+                response_deserializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.PromoteReply.FromString,
                 _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/halfmoon.v1.KVStore/Stats',
@@ -156,6 +161,14 @@ class KVStoreServicer(object):
 
     def Replicate(self, request, context):
         """This store fetches what it lacks of the leading blocks from another one, and caches it. All of it or, on an error, nothing.
+        Replies without a stop say how far it is; the last one has it. To cancel the call gives the copy up.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Promote(self, request, context):
+        """Leading blocks come up from SSD ahead of a Fetch; nothing is pinned.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -215,10 +228,15 @@ def add_KVStoreServicer_to_server(servicer, server):
                     request_deserializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.WatchRequest.FromString,
                     response_serializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.WatchReply.SerializeToString,
             ),
-            'Replicate': grpc.unary_unary_rpc_method_handler(
+            'Replicate': grpc.unary_stream_rpc_method_handler(
                     servicer.Replicate,
                     request_deserializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.ReplicateRequest.FromString,
                     response_serializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.ReplicateReply.SerializeToString,
+            ),
+            'Promote': grpc.unary_unary_rpc_method_handler(
+                    servicer.Promote,
+                    request_deserializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.PromoteRequest.FromString,
+                    response_serializer=halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.PromoteReply.SerializeToString,
             ),
             'Stats': grpc.unary_unary_rpc_method_handler(
                     servicer.Stats,
@@ -490,12 +508,39 @@ class KVStore(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
+        return grpc.experimental.unary_stream(
             request,
             target,
             '/halfmoon.v1.KVStore/Replicate',
             halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.ReplicateRequest.SerializeToString,
             halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.ReplicateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Promote(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/halfmoon.v1.KVStore/Promote',
+            halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.PromoteRequest.SerializeToString,
+            halfmoon_dot_protocol_dot_v1_dot_kvstore__pb2.PromoteReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -19,26 +19,30 @@ class StopReply(_message.Message):
     def __init__(self, found: bool = ...) -> None: ...
 
 class PrefixHint(_message.Message):
-    __slots__ = ("store_address", "num_blocks")
+    __slots__ = ("store_address", "num_blocks", "ssd")
     STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SSD_FIELD_NUMBER: _ClassVar[int]
     store_address: str
     num_blocks: int
-    def __init__(self, store_address: _Optional[str] = ..., num_blocks: _Optional[int] = ...) -> None: ...
+    ssd: _common_pb2.SsdUse
+    def __init__(self, store_address: _Optional[str] = ..., num_blocks: _Optional[int] = ..., ssd: _Optional[_Union[_common_pb2.SsdUse, str]] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("sequence", "handoff", "store_address", "prefix", "skip_own_store")
+    __slots__ = ("sequence", "handoff", "store_address", "prefix", "skip_own_store", "own_ssd")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
     STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     SKIP_OWN_STORE_FIELD_NUMBER: _ClassVar[int]
+    OWN_SSD_FIELD_NUMBER: _ClassVar[int]
     sequence: _common_pb2.SequenceSpec
     handoff: _common_pb2.HandoffId
     store_address: str
     prefix: PrefixHint
     skip_own_store: bool
-    def __init__(self, sequence: _Optional[_Union[_common_pb2.SequenceSpec, _Mapping]] = ..., handoff: _Optional[_Union[_common_pb2.HandoffId, _Mapping]] = ..., store_address: _Optional[str] = ..., prefix: _Optional[_Union[PrefixHint, _Mapping]] = ..., skip_own_store: bool = ...) -> None: ...
+    own_ssd: _common_pb2.SsdUse
+    def __init__(self, sequence: _Optional[_Union[_common_pb2.SequenceSpec, _Mapping]] = ..., handoff: _Optional[_Union[_common_pb2.HandoffId, _Mapping]] = ..., store_address: _Optional[str] = ..., prefix: _Optional[_Union[PrefixHint, _Mapping]] = ..., skip_own_store: bool = ..., own_ssd: _Optional[_Union[_common_pb2.SsdUse, str]] = ...) -> None: ...
 
 class PrefillReply(_message.Message):
     __slots__ = ("state",)
@@ -47,7 +51,7 @@ class PrefillReply(_message.Message):
     def __init__(self, state: _Optional[_Union[_common_pb2.HandoffState, _Mapping]] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("sequence", "handoff", "local_prefill", "feed_id", "call", "store_address", "skip_own_store")
+    __slots__ = ("sequence", "handoff", "local_prefill", "feed_id", "call", "store_address", "skip_own_store", "own_ssd")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
     LOCAL_PREFILL_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +59,7 @@ class DecodeRequest(_message.Message):
     CALL_FIELD_NUMBER: _ClassVar[int]
     STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     SKIP_OWN_STORE_FIELD_NUMBER: _ClassVar[int]
+    OWN_SSD_FIELD_NUMBER: _ClassVar[int]
     sequence: _common_pb2.SequenceSpec
     handoff: _common_pb2.HandoffId
     local_prefill: bool
@@ -62,7 +67,8 @@ class DecodeRequest(_message.Message):
     call: int
     store_address: str
     skip_own_store: bool
-    def __init__(self, sequence: _Optional[_Union[_common_pb2.SequenceSpec, _Mapping]] = ..., handoff: _Optional[_Union[_common_pb2.HandoffId, _Mapping]] = ..., local_prefill: bool = ..., feed_id: _Optional[str] = ..., call: _Optional[int] = ..., store_address: _Optional[str] = ..., skip_own_store: bool = ...) -> None: ...
+    own_ssd: _common_pb2.SsdUse
+    def __init__(self, sequence: _Optional[_Union[_common_pb2.SequenceSpec, _Mapping]] = ..., handoff: _Optional[_Union[_common_pb2.HandoffId, _Mapping]] = ..., local_prefill: bool = ..., feed_id: _Optional[str] = ..., call: _Optional[int] = ..., store_address: _Optional[str] = ..., skip_own_store: bool = ..., own_ssd: _Optional[_Union[_common_pb2.SsdUse, str]] = ...) -> None: ...
 
 class TokensRequest(_message.Message):
     __slots__ = ("feed_id",)

@@ -10,13 +10,16 @@ No I/O, no clock, and no import of grpc, torch or ray: the proxy and the simulat
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 from .admission.base import Admission
 from .forecast import forecast
 from .member_state import MemberState
-from .placement import Placement, PlacementRequest, Rejection, Selection, Snapshot
+from .placement import NO_VERDICTS, Placement, PlacementRequest, Rejection, Selection, Snapshot, SsdVerdict
 from .policies import Policy, selected_blocks
+from .policies.base import cached_blocks
+from .policies.prefix_cost import fetch_pays, weigh
 from .pool import Pool
 from .predictors.timing import Predictors
 
@@ -39,6 +42,7 @@ class Conductor:
         self.local_prefill = local_prefill
 
     def place(self, request: PlacementRequest, snapshot: Snapshot) -> Placement | Rejection:
+        request = self.weigh(request, snapshot.block_size)
         prefill, why_local = self._prefill_candidates(request, snapshot)
         if isinstance(prefill, Rejection):
             return prefill
@@ -51,6 +55,8 @@ class Conductor:
             selection = _local(selection, why_local)
         elif self.local_prefill != "never" and selection.prefill.id == selection.decode.id and selection.prefix is not None:
             selection = selection._replace(prefix=None, ttft_s=None)  # a decode worker loads from its own store alone
+        selection = self._without_slow_fetch(request, selection, snapshot.block_size)
+        verdicts = _verdicts(request, selection)
         ttft_s = tpot_s = None
         if self.predictors is not None:
             ttft_s, tpot_s = predicted = forecast(self.predictors, request, selection, snapshot)
@@ -64,10 +70,26 @@ class Conductor:
             decode=selection.decode,
             prefix=selection.prefix,
             num_cached_tokens=selected_blocks(request, selection, snapshot.block_size) * snapshot.block_size,
-            reason=f"{self.policy.name}: {selection.reason}",
+            reason="; ".join([f"{self.policy.name}: {selection.reason}", *(f"{store}: {one}" for store, one in verdicts.items())]),
             ttft_s=ttft_s,
             tpot_s=tpot_s,
+            ssd_verdicts=verdicts,
         )
+
+    def weigh(self, request: PlacementRequest, block_size: int) -> PlacementRequest:
+        """Without the blocks on SSD that are computed sooner than loaded, where times are predicted. place() does the same."""
+        return request if self.predictors is None else weigh(self.predictors, request, block_size)
+
+    def _without_slow_fetch(self, request: PlacementRequest, selection: Selection, block_size: int) -> Selection:
+        """A policy that predicts nothing may want a prefix that is computed sooner than fetched."""
+        prefix = selection.prefix
+        if prefix is None or self.predictors is None:
+            return selection
+        own = cached_blocks(request, selection.prefill, block_size)
+        if fetch_pays(self.predictors, request, prefix.store_address, own, prefix.num_blocks, block_size):
+            return selection
+        reason = f"{selection.reason}; no: computing them is faster than fetching them"
+        return selection._replace(prefix=None, ttft_s=None, reason=reason)
 
     def _prefill_candidates(self, request: PlacementRequest, snapshot: Snapshot) -> tuple[Pool | Rejection, str]:
         """And why they are decode workers, where they are; else ""."""
@@ -99,6 +121,14 @@ def _no_handoff(request: PlacementRequest, snapshot: Snapshot) -> Rejection | No
         return Rejection("no_worker", "there is no live KV store that a hand-off could lie in; start one or wait for a restart")
     advice = "shorten the prompt, raise store.arena_bytes or allow proxy.local_prefill"
     return Rejection("prompt_too_long", f"{num_tokens} tokens fit no KV store; the largest takes a hand-off of {limit}; {advice}")
+
+
+def _verdicts(request: PlacementRequest, selection: Selection) -> Mapping[str, SsdVerdict]:
+    """Of the stores that the selected prefill worker asks for the prefix."""
+    if not request.ssd_verdicts:
+        return NO_VERDICTS
+    asked = [selection.prefill.store_address, selection.prefix.store_address if selection.prefix is not None else ""]
+    return {store: verdict for store in asked if (verdict := request.ssd_verdicts.get(store)) is not None}
 
 
 def _with_held(pool: Pool, request: PlacementRequest) -> Pool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .member_state import MemberState
-from .placement import PlacementRequest, Selection, Snapshot
+from .placement import PlacementRequest, PrefixHint, Selection, Snapshot
 from .policies.base import cached_blocks, page_blocks
+from .policies.prefix_cost import fetch_pays, fetched_ssd_s, own_ssd_s
 from .predictors.timing import Predictors
 from .predictors.waiting import queue_s, step_with
 
@@ -22,14 +23,14 @@ class PrefillForecast(NamedTuple):
     queue_s: float
     transfer_s: float  # of the prefix, from its own store and from elsewhere; what stands in its pages needs none
     prefill_s: float
+    ssd_s: float  # stores' reads from SSD before the transfer
 
 
 def forecast(predictors: Predictors, request: PlacementRequest, selection: Selection, snapshot: Snapshot) -> Forecast:
     """The policy's own predictions where it made some; and the hand-off, which no policy can avoid."""
     ttft_s = selection.ttft_s
     if ttft_s is None:
-        num_blocks = selection.prefix.num_blocks if selection.prefix is not None else 0
-        ttft_s = sum(prefill_forecast(predictors, request, selection.prefill, num_blocks, snapshot))
+        ttft_s = sum(prefill_forecast(predictors, request, selection.prefill, selection.prefix, snapshot))
     if selection.prefill.id != selection.decode.id:
         num_bytes = handoff_bytes(predictors, request, selection.decode, snapshot.block_size)
         ttft_s += predictors.handoff.predict(num_bytes, handoff_link(selection.prefill, selection.decode))
@@ -38,24 +39,27 @@ def forecast(predictors: Predictors, request: PlacementRequest, selection: Selec
 
 
 def prefill_forecast(
-    predictors: Predictors, request: PlacementRequest, member: MemberState, num_prefix_blocks: int, snapshot: Snapshot
+    predictors: Predictors, request: PlacementRequest, member: MemberState, prefix: PrefixHint | None, snapshot: Snapshot
 ) -> PrefillForecast:
-    """num_prefix_blocks: leading blocks that it could have from elsewhere."""
+    """request: weighed. prefix: what it could have from elsewhere, where that pays."""
     block_size = snapshot.block_size
-    own = cached_blocks(request, member, block_size)
-    num_blocks = max(own, num_prefix_blocks)
-    num_cached = num_blocks * block_size
+    own, in_pages = cached_blocks(request, member, block_size), page_blocks(request, member, block_size)
     block_bytes, transfer = block_size * predictors.model.kv_bytes_per_token, predictors.transfer
-    return PrefillForecast(
-        queue_s(predictors, member, snapshot.now_s),
-        transfer.own((own - page_blocks(request, member, block_size)) * block_bytes) + transfer.predict((num_blocks - own) * block_bytes),
-        predictors.prefill.predict(request.num_tokens - num_cached, num_cached),
-    )
+    num_blocks, transfer_s = own, transfer.own((own - in_pages) * block_bytes)
+    ssd_s = own_ssd_s(predictors, request, member.store_address, in_pages, block_size)
+    if prefix is not None and fetch_pays(predictors, request, prefix.store_address, own, prefix.num_blocks, block_size):
+        num_blocks = prefix.num_blocks
+        transfer_s += transfer.predict((num_blocks - own) * block_bytes)
+        ssd_s += fetched_ssd_s(predictors, request, prefix.store_address, own, num_blocks, block_size)
+    num_cached = num_blocks * block_size
+    prefill_s = predictors.prefill.predict(request.num_tokens - num_cached, num_cached)
+    return PrefillForecast(queue_s(predictors, member, snapshot.now_s), transfer_s, prefill_s, ssd_s)
 
 
 def handoff_bytes(predictors: Predictors, request: PlacementRequest, decode: MemberState, block_size: int) -> int:
     """What the decode worker's store lacks of the request."""
-    num_held = request.held_blocks.get(decode.store_address, 0) * block_size
+    store = decode.store_address
+    num_held = (request.held_blocks.get(store, 0) - request.ssd_blocks.get(store, 0)) * block_size
     return max(request.num_tokens - num_held, 0) * predictors.model.kv_bytes_per_token
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -77,6 +78,26 @@ class Snapshot:
         return cls(Pool.of(prefill), Pool.of(decode), block_size, now_s, Arrivals.of(arriving), np.array(list(began_s), np.float64))
 
 
+class SsdVerdict(NamedTuple):
+    """On blocks that a store has on SSD alone."""
+
+    num_blocks: int
+    load_s: float  # predicted: into its DRAM, and on to a worker of its node
+    compute_s: float
+
+    @property
+    def loads(self) -> bool:
+        return self.load_s <= self.compute_s
+
+    def __str__(self) -> str:
+        done = "are loaded" if self.loads else "are computed"
+        return f"{self.num_blocks} blocks on SSD {done}: loading takes {self.load_s:.3g} s, computing {self.compute_s:.3g} s"
+
+
+NO_VERDICTS: Mapping[str, SsdVerdict] = MappingProxyType({})
+NO_BLOCKS: Mapping[str, int] = MappingProxyType({})
+
+
 @dataclass(frozen=True, slots=True)
 class PlacementRequest:
     num_tokens: int  # to prefill: the prompt, and for a replay the tokens already sent
@@ -88,6 +109,8 @@ class PlacementRequest:
     waited_s: float = 0.0  # since it arrived; counts against its SLO
     admitted: bool = False  # a replay: no admission is asked again
     page_blocks: Mapping[str, int] = field(default_factory=dict[str, int])  # worker id -> leading blocks of it in its pages
+    ssd_blocks: Mapping[str, int] = field(default_factory=lambda: NO_BLOCKS)  # store address -> of held_blocks, the last ones: on SSD alone
+    ssd_verdicts: Mapping[str, SsdVerdict] = field(default_factory=lambda: NO_VERDICTS)  # by store address, once weighed
 
 
 class PrefixHint(NamedTuple):
@@ -117,6 +140,7 @@ class Placement:
     reason: str
     ttft_s: float | None = None  # predicted, where the policy or the admission predicts
     tpot_s: float | None = None
+    ssd_verdicts: Mapping[str, SsdVerdict] = field(default_factory=lambda: NO_VERDICTS)  # of the stores that the prefill worker asks
 
     @property
     def is_local(self) -> bool:

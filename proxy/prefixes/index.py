@@ -12,16 +12,17 @@ that finds less at the store computes the rest.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice, repeat
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...protocol.leading_run import NUM_EXACT, leading_run
 from .promises import TTL_S, Promises
+from .ssd_blocks import SsdBlocks
 
 MAX_COPIES = 4_000_000
-EXACT_BLOCKS = 512
 PART_BLOCKS = 4096  # some milliseconds
 MANY_STORES = 16  # with more, numpy finds the bits
 
@@ -44,7 +45,7 @@ class PrefixIndex:
         max_copies: int = MAX_COPIES,
         clock: Callable[[], float] = time.monotonic,
         promise_ttl_s: float = TTL_S,
-        exact_blocks: int = EXACT_BLOCKS,
+        exact_blocks: int = NUM_EXACT,
         part_blocks: int = PART_BLOCKS,
     ) -> None:
         self.num_copies = 0
@@ -60,21 +61,27 @@ class PrefixIndex:
         self._live = 0  # the bits that count
         self._cut: set[str] = set()
         self._masks_of: tuple[Sequence[str], int] | None = None  # stores last counted among, and their bits; None: a store came or went
+        self.on_change: Callable[[Sequence[bytes], Sequence[bytes]], None] | None = None
+        """Is told of blocks that some store holds and none did before, and of those that none holds any more."""
+        self._new: list[bytes] = []
+        self._gone: list[bytes] = []
         self._promises = Promises(clock, promise_ttl_s)
+        self._on_ssd = SsdBlocks()
 
     def __len__(self) -> int:
         """Distinct known blocks. Those of a large dropped store disappear in parts, with later changes."""
         return len(self._holders)
 
-    def replace(self, store: str, keys: Sequence[bytes]) -> None:
-        """Replaces all that is known of the store by its whole content. Promises stay."""
-        for _ in self.replace_in_parts(store, keys):
+    def replace(self, store: str, keys: Sequence[bytes], on_ssd: Iterable[bytes] = ()) -> None:
+        """Replaces all that is known of the store by its whole content. Promises stay. on_ssd: of keys, those on SSD alone."""
+        for _ in self.replace_in_parts(store, keys, on_ssd):
             pass
 
-    def replace_in_parts(self, store: str, keys: Sequence[bytes]) -> Iterator[None]:
+    def replace_in_parts(self, store: str, keys: Sequence[bytes], on_ssd: Iterable[bytes] = ()) -> Iterator[None]:
         """The same in parts, so that an event loop can serve others in between. If it is ended early, only a part is known."""
         held = self._held[self._slot(store)]
         self._cut.discard(store)
+        self._on_ssd.replace(store, on_ssd)
         stale = list(held.difference(keys)) if held else []
         for first in range(0, len(stale), self._part_blocks):
             self.change(store, (), stale[first : first + self._part_blocks])
@@ -83,17 +90,28 @@ class PrefixIndex:
             self.change(store, keys[first : first + self._part_blocks], ())
             yield
 
-    def change(self, store: str, stored: Iterable[bytes], evicted: Iterable[bytes]) -> None:
-        """A key that is both stored and evicted counts as held."""
+    def change(
+        self,
+        store: str,
+        stored: Iterable[bytes],
+        evicted: Sequence[bytes],
+        demoted: Sequence[bytes] = (),
+        promoted: Sequence[bytes] = (),
+    ) -> None:
+        """A key that is both stored and evicted counts as held. demoted: on SSD alone from now on; promoted: in DRAM again."""
         slot = self._slot(store)
         self._sweep()
+        if self._on_ssd or demoted:
+            self._on_ssd.remove(store, evicted, promoted)
+            self._on_ssd.add(store, demoted)
         self._clear(self._held[slot], 1 << slot, evicted)
         if self._promises.stores:
             stored = list(stored)
             self._promises.confirm(slot, stored)
         if store in self._cut:
+            self._tell()
             return
-        holders, held, bit = self._holders, self._held[slot], 1 << slot
+        holders, held, bit, told = self._holders, self._held[slot], 1 << slot, self.on_change
         before = len(held)
         room = before + self._max_copies - self.num_copies
         for key in stored:
@@ -101,9 +119,12 @@ class PrefixIndex:
                 self._cut.add(store)
                 break
             known = holders.get(key)
+            if known is None and told is not None:
+                self._new.append(key)
             holders[key] = bit if known is None else known | bit  # one int for all the blocks of one holder
             held.add(key)
         self.num_copies += len(held) - before
+        self._tell()
 
     def drop(self, store: str) -> None:
         """Forgets the store and its promises: it is gone, or its content is no longer known."""
@@ -112,17 +133,19 @@ class PrefixIndex:
             self._live &= ~(1 << slot)
             self._retired[slot] = self._held.pop(slot)
             self._promises.forget(slot)
+            self._on_ssd.drop(store)
             self._cut.discard(store)
             del self._stores[slot]
             self._name_array = self._masks_of = None
             self._sweep()
+            self._tell()
 
     def expect(self, store: str, keys: Sequence[bytes]) -> None:
         """Promises that the store will hold keys, a chain from its start. They count as held until the store confirms them,
         withdraw takes them back, or promise_ttl_s has passed. Does nothing for an unknown store."""
         slot = self._slots.get(store)
         if slot is not None:
-            new = keys[self._num_held(self._held[slot], keys) :]
+            new = keys[leading_run(keys, self._held[slot].__contains__, self._exact_blocks) :]
             if new:
                 self._promises.expire()
                 self._promises.add(slot, new)
@@ -175,6 +198,13 @@ class PrefixIndex:
             self._note_ends(runs, held, keys)
         return runs
 
+    def ssd_runs(self, keys: Sequence[bytes], runs: Mapping[str, int]) -> dict[str, int]:
+        """Store address -> of the leading run that leading_runs said, the blocks at its end that stand on SSD alone. Leaves out 0."""
+        if not self._on_ssd:
+            return {}
+        found = ((store, self._on_ssd.num_behind(store, keys, num_held)) for store, num_held in runs.items())
+        return {store: num_blocks for store, num_blocks in found if num_blocks}
+
     def _masks(self, keys: Sequence[bytes]) -> Iterable[int]:
         """The masks of the first exact_blocks keys."""
         first = islice(keys, self._exact_blocks)
@@ -202,20 +232,6 @@ class PrefixIndex:
                 return
             held, first = still, first + 1
         self._note(runs, held, len(keys))
-
-    def _num_held(self, held: set[bytes], keys: Sequence[bytes]) -> int:
-        """Number of leading keys that are in held."""
-        first = next((index for index, key in enumerate(islice(keys, self._exact_blocks)) if key not in held), self._exact_blocks)
-        if first < self._exact_blocks:
-            return first
-        last = len(keys)
-        while first < last:
-            middle = (first + last) // 2
-            if keys[middle] in held:
-                first = middle + 1
-            else:
-                last = middle
-        return last
 
     def _note(self, runs: dict[str, int], bits: int, num_blocks: int) -> None:
         runs.update(dict.fromkeys(self._names(bits), num_blocks))
@@ -256,7 +272,14 @@ class PrefixIndex:
                     holders[key] = left
                 else:
                     del holders[key]
+                    if self.on_change is not None:
+                        self._gone.append(key)
         self.num_copies -= before - len(held)
+
+    def _tell(self) -> None:
+        if self.on_change is not None and (self._new or self._gone):
+            new, gone, self._new, self._gone = self._new, self._gone, [], []
+            self.on_change(new, gone)
 
     def _sweep(self) -> None:
         """Removes a part of a dropped store's blocks from the table. Its slot is free once all are removed."""

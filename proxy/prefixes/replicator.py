@@ -118,9 +118,11 @@ class Replicator:
             store = self._cluster.store_at(copy.target)
             if store is not None:
                 request = kvstore_pb2.ReplicateRequest(block_keys=copy.keys, source_address=copy.source, deadline_s=DEADLINE_S)
-                reply = await store.store.Replicate(request, timeout=DEADLINE_S + 1)
-                self._bytes.inc(reply.num_bytes)
-                outcome = "copied" if reply.num_held == len(copy.keys) else "cut_short"
+                num_bytes = 0
+                async for reply in store.store.Replicate(request, timeout=DEADLINE_S + 1):
+                    self._bytes.inc(reply.num_bytes - num_bytes)
+                    num_bytes = reply.num_bytes
+                    outcome = "copied" if reply.num_held == len(copy.keys) else "cut_short"  # of the last one
         except grpc.aio.AioRpcError as error:
             failure = from_rpc_error(error, f"store {copy.target}")
             outcome = failure.code

@@ -73,12 +73,12 @@ class PrefixWatch:
         try:
             async for reply in call:
                 if reply.snapshot:
-                    await self._read_all(store, reply.stored)
+                    await self._read_all(store, reply.stored, reply.demoted)
                 elif sequence is None or reply.sequence != sequence + 1:
                     logger.warning("%s: change %d does not follow %s; reading all of it again", store.title, reply.sequence, sequence)
                     return True
                 else:
-                    self._index.change(store.address, reply.stored, reply.evicted)
+                    self._index.change(store.address, reply.stored, reply.evicted, reply.demoted, reply.promoted)
                     if self._index.is_cut(store.address) and self._index.has_room():
                         return True
                 sequence = reply.sequence
@@ -86,8 +86,8 @@ class PrefixWatch:
             call.cancel()
         return False
 
-    async def _read_all(self, store: Member, keys: Sequence[bytes]) -> None:
-        for _ in self._index.replace_in_parts(store.address, keys):
+    async def _read_all(self, store: Member, keys: Sequence[bytes], on_ssd: Sequence[bytes]) -> None:
+        for _ in self._index.replace_in_parts(store.address, keys, on_ssd):
             await asyncio.sleep(0)  # serves others
         if self._index.is_cut(store.address):
             logger.warning("%s holds more than the prefix index has room for; what is left out counts as absent", store.title)

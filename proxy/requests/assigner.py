@@ -14,6 +14,7 @@ from ..conductor.policies.base import page_blocks
 from ..members.cluster import Cluster
 from ..members.member import Member
 from ..prefixes.index import PrefixIndex
+from ..prefixes.promoter import Promoter
 from ..prefixes.replicator import Replicator
 from .decisions import AttemptDecision
 from .pair import Pair
@@ -22,7 +23,13 @@ from .prompt import Prompt
 
 class Assigner:
     def __init__(
-        self, cluster: Cluster, index: PrefixIndex, page_index: PrefixIndex, load_tracker: LoadTracker, replicator: Replicator
+        self,
+        cluster: Cluster,
+        index: PrefixIndex,
+        page_index: PrefixIndex,
+        load_tracker: LoadTracker,
+        replicator: Replicator,
+        promoter: Promoter,
     ) -> None:
         """index, page_index: as Placer's."""
         self._cluster = cluster
@@ -30,6 +37,7 @@ class Assigner:
         self._page_index = page_index
         self._load_tracker = load_tracker
         self._replicator = replicator
+        self._promoter = promoter
 
     def assign(self, placement: Placement, decided: AttemptDecision, prompt: Prompt) -> Pair:
         """If it raises, nothing stays assigned."""
@@ -47,6 +55,7 @@ class Assigner:
             pair.until_released.callback(tracker.left, pair)
             pair.once_decoding.callback(lambda: tracker.began(pair, time.monotonic()))
             self._replicator.placed(prompt.keys)
+            self._promoter.placed(decided.asked, placement, prompt.keys)
             undo.pop_all()
         return pair
 

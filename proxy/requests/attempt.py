@@ -34,6 +34,7 @@ from ...protocol.grpc_errors import TRAILER, error_to_proto, from_rpc_error
 from ...protocol.tasks import Tasks
 from ...protocol.trace_context import TraceContext
 from ...protocol.v1 import common_pb2, kvstore_pb2, worker_pb2
+from ..conductor.placement import Placement
 from ..members.member import Member
 from ..members.token_feed import FeedCall
 from .pair import Pair
@@ -154,8 +155,9 @@ class Attempt:
             sequence=self._sequence,
             handoff=self._handoff,
             store_address=self._store_address,
-            prefix=worker_pb2.PrefixHint(store_address=prefix.store_address, num_blocks=prefix.num_blocks) if prefix else None,
+            prefix=worker_pb2.PrefixHint(**prefix._asdict(), ssd=_ssd_use(placement, prefix.store_address)) if prefix else None,
             skip_own_store=not placement.prefill.store_address,
+            own_ssd=_ssd_use(placement, placement.prefill.store_address),
         )
         return to_wire(request, self.pair.prompt)
 
@@ -184,6 +186,7 @@ class Attempt:
                 call=feed_call.number,
                 store_address=self._store_address,
                 skip_own_store=not self.pair.placement.decode.store_address,
+                own_ssd=_ssd_use(self.pair.placement, self.pair.placement.decode.store_address),
             )
             call = member.start_decode(to_wire(request, self.pair.prompt), timeout=self._timeout_s, metadata=self._metadata)
             self._calls.append(call)
@@ -279,6 +282,13 @@ class Attempt:
             logger.warning("%s did not take the abort of %s: %s", store.title, self._handoff.id, error.details())
         except asyncio.CancelledError:
             logger.debug("%s left before it took the abort of %s", store.title, self._handoff.id)
+
+
+def _ssd_use(placement: Placement, store: str) -> common_pb2.SsdUse:
+    verdict = placement.ssd_verdicts.get(store)
+    if verdict is None:
+        return common_pb2.SSD_USE_UNSPECIFIED
+    return common_pb2.SSD_USE_LOAD if verdict.loads else common_pb2.SSD_USE_LEAVE
 
 
 def _cause(error: HalfmoonError) -> HalfmoonError:

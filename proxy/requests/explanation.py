@@ -12,9 +12,9 @@ import time
 from ...protocol.v1 import common_pb2, control_pb2
 from ..conductor.forecast import handoff_bytes, handoff_link, prefill_forecast
 from ..conductor.member_state import MemberState
-from ..conductor.placement import Placement, Rejection
+from ..conductor.placement import Placement, PrefixHint, Rejection
 from ..conductor.policies import cached_blocks, policy_type
-from ..conductor.policies.base import usable_blocks
+from ..conductor.policies.base import best_prefix
 from ..conductor.predictors.waiting import step_with
 from .decisions import AttemptDecision, RequestDecision
 from .phase_clock import handoff_s
@@ -74,11 +74,11 @@ def _attempt(attempt: AttemptDecision, policy: str, record: common_pb2.PhaseReco
 
 def _prefill_candidate(attempt: AttemptDecision, member: MemberState, policy: str) -> control_pb2.Explanation.Candidate:
     asked, seen, answer = attempt.asked, attempt.seen, attempt.answer
-    chosen, prefix = False, 0
+    chosen, prefix = False, None
     if isinstance(answer, Placement) and answer.prefill.id == member.id:
-        chosen, prefix = True, answer.prefix.num_blocks if answer.prefix is not None else 0
+        chosen, prefix = True, answer.prefix
     elif policy_type(policy).fetches:  # otherwise only the candidate's own blocks count
-        prefix = usable_blocks(asked, max(asked.held_blocks.values(), default=0), seen.block_size)
+        prefix = PrefixHint(*best_prefix(asked, seen.block_size))
     parts = prefill_forecast(attempt.predictors, asked, member, prefix, seen)
     return control_pb2.Explanation.Candidate(
         id=member.id,
@@ -86,6 +86,7 @@ def _prefill_candidate(attempt: AttemptDecision, member: MemberState, policy: st
         num_cached_blocks=cached_blocks(asked, member, seen.block_size),
         queue_s=parts.queue_s,
         transfer_s=parts.transfer_s,
+        ssd_s=parts.ssd_s,
         prefill_s=parts.prefill_s,
         ttft_s=sum(parts),
         num_running=member.num_running,
@@ -110,8 +111,10 @@ def _predictions(
 ) -> list[control_pb2.Explanation.Prediction]:
     """record None: the attempt failed, or the request already had its first token."""
     asked, seen, predictors = attempt.asked, attempt.seen, attempt.predictors
-    parts = prefill_forecast(predictors, asked, answer.prefill, answer.prefix.num_blocks if answer.prefix else 0, seen)
+    parts = prefill_forecast(predictors, asked, answer.prefill, answer.prefix, seen)
     predicted = {"queue": parts.queue_s, "transfer": parts.transfer_s, "prefill": parts.prefill_s}
+    if parts.ssd_s:
+        predicted["ssd"] = parts.ssd_s
     if not answer.is_local:
         num_bytes = handoff_bytes(predictors, asked, answer.decode, seen.block_size)
         predicted["handoff"] = predictors.handoff.predict(num_bytes, handoff_link(answer.prefill, answer.decode))
@@ -132,7 +135,7 @@ def _measured(record: common_pb2.PhaseRecord) -> dict[str, float]:
     """The measured value of each predicted number, as far as there is one. Time that a step gives to others counts as queueing."""
     if record.ttft_s <= 0.0:
         return {}
-    found = {"transfer": record.prefix_load_s, "ttft": record.ttft_s}
+    found = {"ssd": record.ssd_wait_s, "transfer": record.prefix_load_s - record.ssd_wait_s, "ttft": record.ttft_s}
     if record.prefill_compute_s > 0.0:
         found["queue"] = record.prefill_queue_s + max(record.prefill_s - record.prefill_compute_s, 0.0)
         found["prefill"] = record.prefill_compute_s

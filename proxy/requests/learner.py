@@ -65,10 +65,22 @@ class Learner:
             self._most_new = max(self._most_new, new)
             telling = new >= max(NUM_SMALL, self._most_new / 8)
             self._note("prefill", predictors.prefill, (new, prefix), predicted_s, phases.compute_s, telling)
-        if phases.num_bytes_loaded and phases.prefix_load_s > 0.0:
+        transfer_s = phases.prefix_load_s - phases.ssd_wait_s
+        if phases.num_bytes_loaded and transfer_s > 0.0:
             num_bytes, link = phases.num_bytes_loaded, phases.load_transport
             predicted_s = predictors.transfer.predict(num_bytes, link, num_loads)
-            self._note_link("transfer", predictors.transfer, num_bytes, link, num_loads, predicted_s, phases.prefix_load_s)
+            self._note_link("transfer", predictors.transfer, num_bytes, link, num_loads, predicted_s, transfer_s)
+        if phases.num_bytes_ssd:
+            self.read_from_ssd(phases.ssd_store, phases.num_bytes_ssd, phases.ssd_wait_s)
+
+    def read_from_ssd(self, store: str, num_bytes: int, seconds: float) -> None:
+        """store: its address."""
+        ssd = self.predictors.ssd
+        outlier_filter = self._judged("ssd", store, ssd.predict(num_bytes, store), seconds, ssd.fitted(num_bytes, store))
+        if outlier_filter is not None:
+            if outlier_filter.level != 1.0:  # a disk is throttled, or no longer
+                ssd.rescale(outlier_filter.level, store)
+            ssd.observe(num_bytes, seconds, store)
 
     def handed_off(self, record: common_pb2.PhaseRecord, num_bytes: int, link: str) -> None:
         """record: of a request that got its first token through a hand-off. num_bytes: the predicted bytes of the push."""

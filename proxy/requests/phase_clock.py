@@ -58,6 +58,7 @@ class PhaseClock:
         if not self.has_first_token:
             record.prefill_queue_s = phases.queue_s
             record.prefix_load_s = phases.prefix_load_s
+            record.ssd_wait_s = phases.ssd_wait_s
             record.prefill_s = phases.prefill_s
             record.prefill_compute_s = phases.compute_s
             record.push_s = phases.push_s

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import time
 from functools import partial
+from typing import Any
 
 from ...protocol.config import QueueOrder
 from ..conductor.admission import Admission
@@ -94,14 +95,7 @@ class Placer:
     def place(self, request: ProxyRequest, prompt: Prompt, decision: RequestDecision) -> AttemptDecision:
         """The decision holds the answer: a Placement or a Rejection."""
         slo, now_s = decision.slo, time.monotonic()
-        asked = PlacementRequest(
-            prompt.num_tokens,
-            self._index.leading_runs(prompt.keys),
-            slo=slo,
-            priority=request.priority,
-            waited_s=now_s - request.arrival,
-            page_blocks=self._page_index.leading_runs(prompt.keys),
-        )
+        asked = self._described(request, prompt, now_s, slo=slo)
         work_s = self._work_s(asked, max((*asked.held_blocks.values(), *asked.page_blocks.values()), default=0))
         order = self._ordering.order_of(request, slo, work_s)
         decision.first_token_due = self._ordering.due_of(request, slo, work_s)
@@ -131,22 +125,27 @@ class Placer:
 
         prompt: includes the tokens sent so far. exclude, avoid: incarnations.
         """
-        now_s, held = time.monotonic(), self._index.leading_runs(prompt.keys)
-        waited_s = now_s - request.arrival
-        asked = PlacementRequest(
-            prompt.num_tokens,
-            held,
-            exclude,
-            avoid,
-            NO_SLO,
-            request.priority,
-            waited_s,
-            admitted=True,
-            page_blocks=self._page_index.leading_runs(prompt.keys),
-        )
+        now_s = time.monotonic()
+        asked = self._described(request, prompt, now_s, exclude=exclude, avoid=avoid, slo=NO_SLO, admitted=True)
         seen, answer = self._ask(asked, order, now_s)
         self._tell_arrival(asked, seen, answer)
         return decision.decided(asked, seen, self.learner.frozen(), answer, order)
+
+    def _described(self, request: ProxyRequest, prompt: Prompt, now_s: float, **fields: Any) -> PlacementRequest:
+        """fields: of the PlacementRequest."""
+        schema = self._cluster.schema
+        assert schema is not None
+        held = self._index.leading_runs(prompt.keys)
+        asked = PlacementRequest(
+            prompt.num_tokens,
+            held,
+            priority=request.priority,
+            waited_s=now_s - request.arrival,
+            page_blocks=self._page_index.leading_runs(prompt.keys),
+            ssd_blocks=self._index.ssd_runs(prompt.keys, held),
+            **fields,
+        )
+        return self.conductor.weigh(asked, schema.block_size)
 
     def _may_probe(self, now_s: float) -> bool:
         """True if a request may be admitted although it is predicted to miss its SLO.

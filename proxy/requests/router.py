@@ -23,7 +23,9 @@ from ..members.liveness import Liveness
 from ..members.rebalancer import NotedChange
 from ..metrics import ProxyMetrics
 from ..prefixes.index import PrefixIndex
+from ..prefixes.kv_event_sockets import KvEventSockets
 from ..prefixes.page_watch import PageWatch
+from ..prefixes.promoter import Promoter
 from ..prefixes.replicator import Replicator
 from ..prefixes.watch import PrefixWatch
 from ..request import ProxyRequest, RequestState
@@ -71,6 +73,7 @@ class Router:
         self._tasks = Tasks("router")
         self._index = PrefixIndex()
         self._watch = PrefixWatch(cluster, self._index)
+        self.kv_events = _kv_events(config, self._index)
         page_index = PrefixIndex()
         self._page_watch = PageWatch(cluster, page_index)
         self.liveness = Liveness(cluster, config)
@@ -78,12 +81,13 @@ class Router:
         self.predictors = create_predictors(config, cluster)
         self.learner = Learner(self.predictors, metrics)
         cluster.on_report(self.learner.reported)
+        self._promoter = Promoter(cluster, self.learner, metrics.registry)
         # any seed will do here: tests and the simulator give policies theirs
         self.conductor = create_conductor(config, self.predictors, random.Random())
         self._rebalancer = create_rebalancer(config, cluster, self.conductor, metrics)
         self._placer = create_placer(config, cluster, self._index, page_index, self.conductor, self.learner)
         self._prompts = PromptEncoder(cluster)
-        assigner = Assigner(cluster, self._index, page_index, self._placer.load_tracker, self._replicator)
+        assigner = Assigner(cluster, self._index, page_index, self._placer.load_tracker, self._replicator, self._promoter)
         self._dispatcher = Dispatcher(self._prompts, self._placer, assigner, metrics)
         self._slo = default_slo(config)
         self._context = RunnerContext(
@@ -205,6 +209,9 @@ class Router:
         if self._rebalancer is not None:
             await self._rebalancer.close()
         await self._replicator.close()
+        await self._promoter.close()
+        if self.kv_events is not None:
+            await self.kv_events.close()
         await self._watch.close()
         await self._page_watch.close()
         await self.liveness.close()
@@ -295,16 +302,29 @@ class Router:
 
     def _first_token(self, runner: RequestRunner) -> None:
         self._queue.leave(self._waiting.pop(runner.request.request_id), first_token=True)
+        self._tell_tokens(runner)
         self._count()
 
     def _runner_ended(self, runner: RequestRunner) -> None:
         if runner.is_waiting:
             self._queue.leave(self._waiting.pop(runner.request.request_id), first_token=False)
         del self._runners[runner.request.request_id]
+        self._tell_tokens(runner)
         self.streams.pop(runner.request.request_id, None)
         if not self._runners:
             self._empty.set()
         self._count()
 
+    def _tell_tokens(self, runner: RequestRunner) -> None:
+        """Of a prompt, and of its answer so far, to who publishes events about blocks. A tenant's are nobody's business."""
+        if self.kv_events is not None and not runner.prompt.salt:
+            self.kv_events.know(runner.prompt.schema, runner.prompt.keys, [*runner.request.token_ids, *runner.sent])
+
     def _count(self) -> None:
         self.metrics.set_requests(self.num_queued, self.num_running)
+
+
+def _kv_events(config: ProxyConfig, index: PrefixIndex) -> KvEventSockets | None:
+    if not config.kv_events_endpoint:
+        return None
+    return KvEventSockets(index, config.kv_events_endpoint, config.kv_events_replay_endpoint, config.kv_events_topic)

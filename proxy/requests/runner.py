@@ -17,7 +17,7 @@ import math
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ...protocol.errors import (
@@ -45,6 +45,7 @@ from .dispatcher import Dispatcher
 from .learner import Learner
 from .pair import Pair
 from .phase_clock import PhaseClock
+from .prompt import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,16 @@ class RequestRunner:
         self._settled = False
         context.metrics.entered(self.state)
         self._task = context.tasks.spawn(self._run(), f"request {request.request_id}", self._broke)
+
+    @property
+    def prompt(self) -> Prompt:
+        """Of the last attempt."""
+        return self._pair.prompt
+
+    @property
+    def sent(self) -> Sequence[int]:
+        """Tokens of the answer so far."""
+        return self._sent
 
     @property
     def is_over(self) -> bool:

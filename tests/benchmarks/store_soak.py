@@ -39,7 +39,7 @@ from halfmoon.kvstore.writer import BlockWriter
 from halfmoon.protocol.config import StoreConfig
 from halfmoon.protocol.errors import HalfmoonError, InvalidRequest, StoreUnavailable, WorkerLost
 from halfmoon.protocol.schema import KVSchema
-from halfmoon.protocol.v1 import common_pb2
+from halfmoon.protocol.v1 import common_pb2, kvstore_pb2
 
 NODE = "soak"
 SCHEMA = KVSchema(model_fingerprint="f" * 16, dtype="float32", num_layers=3, num_kv_heads=2, head_dim=64, block_size=16)  # 48 KiB a block
@@ -266,7 +266,11 @@ class Soak:
         await self._read(client, f"c{self.random.randrange(NUM_CHAINS)}", self.random.randint(1, MAX_BLOCKS))
 
     async def _read(self, client: StoreClient, chain: str, num_blocks: int) -> None:
-        reader = await client.fetch_prefix(keys(chain, num_blocks))
+        if self.random.random() < 0.1:  # as the proxy does, ahead of a fetch
+            ahead = kvstore_pb2.PromoteRequest(block_keys=keys(chain, num_blocks))
+            await client._connection.call(client._connection.stub.Promote, ahead)
+        use = self.random.choice((common_pb2.SSD_USE_UNSPECIFIED, common_pb2.SSD_USE_LOAD, common_pb2.SSD_USE_LEAVE))
+        reader = await client.fetch_prefix(keys(chain, num_blocks), ssd=use)
         await self._verify(reader, chain)
 
     async def _verify(self, reader: BlockReader, chain: str) -> None:

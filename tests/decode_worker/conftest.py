@@ -147,11 +147,12 @@ class Cluster:
         port: int = 0,
         flip_pushed_bytes: bool = False,
         both: int = 0,
+        store: dict[str, Any] | None = None,
         **options: Any,
     ) -> Cluster:
         """both: so many workers of both roles in the place of the two. Prompts go to the first one, answers come from the last.
-        options: of the model, instead of these tests' own."""
-        self.store = await started_store("node-a", port=port, arena_bytes=arena_bytes)
+        store: more of its configuration. options: of the model, instead of these tests' own."""
+        self.store = await started_store("node-a", port=port, arena_bytes=arena_bytes, **(store or {}))
         configs = self._configs = {
             "options": dataclasses.replace(self.options, **options),
             "prefill": PrefillConfig(transport=self.transport, **{"max_tokens_per_step": 64, **(prefill or {})}),
@@ -330,8 +331,8 @@ class Cluster:
         return found
 
 
-async def started_store(node_id: str, host: str = "127.0.0.1", port: int = 0, arena_bytes: int = ARENA_BYTES) -> StoreServer:
-    store = StoreServer(StoreConfig(arena_bytes=arena_bytes), node_id=node_id)
+async def started_store(node_id: str, host: str = "127.0.0.1", port: int = 0, arena_bytes: int = ARENA_BYTES, **config: Any) -> StoreServer:
+    store = StoreServer(StoreConfig(arena_bytes=arena_bytes, **config), node_id=node_id)
     await store.start(host, port)
     return store
 

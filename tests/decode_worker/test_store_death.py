@@ -107,7 +107,7 @@ async def test_a_store_that_does_not_answer_is_not_asked_where_the_request_says_
     cluster = await make_cluster()
     asked: list[int] = []
 
-    async def frozen(_: StoreClient, keys: list[bytes], compute_s: float = 0.0) -> Any:
+    async def frozen(_: StoreClient, keys: list[bytes], *_options: Any) -> Any:
         asked.append(len(keys))
         await asyncio.Event().wait()
 

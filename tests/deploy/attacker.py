@@ -63,7 +63,8 @@ def at_store(channel: grpc.Channel, schema: common_pb2.KVSchema) -> Attempts:
     yield "seal KV", lambda **how: stub.Seal(kvstore_pb2.SealRequest(lease_id="l"), **how)
     yield "drop KV", lambda **how: stub.Release(kvstore_pb2.ReleaseRequest(lease_id="l", corrupt_blocks=[0]), **how)
     yield "abort a hand-off", lambda **how: stub.Abort(abort, **how)
-    yield "replicate from outside", lambda **how: stub.Replicate(replicate, **how)
+    yield "replicate from outside", lambda **how: next(stub.Replicate(replicate, **how))
+    yield "have an SSD read", lambda **how: stub.Promote(kvstore_pb2.PromoteRequest(block_keys=[key]), **how)
     yield "read a store's figures", lambda **how: stub.Stats(kvstore_pb2.StatsRequest(), **how)
 
 

@@ -21,10 +21,13 @@ from halfmoon.protocol import metrics
 from halfmoon.protocol.exporter import Identity, ProcessMetrics
 from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import kvstore_pb2
+from halfmoon.proxy.conductor.predictors import Predictors
 from halfmoon.proxy.members.cluster import Cluster
 from halfmoon.proxy.metrics import ProxyMetrics
 from halfmoon.proxy.prefixes.index import PrefixIndex
+from halfmoon.proxy.prefixes.promoter import Promoter
 from halfmoon.proxy.prefixes.replicator import Replicator
+from halfmoon.proxy.requests.learner import Learner
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 SUFFIXES = ("_total", "_bucket", "_sum", "_count")
@@ -39,6 +42,7 @@ def proxy_registry() -> CollectorRegistry:
     registry = CollectorRegistry()
     cluster = Cluster(ProxyMetrics(registry))
     Replicator(cluster, PrefixIndex(), registry, replicate="never")
+    Promoter(cluster, Learner(Predictors.guess(), ProxyMetrics(CollectorRegistry())), registry)
     return registry
 
 

@@ -254,7 +254,7 @@ async def test_a_local_process_without_credentials_can_do_nothing_to_a_cluster(c
     found = json.loads(output)
     of_clients = ("drain at the clients' port", "join at the clients' port", "cancel another's request")
     at_clients_port = {name: found.pop(name) for name in of_clients}
-    assert len(found) == 19 and set(map(tuple, found.values())) == {("UNAUTHENTICATED",)}, found
+    assert len(found) == 20 and set(map(tuple, found.values())) == {("UNAUTHENTICATED",)}, found
     assert at_clients_port.pop("cancel another's request") == ["NOT_FOUND"]
     assert set(map(tuple, at_clients_port.values())) == {("UNIMPLEMENTED",)}
     assert list(answer.token_ids) == reference.generate(prompt, 400, answer.token_ids), "and nobody noticed"

@@ -127,6 +127,26 @@ async def test_what_is_missing_is_copied_announced_and_cached(kv, pair) -> None:
     assert source.stats().num_expired_leases == 0
 
 
+async def test_a_copy_says_how_far_it_is_while_it_runs(kv, pair, monkeypatch) -> None:
+    source, there, target, here = pair
+    await kv.cache(there, "p", 5)
+    monkeypatch.setattr("halfmoon.kvstore.store.READ_BYTES", kv.schema.layer_bytes)  # of one message
+    gate, told = Gate(monkeypatch), list[Any]()
+    heard = asyncio.Event()
+    copying = asyncio.create_task(
+        here.replicate(kv.keys("p", 5), source.address, 60, on_progress=lambda reply: (told.append(reply), heard.set()))
+    )
+    await heard.wait()
+    assert not copying.done() and told[0].stop == Reply.STOP_UNSPECIFIED and told[0].num_held == 0
+    assert 0 < told[0].num_bytes < told[0].num_bytes_wanted == 5 * kv.schema.block_bytes
+    gate.opened.set()
+    reply = await copying
+    told.append(reply)
+    assert [one.num_bytes for one in told] == sorted(one.num_bytes for one in told)
+    assert (reply.num_bytes, reply.num_held, reply.stop) == (reply.num_bytes_wanted, 5, Reply.STOP_COMPLETE)
+    assert at_rest(target, 5)
+
+
 async def test_what_the_source_does_not_hold_ends_the_run(kv, pair) -> None:
     source, there, target, here = pair
     await kv.cache(there, "p", 3)
@@ -197,7 +217,7 @@ async def test_a_store_without_a_schema_yet_has_nothing_to_copy_into(kv, start_s
     async with open_channel(fresh.address) as channel:
         request = kvstore_pb2.ReplicateRequest(block_keys=kv.keys("p", 1), source_address="127.0.0.1:1", deadline_s=5)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await kvstore_pb2_grpc.KVStoreStub(channel).Replicate(request)
+            await kvstore_pb2_grpc.KVStoreStub(channel).Replicate(request).read()
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT and "attach first" in str(caught.value.details())
 
 

@@ -15,6 +15,7 @@ from halfmoon.kvstore.server import StoreServer
 from halfmoon.kvstore.ssd_files import SsdFiles
 from halfmoon.protocol.config import StoreConfig
 from halfmoon.protocol.errors import ConfigError
+from halfmoon.protocol.v1 import common_pb2, kvstore_pb2
 
 NUM_SLOTS = 10
 
@@ -197,12 +198,72 @@ async def test_a_disk_slower_than_computing_is_left_alone(kv, start) -> None:
     on_dram = (await client._connection.call(client._connection.stub.Lookup, _lookup(kv, "a", 4))).num_blocks_dram
     assert on_dram < 4
     assert len(await read(kv, client, "a", 4, compute_s=0.4)) == on_dram
+    assert len(await read(kv, client, "a", 4, compute_s=0.6, ssd=common_pb2.SSD_USE_LEAVE)) == on_dram, "the caller has decided"
     assert len(await read(kv, client, "a", 4, compute_s=0.6)) == 4
+    assert len(await read(kv, client, "b", 4, compute_s=0.4, ssd=common_pb2.SSD_USE_LOAD)) == 4
+
+
+async def test_a_reader_is_told_what_was_read_from_the_disk_for_it_alone(kv, start, monkeypatch) -> None:
+    server, client = await start(free_ratio=0.3)
+    for name in "abc":
+        await kv.cache(client, name, 4)
+        await settled(server)
+    gate, plain, reads = threading.Event(), SsdFiles.read, []
+
+    def gated(self, place, checksum, block):
+        reads.append(place)
+        gate.wait()
+        return plain(self, place, checksum, block)
+
+    monkeypatch.setattr(SsdFiles, "read", gated)
+    first = asyncio.create_task(client.fetch_prefix(kv.keys("a", 4)))
+    await until(lambda: len(reads) > 0)
+    second = asyncio.create_task(client.fetch_prefix(kv.keys("a", 4)))
+    await client.stats()  # it has come to the store by now
+    gate.set()
+    readers = await asyncio.gather(first, second)
+    third = await client.fetch_prefix(kv.keys("a", 4))
+    assert readers[0].num_ssd_blocks == len(reads) and readers[0].ssd_wait_s > 0
+    assert readers[1].num_ssd_blocks == third.num_ssd_blocks == 0, "they read nothing themselves"
+    for reader in (*readers, third):
+        await reader.release()
+
+
+async def test_a_disk_that_hangs_costs_its_readers_a_while_and_no_request(kv, start, monkeypatch) -> None:
+    server, client = await start(free_ratio=0.3)
+    for name in "abc":
+        await kv.cache(client, name, 4)
+        await settled(server)
+    gate, plain = threading.Event(), SsdFiles.read
+    monkeypatch.setattr(SsdFiles, "read", lambda *arguments: gate.wait() and plain(*arguments))
+    held = await client._connection.call(client._connection.stub.Lookup, _lookup(kv, "a", 4))
+    num_cold = held.num_blocks - held.num_blocks_dram
+    for expected in (num_cold, 0):  # the second waits for the first one's read
+        reader = await client.fetch_prefix(kv.keys("a", 4), compute_s=1e-6, ssd=common_pb2.SSD_USE_LOAD)
+        assert (reader.num_blocks, reader.num_ssd_blocks) == (held.num_blocks_dram, expected) and reader.ssd_wait_s > 0.2
+        await reader.release()
+    gate.set()
+    await until(lambda: not tier(server)._promoting)
+    assert np.array_equal(await read(kv, client, "a", held.num_blocks), kv.blocks("a", held.num_blocks))
+    await settled(server)
+
+
+async def test_blocks_come_up_ahead_of_a_fetch_and_are_not_read_again(kv, start) -> None:
+    server, client = await start(free_ratio=0.3)
+    for name in "abc":
+        await kv.cache(client, name, 4)
+        await settled(server)
+    held = await client._connection.call(client._connection.stub.Lookup, _lookup(kv, "a", 4))
+    ask = kvstore_pb2.PromoteRequest(block_keys=kv.keys("a", 4))
+    found = await client._connection.call(client._connection.stub.Promote, ask)
+    assert found.num_blocks == held.num_blocks - held.num_blocks_dram > 0 and found.wait_s > 0
+    reader = await client.fetch_prefix(kv.keys("a", 4))
+    assert reader.num_blocks == held.num_blocks and reader.num_ssd_blocks == 0
+    await reader.release()
+    assert not (await client._connection.call(client._connection.stub.Promote, kvstore_pb2.PromoteRequest())).num_blocks
 
 
 def _lookup(kv, name: str, num_blocks: int):
-    from halfmoon.protocol.v1 import kvstore_pb2
-
     return kvstore_pb2.LookupRequest(block_keys=kv.keys(name, num_blocks))
 
 

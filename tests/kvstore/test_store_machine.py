@@ -21,6 +21,7 @@ from halfmoon.kvstore.ssd_files import SsdFiles
 from halfmoon.kvstore.writer import BlockWriter
 from halfmoon.protocol.config import StoreConfig
 from halfmoon.protocol.errors import DeadlineExceeded, HandoffAborted, StaleEpoch, StoreFull, WorkerLost
+from halfmoon.protocol.v1 import common_pb2
 
 NUM_SLOTS = 8
 CHAINS = st.sampled_from("abc")
@@ -68,10 +69,10 @@ class StoreMachine(RuleBasedStateMachine):
             return
         self.sealed[chain] = max(self.sealed.get(chain, 0), num_blocks)
 
-    @rule(chain=CHAINS, num_blocks=st.integers(1, 5), way=WAYS)
-    def read_prefix(self, chain: str, num_blocks: int, way: str) -> None:
+    @rule(chain=CHAINS, num_blocks=st.integers(1, 5), way=WAYS, ssd=st.sampled_from(common_pb2.SsdUse.values()))
+    def read_prefix(self, chain: str, num_blocks: int, way: str, ssd: Any) -> None:
         async def work() -> None:
-            reader = await self.client(way).fetch_prefix(self.kv.keys(chain, num_blocks))
+            reader = await self.client(way).fetch_prefix(self.kv.keys(chain, num_blocks), ssd=ssd)
             found = await self.kv.read(reader)
             await reader.release()
             assert len(found) <= min(self.sealed.get(chain, 0), num_blocks)

@@ -217,3 +217,15 @@ def test_a_prefix_in_the_own_store_takes_its_load_and_one_in_pages_takes_none(sm
     between = Replay([replay.requests[0], request(1.5, 16_000, 1, *range(10, 42)), request(30.0, 1100, 1, 1, 2, 3)], [])
     loaded = Result(simulate(scenario, between)).rows[2]
     assert loaded.num_cached_tokens == 1024 and loaded.prefill_start_s == pytest.approx(30.512)
+
+
+@pytest.mark.parametrize("ssd_bytes_per_s", [1e9, 1e6, 0.9e6])
+def test_a_prefix_on_ssd_is_read_where_that_is_faster_than_computing_it(small_cost: CostModel, ssd_bytes_per_s: float) -> None:
+    cost = dataclasses.replace(small_cost, cache_tokens=1536, ssd_tokens=100_000, ssd_bytes_per_s=ssd_bytes_per_s, link_bytes_per_s=1e15)
+    # 1024 tokens are 1.024 MB; the second request pushes the first one's two blocks out of DRAM, which holds three
+    replay = Replay([request(0.0, 1024, 1, 1, 2), request(5.0, 1536, 1, 3, 4, 5), request(10.0, 1100, 1, 1, 2, 6)], [])
+    last = Result(simulate(Scenario(cost=cost, num_prefill=1, num_decode=1), replay)).rows[-1]
+    read_s = 1.024e6 / ssd_bytes_per_s
+    assert last.num_cached_tokens == (1024 if read_s <= 1.024 else 0)
+    assert last.ttft_s == pytest.approx(min(read_s + 0.076, 1.1))
+    assert last.predicted_ttft_s == pytest.approx(last.ttft_s, rel=0.01)

@@ -51,7 +51,7 @@ def test_a_link_is_never_faster_than_its_bandwidth(sizes: list[int], seconds: fl
 
 def test_a_prompt_is_cached_found_again_and_evicted_from_its_end() -> None:
     changes: list[tuple[list[bytes], list[bytes]]] = []
-    cache = NodeCache(4, lambda stored, evicted: changes.append((stored, evicted)))
+    cache = NodeCache(4, lambda stored, evicted, *_: changes.append((stored, evicted)))
     chain = [key(number) for number in range(3)]
     cache.insert(chain)
     run = cache.acquire([*chain, key(9)])
@@ -63,7 +63,7 @@ def test_a_prompt_is_cached_found_again_and_evicted_from_its_end() -> None:
 
 
 def test_what_is_pinned_is_not_evicted_and_what_has_no_room_is_left_out() -> None:
-    cache = NodeCache(3, lambda stored, evicted: None)
+    cache = NodeCache(3, lambda *_: None)
     cache.insert([key(0), key(1)])
     cache.acquire([key(0), key(1)])
     cache.insert([key(5), key(6), key(7)])
@@ -72,7 +72,7 @@ def test_what_is_pinned_is_not_evicted_and_what_has_no_room_is_left_out() -> Non
 
 
 def test_room_for_the_end_of_a_chain_is_never_made_by_evicting_its_start() -> None:
-    cache = NodeCache(3, lambda stored, evicted: None)
+    cache = NodeCache(3, lambda *_: None)
     cache.insert([key(0), key(1)])
     cache.insert([key(number) for number in range(5)])
     assert len(cache.acquire([key(number) for number in range(5)]).slots) == 3
@@ -81,7 +81,7 @@ def test_room_for_the_end_of_a_chain_is_never_made_by_evicting_its_start() -> No
 def test_evicted_blocks_go_to_the_ssd_and_are_found_there_until_it_is_full() -> None:
     held: set[bytes] = set()
 
-    def change(stored: list[bytes], evicted: list[bytes]) -> None:
+    def change(stored: list[bytes], evicted: list[bytes], *_: list[bytes]) -> None:
         held.difference_update(evicted)
         held.update(stored)
 
@@ -96,15 +96,19 @@ def test_evicted_blocks_go_to_the_ssd_and_are_found_there_until_it_is_full() -> 
 @given(st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=6, unique=True), max_size=30), st.integers(1, 8), st.integers(0, 6))
 def test_what_others_are_told_of_a_node_is_what_it_holds(chains: list[list[int]], num_blocks: int, num_ssd: int) -> None:
     held: set[bytes] = set()
+    on_ssd: set[bytes] = set()
 
-    def change(stored: list[bytes], evicted: list[bytes]) -> None:
+    def change(stored: list[bytes], evicted: list[bytes], demoted: list[bytes], promoted: list[bytes]) -> None:
         held.difference_update(evicted)
         held.update(stored)
+        on_ssd.difference_update(evicted, promoted)
+        on_ssd.update(demoted)
 
     cache = NodeCache(num_blocks, change, num_ssd_blocks=num_ssd)
     for chain in chains:
         cache.insert([key(number) for number in chain])
         assert held == {*cache.dram.keys(), *cache.ssd.keys()}
+        assert on_ssd == held - set(cache.dram.keys())
         slots = cache.dram_slots
         assert slots.num_leased == 0 and slots.num_cached + slots.num_free == num_blocks
 

@@ -14,6 +14,7 @@ import math
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -26,6 +27,7 @@ from ..predictors.timing import Predictors
 from ..predictors.waiting import least_step, queue_s, queue_times, slowdowns_beside, step_with
 from ..what_if import Arrival, Demand, WhatIf
 from .base import NOBODY, Policy, PolicySettings, RoleCause, RoleChange, best_prefix, cost_by_blocks, known_blocks, own_blocks
+from .prefix_cost import fetch_pays, fetch_s, ssd_times
 
 DEFAULT_TPOT_S = 0.05  # where the SLO bounds none: what workers then size their steps for
 DEFAULT_TTFT_S = 2.0
@@ -96,8 +98,11 @@ class Adaptive(Policy):
         holder, best = best_prefix(request, block_size)
         own_of = own_blocks(request, pool, block_size)
         slowdowns, blocked = self._slowdowns(pool, request.num_tokens // 2)
-        loads = own_of.costs(lambda own, in_pages: self._load_s(own, in_pages, max(best, own), block_size))
-        num_cached_of = np.maximum(own_of.held, best) * block_size
+        pays = partial(fetch_pays, self.predictors, request, holder, best=best, block_size=block_size)
+        used_of = cost_by_blocks(own_of.held, lambda own: best if pays(own) else own).astype(np.int64)
+        loads = own_of.costs(lambda own, in_pages: self._load_s(request, own, in_pages, holder, best if pays(own) else own, block_size))
+        loads += ssd_times(self.predictors, request, pool, own_of, block_size)
+        num_cached_of = used_of * block_size
         there = cost_by_blocks(num_cached_of, lambda cached: self.predictors.prefill.predict(request.num_tokens - cached, cached))
         here = cost_by_blocks(num_cached_of, lambda cached: self.predictors.step.cost.alone_s(request.num_tokens - cached, cached))
         ttfts = queue_times(self.predictors, pool, candidates.now_s) + loads
@@ -105,14 +110,16 @@ class Adaptive(Policy):
         ttfts[blocked] = math.inf
         row = self._least(pool, ttfts)
         prefill, ttft_s = pool[row], float(ttfts[row])
-        num_cached = max(best, int(own_of.held[row])) * block_size
+        num_used = int(used_of[row])
         local = prefill.role in DECODES_ITS_OWN
         decode, tpot_s = (
             (prefill, step_with(self.predictors, prefill, request.num_tokens)) if local else self.select_decode(request, candidates)
         )
-        prefix = PrefixHint(holder, best) if best > int(own_of.held[row]) else None
+        prefix = PrefixHint(holder, best) if num_used > int(own_of.held[row]) else None
         where = "in its own decode batch" if local else f"for {decode.id}"
-        reason = f"{prefill.id} is predicted to give the first token in {ttft_s:.3f} s {where}, behind {num_cached} cached tokens"
+        reason = (
+            f"{prefill.id} is predicted to give the first token in {ttft_s:.3f} s {where}, behind {num_used * block_size} cached tokens"
+        )
         return Selection(prefill, decode, reason, prefix, ttft_s, tpot_s)
 
     def _least(self, pool: Pool, ttfts: Floats) -> int:
@@ -204,10 +211,10 @@ class Adaptive(Policy):
         least_slack = self.slack_share if self.local_prefill else math.inf
         return WhatIf(predictors, slo, len(members), capacity_len, predictors.handoff.predict(0.0, "net"), least_slack)
 
-    def _load_s(self, own: int, in_pages: int, best: int, block_size: int) -> float:
-        """Seconds of transfer to a worker that holds own blocks, some in its pages; it fetches what another holds more."""
-        block_bytes, transfer = block_size * self.predictors.model.kv_bytes_per_token, self.predictors.transfer
-        return transfer.own((own - in_pages) * block_bytes) + transfer.predict((best - own) * block_bytes)
+    def _load_s(self, request: PlacementRequest, own: int, in_pages: int, holder: str, used: int, block_size: int) -> float:
+        """Seconds of transfer to a worker that holds own blocks, some in its pages; it fetches those up to used from the holder."""
+        own_s = self.predictors.transfer.own((own - in_pages) * block_size * self.predictors.model.kv_bytes_per_token)
+        return own_s + fetch_s(self.predictors, request, holder, own, used, block_size)
 
     def _slowdowns(self, pool: Pool, num_prefix_tokens: int) -> tuple[Floats, Bools]:
         """Of a prefill on each worker, by the batch in its steps; and who should not have one. [workers] each.

@@ -157,12 +157,15 @@ def selected_blocks(request: PlacementRequest, selection: Selection, block_size:
 
 
 def best_prefix(request: PlacementRequest, block_size: int) -> tuple[str, int]:
-    """The store with the longest prefix (the first by address among equals), and the usable part of it in blocks."""
+    """The store with the longest prefix (of equals the least on SSD, then the first address), and the usable part of it in blocks."""
     held = request.held_blocks
     if not held:
         return "", 0
     most = max(held.values())
-    return min([store for store, num_blocks in held.items() if num_blocks == most]), usable_blocks(request, most, block_size)
+    holders = [store for store, num_blocks in held.items() if num_blocks == most]
+    if request.ssd_blocks:
+        return min(holders, key=lambda store: (request.ssd_blocks.get(store, 0), store)), usable_blocks(request, most, block_size)
+    return min(holders), usable_blocks(request, most, block_size)
 
 
 def cost_by_blocks(num_blocks: Ints, cost: Callable[[int], float]) -> Floats:

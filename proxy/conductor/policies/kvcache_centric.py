@@ -21,6 +21,7 @@ from ..pool import Floats, Pool
 from ..predictors.timing import Predictors
 from ..predictors.waiting import least_step, queue_times, step_with
 from .base import Policy, PolicySettings, best_prefix, own_blocks
+from .prefix_cost import fetch_pays, fetch_s, ssd_times
 
 NEARLY = 1.1
 NEARLY_S = 0.02
@@ -42,10 +43,11 @@ class KvcacheCentric(Policy):
         holder, best = best_prefix(request, block_size)
         own_of = own_blocks(request, pool, block_size)
         ttfts = queue_times(self.predictors, pool, candidates.now_s)
-        ttfts += own_of.costs(lambda own, in_pages: self._compute_s(request, own, in_pages, best, block_size))
+        ttfts += own_of.costs(lambda own, in_pages: self._compute_s(request, own, in_pages, holder, best, block_size))
+        ttfts += ssd_times(self.predictors, request, pool, own_of, block_size)
         row = self._least(pool, ttfts)
         prefill, ttft_s, own = pool[row], float(ttfts[row]), int(own_of.held[row])
-        used = self._used_blocks(own, best)
+        used = self._used_blocks(request, own, holder, best, block_size)
         decode = least_step(self.predictors, candidates.decode)  # what is promised to the worker included
         tpot_s = step_with(self.predictors, decode, request.num_tokens)
         prefix = PrefixHint(holder, used) if used > own else None
@@ -63,16 +65,18 @@ class KvcacheCentric(Policy):
         step_s = self.predictors.step.predict_all(pool.num_requests, pool.num_outstanding_tokens)
         return int(np.where(ttfts <= least_s * NEARLY + NEARLY_S, step_s, math.inf).argmin())
 
-    def _used_blocks(self, own: int, best: int) -> int:
+    def _used_blocks(self, request: PlacementRequest, own: int, holder: str, best: int, block_size: int) -> int:
         """Blocks that a worker with own blocks starts behind."""
         ratio = best / own if own else math.inf
-        return best if best > own and ratio > self.balancing_threshold else own
+        fetches = ratio > self.balancing_threshold and fetch_pays(self.predictors, request, holder, own, best, block_size)
+        return best if fetches else own
 
-    def _compute_s(self, request: PlacementRequest, own: int, in_pages: int, best: int, block_size: int) -> float:
+    def _compute_s(self, request: PlacementRequest, own: int, in_pages: int, holder: str, best: int, block_size: int) -> float:
         """Seconds of transfer and prefill on a worker that holds own blocks, some of them in its pages."""
         block_bytes, transfer = block_size * self.predictors.model.kv_bytes_per_token, self.predictors.transfer
-        used, transfer_s = self._used_blocks(own, best), transfer.own((own - in_pages) * block_bytes)
+        used = self._used_blocks(request, own, holder, best, block_size)
+        transfer_s = transfer.own((own - in_pages) * block_bytes)
         if used > own:
-            transfer_s += transfer.predict((best - own) * block_bytes)
+            transfer_s += fetch_s(self.predictors, request, holder, own, best, block_size)
         num_cached = used * block_size
         return transfer_s + self.predictors.prefill.predict(request.num_tokens - num_cached, num_cached)

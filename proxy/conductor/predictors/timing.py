@@ -8,10 +8,11 @@ CostModel (a profile, a guess) ──► Predictors ──predict──► Condu
 from __future__ import annotations
 
 import copy
+import statistics
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
-from ....protocol.timing.regression import RelativeFit
+from ....protocol.timing.regression import FORGETTING, RelativeFit
 from ....protocol.timing.step_cost import StepWork
 from ....protocol.timing.step_fit import StepFit
 from ..pool import Floats, Ints
@@ -112,6 +113,8 @@ class StepTime:
 class LinkTime:
     """a + b·bytes + c·bytes·in_flight for each kind of link; in_flight: transfers that share it."""
 
+    forgetting: ClassVar[float] = FORGETTING
+
     def __init__(self, model: CostModel) -> None:
         self.error = ErrorTrack()
         self._per_gib_s = 2**30 / model.link_bytes_per_s
@@ -121,7 +124,7 @@ class LinkTime:
     def observe(self, num_bytes: float, measured_s: float, link: str = "", in_flight: int = 0) -> None:
         fit = self._fits.get(link)
         if fit is None:
-            fit = self._fits[link] = RelativeFit(self._first_weights())
+            fit = self._fits[link] = RelativeFit(self._first_weights(), forgetting=self.forgetting)
         gib = num_bytes / 2**30
         self.error.note(fit.observe((1.0, gib, gib * in_flight), measured_s / MILLI) * MILLI, measured_s)
         self._weights[link] = fit.weights
@@ -133,7 +136,7 @@ class LinkTime:
     def rescale(self, factor: float, link: str = "") -> None:
         """As PrefillTime's, of one kind of link."""
         weights = self._weights.get(link) or self._first_weights()
-        fit = self._fits[link] = RelativeFit([weight * factor for weight in weights])
+        fit = self._fits[link] = RelativeFit([weight * factor for weight in weights], forgetting=self.forgetting)
         self._weights[link] = fit.weights
 
     def frozen(self: Link) -> Link:
@@ -178,6 +181,29 @@ class TransferTime(LinkTime):
         return [0.0, each_ms, each_ms]
 
 
+class SsdTime(LinkTime):
+    """Of blocks from a store's SSD into its DRAM, in bytes. Kinds: the stores' addresses, for each has a disk of its own."""
+
+    forgetting: ClassVar[float] = 0.9  # a disk's rate changes: credits run out, others use it
+
+    def __init__(self, model: CostModel) -> None:
+        super().__init__(model)
+        self._per_gib_s = 2**30 / model.ssd_bytes_per_s
+
+    def predict(self, num_bytes: float, store: str) -> float:
+        """Seconds. Of a store that was never seen: as of the others, or the cost model's."""
+        if num_bytes <= 0.0:
+            return 0.0
+        if (found := self._seen(num_bytes, store, 0)) is not None:
+            return found
+        if self._weights:
+            return statistics.median(_seconds(weights, num_bytes, 0) for weights in self._weights.values())
+        return self.fitted(num_bytes, store)
+
+    def _first_weights(self) -> list[float]:
+        return [0.0, self._per_gib_s / MILLI, 0.0]
+
+
 class HandoffTime(LinkTime):
     """What of a first token's time is neither queue nor prefix nor prefill: calls, and what the prefill does not hide of the hand-off.
 
@@ -207,6 +233,7 @@ class Predictors:
     prefill: PrefillTime = field(init=False)
     step: StepTime = field(init=False)
     transfer: TransferTime = field(init=False)
+    ssd: SsdTime = field(init=False)
     handoff: HandoffTime = field(init=False)
 
     @classmethod
@@ -220,11 +247,11 @@ class Predictors:
 
     def __post_init__(self) -> None:
         self.prefill, self.step = PrefillTime(self.model), StepTime(self.model)
-        self.transfer, self.handoff = TransferTime(self.model), HandoffTime(self.model)
+        self.transfer, self.ssd, self.handoff = TransferTime(self.model), SsdTime(self.model), HandoffTime(self.model)
 
     def frozen(self) -> Predictors:
         """As they are now: a copy that predicts the same whatever is observed later. It observes nothing itself."""
         found = copy.copy(self)
         found.prefill, found.step = copy.copy(self.prefill), copy.copy(self.step)
-        found.transfer, found.handoff = self.transfer.frozen(), self.handoff.frozen()
+        found.transfer, found.ssd, found.handoff = self.transfer.frozen(), self.ssd.frozen(), self.handoff.frozen()
         return found

@@ -29,3 +29,10 @@ def test_each_way_in_is_told_and_loopback_is_quiet(host: str, node: str, keys_fi
     assert [finding.severity for finding in found] == ["warning"] * len(expected)
     for finding, words in zip(found, expected, strict=True):
         assert words in finding.what and finding.remedy
+
+
+@pytest.mark.parametrize(("endpoint", "is_told"), [("tcp://127.0.0.1:5557", False), ("ipc:///run/events", False), ("tcp://*:5557", True)])
+def test_an_endpoint_that_publishes_prompts_to_others_is_told(endpoint: str, is_told: bool) -> None:
+    config = ClusterConfig(proxy=ProxyConfig(kv_events_endpoint=endpoint))
+    found = exposure(config, make_plan(config, [RayNode("node-0", "127.0.0.2", 0.0)]))
+    assert [endpoint in finding.what for finding in found] == [True] * is_told

@@ -66,7 +66,7 @@ def test_what_stands_in_pages_is_predicted_without_a_load(predictors: Predictors
         PlacementRequest(NUM_TOKENS, {"store-1": 80}, page_blocks={"prefill-1": 50}),
         PlacementRequest(NUM_TOKENS, {"store-1": 80}, page_blocks={"prefill-1": 80}),
     ]
-    parts = [prefill_forecast(predictors, request, member, 0, seen) for request in requests]
+    parts = [prefill_forecast(predictors, request, member, None, seen) for request in requests]
     block_bytes = BLOCK_SIZE * predictors.model.kv_bytes_per_token
     assert [part.transfer_s for part in parts] == [predictors.transfer.own(blocks * block_bytes) for blocks in (80, 30, 0)]
     assert parts[0].transfer_s > parts[1].transfer_s > parts[2].transfer_s == 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import faulthandler
 import importlib
 import importlib.util
@@ -34,6 +35,7 @@ hypothesis.settings.load_profile("halfmoon")
 
 
 EXIT_S = 60  # from the last test to the end of the process
+WORKER_EXIT_S = 8  # of one of `pytest -n`, from its exit: xdist kills it after 10
 
 
 def _load(name: str) -> Any:
@@ -108,8 +110,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """A process that hangs at its exit shows where, and fails."""
-    faulthandler.dump_traceback_later(EXIT_S, exit=True, file=sys.__stderr__)
+    """A process that hangs at its exit shows where, and fails. A worker without tests waits for the others, so its time begins at its exit."""
+    if hasattr(config, "workerinput"):
+        atexit.register(faulthandler.dump_traceback_later, WORKER_EXIT_S, file=sys.__stderr__)
+    else:
+        faulthandler.dump_traceback_later(EXIT_S, exit=True, file=sys.__stderr__)
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +145,24 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """checkpoint(variant, max_shard_size="1GB") -> its folder and transformers' own model; tests/checkpoints.py."""
     return _load("checkpoints").Checkpoints(tmp_path_factory.mktemp)
+
+
+@pytest.fixture(scope="session")
+def calibrated_once() -> Iterator[None]:
+    """A worker like one that this process has had takes over what that one measured at its load, instead of running the same steps again."""
+    from halfmoon.engine import worker
+
+    calibrate, found = worker.calibrate, dict[Any, Any]()
+
+    def once(executor: Any, allocator: Any, max_chunk_tokens: int) -> Any:
+        key = (executor.facts.schema.fingerprint, allocator.num_free, max_chunk_tokens)
+        if key not in found:
+            found[key] = calibrate(executor, allocator, max_chunk_tokens)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "calibrate", once)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -39,6 +39,11 @@ EOS = 2
 ARENA_BYTES = 4 * 2**20
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _calibrated_once(calibrated_once: None) -> None:
+    """For every worker of these tests."""
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForCausalLM]:
     """A tiny random Llama in fp32, as a folder and as transformers' model."""

@@ -14,18 +14,13 @@ import pytest
 
 from halfmoon.protocol.errors import RequestCancelled
 from halfmoon.protocol.v1 import control_pb2
+from halfmoon.tests.waiting import until
 
 Greedy = Callable[[list[int], int], list[int]]
 
 
 def prompt(num_tokens: int, seed: int = 0) -> list[int]:
     return random.Random(f"{num_tokens}/{seed}").choices(range(3, 160), k=num_tokens)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60.0):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 def forwards(engine: Any, seconds: float = 0.0, gate: threading.Event | None = None) -> list[list[tuple[str, int, int]]]:

@@ -16,6 +16,7 @@ import pytest
 from halfmoon.protocol.errors import DeadlineExceeded, HalfmoonError, PromptTooLong
 from halfmoon.protocol.grpc_errors import from_rpc_error
 from halfmoon.protocol.v1 import common_pb2, control_pb2, worker_pb2
+from halfmoon.tests.waiting import until
 
 Greedy = Callable[[list[int], int], list[int]]
 
@@ -35,12 +36,6 @@ def chunk_sizes(engine: Any) -> dict[str, list[int]]:
 
     engine.forward = recorded
     return found
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60.0):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def error_of(cluster: Any, call: Any, answer: Any) -> HalfmoonError:

@@ -20,12 +20,6 @@ def prompt(num_tokens: int, seed: int = 0) -> list[int]:
     return random.Random(f"{num_tokens}/{seed}").choices(range(3, 160), k=num_tokens)
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60.0):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
 def computed(engine: Any) -> list[tuple[str, int, int]]:
     """(request id, start, tokens) of every chunk that is computed from now on."""
     forward, found = engine.forward, []

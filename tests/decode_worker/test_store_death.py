@@ -11,18 +11,13 @@ import pytest
 from halfmoon.kvstore.client import StoreClient
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.errors import StoreUnavailable
+from halfmoon.tests.waiting import until
 
 Greedy = Callable[[list[int], int], list[int]]
 
 
 def prompt(num_tokens: int, seed: int = 0) -> list[int]:
     return [(seed * 31 + 7 * i + i * i) % 157 + 3 for i in range(num_tokens)]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60.0):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def test_a_store_s_death_fails_who_waits_for_it_and_leaves_who_decodes_alone(make_cluster: Any, greedy: Greedy) -> None:

@@ -11,6 +11,7 @@ import pytest
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.proxy.request import Finished, ProxyRequest, RequestState
+from halfmoon.tests.waiting import until
 
 Greedy = Callable[[list[int], int], list[int]]
 NUM_TOKENS = 40
@@ -19,12 +20,6 @@ DAYS_S = 7 * 24 * 3600.0
 
 def prompt(num_tokens: int, seed: int = 0) -> list[int]:
     return [(seed * 31 + 7 * i + i * i) % 157 + 3 for i in range(num_tokens)]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60.0):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 class Outage:

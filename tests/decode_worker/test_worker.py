@@ -35,18 +35,13 @@ from halfmoon.protocol.errors import (
 from halfmoon.protocol.grpc_errors import from_rpc_error
 from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import common_pb2, control_pb2, worker_pb2
+from halfmoon.tests.waiting import until
 
 Greedy = Callable[[list[int], int], list[int]]
 
 
 def prompt(num_tokens: int, seed: int = 0) -> list[int]:
     return random.Random(f"{num_tokens}/{seed}").choices(range(3, 160), k=num_tokens)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60.0):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 def push_zeros(writer: BlockWriter, schema: KVSchema, num_layers: int | None = None) -> None:

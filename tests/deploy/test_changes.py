@@ -19,6 +19,7 @@ from halfmoon.deploy.ray_session import RayNode
 from halfmoon.deploy.supervisor import ProxyActor, Supervisor
 from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
 from halfmoon.protocol.errors import ConfigError
+from halfmoon.tests.waiting import until
 
 
 class Played:
@@ -108,12 +109,6 @@ async def running(monkeypatch: pytest.MonkeyPatch, asked: ClusterConfig, nodes: 
         yield found, played
     finally:
         await found.stop()
-
-
-async def until(true: Any) -> None:
-    async with asyncio.timeout(60):
-        while not true():
-            await asyncio.sleep(0.01)
 
 
 async def test_workers_of_a_lost_host_move_to_the_host_with_the_fewest_and_get_a_store_there(monkeypatch, model_folder: Path) -> None:

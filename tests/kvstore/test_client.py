@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import gc
 import weakref
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -27,12 +26,7 @@ from halfmoon.protocol.errors import (
     WorkerLost,
 )
 from halfmoon.protocol.schema import KVSchema
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Gives the event loop turns until condition() holds; the test's own timeout is the limit."""
-    while not condition():
-        await asyncio.sleep(0.005)
+from halfmoon.tests.waiting import until
 
 
 def num_fetching(store: StoreServer, handoff_id: str) -> int:

@@ -7,7 +7,6 @@ import dataclasses
 import socket
 import ssl
 import threading
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from halfmoon.protocol.credentials import Credentials
 from halfmoon.protocol.errors import HandoffAborted, InvalidRequest, LeaseExpired, StoreUnavailable, WorkerLost
 from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.tls import MEMBER_NAME, Tls
+from halfmoon.tests.waiting import until
 
 WIDE = KVSchema(model_fingerprint="w" * 16, dtype="float32", num_layers=2, num_kv_heads=8, head_dim=128, block_size=512)  # 4 MiB a layer
 
@@ -36,11 +36,6 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Tls:
 @pytest.fixture(params=["in the clear", "TLS"])
 def credentials(request: pytest.FixtureRequest, certificates: Tls) -> Credentials | None:
     return Credentials.make() if request.param == "in the clear" else Credentials(Credentials.make().token, certificates)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.002)
 
 
 def lanes_of(client) -> DataLanes:

@@ -12,6 +12,7 @@ import pytest
 from halfmoon.kvstore import checksums
 from halfmoon.protocol.errors import HalfmoonError, HandoffIncomplete, InvalidRequest, WorkerLost
 from halfmoon.protocol.v1 import common_pb2
+from halfmoon.tests.waiting import until
 
 
 @pytest.fixture
@@ -19,12 +20,6 @@ async def client(store, attach_to):
     found = await attach_to(store.address, "prefill-0")
     assert found.transport == "shm" and found.arena is not None
     return found
-
-
-async def until(condition) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 def write(rows, blocks: np.ndarray) -> None:

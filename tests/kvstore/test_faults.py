@@ -9,7 +9,6 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from halfmoon.kvstore.sessions import Sessions
 from halfmoon.protocol.config import StoreConfig
 from halfmoon.protocol.errors import HandoffAborted, HandoffCorrupt, HandoffIncomplete, LeaseExpired, StaleEpoch, StoreUnavailable
 from halfmoon.protocol.v1 import common_pb2, kvstore_pb2
+from halfmoon.tests.waiting import until
 
 WRITER = """
 import asyncio, sys
@@ -65,11 +65,6 @@ async def start_process(script: str, *args: str) -> asyncio.subprocess.Process:
 async def first_line(process: asyncio.subprocess.Process) -> str:
     assert process.stdout is not None
     return (await process.stdout.readline()).decode().strip()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.005)
 
 
 @pytest.mark.parametrize("transport", ["auto", "tcp", "grpc"])

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import textwrap
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -28,6 +28,7 @@ from halfmoon.protocol.channel import open_channel
 from halfmoon.protocol.config import StoreConfig
 from halfmoon.protocol.errors import DeadlineExceeded, HandoffCorrupt, InternalError, InvalidRequest, SchemaMismatch, StoreUnavailable
 from halfmoon.protocol.v1 import kvstore_pb2, kvstore_pb2_grpc
+from halfmoon.tests.waiting import until
 
 SOURCE = """
 import asyncio, hashlib
@@ -72,11 +73,6 @@ async def source_process() -> AsyncIterator[tuple[asyncio.subprocess.Process, st
         if process.returncode is None:
             process.kill()
         await process.wait()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.005)
 
 
 def at_rest(store: StoreServer, num_cached: int) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,9 @@ from halfmoon.kvstore.ssd_files import SsdFiles
 from halfmoon.protocol.config import StoreConfig
 from halfmoon.protocol.errors import ConfigError
 from halfmoon.protocol.v1 import common_pb2, kvstore_pb2
+from halfmoon.tests.waiting import until
 
 NUM_SLOTS = 10
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.002)
 
 
 @pytest.fixture

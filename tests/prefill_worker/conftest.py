@@ -28,6 +28,11 @@ from halfmoon.protocol.v1 import common_pb2, control_pb2, control_pb2_grpc, work
 BLOCK_SIZE = 8
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _calibrated_once(calibrated_once: None) -> None:
+    """For every worker of these tests."""
+
+
 @pytest.fixture(scope="session")
 def options(tmp_path_factory: pytest.TempPathFactory) -> ModelOptions:
     """A tiny random Llama in fp32."""

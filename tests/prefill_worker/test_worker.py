@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -24,16 +23,11 @@ from halfmoon.protocol.errors import (
 )
 from halfmoon.protocol.grpc_errors import from_rpc_error
 from halfmoon.protocol.v1 import worker_pb2
+from halfmoon.tests.waiting import until
 
 
 def prompt(num_tokens: int, seed: int = 0) -> list[int]:
     return random.Random(f"{num_tokens}/{seed}").choices(range(3, 160), k=num_tokens)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60.0):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def error_of(call: Any) -> HalfmoonError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc.aio
@@ -15,6 +15,7 @@ from halfmoon.protocol.errors import InvalidRequest, SchemaMismatch
 from halfmoon.protocol.grpc_errors import unary_boundary
 from halfmoon.protocol.membership import stay_joined
 from halfmoon.protocol.v1 import control_pb2, control_pb2_grpc
+from halfmoon.tests.waiting import until
 
 INFO = control_pb2.MemberInfo(id="decode-0", incarnation="1")
 
@@ -103,12 +104,6 @@ async def test_what_is_wrong_again_and_again_is_logged_once(
         joined.cancel()
         await asyncio.wait({joined})
     assert [record.getMessage() for record in caplog.records] == [f"decode-0: the proxy at {address} ended the stream; joining again"]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60.0):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def test_a_member_hears_of_each_end_of_a_stream_on_which_it_was_accepted(proxy: tuple[Proxy, str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc.aio
@@ -19,6 +19,7 @@ from halfmoon.protocol.v1 import control_pb2, control_pb2_grpc
 from halfmoon.proxy.members.cluster import Cluster
 from halfmoon.proxy.members.liveness import CHECK_INTERVAL_S, Liveness
 from halfmoon.proxy.metrics import ProxyMetrics
+from halfmoon.tests.waiting import until
 
 SCHEMA = KVSchema(model_fingerprint="m", dtype="float32", num_layers=2, num_kv_heads=2, head_dim=8, block_size=4)
 ROLES = {"prefill": control_pb2.ROLE_PREFILL, "decode": control_pb2.ROLE_DECODE, "store": control_pb2.ROLE_STORE}
@@ -149,12 +150,6 @@ def test_a_member_cannot_be_left_before_it_is_avoided() -> None:
 
 
 # over real streams
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def test_a_stalled_worker_s_requests_run_elsewhere_and_it_is_back_once_its_step_is_over(make_bench: Any, peers: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -16,19 +15,9 @@ from halfmoon.protocol.v1 import control_pb2, control_pb2_grpc
 from halfmoon.proxy.conductor.placement import Snapshot
 from halfmoon.proxy.conductor.policies.base import RoleChange
 from halfmoon.proxy.members.rebalancer import FIXED_S, NUM_NOTED, Rebalancer
+from halfmoon.tests.waiting import until, within
 
 NEVER_S = 10_000.0
-
-
-async def within(seconds: float, awaitable: Any) -> Any:
-    """seconds: on a quiet machine."""
-    return await asyncio.wait_for(awaitable, 30 * seconds)
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 class Script:

@@ -10,11 +10,7 @@ import pytest
 from halfmoon.protocol.errors import DeadlineExceeded, InvalidRequest, Overloaded, WorkerLost
 from halfmoon.protocol.v1 import control_pb2
 from halfmoon.proxy.members.orders import Orders
-
-
-async def within(seconds: float, awaitable: Any) -> Any:
-    """seconds: on a quiet machine."""
-    return await asyncio.wait_for(awaitable, 30 * seconds)
+from halfmoon.tests.waiting import within
 
 
 def pools(bench: Any) -> tuple[list[str], list[str]]:

@@ -10,11 +10,7 @@ import pytest
 from halfmoon.protocol.errors import HalfmoonError, WorkerLost
 from halfmoon.protocol.v1 import common_pb2, worker_pb2
 from halfmoon.proxy.members.token_feed import FeedCall
-
-
-async def within(seconds: float, awaitable: Any) -> Any:
-    """seconds: on a quiet machine."""
-    return await asyncio.wait_for(awaitable, 30 * seconds)
+from halfmoon.tests.waiting import within
 
 
 class Sink:

@@ -16,13 +16,9 @@ from halfmoon.proxy.conductor.placement import NO_SLO, MemberState, PlacementReq
 from halfmoon.proxy.conductor.predictors import Predictors
 from halfmoon.proxy.request import ProxyRequest, RequestState
 from halfmoon.proxy.requests.decisions import NUM_KEPT, DecisionLog
+from halfmoon.tests.waiting import within
 
 GUESS = Predictors.guess().model
-
-
-async def within(seconds: float, awaitable: Any) -> Any:
-    """seconds: on a quiet machine. Far below a request's own 600 s on any: what comes was brought by an event, not by the deadline."""
-    return await asyncio.wait_for(awaitable, 30 * seconds)
 
 
 @pytest.fixture

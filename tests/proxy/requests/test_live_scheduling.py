@@ -13,6 +13,7 @@ from halfmoon.protocol.timing.step_cost import StepWork, attention_of
 from halfmoon.protocol.v1 import common_pb2, control_pb2
 from halfmoon.proxy.conductor.predictors import CostModel
 from halfmoon.proxy.request import RequestState
+from halfmoon.tests.waiting import until, within
 
 # nothing like the guess, so that a number that came from it would show
 MODEL = CostModel(
@@ -22,21 +23,10 @@ MODEL = CostModel(
 TOKEN_BYTES = 2 * 2 * 2 * 8 * 4  # of the peers' schema: layers, K and V, heads, head_dim, float32
 
 
-async def within(seconds: float, awaitable: Any) -> Any:
-    """seconds: on a quiet machine. Far below a request's own 600 s on any: what comes was brought by an event, not by the deadline."""
-    return await asyncio.wait_for(awaitable, 30 * seconds)
-
-
 @pytest.fixture
 def profile(tmp_path: Any) -> str:
     MODEL.save(tmp_path / "model.json")
     return str(tmp_path / "model.json")
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def explained(bench: Any, request: Any) -> Any:

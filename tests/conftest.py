@@ -30,7 +30,9 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 # a shell that runs the suite in the background has it ignored, and so would have every process that a test starts and interrupts
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # an example may take as long as it has to: on a busy machine it would fail after 200 ms, or for being slow to draw
-hypothesis.settings.register_profile("halfmoon", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile("halfmoon", deadline=None, max_examples=50, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# --hypothesis-profile=thorough, for who changes what such a test is about; a test with a number of its own keeps it
+hypothesis.settings.register_profile("thorough", hypothesis.settings.get_profile("halfmoon"), max_examples=1000)
 hypothesis.settings.load_profile("halfmoon")
 
 
@@ -70,8 +72,11 @@ SHARES_RAY = {
 """Files of tests/deploy whose clusters share one Ray: group by name."""
 
 LONGEST = (
-    "a Ray", "another Ray", "kernels/test_compile_ahead.py", "deploy/test_serve.py", "decode_worker/test_worker.py",
-    "decode_worker/test_local_prefill.py", "decode_worker/test_both_roles.py", "engine/test_engine.py", "engine/test_demo_model.py",
+    "a Ray", "another Ray", "kernels/test_compile_ahead.py", "deploy/test_serve.py", "test_packaging.py",
+    "decode_worker/test_architectures.py",
+    "decode_worker/test_worker.py", "decode_worker/test_prefix_cache.py", "decode_worker/test_local_prefill.py", "test_floors.py",
+    "kernels/test_portable_paged_decode.py", "kernels/test_portable_flash_prefill.py", "decode_worker/test_grammar.py",
+    "decode_worker/test_both_roles.py", "engine/test_demo_model.py", "engine/test_engine.py",
 )  # fmt: skip
 """Groups that take longest: begun first, or one worker would be left alone with them at the end."""
 
@@ -110,7 +115,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """A process that hangs at its exit shows where, and fails. A worker without tests waits for the others, so its time begins at its exit."""
+    """A process that hangs at its exit shows where, and fails. The time of a worker, which may wait for the others, begins at its exit."""
     if hasattr(config, "workerinput"):
         atexit.register(faulthandler.dump_traceback_later, WORKER_EXIT_S, file=sys.__stderr__)
     else:
@@ -149,7 +154,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="session")
 def calibrated_once() -> Iterator[None]:
-    """A worker like one that this process has had takes over what that one measured at its load, instead of running the same steps again."""
+    """A worker like one that this process has had takes over what that one measured at its load, and does not run the same steps again."""
     from halfmoon.engine import worker
 
     calibrate, found = worker.calibrate, dict[Any, Any]()

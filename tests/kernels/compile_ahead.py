@@ -1,6 +1,7 @@
 """Compiles every kernel for GPUs that are not here, through its public function, and prints what the assembler made of it as JSON.
 
-python compile_ahead.py [90 ...] [--more] [TEXT]     cases whose name holds TEXT; --more: variants that no test compiles, too
+python compile_ahead.py [90 ...] [--more | --pairs] [TEXT]     cases whose name holds TEXT
+--more: variants that no test compiles, too     --pairs: each case for sm_90 and one of the others, as the tests compile them
 one line a kernel: {"case", "kernel", "capability", "shared", "registers", "stack"}, and "matrix" of those in BY_MATRIX_UNITS
 
 The public functions run as they do on a GPU, up to the launch: a driver that names the target but owns no device stands in for CUDA's,
@@ -12,6 +13,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -27,7 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from halfmoon.kernels.portable import flash_prefill, fp8, paged_decode, wide_prefill
 
-BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED = {80: 166912, 86: 101376, 90: 232448, 100: 232448}  # bytes a program may take
 E4M3 = torch.float8_e4m3fn
 MASK = torch.ones(1, 1, 8, 8, dtype=torch.bool)
@@ -45,7 +47,7 @@ class Target:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.target.arch  # by which Triton keeps what it has compiled
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -87,21 +89,38 @@ def compiling(capability: int) -> Iterator[list]:
 
 def resources(name: str, cubin: bytes) -> dict[str, int | str]:
     """The disassembler takes as long as a small kernel's assembler: it is run where its answer matters."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = dump(file.name, "-res-usage")
-        numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-        stack, matrix = numbers["STACK"], name in BY_MATRIX_UNITS
-        sass = dump(file.name, "-sass") if stack or matrix else ""
+    registers, stack, local = usage(cubin)
+    matrix, sass = name in BY_MATRIX_UNITS, ""
+    if stack or matrix:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            sass = subprocess.run([str(CUOBJDUMP), "-sass", file.name], capture_output=True, text=True, check=True).stdout
     if not re.search(r"\b(?:LDL|STL)\b", sass):
         stack = 0  # it is there, and nothing is ever put on it
-    found = {"registers": numbers["REG"], "stack": max(stack, numbers["LOCAL"])}
+    found = {"registers": registers, "stack": max(stack, local)}
     return found | ({"matrix": ",".join(sorted(set(MATRIX.findall(sass))))} if matrix else {})
 
 
-def dump(path: str, flag: str) -> str:
-    return subprocess.run([str(BINARIES / "cuobjdump"), flag, path], capture_output=True, text=True, check=True).stdout
+REGCOUNT, FRAME_SIZE = 0x2F, 0x11  # attributes of .nv.info; each entry: format, attribute, size of what follows; here (symbol, value)
+SIZED = 4  # the format of an entry that something follows
+
+
+def usage(cubin: bytes) -> tuple[int, int, int]:
+    """Registers, stack bytes, local bytes, as `cuobjdump -res-usage` tells them, which takes 0.2 s to start."""
+    table, (entry_size, count, names) = struct.unpack_from("<Q", cubin, 0x28)[0], struct.unpack_from("<HHH", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + entry_size * index) for index in range(count)]
+    found, local = {REGCOUNT: 0, FRAME_SIZE: 0}, 0
+    for name_at, _, _, _, start, size in headers:
+        name = cubin[headers[names][4] + name_at :].split(b"\0", 1)[0]
+        local += size if name.startswith(b".nv.local") else 0
+        at, end = (start, start + size) if name == b".nv.info" else (0, 0)
+        while at < end:
+            form, attribute, length = struct.unpack_from("<BBH", cubin, at)
+            if attribute in found:
+                found[attribute] = max(found[attribute], struct.unpack_from("<II", cubin, at + 4)[1])
+            at += 4 + (length if form == SIZED else 0)
+    return found[REGCOUNT], found[FRAME_SIZE], local
 
 
 def pages(head_dim: int, page_size: int, dtype: torch.dtype, num_kv_heads: int = 8) -> torch.Tensor:
@@ -224,9 +243,22 @@ MORE: dict[str, Callable[[], None]] = {
 }
 
 
-def main(capabilities: list[int], chosen: str = "", more: bool = False) -> None:
+FOR_ALL = ("flash_prefill hd128", "flash_prefill hd128 lse, keys split", "flash_prefill wide hd1024", "paged_decode hd128")
+"""With the small kernels: each kernel for each GPU."""
+
+
+def cases_of(capability: int, more: bool, pairs: bool) -> dict[str, Callable[[], None]]:
+    cases = {**PORTABLE, **(HOPPER if capability == 90 else {}), **(MORE if more else {})}
+    if not pairs or capability == 90:
+        return cases
+    shared_out = [name for name in cases if "hd" in name and name not in FOR_ALL]
+    others = set(shared_out[capability == 80 :: 2])
+    return {name: launch for name, launch in cases.items() if name not in others}
+
+
+def main(capabilities: list[int], chosen: str = "", more: bool = False, pairs: bool = False) -> None:
     for capability in capabilities:
-        for case, launch in {**PORTABLE, **(HOPPER if capability == 90 else {}), **(MORE if more else {})}.items():
+        for case, launch in cases_of(capability, more, pairs).items():
             if chosen not in case:
                 continue
             with compiling(capability) as compiled:
@@ -239,5 +271,6 @@ def main(capabilities: list[int], chosen: str = "", more: bool = False) -> None:
 
 if __name__ == "__main__":
     words = [word for word in sys.argv[1:] if not word.isdigit()]
-    chosen = next((word for word in words if word != "--more"), "")
-    main([int(word) for word in sys.argv[1:] if word.isdigit()] or [80, 90, 100], chosen, "--more" in words)
+    chosen = next((word for word in words if not word.startswith("--")), "")
+    capabilities = [int(word) for word in sys.argv[1:] if word.isdigit()] or [80, 90, 100]
+    main(capabilities, chosen, more="--more" in words, pairs="--pairs" in words)

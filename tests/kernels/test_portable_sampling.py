@@ -70,8 +70,8 @@ def test_tokens_are_the_references(rows, vocab_size, logit_seed):
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.4), (4, 0.7), (1, 0.2)])
 def test_equal_logits_are_kept_together(top_k, top_p):
-    logits = torch.tensor([[1.0, 2.0, 2.0, 0.5, 2.0, 2.0, -1.0, 1.0]]).repeat(8, 1)
-    found, wanted = draw(logits, 1.0, top_k, top_p, 0.0, 7, list(range(8)))
+    logits = torch.tensor([[1.0, 2.0, 2.0, 0.5, 2.0, 2.0, -1.0, 1.0]]).repeat(4, 1)
+    found, wanted = draw(logits, 1.0, top_k, top_p, 0.0, 7, list(range(4)))
     assert found == wanted and set(found) <= {0, 1, 2, 4, 5, 7}
 
 

@@ -275,7 +275,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 # the machine reads ended_handoffs to know which sealed ones are over; an epoch can't come back within the tombstones' time
-StoreMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
+StoreMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40)
 TestStoreMachine = StoreMachine.TestCase
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+from ..engine.executor import PromptLogprobs
 from ..engine.prefix_loader import CachedPrefix
 from ..engine.sequence import Sequence
 from ..kvstore.client import BlockReader, StoreClient
@@ -34,6 +35,7 @@ class DecodeJob:
     aborted: bool = False  # the store knows that nobody will take the hand-off
     timer: asyncio.TimerHandle | None = None  # of the deadline
     state: common_pb2.HandoffState | None = None  # set on admission
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)  # of a local prefill, not sent yet
     unsent: list[common_pb2.TokenOutput] = field(default_factory=list)
     finish_reason: common_pb2.FinishReason | None = None
     error: HalfmoonError | None = None
@@ -99,6 +101,9 @@ class DecodeJob:
         while True:
             await self.changed.wait()
             self.changed.clear()
+            while self.prompt_logprobs:
+                for part in self.prompt_logprobs.pop(0).to_protos():
+                    yield worker_pb2.DecodeReply(prompt_logprobs=part)
             if self.state is not None and not told_admission:
                 told_admission = True
                 admitted = worker_pb2.DecodeReply.Admitted(state=self.state, handoff_wait_s=self.phases().handoff_wait_s)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
-from ..engine.executor import BlockPush, TokenSample
+from ..engine.executor import BlockPush, PromptLogprobs, TokenSample
 from ..engine.model_flops import StepWork
 from ..engine.sequence import Sequence
 from ..engine.step_loop import StepRun
@@ -36,6 +36,7 @@ class StepResult(NamedTuple):
     work: StepWork
     preempted: list[Sequence]
     failed: list[tuple[DecodeJob, HalfmoonError]]
+    prompt_logprobs: list[tuple[DecodeJob, PromptLogprobs]]
 
 
 class DecodeSteps:
@@ -77,4 +78,5 @@ class DecodeSteps:
         found = ((self._jobs.get(sequence), row, reason) for sequence, row, reason in generated)
         outputs = [StepOutput(job, samples[row].to_proto(), reason) for job, row, reason in found if job is not None]
         ended = [(job, error) for sequence, error in failed.items() if (job := self._jobs.get(sequence)) is not None]
-        self._tell(partial(self._on_stepped, StepResult(outputs, run.seconds, work, part.preempted, ended)))
+        scored = [(job, found) for sequence, found in run.prompt_logprobs.items() if (job := self._jobs.get(sequence)) is not None]
+        self._tell(partial(self._on_stepped, StepResult(outputs, run.seconds, work, part.preempted, ended, scored)))

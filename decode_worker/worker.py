@@ -116,6 +116,8 @@ class DecodeHalf:
         root = sequence.root or self._worker.root
         keys = sent_or_made_keys(request.sequence.block_keys, root, sequence.token_ids, self._facts.page_size)
         sequence.block_keys = list(keys)
+        if not request.local_prefill:
+            sequence.num_prompt_logprobs = None  # whoever computes the prompt gives them
         loop = asyncio.get_running_loop()
         job = DecodeJob(request, sequence, keys, loop.create_future(), self.feeds.enter(request))
         job.timer = loop.call_later(max(sequence.remaining_s, 0.0), self._time_out, job)
@@ -276,6 +278,9 @@ class DecodeHalf:
                 self._worker.metrics.failed("decode", error.code)
                 error.fields["worker"] = self._worker.worker_id
                 self._fail(job, error)
+        for job, scored in result.prompt_logprobs:
+            job.prompt_logprobs.append(scored)
+            job.changed.set()
         for job, token, reason in result.outputs:
             if job.ended:
                 continue

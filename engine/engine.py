@@ -20,9 +20,11 @@ from ..protocol.schema import KVSchema
 from .batch import prepare_batch
 from .decode_graph import can_capture
 from .decoder import Decoder
+from .executor import PromptLogprobs
 from .kv_cache import PagedKVCache
 from .kv_schema import kv_schema
 from .model_config import ModelConfig
+from .prompt_logprobs import prompt_logprobs
 from .resolve import resolve_device, resolve_dtype, resolve_folder, resolve_max_model_len
 from .rope import rope_table
 from .sampler import TokenSample, sample
@@ -136,18 +138,31 @@ class Engine:
         return self._decoder.forward(batch, self.cache, before_layer, after_layer)
 
     @torch.inference_mode()
+    def forward_scored(
+        self, chunks: Seq[StepChunk], *, after_layer: Callable[[int], None] | None = None
+    ) -> tuple[torch.Tensor, dict[Sequence, PromptLogprobs]]:
+        """As forward, for a step with chunks that score their prompts. No graph holds it: the head sees many rows of them."""
+        batch = prepare_batch(chunks, self.page_size, self.device, self._staging)
+        decoder = self._decoder
+        hidden, residual = decoder.layers(batch, self.cache, after_layer=after_layer)
+        scored = prompt_logprobs(decoder.head, hidden, residual, chunks, self.config.vocab_size)
+        return decoder.head(hidden[batch.last_rows], residual[batch.last_rows]), scored
+
+    @torch.inference_mode()
     def launch(self, chunks: Seq[StepChunk], *, after_layer: Callable[[int], None] | None = None) -> InFlight | None:
         """Starts a step, forward and sample in one, and waits for nothing; steps run in the order of these calls.
 
         None, and nothing begun, where the step's buffers don't hold it, or what it samples is more than a draw from the logits:
-        penalties, bias, grammars, logprobs and min_tokens that are not there yet are sample's.
+        penalties, bias, grammars, logprobs and min_tokens that are not there yet are sample's, the prompts' logprobs forward_scored's.
 
         Args:
             chunks: one of a single token may begin where its sequence's token_ids end: it then computes the token that the step
                 launched last gives the sequence, whether that has been read or not. Its pages hold that token, too.
             after_layer: as forward's.
         """
-        return None if self._graphs is None else self._graphs.launch(chunks, after_layer)
+        if self._graphs is None or any(chunk.sequence.scores_prompt for chunk in chunks):
+            return None
+        return self._graphs.launch(chunks, after_layer)
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, sequences: Seq[Sequence], masks: TokenMasks | None = None) -> list[TokenSample]:

@@ -9,7 +9,7 @@ ranks encodes chunks and pushes, and keeps writers, listeners and futures on thi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from ..protocol.errors import HalfmoonError
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import common_pb2
 from .model_flops import ModelFlops
-from .sequence import StepChunk
+from .sequence import Sequence, StepChunk
 from .work_front import WorkFront
 
 Progress = Callable[[str, int, int], None]
@@ -54,6 +54,10 @@ NOT_FINITE = -1  # of kernels/sampling.py: the row's logits are no numbers
 NOTHING_LEFT = -2  # the row's logits are sound, and what the request asks for bans every token
 
 
+MAX_MESSAGE_LOGPROBS = 2**13
+"""Log probabilities in a message, about 64 KiB: a worker's event loop makes one in a millisecond."""
+
+
 class TokenSample(NamedTuple):
     """token_id: below 0 where there was none to draw, and why.
 
@@ -66,6 +70,34 @@ class TokenSample(NamedTuple):
     def to_proto(self) -> common_pb2.TokenOutput:
         top = [common_pb2.TokenLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in self.top]
         return common_pb2.TokenOutput(token_id=self.token_id, logprob=self.logprob, top_logprobs=top)
+
+
+class PromptLogprobs(NamedTuple):
+    """Of prompt tokens that follow one another, by the model's own distribution. Row i is of token start + i of the prompt."""
+
+    start: int
+    logprobs: np.ndarray  # fp32 [tokens]
+    ranks: np.ndarray  # int64 [tokens], among all tokens; 1: none is likelier
+    top_token_ids: np.ndarray  # int64 [tokens, k], likeliest first
+    top_logprobs: np.ndarray  # fp32 [tokens, k]
+
+    def to_protos(self) -> Iterator[common_pb2.PromptLogprobs]:
+        """In order, each with a bounded number of them."""
+        size = max(1, MAX_MESSAGE_LOGPROBS // (1 + self.top_token_ids.shape[1]))
+        for first in range(0, len(self.logprobs), size):
+            rows = slice(first, first + size)
+            yield common_pb2.PromptLogprobs(
+                start=self.start + first,
+                logprobs=self.logprobs[rows].tolist(),
+                ranks=self.ranks[rows].tolist(),
+                top_token_ids=self.top_token_ids[rows].ravel().tolist(),
+                top_logprobs=self.top_logprobs[rows].ravel().tolist(),
+            )
+
+
+class StepOutcome(NamedTuple):
+    samples: list[TokenSample]  # the next token of every chunk with is_last, in their order
+    prompt_logprobs: dict[Sequence, PromptLogprobs]  # of the chunks that score their prompt
 
 
 class Rows(Protocol):
@@ -233,11 +265,11 @@ class Executor(Protocol):
     facts: ExecutorFacts
     pages: PageTransfer
 
-    def run(self, chunks: Seq[StepChunk], pushes: Seq[BlockPush] = ()) -> list[TokenSample]:
+    def run(self, chunks: Seq[StepChunk], pushes: Seq[BlockPush] = ()) -> StepOutcome:
         """Computes the chunks, one of a sequence at most, into the sequences' pages, and waits for all of it.
 
-        Returns the next token of every chunk with is_last, in their order. The token at output index i of a request is a function of
-        (logits, sampling parameters, tokens so far, i) alone, so that a replay on another worker draws the same one.
+        The token at output index i of a request is a function of (logits, sampling parameters, tokens so far, i) alone, so that a replay
+        on another worker draws the same one.
 
         Args:
             pushes: blocks that the step finishes. Their layers go to the writers while later layers are computed; some may still be

@@ -15,7 +15,7 @@ import torch
 
 from ..protocol.config import ModelOptions
 from .engine import Engine
-from .executor import BlockPush, DeviceLost, ExecutorFacts, InFlightStep, PageTransfer, Progress, StepFailed, TokenSample
+from .executor import BlockPush, DeviceLost, ExecutorFacts, InFlightStep, PageTransfer, Progress, StepFailed, StepOutcome
 from .model_flops import ModelFlops, peak_flops
 from .page_transfer import LocalPageTransfer, StepPush
 from .sequence import StepChunk
@@ -68,17 +68,20 @@ class LocalExecutor:
         )
         return cls(engine, name, on_crash)
 
-    def run(self, chunks: Seq[StepChunk], pushes: Seq[BlockPush] = ()) -> list[TokenSample]:
+    def run(self, chunks: Seq[StepChunk], pushes: Seq[BlockPush] = ()) -> StepOutcome:
         engine, sampled = self.engine, [chunk.sequence for chunk in chunks if chunk.is_last]
         push = self._pages.after_layer(pushes) if pushes else None
         with self._typed(push):
             masks = self._masks.begin(sampled)
-            logits = engine.forward(chunks, after_layer=push)
+            if any(chunk.scored for chunk in chunks):
+                logits, scored = engine.forward_scored(chunks, after_layer=push)
+            else:
+                logits, scored = engine.forward(chunks, after_layer=push), {}
             samples = engine.sample(logits, sampled, None if masks is None else masks.result()) if sampled else []
             if engine.device.type == "cuda":
                 # a page that is freed after the step may be another's at once
                 torch.cuda.current_stream(engine.device).synchronize()
-        return samples
+        return StepOutcome(samples, scored)
 
     def launch(self, chunks: Seq[StepChunk], pushes: Seq[BlockPush] = ()) -> InFlightStep | None:
         push = self._pages.after_layer(pushes) if pushes else None

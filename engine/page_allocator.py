@@ -133,7 +133,7 @@ class PageAllocator:
         """Blocks behind its first num_tokens that others have computed meanwhile: their pages take the place of its own. Returns how many
         tokens stand in its pages then; fewer than all. No step that computes it is under way, and no copy into these pages."""
         prefixes, keys = self.prefixes, sequence.block_keys
-        if prefixes is None or keys is None:
+        if prefixes is None or keys is None or sequence.scores_prompt:
             return num_tokens
         first = num_tokens // prefixes.block_size
         found = prefixes.find_run(keys[first : self._num_shareable(sequence)])
@@ -149,7 +149,7 @@ class PageAllocator:
     def hold_part(self, sequence: Sequence, num_tokens: int) -> PartialHit | None:
         """The page to copy from, where a block is known that begins as the sequence goes on behind its first num_tokens, a block's end."""
         prefixes, keys = self.prefixes, sequence.block_keys
-        if prefixes is None or keys is None:
+        if prefixes is None or keys is None or sequence.scores_prompt:
             return None
         size = prefixes.block_size
         block = num_tokens // size
@@ -203,7 +203,7 @@ class PageAllocator:
         return self.prefixes.block_size if self.prefixes is not None else 1
 
     def _find_run(self, sequence: Sequence) -> list[int]:
-        if self.prefixes is None or sequence.block_keys is None:
+        if self.prefixes is None or sequence.block_keys is None or sequence.scores_prompt:
             return []
         return self.prefixes.find_run(sequence.block_keys[: self._num_shareable(sequence)])
 

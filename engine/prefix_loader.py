@@ -91,10 +91,14 @@ class PrefixLoader:
         """block_keys: of the prompt's full blocks. hint: a store beside the own one that may hold more of them. skip_own_store: it is
         gone, or does not answer. own_ssd: whether it may read from SSD, as the hint says it of the other store.
 
+        Nothing for a sequence that scores its prompt: what is loaded gives no logits.
+
         Never fails: a prefix that is corrupt or gone is computed, with a warning and a count. What was corrupt is not in its
         store any more when this returns, and noted: others may have been promised it meanwhile.
         """
         began, found, failed = time.monotonic(), CachedPrefix(), False
+        if sequence.scores_prompt:
+            return found
         readers: list[BlockReader] = []
         block_size = self._pages.schema.block_size
         own = None if skip_own_store else own_ssd

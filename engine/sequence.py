@@ -51,6 +51,8 @@ class Sequence:
     num_sound_tokens: int = 0  # of the computed ones: their KV gave finite logits, or came verified
     num_kept_blocks: int = 0  # leading blocks that were offered to others, or are another's
     num_skipped_tokens: int = 0  # of its prompt, computed for another while it waited for its own chunks
+    num_prompt_logprobs: int | None = None  # k: its prompt's tokens are scored where they are computed, each with the k likeliest
+    num_scored_tokens: int = 1  # of its prompt, that have been; the first has nothing before it
     grammar: GrammarState | None = None  # that sampling.grammar names; set before it is computed
     stop_token_ids: frozenset[int] = field(init=False)  # sampling's; asked for every token, and there may be a thousand
 
@@ -73,6 +75,11 @@ class Sequence:
     @property
     def remaining_s(self) -> float:
         return self.deadline - time.monotonic()
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Its prompt has tokens to score: what comes before them has to be computed here, whoever else has it in pages."""
+        return self.num_prompt_logprobs is not None and self.num_scored_tokens < self.num_prompt_tokens
 
     def pace(self, now: float) -> None:
         """It has its first token, in this process."""
@@ -127,11 +134,13 @@ class Sequence:
 
     @classmethod
     def from_proto(cls, message: common_pb2.SequenceSpec) -> Sequence:
+        sampling = SamplingParams.from_proto(message.sampling)
         return cls(
             request_id=message.request_id,
             token_ids=list(message.token_ids),
             num_prompt_tokens=message.num_prompt_tokens,
-            sampling=SamplingParams.from_proto(message.sampling),
+            sampling=sampling,
+            num_prompt_logprobs=sampling.num_prompt_logprobs,
             deadline=time.monotonic() + seconds(message.deadline_s, "deadline_s"),
             queue_order=message.queue_order,
             due=_moment(message.first_token_due_s) if message.HasField("first_token_due_s") else math.inf,
@@ -170,3 +179,12 @@ class StepChunk(NamedTuple):
     def is_decode(self) -> bool:
         """The sequence's next token alone, and no part of a prompt that is computed in pieces."""
         return self.num_tokens == 1 and self.samples
+
+    @property
+    def scored(self) -> range:
+        """Of the sequence's tokens those whose log probabilities the step gives: each follows one that it computes."""
+        sequence = self.sequence
+        if not sequence.scores_prompt:
+            return range(0)
+        first = max(self.start + 1, sequence.num_scored_tokens)
+        return range(first, min(self.start + self.num_tokens + 1, sequence.num_prompt_tokens))

@@ -17,9 +17,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from ..protocol.errors import HalfmoonError, InvalidRequest, NonFiniteLogits, SequenceFailed
 from .combined_scheduler import CombinedScheduler, CombinedStep
-from .executor import NOTHING_LEFT, BlockPush, Executor, InFlightStep, StepFailed, TokenSample
+from .executor import NOTHING_LEFT, BlockPush, Executor, InFlightStep, PromptLogprobs, StepFailed, TokenSample
 from .page_allocator import PageAllocator
 from .sequence import Sequence, StepChunk
 from .step_runner import Computed, StepRunner
@@ -34,6 +36,7 @@ class StepRun(NamedTuple):
     chunks: list[StepChunk]
     began: float  # of time.monotonic(): its launch, or the end of the step it was launched behind
     ended: float
+    prompt_logprobs: Mapping[Sequence, PromptLogprobs]  # of chunks that scored their prompts
 
     @property
     def seconds(self) -> float:
@@ -194,18 +197,20 @@ class StepLoop:
         """When its tokens were there. A page that the record frees may be another's at once: no step that is under way uses it."""
         samples = [TokenSample(token_id, None, []) for token_id in launched.in_flight.tokens()]
         self._in_flight.remove(launched.step)
-        return self._end(launched.step, Computed(samples, {}), began)
+        return self._end(launched.step, Computed(samples, {}, {}), began)
 
     def _compute(self, step: CombinedStep, began: float) -> Computed:
-        return self._runner.run(step.chunks, self._begin(step, began)) if step.chunks else Computed([], {})
+        return self._runner.run(step.chunks, self._begin(step, began)) if step.chunks else Computed([], {}, {})
 
     def _end(self, step: CombinedStep, computed: Computed, began: float) -> float:
         """Returns when it was over."""
-        run = StepRun(step.chunks, began, time.monotonic())
+        run = StepRun(step.chunks, began, time.monotonic(), computed.prompt_logprobs)
         if not computed.failed:  # else it ran in pieces, more than once
             self._scheduler.observe(run.chunks, run.seconds)
         samples, num_decode = computed.samples, len(step.decode.sampled)
         failed = self._failed(step, computed)
+        for sequence, found in run.prompt_logprobs.items():
+            sequence.num_scored_tokens = found.start + len(found.logprobs)
         if step.decode.chunks or step.decode.preempted:
             self._decode.end(step.decode, samples[:num_decode], run, failed)
         if step.prefill is not None:
@@ -214,6 +219,10 @@ class StepLoop:
 
     def _failed(self, step: CombinedStep, computed: Computed) -> dict[Sequence, HalfmoonError]:
         failed = dict(computed.failed)
+        for sequence, found in computed.prompt_logprobs.items():
+            if np.isnan(found.logprobs).any():
+                failed[sequence] = _no_prompt_logprobs(sequence)
+                self._clear(sequence)
         sampled = step.decode.sampled + (step.prefill.sampled if step.prefill is not None else [])
         for sequence, sample in zip(sampled, computed.samples, strict=True):
             if sample.token_id < 0 and sequence not in failed:
@@ -247,4 +256,11 @@ def _no_token(sequence: Sequence, reason: int) -> HalfmoonError:
         f"the model's logits for token {number} of {sequence.request_id} are not finite; check the checkpoint, and in float16 try "
         "another model.dtype",
         token=number,
+    )
+
+
+def _no_prompt_logprobs(sequence: Sequence) -> NonFiniteLogits:
+    return NonFiniteLogits(
+        f"the model's logits for tokens of {sequence.request_id}'s prompt are not finite; check the checkpoint, and in float16 try another "
+        "model.dtype"
     )

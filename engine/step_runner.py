@@ -15,7 +15,7 @@ from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 from ..protocol.errors import HalfmoonError, SequenceFailed
-from .executor import NOT_FINITE, BlockPush, Executor, StepFailed, TokenSample
+from .executor import NOT_FINITE, BlockPush, Executor, PromptLogprobs, StepFailed, TokenSample
 from .sequence import Sequence, StepChunk
 
 logger = logging.getLogger(__name__)
@@ -26,11 +26,13 @@ MAX_BARREN_STEPS = 8  # in a row, of which no chunk could be computed: then it i
 class Computed(NamedTuple):
     samples: list[TokenSample]  # of every chunk that samples, in their order; those of failed sequences mean nothing
     failed: dict[Sequence, HalfmoonError]
+    prompt_logprobs: dict[Sequence, PromptLogprobs]
 
 
 class _Found(NamedTuple):
     samples: dict[Sequence, TokenSample]
     failed: dict[Sequence, HalfmoonError]
+    prompt_logprobs: dict[Sequence, PromptLogprobs]
 
 
 class StepRunner:
@@ -47,7 +49,7 @@ class StepRunner:
 
     def run(self, chunks: Seq[StepChunk], pushes: Seq[BlockPush]) -> Computed:
         """Raises DeviceLost, and StepFailed where nothing could be computed MAX_BARREN_STEPS times in a row."""
-        found = _Found({}, {})
+        found = _Found({}, {}, {})
         groups = [[chunk for chunk in chunks if not chunk.sequence.suspect], *([chunk] for chunk in chunks if chunk.sequence.suspect)]
         for group in groups:
             if group:
@@ -58,18 +60,20 @@ class StepRunner:
             raise StepFailed(f"in {self._num_barren} steps in a row nothing could be computed; the last: {next(iter(failed.values()))}")
         self.running = []
         none = TokenSample(NOT_FINITE, None, [])
-        return Computed([found.samples.get(chunk.sequence, none) for chunk in chunks if chunk.is_last], failed)
+        samples = [found.samples.get(chunk.sequence, none) for chunk in chunks if chunk.is_last]
+        return Computed(samples, failed, found.prompt_logprobs)
 
     def _run(self, chunks: list[StepChunk], pushes: list[BlockPush], found: _Found, num_pushed_layers: int | None = None) -> None:
         """num_pushed_layers: by the run that failed; the others follow the retry. None: this is the first run."""
         self.running = [chunk.sequence for chunk in chunks]
         try:
-            samples = self._executor.run(chunks, pushes if num_pushed_layers is None else ())
+            outcome = self._executor.run(chunks, pushes if num_pushed_layers is None else ())
         except StepFailed as failure:
             num_pushed = failure.num_pushed_layers if num_pushed_layers is None else num_pushed_layers
             self._isolate(chunks, pushes, found, num_pushed, failure)
             return
-        found.samples.update(zip([chunk.sequence for chunk in chunks if chunk.is_last], samples, strict=True))
+        found.samples.update(zip([chunk.sequence for chunk in chunks if chunk.is_last], outcome.samples, strict=True))
+        found.prompt_logprobs.update(outcome.prompt_logprobs)
         if pushes and num_pushed_layers is not None:
             for layer in range(num_pushed_layers, self._executor.facts.schema.num_layers):
                 self._executor.pages.push(pushes, range(layer, layer + 1))

@@ -9,7 +9,7 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
-from ..engine.executor import TokenSample
+from ..engine.executor import PromptLogprobs, TokenSample
 from ..engine.prefix_loader import CachedPrefix
 from ..engine.sequence import Sequence
 from ..kvstore.client import BlockWriter, StoreClient
@@ -30,6 +30,7 @@ class PrefillJob:
     client: StoreClient | None = None
     writer: BlockWriter | None = None
     sample: TokenSample | None = None
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list[PromptLogprobs])  # in order, a step each
     prefix: CachedPrefix = field(default_factory=CachedPrefix)
     arrived: float = field(default_factory=time.monotonic)
     first_chunk: float = 0.0

@@ -57,6 +57,8 @@ class PrefillSteps:
             job = self._jobs.get(chunk.sequence)
             if job is not None:
                 job.compute_s += run.seconds_per_token * chunk.num_tokens
+                if (scored := run.prompt_logprobs.get(chunk.sequence)) is not None:
+                    job.prompt_logprobs.append(scored)
         done: list[PrefillJob] = []
         for sequence, sample in zip(part.sampled, samples, strict=True):
             job = self._jobs.get(sequence)

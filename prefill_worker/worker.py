@@ -27,7 +27,7 @@ from ..protocol.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from .job import PrefillJob
 from .pusher import push_prefix
 from .scheduler import PrefillScheduler
-from .service import PrefillService
+from .service import Prefilled, PrefillService
 from .steps import PrefillSteps
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class PrefillHalf:
         scheduler = self.scheduler
         return HalfLoad(scheduler.num_running, scheduler.num_waiting, 0, scheduler.num_outstanding_tokens, [])
 
-    async def prefill(self, request: worker_pb2.PrefillRequest) -> common_pb2.HandoffState:
+    async def prefill(self, request: worker_pb2.PrefillRequest) -> Prefilled:
         """Computes the prompt's KV into the hand-off and samples the first token; returns once the hand-off is sealed.
 
         Cancelling it frees what it held. Any other error also reaches whoever waits for the hand-off.
@@ -82,7 +82,7 @@ class PrefillHalf:
         try:
             state = await self._prefill(job)
             error = None
-            return state
+            return Prefilled(state, job.prompt_logprobs)
         except asyncio.CancelledError:
             if job.error is None:
                 error = RequestCancelled(f"request {job.sequence.request_id} was cancelled in prefill")

@@ -40,6 +40,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     num_logprobs: int | None = None  # None: none; k: the sampled token's and the k likeliest
+    num_prompt_logprobs: int | None = None  # of the prompt's own tokens, as num_logprobs; no cached prefix is used then
     grammar: Grammar | None = None  # that the answer's text has to match; None: any text
 
     def __post_init__(self) -> None:
@@ -53,8 +54,9 @@ class SamplingParams:
         self._require_range("seed", 0, MAX_SEED)
         self._require_range("max_tokens", 1, 2**31 - 1)
         self._require_range("min_tokens", 0, self.max_tokens)
-        if self.num_logprobs is not None:
-            self._require_range("num_logprobs", 0, MAX_LOGPROBS)
+        for name in ("num_logprobs", "num_prompt_logprobs"):
+            if getattr(self, name) is not None:
+                self._require_range(name, 0, MAX_LOGPROBS)
         if self.grammar is not None and self.ignore_eos:
             raise InvalidRequest(
                 "ignore_eos can't be asked for with response_format, whose answer ends with its grammar", param="ignore_eos"
@@ -82,7 +84,8 @@ class SamplingParams:
         values = {item.name: getattr(message, item.name) for item in dataclasses.fields(cls)}
         values["stop_token_ids"] = tuple(message.stop_token_ids)
         values["logit_bias"] = dict(message.logit_bias)
-        values["num_logprobs"] = message.num_logprobs if message.HasField("num_logprobs") else None
+        for name in ("num_logprobs", "num_prompt_logprobs"):
+            values[name] = getattr(message, name) if message.HasField(name) else None
         values["grammar"] = Grammar(message.grammar.kind, message.grammar.text) if message.HasField("grammar") else None
         return cls(**values)
 

@@ -80,6 +80,21 @@ ANSWER = "The quick brown fox, 日本語 and 😀 jumps over the lazy dog."
 Script = Callable[[common_pb2.SequenceSpec], list[int]]
 
 
+def prompt_scores(sequence: common_pb2.SequenceSpec, size: int = 3) -> list[common_pb2.PromptLogprobs]:
+    """Token i of a prompt has the log probability -i / 8 and the rank i; the r-th likeliest is the r-th token behind it, with -r / 4."""
+    parts: list[common_pb2.PromptLogprobs] = []
+    for start in range(1, sequence.num_prompt_tokens, size):
+        part = common_pb2.PromptLogprobs(start=start)
+        for index in range(start, min(start + size, sequence.num_prompt_tokens)):
+            part.logprobs.append(-index / 8)
+            part.ranks.append(index)
+            for rank in range(sequence.sampling.num_prompt_logprobs):
+                part.top_token_ids.append((sequence.token_ids[index] + rank) % VOCAB_SIZE)
+                part.top_logprobs.append(-rank / 4)
+        parts.append(part)
+    return parts
+
+
 class Feeds:
     """The token feeds of scripted workers: each token is a message of its own."""
 
@@ -158,6 +173,12 @@ class ScriptedWorkers(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.Dec
     @unary_boundary
     async def Prefill(self, request: worker_pb2.PrefillRequest, context: grpc.aio.ServicerContext) -> worker_pb2.PrefillReply:
         return worker_pb2.PrefillReply(state=self._state(request.sequence))
+
+    @unary_boundary
+    async def PrefillWithLogprobs(self, request: worker_pb2.PrefillRequest, context: grpc.aio.ServicerContext) -> None:
+        for part in prompt_scores(request.sequence):
+            await context.write(worker_pb2.PrefillReply(prompt_logprobs=part))
+        await context.write(worker_pb2.PrefillReply(state=self._state(request.sequence)))
 
     @unary_boundary
     async def Decode(self, request: worker_pb2.DecodeRequest, context: grpc.aio.ServicerContext) -> None:

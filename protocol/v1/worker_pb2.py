@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from halfmoon.protocol.v1 import common_pb2 as halfmoon_dot_protocol_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!halfmoon/protocol/v1/worker.proto\x12\x0bhalfmoon.v1\x1a!halfmoon/protocol/v1/common.proto\"!\n\x0bStopRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1a\n\tStopReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"Y\n\nPrefixHint\x12\x15\n\rstore_address\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12 \n\x03ssd\x18\x03 \x01(\x0e\x32\x13.halfmoon.v1.SsdUse\"\xe4\x01\n\x0ePrefillRequest\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.halfmoon.v1.SequenceSpec\x12\'\n\x07handoff\x18\x02 \x01(\x0b\x32\x16.halfmoon.v1.HandoffId\x12\x15\n\rstore_address\x18\x03 \x01(\t\x12\'\n\x06prefix\x18\x04 \x01(\x0b\x32\x17.halfmoon.v1.PrefixHint\x12\x16\n\x0eskip_own_store\x18\x05 \x01(\x08\x12$\n\x07own_ssd\x18\x06 \x01(\x0e\x32\x13.halfmoon.v1.SsdUse\"8\n\x0cPrefillReply\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.halfmoon.v1.HandoffState\"\xf0\x01\n\rDecodeRequest\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.halfmoon.v1.SequenceSpec\x12\'\n\x07handoff\x18\x02 \x01(\x0b\x32\x16.halfmoon.v1.HandoffId\x12\x15\n\rlocal_prefill\x18\x03 \x01(\x08\x12\x0f\n\x07\x66\x65\x65\x64_id\x18\x04 \x01(\t\x12\x0c\n\x04\x63\x61ll\x18\x05 \x01(\r\x12\x15\n\rstore_address\x18\x06 \x01(\t\x12\x16\n\x0eskip_own_store\x18\x07 \x01(\x08\x12$\n\x07own_ssd\x18\x08 \x01(\x0e\x32\x13.halfmoon.v1.SsdUse\" \n\rTokensRequest\x12\x0f\n\x07\x66\x65\x65\x64_id\x18\x01 \x01(\t\"\xa0\x01\n\nStepTokens\x12\r\n\x05\x63\x61lls\x18\x01 \x03(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\x07outputs\x18\x03 \x03(\x0b\x32\x1e.halfmoon.v1.StepTokens.Output\x1a?\n\x06Output\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\r\x12\'\n\x05token\x18\x02 \x01(\x0b\x32\x18.halfmoon.v1.TokenOutput\"\xaf\x03\n\x0b\x44\x65\x63odeReply\x12\x35\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32!.halfmoon.v1.DecodeReply.AdmittedH\x00\x12\x31\n\x06tokens\x18\x02 \x01(\x0b\x32\x1f.halfmoon.v1.DecodeReply.TokensH\x00\x12\x35\n\x08\x66inished\x18\x03 \x01(\x0b\x32!.halfmoon.v1.DecodeReply.FinishedH\x00\x1aL\n\x08\x41\x64mitted\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.halfmoon.v1.HandoffState\x12\x16\n\x0ehandoff_wait_s\x18\x02 \x01(\x01\x1a\x32\n\x06Tokens\x12(\n\x06tokens\x18\x01 \x03(\x0b\x32\x18.halfmoon.v1.TokenOutput\x1at\n\x08\x46inished\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.halfmoon.v1.FinishReason\x12)\n\x06phases\x18\x02 \x01(\x0b\x32\x19.halfmoon.v1.DecodePhases\x12\x12\n\nnum_tokens\x18\x03 \x01(\rB\x07\n\x05\x65vent2R\n\rPrefillWorker\x12\x41\n\x07Prefill\x12\x1b.halfmoon.v1.PrefillRequest\x1a\x19.halfmoon.v1.PrefillReply2\xcb\x01\n\x0c\x44\x65\x63odeWorker\x12@\n\x06\x44\x65\x63ode\x12\x1a.halfmoon.v1.DecodeRequest\x1a\x18.halfmoon.v1.DecodeReply0\x01\x12?\n\x06Tokens\x12\x1a.halfmoon.v1.TokensRequest\x1a\x17.halfmoon.v1.StepTokens0\x01\x12\x38\n\x04Stop\x12\x18.halfmoon.v1.StopRequest\x1a\x16.halfmoon.v1.StopReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!halfmoon/protocol/v1/worker.proto\x12\x0bhalfmoon.v1\x1a!halfmoon/protocol/v1/common.proto\"!\n\x0bStopRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1a\n\tStopReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"Y\n\nPrefixHint\x12\x15\n\rstore_address\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12 \n\x03ssd\x18\x03 \x01(\x0e\x32\x13.halfmoon.v1.SsdUse\"\xe4\x01\n\x0ePrefillRequest\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.halfmoon.v1.SequenceSpec\x12\'\n\x07handoff\x18\x02 \x01(\x0b\x32\x16.halfmoon.v1.HandoffId\x12\x15\n\rstore_address\x18\x03 \x01(\t\x12\'\n\x06prefix\x18\x04 \x01(\x0b\x32\x17.halfmoon.v1.PrefixHint\x12\x16\n\x0eskip_own_store\x18\x05 \x01(\x08\x12$\n\x07own_ssd\x18\x06 \x01(\x0e\x32\x13.halfmoon.v1.SsdUse\"n\n\x0cPrefillReply\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.halfmoon.v1.HandoffState\x12\x34\n\x0fprompt_logprobs\x18\x02 \x01(\x0b\x32\x1b.halfmoon.v1.PromptLogprobs\"\xf0\x01\n\rDecodeRequest\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.halfmoon.v1.SequenceSpec\x12\'\n\x07handoff\x18\x02 \x01(\x0b\x32\x16.halfmoon.v1.HandoffId\x12\x15\n\rlocal_prefill\x18\x03 \x01(\x08\x12\x0f\n\x07\x66\x65\x65\x64_id\x18\x04 \x01(\t\x12\x0c\n\x04\x63\x61ll\x18\x05 \x01(\r\x12\x15\n\rstore_address\x18\x06 \x01(\t\x12\x16\n\x0eskip_own_store\x18\x07 \x01(\x08\x12$\n\x07own_ssd\x18\x08 \x01(\x0e\x32\x13.halfmoon.v1.SsdUse\" \n\rTokensRequest\x12\x0f\n\x07\x66\x65\x65\x64_id\x18\x01 \x01(\t\"\xa0\x01\n\nStepTokens\x12\r\n\x05\x63\x61lls\x18\x01 \x03(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\x07outputs\x18\x03 \x03(\x0b\x32\x1e.halfmoon.v1.StepTokens.Output\x1a?\n\x06Output\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\r\x12\'\n\x05token\x18\x02 \x01(\x0b\x32\x18.halfmoon.v1.TokenOutput\"\xe7\x03\n\x0b\x44\x65\x63odeReply\x12\x35\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32!.halfmoon.v1.DecodeReply.AdmittedH\x00\x12\x31\n\x06tokens\x18\x02 \x01(\x0b\x32\x1f.halfmoon.v1.DecodeReply.TokensH\x00\x12\x35\n\x08\x66inished\x18\x03 \x01(\x0b\x32!.halfmoon.v1.DecodeReply.FinishedH\x00\x12\x36\n\x0fprompt_logprobs\x18\x04 \x01(\x0b\x32\x1b.halfmoon.v1.PromptLogprobsH\x00\x1aL\n\x08\x41\x64mitted\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.halfmoon.v1.HandoffState\x12\x16\n\x0ehandoff_wait_s\x18\x02 \x01(\x01\x1a\x32\n\x06Tokens\x12(\n\x06tokens\x18\x01 \x03(\x0b\x32\x18.halfmoon.v1.TokenOutput\x1at\n\x08\x46inished\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.halfmoon.v1.FinishReason\x12)\n\x06phases\x18\x02 \x01(\x0b\x32\x19.halfmoon.v1.DecodePhases\x12\x12\n\nnum_tokens\x18\x03 \x01(\rB\x07\n\x05\x65vent2\xa3\x01\n\rPrefillWorker\x12\x41\n\x07Prefill\x12\x1b.halfmoon.v1.PrefillRequest\x1a\x19.halfmoon.v1.PrefillReply\x12O\n\x13PrefillWithLogprobs\x12\x1b.halfmoon.v1.PrefillRequest\x1a\x19.halfmoon.v1.PrefillReply0\x01\x32\xcb\x01\n\x0c\x44\x65\x63odeWorker\x12@\n\x06\x44\x65\x63ode\x12\x1a.halfmoon.v1.DecodeRequest\x1a\x18.halfmoon.v1.DecodeReply0\x01\x12?\n\x06Tokens\x12\x1a.halfmoon.v1.TokensRequest\x1a\x17.halfmoon.v1.StepTokens0\x01\x12\x38\n\x04Stop\x12\x18.halfmoon.v1.StopRequest\x1a\x16.halfmoon.v1.StopReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,25 +41,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREFILLREQUEST']._serialized_start=240
   _globals['_PREFILLREQUEST']._serialized_end=468
   _globals['_PREFILLREPLY']._serialized_start=470
-  _globals['_PREFILLREPLY']._serialized_end=526
-  _globals['_DECODEREQUEST']._serialized_start=529
-  _globals['_DECODEREQUEST']._serialized_end=769
-  _globals['_TOKENSREQUEST']._serialized_start=771
-  _globals['_TOKENSREQUEST']._serialized_end=803
-  _globals['_STEPTOKENS']._serialized_start=806
-  _globals['_STEPTOKENS']._serialized_end=966
-  _globals['_STEPTOKENS_OUTPUT']._serialized_start=903
-  _globals['_STEPTOKENS_OUTPUT']._serialized_end=966
-  _globals['_DECODEREPLY']._serialized_start=969
-  _globals['_DECODEREPLY']._serialized_end=1400
-  _globals['_DECODEREPLY_ADMITTED']._serialized_start=1145
-  _globals['_DECODEREPLY_ADMITTED']._serialized_end=1221
-  _globals['_DECODEREPLY_TOKENS']._serialized_start=1223
-  _globals['_DECODEREPLY_TOKENS']._serialized_end=1273
-  _globals['_DECODEREPLY_FINISHED']._serialized_start=1275
-  _globals['_DECODEREPLY_FINISHED']._serialized_end=1391
-  _globals['_PREFILLWORKER']._serialized_start=1402
-  _globals['_PREFILLWORKER']._serialized_end=1484
-  _globals['_DECODEWORKER']._serialized_start=1487
-  _globals['_DECODEWORKER']._serialized_end=1690
+  _globals['_PREFILLREPLY']._serialized_end=580
+  _globals['_DECODEREQUEST']._serialized_start=583
+  _globals['_DECODEREQUEST']._serialized_end=823
+  _globals['_TOKENSREQUEST']._serialized_start=825
+  _globals['_TOKENSREQUEST']._serialized_end=857
+  _globals['_STEPTOKENS']._serialized_start=860
+  _globals['_STEPTOKENS']._serialized_end=1020
+  _globals['_STEPTOKENS_OUTPUT']._serialized_start=957
+  _globals['_STEPTOKENS_OUTPUT']._serialized_end=1020
+  _globals['_DECODEREPLY']._serialized_start=1023
+  _globals['_DECODEREPLY']._serialized_end=1510
+  _globals['_DECODEREPLY_ADMITTED']._serialized_start=1255
+  _globals['_DECODEREPLY_ADMITTED']._serialized_end=1331
+  _globals['_DECODEREPLY_TOKENS']._serialized_start=1333
+  _globals['_DECODEREPLY_TOKENS']._serialized_end=1383
+  _globals['_DECODEREPLY_FINISHED']._serialized_start=1385
+  _globals['_DECODEREPLY_FINISHED']._serialized_end=1501
+  _globals['_PREFILLWORKER']._serialized_start=1513
+  _globals['_PREFILLWORKER']._serialized_end=1676
+  _globals['_DECODEWORKER']._serialized_start=1679
+  _globals['_DECODEWORKER']._serialized_end=1882
 # @@protoc_insertion_point(module_scope)

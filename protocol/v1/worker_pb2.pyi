@@ -45,10 +45,12 @@ class PrefillRequest(_message.Message):
     def __init__(self, sequence: _Optional[_Union[_common_pb2.SequenceSpec, _Mapping]] = ..., handoff: _Optional[_Union[_common_pb2.HandoffId, _Mapping]] = ..., store_address: _Optional[str] = ..., prefix: _Optional[_Union[PrefixHint, _Mapping]] = ..., skip_own_store: bool = ..., own_ssd: _Optional[_Union[_common_pb2.SsdUse, str]] = ...) -> None: ...
 
 class PrefillReply(_message.Message):
-    __slots__ = ("state",)
+    __slots__ = ("state", "prompt_logprobs")
     STATE_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     state: _common_pb2.HandoffState
-    def __init__(self, state: _Optional[_Union[_common_pb2.HandoffState, _Mapping]] = ...) -> None: ...
+    prompt_logprobs: _common_pb2.PromptLogprobs
+    def __init__(self, state: _Optional[_Union[_common_pb2.HandoffState, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[_common_pb2.PromptLogprobs, _Mapping]] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
     __slots__ = ("sequence", "handoff", "local_prefill", "feed_id", "call", "store_address", "skip_own_store", "own_ssd")
@@ -94,7 +96,7 @@ class StepTokens(_message.Message):
     def __init__(self, calls: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[_Union[StepTokens.Output, _Mapping]]] = ...) -> None: ...
 
 class DecodeReply(_message.Message):
-    __slots__ = ("admitted", "tokens", "finished")
+    __slots__ = ("admitted", "tokens", "finished", "prompt_logprobs")
     class Admitted(_message.Message):
         __slots__ = ("state", "handoff_wait_s")
         STATE_FIELD_NUMBER: _ClassVar[int]
@@ -119,7 +121,9 @@ class DecodeReply(_message.Message):
     ADMITTED_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     admitted: DecodeReply.Admitted
     tokens: DecodeReply.Tokens
     finished: DecodeReply.Finished
-    def __init__(self, admitted: _Optional[_Union[DecodeReply.Admitted, _Mapping]] = ..., tokens: _Optional[_Union[DecodeReply.Tokens, _Mapping]] = ..., finished: _Optional[_Union[DecodeReply.Finished, _Mapping]] = ...) -> None: ...
+    prompt_logprobs: _common_pb2.PromptLogprobs
+    def __init__(self, admitted: _Optional[_Union[DecodeReply.Admitted, _Mapping]] = ..., tokens: _Optional[_Union[DecodeReply.Tokens, _Mapping]] = ..., finished: _Optional[_Union[DecodeReply.Finished, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[_common_pb2.PromptLogprobs, _Mapping]] = ...) -> None: ...

@@ -39,6 +39,11 @@ class PrefillWorkerStub(object):
                 request_serializer=halfmoon_dot_protocol_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=halfmoon_dot_protocol_dot_v1_dot_worker__pb2.PrefillReply.FromString,
                 _registered_method=True)
+        self.PrefillWithLogprobs = channel.unary_stream(
+                '/halfmoon.v1.PrefillWorker/PrefillWithLogprobs',
+                request_serializer=halfmoon_dot_protocol_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
+                response_deserializer=halfmoon_dot_protocol_dot_v1_dot_worker__pb2.PrefillReply.FromString,
+                _registered_method=True)
 
 
 class PrefillWorkerServicer(object):
@@ -51,11 +56,23 @@ class PrefillWorkerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PrefillWithLogprobs(self, request, context):
+        """As Prefill, for a sequence with num_prompt_logprobs: these come first, in several replies, and the last one has the state.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrefillWorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Prefill': grpc.unary_unary_rpc_method_handler(
                     servicer.Prefill,
+                    request_deserializer=halfmoon_dot_protocol_dot_v1_dot_worker__pb2.PrefillRequest.FromString,
+                    response_serializer=halfmoon_dot_protocol_dot_v1_dot_worker__pb2.PrefillReply.SerializeToString,
+            ),
+            'PrefillWithLogprobs': grpc.unary_stream_rpc_method_handler(
+                    servicer.PrefillWithLogprobs,
                     request_deserializer=halfmoon_dot_protocol_dot_v1_dot_worker__pb2.PrefillRequest.FromString,
                     response_serializer=halfmoon_dot_protocol_dot_v1_dot_worker__pb2.PrefillReply.SerializeToString,
             ),
@@ -85,6 +102,33 @@ class PrefillWorker(object):
             request,
             target,
             '/halfmoon.v1.PrefillWorker/Prefill',
+            halfmoon_dot_protocol_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
+            halfmoon_dot_protocol_dot_v1_dot_worker__pb2.PrefillReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PrefillWithLogprobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/halfmoon.v1.PrefillWorker/PrefillWithLogprobs',
             halfmoon_dot_protocol_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
             halfmoon_dot_protocol_dot_v1_dot_worker__pb2.PrefillReply.FromString,
             options,

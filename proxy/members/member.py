@@ -73,6 +73,9 @@ class Member:
         self.start_prefill: Any = self._channel.unary_unary(
             "/halfmoon.v1.PrefillWorker/Prefill", response_deserializer=worker_pb2.PrefillReply.FromString
         )
+        self.start_prefill_with_logprobs: Any = self._channel.unary_stream(
+            "/halfmoon.v1.PrefillWorker/PrefillWithLogprobs", response_deserializer=worker_pb2.PrefillReply.FromString
+        )
         self.start_decode: Any = self._channel.unary_stream(
             "/halfmoon.v1.DecodeWorker/Decode", response_deserializer=worker_pb2.DecodeReply.FromString
         )

@@ -6,20 +6,16 @@ text is put in: head + "…" + tail.
 
 from __future__ import annotations
 
-import json
 from json.encoder import encode_basestring
 from typing import Any
 
 from ..requests.generation import ChoiceEnd, Generation, GenerationEvent, TextDelta
+from .encoded import to_json
 from .errors import error_body, typed
 from .replies import Shape
 
 DONE = b"data: [DONE]\n\n"
 _HOLE = "\0"  # stands in a frame where the text goes
-
-
-def to_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def to_event(value: Any) -> bytes:
@@ -54,33 +50,32 @@ class ChunkWriter:
                     raise
                 self._over = True
                 return to_event(error_body(typed(error, self._path), self._path))
-            found = b"".join([self._of(event) for event in events]) if events else self._last()
+            found = b"" if events else self._last()
+            for event in events:
+                if event.index not in self._frames:
+                    found += await self._opening(event.index)
+                found += self._of(event)
             if found:
                 self._begun = True
                 return found
         return b""
 
     def _of(self, event: GenerationEvent) -> bytes:
-        frame = self._frames.get(event.index)
-        opening = b""
-        if frame is None:
-            frame, opening = self._open(event.index)
         if isinstance(event, ChoiceEnd):
             self._ends.append(event)
-            return opening + self._event(self._shape.last_chunk(event), event.index)
+            return self._event(self._shape.last_chunk(event), event.index)
         if self._running_usage:
             self._num_tokens[event.index] = self._num_tokens.get(event.index, 0) + len(event.token_ids)
         if event.token_texts or ((self._running_usage or self._shape.wants_token_ids) and event.token_ids):
-            return opening + self._event(self._shape.chunk(event.index, event.text, event.token_texts, event.token_ids), event.index)
-        return opening + self._text(frame, event) if event.text else opening
+            return self._event(self._shape.chunk(event.index, event.text, event.token_texts, event.token_ids), event.index)
+        return self._text(self._frames[event.index], event) if event.text else b""
 
-    def _open(self, index: int) -> tuple[tuple[bytes, bytes], bytes]:
-        """The frame of a choice's text, and the events that come before its first text."""
+    async def _opening(self, index: int) -> bytes:
+        """The events that come before a choice's first text; makes the frame of its text."""
         head, hole, tail = self._event(self._shape.chunk(index, _HOLE, []), index).partition(to_json(_HOLE).encode())
         assert hole, "a chunk's text does not stand in it"
-        frame = self._frames[index] = (head, tail)
-        opening = self._shape.opening(index)
-        return frame, b"" if opening is None else self._event(opening, index)
+        self._frames[index] = (head, tail)
+        return b"".join([self._event(chunk, index) async for chunk in self._shape.openings(index)])
 
     def _text(self, frame: tuple[bytes, bytes], delta: TextDelta) -> bytes:
         head, tail = frame

@@ -19,7 +19,7 @@ from uvicorn.server import ServerState
 from ...protocol.config import ProxyConfig
 from ...protocol.errors import HalfmoonError, HeadTooLarge, InvalidRequest, Overloaded, RequestTimeout
 from ..face_metrics import FaceMetrics
-from .chunks import to_json
+from .encoded import to_json
 from .errors import error_body
 
 MIN_TAKEN_BYTES = 2**14

@@ -60,6 +60,16 @@ class Extension(Described):
     """A phase record for each choice."""
 
 
+class PromptLogprob(Described):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""Of each token of a prompt: the likeliest and itself, by their ids; null for the first."""
+
+
 class Choice(Described):
     index: int
     finish_reason: Literal["stop", "length"]
@@ -73,6 +83,7 @@ class CompletionChoice(Choice):
     text: str
     logprobs: dict[str, list[Any]] | None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Spelled(Described):
@@ -120,6 +131,7 @@ class ChatReply(Envelope):
     choices: list[ChatChoice]
     service_tier: Literal["default"]
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class ModelReply(Described):

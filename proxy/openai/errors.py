@@ -27,13 +27,19 @@ UNAVAILABLE_RETRY_S = 1
 OPENAI_CODES: dict[type[HalfmoonError], str] = {PromptTooLong: "context_length_exceeded", UnknownModel: "model_not_found"}
 """Codes that clients look for, where ours differ."""
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
-# OpenAI's names for fields that SamplingParams and GenerateRequest name differently
+# OpenAI's and vLLM's names for fields that SamplingParams and GenerateRequest name differently
+_COMMON_NAMES = {"timeout_s": "timeout", "ttft_slo_s": "slo.ttft", "tpot_slo_s": "slo.tpot", "num_prompt_logprobs": "prompt_logprobs"}
 _NAMES = {"/v1/completions": {"num_logprobs": "logprobs"}, "/v1/chat/completions": {"num_logprobs": "top_logprobs"}}
 _BODIES = {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody}
 
 
 def error_body(error: HalfmoonError, path: str) -> dict[str, Any]:
-    names = {"timeout_s": "timeout", "ttft_slo_s": "slo.ttft", "tpot_slo_s": "slo.tpot"} | _NAMES.get(path, {})
+    names = {
+        "timeout_s": "timeout",
+        "num_prompt_logprobs": "prompt_logprobs",
+        "ttft_slo_s": "slo.ttft",
+        "tpot_slo_s": "slo.tpot",
+    } | _NAMES.get(path, {})
     message, param = error.message, error.fields.get("param")
     if param in names:
         message, param = message.replace(param, names[param]), names[param]

@@ -27,7 +27,7 @@ from ..requests.readiness import missing_parts
 from ..tenants.gate import Gate
 from .body import body_route
 from .browsers import for_browsers
-from .chunks import ChunkWriter, to_json
+from .chunks import ChunkWriter
 from .counted import counted
 from .described import (
     ChatReply,
@@ -40,6 +40,7 @@ from .described import (
     replies,
     streamed,
 )
+from .encoded import to_json
 from .errors import install_error_handlers
 from .event_stream import EventStream, until_disconnect
 from .head import head_as_get
@@ -70,7 +71,9 @@ def _routes(generator: Generator, process: RequestProcess, *, shows_requests: bo
         generate_request = _asked(body, request)
         generation = await generator.open(generate_request)
         echoes = await generator.decode_aside(body.prompts) if body.echo else []
-        shape = CompletionShape(generation, n=generate_request.n, wants_logprobs=body.logprobs is not None, echoes=echoes)
+        shape = CompletionShape(
+            generation, n=generate_request.n, wants_logprobs=body.logprobs is not None, echoes=echoes, forms=body.prompt_forms
+        )
         return await _reply(request, generation, shape, body)
 
     @app.post("/v1/chat/completions", responses=streamed(ChatReply))
@@ -78,7 +81,7 @@ def _routes(generator: Generator, process: RequestProcess, *, shows_requests: bo
         """Answers a conversation, by the model's chat template."""
         generate_request = _asked(body, request)
         generation = await generator.open(generate_request)
-        shape = ChatShape(generation, n=generate_request.n, wants_logprobs=bool(body.logprobs))
+        shape = ChatShape(generation, n=generate_request.n, wants_logprobs=bool(body.logprobs), forms=body.prompt_forms)
         return await _reply(request, generation, shape, body)
 
     @app.get("/v1/models", responses=replies(ModelsReply))
@@ -113,7 +116,7 @@ async def _reply(request: Request, generation: Generation, shape: Shape, body: G
         await stack.enter_async_context(generation)
         if not body.stream:
             choices = await until_disconnect(request.receive, _collect(generation))
-            return _json(shape.whole(choices), headers=headers)
+            return _encoded(await shape.whole_json(choices), headers=headers)
         writer = ChunkWriter(generation, shape, request.url.path, usage=body.wants_usage, running_usage=body.wants_running_usage)
         # the status line waits for the first event, so an error before it still gets its own status
         first = await until_disconnect(request.receive, writer.next())
@@ -155,4 +158,8 @@ def _model(generator: Generator, created: int) -> dict[str, Any]:
 
 
 def _json(value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(to_json(value), status, headers, media_type="application/json")
+    return _encoded(to_json(value), status=status, headers=headers)
+
+
+def _encoded(text: str, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(text, status, headers, media_type="application/json")

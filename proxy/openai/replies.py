@@ -7,7 +7,7 @@ ChatShape        chat.completion        chat.completion.chunk      message | del
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,8 +15,9 @@ from ...client.completion import PhaseRecord
 from ...protocol.v1 import common_pb2
 from ..requests.choice_text import TokenText
 from ..requests.generation import ChoiceEnd, Generation
+from .encoded import spliced, to_json
+from .prompt_scores import LEAST_LOGPROB, UNSCORED, PromptForms, legacy_part, listed_part, prompt_json
 
-LEAST_LOGPROB = -9999.0  # a masked token has -inf, which JSON lacks; OpenAI sends this instead
 _REASONS = {common_pb2.FINISH_REASON_STOP: "stop", common_pb2.FINISH_REASON_LENGTH: "length"}
 
 
@@ -30,13 +31,16 @@ class WholeChoice:
 
 
 class Shape:
-    """echoes: the prompts, if each is to be repeated before its answers."""
+    """echoes: the prompts, if each is to be repeated before its answers. forms: of the prompts' log probabilities."""
 
     id_prefix: ClassVar[str]
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
 
-    def __init__(self, generation: Generation, *, n: int, wants_logprobs: bool, echoes: Sequence[str] = ()) -> None:
+    def __init__(
+        self, generation: Generation, *, n: int, wants_logprobs: bool, echoes: Sequence[str] = (), forms: PromptForms = UNSCORED
+    ) -> None:
+        self.forms = forms
         self._generation = generation
         self._n = n
         self.wants_logprobs = wants_logprobs
@@ -48,8 +52,17 @@ class Shape:
         reply = self._envelope(self.whole_object, [self._whole_choice(choice) for choice in choices])
         return reply | {"usage": self.usage(ends), "halfmoon": self._extension(ends)}
 
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """The chunk before a choice's first text, or None."""
+    async def whole_json(self, choices: Sequence[WholeChoice]) -> str:
+        """The reply. Raises nothing of a request's: it has ended."""
+        reply = self.whole(choices)
+        return await self._scored_json(reply) if self.forms.any else to_json(reply)
+
+    def openings(self, index: int) -> AsyncIterator[dict[str, Any]]:
+        """The chunks before a choice's first text."""
+        raise NotImplementedError
+
+    async def _scored_json(self, reply: dict[str, Any]) -> str:
+        """With the prompts' log probabilities, which are encoded in parts."""
         raise NotImplementedError
 
     def chunk(self, index: int, text: str, token_texts: Sequence[TokenText], token_ids: Sequence[int] = ()) -> dict[str, Any]:
@@ -111,25 +124,49 @@ class CompletionShape(Shape):
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
-    def opening(self, index: int) -> dict[str, Any] | None:
-        if not self.echoes and not self.wants_token_ids:
-            return None
-        opening = self.chunk(index, self.echoes[index // self._n] if self.echoes else "", [])
-        opening["choices"][0] |= self._prompt(index)
+    async def openings(self, index: int) -> AsyncIterator[dict[str, Any]]:
+        echo, prompt = self._echo(index), self._prompt(index)
+        if not self.forms.any:
+            if self.echoes or prompt:
+                yield self._opening(index, echo, prompt)
+            return
+        forms, text, begin, num_given = self.forms, self._generation.prompt_text(index), 0, 0
+        async for part in text.parts():
+            num_given += len(part)
+            end = len(echo) if num_given == text.num_tokens else min(part[-1].text_end, len(echo))
+            legacy = {} if forms.echoed is None else {"logprobs": legacy_part(part, forms.echoed, len(echo))}
+            listed = {} if forms.listed is None else {"prompt_logprobs": listed_part(part, forms.listed)}
+            yield self._opening(index, echo[begin:end], {**legacy, **listed, **prompt})
+            begin, prompt = end, {}
+
+    def _opening(self, index: int, text: str, fields: dict[str, Any]) -> dict[str, Any]:
+        opening = self.chunk(index, text, [])
+        opening["choices"][0] |= fields
         return opening
+
+    async def _scored_json(self, reply: dict[str, Any]) -> str:
+        choices: list[str] = []
+        for choice in reply["choices"]:
+            index = choice["index"]
+            found = await prompt_json(self._generation.prompt_text(index), self.forms, len(self._echo(index)), choice["logprobs"])
+            choices.append(spliced(choice | dict.fromkeys(found), found))
+        return spliced(reply | {"choices": None}, {"choices": f"[{','.join(choices)}]"})
+
+    def _echo(self, index: int) -> str:
+        return self.echoes[index // self._n] if self.echoes else ""
 
     def _whole_choice(self, choice: WholeChoice) -> dict[str, Any]:
         assert choice.end is not None
-        echo = self.echoes[choice.index // self._n] if self.echoes else ""
         reason = _REASONS[choice.end.reason]
-        whole = self._chunk_choice(choice.index, echo + "".join(choice.texts), choice.token_texts, reason)
+        whole = self._chunk_choice(choice.index, self._echo(choice.index) + "".join(choice.texts), choice.token_texts, reason)
         return whole | self._ended(choice) | self._prompt(choice.index)
 
     def _prompt(self, index: int) -> dict[str, Any]:
         return {"prompt_token_ids": list(self._generation.prompts[index // self._n])} if self.wants_token_ids else {}
 
     def _chunk_choice(self, index: int, text: str | None, token_texts: Sequence[TokenText], reason: str | None) -> dict[str, Any]:
-        logprobs = _legacy_logprobs(token_texts) if self.wants_logprobs and text is not None else None
+        echo_len = len(self._echo(index))
+        logprobs = _legacy_logprobs(token_texts, echo_len) if self.wants_logprobs and text is not None else None
         return {"index": index, "text": text or "", "logprobs": logprobs, "finish_reason": reason}
 
 
@@ -138,9 +175,16 @@ class ChatShape(Shape):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def opening(self, index: int) -> dict[str, Any] | None:
+    async def openings(self, index: int) -> AsyncIterator[dict[str, Any]]:
         choice = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-        return self._envelope(self.chunk_object, [choice]) | self._prompt()
+        yield self._envelope(self.chunk_object, [choice]) | self._prompt()
+        if self.forms.listed is not None and index == 0:
+            async for part in self._generation.prompt_text(index).parts():
+                yield self.chunk(index, "", []) | {"prompt_logprobs": listed_part(part, self.forms.listed)}
+
+    async def _scored_json(self, reply: dict[str, Any]) -> str:
+        found = await prompt_json(self._generation.prompt_text(0), self.forms, 0, None)
+        return spliced(reply | dict.fromkeys(found), found)
 
     def whole(self, choices: Sequence[WholeChoice]) -> dict[str, Any]:
         return super().whole(choices) | self._prompt()
@@ -178,7 +222,7 @@ def _spelled(text: str, raw: bytes, logprob: float) -> dict[str, Any]:
     return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(raw)}
 
 
-def _legacy_logprobs(token_texts: Sequence[TokenText]) -> dict[str, Any]:
+def _legacy_logprobs(token_texts: Sequence[TokenText], first_offset: int) -> dict[str, Any]:
     tops: list[dict[str, float]] = []
     for token in token_texts:
         top: dict[str, float] = {}
@@ -190,5 +234,5 @@ def _legacy_logprobs(token_texts: Sequence[TokenText]) -> dict[str, Any]:
         "tokens": [token.text for token in token_texts],
         "token_logprobs": [max(token.logprob, LEAST_LOGPROB) for token in token_texts],
         "top_logprobs": tops,
-        "text_offset": [token.text_offset for token in token_texts],
+        "text_offset": [first_offset + token.text_offset for token in token_texts],
     }

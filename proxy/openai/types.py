@@ -15,6 +15,7 @@ from ...protocol.sampling import MAX_SEED
 from ..requests.choice_text import TextOptions
 from ..requests.generate_request import MAX_CHOICES, GenerateRequest
 from ..text.chat_template import OURS, ChatMessage, ChatOptions
+from .prompt_scores import PromptForms
 from .structured import GUIDED, answer_grammar
 
 IGNORED = frozenset(
@@ -125,6 +126,8 @@ class GenerateBody(BaseModel):
     truncate_prompt_tokens: int | None = None
     cache_salt: str | None = None
     return_token_ids: bool | None = None
+    prompt_logprobs: int | None = None
+    """Of the prompt's tokens, each with so many of the likeliest."""
     priority: int | None = None
     timeout: float | None = None
     response_format: dict[str, Any] | None = None
@@ -168,6 +171,10 @@ class GenerateBody(BaseModel):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options needs stream: true; leave it out or stream", param="stream_options")
 
+    @property
+    def prompt_forms(self) -> PromptForms:
+        return PromptForms(listed=self.prompt_logprobs)
+
     def shared_fields(self, num_logprobs: int | None) -> dict[str, Any]:
         """The keywords of GenerateRequest that both routes share."""
         sampling: dict[str, Any] = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
@@ -179,6 +186,9 @@ class GenerateBody(BaseModel):
             sampling["stop_token_ids"] = tuple(self.stop_token_ids)
         if num_logprobs is not None:
             sampling["num_logprobs"] = num_logprobs
+        if self.prompt_forms.any:
+            asked = [num_top for num_top in (self.prompt_forms.echoed, self.prompt_forms.listed) if num_top is not None]
+            sampling["num_prompt_logprobs"] = min(asked) if min(asked) < 0 else max(asked)  # what is out of range is refused later
         guided = {name: getattr(self, name) for name in GUIDED}
         if (grammar := answer_grammar(self.response_format, self.structured_outputs, guided)) is not None:
             sampling["grammar"] = grammar
@@ -201,6 +211,11 @@ class GenerateBody(BaseModel):
         }
 
 
+def _prompt_only(fields: dict[str, Any]) -> dict[str, Any]:
+    """max_tokens 0, where the prompt comes back."""
+    return {**fields, "max_tokens": 1, "prompt_only": True} if fields["max_tokens"] == 0 else fields
+
+
 class CompletionBody(GenerateBody):
     prompt: str | Checked[str] | Checked[int] | Checked[Checked[int]]
     logprobs: int | None = None
@@ -217,13 +232,17 @@ class CompletionBody(GenerateBody):
             return [self.prompt]  # pyright: ignore[reportReturnType] - a list of ints: its first item is one
         return list(self.prompt)  # pyright: ignore[reportReturnType]
 
+    @property
+    def prompt_forms(self) -> PromptForms:
+        return PromptForms(echoed=self.logprobs if self.echo else None, listed=self.prompt_logprobs)
+
     def to_generate_request(self) -> GenerateRequest:
         self.require_consistent()
-        if self.echo and self.logprobs is not None:
-            raise InvalidRequest("echo together with logprobs is not supported: logprobs of a prompt are not computed", param="echo")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise InvalidRequest(f"best_of is {self.best_of}, other than n, which is not supported; leave it out", param="best_of")
         fields = self.shared_fields(self.logprobs)
+        if self.echo or self.prompt_forms.any:
+            fields = _prompt_only(fields)
         return GenerateRequest(prompts=self.prompts, add_special_tokens=self.add_special_tokens is not False, **fields)
 
 
@@ -299,6 +318,8 @@ class ChatBody(GenerateBody):
         fields = self.shared_fields((self.top_logprobs or 0) if self.logprobs else None)
         if self.max_completion_tokens is not None:
             fields["max_tokens"] = self.max_completion_tokens
+        if self.prompt_forms.any:
+            fields = _prompt_only(fields)
         return GenerateRequest(messages=self.chat, chat=self.chat_options(), **fields)
 
     def chat_options(self) -> ChatOptions:

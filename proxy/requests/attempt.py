@@ -5,6 +5,7 @@ start ──┤   d's token feed ─► the other tokens ───────�
         └─► Prefill on p ─► state                                               │
    p, d or the hand-off's store leaves the cluster, a call or the feed fails ────┘
 The two streams of d are not ordered. Tokens that the feed brings before Admitted wait for it, and Finished waits for the last token.
+A sequence whose prompt's log probabilities are asked for gets them from who computes it, before all tokens: Admitted waits for them.
 A local pair has only the Decode leg and no hand-off: d computes the prompt, and neither p nor the store takes part.
 close: both calls cancelled, the store told why, what was assigned undone
 """
@@ -58,6 +59,10 @@ class AttemptListener(Protocol):
 
     def on_admitted(self, state: common_pb2.HandoffState) -> None: ...
 
+    def on_prompt_logprobs(self, logprobs: common_pb2.PromptLogprobs) -> None:
+        """Several times, in the prompt's order, before on_admitted."""
+        ...
+
     def on_tokens(self, token_ids: list[int], outputs: list[common_pb2.TokenOutput]) -> None:
         """outputs: one for each token where logprobs were asked for, else none."""
         ...
@@ -89,6 +94,8 @@ class Attempt:
         self._listener = listener
         self._metadata = None if trace is None else trace.metadata
         self._feed_call: FeedCall | None = None
+        self._unscored = sequence.sampling.HasField("num_prompt_logprobs") and not pair.is_local  # its prefill leg gives them
+        self._held: common_pb2.HandoffState | None = None  # Admitted, that came before them
         self._num_tokens = 0  # that the call has given
         self._early: list[tuple[list[int], list[common_pb2.TokenOutput]]] = []  # came before Admitted
         self._end: worker_pb2.DecodeReply.Finished | None = None
@@ -193,7 +200,9 @@ class Attempt:
             async for reply in call:
                 if self.closed:
                     return
-                if reply.HasField("admitted"):
+                if reply.HasField("prompt_logprobs"):
+                    self._listener.on_prompt_logprobs(reply.prompt_logprobs)
+                elif reply.HasField("admitted"):
                     self._admit(reply.admitted.state)
                 elif reply.HasField("finished"):
                     self._end = reply.finished
@@ -208,6 +217,9 @@ class Attempt:
             self._interrupted(member)
 
     def _admit(self, state: common_pb2.HandoffState) -> None:
+        if self._unscored:
+            self._held = state
+            return
         self.admitted = True
         self.pair.begin_decode()
         self._listener.on_admitted(state)
@@ -224,17 +236,39 @@ class Attempt:
     async def _follow_prefill(self) -> None:
         member = self.pair.prefill
         try:
-            call = member.start_prefill(self._prefill_request(), timeout=self._timeout_s, metadata=self._metadata)
-            self._calls.append(call)
-            reply = await call
+            state = await (self._prefill_with_logprobs(member) if self._unscored else self._prefill(member))
             self.prefilled = True
             self.pair.end_prefill()
-            if not self.closed:
-                self._listener.on_prefilled(reply.state)
+            if self.closed:
+                return
+            self._listener.on_prefilled(state)
+            self._unscored = False
+            if self._held is not None and not self.closed:
+                self._admit(self._held)
+        except HalfmoonError as error:
+            self._fail(member, error)
         except grpc.aio.AioRpcError as error:
             self._fail(member, _leg_error(error, member))
         except asyncio.CancelledError:
             self._interrupted(member)
+
+    async def _prefill(self, member: Member) -> common_pb2.HandoffState:
+        call = member.start_prefill(self._prefill_request(), timeout=self._timeout_s, metadata=self._metadata)
+        self._calls.append(call)
+        return (await call).state
+
+    async def _prefill_with_logprobs(self, member: Member) -> common_pb2.HandoffState:
+        call = member.start_prefill_with_logprobs(self._prefill_request(), timeout=self._timeout_s, metadata=self._metadata)
+        self._calls.append(call)
+        state: common_pb2.HandoffState | None = None
+        async for reply in call:
+            if reply.HasField("state"):
+                state = reply.state
+            elif not self.closed:
+                self._listener.on_prompt_logprobs(reply.prompt_logprobs)
+        if state is None:
+            raise InternalError(f"{member.title} ended the prefill of {self._sequence.request_id} without its state")
+        return state
 
     def _leg_broke(self, bug: Exception) -> None:
         if not self.outcome.done():

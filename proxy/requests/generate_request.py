@@ -18,7 +18,7 @@ from typing import Any
 
 from ...client.options import MAX_TIMEOUT_S
 from ...protocol.errors import InvalidRequest, PromptTooLong, UnknownModel, shown
-from ...protocol.sampling import MAX_SEED, SamplingParams
+from ...protocol.sampling import MAX_LOGPROBS, MAX_SEED, SamplingParams
 from ...protocol.trace_context import TraceContext
 from ..model_card import ModelCard
 from ..request import MAX_CHOICES, MAX_N, ProxyRequest
@@ -30,6 +30,7 @@ from .choice_text import AS_TEXT, TextOptions
 MAX_STOPS = 16
 MAX_BAD_WORDS = 128
 MAX_SALT_CHARS = 1024
+MAX_PROMPT_LOGPROBS = 2**20  # in a reply, those of the likeliest tokens among them; about 40 MB of JSON
 MAX_RETURNED = 2**15  # token ids of prompts in a reply, which is written in one go
 LEAST_BIAS = -100.0  # of a token that is not to come, as in OpenAI's logit_bias
 PIECE_LEN = 2**14  # tokens that are checked in one go, in about 2 ms
@@ -54,6 +55,7 @@ class GenerateRequest:
     n: int = 1
     seed: int | None = None
     max_tokens: int | None = None
+    prompt_only: bool = False  # max_tokens is 1, for workers draw a token after every prompt, and the answer is empty
     stop: Sequence[str] = ()
     bad_words: Sequence[str] = ()  # words of one token, with or without a blank before it, that the answer has not
     text: TextOptions = AS_TEXT
@@ -91,6 +93,14 @@ class RequestBuilder:
             num_returned <= MAX_RETURNED,
             f"the prompts have {num_returned} tokens, and return_token_ids gives back at most {MAX_RETURNED}; leave it out",
             "return_token_ids",
+        )
+        num_top = asked.sampling.get("num_prompt_logprobs")
+        num_logprobs = 0 if num_top is None else asked.n * sum(map(len, prompts)) * (1 + min(num_top, MAX_LOGPROBS))
+        _require(
+            num_logprobs <= MAX_PROMPT_LOGPROBS,
+            f"prompts and n give {num_logprobs} log probabilities of prompt tokens, and a reply has at most {MAX_PROMPT_LOGPROBS}; send "
+            "fewer prompts in a request, or ask for fewer of the likeliest tokens",
+            "num_prompt_logprobs",
         )
         for token_ids in prompts:
             self._require_fits(token_ids, param, max_model_len)

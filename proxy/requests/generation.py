@@ -16,7 +16,7 @@ import hashlib
 import time
 import weakref
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,6 +32,7 @@ from ..text.tokenizer import Tokenizer
 from ..tracing import trace_of
 from .choice_text import ChoiceText, TokenText
 from .generate_request import GenerateRequest, RequestBuilder
+from .prompt_text import PromptText
 from .router import Router
 from .token_stream import LEFT, TokenStream
 
@@ -109,6 +110,10 @@ class Generation:
         self._unwritten: list[TokenStream] = []  # of choices whose events were given last
         for choice in choices:
             choice.listen(self._inbox)
+
+    def prompt_text(self, index: int) -> PromptText:
+        """Of a choice's prompt, scored; from its first event on, where its log probabilities were asked for."""
+        return self._choices[index].prompt_text()
 
     async def next_events(self) -> list[GenerationEvent]:
         """At least one event, or none at the end. If the caller is cancelled, all choices are cancelled.
@@ -229,6 +234,8 @@ class Generator:
                 ChoiceText(self._tokenizer, choice, tuple(request.stop), self.card.eos_token_ids, request.text),
                 tenant,
                 request.sampling.get("stop_token_ids", ()),
+                partial(PromptText, self._tokenizer, choice.token_ids),
+                prompt_only=request.prompt_only,
             )
             for index, (choice, stream) in enumerate(zip(requests, streams, strict=True))
         ]
@@ -257,7 +264,19 @@ def _fingerprint(schema: KVSchema | None) -> str:
 
 
 class _Choice:
-    def __init__(self, index: int, stream: TokenStream, text: ChoiceText, tenant: Tenant | None, own_stops: Collection[int]) -> None:
+    def __init__(
+        self,
+        index: int,
+        stream: TokenStream,
+        text: ChoiceText,
+        tenant: Tenant | None,
+        own_stops: Collection[int],
+        prompt_text: Callable[[Sequence[common_pb2.PromptLogprobs]], PromptText],
+        *,
+        prompt_only: bool,
+    ) -> None:
+        self._prompt_only = prompt_only
+        self._prompt_text = prompt_text
         self._own_stops = own_stops
         self._tenant = tenant
         self.index = index
@@ -267,6 +286,9 @@ class _Choice:
     @property
     def is_over(self) -> bool:
         return self.stream.state in _ENDS
+
+    def prompt_text(self) -> PromptText:
+        return self._prompt_text(self.stream.prompt_logprobs)
 
     def listen(self, inbox: _Inbox) -> None:
         self.stream.listen(partial(inbox.put, self.index))
@@ -278,7 +300,7 @@ class _Choice:
         arrived = self.stream.take()
         for event in arrived if len(arrived) <= MAX_BEHIND else _together(arrived):
             if isinstance(event, Tokens):
-                if self._text.matched_stop is None:
+                if self._text.matched_stop is None and not self._prompt_only:
                     events.append(self._delta(event))
                 continue
             if self._text.matched_stop is None and (tail := self._text.finish()):
@@ -301,6 +323,8 @@ class _Choice:
             num_cached_tokens=finished.usage.num_cached_tokens,
         )
         reason = finished.reason if self._text.matched_stop is None else common_pb2.FINISH_REASON_STOP
+        if self._prompt_only:
+            reason = common_pb2.FINISH_REASON_LENGTH  # whatever the one token is that nobody asked for
         stop_reason = self._text.stop_reason(self._own_stops) if reason == common_pb2.FINISH_REASON_STOP else None
         matched_stop = stop_reason if isinstance(stop_reason, str) else None
         return ChoiceEnd(self.index, reason, matched_stop, stop_reason, finished.phases, usage)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from ...protocol.blocks import BlockKey
 from ...protocol.config import QueueOrder
 from ..conductor.admission import Admission
 from ..conductor.conductor import Conductor
@@ -135,14 +137,15 @@ class Placer:
         """fields: of the PlacementRequest."""
         schema = self._cluster.schema
         assert schema is not None
-        held = self._index.leading_runs(prompt.keys)
+        keys = _usable_keys(request, prompt)
+        held = self._index.leading_runs(keys)
         asked = PlacementRequest(
             prompt.num_tokens,
             held,
             priority=request.priority,
             waited_s=now_s - request.arrival,
-            page_blocks=self._page_index.leading_runs(prompt.keys),
-            ssd_blocks=self._index.ssd_runs(prompt.keys, held),
+            page_blocks=self._page_index.leading_runs(keys),
+            ssd_blocks=self._index.ssd_runs(keys, held),
             **fields,
         )
         return self.conductor.weigh(asked, schema.block_size)
@@ -178,3 +181,8 @@ class Placer:
         if self.admission is not None and self.admission.wants_arrivals:
             seen = dataclasses.replace(seen, arriving=self.load_tracker.arriving, began_s=self.load_tracker.began_s)
         return seen, self.conductor.place(asked, seen)
+
+
+def _usable_keys(request: ProxyRequest, prompt: Prompt) -> Sequence[BlockKey]:
+    """Blocks that need not be computed where they are held; none where every token of the prompt is to be scored."""
+    return prompt.keys if request.sampling.num_prompt_logprobs is None else ()

@@ -80,6 +80,7 @@ class RequestRunner:
         self.events: deque[TokenEvent] = deque()  # for the consumer; events before an error are delivered first
         self.error: HalfmoonError | None = None
         self.finished: Finished | None = None
+        self.prompt_logprobs: list[common_pb2.PromptLogprobs] = []  # in order, all before the first tokens; none where not asked for
         self.on_news: Callable[[], None] = _nobody  # called after an event or the end; must not hold the TokenStream
         self.clock = PhaseClock(request.arrival, decision.terms, context.metrics, request.trace)
         self._context = context
@@ -206,10 +207,13 @@ class RequestRunner:
     def _start_attempt(self) -> Attempt:
         request, pair = self.request, self._pair
         self.clock.placed(pair.placement)
+        sampling = request.sampling.to_proto()
+        if self._sent:
+            sampling.ClearField("num_prompt_logprobs")  # they came before the tokens
         sequence = common_pb2.SequenceSpec(
             request_id=request.request_id,
             num_prompt_tokens=len(request.token_ids),
-            sampling=request.sampling.to_proto(),
+            sampling=sampling,
             deadline_s=max(self._deadline - self._loop.time(), 0.0),
             queue_order=pair.queue_order,
             tpot_slo_s=tpot_s if math.isfinite(tpot_s := self.decision.slo.tpot_s) else 0.0,
@@ -219,6 +223,8 @@ class RequestRunner:
         if not self._sent and math.isfinite(due := self.decision.first_token_due):
             sequence.first_token_due_s = due - time.monotonic()
         self._epoch += 1
+        if not self._sent:
+            self.prompt_logprobs.clear()  # of an attempt that failed
         handoff = common_pb2.HandoffId(id=self._handoff_id, epoch=self._epoch)
         logger.debug("request %s epoch %d: %s", request.request_id, self._epoch, pair.placement.reason)
         self._attempt = Attempt(pair, sequence, handoff, self, self._context.tasks, request.trace)
@@ -314,6 +320,9 @@ class RequestRunner:
                 self._context.metrics.fell_back("transport")
             self._context.learner.prefilled(state, self._pair.num_loads)
             self._enter(RequestState.DECODE)
+
+    def on_prompt_logprobs(self, logprobs: common_pb2.PromptLogprobs) -> None:
+        self.prompt_logprobs.append(logprobs)
 
     def on_tokens(self, token_ids: list[int], outputs: list[common_pb2.TokenOutput]) -> None:
         if self._stopping:

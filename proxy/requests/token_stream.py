@@ -45,6 +45,11 @@ class TokenStream:
         """Filled in as the request goes on; complete once Finished has been given."""
         return self._runner.clock.record
 
+    @property
+    def prompt_logprobs(self) -> list[common_pb2.PromptLogprobs]:
+        """In the prompt's order; all of them once the first event has been given, none where they were not asked for."""
+        return self._runner.prompt_logprobs
+
     def listen(self, on_news: Callable[[], None]) -> None:
         """on_news is called whenever take() has something to return or raise. It takes the place of the iterator.
 

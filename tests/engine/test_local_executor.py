@@ -60,10 +60,10 @@ async def test_a_step_gives_the_next_token_of_every_chunk_that_ends_its_sequence
     rig, executor, _ = made
     whole, part, other = (rig.sequence(prompts(length)) for length in (20, 30, 7))
     chunks = [StepChunk(whole, 0, 20), StepChunk(part, 0, 16), StepChunk(other, 0, 7)]
-    samples = executor.run(chunks)
+    samples = executor.run(chunks).samples
     logits = rig.engine.forward(chunks)
     assert [sample.token_id for sample in samples] == logits.argmax(dim=-1).tolist() and len(samples) == 2
-    assert executor.run([StepChunk(part, 16, 8)]) == [], "nothing ends in it"
+    assert executor.run([StepChunk(part, 16, 8)]).samples == [], "nothing ends in it"
 
 
 async def test_the_blocks_that_a_step_finishes_reach_their_writers_layer_by_layer(made: Any, prompts: Any) -> None:

@@ -204,3 +204,23 @@ def test_the_same_over_long_runs(seed: int) -> None:
         pages.check()
         pages.check_chains()
     pages.teardown()
+
+
+def test_a_sequence_that_scores_its_prompt_uses_nobody_s_pages_until_it_has() -> None:
+    allocator = PageAllocator(NUM_PAGES, PrefixPages(ROOT, SIZE))
+
+    def made(num_prompt_logprobs: int | None) -> Sequence:
+        sequence = Sequence("r", [0] * 8, 8, SamplingParams(max_tokens=8), num_prompt_logprobs=num_prompt_logprobs)
+        sequence.block_keys = block_keys(ROOT, sequence.token_ids, SIZE)
+        return sequence
+
+    first, scoring, plain = made(None), made(0), made(None)
+    assert allocator.take(first, 3) and allocator.take(scoring, 3)
+    first.num_computed_tokens = 8
+    allocator.keep(first)
+    assert allocator.advance(scoring, 0) == 0 and allocator.hold_part(scoring, 0) is None
+    allocator.release(scoring)
+    assert allocator.take(scoring, 3) and not {*scoring.pages} & {*first.pages}, "what is computed there gives no logits"
+    scoring.num_scored_tokens = 8
+    assert allocator.advance(scoring, 0) == 6 and scoring.pages[:2] == first.pages[:2]
+    assert allocator.take(plain, 3) and plain.pages[:2] == first.pages[:2]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfmoon.engine.executor import BlockPush, DeviceLost, StepFailed, TokenSample
+from halfmoon.engine.executor import BlockPush, DeviceLost, StepFailed, StepOutcome, TokenSample
 from halfmoon.engine.sequence import Sequence, StepChunk
 from halfmoon.engine.step_runner import MAX_BARREN_STEPS, StepRunner
 from halfmoon.protocol.errors import SequenceFailed
@@ -34,14 +34,14 @@ class Breaking:
     def pages(self) -> Any:
         return self
 
-    def run(self, chunks: list[StepChunk], pushes: list[BlockPush] = ()) -> list[TokenSample]:  # type: ignore[assignment]
+    def run(self, chunks: list[StepChunk], pushes: list[BlockPush] = ()) -> StepOutcome:  # type: ignore[assignment]
         self.runs.append([chunk.sequence for chunk in chunks])
         broken = any(chunk.sequence in self.breaking for chunk in chunks)
         last = (self.num_pushed if broken else NUM_LAYERS) if pushes else 0
         self.push(pushes, range(last))
         if broken:
             raise StepFailed("broken", last)
-        return [TokenSample(chunk.sequence.token_ids[0], None, []) for chunk in chunks if chunk.is_last]
+        return StepOutcome([TokenSample(chunk.sequence.token_ids[0], None, []) for chunk in chunks if chunk.is_last], {})
 
     def push(self, pushes: list[BlockPush], layers: range) -> None:
         for push in pushes:
@@ -86,7 +86,7 @@ def test_a_lost_device_ends_the_run_and_names_who_was_computed() -> None:
     suspect, others = made(0, suspect=True), [made(1), made(2)]
 
     class Lost(Breaking):
-        def run(self, chunks: list[StepChunk], pushes: list[BlockPush] = ()) -> list[TokenSample]:  # type: ignore[assignment]
+        def run(self, chunks: list[StepChunk], pushes: list[BlockPush] = ()) -> StepOutcome:  # type: ignore[assignment]
             if chunks[0].sequence is suspect:
                 raise DeviceLost("gone")
             return super().run(chunks, pushes)

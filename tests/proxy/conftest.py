@@ -142,6 +142,7 @@ class PrefillPeer(Peer, worker_pb2_grpc.PrefillWorkerServicer):
     phases = common_pb2.PrefillPhases(queue_s=0.25, prefix_load_s=0.5, prefill_s=0.75, push_s=0.125, num_bytes_pushed=1000, transport="shm")
     num_cached_tokens = 4
     before_seal: Callable[[worker_pb2.PrefillRequest], Awaitable[None]] = staticmethod(nothing)
+    before_scored: Callable[[int], Awaitable[None]] = staticmethod(nothing)  # with the index of the prompt's token; it is sealed
     before_reply: Callable[[], Awaitable[None]] = staticmethod(nothing)  # the hand-off is sealed
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -152,6 +153,17 @@ class PrefillPeer(Peer, worker_pb2_grpc.PrefillWorkerServicer):
         self._arrive(request)
         with self._noting_cancel():
             return await self._prefill(request)
+
+    @unary_boundary
+    async def PrefillWithLogprobs(self, request: worker_pb2.PrefillRequest, context: grpc.aio.ServicerContext) -> None:
+        self._arrive(request)
+        with self._noting_cancel():
+            reply = await self._prefill(request)
+            for index in range(1, request.sequence.num_prompt_tokens):
+                await self.before_scored(index)
+                part = common_pb2.PromptLogprobs(start=index, logprobs=[-float(index)], ranks=[1])
+                await context.write(worker_pb2.PrefillReply(prompt_logprobs=part))
+            await context.write(reply)
 
     async def _prefill(self, request: worker_pb2.PrefillRequest) -> worker_pb2.PrefillReply:
         await self.before_seal(request)

@@ -16,6 +16,13 @@ from halfmoon.proxy.server import ProxyServer
 PAGE = Path(__file__).parents[1] / "http.md"
 DEMO = Path(halfmoon.__path__[0]) / "engine" / "demo_model"
 SCHEMA = KVSchema(model_fingerprint="docs", dtype="float32", num_layers=1, num_kv_heads=1, head_dim=8, block_size=16)
+TITLES = {
+    "CompletionBody": "/v1/completions",
+    "ChatBody": "/v1/chat/completions",
+    "SloBody": "slo",
+    "TokenizeBody": "/tokenize",
+    "DetokenizeBody": "/detokenize",
+}
 HEAD = """# HTTP
 
 Made from the proxy's own `/openapi.json` by `python docs/_site/http_page.py`; edit the code.
@@ -48,7 +55,9 @@ The API is OpenAI's, as far as it goes. A field that is known and not served is 
 def page(schema: dict[str, Any]) -> str:
     routes = [_route(path, method, found) for path, methods in schema["paths"].items() for method, found in methods.items()]
     components = schema["components"]["schemas"]
-    bodies = [_body(name, components[name], components) for name in ("CompletionBody", "ChatBody", "SloBody")]
+    bodies = [
+        _body(name, components[name], components) for name in ("CompletionBody", "ChatBody", "SloBody", "TokenizeBody", "DetokenizeBody")
+    ]
     statuses: dict[str, str] = {}
     for methods in schema["paths"].values():
         for status, reply in _errors(methods):
@@ -69,7 +78,6 @@ def _route(path: str, method: str, found: dict[str, Any]) -> str:
 
 
 def _body(name: str, schema: dict[str, Any], components: dict[str, Any]) -> str:
-    titles = {"CompletionBody": "Fields of `/v1/completions`", "ChatBody": "Fields of `/v1/chat/completions`", "SloBody": "Fields of `slo`"}
     required, served, others = schema.get("required", []), [], {"changes nothing": [], "not served; a value may ask for nothing": []}
     for field, found in sorted(schema["properties"].items(), key=lambda item: (item[0] not in required, item[0])):
         if found.get("description") in others:
@@ -80,7 +88,9 @@ def _body(name: str, schema: dict[str, Any], components: dict[str, Any]) -> str:
     told = [f"Taken, and changes nothing: {', '.join(others['changes nothing'])}.\n" if others["changes nothing"] else ""]
     refused = others["not served; a value may ask for nothing"]
     told += [f"Refused, unless the value asks for nothing: {', '.join(refused)}.\n" if refused else ""]
-    return f"## {titles[name]}\n\n| field | type | required |\n|---|---|---|\n{rows}\n\n" + "".join(f"{words}\n" for words in told if words)
+    return f"## Fields of `{TITLES[name]}`\n\n| field | type | required |\n|---|---|---|\n{rows}\n\n" + "".join(
+        f"{words}\n" for words in told if words
+    )
 
 
 def _type(found: dict[str, Any], components: dict[str, Any]) -> str:

@@ -25,7 +25,10 @@ from starlette.requests import ClientDisconnect
 from ...protocol.config import ProxyConfig
 from ...protocol.errors import InvalidRequest, RequestCancelled, RequestTimeout, RequestTooLarge, UnsupportedMediaType, shown
 from ..request_process import LARGE_BYTES, Packed, RequestProcess, pack, unpack_messages, unpack_prompts
+from .tokenize import DetokenizeBody, TokenizeBody
 from .types import ChatBody, CompletionBody, GenerateBody
+
+Body = GenerateBody | TokenizeBody | DetokenizeBody
 
 INLINE_BYTES = 2**16  # about a millisecond
 GZIP = "gzip"
@@ -44,7 +47,7 @@ def body_route(process: RequestProcess, limits: ProxyConfig) -> type[APIRoute]:
             handle = super().get_route_handler()
             if self.body_field is None:
                 return handle
-            body_type: type[GenerateBody] = self.body_field.field_info.annotation  # pyright: ignore[reportAssignmentType] - the app's
+            body_type: type[Body] = self.body_field.field_info.annotation  # pyright: ignore[reportAssignmentType] - the app's
 
             async def handle_read(request: Request) -> Response:
                 request.state.arrival = time.monotonic()  # the head is here; the body may take long
@@ -60,7 +63,7 @@ def body_route(process: RequestProcess, limits: ProxyConfig) -> type[APIRoute]:
     return BodyRoute
 
 
-async def _parse_aside(body_type: type[GenerateBody], content: bytes, process: RequestProcess) -> GenerateBody:
+async def _parse_aside(body_type: type[Body], content: bytes, process: RequestProcess) -> Body:
     """Raises as _parse does."""
     if len(content) <= INLINE_BYTES:
         return _parse(body_type, content)
@@ -72,7 +75,7 @@ async def _parse_aside(body_type: type[GenerateBody], content: bytes, process: R
 class _ReadRequest(Request):
     """The same request with its body already read. pydantic accepts a model as it is and does not check it again."""
 
-    def __init__(self, request: Request, content: bytes, model: GenerateBody | None) -> None:
+    def __init__(self, request: Request, content: bytes, model: Body | None) -> None:
         super().__init__(request.scope, request.receive)
         self._content = content
         self._model = model
@@ -143,7 +146,7 @@ def _is_json(content_type: str) -> bool:
     return bool(content_type) and message.get_content_maintype() == "application" and (subtype == "json" or subtype.endswith("+json"))
 
 
-def _parse(body_type: type[GenerateBody], content: bytes) -> GenerateBody:
+def _parse(body_type: type[Body], content: bytes) -> Body:
     """Raises InvalidRequest, or RequestValidationError with the first fault only, its value short enough to show."""
     try:
         return body_type.model_validate(json.loads(content))
@@ -161,7 +164,7 @@ def _parse(body_type: type[GenerateBody], content: bytes) -> GenerateBody:
         raise RequestValidationError([{**first, "loc": ("body", *first["loc"]), "input": _Shown(first["input"])}]) from error
 
 
-def parse_packed(body_type: type[GenerateBody], content: bytes) -> Packed[dict[str, Any]] | list[Any]:
+def parse_packed(body_type: type[Body], content: bytes) -> Packed[dict[str, Any]] | list[Any]:
     """As _parse; the rest are the model's other fields. Returns the errors of a RequestValidationError as a list. Runs in the process."""
     try:
         body = _parse(body_type, content)
@@ -171,20 +174,26 @@ def parse_packed(body_type: type[GenerateBody], content: bytes) -> Packed[dict[s
     if isinstance(body, CompletionBody):
         del fields["prompt"]
         return pack(fields, prompts=body.prompts)
-    assert isinstance(body, ChatBody)
-    del fields["messages"]
-    return pack(fields, messages=body.chat)
+    if isinstance(body, DetokenizeBody):
+        del fields["tokens"]
+        return pack(fields, prompts=[body.tokens])
+    assert isinstance(body, (ChatBody, TokenizeBody))
+    fields.pop("messages", None)
+    return pack(fields, messages=body.chat or ())
 
 
-async def _unpack(body_type: type[GenerateBody], packed: Packed[dict[str, Any]] | list[Any]) -> GenerateBody:
+async def _unpack(body_type: type[Body], packed: Packed[dict[str, Any]] | list[Any]) -> Body:
     """Raises RequestValidationError. What was checked in the process is not checked again."""
     if isinstance(packed, list):
         raise RequestValidationError(packed)
     if issubclass(body_type, CompletionBody):
         return body_type.model_construct(**packed.rest, prompt=unpack_prompts(packed))
-    body = body_type.model_construct(**packed.rest, messages=[])
-    if isinstance(body, ChatBody):
-        body.chat = await unpack_messages(packed)
+    if issubclass(body_type, DetokenizeBody):
+        return body_type.model_construct(**packed.rest, tokens=unpack_prompts(packed)[0])
+    messages = await unpack_messages(packed)
+    body = body_type.model_construct(**packed.rest, **({"messages": []} if messages or body_type is ChatBody else {}))
+    if isinstance(body, (ChatBody, TokenizeBody)) and messages:
+        body.chat = messages
     return body
 
 

@@ -151,6 +151,22 @@ class HealthReply(Described):
     status: Literal["ok"]
 
 
+class TokenizeReply(Described):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+    """With return_token_strs."""
+
+
+class DetokenizeReply(Described):
+    prompt: str
+
+
+class VersionReply(Described):
+    version: str
+
+
 class ReadyReply(Described):
     ready: bool
     missing: list[str]

@@ -14,10 +14,12 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from ...protocol.errors import HalfmoonError, InternalError, InvalidRequest, Overloaded, PromptTooLong, RequestTimeout, UnknownModel, shown
 from ..face_metrics import FaceMetrics
+from .tokenize import DetokenizeBody, TokenizeBody
 from .types import HINTS, ChatBody, CompletionBody
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,12 @@ _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 # OpenAI's and vLLM's names for fields that SamplingParams and GenerateRequest name differently
 _COMMON_NAMES = {"timeout_s": "timeout", "ttft_slo_s": "slo.ttft", "tpot_slo_s": "slo.tpot", "num_prompt_logprobs": "prompt_logprobs"}
 _NAMES = {"/v1/completions": {"num_logprobs": "logprobs"}, "/v1/chat/completions": {"num_logprobs": "top_logprobs"}}
-_BODIES = {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody}
+_BODIES: dict[str, type[BaseModel]] = {
+    "/v1/completions": CompletionBody,
+    "/v1/chat/completions": ChatBody,
+    "/tokenize": TokenizeBody,
+    "/detokenize": DetokenizeBody,
+}
 
 
 def error_body(error: HalfmoonError, path: str) -> dict[str, Any]:
@@ -120,7 +127,7 @@ def _refused_body(errors: Sequence[Any], request: Request) -> InvalidRequest:
         return InvalidRequest(f"{field} is not a known field" + (f"; did you mean {near[0]}?" if near else ""), param=field)
     if first["type"] == "missing":
         return InvalidRequest(f"{_path(location)} is missing", param=_path(location))
-    if field in HINTS:
+    if field in HINTS and request.url.path.startswith("/v1/"):
         return InvalidRequest(f"{field} is {shown(first['input'])}; it must be {HINTS[field]}", param=field)
     return InvalidRequest(f"{_path(location)} is {shown(first['input'])}: {_lowered(first['msg'])}", param=_path(location))
 

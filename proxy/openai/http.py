@@ -2,7 +2,8 @@
 
 POST /v1/completions · /v1/chat/completions ─► GenerateRequest ─► Generation ─► one JSON body, or server-sent events ─► [DONE]
 GET  /: the page, and what it reads (proxy/page)
-GET  /v1/models · /v1/models/{id}       /health: the process lives    /ready: it can serve
+POST /tokenize · /detokenize
+GET  /v1/models · /v1/models/{id}       /health, /ping: the process lives    /ready: it can serve    /version
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from starlette.types import ASGIApp
 
 from ...protocol.errors import UnknownModel
 from ...protocol.trace_context import HEADER, TraceContext
+from ...protocol.version import package_version
 from ..page.routes import add_page
 from ..request_process import RequestProcess
 from ..requests.generate_request import GenerateRequest, no_such_model
@@ -33,10 +35,13 @@ from .described import (
     ChatReply,
     CompletionReply,
     DescribedApp,
+    DetokenizeReply,
     HealthReply,
     ModelReply,
     ModelsReply,
     ReadyReply,
+    TokenizeReply,
+    VersionReply,
     replies,
     streamed,
 )
@@ -46,6 +51,7 @@ from .event_stream import EventStream, until_disconnect
 from .head import head_as_get
 from .keyed import keyed
 from .replies import ChatShape, CompletionShape, Shape, WholeChoice
+from .tokenize import DetokenizeBody, TokenizeBody, tokenized_json
 from .types import ChatBody, CompletionBody, GenerateBody
 
 
@@ -84,6 +90,19 @@ def _routes(generator: Generator, process: RequestProcess, *, shows_requests: bo
         shape = ChatShape(generation, n=generate_request.n, wants_logprobs=bool(body.logprobs), forms=body.prompt_forms)
         return await _reply(request, generation, shape, body)
 
+    @app.post("/tokenize", responses=replies(TokenizeReply, 404, 413, 415))
+    async def tokenize(body: TokenizeBody) -> Response:
+        """The tokens of a text, or of a chat by the model's template."""
+        asked = body.to_generate_request()
+        token_ids = await generator.tokenize(asked)
+        with_texts = bool(body.return_token_strs)
+        return _encoded(await tokenized_json(generator.tokenizer, token_ids, generator.max_model_len, with_texts=with_texts))
+
+    @app.post("/detokenize", responses=replies(DetokenizeReply, 404, 413, 415))
+    async def detokenize(body: DetokenizeBody) -> Response:
+        """The text of tokens, special ones included."""
+        return _json({"prompt": await generator.detokenize(body.model or "", body.tokens)})
+
     @app.get("/v1/models", responses=replies(ModelsReply))
     async def models() -> Response:
         """The model that is served."""
@@ -100,6 +119,17 @@ def _routes(generator: Generator, process: RequestProcess, *, shows_requests: bo
     async def health() -> Response:
         """200: the process lives."""
         return _json({"status": "ok"})
+
+    @app.get("/ping", responses=replies(HealthReply))
+    @app.post("/ping", responses=replies(HealthReply))
+    async def ping() -> Response:
+        """As /health, where SageMaker looks for it."""
+        return _json({"status": "ok"})
+
+    @app.get("/version", responses=replies(VersionReply))
+    async def version() -> Response:
+        """Halfmoon's."""
+        return _json({"version": package_version()})
 
     @app.get("/ready", responses=replies(ReadyReply) | {503: {"model": ReadyReply, "description": "It can't serve yet."}})
     async def ready() -> Response:

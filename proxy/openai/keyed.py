@@ -11,7 +11,7 @@ from ..face_metrics import FaceMetrics
 from ..tenants.gate import Gate
 from .errors import error_response
 
-GUARDED = ("/v1", "/page/state")
+GUARDED = ("/v1", "/page/state", "/tokenize", "/detokenize")
 
 
 def keyed(app: ASGIApp, gate: Gate | None, faces: FaceMetrics) -> ASGIApp:

@@ -104,10 +104,7 @@ class RequestBuilder:
         )
         for token_ids in prompts:
             self._require_fits(token_ids, param, max_model_len)
-            for start in range(0, len(token_ids), PIECE_LEN):
-                self._require_known(token_ids[start : start + PIECE_LEN], param)
-                if start:
-                    await asyncio.sleep(0)  # a million tokens take 100 ms
+            await self._require_all_known(token_ids, param)
         seed = secrets.randbits(63) if asked.seed is None else asked.seed
         _require(0 <= seed <= MAX_SEED, f"seed is {seed}; it must be at least 0 and at most {MAX_SEED}", "seed")
         request_id = asked.request_id
@@ -132,14 +129,29 @@ class RequestBuilder:
             for choice in range(asked.n)
         ]
 
+    async def tokenize(self, asked: GenerateRequest, max_model_len: int) -> Sequence[int]:
+        """The tokens of its one prompt, however many. Raises InvalidRequest (UnknownModel, PromptTooLong for far too long a text)."""
+        self._require_model(asked.model)
+        (token_ids,) = await self._token_ids(asked, max_model_len)
+        return token_ids
+
+    async def require_tokens(self, model: str, token_ids: Sequence[int]) -> None:
+        """Raises InvalidRequest for another model, or a token that the model does not have."""
+        self._require_model(model)
+        await self._require_all_known(token_ids, "tokens")
+
+    async def _require_all_known(self, token_ids: Sequence[int], param: str) -> None:
+        for start in range(0, len(token_ids), PIECE_LEN):
+            self._require_known(token_ids[start : start + PIECE_LEN], param)
+            if start:
+                await asyncio.sleep(0)  # a million tokens take 100 ms
+
+    def _require_model(self, model: str) -> None:
+        _require(model in ("", self._card.name), no_such_model(model, self._card.name), "model", UnknownModel)
+
     def _require_sound(self, asked: GenerateRequest, timeout_s: float) -> None:
         """All but the prompts and what is sampled."""
-        _require(
-            asked.model in ("", self._card.name),
-            no_such_model(asked.model, self._card.name),
-            "model",
-            UnknownModel,
-        )
+        self._require_model(asked.model)
         _require(1 <= asked.n <= MAX_N, f"n is {asked.n}; it must be at least 1 and at most {MAX_N}", "n")
         num_choices = asked.n * len(asked.prompts)
         _require(

@@ -197,7 +197,7 @@ class Generator:
     def __init__(self, router: Router, tokenizer: Tokenizer, card: ModelCard, default_timeout_s: float) -> None:
         self.router = router
         self.card = card
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._builder = RequestBuilder(tokenizer, card, default_timeout_s)
         self._under_way: weakref.WeakValueDictionary[str, Generation] = weakref.WeakValueDictionary()
 
@@ -209,11 +209,20 @@ class Generator:
     @property
     def takes_chats(self) -> bool:
         """The model has a chat template."""
-        return self._tokenizer.chat_template is not None
+        return self.tokenizer.chat_template is not None
 
     async def decode_aside(self, prompts: Sequence[str | list[int]]) -> list[str]:
         """The texts of prompts."""
-        return [prompt if isinstance(prompt, str) else await self._tokenizer.decode_aside(prompt) for prompt in prompts]
+        return [prompt if isinstance(prompt, str) else await self.tokenizer.decode_aside(prompt) for prompt in prompts]
+
+    async def tokenize(self, request: GenerateRequest) -> Sequence[int]:
+        """The tokens of its one prompt, however many the model takes. Raises InvalidRequest."""
+        return await self._builder.tokenize(request, self.max_model_len)
+
+    async def detokenize(self, model: str, token_ids: Sequence[int]) -> str:
+        """Special tokens have their text. Raises InvalidRequest."""
+        await self._builder.require_tokens(model, token_ids)
+        return await self.tokenizer.decode_aside(token_ids, skip_special_tokens=False)
 
     async def open(self, request: GenerateRequest) -> Generation:
         """Raises InvalidRequest, or what Router.open raises. Nothing is left running then."""
@@ -231,10 +240,10 @@ class Generator:
             _Choice(
                 index,
                 stream,
-                ChoiceText(self._tokenizer, choice, tuple(request.stop), self.card.eos_token_ids, request.text),
+                ChoiceText(self.tokenizer, choice, tuple(request.stop), self.card.eos_token_ids, request.text),
                 tenant,
                 request.sampling.get("stop_token_ids", ()),
-                partial(PromptText, self._tokenizer, choice.token_ids),
+                partial(PromptText, self.tokenizer, choice.token_ids),
                 prompt_only=request.prompt_only,
             )
             for index, (choice, stream) in enumerate(zip(requests, streams, strict=True))

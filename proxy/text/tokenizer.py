@@ -111,11 +111,11 @@ class Tokenizer:
         bos = self._bos_token_id
         return token_ids[1:] if added and bos is not None and token_ids[:2] == [bos, bos] else token_ids
 
-    async def decode_aside(self, token_ids: Sequence[int]) -> str:
+    async def decode_aside(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """As decode, but many tokens are decoded in a thread."""
         if len(token_ids) <= INLINE_TOKENS:
-            return self.decode(token_ids)
-        (text,) = await asyncio.to_thread(self._backend.decode_batch, [token_ids])
+            return self.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        (text,) = await asyncio.to_thread(self._backend.decode_batch, [token_ids], skip_special_tokens)
         return text
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

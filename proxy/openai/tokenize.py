@@ -1,0 +1,79 @@
+"""/tokenize and /detokenize in vLLM's form: the tokens of a prompt or a chat as a request would have them, and their text."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, PrivateAttr
+
+from ...protocol.errors import InvalidRequest
+from ..requests.generate_request import GenerateRequest
+from ..text.chat_template import ChatMessage
+from ..text.tokenizer import Tokenizer
+from .encoded import items, spliced
+from .types import ChatBody, Checked, MessageBody
+
+PART_TOKENS = 2**12  # whose texts and JSON are made in one go, in a few milliseconds
+
+
+class TokenizeBody(BaseModel):
+    """Of a text or of a chat."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Checked[MessageBody] | None = None
+    add_special_tokens: bool | None = None
+    """Of a text; true by default. A chat's template writes its own."""
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+    _chat: list[ChatMessage] | None = PrivateAttr(None)
+
+    @property
+    def chat(self) -> list[ChatMessage] | None:
+        """The messages in GenerateRequest's form. Raises InvalidRequest."""
+        if self._chat is None and self.messages is not None:
+            self._chat = [message.to_message(position) for position, message in enumerate(self.messages)]
+        return self._chat
+
+    @chat.setter
+    def chat(self, messages: list[ChatMessage]) -> None:
+        """Set instead of `messages` if another process has parsed the body."""
+        self._chat = messages
+
+    def to_generate_request(self) -> GenerateRequest:
+        """What has the same tokens. Raises InvalidRequest."""
+        chat, model = self.chat, self.model or ""
+        if (self.prompt is None) == (chat is None):
+            raise InvalidRequest("send either a prompt or messages", param="prompt")
+        if chat is None:
+            assert self.prompt is not None
+            return GenerateRequest(model=model, prompts=[self.prompt], add_special_tokens=self.add_special_tokens is not False)
+        fields = {name: getattr(self, name) for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")}
+        return GenerateRequest(model=model, messages=chat, chat=ChatBody.model_construct(messages=[], **fields).chat_options())
+
+
+class DetokenizeBody(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    model: str | None = None
+    tokens: Checked[int]
+
+
+async def tokenized_json(tokenizer: Tokenizer, token_ids: Sequence[int], max_model_len: int, *, with_texts: bool) -> str:
+    """The reply of /tokenize. with_texts: of each token by itself."""
+    tokens: list[str] = []
+    texts: list[str] = []
+    for start in range(0, len(token_ids), PART_TOKENS):
+        part = token_ids[start : start + PART_TOKENS]
+        tokens.append(items(list(part)))
+        if with_texts:
+            texts.append(items([tokenizer.token_text(token_id) for token_id in part]))
+        await asyncio.sleep(0)
+    fields = {"tokens": f"[{','.join(tokens)}]"} | ({"token_strs": f"[{','.join(texts)}]"} if with_texts else {})
+    return spliced({"count": len(token_ids), "max_model_len": max_model_len, "tokens": None, "token_strs": None}, fields)

@@ -54,6 +54,7 @@ proto: $(VENV)/dev.stamp  ## generate protocol/v1/*_pb2*.py from the .proto file
 docs: $(VENV)/docs.stamp  ## the site of docs/, into out/docs; fails at the first warning
 	$(BIN)/python docs/_site/http_page.py
 	$(BIN)/python -m halfmoon.protocol.metrics_page
+	$(BIN)/python -m halfmoon.proxy.openai.conformance
 	$(BIN)/mkdocs build --strict
 
 audit: $(VENV)/audit.stamp  ## bandit, an SBOM in out/sbom.json, and known faults of dependencies (pip-audit asks pypi.org)

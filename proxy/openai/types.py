@@ -18,15 +18,16 @@ from ..text.chat_template import OURS, ChatMessage, ChatOptions
 from .prompt_scores import PromptForms
 from .structured import GUIDED, answer_grammar
 
-IGNORED = frozenset(
-    "user store metadata service_tier safety_identifier prompt_cache_key prompt_cache_retention parallel_tool_calls prediction".split()
-) | {"verbosity", "spaces_between_special_tokens"}
+IGNORED = frozenset("user store metadata service_tier safety_identifier parallel_tool_calls prediction verbosity".split()) | {
+    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "spaces_between_special_tokens")
+}
 # field -> values that ask for nothing; null and an empty list never ask for anything
 REFUSED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("none", "auto"),
     "functions": (),
     "modalities": (["text"],),
+    "moderation": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": (),

@@ -22,7 +22,7 @@ from .client import CALL_TIMEOUT_S
 from .cluster_status import ClusterStatus, Model
 from .completion import Collector, Completion, Delta, Event, event_from_proto
 from .explanation import Explanation
-from .options import GenerateOptions, build_request, checked_timeout_s
+from .options import GenerateOptions, build_request, checked_timeout_s, with_options
 
 Reply = TypeVar("Reply")
 
@@ -125,11 +125,13 @@ class AsyncClient:
         self._inference: Any = inference_pb2_grpc.InferenceStub(self._channel)
         self._control_channel = None if control is None else open_channel(control.address, control.credentials)
 
+    @with_options
     async def generate(self, **options: Unpack[GenerateOptions]) -> Completion:
         """Raises an error of protocol/errors.py: InvalidRequest, Overloaded, DeadlineExceeded, Unavailable …"""
         async with self.stream(**options) as stream:
             return await stream.completion()
 
+    @with_options
     def stream(self, **options: Unpack[GenerateOptions]) -> AsyncStream:
         """Raises InvalidRequest at once for a wrong option; anything else comes while it is read."""
         return AsyncStream(self._inference, build_request(options), self.address, self._closed, self._metadata)

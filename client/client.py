@@ -22,7 +22,7 @@ from .cluster_status import ClusterStatus, Model
 from .completion import Collector, Completion, Delta, Event, event_from_proto
 from .explanation import Explanation
 from .helper_thread import HelperThread
-from .options import GenerateOptions, build_request, checked_timeout_s
+from .options import GenerateOptions, build_request, checked_timeout_s, with_options
 
 CALL_TIMEOUT_S = 10.0
 Reply = TypeVar("Reply")
@@ -136,11 +136,13 @@ class Client:
         self._inference: Any = inference_pb2_grpc.InferenceStub(self._channel)
         self._control_channel = None if control is None else _open(control.address, control.credentials, None)
 
+    @with_options
     def generate(self, **options: Unpack[GenerateOptions]) -> Completion:
         """Raises an error of protocol/errors.py: InvalidRequest, Overloaded, DeadlineExceeded, Unavailable …"""
         with self.stream(**options) as stream:
             return stream.completion()
 
+    @with_options
     def stream(self, **options: Unpack[GenerateOptions]) -> Stream:
         """Raises InvalidRequest at once for a wrong option; anything else comes while it is read."""
         return Stream(self._inference, build_request(options), self.address, self._closed, self._helper, self._metadata)

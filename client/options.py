@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 from ..protocol.errors import InvalidRequest
 from ..protocol.grammar import grammar_of
@@ -27,6 +29,11 @@ class Options(TypedDict, total=False):
     ttft_slo_s, tpot_slo_s: to be served within, to the first token and between two; an admission refuses what it predicts to take longer.
     response_format: what the text has to match: {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": ...}},
         or {"type": "regex", "regex": ...}, {"type": "ebnf", "ebnf": ...}, {"type": "choice", "choice": [...]}.
+    bad_words: words of one token that the text has not. skip_special_tokens: false: they have text, too.
+    truncate_prompt_tokens: of a longer prompt the last so many tokens are taken; -1: as many as the model takes.
+    cache_salt: prefixes are shared with requests of the same salt alone.
+    chat_template_kwargs: variables of the model's chat template, such as enable_thinking; reasoning_effort is one, too.
+    continue_final_message: the answer continues the last message.
     timeout_s: above 0 and at most MAX_TIMEOUT_S; math.inf: no deadline but the proxy's longest, which is the same 7 days.
     """
 
@@ -53,6 +60,16 @@ class Options(TypedDict, total=False):
     priority: int
     ttft_slo_s: float
     tpot_slo_s: float
+    bad_words: Sequence[str]
+    truncate_prompt_tokens: int
+    cache_salt: str
+    skip_special_tokens: bool
+    include_stop_str_in_output: bool
+    add_special_tokens: bool
+    chat_template_kwargs: Mapping[str, Any]
+    reasoning_effort: str
+    add_generation_prompt: bool
+    continue_final_message: bool
 
 
 class Input(TypedDict, total=False):
@@ -65,6 +82,25 @@ class Input(TypedDict, total=False):
 
 class GenerateOptions(Options, Input, total=False):
     """Every keyword of generate() and stream()."""
+
+
+_ANNOTATIONS: dict[str, Any] = {**Input.__annotations__, **Options.__annotations__}
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def with_options(method: Method) -> Method:
+    """help(method) shows every option by its name, in the place of **options, and what GenerateOptions says of them."""
+    signature = inspect.signature(method)
+    *own, _ = signature.parameters.values()
+    kind = inspect.Parameter.KEYWORD_ONLY
+    options = [inspect.Parameter(name, kind, default=None, annotation=_written(type_)) for name, type_ in _ANNOTATIONS.items()]
+    described: Any = method
+    described.__signature__ = signature.replace(parameters=[*own, *options])
+    inputs = ", ".join(Input.__annotations__)
+    described.__doc__ = f"{inspect.getdoc(method)}\n\nExactly one of {inputs}. {inspect.getdoc(Options)}"
+    return method
 
 
 def build_request(options: Mapping[str, Any]) -> inference_pb2.GenerateRequest:
@@ -94,8 +130,12 @@ def _set(request: inference_pb2.GenerateRequest, name: str, value: Any) -> None:
         request.chat.messages.extend(_message(turn) for turn in value)
     elif name == "stop":
         request.stop.extend([value] if isinstance(value, str) else value)
-    elif name == "stop_token_ids":
-        request.stop_token_ids.extend(value)
+    elif name in ("stop_token_ids", "bad_words"):
+        if isinstance(value, str):
+            raise TypeError("it is a list")
+        getattr(request, name).extend(value)
+    elif name == "chat_template_kwargs":
+        request.chat_template_kwargs = json.dumps(dict(value))
     elif name == "logit_bias":
         request.logit_bias.update(value)
     elif name == "response_format":
@@ -126,3 +166,8 @@ def checked_timeout_s(timeout_s: float) -> float | None:
 def _message(turn: Message | Mapping[str, str]) -> inference_pb2.ChatMessage:
     role, content = (turn["role"], turn["content"]) if isinstance(turn, Mapping) else turn
     return inference_pb2.ChatMessage(role=role, content=content)
+
+
+def _written(annotation: Any) -> Any:
+    """An annotation as it stands in the code."""
+    return getattr(annotation, "__forward_arg__", annotation)

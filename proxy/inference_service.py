@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import json
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -22,13 +23,13 @@ from ..protocol.grpc_errors import client_left, unary_boundary
 from ..protocol.trace_context import TraceContext
 from ..protocol.v1 import inference_pb2, inference_pb2_grpc
 from .request_process import LARGE_BYTES, Packed, RequestProcess, pack, unpack_messages, unpack_prompts
-from .requests.choice_text import TokenText
+from .requests.choice_text import TextOptions, TokenText
 from .requests.generate_request import GenerateRequest
 from .requests.generation import Generation, GenerationEvent, Generator, TextDelta
 from .slow_reader import Write, watched
 from .tenants.gate import Gate
 from .tenants.tenant import Tenant
-from .text.chat_template import ChatMessage
+from .text.chat_template import ChatMessage, ChatOptions
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 MAX_MESSAGES = 2**16
@@ -186,7 +187,31 @@ def request_from_proto(request: inference_pb2.GenerateRequest) -> GenerateReques
         priority=request.priority,
         ttft_slo_s=request.ttft_slo_s if request.HasField("ttft_slo_s") else None,
         tpot_slo_s=request.tpot_slo_s if request.HasField("tpot_slo_s") else None,
+        bad_words=list(request.bad_words),
+        truncate_prompt_tokens=request.truncate_prompt_tokens if request.HasField("truncate_prompt_tokens") else None,
+        cache_salt=request.cache_salt,
+        text=TextOptions(not request.HasField("skip_special_tokens") or request.skip_special_tokens, request.include_stop_str_in_output),
+        add_special_tokens=not request.HasField("add_special_tokens") or request.add_special_tokens,
+        chat=_chat_options(request),
         sampling=sampling,
+    )
+
+
+def _chat_options(request: inference_pb2.GenerateRequest) -> ChatOptions:
+    """Raises InvalidRequest."""
+    variables: Any = {}
+    if request.chat_template_kwargs:
+        try:
+            variables = json.loads(request.chat_template_kwargs)
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest(f"chat_template_kwargs is not JSON: {error}", param="chat_template_kwargs") from error
+        if not isinstance(variables, dict):
+            raise InvalidRequest("chat_template_kwargs must be a JSON object", param="chat_template_kwargs")
+    return ChatOptions.asked(
+        variables,
+        reasoning_effort=request.reasoning_effort or None,
+        add_generation_prompt=request.add_generation_prompt if request.HasField("add_generation_prompt") else None,
+        continue_final_message=request.continue_final_message,
     )
 
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from halfmoon.protocol.v1 import common_pb2 as halfmoon_dot_protocol_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$halfmoon/protocol/v1/inference.proto\x12\x0bhalfmoon.v1\x1a!halfmoon/protocol/v1/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\":\n\x0c\x43hatMessages\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.halfmoon.v1.ChatMessage\"\x1d\n\x08TokenIds\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x81\x08\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12\'\n\x06tokens\x18\x04 \x01(\x0b\x32\x15.halfmoon.v1.TokenIdsH\x00\x12)\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x19.halfmoon.v1.ChatMessagesH\x00\x12\x18\n\x0btemperature\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x07 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x08 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\t \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x01H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\r \x01(\x04H\x08\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x0e \x01(\rH\t\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0f \x01(\rH\n\x88\x01\x01\x12\x0c\n\x04stop\x18\x10 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x11 \x03(\r\x12\x17\n\nignore_eos\x18\x12 \x01(\x08H\x0b\x88\x01\x01\x12?\n\nlogit_bias\x18\x13 \x03(\x0b\x32+.halfmoon.v1.GenerateRequest.LogitBiasEntry\x12\x19\n\x0cnum_logprobs\x18\x14 \x01(\rH\x0c\x88\x01\x01\x12\x0e\n\x01n\x18\x15 \x01(\rH\r\x88\x01\x01\x12\x16\n\ttimeout_s\x18\x16 \x01(\x01H\x0e\x88\x01\x01\x12\x15\n\x08priority\x18\x17 \x01(\x05H\x0f\x88\x01\x01\x12\x17\n\nttft_slo_s\x18\x18 \x01(\x01H\x10\x88\x01\x01\x12\x17\n\ntpot_slo_s\x18\x19 \x01(\x01H\x11\x88\x01\x01\x12-\n\x0fresponse_format\x18\x1e \x01(\x0b\x32\x14.halfmoon.v1.Grammar\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05inputB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0f\n\r_num_logprobsB\x04\n\x02_nB\x0c\n\n_timeout_sB\x0b\n\t_priorityB\r\n\x0b_ttft_slo_sB\r\n\x0b_tpot_slo_s\"\xea\x04\n\rGenerateReply\x12\x37\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32#.halfmoon.v1.GenerateReply.AdmittedH\x00\x12\x31\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32 .halfmoon.v1.GenerateReply.DeltaH\x00\x12\x37\n\x08\x66inished\x18\x03 \x01(\x0b\x32#.halfmoon.v1.GenerateReply.FinishedH\x00\x1aH\n\x08\x41\x64mitted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x1a\x9b\x01\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12(\n\x06tokens\x18\x03 \x03(\x0b\x32\x18.halfmoon.v1.TokenOutput\x12\x13\n\x0btoken_texts\x18\x04 \x03(\t\x12\x36\n\ttop_texts\x18\x05 \x03(\x0b\x32#.halfmoon.v1.GenerateReply.TopTexts\x1a\x19\n\x08TopTexts\x12\r\n\x05texts\x18\x01 \x03(\t\x1a\xa7\x01\n\x08\x46inished\x12\r\n\x05index\x18\x01 \x01(\r\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.halfmoon.v1.FinishReason\x12\x14\n\x0cmatched_stop\x18\x03 \x01(\t\x12(\n\x06phases\x18\x04 \x01(\x0b\x32\x18.halfmoon.v1.PhaseRecord\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.halfmoon.v1.UsageB\x07\n\x05\x65vent\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1c\n\x0b\x43\x61ncelReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x0f\n\rModelsRequest\"5\n\x0bModelsReply\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.halfmoon.v1.ModelInfo\"Q\n\tModelInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t2\xd3\x01\n\tInference\x12\x46\n\x08Generate\x12\x1c.halfmoon.v1.GenerateRequest\x1a\x1a.halfmoon.v1.GenerateReply0\x01\x12>\n\x06\x43\x61ncel\x12\x1a.halfmoon.v1.CancelRequest\x1a\x18.halfmoon.v1.CancelReply\x12>\n\x06Models\x12\x1a.halfmoon.v1.ModelsRequest\x1a\x18.halfmoon.v1.ModelsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$halfmoon/protocol/v1/inference.proto\x12\x0bhalfmoon.v1\x1a!halfmoon/protocol/v1/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\":\n\x0c\x43hatMessages\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.halfmoon.v1.ChatMessage\"\x1d\n\x08TokenIds\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x94\x0b\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12\'\n\x06tokens\x18\x04 \x01(\x0b\x32\x15.halfmoon.v1.TokenIdsH\x00\x12)\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x19.halfmoon.v1.ChatMessagesH\x00\x12\x18\n\x0btemperature\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x07 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x08 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\t \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x01H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\r \x01(\x04H\x08\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x0e \x01(\rH\t\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0f \x01(\rH\n\x88\x01\x01\x12\x0c\n\x04stop\x18\x10 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x11 \x03(\r\x12\x17\n\nignore_eos\x18\x12 \x01(\x08H\x0b\x88\x01\x01\x12?\n\nlogit_bias\x18\x13 \x03(\x0b\x32+.halfmoon.v1.GenerateRequest.LogitBiasEntry\x12\x19\n\x0cnum_logprobs\x18\x14 \x01(\rH\x0c\x88\x01\x01\x12\x0e\n\x01n\x18\x15 \x01(\rH\r\x88\x01\x01\x12\x16\n\ttimeout_s\x18\x16 \x01(\x01H\x0e\x88\x01\x01\x12\x15\n\x08priority\x18\x17 \x01(\x05H\x0f\x88\x01\x01\x12\x17\n\nttft_slo_s\x18\x18 \x01(\x01H\x10\x88\x01\x01\x12\x17\n\ntpot_slo_s\x18\x19 \x01(\x01H\x11\x88\x01\x01\x12-\n\x0fresponse_format\x18\x1e \x01(\x0b\x32\x14.halfmoon.v1.Grammar\x12\x11\n\tbad_words\x18) \x03(\t\x12#\n\x16truncate_prompt_tokens\x18* \x01(\x05H\x12\x88\x01\x01\x12\x12\n\ncache_salt\x18+ \x01(\t\x12 \n\x13skip_special_tokens\x18, \x01(\x08H\x13\x88\x01\x01\x12\"\n\x1ainclude_stop_str_in_output\x18- \x01(\x08\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18. \x01(\x08H\x14\x88\x01\x01\x12\x1c\n\x14\x63hat_template_kwargs\x18/ \x01(\t\x12\x18\n\x10reasoning_effort\x18\x30 \x01(\t\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x31 \x01(\x08H\x15\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x32 \x01(\x08\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05inputB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0f\n\r_num_logprobsB\x04\n\x02_nB\x0c\n\n_timeout_sB\x0b\n\t_priorityB\r\n\x0b_ttft_slo_sB\r\n\x0b_tpot_slo_sB\x19\n\x17_truncate_prompt_tokensB\x16\n\x14_skip_special_tokensB\x15\n\x13_add_special_tokensB\x18\n\x16_add_generation_prompt\"\xea\x04\n\rGenerateReply\x12\x37\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32#.halfmoon.v1.GenerateReply.AdmittedH\x00\x12\x31\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32 .halfmoon.v1.GenerateReply.DeltaH\x00\x12\x37\n\x08\x66inished\x18\x03 \x01(\x0b\x32#.halfmoon.v1.GenerateReply.FinishedH\x00\x1aH\n\x08\x41\x64mitted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x1a\x9b\x01\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12(\n\x06tokens\x18\x03 \x03(\x0b\x32\x18.halfmoon.v1.TokenOutput\x12\x13\n\x0btoken_texts\x18\x04 \x03(\t\x12\x36\n\ttop_texts\x18\x05 \x03(\x0b\x32#.halfmoon.v1.GenerateReply.TopTexts\x1a\x19\n\x08TopTexts\x12\r\n\x05texts\x18\x01 \x03(\t\x1a\xa7\x01\n\x08\x46inished\x12\r\n\x05index\x18\x01 \x01(\r\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.halfmoon.v1.FinishReason\x12\x14\n\x0cmatched_stop\x18\x03 \x01(\t\x12(\n\x06phases\x18\x04 \x01(\x0b\x32\x18.halfmoon.v1.PhaseRecord\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.halfmoon.v1.UsageB\x07\n\x05\x65vent\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1c\n\x0b\x43\x61ncelReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x0f\n\rModelsRequest\"5\n\x0bModelsReply\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.halfmoon.v1.ModelInfo\"Q\n\tModelInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t2\xd3\x01\n\tInference\x12\x46\n\x08Generate\x12\x1c.halfmoon.v1.GenerateRequest\x1a\x1a.halfmoon.v1.GenerateReply0\x01\x12>\n\x06\x43\x61ncel\x12\x1a.halfmoon.v1.CancelRequest\x1a\x18.halfmoon.v1.CancelReply\x12>\n\x06Models\x12\x1a.halfmoon.v1.ModelsRequest\x1a\x18.halfmoon.v1.ModelsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,29 +41,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=194
   _globals['_TOKENIDS']._serialized_end=223
   _globals['_GENERATEREQUEST']._serialized_start=226
-  _globals['_GENERATEREQUEST']._serialized_end=1251
-  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_start=948
-  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_end=996
-  _globals['_GENERATEREPLY']._serialized_start=1254
-  _globals['_GENERATEREPLY']._serialized_end=1872
-  _globals['_GENERATEREPLY_ADMITTED']._serialized_start=1436
-  _globals['_GENERATEREPLY_ADMITTED']._serialized_end=1508
-  _globals['_GENERATEREPLY_DELTA']._serialized_start=1511
-  _globals['_GENERATEREPLY_DELTA']._serialized_end=1666
-  _globals['_GENERATEREPLY_TOPTEXTS']._serialized_start=1668
-  _globals['_GENERATEREPLY_TOPTEXTS']._serialized_end=1693
-  _globals['_GENERATEREPLY_FINISHED']._serialized_start=1696
-  _globals['_GENERATEREPLY_FINISHED']._serialized_end=1863
-  _globals['_CANCELREQUEST']._serialized_start=1874
-  _globals['_CANCELREQUEST']._serialized_end=1909
-  _globals['_CANCELREPLY']._serialized_start=1911
-  _globals['_CANCELREPLY']._serialized_end=1939
-  _globals['_MODELSREQUEST']._serialized_start=1941
-  _globals['_MODELSREQUEST']._serialized_end=1956
-  _globals['_MODELSREPLY']._serialized_start=1958
-  _globals['_MODELSREPLY']._serialized_end=2011
-  _globals['_MODELINFO']._serialized_start=2013
-  _globals['_MODELINFO']._serialized_end=2094
-  _globals['_INFERENCE']._serialized_start=2097
-  _globals['_INFERENCE']._serialized_end=2308
+  _globals['_GENERATEREQUEST']._serialized_end=1654
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_start=1251
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_end=1299
+  _globals['_GENERATEREPLY']._serialized_start=1657
+  _globals['_GENERATEREPLY']._serialized_end=2275
+  _globals['_GENERATEREPLY_ADMITTED']._serialized_start=1839
+  _globals['_GENERATEREPLY_ADMITTED']._serialized_end=1911
+  _globals['_GENERATEREPLY_DELTA']._serialized_start=1914
+  _globals['_GENERATEREPLY_DELTA']._serialized_end=2069
+  _globals['_GENERATEREPLY_TOPTEXTS']._serialized_start=2071
+  _globals['_GENERATEREPLY_TOPTEXTS']._serialized_end=2096
+  _globals['_GENERATEREPLY_FINISHED']._serialized_start=2099
+  _globals['_GENERATEREPLY_FINISHED']._serialized_end=2266
+  _globals['_CANCELREQUEST']._serialized_start=2277
+  _globals['_CANCELREQUEST']._serialized_end=2312
+  _globals['_CANCELREPLY']._serialized_start=2314
+  _globals['_CANCELREPLY']._serialized_end=2342
+  _globals['_MODELSREQUEST']._serialized_start=2344
+  _globals['_MODELSREQUEST']._serialized_end=2359
+  _globals['_MODELSREPLY']._serialized_start=2361
+  _globals['_MODELSREPLY']._serialized_end=2414
+  _globals['_MODELINFO']._serialized_start=2416
+  _globals['_MODELINFO']._serialized_end=2497
+  _globals['_INFERENCE']._serialized_start=2500
+  _globals['_INFERENCE']._serialized_end=2711
 # @@protoc_insertion_point(module_scope)

@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 from ...protocol.errors import InvalidRequest
 from ..requests.generate_request import GenerateRequest
-from ..text.chat_template import ChatMessage
+from ..text.chat_template import ChatMessage, ChatOptions
 from ..text.tokenizer import Tokenizer
 from .encoded import items, spliced
-from .types import ChatBody, Checked, MessageBody
+from .types import Checked, MessageBody
 
 PART_TOKENS = 2**12  # whose texts and JSON are made in one go, in a few milliseconds
 
@@ -54,8 +54,12 @@ class TokenizeBody(BaseModel):
         if chat is None:
             assert self.prompt is not None
             return GenerateRequest(model=model, prompts=[self.prompt], add_special_tokens=self.add_special_tokens is not False)
-        fields = {name: getattr(self, name) for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")}
-        return GenerateRequest(model=model, messages=chat, chat=ChatBody.model_construct(messages=[], **fields).chat_options())
+        options = ChatOptions.asked(
+            self.chat_template_kwargs or {},
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=bool(self.continue_final_message),
+        )
+        return GenerateRequest(model=model, messages=chat, chat=options)
 
 
 class DetokenizeBody(BaseModel):

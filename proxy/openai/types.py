@@ -14,7 +14,7 @@ from ...protocol.errors import InvalidRequest, shown
 from ...protocol.sampling import MAX_SEED
 from ..requests.choice_text import TextOptions
 from ..requests.generate_request import MAX_CHOICES, GenerateRequest
-from ..text.chat_template import OURS, ChatMessage, ChatOptions
+from ..text.chat_template import ChatMessage, ChatOptions
 from .prompt_scores import PromptForms
 from .structured import GUIDED, answer_grammar
 
@@ -325,22 +325,12 @@ class ChatBody(GenerateBody):
 
     def chat_options(self) -> ChatOptions:
         """Raises InvalidRequest."""
-        continues = bool(self.continue_final_message)
-        if continues and self.add_generation_prompt:
-            raise InvalidRequest(
-                "continue_final_message and add_generation_prompt exclude one another; set one of them", param="continue_final_message"
-            )
-        variables = self.chat_template_kwargs or {}
-        taken = sorted(OURS & variables.keys())
-        if taken:
-            raise InvalidRequest(
-                f"chat_template_kwargs has {taken[0]}, which is a field of the request or comes from one", param="chat_template_kwargs"
-            )
-        if self.reasoning_effort is not None:
-            variables = {"reasoning_effort": self.reasoning_effort, **variables}
-        if self.reasoning_effort == "none":
-            variables = {"enable_thinking": False, "thinking": False, **variables}
-        return ChatOptions(not continues if self.add_generation_prompt is None else self.add_generation_prompt, continues, variables)
+        return ChatOptions.asked(
+            self.chat_template_kwargs or {},
+            reasoning_effort=self.reasoning_effort,
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=bool(self.continue_final_message),
+        )
 
 
 def _token_keys(biases: dict[str, float]) -> dict[int, float]:

@@ -21,7 +21,7 @@ import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
 
-from ...protocol.errors import CheckpointError, InvalidRequest
+from ...protocol.errors import CheckpointError, InvalidRequest, shown
 from .folder import NAMES
 
 
@@ -88,8 +88,39 @@ class ChatOptions(NamedTuple):
     continue_final_message: bool = False
     variables: Mapping[str, Any] = {}
 
+    @classmethod
+    def asked(
+        cls,
+        variables: Mapping[str, Any],
+        *,
+        reasoning_effort: str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+    ) -> ChatOptions:
+        """As a request says it; None: nothing is said. Raises InvalidRequest."""
+        if continue_final_message and add_generation_prompt:
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt exclude one another; set one of them", param="continue_final_message"
+            )
+        taken = sorted(OURS & variables.keys())
+        if taken:
+            raise InvalidRequest(
+                f"chat_template_kwargs has {taken[0]}, which is a field of the request or comes from one", param="chat_template_kwargs"
+            )
+        if reasoning_effort is not None:
+            if reasoning_effort not in EFFORTS:
+                raise InvalidRequest(
+                    f"reasoning_effort is {shown(reasoning_effort)}; it may be {', '.join(EFFORTS)}", param="reasoning_effort"
+                )
+            variables = {"reasoning_effort": reasoning_effort, **variables}
+        if reasoning_effort == "none":
+            variables = {"enable_thinking": False, "thinking": False, **variables}
+        begins = not continue_final_message if add_generation_prompt is None else add_generation_prompt
+        return cls(begins, continue_final_message, variables)
+
 
 PLAIN = ChatOptions()
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 _END_MARK = "\U000f0002 "  # for private use: stands where a final message ends that is to be continued; a template may trim its blank
 OURS = frozenset(("messages", "tools", "documents", "add_generation_prompt"))
 """Variables of every template, which a request has fields for."""

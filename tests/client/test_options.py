@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
+import pydoc
 from typing import Any
 
 import pytest
 
-from halfmoon.client import Conversation, InvalidRequest, Message, PhaseRecord
+from halfmoon.client import AsyncClient, Client, Conversation, InvalidRequest, Message, PhaseRecord
 from halfmoon.client.completion import Collector, event_from_proto
 from halfmoon.client.options import MAX_TIMEOUT_S, GenerateOptions, Options, build_request
 from halfmoon.protocol.v1 import common_pb2, inference_pb2
@@ -40,6 +42,36 @@ def test_every_kind_of_value_has_its_place() -> None:
     assert build_request({"token_ids": []}).WhichOneof("input") == "tokens"
 
 
+def test_further_options_have_their_place() -> None:
+    request = build_request(
+        {
+            "prompt": "x",
+            "bad_words": ["a", "b"],
+            "truncate_prompt_tokens": -1,
+            "cache_salt": "s",
+            "skip_special_tokens": False,
+            "include_stop_str_in_output": True,
+            "add_special_tokens": False,
+            "chat_template_kwargs": {"enable_thinking": False},
+            "reasoning_effort": "low",
+            "add_generation_prompt": False,
+            "continue_final_message": True,
+        }
+    )
+    assert (list(request.bad_words), request.truncate_prompt_tokens, request.cache_salt) == (["a", "b"], -1, "s")
+    assert request.HasField("skip_special_tokens") and request.HasField("add_special_tokens") and request.HasField("add_generation_prompt")
+    assert (request.chat_template_kwargs, request.reasoning_effort) == ('{"enable_thinking": false}', "low")
+    assert request.include_stop_str_in_output and request.continue_final_message
+
+
+@pytest.mark.parametrize("method", [Client.generate, Client.stream, AsyncClient.generate, AsyncClient.stream])
+def test_help_shows_every_option(method: Any) -> None:
+    shown = pydoc.plain(pydoc.render_doc(method))
+    assert set(inspect.signature(method).parameters) == {"self", *GenerateOptions.__annotations__}
+    assert all(f"{name}: " in shown for name in GenerateOptions.__annotations__)
+    assert "what the text has to match" in shown
+
+
 def test_no_deadline_is_the_proxys_longest() -> None:
     assert build_request({"prompt": "x", "timeout_s": math.inf}).timeout_s == MAX_TIMEOUT_S == 7 * 24 * 3600
     assert build_request({"prompt": "x", "timeout_s": MAX_TIMEOUT_S}).timeout_s == MAX_TIMEOUT_S
@@ -65,6 +97,8 @@ def test_no_deadline_is_the_proxys_longest() -> None:
         ({"messages": "hello"}, "messages", "messages is 'hello'"),
         ({"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias", "logit_bias is"),
         ({"prompt": "x", "stop": [1]}, "stop", "stop is"),
+        ({"prompt": "x", "bad_words": "one"}, "bad_words", "bad_words is 'one': it is a list"),
+        ({"prompt": "x", "chat_template_kwargs": [1]}, "chat_template_kwargs", "chat_template_kwargs is"),
     ],
 )
 def test_a_wrong_option_is_refused_before_anything_is_sent(ask: dict[str, Any], param: str | None, message: str) -> None:

@@ -15,7 +15,9 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from halfmoon.protocol.errors import InvalidRequest, PromptTooLong, RequestCancelled, UnknownModel
 from halfmoon.protocol.grpc_errors import from_rpc_error
 from halfmoon.protocol.v1 import common_pb2, inference_pb2, inference_pb2_grpc
-from halfmoon.proxy.inference_service import parse_request
+from halfmoon.proxy.inference_service import parse_request, request_from_proto
+from halfmoon.proxy.text.chat_template import ChatTemplate
+from halfmoon.proxy.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,44 @@ def test_unset_fields_take_the_servers_defaults_and_zeros_are_meant(face: Any, s
     plain, zeros = (sequence.sampling for sequence in face.workers.requests)
     assert (plain.temperature, plain.top_p, plain.max_tokens) == (1.0, 1.0, 16) and not plain.HasField("num_logprobs")
     assert (zeros.temperature, zeros.seed) == (0.0, 0) and zeros.HasField("num_logprobs")
+
+
+def test_fields_of_prompts_and_texts_are_those_of_http(face: Any, stub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Tokenizer, "chat_template", ChatTemplate("{{ messages[0].content }}|{{ enable_thinking }}|{{ reasoning_effort }}", {})
+    )
+    chat = inference_pb2.ChatMessages(messages=[inference_pb2.ChatMessage(role="user", content="Hello")])
+    generate(stub, chat=chat, chat_template_kwargs='{"enable_thinking": false}', reasoning_effort="high", max_tokens=1)
+    generate(stub, prompt="Hello", add_special_tokens=False, cache_salt="a", bad_words=["."], max_tokens=1)
+    generate(stub, prompt="Hello", truncate_prompt_tokens=1, max_tokens=1)
+    asked, bare, cut = face.workers.requests
+    assert face.tokenizer.decode(asked.token_ids) == "Hello|False|high"
+    assert list(bare.token_ids) == face.tokenizer.encode("Hello", add_special_tokens=False) and bare.root
+    assert list(bare.sampling.logit_bias.values()) == [-100.0]
+    assert list(cut.token_ids) == face.tokenizer.encode("Hello")[-1:]
+    face.workers.script = lambda sequence: [face.answer[0], 2, *face.answer[1:4], 1]
+
+    def text(**fields: Any) -> str:
+        return "".join(reply.delta.text for reply in generate(stub, prompt="Hello", **fields))
+
+    assert text() == "The quick brown fox" and text(skip_special_tokens=False) == "The<|im_start|> quick brown fox"
+    assert text(stop=["brown"], include_stop_str_in_output=True) == "The quick brown"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"chat_template_kwargs": "{"}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": "[1]"}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": '{"messages": 1}'}, "chat_template_kwargs"),
+        ({"reasoning_effort": "much"}, "reasoning_effort"),
+        ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
+    ],
+)
+def test_a_wrong_field_of_a_chat_is_named(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        request_from_proto(inference_pb2.GenerateRequest(prompt="x", **fields))
+    assert caught.value.fields["param"] == param
 
 
 def test_logprobs_come_with_the_texts_of_their_tokens(face: Any, stub: Any) -> None:

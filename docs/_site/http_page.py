@@ -46,6 +46,7 @@ The API is OpenAI's, as far as it goes. A field that is known and not served is 
 - `echo` with `logprobs`: the prompt's own tokens come first, with their log probabilities (`null` for the first token).
   `prompt_logprobs` is vLLM's form of the same, in each choice, in a chat's reply at its top. `max_tokens` may be 0 then. In a stream they
   come in parts, before the answer. Such a prompt uses no cached prefix, and a reply has at most 1,048,576 of them.
+  lm-eval's `local-completions` reads them; it sends no BOS unless it is told `add_bos_token=True`.
 - `return_token_ids`: `prompt_token_ids` and, in each choice or chunk, `token_ids`.
 - A content part of type `text` may have more fields, such as `cache_control`; parts of other types are refused by their type.
 

@@ -191,7 +191,7 @@ async def _unpack(body_type: type[Body], packed: Packed[dict[str, Any]] | list[A
     if issubclass(body_type, DetokenizeBody):
         return body_type.model_construct(**packed.rest, tokens=unpack_prompts(packed)[0])
     messages = await unpack_messages(packed)
-    fields = {**packed.rest, "messages": []} if messages or body_type is ChatBody else packed.rest
+    fields: dict[str, Any] = {**packed.rest, "messages": []} if messages or body_type is ChatBody else packed.rest
     body = body_type.model_construct(**fields)
     if isinstance(body, (ChatBody, TokenizeBody)) and messages:
         body.chat = messages

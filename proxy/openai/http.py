@@ -45,7 +45,7 @@ from .described import (
     replies,
     streamed,
 )
-from .encoded import to_json
+from .encoded import PartsResponse, to_json
 from .errors import install_error_handlers
 from .event_stream import EventStream, until_disconnect
 from .head import head_as_get
@@ -96,7 +96,7 @@ def _routes(generator: Generator, process: RequestProcess, *, shows_requests: bo
         asked = body.to_generate_request()
         token_ids = await generator.tokenize(asked)
         with_texts = bool(body.return_token_strs)
-        return _encoded(await tokenized_json(generator.tokenizer, token_ids, generator.max_model_len, with_texts=with_texts))
+        return PartsResponse(await tokenized_json(generator.tokenizer, token_ids, generator.max_model_len, with_texts=with_texts))
 
     @app.post("/detokenize", responses=replies(DetokenizeReply, 404, 413, 415))
     async def detokenize(body: DetokenizeBody) -> Response:
@@ -146,7 +146,7 @@ async def _reply(request: Request, generation: Generation, shape: Shape, body: G
         await stack.enter_async_context(generation)
         if not body.stream:
             choices = await until_disconnect(request.receive, _collect(generation))
-            return _encoded(await shape.whole_json(choices), headers=headers)
+            return PartsResponse(await shape.whole_json(choices), headers)
         writer = ChunkWriter(generation, shape, request.url.path, usage=body.wants_usage, running_usage=body.wants_running_usage)
         # the status line waits for the first event, so an error before it still gets its own status
         first = await until_disconnect(request.receive, writer.next())
@@ -188,8 +188,4 @@ def _model(generator: Generator, created: int) -> dict[str, Any]:
 
 
 def _json(value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return _encoded(to_json(value), status=status, headers=headers)
-
-
-def _encoded(text: str, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(text, status, headers, media_type="application/json")
+    return Response(to_json(value), status, headers, media_type="application/json")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..requests.prompt_text import PromptText, PromptToken
-from .encoded import items
+from .encoded import items, listed, spliced
 
 LEAST_LOGPROB = -9999.0  # a masked token has -inf, which JSON lacks; OpenAI sends this instead
 LEGACY = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
@@ -69,21 +69,23 @@ def _entry(logprob: float, rank: int, text: str) -> dict[str, Any]:
     return {"logprob": max(logprob, LEAST_LOGPROB), "rank": rank, "decoded_token": text}
 
 
-async def prompt_json(text: PromptText, forms: PromptForms, text_len: int, answer: Mapping[str, list[Any]] | None) -> dict[str, str]:
+async def prompt_json(
+    text: PromptText, forms: PromptForms, text_len: int, answer: Mapping[str, list[Any]] | None
+) -> dict[str, list[bytes]]:
     """By field, the JSON that takes the place of null: logprobs, prompt_logprobs, as asked for. answer: its legacy columns."""
-    columns: dict[str, list[str]] = {name: [] for name in LEGACY}
-    listed: list[str] = []
+    columns: dict[str, list[bytes]] = {name: [] for name in LEGACY}
+    entries: list[bytes] = []
     async for part in text.parts():
         if forms.echoed is not None:
             for name, values in legacy_part(part, forms.echoed, text_len).items():
                 columns[name].append(items(values))
         if forms.listed is not None:
-            listed.append(items(listed_part(part, forms.listed)))
-    found: dict[str, str] = {}
+            entries.append(items(listed_part(part, forms.listed)))
+    found: dict[str, list[bytes]] = {}
     if forms.echoed is not None:
         for name, values in (answer or {}).items():
-            columns[name] += [items(values)] if values else []
-        found["logprobs"] = "{" + ",".join(f'"{name}":[{",".join(parts)}]' for name, parts in columns.items()) + "}"
+            columns[name].append(items(values))
+        found["logprobs"] = spliced(dict.fromkeys(LEGACY), {name: listed(parts) for name, parts in columns.items()})
     if forms.listed is not None:
-        found["prompt_logprobs"] = f"[{','.join(listed)}]"
+        found["prompt_logprobs"] = listed(entries)
     return found

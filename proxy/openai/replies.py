@@ -52,16 +52,16 @@ class Shape:
         reply = self._envelope(self.whole_object, [self._whole_choice(choice) for choice in choices])
         return reply | {"usage": self.usage(ends), "halfmoon": self._extension(ends)}
 
-    async def whole_json(self, choices: Sequence[WholeChoice]) -> str:
-        """The reply. Raises nothing of a request's: it has ended."""
+    async def whole_json(self, choices: Sequence[WholeChoice]) -> list[bytes]:
+        """As whole, encoded, in parts."""
         reply = self.whole(choices)
-        return await self._scored_json(reply) if self.forms.any else to_json(reply)
+        return await self._scored_json(reply) if self.forms.any else [to_json(reply).encode()]
 
     def openings(self, index: int) -> AsyncIterator[dict[str, Any]]:
         """The chunks before a choice's first text."""
         raise NotImplementedError
 
-    async def _scored_json(self, reply: dict[str, Any]) -> str:
+    async def _scored_json(self, reply: dict[str, Any]) -> list[bytes]:
         """With the prompts' log probabilities, which are encoded in parts."""
         raise NotImplementedError
 
@@ -144,13 +144,13 @@ class CompletionShape(Shape):
         opening["choices"][0] |= fields
         return opening
 
-    async def _scored_json(self, reply: dict[str, Any]) -> str:
-        choices: list[str] = []
+    async def _scored_json(self, reply: dict[str, Any]) -> list[bytes]:
+        choices: list[bytes] = []
         for choice in reply["choices"]:
             index = choice["index"]
             found = await prompt_json(self._generation.prompt_text(index), self.forms, len(self._echo(index)), choice["logprobs"])
-            choices.append(spliced(choice | dict.fromkeys(found), found))
-        return spliced(reply | {"choices": None}, {"choices": f"[{','.join(choices)}]"})
+            choices += [b"," if choices else b"[", *spliced(choice | dict.fromkeys(found), found)]
+        return spliced(reply | {"choices": None}, {"choices": [*choices, b"]"]})
 
     def _echo(self, index: int) -> str:
         return self.echoes[index // self._n] if self.echoes else ""
@@ -182,7 +182,7 @@ class ChatShape(Shape):
             async for part in self._generation.prompt_text(index).parts():
                 yield self.chunk(index, "", []) | {"prompt_logprobs": listed_part(part, self.forms.listed)}
 
-    async def _scored_json(self, reply: dict[str, Any]) -> str:
+    async def _scored_json(self, reply: dict[str, Any]) -> list[bytes]:
         found = await prompt_json(self._generation.prompt_text(0), self.forms, 0, None)
         return spliced(reply | dict.fromkeys(found), found)
 

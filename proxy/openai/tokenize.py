@@ -12,10 +12,10 @@ from ...protocol.errors import InvalidRequest
 from ..requests.generate_request import GenerateRequest
 from ..text.chat_template import ChatMessage, ChatOptions
 from ..text.tokenizer import Tokenizer
-from .encoded import items, spliced
+from .encoded import items, listed, spliced
 from .types import Checked, MessageBody
 
-PART_TOKENS = 2**12  # whose texts and JSON are made in one go, in a few milliseconds
+PART_TOKENS = 2**10  # whose texts and JSON are made in one go, in a few milliseconds
 
 
 class TokenizeBody(BaseModel):
@@ -69,15 +69,15 @@ class DetokenizeBody(BaseModel):
     tokens: Checked[int]
 
 
-async def tokenized_json(tokenizer: Tokenizer, token_ids: Sequence[int], max_model_len: int, *, with_texts: bool) -> str:
-    """The reply of /tokenize. with_texts: of each token by itself."""
-    tokens: list[str] = []
-    texts: list[str] = []
+async def tokenized_json(tokenizer: Tokenizer, token_ids: Sequence[int], max_model_len: int, *, with_texts: bool) -> list[bytes]:
+    """The reply of /tokenize, in parts. with_texts: of each token by itself."""
+    tokens: list[bytes] = []
+    texts: list[bytes] = []
     for start in range(0, len(token_ids), PART_TOKENS):
         part = token_ids[start : start + PART_TOKENS]
         tokens.append(items(list(part)))
         if with_texts:
             texts.append(items([tokenizer.token_text(token_id) for token_id in part]))
         await asyncio.sleep(0)
-    fields = {"tokens": f"[{','.join(tokens)}]"} | ({"token_strs": f"[{','.join(texts)}]"} if with_texts else {})
+    fields = {"tokens": listed(tokens)} | ({"token_strs": listed(texts)} if with_texts else {})
     return spliced({"count": len(token_ids), "max_model_len": max_model_len, "tokens": None, "token_strs": None}, fields)

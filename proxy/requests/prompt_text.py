@@ -14,7 +14,7 @@ from ..text.detokenizer import create_detokenizer
 from ..text.tokenizer import Tokenizer
 
 MAX_TURN_TOKENS = 128  # about 2 ms; each is decoded twice where the tokenizer is not byte-level
-MAX_TURN_TEXTS = 1024  # of the likeliest tokens among them
+MAX_TURN_TEXTS = 512  # of the likeliest tokens among them
 
 
 class Likely(NamedTuple):
@@ -41,6 +41,7 @@ class PromptText:
         self._tokenizer = tokenizer
         self._token_ids = token_ids
         self._logprobs = logprobs
+        self._texts: dict[int, str] = {}  # of tokens that have been seen: the likeliest are often the same
 
     async def parts(self) -> AsyncIterator[list[PromptToken]]:
         """All tokens, in order. The caller's own work on a part of them comes to a few milliseconds, too."""
@@ -61,7 +62,7 @@ class PromptText:
         for index, token_id in enumerate(self._token_ids):
             begin, end = end, end + len(detokenizer.push(token_id))
             logprob, rank, top = next(scores) if index else (None, 0, [])
-            yield PromptToken(token_id, self._tokenizer.token_text(token_id), logprob, rank, begin, end, top)
+            yield PromptToken(token_id, self._text(token_id), logprob, rank, begin, end, top)
 
     def _scores(self) -> Iterator[tuple[float, int, list[Likely]]]:
         for columns in self._logprobs:
@@ -69,4 +70,10 @@ class PromptText:
             for row, (logprob, rank) in enumerate(zip(columns.logprobs, columns.ranks, strict=True)):
                 places = slice(row * num_top, (row + 1) * num_top)
                 found = zip(columns.top_token_ids[places], columns.top_logprobs[places], strict=True)
-                yield logprob, rank, [Likely(token_id, self._tokenizer.token_text(token_id), value) for token_id, value in found]
+                yield logprob, rank, [Likely(token_id, self._text(token_id), value) for token_id, value in found]
+
+    def _text(self, token_id: int) -> str:
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self._tokenizer.token_text(token_id)
+        return text

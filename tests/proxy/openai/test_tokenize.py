@@ -110,7 +110,7 @@ async def test_a_long_reply_is_made_while_the_event_loop_turns(face: Any) -> Non
             await asyncio.sleep(0)
 
     beside = asyncio.create_task(others())
-    reply = json.loads(await tokenized_json(face.tokenizer, token_ids, 9, with_texts=True))
+    reply = json.loads(b"".join(await tokenized_json(face.tokenizer, token_ids, 9, with_texts=True)))
     beside.cancel()
     assert turns >= 10 and reply["tokens"] == token_ids
     assert reply["token_strs"] == [face.tokenizer.token_text(token_id) for token_id in token_ids]

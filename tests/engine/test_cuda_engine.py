@@ -139,6 +139,29 @@ def test_logits_of_chunks_and_decode_steps_are_the_cpus(engines, model, dtype, l
                     batch[row].token_ids.append(token)
 
 
+@pytest.mark.parametrize("num_top", [0, 5])
+def test_prompts_log_probabilities_in_fp32_are_the_cpus(engines, num_top):
+    """In chunks, beside a prompt that is not scored and a decode row. No graph takes such a step."""
+    found = []
+    for engine in engines("llama-hd64", "float32"):
+        pages = Pages(engine)
+        scoring, plain, running = (pages.sequence(length, number) for number, length in enumerate((517, 131, 64)))
+        prefill(engine, [running])
+        scoring.num_prompt_logprobs, scored = num_top, []
+        for start, end in ((0, 300), (300, 517)):
+            chunks = [*next_chunks([running]), StepChunk(scoring, start, end - start), StepChunk(plain, 0, 131)]
+            assert engine.launch(chunks) is None
+            logits, by_sequence = engine.forward_scored(chunks)
+            assert len(logits) == sum(chunk.is_last for chunk in chunks) and set(by_sequence) == {scoring}
+            scored.append(by_sequence[scoring])
+            scoring.num_scored_tokens = scored[-1].start + len(scored[-1].logprobs)
+        assert [(one.start, len(one.logprobs)) for one in scored] == [(1, 300), (301, 216)]
+        found.append(scored)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(torch.from_numpy(ours.logprobs), torch.from_numpy(theirs.logprobs), atol=1e-3, rtol=0)
+        torch.testing.assert_close(torch.from_numpy(ours.top_logprobs), torch.from_numpy(theirs.top_logprobs), atol=1e-3, rtol=0)
+
+
 def test_greedy_tokens_in_fp32_are_the_cpus(engines):
     """Sequences of different lengths that join late and leave early, so that rows move and batch sizes change."""
     histories = []

@@ -25,7 +25,7 @@ from .access import Control
 from .async_client import AsyncClient, AsyncStream
 from .client import Client, Stream
 from .cluster_status import ClusterStatus, Member, Model, Percentiles, RoleChange
-from .completion import Admitted, Choice, Completion, Delta, Event, Finished, PhaseRecord, TokenLogprob, TopLogprob, Usage
+from .completion import Admitted, Choice, Completion, Delta, Event, Finished, PhaseRecord, Prompt, TokenLogprob, TopLogprob, Usage
 from .conversation import Conversation
 from .explanation import Candidate, DecisionAttempt, Explanation, Prediction
 from .options import Message
@@ -57,6 +57,7 @@ __all__ = [
     "PermissionDenied",
     "PhaseRecord",
     "Prediction",
+    "Prompt",
     "PromptTooLong",
     "RequestCancelled",
     "RoleChange",

@@ -91,6 +91,14 @@ class Admitted:
 
 
 @dataclass(frozen=True, slots=True)
+class Prompt:
+    """Tokens of a choice's prompt that follow one another, with num_prompt_logprobs: all but the first, before the choice's own."""
+
+    index: int
+    logprobs: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """New tokens of one choice. text is whole characters, and "" while a character or a stop string is under way."""
 
@@ -111,7 +119,7 @@ class Finished:
     phases: PhaseRecord
 
 
-Event = Admitted | Delta | Finished
+Event = Admitted | Prompt | Delta | Finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +132,8 @@ class Choice:
     usage: Usage
     phases: PhaseRecord
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """With num_prompt_logprobs: of all tokens of the prompt but the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +165,10 @@ class Completion:
         return self.choices[0].logprobs
 
     @property
+    def prompt_logprobs(self) -> tuple[TokenLogprob, ...]:
+        return self.choices[0].prompt_logprobs
+
+    @property
     def usage(self) -> Usage:
         """Tokens of all choices together: the prompt counts once, the answers add up."""
         first = self.choices[0].usage
@@ -168,6 +182,8 @@ def event_from_proto(reply: inference_pb2.GenerateReply) -> Event:
         return Admitted(reply.admitted.request_id, reply.admitted.model, reply.admitted.num_prompt_tokens)
     if kind == "delta":
         return _delta(reply.delta)
+    if kind == "prompt":
+        return Prompt(reply.prompt.index, _logprobs(reply.prompt))
     message = reply.finished
     return Finished(
         index=message.index,
@@ -178,8 +194,8 @@ def event_from_proto(reply: inference_pb2.GenerateReply) -> Event:
     )
 
 
-def _delta(message: inference_pb2.GenerateReply.Delta) -> Delta:
-    logprobs = tuple(
+def _logprobs(message: inference_pb2.GenerateReply.Delta) -> tuple[TokenLogprob, ...]:
+    return tuple(
         TokenLogprob(
             token_id=token.token_id,
             text=text,
@@ -192,7 +208,10 @@ def _delta(message: inference_pb2.GenerateReply.Delta) -> Delta:
         # the texts are there where logprobs were asked for, and only there
         for token, text, tops in zip(message.tokens, message.token_texts, message.top_texts, strict=False)
     )
-    return Delta(message.index, message.text, tuple(token.token_id for token in message.tokens), logprobs)
+
+
+def _delta(message: inference_pb2.GenerateReply.Delta) -> Delta:
+    return Delta(message.index, message.text, tuple(token.token_id for token in message.tokens), _logprobs(message))
 
 
 class Collector:
@@ -202,10 +221,13 @@ class Collector:
         self.admitted: Admitted | None = None
         self._deltas: dict[int, list[Delta]] = {}
         self._finished: dict[int, Finished] = {}
+        self._prompts: dict[int, list[Prompt]] = {}
 
     def add(self, event: Event) -> None:
         if isinstance(event, Admitted):
             self.admitted = event
+        elif isinstance(event, Prompt):
+            self._prompts.setdefault(event.index, []).append(event)
         elif isinstance(event, Delta):
             self._deltas.setdefault(event.index, []).append(event)
         else:
@@ -229,4 +251,5 @@ class Collector:
             usage=end.usage,
             phases=end.phases,
             logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
+            prompt_logprobs=tuple(logprob for part in self._prompts.get(end.index, []) for logprob in part.logprobs),
         )

@@ -29,6 +29,8 @@ class Options(TypedDict, total=False):
     ttft_slo_s, tpot_slo_s: to be served within, to the first token and between two; an admission refuses what it predicts to take longer.
     response_format: what the text has to match: {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": ...}},
         or {"type": "regex", "regex": ...}, {"type": "ebnf", "ebnf": ...}, {"type": "choice", "choice": [...]}.
+    num_logprobs, num_prompt_logprobs: of each token of the answer, of the prompt, with so many of the likeliest.
+        max_tokens may be 0 with the latter.
     bad_words: words of one token that the text has not. skip_special_tokens: false: they have text, too.
     truncate_prompt_tokens: of a longer prompt the last so many tokens are taken; -1: as many as the model takes.
     cache_salt: prefixes are shared with requests of the same salt alone.
@@ -54,6 +56,7 @@ class Options(TypedDict, total=False):
     ignore_eos: bool
     logit_bias: Mapping[int, float]
     num_logprobs: int
+    num_prompt_logprobs: int
     n: int
     response_format: Mapping[str, Any]
     timeout_s: float

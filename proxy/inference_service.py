@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -26,6 +26,7 @@ from .request_process import LARGE_BYTES, Packed, RequestProcess, pack, unpack_m
 from .requests.choice_text import TextOptions, TokenText
 from .requests.generate_request import GenerateRequest
 from .requests.generation import Generation, GenerationEvent, Generator, TextDelta
+from .requests.prompt_text import PromptToken
 from .slow_reader import Write, watched
 from .tenants.gate import Gate
 from .tenants.tenant import Tenant
@@ -35,7 +36,7 @@ SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 MAX_MESSAGES = 2**16
 _SAMPLING = (
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
-    *("min_tokens", "ignore_eos", "num_logprobs"),
+    *("min_tokens", "ignore_eos", "num_logprobs", "num_prompt_logprobs"),
 )
 
 
@@ -105,8 +106,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             request_id=generation.request_id, model=generation.model, num_prompt_tokens=generation.num_prompt_tokens
         )
         await write(inference_pb2.GenerateReply(admitted=admitted))
+        begun: set[int] = set()
         while events := await generation.next_events():
             for event in events:
+                if generation.is_scored and event.index not in begun:
+                    begun.add(event.index)
+                    async for part in generation.prompt_text(event.index).parts():
+                        await write(_prompt(event.index, part))
                 await write(_reply(event))
 
     def _tenant(self, context: grpc.aio.ServicerContext) -> Tenant | None:
@@ -174,6 +180,8 @@ def request_from_proto(request: inference_pb2.GenerateRequest) -> GenerateReques
         sampling["logit_bias"] = dict(request.logit_bias)
     if request.HasField("response_format"):
         sampling["grammar"] = Grammar(request.response_format.kind, request.response_format.text)
+    prompt_only = request.HasField("num_prompt_logprobs") and request.HasField("max_tokens") and request.max_tokens == 0
+    max_tokens = request.max_tokens if request.HasField("max_tokens") else None
     return GenerateRequest(
         prompts={"prompt": [request.prompt], "tokens": [list(request.tokens.token_ids)]}.get(kind, ()),
         messages=[ChatMessage(turn.role, turn.content) for turn in request.chat.messages] if kind == "chat" else None,
@@ -181,7 +189,8 @@ def request_from_proto(request: inference_pb2.GenerateRequest) -> GenerateReques
         label=request.request_id,
         n=request.n if request.HasField("n") else 1,
         seed=request.seed if request.HasField("seed") else None,
-        max_tokens=request.max_tokens if request.HasField("max_tokens") else None,
+        max_tokens=1 if prompt_only else max_tokens,
+        prompt_only=prompt_only,
         stop=list(request.stop),
         timeout_s=request.timeout_s if request.HasField("timeout_s") else None,
         priority=request.priority,
@@ -238,6 +247,19 @@ def _delta(event: TextDelta) -> inference_pb2.GenerateReply:
     else:
         for token_id in event.token_ids:
             delta.tokens.add().token_id = token_id
+    return reply
+
+
+def _prompt(index: int, tokens: Sequence[PromptToken]) -> inference_pb2.GenerateReply:
+    reply = inference_pb2.GenerateReply()
+    reply.prompt.index = index
+    for token in tokens:
+        if token.logprob is not None:  # the first has none
+            output = reply.prompt.tokens.add(token_id=token.token_id, logprob=token.logprob)
+            for top in token.top:
+                output.top_logprobs.add(token_id=top.token_id, logprob=top.logprob)
+            reply.prompt.token_texts.append(token.text)
+            reply.prompt.top_texts.add(texts=[top.text for top in token.top])
     return reply
 
 

@@ -27,7 +27,7 @@ class TokenIds(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "prompt", "tokens", "chat", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "logit_bias", "num_logprobs", "n", "timeout_s", "priority", "ttft_slo_s", "tpot_slo_s", "response_format", "bad_words", "truncate_prompt_tokens", "cache_salt", "skip_special_tokens", "include_stop_str_in_output", "add_special_tokens", "chat_template_kwargs", "reasoning_effort", "add_generation_prompt", "continue_final_message")
+    __slots__ = ("request_id", "model", "prompt", "tokens", "chat", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "logit_bias", "num_logprobs", "n", "timeout_s", "priority", "ttft_slo_s", "tpot_slo_s", "response_format", "bad_words", "truncate_prompt_tokens", "cache_salt", "skip_special_tokens", "include_stop_str_in_output", "add_special_tokens", "chat_template_kwargs", "reasoning_effort", "add_generation_prompt", "continue_final_message", "num_prompt_logprobs")
     class LogitBiasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +71,7 @@ class GenerateRequest(_message.Message):
     REASONING_EFFORT_FIELD_NUMBER: _ClassVar[int]
     ADD_GENERATION_PROMPT_FIELD_NUMBER: _ClassVar[int]
     CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     prompt: str
@@ -107,10 +108,11 @@ class GenerateRequest(_message.Message):
     reasoning_effort: str
     add_generation_prompt: bool
     continue_final_message: bool
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., num_logprobs: _Optional[int] = ..., n: _Optional[int] = ..., timeout_s: _Optional[float] = ..., priority: _Optional[int] = ..., ttft_slo_s: _Optional[float] = ..., tpot_slo_s: _Optional[float] = ..., response_format: _Optional[_Union[_common_pb2.Grammar, _Mapping]] = ..., bad_words: _Optional[_Iterable[str]] = ..., truncate_prompt_tokens: _Optional[int] = ..., cache_salt: _Optional[str] = ..., skip_special_tokens: bool = ..., include_stop_str_in_output: bool = ..., add_special_tokens: bool = ..., chat_template_kwargs: _Optional[str] = ..., reasoning_effort: _Optional[str] = ..., add_generation_prompt: bool = ..., continue_final_message: bool = ...) -> None: ...
+    num_prompt_logprobs: int
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., num_logprobs: _Optional[int] = ..., n: _Optional[int] = ..., timeout_s: _Optional[float] = ..., priority: _Optional[int] = ..., ttft_slo_s: _Optional[float] = ..., tpot_slo_s: _Optional[float] = ..., response_format: _Optional[_Union[_common_pb2.Grammar, _Mapping]] = ..., bad_words: _Optional[_Iterable[str]] = ..., truncate_prompt_tokens: _Optional[int] = ..., cache_salt: _Optional[str] = ..., skip_special_tokens: bool = ..., include_stop_str_in_output: bool = ..., add_special_tokens: bool = ..., chat_template_kwargs: _Optional[str] = ..., reasoning_effort: _Optional[str] = ..., add_generation_prompt: bool = ..., continue_final_message: bool = ..., num_prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class GenerateReply(_message.Message):
-    __slots__ = ("admitted", "delta", "finished")
+    __slots__ = ("admitted", "delta", "finished", "prompt")
     class Admitted(_message.Message):
         __slots__ = ("request_id", "model", "num_prompt_tokens")
         REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -154,10 +156,12 @@ class GenerateReply(_message.Message):
     ADMITTED_FIELD_NUMBER: _ClassVar[int]
     DELTA_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
     admitted: GenerateReply.Admitted
     delta: GenerateReply.Delta
     finished: GenerateReply.Finished
-    def __init__(self, admitted: _Optional[_Union[GenerateReply.Admitted, _Mapping]] = ..., delta: _Optional[_Union[GenerateReply.Delta, _Mapping]] = ..., finished: _Optional[_Union[GenerateReply.Finished, _Mapping]] = ...) -> None: ...
+    prompt: GenerateReply.Delta
+    def __init__(self, admitted: _Optional[_Union[GenerateReply.Admitted, _Mapping]] = ..., delta: _Optional[_Union[GenerateReply.Delta, _Mapping]] = ..., finished: _Optional[_Union[GenerateReply.Finished, _Mapping]] = ..., prompt: _Optional[_Union[GenerateReply.Delta, _Mapping]] = ...) -> None: ...
 
 class CancelRequest(_message.Message):
     __slots__ = ("request_id",)

@@ -101,6 +101,7 @@ class Generation:
         self.num_prompt_tokens = num_prompt_tokens  # of all prompts together
         self.num_choices = len(choices)
         self.prompts: Sequence[Sequence[int]] = ()  # token ids of each, where the client wants them back
+        self.is_scored = False  # the log probabilities of its prompts were asked for
         self.fingerprint = ""
         self._choices = choices
         self._num_open = len(choices)
@@ -250,6 +251,7 @@ class Generator:
         ]
         generation = Generation(request.request_id, self.card.name, num_prompt_tokens, choices, tenant)
         generation.fingerprint = _fingerprint(self.router.schema)
+        generation.is_scored = "num_prompt_logprobs" in request.sampling
         if request.return_token_ids:
             generation.prompts = [choice.token_ids for choice in requests[:: request.n]]
         self._under_way[request.request_id] = generation

@@ -12,6 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from halfmoon.client import Client
 from halfmoon.protocol.errors import InvalidRequest, PromptTooLong, RequestCancelled, UnknownModel
 from halfmoon.protocol.grpc_errors import from_rpc_error
 from halfmoon.protocol.v1 import common_pb2, inference_pb2, inference_pb2_grpc
@@ -75,6 +76,25 @@ def test_fields_of_prompts_and_texts_are_those_of_http(face: Any, stub: Any, mon
 
     assert text() == "The quick brown fox" and text(skip_special_tokens=False) == "The<|im_start|> quick brown fox"
     assert text(stop=["brown"], include_stop_str_in_output=True) == "The quick brown"
+
+
+@pytest.mark.parametrize("max_tokens", [0, 2])
+def test_a_prompt_s_log_probabilities_come_before_the_answer(max_tokens: int, face: Any, stub: Any) -> None:
+    token_ids = face.tokenizer.encode("Once upon a time")
+    with Client(face.grpc) as client, client.stream(token_ids=token_ids, max_tokens=max_tokens, num_prompt_logprobs=2, n=2) as stream:
+        kinds = [(type(event).__name__, getattr(event, "index", 0)) for event in stream]
+        completion = stream.completion()
+    for index, choice in enumerate(completion.choices):
+        own = [kind for kind, found in kinds if found == index and kind != "Admitted"]
+        assert own == sorted(own, key=["Prompt", "Delta", "Finished"].index) and "Prompt" in own
+        assert [token.token_id for token in choice.prompt_logprobs] == token_ids[1:]
+        assert [token.logprob for token in choice.prompt_logprobs] == [-index / 8 for index in range(1, len(token_ids))]
+        assert [token.text for token in choice.prompt_logprobs] == [face.tokenizer.token_text(token_id) for token_id in token_ids[1:]]
+        assert all([top.logprob for top in token.top] == [0.0, -0.25] for token in choice.prompt_logprobs)
+        assert choice.text == ("The quick" if max_tokens else "") and choice.usage.num_completion_tokens == max_tokens
+    assert "prompt" not in {reply.WhichOneof("event") for reply in generate(stub, prompt="x", max_tokens=1)}
+    with pytest.raises(InvalidRequest, match="max_tokens is 0"), Client(face.grpc) as client:
+        client.generate(prompt="x", max_tokens=0)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from json.encoder import encode_basestring
 from typing import Any
 
 from ..requests.generation import ChoiceEnd, Generation, GenerationEvent, TextDelta
+from ..text.answer_parts import Content, Part
 from .errors import error_body, typed
 from .replies import Shape
 
@@ -67,12 +68,28 @@ class ChunkWriter:
             frame, opening = self._open(event.index)
         if isinstance(event, ChoiceEnd):
             self._ends.append(event)
-            return opening + self._event(self._shape.last_chunk(event), event.index)
+            held = b"".join(self._part(event.index, part) for part in self._shape.parts(event.index, None))
+            return opening + held + self._event(self._shape.last_chunk(event), event.index)
         if self._running_usage:
             self._num_tokens[event.index] = self._num_tokens.get(event.index, 0) + len(event.token_ids)
+        if self._shape.reads:
+            return opening + self._read(frame, event)
         if event.token_texts or ((self._running_usage or self._shape.wants_token_ids) and event.token_ids):
             return opening + self._event(self._shape.chunk(event.index, event.text, event.token_texts, event.token_ids), event.index)
-        return opening + self._text(frame, event) if event.text else opening
+        return opening + self._text(frame, event.text) if event.text else opening
+
+    def _read(self, frame: tuple[bytes, bytes], event: TextDelta) -> bytes:
+        """The text as what it means. The first chunk has the step's tokens, where they are asked for."""
+        parts: list[Part | None] = [*self._shape.parts(event.index, event.text)]
+        wants_tokens = bool(event.token_texts) or ((self._running_usage or self._shape.wants_token_ids) and bool(event.token_ids))
+        if not wants_tokens:
+            return b"".join(self._text(frame, part.text) if isinstance(part, Content) else self._part(event.index, part) for part in parts)
+        first, *others = parts or [None]
+        chunk = self._shape.part_chunk(event.index, first, event.token_texts, event.token_ids)
+        return self._event(chunk, event.index) + b"".join(self._part(event.index, part) for part in others)
+
+    def _part(self, index: int, part: Part | None) -> bytes:
+        return self._event(self._shape.part_chunk(index, part, (), ()), index)
 
     def _open(self, index: int) -> tuple[tuple[bytes, bytes], bytes]:
         """The frame of a choice's text, and the events that come before its first text."""
@@ -82,9 +99,9 @@ class ChunkWriter:
         opening = self._shape.opening(index)
         return frame, b"" if opening is None else self._event(opening, index)
 
-    def _text(self, frame: tuple[bytes, bytes], delta: TextDelta) -> bytes:
+    def _text(self, frame: tuple[bytes, bytes], text: str) -> bytes:
         head, tail = frame
-        return b"".join((head, encode_basestring(delta.text).encode(), tail))
+        return b"".join((head, encode_basestring(text).encode(), tail))
 
     def _last(self) -> bytes:
         self._over = True

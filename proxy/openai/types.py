@@ -15,7 +15,9 @@ from ...protocol.sampling import MAX_SEED
 from ..requests.choice_text import TextOptions
 from ..requests.generate_request import MAX_CHOICES, GenerateRequest
 from ..text.chat_template import OURS, ChatMessage, ChatOptions
+from ..text.tools import NO_TOOLS, ToolUse
 from .structured import GUIDED, answer_grammar
+from .tool_bodies import MAX_TOOLS, ToolBody, ToolCallBody, ToolChoice, tool_use
 
 IGNORED = frozenset(
     "user store metadata service_tier safety_identifier prompt_cache_key prompt_cache_retention parallel_tool_calls prediction".split()
@@ -44,7 +46,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }
 MAX_FIELDS = 100
 """In a body. Any honest body has fewer, known and unknown ones together."""
-MAX_LENGTHS = {"bad_words": 1024, "logit_bias": 1024, "messages": 2**16, "stop_token_ids": 1024}
+MAX_LENGTHS = {"bad_words": 1024, "logit_bias": 1024, "messages": 2**16, "stop_token_ids": 1024, "tools": MAX_TOOLS}
 _SAMPLING = (
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("min_tokens", "ignore_eos", "stop_token_ids"),
@@ -53,6 +55,7 @@ HINTS = {
     "prompt": "a string, a list of strings, a list of token ids or a list of lists of token ids",
     "stop": "a string or a list of strings",
     "logit_bias": "an object from token id to a number",
+    "tool_choice": 'none, auto, required or {"type": "function", "function": {"name": …}}',
 }
 """For a field of several types: what it takes, in words."""
 
@@ -92,7 +95,7 @@ class SloBody(BaseModel):
 
 def _with_dropped_fields(schema: dict[str, Any]) -> None:
     """For openapi.json: fields that a body may have and the model has not."""
-    for name in sorted(IGNORED | REFUSED.keys()):
+    for name in sorted((IGNORED | REFUSED.keys()) - schema["properties"].keys()):
         schema["properties"][name] = {"description": "changes nothing" if name in IGNORED else "not served; a value may ask for nothing"}
 
 
@@ -150,11 +153,12 @@ class GenerateBody(BaseModel):
         prompts = body.get("prompt")
         if isinstance(prompts, list) and len(prompts) > MAX_CHOICES and isinstance(prompts[0], (str, list)):
             raise InvalidRequest(f"there are {len(prompts)} prompts; a request may have {MAX_CHOICES} choices", param="prompt")
+        dropped = (IGNORED | REFUSED.keys()) - cls.model_fields.keys()
         for name, harmless in REFUSED.items():
             value = body.get(name)
-            if value is not None and value != [] and value not in harmless:
+            if name in dropped and value is not None and value != [] and value not in harmless:
                 raise InvalidRequest(f"{name} is not supported; leave it out", param=name)
-        return {name: value for name, value in body.items() if name not in REFUSED and name not in IGNORED}
+        return {name: value for name, value in body.items() if name not in dropped}
 
     @property
     def wants_usage(self) -> bool:
@@ -244,16 +248,21 @@ class ContentPart(BaseModel):
 
 
 class MessageBody(BaseModel):
-    """An assistant's message may carry the empty fields of OpenAI's replies, because clients send replies back."""
+    """An assistant's message may carry the fields of replies, because clients send replies back."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Checked[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: Checked[ToolCallBody] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
     def to_message(self, position: int) -> ChatMessage:
         for name, value in (self.model_extra or {}).items():
-            if value not in (None, [], {}) and name not in ("name", "annotations"):
+            if value not in (None, [], {}) and name != "annotations":
                 path = f"messages[{position}].{name[:80]}"
                 raise InvalidRequest(f"{path} is not supported; leave it out", param=path)
         if self.content is None and self.role != "assistant":
@@ -263,7 +272,19 @@ class MessageBody(BaseModel):
             path = f"messages[{position}].content"
             text = "\n".join(part.to_text(f"{path}[{index}]") for index, part in enumerate(text or []))
         # few chat templates know "developer", OpenAI's newer name for it
-        return ChatMessage("system" if self.role == "developer" else self.role, text)
+        return ChatMessage("system" if self.role == "developer" else self.role, text, self._extra())
+
+    def _extra(self) -> dict[str, Any]:
+        """As vLLM gives them to chat templates."""
+        reasoning = self.reasoning_content or self.reasoning
+        found = {
+            "name": self.name,
+            "tool_call_id": self.tool_call_id if self.role == "tool" else None,
+            "tool_calls": [call.to_call() for call in self.tool_calls or ()] if self.role == "assistant" else None,
+            "reasoning": reasoning if self.role == "assistant" else None,
+            "reasoning_content": reasoning if self.role == "assistant" else None,
+        }
+        return {name: value for name, value in found.items() if value}
 
 
 class ChatBody(GenerateBody):
@@ -278,6 +299,9 @@ class ChatBody(GenerateBody):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     """The answer continues the last message."""
+    tools: Checked[ToolBody] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     _chat: list[ChatMessage] | None = PrivateAttr(None)
 
     @property
@@ -299,9 +323,10 @@ class ChatBody(GenerateBody):
         fields = self.shared_fields((self.top_logprobs or 0) if self.logprobs else None)
         if self.max_completion_tokens is not None:
             fields["max_tokens"] = self.max_completion_tokens
-        return GenerateRequest(messages=self.chat, chat=self.chat_options(), **fields)
+        tools = tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+        return GenerateRequest(messages=self.chat, chat=self.chat_options(tools), tools=tools, **fields)
 
-    def chat_options(self) -> ChatOptions:
+    def chat_options(self, tools: ToolUse = NO_TOOLS) -> ChatOptions:
         """Raises InvalidRequest."""
         continues = bool(self.continue_final_message)
         if continues and self.add_generation_prompt:
@@ -318,7 +343,8 @@ class ChatBody(GenerateBody):
             variables = {"reasoning_effort": self.reasoning_effort, **variables}
         if self.reasoning_effort == "none":
             variables = {"enable_thinking": False, "thinking": False, **variables}
-        return ChatOptions(not continues if self.add_generation_prompt is None else self.add_generation_prompt, continues, variables)
+        begins = not continues if self.add_generation_prompt is None else self.add_generation_prompt
+        return ChatOptions(begins, continues, variables, tools.definitions if tools.asks else ())
 
 
 def _token_keys(biases: dict[str, float]) -> dict[int, float]:

@@ -103,7 +103,7 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content", "has no content"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]", "is of type 'image_url'"),
     (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]}, "messages[0].tool_calls", "not supported"),
-    (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, "tools", "tools is not supported"),
+    (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, "tools[0]", "must be of type 'function', and have one"),
     (CHAT, {"messages": HELLO, "response_format": {"type": "xml"}}, "response_format.type", "'xml'; it must be text, json_object"),
     (CHAT, {"messages": HELLO, "response_format": {"type": "json_schema"}}, "response_format.json_schema", "with a schema"),
     (CHAT, {"messages": HELLO, "guided_regex": "a", "guided_choice": ["b"]}, "guided_choice", "send one of them"),

@@ -37,6 +37,7 @@ The API is OpenAI's, as far as it goes. A field that is known and not served is 
 - `chat_template_kwargs` are variables of the model's template (`{"enable_thinking": false}`). `reasoning_effort` is one, too;
   `none` also sets `enable_thinking` and `thinking` to false.
 - `return_token_ids`: `prompt_token_ids` and, in each choice or chunk, `token_ids`.
+- `tools`, `tool_choice`, `parallel_tool_calls`, messages of role `tool`, and reasoning: [Tools and reasoning](tools.md).
 - A content part of type `text` may have more fields, such as `cache_control`; parts of other types are refused by their type.
 
 """

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 from pydantic import BaseModel, ConfigDict
 
 from ...protocol.errors import InvalidRequest, shown
-from ...protocol.schema_keywords import MAX_DEPTH, require_enforced
+from ...protocol.schema_keywords import MAX_DEPTH, require_enforced, without_descriptions
 from ..text.tools import NO_TOOLS, Function, ToolUse
 
 MAX_TOOLS = 1024
@@ -46,7 +46,7 @@ class ToolBody(BaseModel):
             )
         parameters = {"type": "object", **given} if given else _NO_PARAMETERS
         _require_schema(parameters, f"{path}.function.parameters", strict=bool(self.function.strict))
-        return Function(name, parameters, bool(self.function.strict))
+        return Function(name, without_descriptions(parameters), bool(self.function.strict))
 
 
 class NamedFunction(BaseModel):

@@ -129,7 +129,10 @@ class RequestBuilder:
 
     def form(self, asked: GenerateRequest, token_ids: Sequence[int]) -> AnswerForm | None:
         """How the answers to this prompt are read. None: they are plain text. Raises InvalidRequest."""
-        return None if asked.tools is None else self._forms.of(asked.tools, token_ids)
+        if asked.tools is None:
+            return None
+        continued = asked.messages[-1].content if asked.messages and asked.chat.continue_final_message else None
+        return self._forms.of(asked.tools, token_ids, continued)
 
     def _require_sound(self, asked: GenerateRequest, timeout_s: float) -> None:
         """All but the prompts and what is sampled."""

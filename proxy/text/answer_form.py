@@ -15,7 +15,7 @@ from ...protocol.errors import InvalidRequest
 from ...protocol.grammar import Grammar
 from .answer_parts import CallArguments, CallBegin, Content, Part, merged
 from .formats import Format, any_of, format_of, grammar_of_format
-from .reasoning import REASONING_PARSERS, TAIL_TOKENS, ReasoningParser, is_over
+from .reasoning import BEGIN, END, REASONING_PARSERS, TAIL_TOKENS, ReasoningParser, is_over
 from .tokenizer import Tokenizer
 from .tool_parsers import TOOL_PARSERS
 from .tool_parsers.base import ToolParser
@@ -153,11 +153,12 @@ class AnswerForms:
             told.append(f"reasoning as {self.reasoning_parser.name}")
         return ", ".join(told)
 
-    def of(self, tools: ToolUse, token_ids: Sequence[int]) -> AnswerForm | None:
+    def of(self, tools: ToolUse, token_ids: Sequence[int], continued: str | None = None) -> AnswerForm | None:
         """None: the answer is plain text. Raises InvalidRequest for tools without a parser.
 
         Args:
             token_ids: of the prompt.
+            continued: the final message that the answer goes on with.
         """
         if tools.asks and self.tool_parser is None:
             raise InvalidRequest(
@@ -167,8 +168,9 @@ class AnswerForms:
             )
         if not tools.asks and self.reasoning_parser is None:
             return None
-        prompt_end = self.tokenizer.decode(token_ids[-TAIL_TOKENS:], skip_special_tokens=False)
-        return AnswerForm(self, tools, prompt_end)
+        if continued is None:
+            return AnswerForm(self, tools, self.tokenizer.decode(token_ids[-TAIL_TOKENS:], skip_special_tokens=False))
+        return AnswerForm(self, tools, BEGIN if BEGIN in continued.rpartition(END)[2] else END)
 
 
 def _chosen(parsers: Mapping[str, type[Parser]], name: str, written: str) -> type[Parser] | None:

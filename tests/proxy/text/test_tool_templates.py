@@ -13,6 +13,7 @@ from halfmoon.protocol.config import ModelOptions
 from halfmoon.protocol.errors import InvalidRequest
 from halfmoon.protocol.grammar import Grammar
 from halfmoon.proxy.text.answer_form import AnswerForms
+from halfmoon.proxy.text.answer_parts import Content, Reasoning, merged
 from halfmoon.proxy.text.chat_template import ChatMessage, ChatOptions
 from halfmoon.proxy.text.tokenizer import Tokenizer
 from halfmoon.proxy.text.tools import NO_TOOLS, Function, ToolUse
@@ -117,6 +118,18 @@ def test_tools_without_a_parser_are_refused_with_the_names_of_all(chat_tokenizer
         AnswerForms(chat_tokenizer).of(tools, [1])
     assert caught.value.fields["param"] == "tools"
     assert AnswerForms(chat_tokenizer).of(NO_TOOLS, [1]) is None
+
+
+@pytest.mark.parametrize(
+    ("continued", "reasoning", "content"),
+    [("It is", "", "Hm.</think>5"), ("<think>So", "Hm.", "5"), ("<think>So</think>It is", "", "Hm.</think>5")],
+)
+def test_an_answer_that_goes_on_with_a_message_is_what_that_was(continued: str, reasoning: str, content: str, chat_tokenizer: Any) -> None:
+    form = AnswerForms.chosen(chat_tokenizer, ModelOptions(reasoning_parser="deepseek_r1")).of(NO_TOOLS, [5], continued)
+    assert form is not None
+    parser = form.parser()
+    expected = [*([Reasoning(reasoning)] if reasoning else []), Content(content)]
+    assert merged([*parser.push("Hm.</think>5"), *parser.finish()]) == expected
 
 
 def test_a_structural_tag_of_the_older_form_and_tools_exclude_one_another(chat_tokenizer: Any) -> None:

@@ -144,6 +144,13 @@ def test_where_the_model_is_free_to_call_it_is_held_from_the_marker_on(
     assert model.lets_through(single, f"Hello {one}") and not model.lets_through(single, two)
 
 
+def test_beside_a_strict_function_another_takes_any_object_where_the_model_is_free_to_call(folders: dict[str, Path]) -> None:
+    model, other = Model(folders["plain"], "hermes"), Function("sub", ADD_SCHEMA)
+    call = hermes('{"name": "sub", "arguments": {"z": []}}')
+    assert model.lets_through(model.form(ToolUse([STRICT, other], [], "auto")).grammar(None), call)
+    assert not model.lets_through(model.form(ToolUse([STRICT, other], [], "required")).grammar(None), call)
+
+
 def test_calls_that_can_t_be_told_from_text_are_not_held(folders: dict[str, Path]) -> None:
     for name in ("llama3_json", "pythonic"):
         assert Model(folders["plain"], name).form(ToolUse([STRICT], [], "auto")).grammar(None) is None

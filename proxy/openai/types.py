@@ -247,6 +247,9 @@ class ContentPart(BaseModel):
         return self.text
 
 
+_OF_ROLE = {"tool_calls": "assistant", "reasoning_content": "assistant", "reasoning": "assistant", "tool_call_id": "tool"}
+
+
 class MessageBody(BaseModel):
     """An assistant's message may carry the fields of replies, because clients send replies back."""
 
@@ -265,6 +268,10 @@ class MessageBody(BaseModel):
             if value not in (None, [], {}) and name != "annotations":
                 path = f"messages[{position}].{name[:80]}"
                 raise InvalidRequest(f"{path} is not supported; leave it out", param=path)
+        for name, role in _OF_ROLE.items():
+            if getattr(self, name) and self.role != role:
+                path = f"messages[{position}].{name}"
+                raise InvalidRequest(f"{path} belongs to a message of role {role!r}, not {self.role!r}; leave it out", param=path)
         if self.content is None and self.role != "assistant":
             raise InvalidRequest(f"messages[{position}] has no content; give it a string", param=f"messages[{position}].content")
         text = self.content
@@ -279,10 +286,10 @@ class MessageBody(BaseModel):
         reasoning = self.reasoning_content or self.reasoning
         found = {
             "name": self.name,
-            "tool_call_id": self.tool_call_id if self.role == "tool" else None,
-            "tool_calls": [call.to_call() for call in self.tool_calls or ()] if self.role == "assistant" else None,
-            "reasoning": reasoning if self.role == "assistant" else None,
-            "reasoning_content": reasoning if self.role == "assistant" else None,
+            "tool_call_id": self.tool_call_id,
+            "tool_calls": [call.to_call() for call in self.tool_calls or ()],
+            "reasoning": reasoning,
+            "reasoning_content": reasoning,
         }
         return {name: value for name, value in found.items() if value}
 

@@ -337,6 +337,8 @@ def test_a_large_request_has_its_tools_and_history_too(face: Any, http: httpx.Cl
         ({"functions": [{"name": "add"}]}, "functions", "not supported"),
         ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role", "'tool'"),
         ({"messages": [{"role": "tool"}]}, "messages[0].content", "has no content"),
+        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "c"}]}, "messages[0].tool_call_id", "of role 'tool', not 'user'"),
+        ({"messages": [{"role": "tool", "content": "x", "reasoning": "y"}]}, "messages[0].reasoning", "of role 'assistant'"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": "c"}]}]}, "messages[0].tool_calls", "is missing"),
     ],
 )

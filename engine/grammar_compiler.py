@@ -20,6 +20,8 @@ from .vocabulary import read_vocabulary
 
 MAX_BLANKS = 32  # in a row, between the parts of a JSON text: without a limit a model may go on with them until its length is used up
 
+NO_TEXT = b"\xff"  # no UTF-8, so that no text of a grammar has it
+
 
 class GrammarCompiler:
     """Thread-safe, but for state()."""
@@ -32,7 +34,9 @@ class GrammarCompiler:
             )
         self._eos_token_ids = eos_token_ids
         self._texts = [b"" if token_id in eos_token_ids else text for token_id, text in enumerate(vocabulary)]
-        info = xgrammar.TokenizerInfo(self._texts, xgrammar.VocabType.RAW, vocab_size=len(vocabulary), stop_token_ids=sorted(eos_token_ids))
+        # a token without text is let through where a grammar names the token itself, and nowhere else
+        texts = [text or (b"" if token_id in eos_token_ids else NO_TEXT) for token_id, text in enumerate(self._texts)]
+        info = xgrammar.TokenizerInfo(texts, xgrammar.VocabType.RAW, vocab_size=len(vocabulary), stop_token_ids=sorted(eos_token_ids))
         self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
 
     @classmethod
@@ -55,11 +59,11 @@ class GrammarCompiler:
                 return compiler.compile_regex(text)
             if grammar.kind == "choice":
                 return compiler.compile_grammar(_alternatives(json.loads(text)))
-            if grammar.kind == "structural_tag":
+            if grammar.kind in ("structural_tag", "tools"):
                 return compiler.compile_structural_tag(text)
             return compiler.compile_grammar(text)
         except (RuntimeError, ValueError) as error:
-            raise InvalidRequest(f"the {grammar.kind} can't be compiled: {_reason(error)}", param="response_format") from error
+            raise InvalidRequest(f"the {grammar.kind} can't be compiled: {_reason(error)}", param=grammar.param) from error
 
     def state(self, compiled: xgrammar.CompiledGrammar, params: SamplingParams) -> MatcherState:
         textless = (token_id for token_id in params.stop_token_ids if token_id < len(self._texts) and not self._texts[token_id])

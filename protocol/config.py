@@ -28,6 +28,8 @@ PORTS = ("http_port", "grpc_port", "control_port", "metrics_port")  # of the pro
 QueueOrder = Literal["short", "fair", "fcfs", "edf", "late"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 SpecialInText = Literal["parsed", "literal"]
+ToolParserName = Literal["auto", "none", "hermes", "llama3_json", "mistral", "pythonic"]
+ReasoningParserName = Literal["auto", "none", "qwen3", "deepseek_r1"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +59,11 @@ class ModelOptions:
     special_tokens_in_text: SpecialInText = "parsed"
     """What the text of a special token is in a chat's messages; parsed: the token, as in other servers, so that whoever writes a message
     can end it and begin another; literal: text."""
+    tool_parser: ToolParserName = "auto"
+    """How tool calls are read from a chat's answer; auto: by the chat template, where it tells the model of one of these formats; none:
+    requests with tools are refused."""
+    reasoning_parser: ReasoningParserName = "auto"
+    """How reasoning is told from the rest of a chat's answer; auto: by the chat template, as tool_parser; none: it is part of the text."""
     prefix_cache_hbm: bool = True
     """Whether a worker's pages keep the KV of sequences that ended, for prompts that begin alike, until others need the room."""
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 from .errors import InvalidRequest, shown
 from .schema_keywords import require_enforced
 
-KINDS = ("json_object", "json_schema", "regex", "ebnf", "choice", "structural_tag")
+KINDS = ("json_object", "json_schema", "regex", "ebnf", "choice", "structural_tag", "tools")
 MAX_GRAMMAR_BYTES = 2**16
 MAX_CHOICES = 1000
 MAX_REPEATS = 10_000
@@ -29,6 +29,7 @@ class Grammar:
     Attributes:
         kind: of KINDS.
         text: a regular expression or a grammar in EBNF; JSON of a schema, a list of choices or a structural tag; json_object: "".
+            tools: a structural tag that was made of a request's tools.
     """
 
     kind: str
@@ -42,7 +43,7 @@ class Grammar:
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"the {self.kind} has half a surrogate pair at character {error.start}", param=_PARAM) from error
         if num_bytes > MAX_GRAMMAR_BYTES:
-            raise InvalidRequest(f"the {self.kind} has {num_bytes} bytes; it may have {MAX_GRAMMAR_BYTES}", param=_PARAM)
+            raise InvalidRequest(f"the {self.kind} has {num_bytes} bytes; it may have {MAX_GRAMMAR_BYTES}", param=self.param)
         if self.kind != "json_object" and not self.text:
             raise InvalidRequest(f"the {self.kind} is empty", param=_PARAM)
         if self.kind == "json_schema":
@@ -51,6 +52,11 @@ class Grammar:
             _require_choices(_parsed(self.text, self.kind))
         elif self.kind in ("regex", "ebnf"):
             self._require_few_repeats()
+
+    @property
+    def param(self) -> str:
+        """The field of a request that it came from."""
+        return "tools" if self.kind == "tools" else _PARAM
 
     def _require_few_repeats(self) -> None:
         most = max(map(int, (found for found in _REPEAT.findall(self.text) if len(found) < 20)), default=0)

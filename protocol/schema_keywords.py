@@ -15,10 +15,8 @@ NOT_ENFORCED = (
     *("not", "if", "then", "else", "contains", "minContains", "maxContains", "dependentRequired", "dependentSchemas"),
     *("$dynamicRef", "$recursiveRef", "$anchor", "contentMediaType", "contentEncoding", "contentSchema"),
 )
-ANNOTATIONS = frozenset(
-    "title description default examples example deprecated readOnly writeOnly".split()
-    + "$schema $id $comment $defs definitions discriminator".split()
-)
+DESCRIPTIONS = frozenset("title description default examples example deprecated readOnly writeOnly $schema $comment".split())
+ANNOTATIONS = DESCRIPTIONS | {"$id", "$defs", "definitions", "discriminator"}
 """They narrow nothing, and may stand beside anything."""
 COMBINING = ("$ref", "anyOf", "oneOf", "allOf")
 """What stands beside one of them has no effect."""
@@ -57,6 +55,21 @@ def require_enforced(schema: Any) -> None:
             raise InvalidRequest(f"the schema is nested more than {MAX_DEPTH} deep", param="response_format")
         _require_known(place, cast(dict[str, Any], place.schema))
         places += _inside(place, cast(dict[str, Any], place.schema))
+
+
+def without_descriptions(schema: Any) -> Any:
+    """The same schema for a grammar, which is as long as what is to be enforced."""
+    if not isinstance(schema, dict):
+        return schema
+    found: dict[str, Any] = {}
+    for name, value in cast(dict[str, Any], schema).items():
+        if name in _MAPS and isinstance(value, dict):
+            found[name] = {key: without_descriptions(inner) for key, inner in cast(dict[str, Any], value).items()}
+        elif name in _LISTS and isinstance(value, list):
+            found[name] = [without_descriptions(inner) for inner in cast(list[Any], value)]
+        elif name not in DESCRIPTIONS:
+            found[name] = without_descriptions(value) if name in _SINGLE else value
+    return found
 
 
 def _require_known(place: _Place, schema: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import concurrent.futures
 import concurrent.futures.process
 import multiprocessing
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from ..protocol.errors import InternalError
@@ -35,11 +35,13 @@ class Packed(NamedTuple, Generic[Rest]):
     prompts: list[PackedPrompt]
     roles: list[str]  # of the messages
     contents: list[str]
+    extras: dict[int, Mapping[str, Any]]  # of the messages that have more, by their position
 
 
 def pack(rest: Rest, prompts: Sequence[str | Sequence[int]] = (), messages: Sequence[ChatMessage] = ()) -> Packed[Rest]:
     packed_prompts = [_pack_prompt(prompt) for prompt in prompts]
-    return Packed(rest, packed_prompts, [message.role for message in messages], [message.content for message in messages])
+    extras = {position: message.extra for position, message in enumerate(messages) if message.extra}
+    return Packed(rest, packed_prompts, [message.role for message in messages], [message.content for message in messages], extras)
 
 
 def unpack_prompts(packed: Packed[Any]) -> list[str | Sequence[int]]:
@@ -53,6 +55,8 @@ async def unpack_messages(packed: Packed[Any]) -> list[ChatMessage]:
         end = start + PIECE_LEN
         messages += map(ChatMessage, packed.roles[start:end], packed.contents[start:end])
         await asyncio.sleep(0)
+    for position, extra in packed.extras.items():
+        messages[position] = messages[position]._replace(extra=extra)
     return messages
 
 

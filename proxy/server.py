@@ -46,6 +46,7 @@ from .request_process import RequestProcess
 from .requests.generation import Generator
 from .requests.router import Router
 from .tenants.gate import Gate
+from .text.answer_form import AnswerForms
 from .text.tokenizer import Tokenizer
 from .tracing import otlp_tracer
 
@@ -122,7 +123,8 @@ class ProxyServer:
         """All listen when it returns. Raises CheckpointError, or ConfigError if a port is taken."""
         tokenizer = await asyncio.to_thread(Tokenizer.from_folder, self._model_folder, self._options.special_tokens_in_text)
         config = self._config
-        generator = Generator(self.router, tokenizer, self.card, config.default_timeout_s)
+        forms = AnswerForms.chosen(tokenizer, self._options)
+        generator = Generator(self.router, tokenizer, self.card, config.default_timeout_s, forms)
         http_socket = _listen(config.host, config.http_port)
         try:
             self._grpc, grpc_port = self._bind(config.host, "grpc_port", None)
@@ -148,6 +150,8 @@ class ProxyServer:
         logger.info("serving %s at %s://%s (OpenAI) and %s (gRPC)", self.card.name, scheme, endpoints.http, endpoints.grpc)
         if told := self.card.told():
             logger.info("requests that say nothing of it are sampled as generation_config.json recommends: %s", told)
+        if told := forms.told():
+            logger.info("of chats' answers are read: %s", told)
         return endpoints
 
     def _bind(self, host: str, key: str, credentials: Credentials | None) -> tuple[grpc.aio.Server, int]:

@@ -218,11 +218,11 @@ def chat_tokenizer(chat_model_folder: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def make_face(faces: Any, chat_model_folder: Path, chat_tokenizer: Any) -> Iterator[Callable[..., Any]]:
-    """make_face(**proxy config) -> Face."""
+    """make_face(**proxy config) -> Face; of another model with folder, tokenizer and options."""
     made: list[Any] = []
 
-    def make(**config: Any) -> Any:
-        made.append(faces.Face(chat_model_folder, chat_tokenizer, **config))
+    def make(folder: Path = chat_model_folder, tokenizer: Any = chat_tokenizer, options: Any = None, **config: Any) -> Any:
+        made.append(faces.Face(folder, tokenizer, options, **config))
         return made[-1]
 
     yield make

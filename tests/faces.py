@@ -37,6 +37,28 @@ CHATML = (
     "{%- endfor %}\n"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"
 )
+TOOLS_CHATML = (
+    "{%- if tools %}{{- '<|im_start|>system\\n' }}"
+    "{%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}"
+    "{{- '# Tools\\n<tools>' }}{%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}"
+    '{{- \'\\n</tools>\\n<tool_call>\\n{"name": <function-name>, "arguments": <args-json-object>}\\n</tool_call><|im_end|>\\n\' }}'
+    "{%- elif messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{%- endif %}"
+    "{%- for message in messages %}"
+    "{%- if message.role == 'user' %}{{- '<|im_start|>user\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- elif message.role == 'assistant' %}{{- '<|im_start|>assistant\\n' }}"
+    "{%- if message.reasoning_content %}{{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}{%- endif %}"
+    "{{- message.content }}"
+    "{%- for call in message.tool_calls or [] %}"
+    '{{- \'\\n<tool_call>\\n{"name": "\' + call.function.name + \'", "arguments": \' }}'
+    "{{- (call.function.arguments | tojson) + '}\\n</tool_call>' }}"
+    "{%- endfor %}{{- '<|im_end|>\\n' }}"
+    "{%- elif message.role == 'tool' %}{{- '<|im_start|>user\\n<tool_response>\\n' }}"
+    "{{- message.content + '\\n</tool_response><|im_end|>\\n' }}"
+    "{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
+)
+"""In the form of Qwen3's: tools, calls and their results, reasoning."""
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. " * 3,
     "Once upon a time there was a token that became a word, and a word that became an answer.",
@@ -44,7 +66,7 @@ CORPUS = [
 ]
 
 
-def write_model_folder(folder: Path) -> Path:
+def write_model_folder(folder: Path, chat_template: str = CHATML, *, max_model_len: int = 512) -> Path:
     """A model folder without weights: config, a byte-level BPE of some 400 tokens with BOS, a ChatML template."""
     folder.mkdir()
     backend = RustTokenizer(models.BPE())
@@ -63,13 +85,13 @@ def write_model_folder(folder: Path) -> Path:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<s>",
         "eos_token": {"content": "</s>", "__type": "AddedToken", "special": True},
-        "chat_template": CHATML,
+        "chat_template": chat_template,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     config = {
         "vocab_size": backend.get_vocab_size(),
         "eos_token_id": 1,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": max_model_len,
         "architectures": ["LlamaForCausalLM"],
     }
     (folder / "config.json").write_text(json.dumps(config))
@@ -135,7 +157,7 @@ class ScriptedWorkers(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.Dec
         self._stops: dict[str, asyncio.Event] = {}
         self._feeds = Feeds()
 
-    async def start(self, control_address: str, credentials: Credentials) -> None:
+    async def start(self, control_address: str, credentials: Credentials, max_model_len: int = 512) -> None:
         self._server, port = create_server("127.0.0.1", 0, credentials=credentials)
         worker_pb2_grpc.add_PrefillWorkerServicer_to_server(self, self._server)
         worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self, self._server)
@@ -153,7 +175,7 @@ class ScriptedWorkers(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.Dec
                 node_id="node-0",
                 store_id="store-0",
                 store_address=address,
-                max_model_len=512 if name != "store" else 0,
+                max_model_len=max_model_len if name != "store" else 0,
                 schema=FACE_SCHEMA.to_proto() if name != "store" else None,
                 device="cpu",
                 pid=os.getpid(),
@@ -255,8 +277,9 @@ class ScriptedWorkers(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.Dec
 class Face:
     """A ProxyServer and its scripted workers on an event loop of their own thread, for blocking clients as for async ones."""
 
-    def __init__(self, model_folder: Path, tokenizer: Tokenizer, **config: Any) -> None:
+    def __init__(self, model_folder: Path, tokenizer: Tokenizer, options: ModelOptions | None = None, **config: Any) -> None:
         self.tokenizer = tokenizer
+        self._options = options or ModelOptions()
         self.answer = tokenizer.encode(ANSWER, add_special_tokens=False)
         self._loop = uvloop.new_event_loop()  # the one that Ray gives its actors
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -288,13 +311,13 @@ class Face:
 
     async def _start(self) -> None:
         self.server = ProxyServer(
-            config=self._config, options=ModelOptions(), model_folder=self._folder, schema=FACE_SCHEMA, credentials=Credentials(FACE_TOKEN)
+            config=self._config, options=self._options, model_folder=self._folder, schema=FACE_SCHEMA, credentials=Credentials(FACE_TOKEN)
         )
         endpoints = await self.server.start()
         self.http, self.grpc, self.metrics = f"http://{endpoints.http}", endpoints.grpc, f"http://{endpoints.metrics}"
         self.control = Control(endpoints.control, FACE_TOKEN)
         self.workers = ScriptedWorkers(lambda sequence: [*self.answer, 1])
-        await self.workers.start(endpoints.control, self.server.credentials)
+        await self.workers.start(endpoints.control, self.server.credentials, self.server.card.max_model_len)
 
     async def _reset(self) -> None:
         workers = self.workers

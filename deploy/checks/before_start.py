@@ -20,7 +20,7 @@ from ..cluster import find_model
 from ..plan import require_gpus
 from .finding import Check, Finding, ok
 from .machine import check_gpu_memory, check_memory, check_ports, check_shm
-from .model import check_sampling, check_tokenizer, check_weights, weight_bytes
+from .model import check_parsers, check_sampling, check_tokenizer, check_weights, weight_bytes
 
 
 class StartChecks:
@@ -37,6 +37,7 @@ class StartChecks:
             Check("weights", self._check_weights),
             Check("tokenizer", self._check_tokenizer),
             Check("sampling", lambda: check_sampling(self._model[0], self._config.model)),
+            Check("parsers", lambda: check_parsers(self._model[0], self._config.model)),
         ]
         if self._own_ray:
             checks += [Check("devices", self._check_devices), Check("memory", self._check_memory), Check("/dev/shm", self._check_shm)]

@@ -12,6 +12,7 @@ from ...protocol.config import ModelOptions
 from ...protocol.memory import human_bytes
 from ...protocol.schema import DTYPE_BYTES
 from ...proxy.model_card import ModelCard
+from ...proxy.text.answer_form import AnswerForms
 from ...proxy.text.tokenizer import Tokenizer
 from .finding import Finding, ok
 
@@ -51,6 +52,12 @@ def check_sampling(folder: Path, options: ModelOptions) -> Finding:
     """Raises CheckpointError for a recommendation of generation_config.json that is none."""
     told = ModelCard.from_folder(folder, options, "").told()
     return ok("sampling", f"by default {told}, as generation_config.json recommends" if told else "OpenAI's defaults")
+
+
+def check_parsers(folder: Path, options: ModelOptions) -> Finding:
+    """How chats' answers are read. Raises CheckpointError as check_tokenizer."""
+    told = AnswerForms.chosen(Tokenizer.from_folder(folder), options).told()
+    return ok("parsers", told or "chats' answers are plain text, and tools are refused; see model.tool_parser, model.reasoning_parser")
 
 
 def weight_bytes(model: ModelConfig, options: ModelOptions) -> int:

@@ -30,7 +30,7 @@ from ..change import APPLIED, REFUSED, RESTARTED
 from ..checks.before_start import require_startable
 from ..checks.exposure import exposure
 from ..checks.finding import Finding
-from ..checks.model import check_sampling
+from ..checks.model import check_parsers, check_sampling
 from ..cluster import running_cluster
 from ..plan import ClusterPlan, count_gpus, couple_on_one_gpu, make_plan
 from ..ray_session import hosts_joined, live_nodes, ray_session
@@ -99,6 +99,7 @@ async def _serve(serving: Serving) -> None:
         with token_file(control):
             _print_endpoints(supervisor, config, supervisor.spec.plan.device)
             _print_line(check_sampling(supervisor.spec.model_folder, config.model))
+            _print_line(await asyncio.to_thread(check_parsers, supervisor.spec.model_folder, config.model))
             _print_capacity(await read_status(control), supervisor.spec.max_model_len)
             obeying = _obey(orders, supervisor, lambda: serving.fitted(serving.reload(), num_gpus))
             async with beside(supervisor.watch()) as watching, beside(obeying) as obeying, beside(interrupted.wait()) as waiting:

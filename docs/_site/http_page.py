@@ -48,6 +48,7 @@ The API is OpenAI's, as far as it goes. A field that is known and not served is 
   come in parts, before the answer. Such a prompt uses no cached prefix, and a reply has at most 1,048,576 of them.
   lm-eval's `local-completions` reads them; it sends no BOS unless it is told `add_bos_token=True`.
 - `return_token_ids`: `prompt_token_ids` and, in each choice or chunk, `token_ids`.
+- `tools`, `tool_choice`, `parallel_tool_calls`, messages of role `tool`, and reasoning: [Tools and reasoning](tools.md).
 - A content part of type `text` may have more fields, such as `cache_control`; parts of other types are refused by their type.
 
 """

@@ -10,6 +10,7 @@ from json.encoder import encode_basestring
 from typing import Any
 
 from ..requests.generation import ChoiceEnd, Generation, GenerationEvent, TextDelta
+from ..text.answer_parts import Content, Part
 from .encoded import to_json
 from .errors import error_body, typed
 from .replies import Shape
@@ -63,12 +64,28 @@ class ChunkWriter:
     def _of(self, event: GenerationEvent) -> bytes:
         if isinstance(event, ChoiceEnd):
             self._ends.append(event)
-            return self._event(self._shape.last_chunk(event), event.index)
+            held = b"".join(self._part(event.index, part) for part in self._shape.parts(event.index, None))
+            return held + self._event(self._shape.last_chunk(event), event.index)
         if self._running_usage:
             self._num_tokens[event.index] = self._num_tokens.get(event.index, 0) + len(event.token_ids)
+        if self._shape.reads:
+            return self._read(self._frames[event.index], event)
         if event.token_texts or ((self._running_usage or self._shape.wants_token_ids) and event.token_ids):
             return self._event(self._shape.chunk(event.index, event.text, event.token_texts, event.token_ids), event.index)
-        return self._text(self._frames[event.index], event) if event.text else b""
+        return self._text(self._frames[event.index], event.text) if event.text else b""
+
+    def _read(self, frame: tuple[bytes, bytes], event: TextDelta) -> bytes:
+        """The text as what it means. The first chunk has the step's tokens, where they are asked for."""
+        parts: list[Part | None] = [*self._shape.parts(event.index, event.text)]
+        wants_tokens = bool(event.token_texts) or ((self._running_usage or self._shape.wants_token_ids) and bool(event.token_ids))
+        if not wants_tokens:
+            return b"".join(self._text(frame, part.text) if isinstance(part, Content) else self._part(event.index, part) for part in parts)
+        first, *others = parts or [None]
+        chunk = self._shape.part_chunk(event.index, first, event.token_texts, event.token_ids)
+        return self._event(chunk, event.index) + b"".join(self._part(event.index, part) for part in others)
+
+    def _part(self, index: int, part: Part | None) -> bytes:
+        return self._event(self._shape.part_chunk(index, part, (), ()), index)
 
     async def _opening(self, index: int) -> bytes:
         """The events that come before a choice's first text; makes the frame of its text."""
@@ -77,9 +94,9 @@ class ChunkWriter:
         self._frames[index] = (head, tail)
         return b"".join([self._event(chunk, index) async for chunk in self._shape.openings(index)])
 
-    def _text(self, frame: tuple[bytes, bytes], delta: TextDelta) -> bytes:
+    def _text(self, frame: tuple[bytes, bytes], text: str) -> bytes:
         head, tail = frame
-        return b"".join((head, encode_basestring(delta.text).encode(), tail))
+        return b"".join((head, encode_basestring(text).encode(), tail))
 
     def _last(self) -> bytes:
         self._over = True

@@ -72,7 +72,6 @@ PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 class Choice(Described):
     index: int
-    finish_reason: Literal["stop", "length"]
     stop_reason: str | int | None
     """The request's own stop string or token that ended the answer."""
     token_ids: list[int] | None = None
@@ -80,6 +79,7 @@ class Choice(Described):
 
 
 class CompletionChoice(Choice):
+    finish_reason: Literal["stop", "length"]
     text: str
     logprobs: dict[str, list[Any]] | None
     prompt_token_ids: list[int] | None = None
@@ -101,13 +101,32 @@ class ChatLogprobs(Described):
     refusal: None
 
 
+class CalledFunction(Described):
+    name: str
+    arguments: str
+    """JSON of an object."""
+
+
+class ToolCall(Described):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class Message(Described):
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    """Null beside tool calls, where there is none."""
     refusal: None
+    tool_calls: list[ToolCall] | None = None
+    reasoning_content: str | None = None
+    """Where the server has a reasoning parser."""
+    reasoning: str | None = None
+    """The same."""
 
 
 class ChatChoice(Choice):
+    finish_reason: Literal["stop", "length", "tool_calls"]
     message: Message
     logprobs: ChatLogprobs | None
 

@@ -28,6 +28,7 @@ MAX_NAME_LEN = 80  # of a field; all known ones are shorter
 UNAVAILABLE_RETRY_S = 1
 OPENAI_CODES: dict[type[HalfmoonError], str] = {PromptTooLong: "context_length_exceeded", UnknownModel: "model_not_found"}
 """Codes that clients look for, where ours differ."""
+_OF_ARGUMENTS = ("str", "dict[str,any]")  # pydantic's names for the types that they may have
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 # OpenAI's and vLLM's names for fields that SamplingParams and GenerateRequest name differently
 _COMMON_NAMES = {"timeout_s": "timeout", "ttft_slo_s": "slo.ttft", "tpot_slo_s": "slo.tpot", "num_prompt_logprobs": "prompt_logprobs"}
@@ -133,9 +134,12 @@ def _refused_body(errors: Sequence[Any], request: Request) -> InvalidRequest:
 
 
 def _path(location: Sequence[int | str]) -> str:
-    """("messages", 0, "content", "str") -> messages[0].content. Parts after the field below a list item are pydantic's own."""
+    """("messages", 0, "content", "str") -> messages[0].content. Parts after a list item's field are pydantic's own, but for tools."""
     path = str(location[0])
-    for part in location[1:3]:
+    parts = (
+        [part for part in location[1:] if part not in _OF_ARGUMENTS] if "tools" in location or "tool_calls" in location else location[1:3]
+    )
+    for part in parts:
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
     return path
 

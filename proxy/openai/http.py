@@ -145,7 +145,7 @@ async def _reply(request: Request, generation: Generation, shape: Shape, body: G
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(generation)
         if not body.stream:
-            choices = await until_disconnect(request.receive, _collect(generation))
+            choices = await until_disconnect(request.receive, _collect(generation, shape))
             return PartsResponse(await shape.whole_json(choices), headers)
         writer = ChunkWriter(generation, shape, request.url.path, usage=body.wants_usage, running_usage=body.wants_running_usage)
         # the status line waits for the first event, so an error before it still gets its own status
@@ -154,15 +154,17 @@ async def _reply(request: Request, generation: Generation, shape: Shape, body: G
         return EventStream(generation, first, writer, headers)
 
 
-async def _collect(generation: Generation) -> list[WholeChoice]:
+async def _collect(generation: Generation, shape: Shape) -> list[WholeChoice]:
     choices = [WholeChoice(index) for index in range(generation.num_choices)]
     while events := await generation.next_events():
         for event in events:
             choice = choices[event.index]
             if isinstance(event, ChoiceEnd):
                 choice.end = event
+                choice.parts.extend(shape.parts(event.index, None))
             else:
                 choice.texts.append(event.text)
+                choice.parts.extend(shape.parts(event.index, event.text))
                 choice.token_texts.extend(event.token_texts)
                 choice.token_ids.extend(event.token_ids)
     return choices

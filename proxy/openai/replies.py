@@ -3,6 +3,7 @@
 shape          whole reply (object)     chunk (object)             a choice's text     logprobs
 CompletionShape  text_completion        text_completion            text                tokens, token_logprobs …
 ChatShape        chat.completion        chat.completion.chunk      message | delta     content: [{token, bytes …}]
+                                                                   of parts, where a parser reads them (tool_replies.py)
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from ...client.completion import PhaseRecord
 from ...protocol.v1 import common_pb2
 from ..requests.choice_text import TokenText
 from ..requests.generation import ChoiceEnd, Generation
+from ..text.answer_parts import Part
 from .encoded import spliced, to_json
 from .prompt_scores import LEAST_LOGPROB, UNSCORED, PromptForms, legacy_part, listed_part, prompt_json
+from .tool_replies import delta, message
 
 _REASONS = {common_pb2.FINISH_REASON_STOP: "stop", common_pb2.FINISH_REASON_LENGTH: "length"}
 
@@ -27,6 +30,7 @@ class WholeChoice:
     texts: list[str] = field(default_factory=list[str])
     token_texts: list[TokenText] = field(default_factory=list[TokenText])
     token_ids: list[int] = field(default_factory=list[int])
+    parts: list[Part] = field(default_factory=list[Part])  # of the same texts, where a parser reads them
     end: ChoiceEnd | None = None
 
 
@@ -52,6 +56,19 @@ class Shape:
         reply = self._envelope(self.whole_object, [self._whole_choice(choice) for choice in choices])
         return reply | {"usage": self.usage(ends), "halfmoon": self._extension(ends)}
 
+    @property
+    def reads(self) -> bool:
+        """Answers are read by a parser: their texts are given to parts(), and what that returns is given on."""
+        return False
+
+    def parts(self, index: int, text: str | None) -> list[Part]:
+        """What the next text of a choice consists of; text None: what was held back, at its end."""
+        return []
+
+    def part_chunk(self, index: int, part: Part | None, token_texts: Sequence[TokenText], token_ids: Sequence[int]) -> dict[str, Any]:
+        """part None: tokens whose text is held back."""
+        raise NotImplementedError
+
     async def whole_json(self, choices: Sequence[WholeChoice]) -> list[bytes]:
         """As whole, encoded, in parts."""
         reply = self.whole(choices)
@@ -72,7 +89,7 @@ class Shape:
         return self._envelope(self.chunk_object, [choice])
 
     def last_chunk(self, end: ChoiceEnd) -> dict[str, Any]:
-        choice = self._chunk_choice(end.index, None, [], _REASONS[end.reason]) | {"stop_reason": end.stop_reason}
+        choice = self._chunk_choice(end.index, None, [], self._reason(end)) | {"stop_reason": end.stop_reason}
         return self._envelope(self.chunk_object, [choice]) | {"halfmoon": self._extension([end])}
 
     def usage_chunk(self, ends: Sequence[ChoiceEnd]) -> dict[str, Any]:
@@ -95,6 +112,9 @@ class Shape:
         num_prompt_tokens = self._generation.num_prompt_tokens
         total = num_prompt_tokens + num_completion_tokens
         return {"prompt_tokens": num_prompt_tokens, "completion_tokens": num_completion_tokens, "total_tokens": total}
+
+    def _reason(self, end: ChoiceEnd) -> str:
+        return _REASONS[end.reason]
 
     def _ended(self, choice: WholeChoice) -> dict[str, Any]:
         """What a whole choice has beside OpenAI's fields."""
@@ -175,6 +195,29 @@ class ChatShape(Shape):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
+    def __init__(self, generation: Generation, *, n: int, wants_logprobs: bool, forms: PromptForms = UNSCORED) -> None:
+        super().__init__(generation, n=n, wants_logprobs=wants_logprobs, forms=forms)
+        form = generation.form
+        self._parsers = [] if form is None else [form.parser() for _ in range(generation.num_choices)]
+
+    @property
+    def reads(self) -> bool:
+        return bool(self._parsers)
+
+    def parts(self, index: int, text: str | None) -> list[Part]:
+        if not self._parsers:
+            return []
+        return self._parsers[index].finish() if text is None else self._parsers[index].push(text)
+
+    def part_chunk(self, index: int, part: Part | None, token_texts: Sequence[TokenText], token_ids: Sequence[int]) -> dict[str, Any]:
+        choice = {"index": index, "delta": {} if part is None else delta(part), "logprobs": self._logprobs(token_texts)}
+        tokens = {"token_ids": list(token_ids)} if self.wants_token_ids else {}
+        return self._envelope(self.chunk_object, [{**choice, "finish_reason": None, **tokens}])
+
+    def _reason(self, end: ChoiceEnd) -> str:
+        reason = super()._reason(end)
+        return "tool_calls" if reason == "stop" and self._parsers and self._parsers[end.index].has_calls else reason
+
     async def openings(self, index: int) -> AsyncIterator[dict[str, Any]]:
         choice = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
         yield self._envelope(self.chunk_object, [choice]) | self._prompt()
@@ -197,15 +240,16 @@ class ChatShape(Shape):
 
     def _whole_choice(self, choice: WholeChoice) -> dict[str, Any]:
         assert choice.end is not None
-        message = {"role": "assistant", "content": "".join(choice.texts), "refusal": None}
+        said = message(choice.parts) if self.reads else {"content": "".join(choice.texts)}
         logprobs = self._logprobs(choice.token_texts)
-        whole = {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": _REASONS[choice.end.reason]}
+        whole = {"index": choice.index, "message": {"role": "assistant", **said, "refusal": None}, "logprobs": logprobs}
+        whole |= {"finish_reason": self._reason(choice.end)}
         return whole | self._ended(choice)
 
     def _chunk_choice(self, index: int, text: str | None, token_texts: Sequence[TokenText], reason: str | None) -> dict[str, Any]:
-        delta: Mapping[str, Any] = {} if text is None else {"content": text}
+        said: Mapping[str, Any] = {} if text is None else {"content": text}
         logprobs = None if text is None else self._logprobs(token_texts)
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return {"index": index, "delta": said, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, token_texts: Sequence[TokenText]) -> dict[str, Any] | None:
         if not self.wants_logprobs:

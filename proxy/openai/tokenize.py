@@ -13,6 +13,7 @@ from ..requests.generate_request import GenerateRequest
 from ..text.chat_template import ChatMessage, ChatOptions
 from ..text.tokenizer import Tokenizer
 from .encoded import items, listed, spliced
+from .tool_bodies import ToolBody, tool_use
 from .types import Checked, MessageBody
 
 PART_TOKENS = 2**10  # whose texts and JSON are made in one go, in a few milliseconds
@@ -31,6 +32,8 @@ class TokenizeBody(BaseModel):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Checked[ToolBody] | None = None
+    """That the model is told of."""
     return_token_strs: bool | None = None
     _chat: list[ChatMessage] | None = PrivateAttr(None)
 
@@ -58,6 +61,7 @@ class TokenizeBody(BaseModel):
             self.chat_template_kwargs or {},
             add_generation_prompt=self.add_generation_prompt,
             continue_final_message=bool(self.continue_final_message),
+            tools=tool_use(self.tools, None, None).definitions,
         )
         return GenerateRequest(model=model, messages=chat, chat=options)
 

@@ -15,10 +15,12 @@ from ...protocol.sampling import MAX_SEED
 from ..requests.choice_text import TextOptions
 from ..requests.generate_request import MAX_CHOICES, GenerateRequest
 from ..text.chat_template import ChatMessage, ChatOptions
+from ..text.tools import NO_TOOLS, ToolUse
 from .prompt_scores import PromptForms
 from .structured import GUIDED, answer_grammar
+from .tool_bodies import MAX_TOOLS, ToolBody, ToolCallBody, ToolChoice, tool_use
 
-IGNORED = frozenset("user store metadata service_tier safety_identifier parallel_tool_calls prediction verbosity".split()) | {
+IGNORED = frozenset("user store metadata service_tier safety_identifier prediction verbosity".split()) | {
     *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "spaces_between_special_tokens")
 }
 # field -> values that ask for nothing; null and an empty list never ask for anything
@@ -46,7 +48,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }
 MAX_FIELDS = 100
 """In a body. Any honest body has fewer, known and unknown ones together."""
-MAX_LENGTHS = {"bad_words": 1024, "logit_bias": 1024, "messages": 2**16, "stop_token_ids": 1024}
+MAX_LENGTHS = {"bad_words": 1024, "logit_bias": 1024, "messages": 2**16, "stop_token_ids": 1024, "tools": MAX_TOOLS}
 _SAMPLING = (
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("min_tokens", "ignore_eos", "stop_token_ids"),
@@ -55,6 +57,7 @@ HINTS = {
     "prompt": "a string, a list of strings, a list of token ids or a list of lists of token ids",
     "stop": "a string or a list of strings",
     "logit_bias": "an object from token id to a number",
+    "tool_choice": 'none, auto, required or {"type": "function", "function": {"name": …}}',
 }
 """For a field of several types: what it takes, in words."""
 
@@ -94,7 +97,7 @@ class SloBody(BaseModel):
 
 def _with_dropped_fields(schema: dict[str, Any]) -> None:
     """For openapi.json: fields that a body may have and the model has not."""
-    for name in sorted(IGNORED | REFUSED.keys()):
+    for name in sorted((IGNORED | REFUSED.keys()) - schema["properties"].keys()):
         schema["properties"][name] = {"description": "changes nothing" if name in IGNORED else "not served; a value may ask for nothing"}
 
 
@@ -154,11 +157,12 @@ class GenerateBody(BaseModel):
         prompts = body.get("prompt")
         if isinstance(prompts, list) and len(prompts) > MAX_CHOICES and isinstance(prompts[0], (str, list)):
             raise InvalidRequest(f"there are {len(prompts)} prompts; a request may have {MAX_CHOICES} choices", param="prompt")
+        dropped = (IGNORED | REFUSED.keys()) - cls.model_fields.keys()
         for name, harmless in REFUSED.items():
             value = body.get(name)
-            if value is not None and value != [] and value not in harmless:
+            if name in dropped and value is not None and value != [] and value not in harmless:
                 raise InvalidRequest(f"{name} is not supported; leave it out", param=name)
-        return {name: value for name, value in body.items() if name not in REFUSED and name not in IGNORED}
+        return {name: value for name, value in body.items() if name not in dropped}
 
     @property
     def wants_usage(self) -> bool:
@@ -263,19 +267,31 @@ class ContentPart(BaseModel):
         return self.text
 
 
+_OF_ROLE = {"tool_calls": "assistant", "reasoning_content": "assistant", "reasoning": "assistant", "tool_call_id": "tool"}
+
+
 class MessageBody(BaseModel):
-    """An assistant's message may carry the empty fields of OpenAI's replies, because clients send replies back."""
+    """An assistant's message may carry the fields of replies, because clients send replies back."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Checked[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: Checked[ToolCallBody] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
     def to_message(self, position: int) -> ChatMessage:
         for name, value in (self.model_extra or {}).items():
-            if value not in (None, [], {}) and name not in ("name", "annotations"):
+            if value not in (None, [], {}) and name != "annotations":
                 path = f"messages[{position}].{name[:80]}"
                 raise InvalidRequest(f"{path} is not supported; leave it out", param=path)
+        for name, role in _OF_ROLE.items():
+            if getattr(self, name) and self.role != role:
+                path = f"messages[{position}].{name}"
+                raise InvalidRequest(f"{path} belongs to a message of role {role!r}, not {self.role!r}; leave it out", param=path)
         if self.content is None and self.role != "assistant":
             raise InvalidRequest(f"messages[{position}] has no content; give it a string", param=f"messages[{position}].content")
         text = self.content
@@ -283,7 +299,19 @@ class MessageBody(BaseModel):
             path = f"messages[{position}].content"
             text = "\n".join(part.to_text(f"{path}[{index}]") for index, part in enumerate(text or []))
         # few chat templates know "developer", OpenAI's newer name for it
-        return ChatMessage("system" if self.role == "developer" else self.role, text)
+        return ChatMessage("system" if self.role == "developer" else self.role, text, self._extra())
+
+    def _extra(self) -> dict[str, Any]:
+        """As vLLM gives them to chat templates."""
+        reasoning = self.reasoning_content or self.reasoning
+        found = {
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+            "tool_calls": [call.to_call() for call in self.tool_calls or ()],
+            "reasoning": reasoning,
+            "reasoning_content": reasoning,
+        }
+        return {name: value for name, value in found.items() if value}
 
 
 class ChatBody(GenerateBody):
@@ -298,6 +326,9 @@ class ChatBody(GenerateBody):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     """The answer continues the last message."""
+    tools: Checked[ToolBody] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     _chat: list[ChatMessage] | None = PrivateAttr(None)
 
     @property
@@ -321,15 +352,17 @@ class ChatBody(GenerateBody):
             fields["max_tokens"] = self.max_completion_tokens
         if self.prompt_forms.any:
             fields = _prompt_only(fields)
-        return GenerateRequest(messages=self.chat, chat=self.chat_options(), **fields)
+        tools = tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+        return GenerateRequest(messages=self.chat, chat=self.chat_options(tools), tools=tools, **fields)
 
-    def chat_options(self) -> ChatOptions:
+    def chat_options(self, tools: ToolUse = NO_TOOLS) -> ChatOptions:
         """Raises InvalidRequest."""
         return ChatOptions.asked(
             self.chat_template_kwargs or {},
             reasoning_effort=self.reasoning_effort,
             add_generation_prompt=self.add_generation_prompt,
             continue_final_message=bool(self.continue_final_message),
+            tools=tools.definitions if tools.asks else (),
         )
 
 

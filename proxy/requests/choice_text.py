@@ -16,10 +16,12 @@ class TextOptions(NamedTuple):
 
     skip_special_tokens: they have no text.
     include_stop: the stop string or token that ends the text is part of it.
+    shown: special tokens that have text in any case.
     """
 
     skip_special_tokens: bool = True
     include_stop: bool = False
+    shown: frozenset[int] = frozenset()
 
 
 AS_TEXT = TextOptions()
@@ -58,7 +60,9 @@ class ChoiceText:
         self.num_tokens = 0
         self._tokenizer = tokenizer
         self._params = request.sampling
-        self._detokenizer = create_detokenizer(tokenizer, request.token_ids, skip_special_tokens=options.skip_special_tokens)
+        self._detokenizer = create_detokenizer(
+            tokenizer, request.token_ids, skip_special_tokens=options.skip_special_tokens, shown=options.shown
+        )
         self._stops = StopStrings(stop, include=options.include_stop)
         # tokens that end the answer are not part of its text
         ending = frozenset(self._params.stop_token_ids) | (frozenset[int]() if self._params.ignore_eos else eos_token_ids)

@@ -23,8 +23,10 @@ from ...protocol.trace_context import TraceContext
 from ..model_card import ModelCard
 from ..request import MAX_CHOICES, MAX_N, ProxyRequest
 from ..tenants.tenant import Tenant
-from ..text.chat_template import PLAIN, ChatMessage, ChatOptions
+from ..text.answer_form import AnswerForm, AnswerForms
+from ..text.chat_template import PLAIN, ChatMessage, ChatOptions, num_chars
 from ..text.tokenizer import Tokenizer, require_unicode
+from ..text.tools import ToolUse
 from .choice_text import AS_TEXT, TextOptions
 
 MAX_STOPS = 16
@@ -59,6 +61,7 @@ class GenerateRequest:
     stop: Sequence[str] = ()
     bad_words: Sequence[str] = ()  # words of one token, with or without a blank before it, that the answer has not
     text: TextOptions = AS_TEXT
+    tools: ToolUse | None = None  # None: the face gives answers as they are, and reads no calls and no reasoning from them
     cache_salt: str = ""  # prefixes are shared with requests of the same tenant and salt alone
     timeout_s: float | None = None
     priority: int = 0
@@ -72,8 +75,10 @@ class GenerateRequest:
 
 
 class RequestBuilder:
-    def __init__(self, tokenizer: Tokenizer, card: ModelCard, default_timeout_s: float) -> None:
+    def __init__(self, tokenizer: Tokenizer, card: ModelCard, default_timeout_s: float, forms: AnswerForms | None = None) -> None:
+        """forms: None: answers are plain text."""
         self._tokenizer = tokenizer
+        self._forms = forms or AnswerForms(tokenizer)
         self._card = card
         self._default_timeout_s = min(default_timeout_s, MAX_TIMEOUT_S)
 
@@ -109,7 +114,7 @@ class RequestBuilder:
         _require(0 <= seed <= MAX_SEED, f"seed is {seed}; it must be at least 0 and at most {MAX_SEED}", "seed")
         request_id = asked.request_id
         salt = salted(b"" if asked.tenant is None else asked.tenant.salt, asked.cache_salt)
-        params = [self._params(asked, len(token_ids), max_model_len, seed) for token_ids in prompts]
+        params = [self._params(asked, token_ids, max_model_len, seed) for token_ids in prompts]
         return [
             ProxyRequest(
                 request_id=request_id if len(prompts) * asked.n == 1 else f"{request_id}-{prompt * asked.n + choice}",
@@ -148,6 +153,13 @@ class RequestBuilder:
 
     def _require_model(self, model: str) -> None:
         _require(model in ("", self._card.name), no_such_model(model, self._card.name), "model", UnknownModel)
+
+    def form(self, asked: GenerateRequest, token_ids: Sequence[int]) -> AnswerForm | None:
+        """How the answers to this prompt are read. None: they are plain text. Raises InvalidRequest."""
+        if asked.tools is None:
+            return None
+        continued = asked.messages[-1].content if asked.messages and asked.chat.continue_final_message else None
+        return self._forms.of(asked.tools, token_ids, continued)
 
     def _require_sound(self, asked: GenerateRequest, timeout_s: float) -> None:
         """All but the prompts and what is sampled."""
@@ -196,7 +208,8 @@ class RequestBuilder:
     async def _token_ids(self, asked: GenerateRequest, max_model_len: int) -> list[Sequence[int]]:
         if asked.messages is not None:
             _require(bool(asked.messages), "messages is empty; send at least one", "messages")
-            self._require_text_fits(sum(len(message.content) for message in asked.messages), "messages", max_model_len)
+            num_text_chars = sum(message.num_chars for message in asked.messages) + num_chars(asked.chat.tools)
+            self._require_text_fits(num_text_chars, "messages", max_model_len)
             return [await self._tokenizer.encode_chat_aside(asked.messages, asked.chat)]
         _require(bool(asked.prompts), "there is no prompt; send one", "prompt")
         texts = [prompt for prompt in asked.prompts if isinstance(prompt, str)]
@@ -238,7 +251,8 @@ class RequestBuilder:
             wrong = next(token_id for token_id in token_ids if not 0 <= token_id < size)
             raise InvalidRequest(f"{param} has token id {wrong}; this model's are at least 0 and at most {size - 1}", param=param)
 
-    def _params(self, asked: GenerateRequest, num_prompt_tokens: int, max_model_len: int, seed: int) -> SamplingParams:
+    def _params(self, asked: GenerateRequest, token_ids: Sequence[int], max_model_len: int, seed: int) -> SamplingParams:
+        num_prompt_tokens = len(token_ids)
         left = max_model_len - num_prompt_tokens
         max_tokens = asked.max_tokens
         if max_tokens is None:
@@ -255,6 +269,8 @@ class RequestBuilder:
         self._require_known(sampling.get("logit_bias", {}), "logit_bias")
         self._require_known(sampling.get("stop_token_ids", ()), "stop_token_ids")
         sampling["stop_token_ids"] = self._stop_token_ids(asked)
+        if (form := self.form(asked, token_ids)) is not None:
+            sampling["grammar"] = form.grammar(sampling.get("grammar"))
         if asked.bad_words:
             sampling["logit_bias"] = {**sampling.get("logit_bias", {}), **dict.fromkeys(self._banned(asked.bad_words), LEAST_BIAS)}
         return SamplingParams(**sampling, seed=seed, max_tokens=max_tokens)

@@ -28,6 +28,7 @@ from ...protocol.version import package_version
 from ..model_card import ModelCard
 from ..request import Finished, RequestState, TokenEvent, Tokens
 from ..tenants.tenant import Tenant
+from ..text.answer_form import AnswerForm, AnswerForms
 from ..text.tokenizer import Tokenizer
 from ..tracing import trace_of
 from .choice_text import ChoiceText, TokenText
@@ -103,6 +104,7 @@ class Generation:
         self.prompts: Sequence[Sequence[int]] = ()  # token ids of each, where the client wants them back
         self.is_scored = False  # the log probabilities of its prompts were asked for
         self.fingerprint = ""
+        self.form: AnswerForm | None = None  # how the answers are read; None: they are plain text
         self._choices = choices
         self._num_open = len(choices)
         self._inbox = _Inbox()
@@ -195,11 +197,14 @@ class Generation:
 class Generator:
     """Opens Generations and knows those that are under way. All choices of a GenerateRequest are admitted, or none is."""
 
-    def __init__(self, router: Router, tokenizer: Tokenizer, card: ModelCard, default_timeout_s: float) -> None:
+    def __init__(
+        self, router: Router, tokenizer: Tokenizer, card: ModelCard, default_timeout_s: float, forms: AnswerForms | None = None
+    ) -> None:
+        """forms: None: answers are plain text."""
         self.router = router
         self.card = card
         self.tokenizer = tokenizer
-        self._builder = RequestBuilder(tokenizer, card, default_timeout_s)
+        self._builder = RequestBuilder(tokenizer, card, default_timeout_s, forms)
         self._under_way: weakref.WeakValueDictionary[str, Generation] = weakref.WeakValueDictionary()
 
     @property
@@ -234,6 +239,8 @@ class Generator:
     async def _open(self, request: GenerateRequest) -> Generation:
         requests, tenant = await self._builder.build(request, self.max_model_len), request.tenant
         num_prompt_tokens = sum(len(choice.token_ids) for choice in requests[:: request.n])
+        form = self._builder.form(request, requests[0].token_ids)
+        text = request.text if form is None else request.text._replace(shown=form.shown)
         if tenant is not None:
             tenant.admit(num_prompt_tokens)
         streams = await self.router.open_all(requests)
@@ -241,7 +248,7 @@ class Generator:
             _Choice(
                 index,
                 stream,
-                ChoiceText(self.tokenizer, choice, tuple(request.stop), self.card.eos_token_ids, request.text),
+                ChoiceText(self.tokenizer, choice, tuple(request.stop), self.card.eos_token_ids, text),
                 tenant,
                 request.sampling.get("stop_token_ids", ()),
                 partial(PromptText, self.tokenizer, choice.token_ids),
@@ -252,6 +259,7 @@ class Generator:
         generation = Generation(request.request_id, self.card.name, num_prompt_tokens, choices, tenant)
         generation.fingerprint = _fingerprint(self.router.schema)
         generation.is_scored = "num_prompt_logprobs" in request.sampling
+        generation.form = form
         if request.return_token_ids:
             generation.prompts = [choice.token_ids for choice in requests[:: request.n]]
         self._under_way[request.request_id] = generation

@@ -26,8 +26,26 @@ from .folder import NAMES
 
 
 class ChatMessage(NamedTuple):
+    """extra: what a template may find in a message beside these: tool_calls, tool_call_id, name, reasoning_content."""
+
     role: str
     content: str
+    extra: Mapping[str, Any] = {}
+
+    @property
+    def num_chars(self) -> int:
+        return len(self.content) + (num_chars(self.extra) if self.extra else 0)
+
+
+def num_chars(value: Any) -> int:
+    """Of all text in a value of JSON."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(len(key) + num_chars(found) for key, found in cast(Mapping[str, Any], value).items())
+    if isinstance(value, (list, tuple)):
+        return sum(map(num_chars, cast(Sequence[Any], value)))
+    return 0
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -82,11 +100,13 @@ class ChatOptions(NamedTuple):
     add_generation_prompt: the prompt ends where the assistant begins.
     continue_final_message: the prompt ends inside the last message, which the answer continues.
     variables: of the template's own, such as enable_thinking.
+    tools: that the model is told of, as clients define them.
     """
 
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     variables: Mapping[str, Any] = {}
+    tools: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
     def asked(
@@ -96,6 +116,7 @@ class ChatOptions(NamedTuple):
         reasoning_effort: str | None = None,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> ChatOptions:
         """As a request says it; None: nothing is said. Raises InvalidRequest."""
         if continue_final_message and add_generation_prompt:
@@ -116,7 +137,7 @@ class ChatOptions(NamedTuple):
         if reasoning_effort == "none":
             variables = {"enable_thinking": False, "thinking": False, **variables}
         begins = not continue_final_message if add_generation_prompt is None else add_generation_prompt
-        return cls(begins, continue_final_message, variables)
+        return cls(begins, continue_final_message, variables, tools)
 
 
 PLAIN = ChatOptions()
@@ -145,10 +166,11 @@ class ChatTemplate:
         _require_named(tree, {*special_tokens, *absent})
         self.literals = "".join(_literals(tree))
         """All text that the template itself can write."""
+        self.takes_tools = "tools" in jinja2.meta.find_undeclared_variables(tree)
 
     def render(self, messages: Sequence[ChatMessage], options: ChatOptions = PLAIN) -> str:
         """Raises InvalidRequest if the template refuses the messages, for instance the order of their roles."""
-        turns = [message._asdict() for message in messages]
+        turns = [{"role": message.role, "content": message.content, **message.extra} for message in messages]
         if options.continue_final_message and turns:
             turns[-1]["content"] += _END_MARK
         try:
@@ -157,7 +179,7 @@ class ChatTemplate:
                     **self._special_tokens,
                     **options.variables,
                     "messages": turns,
-                    "tools": None,
+                    "tools": list(options.tools) or None,
                     "documents": None,
                     "add_generation_prompt": options.add_generation_prompt,
                 }

@@ -12,7 +12,7 @@ tokens. The difference is the new text, whatever the decoder does at the start o
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from .tokenizer import Tokenizer
@@ -35,22 +35,28 @@ class Detokenizer(Protocol):
         ...
 
 
-def create_detokenizer(tokenizer: Tokenizer, context: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
-    """context: the prompt's token ids. With them, a word that continues the prompt keeps its leading space."""
+def create_detokenizer(
+    tokenizer: Tokenizer, context: Sequence[int] = (), *, skip_special_tokens: bool = True, shown: Collection[int] = ()
+) -> Detokenizer:
+    """context: the prompt's token ids. With them, a word that continues the prompt keeps its leading space.
+
+    shown: special tokens that have text in any case.
+    """
     if tokenizer.is_byte_level:
-        return ByteDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
-    return WindowDetokenizer(tokenizer, context, skip_special_tokens=skip_special_tokens)
+        return ByteDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens, shown=shown)
+    return WindowDetokenizer(tokenizer, context, skip_special_tokens=skip_special_tokens, shown=shown)
 
 
 class ByteDetokenizer:
     """For decoders that only join bytes. It needs no context: if the prompt ends inside a character, the answer is decoded by itself."""
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, shown: Collection[int] = ()) -> None:
         self._bytes_of = tokenizer.decoded_bytes if skip_special_tokens else tokenizer.token_bytes
+        self._shown = {token_id: tokenizer.token_bytes(token_id) for token_id in shown}
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        return self._decoder.decode(self._bytes_of(token_id))
+        return self._decoder.decode(self._shown.get(token_id) or self._bytes_of(token_id))
 
     def finish(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -59,17 +65,21 @@ class ByteDetokenizer:
 class WindowDetokenizer:
     """For any decoder. A token costs two decodes of a few tokens, however many came before."""
 
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, context: Sequence[int] = (), *, skip_special_tokens: bool = True, shown: Collection[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._token_ids = list(context[-_CONTEXT_TOKENS:])
+        self._shown = shown
+        last = context[-_CONTEXT_TOKENS:]
+        self._token_ids = [token_id for token_id in last if not tokenizer.is_silent(token_id)] if self._filters else list(last)
         if self._decode().endswith(_UNFINISHED):
             self._token_ids = []  # the prompt ends inside a character: the answer is decoded by itself
         self._read = len(self._token_ids)  # text of the tokens before this index was returned; the window starts at 0
         self._known = self._decode()
 
     def push(self, token_id: int) -> str:
-        if self._skip and self._tokenizer.is_silent(token_id):
+        if self._skip and self._tokenizer.is_silent(token_id) and token_id not in self._shown:
             return ""
         self._token_ids.append(token_id)
         text = self._decode()
@@ -108,7 +118,12 @@ class WindowDetokenizer:
         return new
 
     def _decode(self) -> str:
-        return self._tokenizer.decode(self._token_ids, skip_special_tokens=self._skip)
+        return self._tokenizer.decode(self._token_ids, skip_special_tokens=self._skip and not self._filters)
+
+    @property
+    def _filters(self) -> bool:
+        """The window holds no special tokens but those that are shown."""
+        return self._skip and bool(self._shown)
 
 
 class StopStrings:

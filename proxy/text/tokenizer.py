@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from ...protocol.config import SpecialInText
 from ...protocol.errors import CheckpointError, InvalidRequest
 from ...protocol.token_pieces import byte_level, sentence_piece
-from .chat_template import PLAIN, ChatMessage, ChatOptions, ChatTemplate
+from .chat_template import PLAIN, ChatMessage, ChatOptions, ChatTemplate, num_chars
 from .control_tokens import ControlTokens
 from .folder import read_special_tokens, read_templates
 
@@ -79,6 +79,11 @@ class Tokenizer:
         """The one for chats without tools. None: the model takes no chats."""
         return self.chat_templates.get("default")
 
+    @property
+    def template_for_tools(self) -> ChatTemplate | None:
+        """The one for chats with tools: as in transformers, the one of that name where there are several."""
+        return self.chat_templates.get("tool_use") or self.chat_template
+
     def special_token_id(self, text: str) -> int | None:
         """None: the text is not exactly a special token's."""
         token_id = self._backend.token_to_id(text)
@@ -135,7 +140,8 @@ class Tokenizer:
 
     async def encode_chat_aside(self, messages: Sequence[ChatMessage], options: ChatOptions = PLAIN) -> list[int]:
         """As encode_chat, but a long chat is rendered and encoded in a thread."""
-        if len(messages) * _TURN_CHARS + sum(len(message.content) for message in messages) <= INLINE_CHARS:
+        num_text_chars = sum(message.num_chars for message in messages) + num_chars(options.tools)
+        if len(messages) * _TURN_CHARS + num_text_chars <= INLINE_CHARS:
             return self.encode_chat(messages, options)
         return await asyncio.to_thread(self.encode_chat, messages, options)
 
@@ -143,8 +149,8 @@ class Tokenizer:
         """A chat's prompt. Raises InvalidRequest without a template, and as the template does."""
         if self._control_tokens is not None:
             mark = self._control_tokens.mark
-            messages = [message._replace(content=mark(message.content)) for message in messages]
-            options = options._replace(variables=mark(dict(options.variables)))
+            messages = [message._replace(content=mark(message.content), extra=mark(dict(message.extra))) for message in messages]
+            options = options._replace(variables=mark(dict(options.variables)), tools=mark(options.tools))
         text = self.render_chat(messages, options)
         if self._control_tokens is not None and self._control_tokens.has_marks(text):
             return self._control_tokens.encode(text, self._encode_parts)
@@ -159,7 +165,7 @@ class Tokenizer:
 
     def render_chat(self, messages: Sequence[ChatMessage], options: ChatOptions = PLAIN) -> str:
         """The text of a chat's prompt. Raises InvalidRequest without a template, and for half a surrogate pair."""
-        template = self.chat_template
+        template = self.template_for_tools if options.tools else self.chat_template
         if template is None:
             named = f"; it has {', '.join(sorted(self.chat_templates))}" if self.chat_templates else ""
             raise InvalidRequest(f"this model has no chat template{named}; send a prompt instead of messages", param="messages")

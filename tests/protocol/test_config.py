@@ -31,6 +31,8 @@ def test_without_a_file_the_defaults_hold() -> None:
         ("proxy:\n  polcy: random\n", "'proxy.polcy'; did you mean 'proxy.policy'"),
         ("prefil:\n  num_workers: 1\n", "'prefil'; did you mean 'prefill'"),
         ("proxy:\n  policy: fastest\n", "'fastest'; it must be one of 'random'"),
+        ("model:\n  tool_parser: qwen\n", "'qwen'; it must be one of 'auto', 'none', 'hermes', 'llama3_json', 'mistral', 'pythonic'"),
+        ("model:\n  reasoning_parser: r2\n", "'r2'; it must be one of 'auto', 'none', 'qwen3', 'deepseek_r1'"),
         ("proxy:\n  http_port: many\n", "proxy.http_port is 'many'; it must be of type int"),
         ("prefill:\n  num_workers: true\n", "prefill.num_workers is True; it must be of type int"),
         ("prefill:\n  num_workers: -1\n", "prefill.num_workers is -1; it must be a finite number and not negative"),

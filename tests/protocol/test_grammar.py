@@ -9,6 +9,7 @@ import pytest
 from halfmoon.protocol.errors import InvalidRequest
 from halfmoon.protocol.grammar import MAX_GRAMMAR_BYTES, Grammar, grammar_of
 from halfmoon.protocol.sampling import SamplingParams
+from halfmoon.protocol.schema_keywords import without_descriptions
 
 
 @pytest.mark.parametrize(
@@ -70,3 +71,25 @@ def test_what_is_too_long_too_deep_or_no_kind_is_refused() -> None:
         Grammar("xml", "x")
     with pytest.raises(InvalidRequest, match="half a surrogate pair"):
         Grammar("regex", "\ud800")
+
+
+def test_a_schema_without_its_descriptions_keeps_properties_of_their_names() -> None:
+    described = {
+        "title": "T",
+        "type": "object",
+        "description": "d",
+        "properties": {
+            "description": {"type": "string", "description": "d", "default": "x"},
+            "title": {"anyOf": [{"type": "null", "title": "t"}, {"$ref": "#/$defs/P"}]},
+        },
+        "required": ["title"],
+        "additionalProperties": {"type": "array", "items": {"type": "integer", "examples": [1]}},
+        "$defs": {"P": {"const": {"description": "kept"}, "title": "t"}},
+    }
+    assert without_descriptions(described) == {
+        "type": "object",
+        "properties": {"description": {"type": "string"}, "title": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/P"}]}},
+        "required": ["title"],
+        "additionalProperties": {"type": "array", "items": {"type": "integer"}},
+        "$defs": {"P": {"const": {"description": "kept"}}},
+    }

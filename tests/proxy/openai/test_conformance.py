@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ import openai.types.completion_create_params as completions
 import pytest
 from openai.types.chat import ChatCompletionStreamOptionsParam
 
+from halfmoon.protocol.config import ModelOptions
 from halfmoon.proxy.conductor.queue_order import CLASS_S, TICKS_PER_S
 from halfmoon.proxy.openai import conformance
 from halfmoon.proxy.openai.conformance import HALFMOON, OPENAI, VLLM, Row
@@ -20,7 +22,7 @@ from halfmoon.proxy.text.chat_template import ChatTemplate
 from halfmoon.proxy.text.tokenizer import Tokenizer
 
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
-TEMPLATE = "{{ messages[0].content }}|{{ enable_thinking }}|{{ reasoning_effort }}|{{ add_generation_prompt }}"
+TEMPLATE = "{{ messages[0].content }}|{{ enable_thinking }}|{{ reasoning_effort }}|{{ add_generation_prompt }}|{{ tools }}"
 BASE: dict[str, dict[str, Any]] = {
     "completions": {"prompt": "Hello", "seed": 1},
     "chat": {"messages": [{"role": "user", "content": "Hello"}], "seed": 1},
@@ -30,8 +32,19 @@ OF_A_REQUEST = ("id", "created", "halfmoon")
 
 
 @pytest.fixture(scope="module")
-def http(shared_face: Any) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=shared_face.http, timeout=60) as client:
+def server(make_face: Callable[..., Any], chat_model_folder: Path, chat_tokenizer: Any) -> Any:
+    return make_face(chat_model_folder, chat_tokenizer, ModelOptions(tool_parser="hermes"))
+
+
+@pytest.fixture
+def face(server: Any) -> Any:
+    server.reset()
+    return server
+
+
+@pytest.fixture(scope="module")
+def http(server: Any) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.http, timeout=60) as client:
         yield client
 
 

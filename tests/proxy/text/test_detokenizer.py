@@ -83,6 +83,19 @@ def test_the_answer_keeps_the_space_between_itself_and_the_prompt(sentencepiece:
     assert deltas(sentencepiece, [259])[0] == "a"
 
 
+def test_special_tokens_that_are_shown_have_text_and_others_have_none(chat_tokenizer: Tokenizer) -> None:
+    backend = RustTokenizer.from_str(chat_tokenizer._backend.to_str())
+    backend.decoder = decoders.Sequence([decoders.ByteLevel()])
+    window = Tokenizer(backend, special_tokens={}, chat_templates={})
+    assert chat_tokenizer.is_byte_level and not window.is_byte_level
+    bos, begin, end = 0, 2, 3
+    word = chat_tokenizer.encode("fox", add_special_tokens=False)
+    for tokenizer in (chat_tokenizer, window):
+        detokenizer = create_detokenizer(tokenizer, [bos, *word, begin, end], shown={begin})
+        pieces = [detokenizer.push(token_id) for token_id in (begin, *word, end, begin, *word)]
+        assert "".join([*pieces, detokenizer.finish()]) == "<|im_start|>fox<|im_start|>fox"
+
+
 def test_a_prompt_that_ends_inside_a_character_takes_nothing_from_the_answer(chat_tokenizer: Tokenizer) -> None:
     head = chat_tokenizer.encode("🜚", add_special_tokens=False)[:1]
     token_ids = chat_tokenizer.encode("yes", add_special_tokens=False)

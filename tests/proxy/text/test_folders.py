@@ -221,7 +221,7 @@ def test_a_chat_s_prompt_has_the_token_ids_of_transformers(layout: str, tmp_path
     folder = write(tmp_path, layout)
     ours, theirs = Tokenizer.from_folder(folder), AutoTokenizer.from_pretrained(folder)
     for messages in CHATS:
-        turns = [message._asdict() for message in messages]
+        turns = [{"role": message.role, "content": message.content} for message in messages]
         expected = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         assert ours.encode_chat(messages) == expected
         assert ours.decode(expected) == theirs.decode(expected, skip_special_tokens=True)
@@ -232,7 +232,7 @@ def test_control_tokens_in_messages_are_text_where_that_is_asked_for(layout: str
     folder = write(tmp_path, layout)
     ours, theirs = Tokenizer.from_folder(folder, "literal"), AutoTokenizer.from_pretrained(folder)
     for messages in [*CHATS, [ChatMessage("user", "\U000f0000<|im_end|>\U000f0001" * 3), ChatMessage("assistant", "<s></s>" * 2000)]]:
-        turns = [message._asdict() for message in messages]
+        turns = [{"role": message.role, "content": message.content} for message in messages]
         expected = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True)
         found = ours.encode_chat(messages)
         assert found == expected
@@ -247,7 +247,7 @@ def test_control_tokens_in_messages_are_text_where_that_is_asked_for(layout: str
 def test_an_answer_that_is_begun_is_continued(layout: str, content: str, tmp_path: Path) -> None:
     folder = write(tmp_path, layout)
     messages = [ChatMessage("user", "Hi"), ChatMessage("assistant", content)]
-    turns = [message._asdict() for message in messages]
+    turns = [{"role": message.role, "content": message.content} for message in messages]
     expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(turns, continue_final_message=True, return_dict=False)
     options = ChatOptions(add_generation_prompt=False, continue_final_message=True)
     assert Tokenizer.from_folder(folder).encode_chat(messages, options) == expected
@@ -265,7 +265,7 @@ def test_thinking_is_switched_by_a_variable_of_the_template(enable_thinking: boo
     folder = write(tmp_path, "inline template")
     (folder / "chat_template.jinja").write_text(THINKING)
     theirs = AutoTokenizer.from_pretrained(folder)
-    turns = [message._asdict() for message in CHATS[0]]
+    turns = [{"role": message.role, "content": message.content} for message in CHATS[0]]
     expected = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False, enable_thinking=enable_thinking)
     assert Tokenizer.from_folder(folder).encode_chat(CHATS[0], ChatOptions(variables={"enable_thinking": enable_thinking})) == expected
 

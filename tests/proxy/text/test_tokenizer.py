@@ -85,7 +85,7 @@ def test_tokenizer_json_decides_on_bos_as_in_transformers(add_bos: bool, chat_mo
 
 @pytest.mark.parametrize("messages", CHATS)
 def test_the_models_chat_template_renders_as_in_transformers(messages: list[ChatMessage], chat_tokenizer: Tokenizer, reference) -> None:
-    plain = [message._asdict() for message in messages]
+    plain = [{"role": message.role, "content": message.content} for message in messages]
     text = chat_tokenizer.render_chat(messages)
     assert text == reference.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
     token_ids = reference.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
@@ -99,7 +99,7 @@ def test_awkward_templates_render_as_in_transformers(
     source: str, messages: list[ChatMessage], add_generation_prompt: bool, chat_tokenizer: Tokenizer, reference
 ) -> None:
     ours = ChatTemplate(source, chat_tokenizer.special_tokens).render(messages, ChatOptions(add_generation_prompt))
-    plain = [message._asdict() for message in messages]
+    plain = [{"role": message.role, "content": message.content} for message in messages]
     assert ours == reference.apply_chat_template(plain, chat_template=source, tokenize=False, add_generation_prompt=add_generation_prompt)
 
 

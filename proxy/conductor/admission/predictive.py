@@ -48,7 +48,7 @@ class Predictive(Admission):
         mean_s = times.mean_s
         expected_s = times.expected_s(request.num_tokens)
         too_dear = times.known and self.price.ask(request, selection, snapshot, self.limits.slo, expected_s, mean_s)
-        late = over_ttft(forecast.ttft_s, slo)
+        late = over_ttft(forecast.promised_s, slo)
         if late is not None:
             return late
         if too_dear:

@@ -14,6 +14,8 @@ from functools import partial
 
 from ..protocol.errors import ConfigError
 from ..proxy.conductor.admission import create_admission
+from ..proxy.conductor.assigned_load import AssignedLoad
+from ..proxy.conductor.backlog import Backlog
 from ..proxy.conductor.conductor import Conductor
 from ..proxy.conductor.forecast import handoff_bytes, handoff_link
 from ..proxy.conductor.placement import Arriving, Placement, PlacementRequest, Rejection, Snapshot
@@ -22,8 +24,6 @@ from ..proxy.conductor.policies.base import RolePlanner, known_blocks, rebalance
 from ..proxy.conductor.predictors.timing import Predictors
 from ..proxy.conductor.predictors.waiting import step_with
 from ..proxy.conductor.queue_order import TICKS_PER_S, first_token_due_s, queue_order
-from ..proxy.members.assigned_load import AssignedLoad
-from ..proxy.members.backlog import Backlog
 from ..proxy.prefixes.index import PrefixIndex
 from .clock import EventLoop
 from .cluster_view import ClusterView

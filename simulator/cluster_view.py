@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..proxy.conductor.backlog import LAST_ORDER, TaskTable
 from ..proxy.conductor.member_state import MemberState
 from ..proxy.conductor.placement import NEVER, NOBODY, Arrivals, Arriving, Snapshot
 from ..proxy.conductor.pool import Pool
-from ..proxy.members.backlog import LAST_ORDER, TaskTable
 from .instance import Instance
 from .job import Job
 

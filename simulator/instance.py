@@ -18,10 +18,10 @@ from ..engine.page_allocator import PageAllocator
 from ..prefill_worker.scheduler import Step as PrefillStep
 from ..protocol.timing.step_cost import StepWork, attention_of
 from ..protocol.timing.step_fit import StepFit
+from ..proxy.conductor.backlog import Backlog
 from ..proxy.conductor.placement import MemberState
 from ..proxy.conductor.predictors.cost_model import CostModel
 from ..proxy.conductor.predictors.timing import Predictors
-from ..proxy.members.backlog import Backlog
 from .clock import EventLoop
 from .decode_jobs import DecodeJobs
 from .instance_options import InstanceOptions, Role

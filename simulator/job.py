@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..engine.sequence import Sequence
-from ..proxy.members.backlog import PrefillTask
+from ..proxy.conductor.backlog import PrefillTask
 from .node_cache import Run
 from .trace import TraceRequest
 

@@ -19,13 +19,13 @@ from ...protocol.roles import ROLE_NAMES, ROLE_NUMBERS, WORKER_ROLES, WorkerRole
 from ...protocol.schema import KVSchema
 from ...protocol.tasks import Tasks
 from ...protocol.v1 import control_pb2
+from ..conductor.backlog import LAST_ORDER
 from ..conductor.placement import Snapshot
 from ..conductor.policies.base import cost_by_blocks
 from ..conductor.pool import NOTHING, Ints, Pool, Roster
 from ..member_metrics import MemberReport
 from ..metrics import ProxyMetrics
 from .absences import Absences
-from .backlog import LAST_ORDER
 from .load_table import LoadTable
 from .member import CLOSE_GRACE_S, STATE_ROLES, Member
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..conductor.backlog import TaskTable
 from ..conductor.pool import Ints, Pool, Roster
-from .backlog import TaskTable
 
 FIRST_SIZE = 64
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+from ..conductor.assigned_load import Assignment
 from ..conductor.forecast import handoff_bytes, handoff_link
 from ..conductor.placement import Placement
-from ..members.assigned_load import Assignment
 from ..members.member import Member
 from .decisions import AttemptDecision
 from .prompt import Prompt

@@ -37,6 +37,6 @@ def test_predictive_keeps_its_word(load: str, cost_model: str, coupled: bool, ra
         np.array([row.ttft_s / getattr(row, name) for row in served]) for name in ("predicted_ttft_s", "promised_ttft_s")
     )
     assert len(served) > 500 and result.num_rejected() > 0, "the load is near what there is"
-    assert 0.85 < float(np.median(predicted)) < 1.1
+    assert 0.85 < float(np.median(predicted)) < 1.15
     assert float(np.quantile(promised, 0.9)) < 1.1
     assert float(np.mean([row.ttft_s > slo.ttft_s for row in served])) < 0.03

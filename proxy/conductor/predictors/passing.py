@@ -28,12 +28,14 @@ class Passing:
 
     def __init__(self) -> None:
         self._seen: Floats = np.zeros((0, 4))  # at, seconds, tokens, how long it lets others pass
+        self._work_s = self._num_tokens = 0.0  # of all of them
 
     def observe(self, at_s: float, work_s: float, num_tokens: float, lets_pass_s: float) -> None:
         """A prompt was placed. lets_pass_s: from now, until the moment that its place in the queue stands for."""
         recent = self._seen[-NUM_SEEN + 1 :]
         recent = recent[np.searchsorted(recent[:, 0], at_s - OLDEST_S) :]
         self._seen = np.vstack((recent, (at_s, work_s, num_tokens, lets_pass_s)))
+        self._work_s, self._num_tokens = float(self._seen[:, 1].sum()), float(self._seen[:, 2].sum())
 
     def within(self, wait_s: float, lets_pass_s: float, now_s: float, num_workers: int) -> Coming:
         """On a worker, in the next wait_s."""
@@ -41,15 +43,15 @@ class Passing:
         if len(seen) < FEWEST:
             return Coming(0.0, 0.0, 0.0)
         span_s = max(now_s - float(seen[0, 0]), 1e-3)
-        busy = min(float(seen[:, 1].sum()) / span_s / num_workers, 1.0)
+        busy = min(self._work_s / span_s / num_workers, 1.0)
         here = busy ** (num_workers - 1) / num_workers / span_s  # who comes goes to a worker that has nothing to do, if there is one
         # how many like each will pass
         times = np.clip(lets_pass_s - seen[:, 3], 0.0, wait_s) * here if lets_pass_s > -np.inf else np.zeros(len(seen))
         num_tokens = float(times @ seen[:, 2])
-        return Coming(float(times @ seen[:, 1]), num_tokens, wait_s * here * float(seen[:, 2].sum()) - num_tokens)
+        return Coming(float(times @ seen[:, 1]), num_tokens, wait_s * here * self._num_tokens - num_tokens)
 
     def frozen(self) -> Passing:
         """As it is now; what is observed later replaces the rows and does not change them."""
         found = Passing()
-        found._seen = self._seen
+        found._seen, found._work_s, found._num_tokens = self._seen, self._work_s, self._num_tokens
         return found

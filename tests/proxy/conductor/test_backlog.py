@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfmoon.proxy.members.assigned_load import AssignedLoad
-from halfmoon.proxy.members.backlog import Backlog, PrefillTask, TaskTable
+from halfmoon.proxy.conductor.assigned_load import AssignedLoad
+from halfmoon.proxy.conductor.backlog import Backlog, PrefillTask, TaskTable
 
 NEVER_LATER = 0.0  # no time passes
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..conductor.pool import Floats, Ints, Pool
-from ..conductor.rows import Rows
 from .assigned_load import AssignedLoad, Assignment
+from .pool import Floats, Ints, Pool
+from .rows import Rows
 
 LAST_ORDER = 2**62  # of a request that lets every other pass
 UNSEEN_S = 1e-6  # a smaller change is not written to the table

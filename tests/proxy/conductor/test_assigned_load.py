@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfmoon.proxy.members.assigned_load import AssignedLoad
+from halfmoon.proxy.conductor.assigned_load import AssignedLoad
 
 
 def test_what_is_placed_counts_until_it_ends() -> None:

@@ -152,7 +152,8 @@ class Backlog:
                 task.left -= elapsed_s / task.seconds
             elapsed_s -= left_s
 
-    def _end(self, task: PrefillTask, now_s: float) -> None:
+    def end(self, task: PrefillTask, now_s: float) -> None:
+        """For PrefillTask alone."""
         self._follow(now_s)
         at = self._tasks.index(task)
         del self._tasks[at]
@@ -187,7 +188,7 @@ class PrefillTask:
         """It is done, or was aborted. Further calls do nothing."""
         if not self.assignment.ended:
             self.assignment.end()
-            self.backlog._end(self, now_s)
+            self.backlog.end(self, now_s)
 
 
 def _order(task: PrefillTask) -> tuple[int, int]:

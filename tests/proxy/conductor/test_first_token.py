@@ -42,7 +42,7 @@ def test_a_token_comes_out_at_the_end_of_a_step_that_others_fill() -> None:
 
 
 def test_beside_decode_tokens_a_prompt_comes_in_chunks_that_the_batch_leaves_room_for() -> None:
-    # 92 ms for a step of 10 decode tokens, of 10 ms: chunks of 64 tokens take 64 + 10 ms, and 128 would be too many.
+    # 96 ms for a step of 10 decode tokens, which take 10 ms: chunks of 64 tokens take 64 + 10 ms, and 128 would be too many.
     # The step under way has decode tokens alone (20 + 10 ms); then 4 chunks and a last one of 44
     assert seconds(member(running=10), 300) == pytest.approx(0.030 + 4 * 0.074 + 0.054)
 

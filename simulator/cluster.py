@@ -6,20 +6,24 @@ arrival ─► Conductor.place(request, snapshot) ─► prefill instance ─►
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 from ..protocol.errors import ConfigError
 from ..proxy.conductor.admission import create_admission
+from ..proxy.conductor.assigned_load import AssignedLoad
+from ..proxy.conductor.backlog import Backlog
 from ..proxy.conductor.conductor import Conductor
+from ..proxy.conductor.forecast import handoff_bytes, handoff_link
 from ..proxy.conductor.placement import Arriving, Placement, PlacementRequest, Rejection, Snapshot
 from ..proxy.conductor.policies import create_policy
-from ..proxy.conductor.policies.base import RolePlanner, rebalance
+from ..proxy.conductor.policies.base import RolePlanner, known_blocks, rebalance
 from ..proxy.conductor.predictors.timing import Predictors
 from ..proxy.conductor.predictors.waiting import step_with
-from ..proxy.conductor.queue_order import first_token_due_s, queue_order
+from ..proxy.conductor.queue_order import TICKS_PER_S, first_token_due_s, queue_order
 from ..proxy.prefixes.index import PrefixIndex
 from .clock import EventLoop
 from .cluster_view import ClusterView
@@ -43,7 +47,7 @@ class Cluster:
     def __init__(self, scenario: Scenario, progress: Progress | None = None) -> None:
         self.scenario = scenario
         self.loop = EventLoop()
-        self.predictors = Predictors(scenario.knows or scenario.cost)
+        self.predictors = Predictors(scenario.knows or scenario.cost, scenario.max_tokens_per_step)
         self.policy = create_policy(
             scenario.policy,
             random.Random(scenario.seed),
@@ -88,7 +92,8 @@ class Cluster:
             node = "node" if scenario.one_node else name
             cache, processor = shared if scenario.one_node else (self._make_cache(name), Processor())
             owners = self.loop, self, self.predictors, self.view.change
-            made.append(Instance(name, role, scenario.cost, options, cache, *owners, node=node, processor=processor))
+            books = Backlog(AssignedLoad(), shares=scenario.order == "fair" and role != "decode", table=self.view.tasks, row=number)
+            made.append(Instance(name, role, scenario.cost, options, cache, *owners, node=node, processor=processor, books=books))
         return made
 
     def _make_cache(self, node: str) -> NodeCache:
@@ -126,30 +131,55 @@ class Cluster:
         return self.view.snapshot(self.loop.now)
 
     def _place(self, job: Job) -> None:
-        runs = self.index.leading_runs(job.keys)
+        """As the proxy's Placer does it: one that is late even so is placed again as one that gives way."""
+        runs, scenario = self.index.leading_runs(job.keys), self.scenario
         on_ssd, in_pages = self.index.ssd_runs(job.keys, runs), self.prefixes.in_pages(job)
-        request = PlacementRequest(num_tokens=job.num_tokens, held_blocks=runs, page_blocks=in_pages, ssd_blocks=on_ssd)
-        request, seen = self.conductor.weigh(request, self.scenario.block_size), self.snapshot()
-        answer = self.conductor.place(request, seen)
+        waited_s = self.loop.now - job.request.arrival_s
+        request = PlacementRequest(
+            job.num_tokens, runs, slo=scenario.slo, waited_s=waited_s, admitted=job.attempt > 1, page_blocks=in_pages, ssd_blocks=on_ssd
+        )
+        request = self.conductor.weigh(request, scenario.block_size)
+        num_cached = known_blocks(request, scenario.block_size) * scenario.block_size
+        work_s = self.predictors.prefill.predict(job.num_tokens - num_cached, num_cached)
+        order = self._order(job, work_s)
+        request, seen, answer = self._ask(request, order, work_s)
+        late = isinstance(answer, Placement) and waited_s + (answer.ttft_s or 0.0) > scenario.slo.ttft_s
+        if late and scenario.order == "late":
+            order = self._order(job, work_s, waited_s + (answer.ttft_s or 0.0))
+            request, seen, answer = self._ask(request, order, work_s)
         self.counters.num_placements += 1
-        if self.roles is not None and (isinstance(answer, Placement) or answer.code == "overloaded"):
-            self.roles.observe_arrival(request, seen)
+        self.conductor.observe_arrival(request, seen, answer)
         if isinstance(answer, Rejection):
             if answer.code == "no_worker":
                 self._parked.append(job)
                 return
             self._end(job, "rejected_at_arrival", answer.reason)
             return
-        self._dispatch(job, answer, request.held_blocks)
+        self._dispatch(job, request, answer, order)
 
-    def _dispatch(self, job: Job, placement: Placement, held: Mapping[str, int]) -> None:
+    def _ask(self, request: PlacementRequest, order: int, work_s: float) -> tuple[PlacementRequest, Snapshot, Placement | Rejection]:
+        """The request with its place in the queue."""
+        passed_until_s = -math.inf if self.scenario.order == "fair" else order / TICKS_PER_S
+        request = dataclasses.replace(request, passed_until_s=passed_until_s)
+        seen = self.view.snapshot(self.loop.now, order, work_s)
+        return request, seen, self.conductor.place(request, seen)
+
+    def _order(self, job: Job, work_s: float, predicted_ttft_s: float | None = None) -> int:
+        """predicted_ttft_s: from the arrival."""
+        scenario = self.scenario
+        if scenario.order == "fair":
+            return 0
+        arrival_s, slo_s = job.request.arrival_s, scenario.slo.ttft_s
+        return queue_order(scenario.order, arrival_s=arrival_s, ttft_slo_s=slo_s, predicted_ttft_s=predicted_ttft_s, work_s=work_s)
+
+    def _dispatch(self, job: Job, request: PlacementRequest, placement: Placement, order: int) -> None:
         scenario, now = self.scenario, self.loop.now
         prefill = self.by_name[placement.prefill.id]
         job.prefill_on = prefill.name
         job.attempt_cost_s = 0.0
         job.kv_arrived_s = 0.0
         job.prefill_start_s = -1.0
-        num_own = held.get(prefill.node, 0)
+        num_own = request.held_blocks.get(prefill.node, 0)
         job.left_on_ssd = frozenset(node for node, verdict in placement.ssd_verdicts.items() if not verdict.loads)
         job.fetch_from = ""
         if scenario.remote_prefix and placement.prefix is not None and placement.prefix.num_blocks > num_own:
@@ -159,27 +189,21 @@ class Cluster:
         job.predicted_prefill_s = self.predictors.prefill.predict(job.num_tokens - cached, cached)
         waited_s = now - job.request.arrival_s
         job.predicted_ttft_s = waited_s + placement.ttft_s if placement.ttft_s is not None else -1.0
+        job.promised_ttft_s = waited_s + placement.promised_ttft_s if placement.promised_ttft_s is not None else -1.0
+        job.exposed_s = placement.exposed_s
         decode = prefill if scenario.coupled else self.by_name[placement.decode.id]
         job.decode_on = decode.name
+        job.handoff = 0, ""
+        if prefill is not decode:
+            num_bytes = handoff_bytes(self.predictors, request, placement.decode, scenario.block_size, placement.num_cached_tokens)
+            job.handoff = num_bytes, handoff_link(placement.prefill, placement.decode)
         self.view.coming[job] = Arriving(now + (placement.ttft_s or 0.0), job.num_tokens)
         self.prefixes.hope(prefill, job)
         if self.roles is None or prefill is decode:  # else decode is chosen when the prefill begins
             decode.promise(job, job.num_tokens)
-        prefill.add_prefill(job, self._priority(job), self._due_s(job))
+        prefill.add_prefill(job, order, cached, self._due_s(job))
         for instance in {prefill, decode}:
             self.view.placed_on(instance)
-
-    def _priority(self, job: Job) -> int:
-        if self.scenario.order == "fair":
-            return 0
-        predicted_s = job.predicted_ttft_s if job.predicted_ttft_s >= 0 else None
-        return queue_order(
-            self.scenario.order,
-            arrival_s=job.request.arrival_s,
-            ttft_slo_s=self.scenario.slo.ttft_s,
-            predicted_ttft_s=predicted_s,
-            work_s=job.predicted_prefill_s,
-        )
 
     def _due_s(self, job: Job) -> float:
         if self.scenario.order == "fair":
@@ -257,6 +281,11 @@ class Cluster:
     def decode_started(self, job: Job) -> None:
         if job.first_token_s < 0:
             job.first_token_s = self.loop.now
+            (num_bytes, link), took_s = job.handoff, self.loop.now - job.prefill_done_s
+            if self.scenario.learn and num_bytes and took_s > 0.0:
+                self.predictors.handoff.observe(num_bytes, took_s, link)
+            if self.scenario.learn and job.predicted_ttft_s > 0.0 and job.attempt == 1:
+                self.predictors.promise.observe(job.exposed_s, job.predicted_ttft_s, self.loop.now - job.request.arrival_s)
         job.starts.append(self.loop.now)
         self.view.decoding[job] = self.loop.now
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..proxy.conductor.backlog import LAST_ORDER, TaskTable
 from ..proxy.conductor.member_state import MemberState
 from ..proxy.conductor.placement import NEVER, NOBODY, Arrivals, Arriving, Snapshot
 from ..proxy.conductor.pool import Pool
@@ -24,6 +25,7 @@ class ClusterView:
     """
 
     def __init__(self, everyone: bool, block_size: int, with_arrivals: bool, report_s: float = 0.0) -> None:
+        self.tasks = TaskTable()
         self.coming: dict[Job, Arriving] = {}  # placed, and not handed off
         self.decoding: dict[Job, float] = {}  # since when
         self._everyone = everyone
@@ -35,9 +37,11 @@ class ClusterView:
         self._states: dict[str, MemberState] = {}
         self._changed: set[Instance] = set()
         self._pools: tuple[Pool, Pool] | None = None
+        self._rows: dict[str, int] = {}  # of the books
 
     def watch(self, instances: list[Instance]) -> None:
         self._instances = instances
+        self._rows = {instance.name: row for row, instance in enumerate(instances)}
         self._states = {instance.name: instance.state() for instance in instances}
 
     def change(self, instance: Instance) -> None:
@@ -53,11 +57,15 @@ class ClusterView:
         """An instance came or went."""
         self._pools = None
 
-    def snapshot(self, now_s: float) -> Snapshot:
+    def snapshot(self, now_s: float, queue_order: int = LAST_ORDER, work_s: float = 0.0) -> Snapshot:
+        """As a request sees it that would have this place in the queues. work_s: predicted seconds of its prefill."""
         if self._changed:
             self._look(now_s)
         if self._pools is None:
             self._pools = self._make_pools()
+        queues = self.tasks.queues(queue_order, np.full(len(self._instances), work_s), now_s)
+        for pool in set(self._pools):
+            queues.show(pool, np.array([self._rows[name] for name in pool.roster.ids], np.int64), now_s)
         arriving, began_s = NOBODY, NEVER
         if self._with_arrivals:
             arriving, began_s = Arrivals.of(self.coming.values()), np.array(list(self.decoding.values()), np.float64)
@@ -69,6 +77,7 @@ class ClusterView:
             due = {one for one in due if now_s - self._seen_s.get(one, -self._report_s) >= self._report_s}
             self._seen_s.update(dict.fromkeys(due, now_s))
         for instance in due:
+            instance.report()
             self._states[instance.name] = instance.state()
         if due:
             self._pools = None

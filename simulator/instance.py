@@ -16,9 +16,9 @@ from collections.abc import Callable
 from ..decode_worker.scheduler import Step as DecodeStep
 from ..engine.page_allocator import PageAllocator
 from ..prefill_worker.scheduler import Step as PrefillStep
-from ..protocol.timing.chunk_sizer import token_target_s
-from ..protocol.timing.step_cost import ChunkWork, StepWork, attention_of
+from ..protocol.timing.step_cost import StepWork, attention_of
 from ..protocol.timing.step_fit import StepFit
+from ..proxy.conductor.backlog import Backlog
 from ..proxy.conductor.placement import MemberState
 from ..proxy.conductor.predictors.cost_model import CostModel
 from ..proxy.conductor.predictors.timing import Predictors
@@ -39,9 +39,11 @@ LEARNS_ALL, LEARNS_EVERY = 200, 8  # steps: the first ones, and then each so man
 
 class Instance:
     def __init__(self, name: str, role: Role, cost: CostModel, options: InstanceOptions, cache: NodeCache, loop: EventLoop, owner: Owner,
-                 predictors: Predictors, on_change: Callable[[Instance], None], *, node: str, processor: Processor) -> None:  # fmt: skip
+                 predictors: Predictors, on_change: Callable[[Instance], None], *, node: str, processor: Processor,
+                 books: Backlog) -> None:  # fmt: skip
         self.name = name
         self.node = node  # the node whose store it reads and writes
+        self.books = books  # what the proxy knows of its queue
         self.processor = processor
         self.role: Role = role
         self.incarnation = 1
@@ -78,9 +80,11 @@ class Instance:
 
     # what comes in
 
-    def add_prefill(self, job: Job, queue_order: int, due_s: float = math.inf) -> None:
-        """queue_order: the queue's order, lower first. due_s: its first token; inf: by the queue's order."""
-        self.prefill.add(job, queue_order, due_s)
+    def add_prefill(self, job: Job, queue_order: int, num_cached: int, due_s: float = math.inf) -> None:
+        """queue_order: the queue's order, lower first. num_cached: tokens that the proxy thinks are cached. due_s: its first token; inf: by
+        the queue's order."""
+        job.task = self.books.place(job.num_tokens - num_cached, job.predicted_prefill_s, queue_order, self._loop.now)
+        self.prefill.add(job, queue_order, num_cached, due_s)
         self._on_change(self)
         self.poke()
 
@@ -180,7 +184,6 @@ class Instance:
             prefill_s = step_s - (self.cost.mixed_time(own_chunks, num_decodes, num_context_tokens) if own_chunks or num_decodes else 0.0)
             self.prefill_s += prefill_s
             self.prefill.begin(prefill, prefill_s)
-            self.prefill.computing(prefill_s)
             self._on_change(self)
 
     def _learn(self, chunks: list[tuple[int, int]], decodes: StepWork, seconds: float) -> None:
@@ -241,11 +244,6 @@ class Instance:
         jobs, batch, prefill = self.decode, self.decode.batch, self.prefill
         num_running = len(jobs.jobs)
         num_kv_tokens = batch.num_kv_tokens if batch.num_batch == num_running else batch.num_outstanding_tokens
-        busy_until_s = 0.0
-        if self._step is not None and self._step[0] is not None:
-            busy_until_s = self._step_end_s
-        if prefill.queued_s > 0:
-            busy_until_s = max(busy_until_s, self._loop.now) + prefill.queued_s * self._slowdown()
         num_context_tokens = num_kv_tokens + jobs.num_promised_tokens
         return MemberState(
             id=self.name,
@@ -253,23 +251,17 @@ class Instance:
             store_address=self.node,
             num_outstanding_tokens=prefill.num_left_tokens if self.role == "prefill" else num_context_tokens,
             kv_capacity_tokens=self.cost.kv_capacity_tokens,
-            busy_until_s=busy_until_s,
             num_requests=num_running + len(jobs.promised),
             num_running=num_running,
             num_running_tokens=num_kv_tokens,
             role=self.role,
         )
 
-    def _slowdown(self) -> float:
-        """How much longer prefill takes because a decode batch shares its steps."""
-        batch, options, cost = self.decode.batch, self.options, self.fit.cost
-        if not batch.num_batch:
-            return 1.0
-        decodes = StepWork(num_decodes=batch.num_batch, num_context_tokens=batch.num_kv_tokens)
-        target_s = token_target_s(options.step_tpot_s, 0, 0.0)
-        num_tokens = options.sizer.num_tokens(cost, decodes, target_s, [ChunkWork(0, options.max_tokens_per_step)])
-        beside = decodes._replace(num_chunk_tokens=num_tokens, attention=attention_of(num_tokens, 0))
-        return cost.seconds(beside) / self.cost.prefill_time(num_tokens, 0)
+    def report(self) -> None:
+        """To the proxy's books. Nothing that was placed is on its way any more: it is told of twice."""
+        for _ in range(2):
+            self.books.assigned.report(self.prefill.num_left_tokens)
+        self.books.report(self._loop.now)
 
     # failures
 

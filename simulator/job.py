@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..engine.sequence import Sequence
+from ..proxy.conductor.backlog import PrefillTask
 from .node_cache import Run
 from .trace import TraceRequest
 
@@ -27,9 +28,14 @@ class Job:
     prefill_sequence: Sequence | None = None
     run: Run | None = None  # pinned cache of the prefill node
     predicted_ttft_s: float = -1.0
+    promised_ttft_s: float = -1.0
+    exposed_s: float = 0.0
     predicted_prefill_s: float = 0.0
+    handoff: tuple[float, str] = 0.0, ""  # predicted bytes that the prefill does not hide, and the kind of link; 0: it decodes there, too
+    task: PrefillTask | None = None  # in the proxy's books, until its prefill is over
     prefill_cost_s: float = 0.0  # seconds of instance time that its chunks took
     attempt_cost_s: float = 0.0  # the part of it that the present attempt took
+    num_expected_tokens: int = 0  # cached: as the proxy thought, then as the instance found
     num_cached_tokens: int = 0
     num_sent_tokens: int = 0  # output tokens sent before a failure
     prefill_start_s: float = -1.0

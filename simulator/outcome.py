@@ -33,6 +33,7 @@ class Row(NamedTuple):
     prefill_instance: str
     decode_instance: str
     predicted_ttft_s: float
+    promised_ttft_s: float
     prefill_start_s: float
     prefill_done_s: float
     ttft_s: float
@@ -161,7 +162,7 @@ def _row(job: Job, step_ends: dict[str, np.ndarray]) -> Row:
         tpot_s = (times[-1] - times[0]) / max(len(times) - 1, 1)
     return Row(
         job.index, arrival_s, job.request.num_input_tokens, job.request.num_output_tokens, job.num_cached_tokens, job.outcome, job.reason,
-        job.prefill_on, job.decode_on, job.predicted_ttft_s,
+        job.prefill_on, job.decode_on, job.predicted_ttft_s, job.promised_ttft_s,
         job.prefill_start_s, job.prefill_done_s, ttft_s, tbt_s, float(tpot_s), e2e_s, job.prefill_cost_s, job.wasted_prefill_s, job.attempt,
     )  # fmt: skip
 

@@ -46,9 +46,8 @@ class PrefillQueue:
                  loop: EventLoop, on_ready: Callable[[], None]) -> None:  # fmt: skip
         self.scheduler = PrefillScheduler(allocator, options.page_size, max(options.max_tokens_per_step, options.page_size))
         self.jobs: dict[Sequence, Job] = {}  # in the scheduler
-        self.queued_s = 0.0  # predicted, of what was placed here and is not computed
-        self.num_left_tokens = 0  # the same in tokens; and of those
-        self.num_fed_tokens = 0  # in the scheduler
+        self.num_left_tokens = 0  # of what was placed here and is not computed; before a prefix is looked up, as many as the proxy thinks
+        self.num_fed_tokens = 0  # in the scheduler, cached ones included until their prefix is looked up
         self.num_ready = 0
         self._cost = cost
         self._options = options
@@ -62,12 +61,13 @@ class PrefillQueue:
         self._pace = 1.0  # times as long as alone, beside those who decode
         self._fresh: dict[Sequence, Job] = {}  # ready, and no chunk of them computed
 
-    def add(self, job: Job, queue_order: int, due_s: float = math.inf) -> None:
-        """queue_order: the queue's order, lower first. due_s: its first token; inf: by the queue's order."""
+    def add(self, job: Job, queue_order: int, num_cached: int = 0, due_s: float = math.inf) -> None:
+        """queue_order: the queue's order, lower first. num_cached: tokens that are thought to be cached. due_s: its first token; inf: by
+        the queue's order."""
         self._num_added += 1
         insort(self._held, _Held((queue_order, self._num_added), due_s, job), key=_place)
-        self.queued_s += job.predicted_prefill_s
-        self.num_left_tokens += job.num_tokens
+        job.num_expected_tokens = num_cached
+        self.num_left_tokens += job.num_tokens - num_cached
         self.feed()
 
     def feed(self) -> None:
@@ -126,11 +126,9 @@ class PrefillQueue:
         self._on_ready()
 
     def _recount(self, sequence: Sequence, job: Job, num_cached: int) -> None:
-        """num_cached of its tokens need no computing: what the conductor thought of it is put right by what was found."""
-        predicted_s = self._predictors.prefill.predict(job.num_tokens - num_cached, num_cached)
-        self.queued_s = max(self.queued_s + predicted_s - job.predicted_prefill_s, 0.0)
-        job.predicted_prefill_s = predicted_s
-        self.num_left_tokens -= num_cached - job.num_cached_tokens
+        """num_cached of its tokens need no computing: what was thought of it is put right by what was found."""
+        self.num_left_tokens -= num_cached - job.num_expected_tokens
+        job.num_expected_tokens = num_cached
         self.num_fed_tokens -= num_cached - job.num_cached_tokens
         job.num_cached_tokens = num_cached
         self.scheduler.ready(sequence, num_cached)
@@ -174,10 +172,6 @@ class PrefillQueue:
                 job.prefill_start_s = self._loop.now
                 self._owner.prefill_started(job)
 
-    def computing(self, seconds: float) -> None:
-        """So much of what was queued is in a step now."""
-        self.queued_s = max(self.queued_s - seconds, 0.0)
-
     def end(self, step: Step, start_s: float) -> None:
         """The step that began at start_s is done."""
         for chunk in step.chunks:
@@ -190,30 +184,36 @@ class PrefillQueue:
             job = self.jobs.pop(sequence)
             self.scheduler.release(sequence)
             self.num_ready -= 1
-            self.queued_s = max(self.queued_s - job.predicted_prefill_s + job.attempt_cost_s, 0.0)
+            self._close(job)
             self._owner.prefill_done(job)
-        if not self.jobs and not self._held:
-            self.queued_s = 0.0  # what rounding left
 
     def withdraw(self, job: Job) -> None:
         """Takes out one that is not to be finished here; one that is not here does nothing."""
         at = next((at for at, held in enumerate(self._held) if held.job is job), None)
         if at is not None:
             del self._held[at]
-            self.num_left_tokens -= job.num_tokens
-            self.computing(job.predicted_prefill_s)
+            self.num_left_tokens -= job.num_tokens - job.num_expected_tokens
+            self._close(job)
             return
         sequence = job.prefill_sequence
         if sequence is None or self.jobs.pop(sequence, None) is None:
             return
+        self._close(job)
         self._fresh.pop(sequence, None)
         self.num_ready -= any(entry.sequence is sequence and entry.runnable for entry in self.scheduler._started)
-        num_left = sequence.num_tokens - sequence.num_computed_tokens
-        self.num_left_tokens -= num_left
-        self.num_fed_tokens -= num_left
+        self.num_left_tokens -= sequence.num_tokens - max(sequence.num_computed_tokens, job.num_expected_tokens)
+        self.num_fed_tokens -= sequence.num_tokens - sequence.num_computed_tokens
         self.scheduler.abort(sequence)
         self.scheduler.release(sequence)
 
     def drop(self) -> None:
         """The process is dead: prefixes still on their way find nobody."""
+        for job in [*self.jobs.values(), *(held[2] for held in self._held)]:
+            self._close(job)
         self.jobs.clear()
+
+    def _close(self, job: Job) -> None:
+        """In the proxy's books."""
+        if job.task is not None:
+            job.task.end(self._loop.now)
+            job.task = None

@@ -57,9 +57,11 @@ class Conductor:
             selection = selection._replace(prefix=None, ttft_s=None)  # a decode worker loads from its own store alone
         selection = self._without_slow_fetch(request, selection, snapshot.block_size)
         verdicts = _verdicts(request, selection)
-        ttft_s = tpot_s = None
+        ttft_s = tpot_s = promised_s = None
+        exposed_s = 0.0
         if self.predictors is not None:
-            ttft_s, tpot_s = predicted = forecast(self.predictors, request, selection, snapshot)
+            predicted = forecast(self.predictors, request, selection, snapshot)
+            ttft_s, tpot_s, exposed_s, promised_s = predicted.ttft_s, predicted.tpot_s, predicted.exposed_s, predicted.promised_s
             predicted = predicted._replace(ttft_s=ttft_s + request.waited_s)
             admission = None if request.admitted else self.admission
             rejection = admission.judge(request, selection, predicted, snapshot) if admission is not None else None
@@ -74,6 +76,8 @@ class Conductor:
             ttft_s=ttft_s,
             tpot_s=tpot_s,
             ssd_verdicts=verdicts,
+            exposed_s=exposed_s,
+            promised_ttft_s=promised_s,
         )
 
     def weigh(self, request: PlacementRequest, block_size: int) -> PlacementRequest:
@@ -90,6 +94,16 @@ class Conductor:
             return selection
         reason = f"{selection.reason}; no: computing them is faster than fetching them"
         return selection._replace(prefix=None, ttft_s=None, reason=reason)
+
+    def observe_arrival(self, request: PlacementRequest, snapshot: Snapshot, answer: Placement | Rejection) -> None:
+        """To be told once for each time that a prompt is to be computed: the snapshot that it was placed on, and the answer."""
+        placed = isinstance(answer, Placement)
+        if self.policy.roles is not None and (placed or answer.code == "overloaded"):
+            self.policy.roles.observe_arrival(request, snapshot)
+        if placed and self.predictors is not None:
+            num_new = request.num_tokens - answer.num_cached_tokens
+            work_s = self.predictors.prefill.predict(num_new, answer.num_cached_tokens)
+            self.predictors.passing.observe(snapshot.now_s, work_s, num_new, request.passed_until_s - snapshot.now_s)
 
     def _prefill_candidates(self, request: PlacementRequest, snapshot: Snapshot) -> tuple[Pool | Rejection, str]:
         """And why they are decode workers, where they are; else ""."""

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from .member_state import MemberState
 from .placement import PlacementRequest, PrefixHint, Selection, Snapshot
-from .policies.base import cached_blocks, page_blocks
+from .policies.base import cached_blocks, page_blocks, selected_blocks
 from .policies.prefix_cost import fetch_pays, fetched_ssd_s, own_ssd_s
+from .predictors.first_token import Prompt, wait_for
 from .predictors.timing import Predictors
-from .predictors.waiting import queue_s, step_with
+from .predictors.waiting import step_with
+
+DEFAULT_TPOT_S = 0.05  # what workers size their steps for where nobody says
 
 
 class Forecast(NamedTuple):
     ttft_s: float  # from now
     tpot_s: float  # of the decode worker's step as it runs now, with the request in its batch
+    exposed_s: float = 0.0  # of the TTFT, that others may pass it in
+    later_s: float = 0.0  # than ttft_s, for one in ten; below 0 where even those come sooner
+
+    @property
+    def promised_s(self) -> float:
+        return self.ttft_s + self.later_s
 
 
 class PrefillForecast(NamedTuple):
@@ -22,20 +32,28 @@ class PrefillForecast(NamedTuple):
 
     queue_s: float
     transfer_s: float  # of the prefix, from its own store and from elsewhere; what stands in its pages needs none
-    prefill_s: float
+    prefill_s: float  # what shares its steps included
     ssd_s: float  # stores' reads from SSD before the transfer
+    exposed_s: float  # of queue and prefill, until nobody can pass it any more
+
+    @property
+    def ttft_s(self) -> float:
+        return self.queue_s + self.transfer_s + self.prefill_s + self.ssd_s
 
 
 def forecast(predictors: Predictors, request: PlacementRequest, selection: Selection, snapshot: Snapshot) -> Forecast:
-    """The policy's own predictions where it made some; and the hand-off, which no policy can avoid."""
-    ttft_s = selection.ttft_s
-    if ttft_s is None:
-        ttft_s = sum(prefill_forecast(predictors, request, selection.prefill, selection.prefix, snapshot))
-    if selection.prefill.id != selection.decode.id:
-        num_bytes = handoff_bytes(predictors, request, selection.decode, snapshot.block_size)
+    """A policy compares workers by what differs between them. Here the one that it selected is looked at closely."""
+    parts = prefill_forecast(predictors, request, selection.prefill, selection.prefix, snapshot)
+    ttft_s = parts.ttft_s
+    if selection.prefill.id == selection.decode.id:
+        ttft_s += predictors.model.request_s
+    else:
+        num_cached = selected_blocks(request, selection, snapshot.block_size) * snapshot.block_size
+        num_bytes = handoff_bytes(predictors, request, selection.decode, snapshot.block_size, num_cached)
         ttft_s += predictors.handoff.predict(num_bytes, handoff_link(selection.prefill, selection.decode))
-    tpot_s = selection.tpot_s if selection.tpot_s is not None else step_with(predictors, selection.decode, request.num_tokens)
-    return Forecast(ttft_s, tpot_s)
+    step_s = selection.tpot_s if selection.tpot_s is not None else step_with(predictors, selection.decode, request.num_tokens)
+    later_s = ttft_s * (predictors.promise.factor(parts.exposed_s) - 1.0)
+    return Forecast(ttft_s, step_s, parts.exposed_s, later_s)
 
 
 def prefill_forecast(
@@ -52,15 +70,19 @@ def prefill_forecast(
         transfer_s += transfer.predict((num_blocks - own) * block_bytes)
         ssd_s += fetched_ssd_s(predictors, request, prefix.store_address, own, num_blocks, block_size)
     num_cached = num_blocks * block_size
-    prefill_s = predictors.prefill.predict(request.num_tokens - num_cached, num_cached)
-    return PrefillForecast(queue_s(predictors, member, snapshot.now_s), transfer_s, prefill_s, ssd_s)
+    tpot_s = request.slo.tpot_s if request.slo is not None and math.isfinite(request.slo.tpot_s) else DEFAULT_TPOT_S
+    prompt = Prompt(request.num_tokens - num_cached, num_cached, request.passed_until_s - snapshot.now_s, tpot_s)
+    wait = wait_for(predictors, prompt, member, len(snapshot.prefill), snapshot.now_s)
+    return PrefillForecast(wait.queue_s, transfer_s, wait.prefill_s, ssd_s, wait.exposed_s)
 
 
-def handoff_bytes(predictors: Predictors, request: PlacementRequest, decode: MemberState, block_size: int) -> int:
-    """What the decode worker's store lacks of the request."""
+def handoff_bytes(predictors: Predictors, request: PlacementRequest, decode: MemberState, block_size: int, num_cached_tokens: int) -> float:
+    """Of what the decode worker's store lacks, those that the prefill behind num_cached_tokens does not hide."""
     store = decode.store_address
     num_held = (request.held_blocks.get(store, 0) - request.ssd_blocks.get(store, 0)) * block_size
-    return max(request.num_tokens - num_held, 0) * predictors.model.kv_bytes_per_token
+    num_bytes = max(request.num_tokens - num_held, 0) * predictors.model.kv_bytes_per_token
+    prefill_s = predictors.prefill.predict(request.num_tokens - num_cached_tokens, num_cached_tokens)
+    return predictors.handoff.unhidden(num_bytes, prefill_s)
 
 
 def handoff_link(prefill: MemberState, decode: MemberState) -> str:

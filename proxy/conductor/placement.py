@@ -111,6 +111,7 @@ class PlacementRequest:
     page_blocks: Mapping[str, int] = field(default_factory=dict[str, int])  # worker id -> leading blocks of it in its pages
     ssd_blocks: Mapping[str, int] = field(default_factory=lambda: NO_BLOCKS)  # store address -> of held_blocks, the last ones: on SSD alone
     ssd_verdicts: Mapping[str, SsdVerdict] = field(default_factory=lambda: NO_VERDICTS)  # by store address, once weighed
+    passed_until_s: float = -math.inf  # its place in the queue: later arrivals with an earlier moment go before it. The snapshot's clock
 
 
 class PrefixHint(NamedTuple):
@@ -141,6 +142,8 @@ class Placement:
     ttft_s: float | None = None  # predicted, where the policy or the admission predicts
     tpot_s: float | None = None
     ssd_verdicts: Mapping[str, SsdVerdict] = field(default_factory=lambda: NO_VERDICTS)  # of the stores that the prefill worker asks
+    exposed_s: float = 0.0  # of the TTFT, that others may pass it in
+    promised_ttft_s: float | None = None  # nine of ten come within it
 
     @property
     def is_local(self) -> bool:

@@ -93,6 +93,9 @@ class Pool:
     num_requests: Ints
     num_running: Ints
     num_running_tokens: Ints
+    num_ahead_tokens: Floats
+    num_behind_tokens: Floats
+    behind_s: Floats
     # of the request to be placed; None: not looked up yet
     num_held_blocks: Ints | None = None  # leading ones in the worker's pages, or in its own store
     num_page_blocks: Ints | None = None  # leading ones in its pages
@@ -113,6 +116,9 @@ class Pool:
             np.array([one.num_requests for one in members], np.int64),
             np.array([one.num_running for one in members], np.int64),
             np.array([one.num_running_tokens for one in members], np.int64),
+            np.array([one.num_ahead_tokens for one in members], np.float64),
+            np.array([one.num_behind_tokens for one in members], np.float64),
+            np.array([one.behind_s for one in members], np.float64),
         )
 
     def __len__(self) -> int:
@@ -131,6 +137,9 @@ class Pool:
             int(self.num_running[row]),
             int(self.num_running_tokens[row]),
             roster.roles[row],
+            float(self.num_ahead_tokens[row]),
+            float(self.num_behind_tokens[row]),
+            float(self.behind_s[row]),
         )
 
     def __iter__(self) -> Iterator[MemberState]:
@@ -147,6 +156,9 @@ class Pool:
             self.num_requests[rows],
             self.num_running[rows],
             self.num_running_tokens[rows],
+            self.num_ahead_tokens[rows],
+            self.num_behind_tokens[rows],
+            self.behind_s[rows],
             None if held is None else held[rows],
             None if in_pages is None else in_pages[rows],
         )
@@ -176,6 +188,9 @@ class Pool:
             np.concatenate((self.num_requests, other.num_requests)),
             np.concatenate((self.num_running, other.num_running)),
             np.concatenate((self.num_running_tokens, other.num_running_tokens)),
+            np.concatenate((self.num_ahead_tokens, other.num_ahead_tokens)),
+            np.concatenate((self.num_behind_tokens, other.num_behind_tokens)),
+            np.concatenate((self.behind_s, other.behind_s)),
             _both(self.num_held_blocks, other.num_held_blocks),
             _both(self.num_page_blocks, other.num_page_blocks),
         )

@@ -19,6 +19,7 @@ from ...protocol.roles import ROLE_NAMES, ROLE_NUMBERS, WORKER_ROLES, WorkerRole
 from ...protocol.schema import KVSchema
 from ...protocol.tasks import Tasks
 from ...protocol.v1 import control_pb2
+from ..conductor.backlog import LAST_ORDER
 from ..conductor.placement import Snapshot
 from ..conductor.policies.base import cost_by_blocks
 from ..conductor.pool import NOTHING, Ints, Pool, Roster
@@ -31,7 +32,6 @@ from .member import CLOSE_GRACE_S, STATE_ROLES, Member
 JoinCallback = Callable[[Member], None]
 ReportCallback = Callable[[Member, control_pb2.MemberLoad], None]
 PrefixCallback = Callable[[Member, control_pb2.PrefixChange], None]
-LAST_ORDER = 2**62  # of a request that lets every other pass
 NUM_SUPERSEDED = 4096  # replaced processes to remember; older ones have ended by now
 
 
@@ -284,7 +284,7 @@ class Cluster:
         return pools
 
     def _show_queues(self, pools: list[Pool], candidates: Sequence[_Candidates], asking: Asking, now_s: float) -> None:
-        """Sets the pools' busy_until_s for this request."""
+        """What is before this request, and after it, by its place in each queue."""
         tasks = self._table.tasks
         has_task = np.zeros(self._table.size, np.bool_)
         has_task[tasks.rows] = True
@@ -294,9 +294,9 @@ class Cluster:
                 pool.num_page_blocks = pool.in_pages(asking.page_blocks)
                 pool.num_held_blocks = pool.held(asking.held_blocks, asking.page_blocks)
                 work_s[rows] = cost_by_blocks(pool.num_held_blocks, asking.work_s)
-        ahead_s = tasks.ahead_s(asking.queue_order, work_s, now_s)
+        queues = tasks.queues(asking.queue_order, work_s, now_s)
         for pool, (_, rows) in zip(pools, candidates, strict=True):
-            pool.busy_until_s = now_s + ahead_s[rows]
+            queues.show(pool, rows, now_s)
 
     def _live_candidates(self) -> tuple[_Candidates, _Candidates]:
         """Candidates for prefill and for decode."""

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..conductor.backlog import TaskTable
 from ..conductor.pool import Ints, Pool, Roster
-from .backlog import TaskTable
 
 FIRST_SIZE = 64
 
@@ -62,7 +62,8 @@ class LoadTable:
         """The roster's members, which stand in these rows, without waiting prefills: those are in TaskTable."""
         self._refresh()
         tokens, capacity, requests, running, running_tokens = self._values.take(rows, axis=1)
-        return Pool(roster, tokens, capacity, np.zeros(len(rows)), requests, running, running_tokens)
+        none = np.zeros(len(rows))
+        return Pool(roster, tokens, capacity, none, requests, running, running_tokens, none, none, none)
 
     def outstanding_tokens(self, rows: Ints) -> Ints:
         self._refresh()

@@ -17,10 +17,10 @@ from ...protocol.errors import WorkerLost
 from ...protocol.roles import ROLE_NAMES
 from ...protocol.schema import KVSchema
 from ...protocol.v1 import control_pb2, kvstore_pb2_grpc, worker_pb2, worker_pb2_grpc
+from ..conductor.assigned_load import AssignedLoad
+from ..conductor.backlog import Backlog
 from ..conductor.member_state import MemberState
 from ..conductor.placement import NO_BOUND
-from .assigned_load import AssignedLoad
-from .backlog import Backlog
 from .load_table import LoadRow, LoadTable
 from .orders import Orders
 from .token_feed import TokenFeed

@@ -88,7 +88,7 @@ def _prefill_candidate(attempt: AttemptDecision, member: MemberState, policy: st
         transfer_s=parts.transfer_s,
         ssd_s=parts.ssd_s,
         prefill_s=parts.prefill_s,
-        ttft_s=sum(parts),
+        ttft_s=parts.ttft_s,
         num_running=member.num_running,
         num_outstanding_tokens=member.num_outstanding_tokens,
     )
@@ -116,7 +116,7 @@ def _predictions(
     if parts.ssd_s:
         predicted["ssd"] = parts.ssd_s
     if not answer.is_local:
-        num_bytes = handoff_bytes(predictors, asked, answer.decode, seen.block_size)
+        num_bytes = handoff_bytes(predictors, asked, answer.decode, seen.block_size, answer.num_cached_tokens)
         predicted["handoff"] = predictors.handoff.predict(num_bytes, handoff_link(answer.prefill, answer.decode))
     if answer.ttft_s is not None:
         predicted["ttft"] = attempt.at_s + answer.ttft_s

@@ -18,6 +18,7 @@ from typing import Any
 
 from ...protocol.timing.step_cost import StepWork
 from ...protocol.v1 import common_pb2, control_pb2
+from ..conductor.placement import Placement
 from ..conductor.predictors.outlier_filter import OutlierFilter
 from ..conductor.predictors.timing import ErrorTrack, LinkTime, Predictors, PrefillTime, StepTime
 from ..members.member import Member
@@ -56,6 +57,10 @@ class Learner:
             self._frozen = self.predictors.frozen()
         return self._frozen
 
+    def arrived(self) -> None:
+        """The predictors were told of an arrival: a copy from before does not have it."""
+        self._frozen = None
+
     def prefilled(self, state: common_pb2.HandoffState, num_loads: int) -> None:
         """num_loads: other prefixes that the worker had to load at the same time."""
         phases, predictors = state.phases, self.predictors
@@ -82,7 +87,13 @@ class Learner:
                 ssd.rescale(outlier_filter.level, store)
             ssd.observe(num_bytes, seconds, store)
 
-    def handed_off(self, record: common_pb2.PhaseRecord, num_bytes: int, link: str) -> None:
+    def first_token(self, record: common_pb2.PhaseRecord, placement: Placement) -> None:
+        """It came, as predicted or not. One that was replayed says nothing."""
+        if record.num_attempts == 1 and record.predicted_ttft_s > 0.0:
+            self.predictors.promise.observe(placement.exposed_s, record.predicted_ttft_s, record.ttft_s)
+            self._frozen = None
+
+    def handed_off(self, record: common_pb2.PhaseRecord, num_bytes: float, link: str) -> None:
         """record: of a request that got its first token through a hand-off. num_bytes: the predicted bytes of the push."""
         rest_s = handoff_s(record)
         if record.prefill_compute_s <= 0.0 or rest_s <= 0.0:
@@ -134,7 +145,7 @@ class Learner:
             fit.observe(*features, measured_s=measured_s)
 
     def _note_link(
-        self, name: str, fit: LinkTime, num_bytes: int, link: str, in_flight: int, predicted_s: float, measured_s: float
+        self, name: str, fit: LinkTime, num_bytes: float, link: str, in_flight: int, predicted_s: float, measured_s: float
     ) -> None:
         outlier_filter = self._judged(name, link, predicted_s, measured_s, fit.fitted(num_bytes, link, in_flight))
         if outlier_filter is not None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+from ..conductor.assigned_load import Assignment
 from ..conductor.forecast import handoff_bytes, handoff_link
 from ..conductor.placement import Placement
-from ..members.assigned_load import Assignment
 from ..members.member import Member
 from .decisions import AttemptDecision
 from .prompt import Prompt
@@ -53,10 +53,10 @@ class Pair:
         return self.decided.asked.num_tokens
 
     @property
-    def handoff_bytes(self) -> int:
-        """Expected."""
-        decided = self.decided
-        return handoff_bytes(decided.predictors, decided.asked, self.placement.decode, decided.seen.block_size)
+    def handoff_bytes(self) -> float:
+        """Expected, of those that the prefill does not hide."""
+        decided, placement = self.decided, self.placement
+        return handoff_bytes(decided.predictors, decided.asked, placement.decode, decided.seen.block_size, placement.num_cached_tokens)
 
     @property
     def handoff_link(self) -> str:

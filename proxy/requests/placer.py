@@ -20,7 +20,7 @@ from ..conductor.conductor import Conductor
 from ..conductor.load_tracker import LoadTracker
 from ..conductor.placement import NO_SLO, Placement, PlacementRequest, Rejection, Slo, Snapshot
 from ..conductor.policies.base import usable_blocks
-from ..conductor.queue_order import first_token_due_s, queue_order
+from ..conductor.queue_order import TICKS_PER_S, first_token_due_s, queue_order
 from ..members.cluster import Asking, Cluster
 from ..prefixes.index import PrefixIndex
 from ..request import ProxyRequest
@@ -62,6 +62,10 @@ class QueueOrdering:
             return math.inf
         return first_token_due_s(self.order, arrival_s=request.arrival, ttft_slo_s=slo.ttft_s, work_s=work_s)
 
+    def passed_until_s(self, order: int) -> float:
+        """The moment of time.monotonic() that it stands for; -inf where later arrivals pass nobody."""
+        return -math.inf if self.order == "fair" else self._epoch + order / TICKS_PER_S
+
 
 class Placer:
     """index, page_index: what stores hold, by address, and what stands in workers' pages, by id.
@@ -101,6 +105,7 @@ class Placer:
         work_s = self._work_s(asked, max((*asked.held_blocks.values(), *asked.page_blocks.values()), default=0))
         order = self._ordering.order_of(request, slo, work_s)
         decision.first_token_due = self._ordering.due_of(request, slo, work_s)
+        asked = self._in_place(asked, order)
         seen, answer = self._ask(asked, order, now_s)
         if isinstance(answer, Rejection) and answer.code == "overloaded" and self._may_probe(now_s):
             asked = dataclasses.replace(asked, admitted=True)
@@ -110,9 +115,9 @@ class Placer:
             if predicted_s > slo.ttft_s:
                 # late even so: it gives way to others, and then waits longer, so it is predicted anew
                 order = self._ordering.order_of(request, slo, work_s, predicted_s)
+                asked = self._in_place(asked, order)
                 seen, answer = self._ask(asked, order, now_s)
-        self._tell_arrival(asked, seen, answer)
-        return decision.decided(asked, seen, self.learner.frozen(), answer, order)
+        return self._decided(decision, asked, seen, answer, order)
 
     def place_again(
         self,
@@ -129,9 +134,9 @@ class Placer:
         """
         now_s = time.monotonic()
         asked = self._described(request, prompt, now_s, exclude=exclude, avoid=avoid, slo=NO_SLO, admitted=True)
+        asked = self._in_place(asked, order)
         seen, answer = self._ask(asked, order, now_s)
-        self._tell_arrival(asked, seen, answer)
-        return decision.decided(asked, seen, self.learner.frozen(), answer, order)
+        return self._decided(decision, asked, seen, answer, order)
 
     def _described(self, request: ProxyRequest, prompt: Prompt, now_s: float, **fields: Any) -> PlacementRequest:
         """fields: of the PlacementRequest."""
@@ -161,10 +166,17 @@ class Placer:
         self._next_probe_s = now_s + PROBE_S
         return True
 
-    def _tell_arrival(self, asked: PlacementRequest, seen: Snapshot, answer: Placement | Rejection) -> None:
-        """Once, however often the Conductor was asked."""
-        if (roles := self.conductor.policy.roles) is not None and (isinstance(answer, Placement) or answer.code == "overloaded"):
-            roles.observe_arrival(asked, seen)
+    def _decided(
+        self, decision: RequestDecision, asked: PlacementRequest, seen: Snapshot, answer: Placement | Rejection, order: int
+    ) -> AttemptDecision:
+        """The Conductor is told of an arrival once, however often it was asked."""
+        predictors = self.learner.frozen()  # what the answer was predicted by
+        self.conductor.observe_arrival(asked, seen, answer)
+        self.learner.arrived()
+        return decision.decided(asked, seen, predictors, answer, order)
+
+    def _in_place(self, asked: PlacementRequest, order: int) -> PlacementRequest:
+        return dataclasses.replace(asked, passed_until_s=self._ordering.passed_until_s(order))
 
     def _work_s(self, asked: PlacementRequest, num_held: int) -> float:
         """Predicted seconds of the prefill alone, behind so many held blocks."""

@@ -339,6 +339,7 @@ class RequestRunner:
         self.is_waiting = False
         self._context.on_first_token(self)
         self.clock.first_came()
+        self._context.learner.first_token(self.clock.record, self._pair.placement)
         if not self._pair.is_local:
             self._context.learner.handed_off(self.clock.record, self._pair.handoff_bytes, self._pair.handoff_link)
 

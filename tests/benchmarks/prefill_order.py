@@ -68,7 +68,8 @@ def main() -> None:
     slos = [Slo(float(ttft), float(tpot) / 1e3) for ttft, tpot in (pair.split("/") for pair in args.slos.split(","))]
     titles = [f"{slo.ttft_s:g} s/{slo.tpot_s * 1e3:g} ms" for slo in slos]
     head = ["form", "speed", "told", "order", "requests", "TTFT p50 / p90 / p99 s", "longest", "TPOT p50 / p90 / p99 ms"]
-    print(f"| {' | '.join([*head, *titles, 'told, by tail'])} |")
+    head += [*titles, "told, by tail"]
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for form in args.forms.split(","):
         for speed in map(float, args.speeds.split(",")):
             options = ReplayOptions(speed=speed, dequantise=True, start_s=args.start, duration_s=args.seconds * speed)

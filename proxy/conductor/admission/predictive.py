@@ -8,10 +8,12 @@ chance comes from the last decode times seen; before there are some, from a unif
 
 A better forecast alone serves fewer: told the truth about room, it fills it with whoever comes first, long contexts included, where a
 coarse one keeps those out. So, unlike the paper's, this one also refuses who would take too much while all cannot be served: BidPrice.
+While that is so, a first token has to be promised within the SLO (nine of ten come within the promise); else to be predicted.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
@@ -48,7 +50,8 @@ class Predictive(Admission):
         mean_s = times.mean_s
         expected_s = times.expected_s(request.num_tokens)
         too_dear = times.known and self.price.ask(request, selection, snapshot, self.limits.slo, expected_s, mean_s)
-        late = over_ttft(forecast.ttft_s, slo)
+        # while all can be served, to refuse one that may be late helps nobody; else it takes what another is promised
+        late = over_ttft(forecast.promised_s if math.isfinite(self.price.limit) else forecast.ttft_s, slo)
         if late is not None:
             return late
         if too_dear:

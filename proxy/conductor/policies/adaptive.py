@@ -24,7 +24,7 @@ from ..member_state import DECODES_ITS_OWN, MemberState
 from ..placement import NO_SLO, PlacementRequest, PrefixHint, Selection, Slo, Snapshot
 from ..pool import Bools, Floats, Pool
 from ..predictors.timing import Predictors
-from ..predictors.waiting import least_step, queue_s, queue_times, slowdowns_beside, step_with
+from ..predictors.waiting import least_step, queue_s, slowdowns_beside, step_with, wait_times
 from ..what_if import Arrival, Demand, WhatIf
 from .base import NOBODY, Policy, PolicySettings, RoleCause, RoleChange, best_prefix, cost_by_blocks, known_blocks, own_blocks
 from .prefix_cost import fetch_pays, fetch_s, ssd_times
@@ -105,7 +105,7 @@ class Adaptive(Policy):
         num_cached_of = used_of * block_size
         there = cost_by_blocks(num_cached_of, lambda cached: self.predictors.prefill.predict(request.num_tokens - cached, cached))
         here = cost_by_blocks(num_cached_of, lambda cached: self.predictors.step.cost.alone_s(request.num_tokens - cached, cached))
-        ttfts = queue_times(self.predictors, pool, candidates.now_s) + loads
+        ttfts = wait_times(self.predictors, pool, candidates.now_s) + loads
         ttfts += np.where(pool.roster.decodes_its_own, here, there) * slowdowns
         ttfts[blocked] = math.inf
         row = self._least(pool, ttfts)

@@ -19,7 +19,7 @@ from ..member_state import DECODES_ITS_OWN
 from ..placement import PlacementRequest, PrefixHint, Selection, Snapshot
 from ..pool import Floats, Pool
 from ..predictors.timing import Predictors
-from ..predictors.waiting import least_step, queue_times, step_with
+from ..predictors.waiting import least_step, step_with, wait_times
 from .base import Policy, PolicySettings, best_prefix, own_blocks
 from .prefix_cost import fetch_pays, fetch_s, ssd_times
 
@@ -42,7 +42,7 @@ class KvcacheCentric(Policy):
         pool, block_size = candidates.prefill, candidates.block_size
         holder, best = best_prefix(request, block_size)
         own_of = own_blocks(request, pool, block_size)
-        ttfts = queue_times(self.predictors, pool, candidates.now_s)
+        ttfts = wait_times(self.predictors, pool, candidates.now_s)
         ttfts += own_of.costs(lambda own, in_pages: self._compute_s(request, own, in_pages, holder, best, block_size))
         ttfts += ssd_times(self.predictors, request, pool, own_of, block_size)
         row = self._least(pool, ttfts)

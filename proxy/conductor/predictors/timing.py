@@ -17,6 +17,8 @@ from ....protocol.timing.step_cost import StepWork
 from ....protocol.timing.step_fit import StepFit
 from ..pool import Floats, Ints
 from .cost_model import CostModel
+from .passing import Passing
+from .promise import Promise
 
 KI = 1024.0
 ERROR_WINDOW = 0.02  # weight of the newest relative error in the mean
@@ -205,9 +207,9 @@ class SsdTime(LinkTime):
 
 
 class HandoffTime(LinkTime):
-    """What of a first token's time is neither queue nor prefix nor prefill: calls, and what the prefill does not hide of the hand-off.
+    """What of a first token's time is neither queue nor prefix nor prefill: calls, the decode step under way, and the hand-off's bytes.
 
-    Kinds: "node" where both workers are on one, "net".
+    Bytes: those that the prefill does not hide (unhidden). Kinds: "node" where both workers are on one, "net".
     """
 
     def __init__(self, model: CostModel) -> None:
@@ -220,9 +222,12 @@ class HandoffTime(LinkTime):
         found = self._seen(num_bytes, link, 0)
         return self._request_s if found is None else found
 
+    def unhidden(self, num_bytes: float, prefill_s: float) -> float:
+        """Of a hand-off's bytes. Layers leave under the prefill, but for the last, and a long prefix takes longer than it."""
+        return max(num_bytes - prefill_s / self._per_gib_s * 2**30, num_bytes / self._num_layers)
+
     def _first_weights(self) -> list[float]:
-        """The last layer leaves when the prefill ends."""
-        return [max(self._request_s / MILLI, 1.0), self._per_gib_s / MILLI / self._num_layers, 0.0]
+        return [max(self._request_s / MILLI, 1.0), self._per_gib_s / MILLI, 0.0]
 
 
 @dataclass(slots=True)
@@ -230,11 +235,14 @@ class Predictors:
     """What the Conductor knows of time. One object, shared by policy, admission and the order of queues."""
 
     model: CostModel
+    step_tokens: int = 2048  # of chunks in a step, at most: workers' own default
     prefill: PrefillTime = field(init=False)
     step: StepTime = field(init=False)
     transfer: TransferTime = field(init=False)
     ssd: SsdTime = field(init=False)
     handoff: HandoffTime = field(init=False)
+    passing: Passing = field(init=False)
+    promise: Promise = field(init=False)
 
     @classmethod
     def guess(cls) -> Predictors:
@@ -248,10 +256,12 @@ class Predictors:
     def __post_init__(self) -> None:
         self.prefill, self.step = PrefillTime(self.model), StepTime(self.model)
         self.transfer, self.ssd, self.handoff = TransferTime(self.model), SsdTime(self.model), HandoffTime(self.model)
+        self.passing, self.promise = Passing(), Promise()
 
     def frozen(self) -> Predictors:
         """As they are now: a copy that predicts the same whatever is observed later. It observes nothing itself."""
         found = copy.copy(self)
         found.prefill, found.step = copy.copy(self.prefill), copy.copy(self.step)
         found.transfer, found.ssd, found.handoff = self.transfer.frozen(), self.ssd.frozen(), self.handoff.frozen()
+        found.passing, found.promise = self.passing.frozen(), self.promise.frozen()
         return found

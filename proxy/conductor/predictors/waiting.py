@@ -28,6 +28,18 @@ def queue_times(predictors: Predictors, pool: Pool, now_s: float) -> Floats:
     return found
 
 
+def shared_s(predictors: Predictors, member: MemberState) -> float:
+    """Seconds of a step's chunks of prompts behind the request."""
+    num_behind = member.num_behind_tokens
+    return member.behind_s * min(predictors.step_tokens / num_behind, 1.0) if num_behind else 0.0
+
+
+def wait_times(predictors: Predictors, pool: Pool, now_s: float) -> Floats:
+    """queue_times, and a step under way that has chunks of those behind the request. [workers]"""
+    shared = pool.behind_s * np.minimum(predictors.step_tokens / np.maximum(pool.num_behind_tokens, 1.0), 1.0)
+    return queue_times(predictors, pool, now_s) + shared
+
+
 def step_with(predictors: Predictors, member: MemberState, num_tokens: int) -> float:
     """Seconds of the decode member's step as it runs now, with one sequence of num_tokens more."""
     return predictors.step.predict(member.num_running + 1, member.num_running_tokens + num_tokens)

@@ -107,7 +107,7 @@ def test_expected_cached_tokens_count_the_hint_and_never_the_last_token() -> Non
 def test_the_simulator_can_import_it_without_grpc_torch_or_ray() -> None:
     script = (
         "import sys\n"
-        "import halfmoon.proxy.conductor.conductor, halfmoon.proxy.members.assigned_load, halfmoon.proxy.prefixes.index\n"
+        "import halfmoon.proxy.conductor.conductor, halfmoon.proxy.conductor.assigned_load, halfmoon.proxy.prefixes.index\n"
         "print(sorted({'grpc', 'torch', 'ray', 'prometheus_client', 'google.protobuf'} & set(sys.modules)))"
     )
     done = subprocess.run(

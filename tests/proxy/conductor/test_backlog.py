@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfmoon.proxy.members.assigned_load import AssignedLoad
-from halfmoon.proxy.members.backlog import Backlog, PrefillTask, TaskTable
+from halfmoon.proxy.conductor.assigned_load import AssignedLoad
+from halfmoon.proxy.conductor.backlog import Backlog, PrefillTask, TaskTable
 
 NEVER_LATER = 0.0  # no time passes
 
@@ -18,7 +18,7 @@ def backlog(shares: bool = True) -> Backlog:
 
 
 def ahead_s(found: Backlog, queue_order: int, work_s: float, now_s: float) -> float:
-    return float(found._table.ahead_s(queue_order, np.array([work_s]), now_s)[0])
+    return float(found._table.queues(queue_order, np.array([work_s]), now_s).ahead_s[0])
 
 
 def test_a_request_waits_for_the_more_urgent_and_for_as_much_of_its_equals_as_it_needs_itself() -> None:
@@ -114,7 +114,7 @@ def test_the_table_tells_of_every_worker_what_its_own_tasks_add_up_to(acts: list
             now_s += number / 50
         work_s = np.array([0.3, 0.3, 2.0])
         for order in range(4):
-            found = table.ahead_s(order, work_s, now_s)
+            found = table.queues(order, work_s, now_s).ahead_s
             for row, one in enumerate(workers):
                 one._follow(now_s)
                 left = [(task.order[0], task.left * task.seconds) for task in one._tasks]
@@ -133,7 +133,7 @@ def test_a_worker_that_left_is_before_nobody_on_the_row_that_another_has_now() -
     Backlog(AssignedLoad(), shares=True, table=table, row=0).place(10, 1.0, 0, 0.0)
     task.end(0.5)
     gone.place(100, 9.0, 0, 0.5)
-    assert table.ahead_s(0, np.array([9.0]), 0.5)[0] == pytest.approx(0.5)
+    assert table.queues(0, np.array([9.0]), 0.5).ahead_s[0] == pytest.approx(0.5)
 
 
 def test_what_ended_on_time_has_taken_nothing_from_those_behind_it() -> None:

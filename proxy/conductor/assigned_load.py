@@ -21,7 +21,7 @@ class AssignedLoad:
         self.num_requests = 0
         self.num_running_tokens = 0  # of requests whose decode has begun
         self.num_running = 0
-        self._on_change = on_change
+        self.on_change = on_change
         self._num_reports = 0
         self._reported_tokens = 0
         # tokens placed since the last report, and in the interval before it: the last report may have been under way
@@ -31,14 +31,14 @@ class AssignedLoad:
     def place(self, num_tokens: int) -> Assignment:
         assignment = Assignment(self, 0, self._num_reports)
         self.num_requests += 1
-        self._add(assignment, num_tokens)
+        self.add(assignment, num_tokens)
         return assignment
 
     def report(self, num_outstanding_tokens: int) -> None:
         self._num_reports += 1
         self._reported_tokens = num_outstanding_tokens
         self._unreported = [0, self._unreported[0]]
-        self._on_change()
+        self.on_change()
 
     @property
     def num_left_tokens(self) -> int:
@@ -47,7 +47,8 @@ class AssignedLoad:
             return self.num_tokens
         return min(self.num_tokens, self._reported_tokens + sum(self._unreported))
 
-    def _add(self, assignment: Assignment, num_tokens: int) -> None:
+    def add(self, assignment: Assignment, num_tokens: int) -> None:
+        """For Assignment alone."""
         assignment.num_tokens += num_tokens
         self.num_tokens += num_tokens
         if assignment.running:
@@ -55,7 +56,7 @@ class AssignedLoad:
         age = self._num_reports - assignment.report_number
         if age < len(self._unreported):
             self._unreported[age] += num_tokens
-        self._on_change()
+        self.on_change()
 
 
 @dataclass(slots=True)
@@ -68,7 +69,7 @@ class Assignment:
 
     def grow(self, num_tokens: int) -> None:
         if not self.ended:
-            self.assigned._add(self, num_tokens)
+            self.assigned.add(self, num_tokens)
 
     def begin(self) -> None:
         """Its tokens run in the member's batch from now on. Further calls do nothing."""
@@ -76,7 +77,7 @@ class Assignment:
             self.running = True
             self.assigned.num_running += 1
             self.assigned.num_running_tokens += self.num_tokens
-            self.assigned._on_change()
+            self.assigned.on_change()
 
     def end(self) -> None:
         """Further calls do nothing."""
@@ -84,4 +85,4 @@ class Assignment:
             self.ended = True
             self.assigned.num_requests -= 1
             self.assigned.num_running -= self.running
-            self.assigned._add(self, -self.num_tokens)
+            self.assigned.add(self, -self.num_tokens)

@@ -2,7 +2,7 @@
 
 place ─► [ most urgent … least urgent ]
    the clock takes seconds off at the front ─┘  the worker's reports correct what the clock took
-TaskTable holds the tasks of all workers, so that ahead_s gives at once what a new prefill would wait for on each worker
+TaskTable holds the tasks of all workers, so that queues() gives at once what a new prefill would wait for on each worker
 """
 
 from __future__ import annotations
@@ -12,28 +12,47 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
-from ..conductor.pool import Floats, Ints
-from ..conductor.rows import Rows
 from .assigned_load import AssignedLoad, Assignment
+from .pool import Floats, Ints, Pool
+from .rows import Rows
 
+LAST_ORDER = 2**62  # of a request that lets every other pass
 UNSEEN_S = 1e-6  # a smaller change is not written to the table
+
+
+class Queues(NamedTuple):
+    """Of prefills on each worker, by a place in its queue. [workers' rows] each."""
+
+    ahead_s: Floats  # predicted, until the place is reached
+    num_ahead_tokens: Floats
+    behind_s: Floats
+    num_behind_tokens: Floats
+
+    def show(self, pool: Pool, rows: Ints, now_s: float) -> None:
+        """Sets the pool's columns. rows: its workers'."""
+        pool.busy_until_s = now_s + self.ahead_s[rows]
+        pool.num_ahead_tokens, pool.num_behind_tokens = self.num_ahead_tokens[rows], self.num_behind_tokens[rows]
+        pool.behind_s = self.behind_s[rows]
 
 
 class TaskTable:
     """A row for each task. Two numbers give what is left of it at any moment; they hold until its worker's backlog changes."""
 
     def __init__(self) -> None:
-        # worker's row, queue order, whether its worker shares steps, seconds left at the last change, when it ends by the clock
-        self._tasks: Rows[PrefillTask] = Rows(np.int64, np.int64, np.bool_, np.float64, np.float64)
+        # worker's row, queue order, whether its worker shares steps, seconds left at the last change, when it ends by the clock, tokens a
+        # second
+        self._tasks: Rows[PrefillTask] = Rows(np.int64, np.int64, np.bool_, np.float64, np.float64, np.float64)
 
     def __len__(self) -> int:
         return len(self._tasks)
 
     def put(self, task: PrefillTask, row: int, *, shares: bool) -> None:
-        self._tasks.put(task, row, task.order[0], shares, task.shown_left_s, task.shown_end_s)
+        tokens_per_s = task.assignment.num_tokens / task.seconds if task.seconds > 0.0 else 0.0
+        self._tasks.put(task, row, task.order[0], shares, task.shown_left_s, task.shown_end_s, tokens_per_s)
 
     def remove(self, task: PrefillTask) -> None:
         self._tasks.remove(task)
@@ -43,21 +62,23 @@ class TaskTable:
         """The workers' rows, one for each task."""
         return self._tasks.columns()[0]
 
-    def ahead_s(self, queue_order: int, work_s: Floats, now_s: float) -> Floats:
-        """Predicted seconds that each worker spends on other prefills before a prefill with this order ends there. [workers' rows]
+    def queues(self, queue_order: int, work_s: Floats, now_s: float) -> Queues:
+        """What each worker has to prefill before a prefill with this order ends there, and what comes after it. [workers' rows]
 
-        More urgent prefills count in full. Prefills of the same order count in full too, but where steps are shared each counts at
+        More urgent prefills count as ahead in full. Prefills of the same order do so too, but where steps are shared each counts at
         most as much as the prefill itself.
 
         Args:
             work_s: seconds of the prefill itself on each worker. [workers' rows]
         """
-        rows, orders, shares, left_s, end_s = self._tasks.columns()
+        rows, orders, shares, left_s, end_s, tokens_per_s = self._tasks.columns()
         left_s = np.minimum(left_s, np.maximum(end_s - now_s, 0.0))
         equals = (orders == queue_order) & shares
-        left_s = np.where(equals, np.minimum(left_s, work_s[rows]), left_s)
-        left_s[orders > queue_order] = 0.0
-        return np.asarray(np.bincount(rows, left_s, len(work_s)), np.float64)
+        ahead_s = np.where(equals, np.minimum(left_s, work_s[rows]), left_s)
+        ahead_s[orders > queue_order] = 0.0
+        behind_s = left_s - ahead_s
+        found = (ahead_s, ahead_s * tokens_per_s, behind_s, behind_s * tokens_per_s)
+        return Queues(*(np.asarray(np.bincount(rows, one, len(work_s)), np.float64) for one in found))
 
 
 class Backlog:
@@ -131,7 +152,8 @@ class Backlog:
                 task.left -= elapsed_s / task.seconds
             elapsed_s -= left_s
 
-    def _end(self, task: PrefillTask, now_s: float) -> None:
+    def end(self, task: PrefillTask, now_s: float) -> None:
+        """For PrefillTask alone."""
         self._follow(now_s)
         at = self._tasks.index(task)
         del self._tasks[at]
@@ -166,7 +188,7 @@ class PrefillTask:
         """It is done, or was aborted. Further calls do nothing."""
         if not self.assignment.ended:
             self.assignment.end()
-            self.backlog._end(self, now_s)
+            self.backlog.end(self, now_s)
 
 
 def _order(task: PrefillTask) -> tuple[int, int]:

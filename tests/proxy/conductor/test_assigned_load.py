@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfmoon.proxy.members.assigned_load import AssignedLoad
+from halfmoon.proxy.conductor.assigned_load import AssignedLoad, Assignment
 
 
 def test_what_is_placed_counts_until_it_ends() -> None:
@@ -50,7 +50,7 @@ Step = tuple[str, int]
 @given(st.lists(st.tuples(st.sampled_from(["place", "end", "grow", "report"]), st.integers(0, 50)), max_size=60))
 def test_the_sums_hold_through_any_history(steps: list[Step]) -> None:
     load = AssignedLoad()
-    assignments: list[tuple[object, list[int]]] = []  # assignment, [tokens, number of reports when placed]
+    assignments: list[tuple[Assignment, list[int]]] = []  # assignment, [tokens, number of reports when placed]
     num_reports, reported = 0, 0
     for action, number in steps:
         if action == "place":

@@ -16,7 +16,8 @@ from ..member_state import MemberState
 from .timing import Predictors
 from .waiting import queue_s, shared_s
 
-NUM_ROUNDS = 4  # what passes it makes it wait for more that passes it
+NUM_ROUNDS = 4  # at most: what passes it makes it wait for more that passes it
+SAME = 0.01  # a round that changes the wait by less is the last
 
 
 class Prompt(NamedTuple):
@@ -38,11 +39,14 @@ def wait_for(predictors: Predictors, prompt: Prompt, member: MemberState, num_wo
     steps, num_own = _Steps.of(predictors, prompt, member), prompt.num_new_tokens
     found = steps.seconds(ahead_s, member.num_ahead_tokens, own_s, num_own, member.num_behind_tokens)
     for _ in range(NUM_ROUNDS):
-        if found.exposed_s <= 0.0:
+        exposed_s = found.exposed_s
+        if exposed_s <= 0.0:
             break
-        passing = predictors.passing.within(found.exposed_s, prompt.lets_pass_s, now_s, num_workers)
+        passing = predictors.passing.within(exposed_s, prompt.lets_pass_s, now_s, num_workers)
         num_ahead, num_behind = member.num_ahead_tokens + passing.num_tokens, member.num_behind_tokens + passing.num_behind_tokens
         found = steps.seconds(ahead_s + passing.seconds, num_ahead, own_s, num_own, num_behind)
+        if abs(found.exposed_s - exposed_s) <= SAME * exposed_s:
+            break
     return found
 
 

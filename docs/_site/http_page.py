@@ -19,6 +19,7 @@ SCHEMA = KVSchema(model_fingerprint="docs", dtype="float32", num_layers=1, num_k
 TITLES = {
     "CompletionBody": "/v1/completions",
     "ChatBody": "/v1/chat/completions",
+    "ResponsesBody": "/v1/responses",
     "SloBody": "slo",
     "TokenizeBody": "/tokenize",
     "DetokenizeBody": "/detokenize",
@@ -57,9 +58,7 @@ The API is OpenAI's, as far as it goes. A field that is known and not served is 
 def page(schema: dict[str, Any]) -> str:
     routes = [_route(path, method, found) for path, methods in schema["paths"].items() for method, found in methods.items()]
     components = schema["components"]["schemas"]
-    bodies = [
-        _body(name, components[name], components) for name in ("CompletionBody", "ChatBody", "SloBody", "TokenizeBody", "DetokenizeBody")
-    ]
+    bodies = [_body(name, components[name], components) for name in TITLES]
     statuses: dict[str, str] = {}
     for methods in schema["paths"].values():
         for status, reply in _errors(methods):
@@ -96,8 +95,8 @@ def _body(name: str, schema: dict[str, Any], components: dict[str, Any]) -> str:
 
 
 def _type(found: dict[str, Any], components: dict[str, Any]) -> str:
-    if "anyOf" in found:
-        return " or ".join(_type(kind, components) for kind in found["anyOf"] if kind.get("type") != "null")
+    if kinds := found.get("anyOf") or found.get("oneOf"):
+        return " or ".join(_type(kind, components) for kind in kinds if kind.get("type") != "null")
     if "$ref" in found:
         kind = components[found["$ref"].rpartition("/")[2]]
         return f"object with {', '.join(f'`{name}`' for name in kind['properties'])}"

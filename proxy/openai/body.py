@@ -25,10 +25,13 @@ from starlette.requests import ClientDisconnect
 from ...protocol.config import ProxyConfig
 from ...protocol.errors import InvalidRequest, RequestCancelled, RequestTimeout, RequestTooLarge, UnsupportedMediaType, shown
 from ..request_process import LARGE_BYTES, Packed, RequestProcess, pack, unpack_messages, unpack_prompts
+from .responses_body import ResponsesBody
 from .tokenize import DetokenizeBody, TokenizeBody
 from .types import ChatBody, CompletionBody, GenerateBody
 
-Body = GenerateBody | TokenizeBody | DetokenizeBody
+Body = GenerateBody | ResponsesBody | TokenizeBody | DetokenizeBody
+_CHATS: dict[type[Any], str] = {ChatBody: "messages", ResponsesBody: "input", TokenizeBody: "messages"}
+"""Bodies that may have a chat, and the field that it comes from."""
 
 INLINE_BYTES = 2**16  # about a millisecond
 GZIP = "gzip"
@@ -177,8 +180,8 @@ def parse_packed(body_type: type[Body], content: bytes) -> Packed[dict[str, Any]
     if isinstance(body, DetokenizeBody):
         del fields["tokens"]
         return pack(fields, prompts=[body.tokens])
-    assert isinstance(body, (ChatBody, TokenizeBody))
-    fields.pop("messages", None)
+    assert isinstance(body, (ChatBody, ResponsesBody, TokenizeBody))
+    fields.pop(_CHATS[body_type], None)
     return pack(fields, messages=body.chat or ())
 
 
@@ -191,9 +194,9 @@ async def _unpack(body_type: type[Body], packed: Packed[dict[str, Any]] | list[A
     if issubclass(body_type, DetokenizeBody):
         return body_type.model_construct(**packed.rest, tokens=unpack_prompts(packed)[0])
     messages = await unpack_messages(packed)
-    fields: dict[str, Any] = {**packed.rest, "messages": []} if messages or body_type is ChatBody else packed.rest
+    fields: dict[str, Any] = {**packed.rest, _CHATS[body_type]: []} if messages or body_type is not TokenizeBody else packed.rest
     body = body_type.model_construct(**fields)
-    if isinstance(body, (ChatBody, TokenizeBody)) and messages:
+    if isinstance(body, (ChatBody, ResponsesBody, TokenizeBody)) and messages:
         body.chat = messages
     return body
 

@@ -1,4 +1,4 @@
-"""Every field of OpenAI's two generating requests and of vLLM's extensions, and what becomes of it. A test sends each.
+"""Every field of OpenAI's three generating requests and of vLLM's extensions, and what becomes of it. A test sends each.
 
 python -m halfmoon.proxy.openai.conformance: docs/conformance.md, made from this table. A test compares what is committed.
 """
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 PAGE = Path(__file__).parents[2] / "docs" / "conformance.md"
 Standing = Literal["served", "ignored", "refused"]
-Route = Literal["both", "completions", "chat"]
+Route = Literal["both", "completions", "chat", "responses"]
 NO_BODY: dict[str, Any] = {}
 
 
@@ -126,6 +126,65 @@ HALFMOON = (
     Row("timeout", "served", 77.0, note="seconds for the whole request"),
     Row("slo", "served", {"tpot": 0.5}, note="`ttft` and `tpot`, in seconds"),
 )
+_FLAT_TOOL = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}}
+RESPONSES = (
+    Row("model", "served", "chatty", "responses", "another than the served one is `model_not_found`"),
+    Row("input", "served", "Once upon", "responses", "a text, or items: messages of text parts, calls, their outputs, reasoning"),
+    Row("instructions", "served", "Be kind.", "responses", "a system message before the input"),
+    Row("max_output_tokens", "served", 3, "responses"),
+    Row("metadata", "served", {"a": "b"}, "responses", "comes back in the reply"),
+    Row("parallel_tool_calls", "served", False, "responses", beside={"tools": [_FLAT_TOOL], "tool_choice": "required"}),
+    Row(
+        "reasoning",
+        "served",
+        {"effort": "high"},
+        "responses",
+        "`effort`, a variable of the model's chat template; summaries change nothing",
+    ),
+    Row("stream", "served", True, "responses"),
+    Row("temperature", "served", 0.5, "responses"),
+    Row("text", "served", {"format": {"type": "json_object"}}, "responses", "`format`; `verbosity` changes nothing"),
+    Row("tool_choice", "served", "required", "responses", "but for `allowed_tools` and built-in tools", beside={"tools": [_FLAT_TOOL]}),
+    Row("tools", "served", [_FLAT_TOOL], "responses", "functions alone; where the model has a [tool parser](tools.md)"),
+    Row("top_p", "served", 0.5, "responses"),
+    Row("max_tool_calls", "ignored", 1, "responses", "is of built-in tools"),
+    Row("prompt_cache_key", "ignored", "a", "responses", "prefixes are shared wherever they are alike; see `cache_salt`"),
+    Row("prompt_cache_options", "ignored", {"mode": "implicit"}, "responses"),
+    Row("prompt_cache_retention", "ignored", "24h", "responses"),
+    Row("safety_identifier", "ignored", "a", "responses"),
+    Row("service_tier", "ignored", "flex", "responses", "a reply says `default`"),
+    Row("stream_options", "ignored", {"include_obfuscation": True}, "responses", "no padding is sent"),
+    Row("user", "ignored", "a", "responses"),
+    Row("access_programs", "refused", {"cyber": "standard"}, "responses"),
+    Row("background", "refused", True, "responses"),
+    Row("context_management", "refused", [{"type": "compaction"}], "responses"),
+    Row("conversation", "refused", "conv_1", "responses", "nothing is stored"),
+    Row("image", "refused", {"context_compression": "auto"}, "responses"),
+    Row(
+        "include", "refused", ["message.output_text.logprobs"], "responses", "but for `reasoning.encrypted_content`, which changes nothing"
+    ),
+    Row("moderation", "refused", {"model": "omni"}, "responses"),
+    Row("previous_response_id", "refused", "resp_1", "responses", "nothing is stored; send the items"),
+    Row("prompt", "refused", {"id": "pmpt_1"}, "responses", "nothing is stored"),
+    Row("store", "refused", True, "responses", "but for `false`"),
+    Row("top_logprobs", "refused", 2, "responses", "but for 0; chats have them"),
+    Row("truncation", "refused", "auto", "responses", "but for `disabled`"),
+)
+RESPONSES_EXTENSIONS = (
+    Row("cache_salt", "served", "a", "responses"),
+    Row("chat_template_kwargs", "served", {"enable_thinking": False}, "responses"),
+    Row("frequency_penalty", "served", 0.5, "responses"),
+    Row("ignore_eos", "served", True, "responses"),
+    Row("min_p", "served", 0.1, "responses"),
+    Row("presence_penalty", "served", 0.5, "responses"),
+    Row("priority", "served", 1, "responses"),
+    Row("repetition_penalty", "served", 1.1, "responses"),
+    Row("seed", "served", 5, "responses"),
+    Row("slo", "served", {"tpot": 0.5}, "responses"),
+    Row("stop", "served", ["fox"], "responses"),
+    Row("timeout", "served", 77.0, "responses"),
+    Row("top_k", "served", 5, "responses", "0 and -1: all tokens"),
+)
 HEAD = """# Conformance
 
 Made from [proxy/openai/conformance.py](../proxy/openai/conformance.py) by `python -m halfmoon.proxy.openai.conformance`; edit there.
@@ -134,11 +193,17 @@ A test sends each field. *Served*: the request or the reply is another one with 
 *Refused*: a 400 that names it. A field that is in no table is refused by name, too, with the nearest known one.
 [HTTP](http.md) has the types.
 """
-_ROUTES: dict[Route, str] = {"both": "both", "completions": "`/v1/completions`", "chat": "`/v1/chat/completions`"}
+_ROUTES: dict[Route, str] = {
+    "both": "both",
+    "completions": "`/v1/completions`",
+    "chat": "`/v1/chat/completions`",
+    "responses": "`/v1/responses`",
+}
 
 
 def page() -> str:
     tables = (("OpenAI's fields", OPENAI), ("vLLM's extensions", VLLM), ("Halfmoon's own", HALFMOON))
+    tables += (("OpenAI's Responses", RESPONSES), ("Extensions to Responses", RESPONSES_EXTENSIONS))
     return HEAD + "".join(_table(title, rows) for title, rows in tables)
 
 

@@ -19,6 +19,8 @@ from starlette.exceptions import HTTPException
 
 from ...protocol.errors import HalfmoonError, InternalError, InvalidRequest, Overloaded, PromptTooLong, RequestTimeout, UnknownModel, shown
 from ..face_metrics import FaceMetrics
+from .responses_body import HINTS as RESPONSES_HINTS
+from .responses_body import ResponsesBody
 from .tokenize import DetokenizeBody, TokenizeBody
 from .types import HINTS, ChatBody, CompletionBody
 
@@ -28,14 +30,16 @@ MAX_NAME_LEN = 80  # of a field; all known ones are shorter
 UNAVAILABLE_RETRY_S = 1
 OPENAI_CODES: dict[type[HalfmoonError], str] = {PromptTooLong: "context_length_exceeded", UnknownModel: "model_not_found"}
 """Codes that clients look for, where ours differ."""
-_OF_ARGUMENTS = ("str", "dict[str,any]")  # pydantic's names for the types that they may have
+_OF_ARGUMENTS = ("str", "dict[str,any]", "string", "items")  # pydantic's names for the types that they may have
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 # OpenAI's and vLLM's names for fields that SamplingParams and GenerateRequest name differently
 _COMMON_NAMES = {"timeout_s": "timeout", "ttft_slo_s": "slo.ttft", "tpot_slo_s": "slo.tpot", "num_prompt_logprobs": "prompt_logprobs"}
 _NAMES = {"/v1/completions": {"num_logprobs": "logprobs"}, "/v1/chat/completions": {"num_logprobs": "top_logprobs"}}
+_HINTS = {"/v1/responses": RESPONSES_HINTS}
 _BODIES: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionBody,
     "/v1/chat/completions": ChatBody,
+    "/v1/responses": ResponsesBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
 }
@@ -128,8 +132,9 @@ def _refused_body(errors: Sequence[Any], request: Request) -> InvalidRequest:
         return InvalidRequest(f"{field} is not a known field" + (f"; did you mean {near[0]}?" if near else ""), param=field)
     if first["type"] == "missing":
         return InvalidRequest(f"{_path(location)} is missing", param=_path(location))
-    if field in HINTS and request.url.path.startswith("/v1/"):
-        return InvalidRequest(f"{field} is {shown(first['input'])}; it must be {HINTS[field]}", param=field)
+    hints = HINTS | _HINTS.get(request.url.path, {})
+    if field in hints and request.url.path.startswith("/v1/"):
+        return InvalidRequest(f"{field} is {shown(first['input'])}; it must be {hints[field]}", param=field)
     return InvalidRequest(f"{_path(location)} is {shown(first['input'])}: {_lowered(first['msg'])}", param=_path(location))
 
 
@@ -137,7 +142,7 @@ def _path(location: Sequence[int | str]) -> str:
     """("messages", 0, "content", "str") -> messages[0].content. Parts after a list item's field are pydantic's own, but for tools."""
     path = str(location[0])
     parts = (
-        [part for part in location[1:] if part not in _OF_ARGUMENTS] if "tools" in location or "tool_calls" in location else location[1:3]
+        [part for part in location[1:] if part not in _OF_ARGUMENTS] if {"input", "tools", "tool_calls"} & set(location) else location[1:3]
     )
     for part in parts:
         path += f"[{part}]" if isinstance(part, int) else f".{part}"

@@ -1,6 +1,6 @@
 """The OpenAI-compatible HTTP face.
 
-POST /v1/completions · /v1/chat/completions ─► GenerateRequest ─► Generation ─► one JSON body, or server-sent events ─► [DONE]
+POST /v1/completions · /v1/chat/completions · /v1/responses ─► GenerateRequest ─► Generation ─► one JSON body, or server-sent events
 GET  /: the page, and what it reads (proxy/page)
 POST /tokenize · /detokenize
 GET  /v1/models · /v1/models/{id}       /health, /ping: the process lives    /ready: it can serve    /version
@@ -51,6 +51,9 @@ from .event_stream import EventStream, until_disconnect
 from .head import head_as_get
 from .keyed import keyed
 from .replies import ChatShape, CompletionShape, Shape, WholeChoice
+from .responses_body import ResponsesBody, told_by_own_names
+from .responses_described import responses_streamed
+from .responses_reply import ResponseWriter, echo_of
 from .tokenize import DetokenizeBody, TokenizeBody, tokenized_json
 from .types import ChatBody, CompletionBody, GenerateBody
 
@@ -89,6 +92,13 @@ def _routes(generator: Generator, process: RequestProcess, *, shows_requests: bo
         generation = await generator.open(generate_request)
         shape = ChatShape(generation, n=generate_request.n, wants_logprobs=bool(body.logprobs), forms=body.prompt_forms)
         return await _reply(request, generation, shape, body)
+
+    @app.post("/v1/responses", responses=responses_streamed())
+    async def responses(body: ResponsesBody, request: Request) -> Response:
+        """Answers a conversation, in the form of OpenAI's Responses. Nothing is stored."""
+        with told_by_own_names():
+            generation = await generator.open(_asked(body, request))
+        return await _response(request, generation, body)
 
     @app.post("/tokenize", responses=replies(TokenizeReply, 404, 413, 415))
     async def tokenize(body: TokenizeBody) -> Response:
@@ -154,6 +164,18 @@ async def _reply(request: Request, generation: Generation, shape: Shape, body: G
         return EventStream(generation, first, writer, headers)
 
 
+async def _response(request: Request, generation: Generation, body: ResponsesBody) -> Response:
+    headers = {"x-request-id": request.state.request_id}
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(generation)
+        writer = ResponseWriter(generation, await echo_of(body), request.url.path)
+        if not body.stream:
+            return PartsResponse([await until_disconnect(request.receive, writer.whole())], headers)
+        first = await until_disconnect(request.receive, writer.next())  # as in _reply
+        stack.pop_all()
+        return EventStream(generation, first, writer, headers)
+
+
 async def _collect(generation: Generation, shape: Shape) -> list[WholeChoice]:
     choices = [WholeChoice(index) for index in range(generation.num_choices)]
     while events := await generation.next_events():
@@ -170,7 +192,7 @@ async def _collect(generation: Generation, shape: Shape) -> list[WholeChoice]:
     return choices
 
 
-def _asked(body: CompletionBody | ChatBody, request: Request) -> GenerateRequest:
+def _asked(body: CompletionBody | ChatBody | ResponsesBody, request: Request) -> GenerateRequest:
     """With its ids and its trace. TTFT counts from the request's head, and not from the end of its body.
 
     The reply's x-request-id is the client's own label where it has one, else our id. Raises InvalidRequest.

@@ -50,6 +50,13 @@ The API is OpenAI's, as far as it goes. A field that is known and not served is 
   lm-eval's `local-completions` reads them; it sends no BOS unless it is told `add_bos_token=True`.
 - `return_token_ids`: `prompt_token_ids` and, in each choice or chunk, `token_ids`.
 - `tools`, `tool_choice`, `parallel_tool_calls`, messages of role `tool`, and reasoning: [Tools and reasoning](tools.md).
+- `/v1/responses` is a chat in the form of OpenAI's Responses, and stores nothing: each request brings its whole conversation. `store: true`,
+  `previous_response_id`, `conversation` and items that refer to stored ones are refused; a reply says `"store": false`.
+  Its `input` may have messages of text parts, `function_call`, `function_call_output` and `reasoning` items. What an assistant gave in one
+  turn becomes one message of the chat, reasoning as its `reasoning_content`: the item's `content`, or its `summary` where that is all.
+  `encrypted_content` is not read. Tools are functions; `strict` is false where it is null. `text.format` holds the answer, strict or not.
+  Its stream has typed events and no `[DONE]`; the last one is `response.completed`, `response.incomplete` (cut off) or `response.failed`.
+  `reasoning_tokens` count the tokens up to the end of the reasoning, markers too.
 - A content part of type `text` may have more fields, such as `cache_control`; parts of other types are refused by their type.
 
 """

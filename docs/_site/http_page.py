@@ -50,7 +50,7 @@ The API is OpenAI's, as far as it goes. A field that is known and not served is 
   lm-eval's `local-completions` reads them; it sends no BOS unless it is told `add_bos_token=True`.
 - `return_token_ids`: `prompt_token_ids` and, in each choice or chunk, `token_ids`.
 - `tools`, `tool_choice`, `parallel_tool_calls`, messages of role `tool`, and reasoning: [Tools and reasoning](tools.md).
-- `/v1/responses` is a chat in the form of OpenAI's Responses, and stores nothing: each request brings its whole conversation. `store: true`,
+- `/v1/responses` is a chat in the form of OpenAI's Responses, and stores nothing: each request has its whole conversation. `store: true`,
   `previous_response_id`, `conversation` and items that refer to stored ones are refused; a reply says `"store": false`.
   Its `input` may have messages of text parts, `function_call`, `function_call_output` and `reasoning` items. What an assistant gave in one
   turn becomes one message of the chat, reasoning as its `reasoning_content`: the item's `content`, or its `summary` where that is all.

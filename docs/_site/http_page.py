@@ -20,6 +20,7 @@ TITLES = {
     "CompletionBody": "/v1/completions",
     "ChatBody": "/v1/chat/completions",
     "SloBody": "slo",
+    "MessagesBody": "/v1/messages",
     "TokenizeBody": "/tokenize",
     "DetokenizeBody": "/detokenize",
 }
@@ -49,6 +50,7 @@ The API is OpenAI's, as far as it goes. A field that is known and not served is 
   lm-eval's `local-completions` reads them; it sends no BOS unless it is told `add_bos_token=True`.
 - `return_token_ids`: `prompt_token_ids` and, in each choice or chunk, `token_ids`.
 - `tools`, `tool_choice`, `parallel_tool_calls`, messages of role `tool`, and reasoning: [Tools and reasoning](tools.md).
+- `/v1/messages` is Anthropic's: [Messages](messages.md). Its errors have Anthropic's shape.
 - A content part of type `text` may have more fields, such as `cache_control`; parts of other types are refused by their type.
 
 """
@@ -58,7 +60,8 @@ def page(schema: dict[str, Any]) -> str:
     routes = [_route(path, method, found) for path, methods in schema["paths"].items() for method, found in methods.items()]
     components = schema["components"]["schemas"]
     bodies = [
-        _body(name, components[name], components) for name in ("CompletionBody", "ChatBody", "SloBody", "TokenizeBody", "DetokenizeBody")
+        _body(name, components[name], components)
+        for name in ("CompletionBody", "ChatBody", "SloBody", "MessagesBody", "TokenizeBody", "DetokenizeBody")
     ]
     statuses: dict[str, str] = {}
     for methods in schema["paths"].values():

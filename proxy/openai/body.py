@@ -25,10 +25,12 @@ from starlette.requests import ClientDisconnect
 from ...protocol.config import ProxyConfig
 from ...protocol.errors import InvalidRequest, RequestCancelled, RequestTimeout, RequestTooLarge, UnsupportedMediaType, shown
 from ..request_process import LARGE_BYTES, Packed, RequestProcess, pack, unpack_messages, unpack_prompts
+from .messages.bodies import CountTokensBody
 from .tokenize import DetokenizeBody, TokenizeBody
 from .types import ChatBody, CompletionBody, GenerateBody
 
-Body = GenerateBody | TokenizeBody | DetokenizeBody
+Body = GenerateBody | TokenizeBody | DetokenizeBody | CountTokensBody
+CHATS = (ChatBody, TokenizeBody, CountTokensBody)
 
 INLINE_BYTES = 2**16  # about a millisecond
 GZIP = "gzip"
@@ -177,8 +179,9 @@ def parse_packed(body_type: type[Body], content: bytes) -> Packed[dict[str, Any]
     if isinstance(body, DetokenizeBody):
         del fields["tokens"]
         return pack(fields, prompts=[body.tokens])
-    assert isinstance(body, (ChatBody, TokenizeBody))
-    fields.pop("messages", None)
+    assert isinstance(body, CHATS)
+    for name in ("messages", "system"):
+        fields.pop(name, None)
     return pack(fields, messages=body.chat or ())
 
 
@@ -191,9 +194,9 @@ async def _unpack(body_type: type[Body], packed: Packed[dict[str, Any]] | list[A
     if issubclass(body_type, DetokenizeBody):
         return body_type.model_construct(**packed.rest, tokens=unpack_prompts(packed)[0])
     messages = await unpack_messages(packed)
-    fields: dict[str, Any] = {**packed.rest, "messages": []} if messages or body_type is ChatBody else packed.rest
+    fields: dict[str, Any] = {**packed.rest, "messages": []} if messages or not issubclass(body_type, TokenizeBody) else packed.rest
     body = body_type.model_construct(**fields)
-    if isinstance(body, (ChatBody, TokenizeBody)) and messages:
+    if isinstance(body, CHATS) and messages:
         body.chat = messages
     return body
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -15,9 +15,14 @@ from starlette.types import Receive, Scope, Send
 from ...protocol.errors import RequestCancelled
 from ...protocol.tasks import beside
 from ..requests.generation import Generation
-from .chunks import ChunkWriter
 
 Result = TypeVar("Result")
+
+
+class Writer(Protocol):
+    async def next(self) -> bytes:
+        """The next events; b"" at the end."""
+        ...
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
@@ -41,7 +46,7 @@ async def _disconnected(receive: Receive) -> None:
 class EventStream(Response):
     """Server-sent events: `first`, then what the writer gives. The generation is closed however the stream ends."""
 
-    def __init__(self, generation: Generation, first: bytes, writer: ChunkWriter, headers: dict[str, str]) -> None:
+    def __init__(self, generation: Generation, first: bytes, writer: Writer, headers: dict[str, str]) -> None:
         super().__init__(headers=headers | {"cache-control": "no-cache", "x-accel-buffering": "no"}, media_type="text/event-stream")
         del self.headers["content-length"]
         self._generation = generation

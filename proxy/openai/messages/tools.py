@@ -35,8 +35,9 @@ class Tool(BaseModel):
             )
         if self.input_schema is None:
             raise InvalidRequest(f"{path}.input_schema is missing", param=f"{path}.input_schema")
-        fields = {"name": self.name, "description": self.description, "parameters": self.input_schema, "strict": self.strict}
-        function = FunctionBody(**{name: value for name, value in fields.items() if value is not None})
+        # templates see what was set, and no more
+        optional = {name: value for name in ("description", "strict") if (value := getattr(self, name)) is not None}
+        function = FunctionBody(name=self.name, **optional, parameters=self.input_schema)
         return ToolBody(function=function)
 
 

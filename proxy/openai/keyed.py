@@ -35,6 +35,6 @@ def keyed(app: ASGIApp, gate: Gate | None, faces: FaceMetrics) -> ASGIApp:
 
 
 def _authorization(headers: Headers) -> str:
-    """Anthropic's clients send their key as x-api-key."""
+    """Anthropic's API takes keys as x-api-key, too."""
     key = headers.get("x-api-key", "")
     return headers.get("authorization") or (f"Bearer {key}" if key else "")

@@ -358,6 +358,11 @@ def test_a_key_may_come_as_x_api_key_or_as_bearer(make_face: Callable[..., Any],
         with anthropic.Anthropic(**options, **given) as asking:
             assert asking.messages.create(**ASKED).stop_reason == "end_turn"
             assert asking.messages.count_tokens(model="caller", messages=HELLO).input_tokens > 0
+    told = [
+        httpx.post(f"{guarded.http}{MESSAGES}", json=ASKED, headers=headers, timeout=60).status_code
+        for headers in ({"x-api-key": key}, {"x-api-key": "wrong"}, {})
+    ]
+    assert told == [200, 401, 401]
     with anthropic.Anthropic(**options, api_key="wrong") as asking, pytest.raises(anthropic.AuthenticationError) as found:
         asking.messages.create(**ASKED)
     body: Any = found.value.body

@@ -21,6 +21,7 @@ TITLES = {
     "ChatBody": "/v1/chat/completions",
     "ResponsesBody": "/v1/responses",
     "SloBody": "slo",
+    "MessagesBody": "/v1/messages",
     "TokenizeBody": "/tokenize",
     "DetokenizeBody": "/detokenize",
 }
@@ -57,6 +58,7 @@ The API is OpenAI's, as far as it goes. A field that is known and not served is 
   `encrypted_content` is not read. Tools are functions; `strict` is false where it is null. `text.format` holds the answer, strict or not.
   Its stream has typed events and no `[DONE]`; the last one is `response.completed`, `response.incomplete` (cut off) or `response.failed`.
   `reasoning_tokens` count the tokens up to the end of the reasoning, markers too.
+- `/v1/messages` is Anthropic's: [Messages](messages.md). Its errors have Anthropic's shape.
 - A content part of type `text` may have more fields, such as `cache_control`; parts of other types are refused by their type.
 
 """

@@ -25,13 +25,14 @@ from starlette.requests import ClientDisconnect
 from ...protocol.config import ProxyConfig
 from ...protocol.errors import InvalidRequest, RequestCancelled, RequestTimeout, RequestTooLarge, UnsupportedMediaType, shown
 from ..request_process import LARGE_BYTES, Packed, RequestProcess, pack, unpack_messages, unpack_prompts
+from .messages.bodies import CountTokensBody
 from .responses_body import ResponsesBody
 from .tokenize import DetokenizeBody, TokenizeBody
 from .types import ChatBody, CompletionBody, GenerateBody
 
-Body = GenerateBody | ResponsesBody | TokenizeBody | DetokenizeBody
-_CHATS: dict[type[Any], str] = {ChatBody: "messages", ResponsesBody: "input", TokenizeBody: "messages"}
-"""Bodies that may have a chat, and the field that it comes from."""
+Body = GenerateBody | ResponsesBody | TokenizeBody | DetokenizeBody | CountTokensBody
+CHATS = (ChatBody, ResponsesBody, TokenizeBody, CountTokensBody)
+"""Bodies that may have a chat."""
 
 INLINE_BYTES = 2**16  # about a millisecond
 GZIP = "gzip"
@@ -180,8 +181,9 @@ def parse_packed(body_type: type[Body], content: bytes) -> Packed[dict[str, Any]
     if isinstance(body, DetokenizeBody):
         del fields["tokens"]
         return pack(fields, prompts=[body.tokens])
-    assert isinstance(body, (ChatBody, ResponsesBody, TokenizeBody))
-    fields.pop(_CHATS[body_type], None)
+    assert isinstance(body, CHATS)
+    for name in ("messages", "system", "input"):
+        fields.pop(name, None)
     return pack(fields, messages=body.chat or ())
 
 
@@ -194,9 +196,10 @@ async def _unpack(body_type: type[Body], packed: Packed[dict[str, Any]] | list[A
     if issubclass(body_type, DetokenizeBody):
         return body_type.model_construct(**packed.rest, tokens=unpack_prompts(packed)[0])
     messages = await unpack_messages(packed)
-    fields: dict[str, Any] = {**packed.rest, _CHATS[body_type]: []} if messages or body_type is not TokenizeBody else packed.rest
+    of_a_chat: dict[str, Any] = {"input" if issubclass(body_type, ResponsesBody) else "messages": []}
+    fields: dict[str, Any] = packed.rest | (of_a_chat if messages or not issubclass(body_type, TokenizeBody) else {})
     body = body_type.model_construct(**fields)
-    if isinstance(body, (ChatBody, ResponsesBody, TokenizeBody)) and messages:
+    if isinstance(body, CHATS) and messages:
         body.chat = messages
     return body
 

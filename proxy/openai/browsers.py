@@ -17,5 +17,5 @@ def for_browsers(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
         allow_origins=origins,
         allow_methods=("GET", "HEAD", "POST"),
         allow_headers=("*",),  # OpenAI's client sends a dozen of its own
-        expose_headers=("x-request-id", "retry-after", "retry-after-ms"),
+        expose_headers=("x-request-id", "request-id", "retry-after", "retry-after-ms"),
     )

@@ -25,6 +25,7 @@ MEANINGS = {
     500: "A fault of the server.",
     503: "A part of the cluster is missing, or it is shutting down; come back after `retry-after` seconds.",
     504: "The request's own timeout ran out.",
+    529: "As 429, of `/v1/messages`.",
 }
 
 

@@ -19,6 +19,8 @@ from starlette.exceptions import HTTPException
 
 from ...protocol.errors import HalfmoonError, InternalError, InvalidRequest, Overloaded, PromptTooLong, RequestTimeout, UnknownModel, shown
 from ..face_metrics import FaceMetrics
+from .messages.bodies import CountTokensBody, MessagesBody
+from .messages.errors import ROUTE, is_of_messages, messages_error, messages_status
 from .responses_body import HINTS as RESPONSES_HINTS
 from .responses_body import ResponsesBody
 from .tokenize import DetokenizeBody, TokenizeBody
@@ -40,6 +42,8 @@ _BODIES: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionBody,
     "/v1/chat/completions": ChatBody,
     "/v1/responses": ResponsesBody,
+    ROUTE: MessagesBody,
+    f"{ROUTE}/count_tokens": CountTokensBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
 }
@@ -60,7 +64,8 @@ def error_body(error: HalfmoonError, path: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def error_response(request: Request, error: HalfmoonError) -> JSONResponse:
+def error_response(request: Request, error: HalfmoonError, status: int | None = None) -> JSONResponse:
+    """status: another than the error's."""
     headers: dict[str, str] = {}
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
@@ -72,7 +77,11 @@ def error_response(request: Request, error: HalfmoonError) -> JSONResponse:
     request_id = getattr(request.state, "request_id", None)
     if request_id is not None:
         headers["x-request-id"] = request_id
-    return JSONResponse(error_body(error, request.url.path), error.http_status, headers)
+    if is_of_messages(request.url.path):
+        if request_id is not None:
+            headers["request-id"] = request_id
+        return JSONResponse(messages_error(error, status), status or messages_status(error), headers)
+    return JSONResponse(error_body(error, request.url.path), status or error.http_status, headers)
 
 
 def typed(error: Exception, path: str) -> HalfmoonError:
@@ -84,9 +93,9 @@ def typed(error: Exception, path: str) -> HalfmoonError:
 
 
 def install_error_handlers(app: FastAPI, faces: FaceMetrics) -> None:
-    def refuse(request: Request, error: HalfmoonError) -> JSONResponse:
+    def refuse(request: Request, error: HalfmoonError, status: int | None = None) -> JSONResponse:
         faces.refused("http", error.code)
-        return error_response(request, error)
+        return error_response(request, error, status)
 
     @app.exception_handler(HalfmoonError)
     async def on_halfmoon_error(request: Request, error: HalfmoonError) -> JSONResponse:
@@ -98,8 +107,7 @@ def install_error_handlers(app: FastAPI, faces: FaceMetrics) -> None:
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
-        response = refuse(request, InvalidRequest(_route_message(request, error)))
-        response.status_code = error.status_code
+        response = refuse(request, InvalidRequest(_route_message(request, error)), error.status_code)
         response.headers.update(error.headers or {})
         return response
 
@@ -133,7 +141,7 @@ def _refused_body(errors: Sequence[Any], request: Request) -> InvalidRequest:
     if first["type"] == "missing":
         return InvalidRequest(f"{_path(location)} is missing", param=_path(location))
     hints = HINTS | _HINTS.get(request.url.path, {})
-    if field in hints and request.url.path.startswith("/v1/"):
+    if field in hints and request.url.path.startswith("/v1/") and not is_of_messages(request.url.path):
         return InvalidRequest(f"{field} is {shown(first['input'])}; it must be {hints[field]}", param=field)
     return InvalidRequest(f"{_path(location)} is {shown(first['input'])}: {_lowered(first['msg'])}", param=_path(location))
 

@@ -19,6 +19,12 @@ from ..requests.generation import Generation
 Result = TypeVar("Result")
 
 
+class Writer(Protocol):
+    async def next(self) -> bytes:
+        """The next events; b"" at the end."""
+        ...
+
+
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
     """The work's result. Raises RequestCancelled if the client leaves; the work has ended by then.
 
@@ -35,12 +41,6 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) 
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-class Writer(Protocol):
-    async def next(self) -> bytes:
-        """The next events; b"" at the end."""
-        ...
 
 
 class EventStream(Response):

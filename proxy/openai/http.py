@@ -1,6 +1,7 @@
 """The OpenAI-compatible HTTP face.
 
 POST /v1/completions · /v1/chat/completions · /v1/responses ─► GenerateRequest ─► Generation ─► one JSON body, or server-sent events
+POST /v1/messages · /v1/messages/count_tokens: Anthropic's (messages/)
 GET  /: the page, and what it reads (proxy/page)
 POST /tokenize · /detokenize
 GET  /v1/models · /v1/models/{id}       /health, /ping: the process lives    /ready: it can serve    /version
@@ -9,9 +10,7 @@ GET  /v1/models · /v1/models/{id}       /health, /ping: the process lives    /r
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
-import uuid
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -19,14 +18,14 @@ from fastapi.responses import Response
 from starlette.types import ASGIApp
 
 from ...protocol.errors import UnknownModel
-from ...protocol.trace_context import HEADER, TraceContext
 from ...protocol.version import package_version
 from ..page.routes import add_page
 from ..request_process import RequestProcess
-from ..requests.generate_request import GenerateRequest, no_such_model
+from ..requests.generate_request import no_such_model
 from ..requests.generation import ChoiceEnd, Generation, Generator
 from ..requests.readiness import missing_parts
 from ..tenants.gate import Gate
+from .asked import asked
 from .body import body_route
 from .browsers import for_browsers
 from .chunks import ChunkWriter
@@ -50,6 +49,7 @@ from .errors import install_error_handlers
 from .event_stream import EventStream, until_disconnect
 from .head import head_as_get
 from .keyed import keyed
+from .messages.routes import add_messages
 from .replies import ChatShape, CompletionShape, Shape, WholeChoice
 from .responses_body import ResponsesBody, told_by_own_names
 from .responses_described import responses_streamed
@@ -77,7 +77,7 @@ def _routes(generator: Generator, process: RequestProcess, *, shows_requests: bo
     @app.post("/v1/completions", responses=streamed(CompletionReply))
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continues a prompt, or several."""
-        generate_request = _asked(body, request)
+        generate_request = asked(body, request)
         generation = await generator.open(generate_request)
         echoes = await generator.decode_aside(body.prompts) if body.echo else []
         shape = CompletionShape(
@@ -88,7 +88,7 @@ def _routes(generator: Generator, process: RequestProcess, *, shows_requests: bo
     @app.post("/v1/chat/completions", responses=streamed(ChatReply))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answers a conversation, by the model's chat template."""
-        generate_request = _asked(body, request)
+        generate_request = asked(body, request)
         generation = await generator.open(generate_request)
         shape = ChatShape(generation, n=generate_request.n, wants_logprobs=bool(body.logprobs), forms=body.prompt_forms)
         return await _reply(request, generation, shape, body)
@@ -97,14 +97,15 @@ def _routes(generator: Generator, process: RequestProcess, *, shows_requests: bo
     async def responses(body: ResponsesBody, request: Request) -> Response:
         """Answers a conversation, in the form of OpenAI's Responses. Nothing is stored."""
         with told_by_own_names():
-            generation = await generator.open(_asked(body, request))
+            generation = await generator.open(asked(body, request))
         return await _response(request, generation, body)
+
+    add_messages(app, generator)
 
     @app.post("/tokenize", responses=replies(TokenizeReply, 404, 413, 415))
     async def tokenize(body: TokenizeBody) -> Response:
         """The tokens of a text, or of a chat by the model's template."""
-        asked = body.to_generate_request()
-        token_ids = await generator.tokenize(asked)
+        token_ids = await generator.tokenize(body.to_generate_request())
         with_texts = bool(body.return_token_strs)
         return PartsResponse(await tokenized_json(generator.tokenizer, token_ids, generator.max_model_len, with_texts=with_texts))
 
@@ -190,20 +191,6 @@ async def _collect(generation: Generation, shape: Shape) -> list[WholeChoice]:
                 choice.token_texts.extend(event.token_texts)
                 choice.token_ids.extend(event.token_ids)
     return choices
-
-
-def _asked(body: CompletionBody | ChatBody | ResponsesBody, request: Request) -> GenerateRequest:
-    """With its ids and its trace. TTFT counts from the request's head, and not from the end of its body.
-
-    The reply's x-request-id is the client's own label where it has one, else our id. Raises InvalidRequest.
-    """
-    request_id, label = uuid.uuid4().hex, request.headers.get("x-request-id", "")
-    request.state.request_id = label or request_id
-    trace = TraceContext.parse(request.headers.get(HEADER))
-    arrival = request.state.arrival
-    tenant = getattr(request.state, "tenant", None)
-    ours = {"request_id": request_id, "label": label, "arrival": arrival, "trace": trace, "tenant": tenant}
-    return dataclasses.replace(body.to_generate_request(), **ours)
 
 
 def _model(generator: Generator, created: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def keyed(app: ASGIApp, gate: Gate | None, faces: FaceMetrics) -> ASGIApp:
     async def check(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith(GUARDED):
             try:
-                tenant = gate.tenant_of(Headers(scope=scope).get("authorization", ""))
+                tenant = gate.tenant_of(_authorization(Headers(scope=scope)))
             except Unauthenticated as error:
                 faces.refused("http", error.code)
                 response = error_response(Request(scope), error)
@@ -32,3 +32,9 @@ def keyed(app: ASGIApp, gate: Gate | None, faces: FaceMetrics) -> ASGIApp:
         await app(scope, receive, send)
 
     return check
+
+
+def _authorization(headers: Headers) -> str:
+    """Anthropic's API takes keys as x-api-key, too."""
+    key = headers.get("x-api-key", "")
+    return headers.get("authorization") or (f"Bearer {key}" if key else "")

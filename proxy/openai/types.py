@@ -6,6 +6,7 @@ known, not served    refused, unless empty (REFUSED)     unknown                
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, PrivateAttr, model_validator
@@ -101,6 +102,16 @@ def _with_dropped_fields(schema: dict[str, Any]) -> None:
         schema["properties"][name] = {"description": "changes nothing" if name in IGNORED else "not served; a value may ask for nothing"}
 
 
+def require_bounded(body: Mapping[str, Any]) -> None:
+    """Raises InvalidRequest for more fields or items than any honest body has."""
+    if len(body) > MAX_FIELDS:
+        raise InvalidRequest(f"the body has {len(body)} fields; it may have {MAX_FIELDS}")
+    for name, limit in MAX_LENGTHS.items():
+        value = body.get(name)
+        if isinstance(value, (list, dict)) and len(value) > limit:
+            raise InvalidRequest(f"{name} has {len(value)} items; it may have {limit}", param=name)
+
+
 class GenerateBody(BaseModel):
     """The fields of both routes. Those below `stream_options` are extensions, with vLLM's names if vLLM has them."""
 
@@ -148,12 +159,7 @@ class GenerateBody(BaseModel):
         if not isinstance(body, dict):
             return body
         body = cast(dict[str, Any], body)
-        if len(body) > MAX_FIELDS:
-            raise InvalidRequest(f"the body has {len(body)} fields; it may have {MAX_FIELDS}")
-        for name, limit in MAX_LENGTHS.items():
-            value = body.get(name)
-            if isinstance(value, (list, dict)) and len(value) > limit:
-                raise InvalidRequest(f"{name} has {len(value)} items; it may have {limit}", param=name)
+        require_bounded(body)
         prompts = body.get("prompt")
         if isinstance(prompts, list) and len(prompts) > MAX_CHOICES and isinstance(prompts[0], (str, list)):
             raise InvalidRequest(f"there are {len(prompts)} prompts; a request may have {MAX_CHOICES} choices", param="prompt")

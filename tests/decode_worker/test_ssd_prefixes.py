@@ -19,8 +19,7 @@ from halfmoon.proxy.prefixes.promoter import PROBE_S
 from halfmoon.proxy.request import ProxyRequest
 from halfmoon.proxy.requests.explanation import explain
 from halfmoon.proxy.requests.learner import Learner
-
-from .test_prefix_cache import until
+from halfmoon.tests.waiting import until
 
 Greedy = Callable[[list[int], int], list[int]]
 NUM_TOKENS, NUM_BLOCKS, BLOCK_SIZE = 200, 25, 8

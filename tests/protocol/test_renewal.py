@@ -87,7 +87,7 @@ async def status_of(peer: Peer, tls: Tls) -> str:
 @pytest.mark.parametrize("first", ["server", "client"])
 async def test_calls_go_on_while_both_sides_change_over(first: str, folder: Path, peer: Peer) -> None:
     client = Credentials(TOKEN, Tls.of_members(folder))
-    before, num_said = Tls.of_members(folder), 0
+    before, num_said, said = Tls.of_members(folder), 0, asyncio.Event()
     async with open_channel(peer.address, client) as channel, asyncio.timeout(60):
         say, count = channel.unary_unary("/test.Peer/Say"), channel.unary_stream("/test.Peer/Count")
         counting: Any = count(b"")
@@ -98,8 +98,10 @@ async def test_calls_go_on_while_both_sides_change_over(first: str, folder: Path
             while True:
                 assert await say(b"%d" % num_said) == b"%d" % num_said
                 num_said += 1
+                said.set()
 
         talking = asyncio.create_task(talk())
+        await said.wait()
         tls = rotated(folder)
         sides = [peer.credentials, client] if first == "server" else [client, peer.credentials]
         for side in sides:
@@ -110,7 +112,9 @@ async def test_calls_go_on_while_both_sides_change_over(first: str, folder: Path
         assert (await asyncio.to_thread(peer.certificate, before)).encode() == tls.certificate
         peer.go_on.set()
         assert await counting.read() == b"2", "a call that was under way"
-        assert not talking.done() and num_said > 0
+        said.clear()
+        await said.wait()
+        assert not talking.done()
         talking.cancel()
 
 

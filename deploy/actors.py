@@ -22,6 +22,7 @@ from ..protocol.log_context import FORMAT, NameRequest
 from ..protocol.membership import stay_joined
 from ..protocol.schema import KVSchema
 from ..protocol.tasks import Tasks, beside
+from ..protocol.tls import Tls
 from ..protocol.v1 import control_pb2
 
 
@@ -54,6 +55,10 @@ class ProxyActor:
     async def stop(self, grace_s: float) -> None:
         await self._server.stop(grace_s)
         self._stopped.set()
+
+    async def renew(self, tls: Tls) -> None:
+        """New certificates, for new connections."""
+        await _renew(self._server.credentials, tls)
 
 
 class StoreActor:
@@ -123,6 +128,10 @@ class StoreActor:
         await self._server.stop(grace_s)
         self._stopped.set()
 
+    async def renew(self, tls: Tls) -> None:
+        """New certificates, for new connections."""
+        await _renew(self._credentials, tls)
+
     def _end(self, refusal: Exception) -> None:
         self._refusal = refusal
         self._stopped.set()
@@ -164,6 +173,15 @@ class WorkerActor:
 
     async def stop(self, grace_s: float) -> None:
         await self._worker.stop(grace_s)
+
+    async def renew(self, tls: Tls) -> None:
+        """New certificates, for new connections."""
+        await _renew(self._life.worker_address.credentials, tls)
+
+
+async def _renew(credentials: Credentials | None, tls: Tls) -> None:
+    assert credentials is not None, "members of a cluster have some"
+    await asyncio.to_thread(credentials.renew, tls)
 
 
 def remote(actor_class: type, *, node_id: str, num_gpus: float = 0.0) -> Any:

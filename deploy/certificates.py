@@ -88,12 +88,14 @@ def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicK
 
 
 def _write(folder: Path, file: str, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
-    """The key is never readable by others, also while it is written."""
+    """The key is never readable by others, also while it is written. Who looks meanwhile sees no half of a file."""
     form = serialization.PrivateFormat.PKCS8
     content = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
     new = folder / f".{file}.key"
     new.unlink(missing_ok=True)
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
         opened.write(content)
+    shown = folder / f".{file}.pem"
+    shown.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     new.replace(folder / f"{file}.key")
-    (folder / f"{file}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    shown.replace(folder / f"{file}.pem")

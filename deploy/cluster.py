@@ -13,8 +13,10 @@ from ..engine.resolve import resolve_folder, resolve_max_model_len, resolve_name
 from ..protocol.config import ClusterConfig
 from ..protocol.credentials import Credentials
 from ..protocol.errors import CheckpointError
+from ..protocol.tasks import Tasks
 from .plan import make_plan
 from .ray_session import RayNode
+from .renewal import watched_certificates
 from .supervisor import ClusterSpec, Notify, Supervisor
 
 
@@ -53,8 +55,13 @@ async def running_cluster(
 ) -> AsyncIterator[Supervisor]:
     """Yields once every member serves. Stops them all on the way out, whatever happened. credentials: None: new ones."""
     supervisor = Supervisor(make_spec(config, nodes), notify, credentials=credentials)
+    tasks = Tasks("the cluster")
     try:
         await supervisor.start()
+        if config.security.certs and supervisor.credentials.tls is not None:
+            files = watched_certificates(Path(config.security.certs).expanduser(), supervisor)
+            tasks.spawn(files.run(), "looking for new certificates")
         yield supervisor
     finally:
+        await tasks.close()
         await supervisor.stop()

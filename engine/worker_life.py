@@ -93,7 +93,7 @@ class WorkerLife:
         """
         self._server = server
         worker_address = self.worker_address
-        metrics_address, self._stop_metrics = serve_metrics(metrics, worker_address.host)
+        metrics_address, self._stop_metrics = serve_metrics(metrics, worker_address.host, credentials=worker_address.credentials)
         ours = control_pb2.MemberInfo(
             id=worker_address.worker_id,
             incarnation=uuid.uuid4().hex,

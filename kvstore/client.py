@@ -259,8 +259,7 @@ async def _connect_data(connection: Connection, schema: KVSchema) -> TcpTranspor
     if not connection.welcome.HasField("data"):
         return None
     offered = connection.welcome.data
-    tls = None if connection.tls is None else connection.tls.context(server_side=False)
-    lanes = DataLanes(connection.peer, split_address(connection.address)[0], offered.port, offered.token, tls)
+    lanes = DataLanes(connection.peer, split_address(connection.address)[0], offered.port, offered.token, connection.tls)
     transport = TcpTransport(lanes, schema.layer_bytes)
     connection.on_end.append(lanes.close)
     try:

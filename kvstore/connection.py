@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 
 from ..protocol.channel import open_channel
-from ..protocol.credentials import Credentials
+from ..protocol.credentials import Credentials, SocketTls
 from ..protocol.errors import HalfmoonError, RequestCancelled, StoreUnavailable, Unavailable
 from ..protocol.grpc_errors import from_rpc_error
 from ..protocol.schema import KVSchema
@@ -38,7 +38,7 @@ class Connection:
         self.loop = asyncio.get_running_loop()
         self.welcome = kvstore_pb2.AttachReply.Welcome()
         self._channel = open_channel(address, credentials)
-        self.tls = None if credentials is None else credentials.tls
+        self.tls = SocketTls.of_client(credentials)
         self.stub = kvstore_pb2_grpc.KVStoreStub(self._channel)
         self.on_end: list[Callable[[], None]] = []  # called once, when the session ends from either side
         self._ended: StoreUnavailable | None = None

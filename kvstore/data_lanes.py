@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..protocol.credentials import SocketTls
 from ..protocol.errors import HalfmoonError, InvalidRequest, LeaseExpired, StoreUnavailable
 from ..protocol.tls import MEMBER_NAME
 from .data_wire import HELLO, MAGIC, MAX_MESSAGE_BYTES, REPLY, Status, break_off, receive
@@ -21,7 +22,7 @@ CONNECT_TIMEOUT_S = 5.0
 
 
 class DataLanes:
-    def __init__(self, peer: str, host: str, port: int, token: bytes, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, peer: str, host: str, port: int, token: bytes, tls: SocketTls | None = None) -> None:
         """peer: the store, as errors name it. tls: of a client; None: in the clear."""
         self._peer = peer
         self._address = (host, port)
@@ -75,7 +76,7 @@ class DataLanes:
     def _connect(self) -> socket.socket:
         lane = socket.create_connection(self._address, CONNECT_TIMEOUT_S)
         if self._tls is not None:
-            lane = self._tls.wrap_socket(lane, server_hostname=MEMBER_NAME, do_handshake_on_connect=False)
+            lane = self._tls.context().wrap_socket(lane, server_hostname=MEMBER_NAME, do_handshake_on_connect=False)
         with self._changed:
             self._open.add(lane)
         try:

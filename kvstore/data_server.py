@@ -14,6 +14,7 @@ import ssl
 import threading
 from collections.abc import Callable, Sequence
 
+from ..protocol.credentials import SocketTls
 from ..protocol.errors import HalfmoonError, InvalidRequest
 from .arena import ArenaMap
 from .data_wire import (
@@ -57,7 +58,7 @@ class DataServer:
         self._accepting: threading.Thread | None = None
         self.port = 0
 
-    def start(self, host: str, tls: ssl.SSLContext | None = None) -> None:
+    def start(self, host: str, tls: SocketTls | None = None) -> None:
         """Listens on a free port of host. tls: of a server; None: in the clear. Raises OSError."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, 0), family=family, backlog=128)
@@ -153,7 +154,7 @@ class DataServer:
             views.extend([run.reshape(-1).data] if run.flags.c_contiguous else [row.data for row in run])
         return views
 
-    def _accept(self, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
+    def _accept(self, listener: socket.socket, tls: SocketTls | None) -> None:
         while True:
             try:
                 accepted, peer = listener.accept()
@@ -162,7 +163,7 @@ class DataServer:
             try:
                 accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 if tls is not None:
-                    accepted = tls.wrap_socket(accepted, server_side=True, do_handshake_on_connect=False)
+                    accepted = tls.context().wrap_socket(accepted, server_side=True, do_handshake_on_connect=False)
             except OSError as error:
                 logger.info("a connection of %s broke: %s", peer, error)
                 accepted.close()

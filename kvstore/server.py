@@ -15,7 +15,7 @@ import grpc.aio
 
 from ..protocol.channel import create_server
 from ..protocol.config import StoreConfig
-from ..protocol.credentials import Credentials
+from ..protocol.credentials import Credentials, SocketTls
 from ..protocol.exporter import Identity, ProcessMetrics, serve_metrics
 from ..protocol.schema import KVSchema
 from ..protocol.v1 import kvstore_pb2, kvstore_pb2_grpc
@@ -75,8 +75,7 @@ class StoreServer:
             store = Store(self._config, arena, store_id=self.store_id, node_id=self._node_id, schema=self._schema)
             replication = Replication(store, self._credentials)
             kvstore_pb2_grpc.add_KVStoreServicer_to_server(KVStoreService(store, replication), server)
-            tls = self._credentials.tls if self._credentials is not None else None
-            store.data.start(host, None if tls is None else tls.context(server_side=True))
+            store.data.start(host, SocketTls.of_server(self._credentials))
             await store.tiers.opened()
             await server.start()
         except BaseException:
@@ -99,7 +98,7 @@ class StoreServer:
         """Serves /metrics on a free port of host; returns "host:port". model_name: whose KV it holds, for the series' labels."""
         identity = Identity(self.store_id, "store", model_name)
         metrics = ProcessMetrics(self._running().metrics.registry, lambda: identity)
-        address, self._stop_metrics = serve_metrics(metrics, host)
+        address, self._stop_metrics = serve_metrics(metrics, host, credentials=self._credentials)
         return address
 
     async def stop(self, grace_s: float) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import grpc.aio
 
 from .address import join_address
 from .credentials import Credentials
+from .front_tls import FrontCertificate, Pair
 from .members_only import MemberChannel, MembersOnly
 from .parsing import Parsing
-from .tls import MEMBER_NAME
+from .tls import MEMBER_NAME, Tls
+
+Certificates = TypeVar("Certificates")
 
 # Between members message size is bounded by who sends (slices of a few MiB), not by gRPC's 4 MiB default.
 # Keepalive finds a peer that is stopped, or whose host vanished without closing its sockets, after 5 + 3 s at most; a killed process is
@@ -40,12 +46,16 @@ def open_channel(address: str, credentials: Credentials | None = None, authority
     credentials: of a member, to be shown with each call; None: at the clients' port. authority: there, PEM of who signed its certificate
     (b"": one that this machine trusts); None: it has no TLS.
     """
+    if credentials is None:
+        return _open(address, None, authority)
+    return MemberChannel(lambda: _open(address, credentials, None), credentials)
+
+
+def _open(address: str, credentials: Credentials | None, authority: bytes | None) -> grpc.aio.Channel:
     secret, options = channel_credentials(credentials, authority)
     if secret is None:
-        channel = grpc.aio.insecure_channel(address, options=options)
-    else:
-        channel = grpc.aio.secure_channel(address, secret, options=options)
-    return channel if credentials is None else MemberChannel(channel, credentials)
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, secret, options=options)
 
 
 def channel_credentials(
@@ -63,14 +73,14 @@ def create_server(
     port: int,
     *,
     credentials: Credentials | None = None,
-    certificate: tuple[bytes, bytes] | None = None,
+    certificate: FrontCertificate | None = None,
     max_request_bytes: int = -1,
     handshake_timeout_s: float = 10.0,
 ) -> tuple[grpc.aio.Server, int]:
     """A server bound to host:port and the port it got (port 0: any free one). Not started.
 
     credentials: what each call must bring, and each connection where they have TLS; None: it serves whoever reaches it.
-    certificate: there, PEM of its key and of its certificate; None: without TLS.
+    certificate: there, of the port; None: without TLS. Each connection gets the certificates that count when it begins.
     max_request_bytes: of one message, where strangers may send them; a larger one is refused unread. -1: any size.
     handshake_timeout_s: for a new connection to speak HTTP/2; it is closed then.
     Raises OSError where the port is taken.
@@ -87,10 +97,33 @@ def create_server(
     return server, bound
 
 
-def _server_credentials(credentials: Credentials | None, certificate: tuple[bytes, bytes] | None) -> grpc.ServerCredentials | None:
-    if credentials is None:
-        return None if certificate is None else grpc.ssl_server_credentials([certificate])
-    if credentials.tls is None:
-        return None
-    tls = credentials.tls
-    return grpc.ssl_server_credentials([(tls.key, tls.certificate)], tls.authority, require_client_auth=True)
+def _server_credentials(credentials: Credentials | None, certificate: FrontCertificate | None) -> grpc.ServerCredentials | None:
+    if credentials is not None:
+        return None if credentials.tls is None else _as_they_are_now(lambda: credentials.tls, _of_member, mutual=True)
+    return None if certificate is None else _as_they_are_now(lambda: certificate.now, _of_front, mutual=False)
+
+
+def _as_they_are_now(
+    now: Callable[[], Certificates], configuration: Callable[[Certificates], grpc.ServerCertificateConfiguration], *, mutual: bool
+) -> grpc.ServerCredentials:
+    given = now()
+
+    def fetch() -> Any:
+        """gRPC asks before each handshake, on threads of its own. None: as before."""
+        nonlocal given
+        found = now()
+        if found is given:
+            return None
+        given = found
+        return configuration(found)
+
+    return grpc.dynamic_ssl_server_credentials(configuration(given), fetch, mutual)
+
+
+def _of_member(tls: Tls | None) -> grpc.ServerCertificateConfiguration:
+    assert tls is not None, "a cluster that has certificates keeps having some"
+    return grpc.ssl_server_certificate_configuration([(tls.key, tls.certificate)], tls.authority)
+
+
+def _of_front(pair: Pair) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([pair])

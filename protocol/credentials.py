@@ -9,7 +9,8 @@ from __future__ import annotations
 import hmac
 import os
 import secrets
-from collections.abc import Iterable
+import ssl
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +22,11 @@ KEY = "halfmoon-token"  # of the metadata
 MIN_TOKEN_LEN = 32
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Credentials:
     """Of one cluster, the same for all its processes. Nothing shows the token: no repr, no log, no command line.
 
+    A process has one, and what opens or takes connections looks at it for each: the token stays, certificates may be renewed.
     tls: of both sides of each connection; None: they talk in the clear.
     """
 
@@ -47,6 +49,22 @@ class Credentials:
         token = os.environ.get(VARIABLE)
         return None if not token else cls(token)
 
+    def renew(self, tls: Tls) -> None:
+        """New certificates, for new connections. Takes some milliseconds. Raises ConfigError, and all stays as it was.
+
+        Members change over one after the other: both must get on with each other, unless what counts now has expired anyway.
+        """
+        if self.tls is None:
+            raise ConfigError("the cluster was started without certificates; set security.certs, and start it anew")
+        tls.require_peer(tls)
+        try:
+            self.tls.require_peer(self.tls)
+        except ConfigError:
+            pass
+        else:
+            tls.require_peer(self.tls)
+        self.tls = tls
+
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What a call carries."""
@@ -57,3 +75,38 @@ class Credentials:
         found = next((value for key, value in metadata if key == KEY), "")
         given = found if isinstance(found, bytes) else str(found).encode()
         return hmac.compare_digest(given, self.token.encode())
+
+
+class SocketTls:
+    """The context for each new socket, with the certificates that count then. Any thread."""
+
+    def __init__(self, credentials: Credentials, make: Callable[[Tls], ssl.SSLContext]) -> None:
+        self._credentials = credentials
+        self._make = make
+        self._made: tuple[Tls, ssl.SSLContext] | None = None
+
+    @classmethod
+    def of_client(cls, credentials: Credentials | None) -> SocketTls | None:
+        """Mutual. None: in the clear."""
+        return cls._of(credentials, lambda tls: tls.context(server_side=False))
+
+    @classmethod
+    def of_server(cls, credentials: Credentials | None) -> SocketTls | None:
+        """Mutual. None: in the clear."""
+        return cls._of(credentials, lambda tls: tls.context(server_side=True))
+
+    @classmethod
+    def of_page(cls, credentials: Credentials | None) -> SocketTls | None:
+        """Of a server that asks for no certificate. None: in the clear."""
+        return cls._of(credentials, Tls.page_context)
+
+    @classmethod
+    def _of(cls, credentials: Credentials | None, make: Callable[[Tls], ssl.SSLContext]) -> SocketTls | None:
+        return None if credentials is None or credentials.tls is None else cls(credentials, make)
+
+    def context(self) -> ssl.SSLContext:
+        tls, made = self._credentials.tls, self._made
+        assert tls is not None, "a cluster that has certificates keeps having some"
+        if made is None or made[0] is not tls:
+            made = self._made = tls, self._make(tls)
+        return made[1]

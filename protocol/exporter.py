@@ -6,9 +6,11 @@ registry ─► ProcessMetrics: worker, role and model_name on every series ─�
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import selectors
 import socket
+import sys
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
@@ -23,8 +25,13 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from .address import join_address
+from .credentials import Credentials, SocketTls
 from .metrics import BUILD_INFO, MetricSpec
 from .version import package_version
+
+logger = logging.getLogger(__name__)
+
+SILENCE_S = 10.0  # that a connection of a metrics page may take to ask
 
 disable_created_metrics()  # a series more for each child, which nobody reads
 
@@ -120,15 +127,22 @@ class LightHistogram(Collector):
 
 
 def serve_metrics(
-    metrics: Collector, host: str, port: int = 0, targets: Callable[[str], Any] | None = None
+    metrics: Collector,
+    host: str,
+    port: int = 0,
+    targets: Callable[[str], Any] | None = None,
+    *,
+    credentials: Credentials | None = None,
 ) -> tuple[str, Callable[[], None]]:
     """Serves /metrics on host:port (0: a free one), in a thread. Returns "host:port" and what stops it, at once. Raises OSError.
 
     targets: what /metrics/targets answers as JSON, from the address that was asked at; called on a thread of its own. None: no such page.
+    credentials: of the cluster. With certificates the page shows the members' and asks for none.
     """
     kind = _Server6 if ":" in host else _Server
     page: Any = make_wsgi_app(metrics)
     server = make_server(host, port, page if targets is None else _with_targets(page, targets), kind, _QuietHandler)
+    server.tls = SocketTls.of_page(credentials)
     stopping, stopped = socket.socketpair()
     thread = threading.Thread(target=_serve, args=(server, stopped), name="metrics", daemon=True)
     thread.start()
@@ -154,6 +168,22 @@ def _with_targets(page: Any, targets: Callable[[str], Any]) -> Any:
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+    tls: SocketTls | None = None
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """On the thread that accepts. The handshake is made on the connection's own, with its first read."""
+        accepted, peer = super().get_request()
+        if self.tls is not None:
+            accepted = self.tls.context().wrap_socket(accepted, server_side=True, do_handshake_on_connect=False)
+        return accepted, peer
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A stranger that speaks no TLS, stays silent or leaves is no news."""
+        error = sys.exception()
+        if isinstance(error, OSError):
+            logger.debug("the metrics page's connection of %s broke: %s", client_address, error)
+        else:
+            logger.error("the metrics page broke: %s", error, exc_info=error)
 
 
 class _Server6(_Server):
@@ -161,6 +191,8 @@ class _Server6(_Server):
 
 
 class _QuietHandler(WSGIRequestHandler):
+    timeout = SILENCE_S
+
     def log_message(self, format: str, *args: object) -> None:
         """Prometheus asks all the time."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -38,31 +39,54 @@ _REFUSED: Any = grpc.stream_stream_rpc_method_handler(_refuse)  # for calls of e
 
 
 class MemberChannel(grpc.aio.Channel):
-    """A channel whose calls carry the token. It is no client interceptor: those wrap each call in a task and queues of their own."""
+    """A channel whose calls carry the token. It is no client interceptor: those wrap each call in a task and queues of their own.
 
-    def __init__(self, channel: grpc.aio.Channel, credentials: Credentials) -> None:
-        self._channel = channel
+    gRPC gives a channel its certificates once. Calls that begin after they were renewed go through a channel that is opened anew. Those
+    under way go on in the one before, which is kept until the next time.
+
+    Args:
+        open_anew: a channel with the certificates that count now.
+    """
+
+    def __init__(self, open_anew: Callable[[], grpc.aio.Channel], credentials: Credentials) -> None:
+        self._open_anew = open_anew
+        self._credentials = credentials
         self._metadata = credentials.metadata
+        self._tls = credentials.tls
+        self._channel = open_anew()
+        self._before: grpc.aio.Channel | None = None
 
     def unary_unary(self, *args: Any, **options: Any) -> Any:
-        return self._with_token(self._channel.unary_unary(*args, **options))
+        return self._with_token(lambda channel: channel.unary_unary(*args, **options))
 
     def unary_stream(self, *args: Any, **options: Any) -> Any:
-        return self._with_token(self._channel.unary_stream(*args, **options))
+        return self._with_token(lambda channel: channel.unary_stream(*args, **options))
 
     def stream_unary(self, *args: Any, **options: Any) -> Any:
-        return self._with_token(self._channel.stream_unary(*args, **options))
+        return self._with_token(lambda channel: channel.stream_unary(*args, **options))
 
     def stream_stream(self, *args: Any, **options: Any) -> Any:
-        return self._with_token(self._channel.stream_stream(*args, **options))
+        return self._with_token(lambda channel: channel.stream_stream(*args, **options))
 
-    def _with_token(self, method: Any) -> Any:
+    def _with_token(self, make: Callable[[grpc.aio.Channel], Any]) -> Any:
         ours = self._metadata
+        method, made_with = make(self._now()), self._tls
 
         def call(*args: Any, metadata: Any = (), **options: Any) -> Any:
+            nonlocal method, made_with
+            channel = self._now()
+            if made_with is not self._tls:
+                method, made_with = make(channel), self._tls
             return method(*args, metadata=(*metadata, *ours) if metadata else ours, **options)
 
         return call
+
+    def _now(self) -> grpc.aio.Channel:
+        if self._tls is not self._credentials.tls:
+            self._tls = self._credentials.tls
+            # the one before that is let go: gRPC closes it behind the last of its calls
+            self._before, self._channel = self._channel, self._open_anew()
+        return self._channel
 
     async def __aenter__(self) -> MemberChannel:
         return self
@@ -71,13 +95,16 @@ class MemberChannel(grpc.aio.Channel):
         await self.close()
 
     async def close(self, grace: float | None = None) -> None:
-        await self._channel.close(grace)
+        if self._before is None:
+            await self._channel.close(grace)
+        else:
+            await asyncio.gather(self._before.close(grace), self._channel.close(grace))
 
     def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
-        return self._channel.get_state(try_to_connect)
+        return self._now().get_state(try_to_connect)
 
     async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
-        await self._channel.wait_for_state_change(last_observed_state)
+        await self._now().wait_for_state_change(last_observed_state)
 
     async def channel_ready(self) -> None:
-        await self._channel.channel_ready()
+        await self._now().channel_ready()

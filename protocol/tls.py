@@ -6,15 +6,19 @@ authority ─► member: of every process of the cluster, shown and asked for on
 
 from __future__ import annotations
 
-import os
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import ConfigError
+from .tls_handshake import handshake, load_chain, why
 
 MEMBER_NAME = "halfmoon-member"
 """In the members' certificate, in the place of a host's name: what counts is who signed it, wherever the process runs."""
+SAME_AUTHORITY = (
+    "`halfmoon certs rotate FOLDER` makes new certificates that get on with the old ones; "
+    "for another authority let authority.pem hold both while members change over"
+)
 AUTHORITY, MEMBER, FRONT = "authority", "member", "front"  # NAME.pem and NAME.key in a folder of certificates
 
 
@@ -29,7 +33,7 @@ class Tls:
     @classmethod
     def of_members(cls, folder: Path) -> Tls:
         """Raises ConfigError."""
-        return cls(read_pem(folder / f"{AUTHORITY}.pem"), read_pem(folder / f"{MEMBER}.pem"), read_pem(folder / f"{MEMBER}.key"))
+        return cls(*map(read_pem, member_files(folder)))
 
     def context(self, *, server_side: bool) -> ssl.SSLContext:
         """For sockets of members: each side shows its certificate and asks for the other's. Raises ConfigError."""
@@ -38,21 +42,31 @@ class Tls:
         context.verify_mode = ssl.CERT_REQUIRED
         try:
             context.load_verify_locations(cadata=self.authority.decode("ascii"))
-            _load_chain(context, self.certificate + b"\n" + self.key)
+            load_chain(context, self.certificate, self.key)
             if server_side:
                 context.num_tickets = 0  # no connection is resumed
         except (ssl.SSLError, ValueError) as error:
             raise ConfigError(f"the members' certificate can't be used: {error}; `halfmoon certs rotate FOLDER` makes a new one") from error
         return context
 
+    def page_context(self) -> ssl.SSLContext:
+        """For a server's sockets whose clients need no certificate of their own. Raises ConfigError."""
+        context = self.context(server_side=True)
+        context.verify_mode = ssl.CERT_NONE
+        return context
 
-def _load_chain(context: ssl.SSLContext, pem: bytes) -> None:
-    """Python reads a certificate and its key from a file alone: this one is in memory, and nobody else can open it."""
-    descriptor = os.memfd_create("halfmoon-member")
-    with open(descriptor, "wb") as file:
-        file.write(pem)
-        file.flush()
-        context.load_cert_chain(f"/proc/self/fd/{descriptor}")
+    def require_peer(self, peer: Tls) -> None:
+        """Both could talk to each other, whoever begins. Takes some milliseconds. Raises ConfigError."""
+        for server, client in ((self, peer), (peer, self)):
+            try:
+                handshake(server.context(server_side=True), client.context(server_side=False), MEMBER_NAME)
+            except ssl.SSLError as error:
+                raise ConfigError(f"members would refuse each other ({why(error)}); {SAME_AUTHORITY}") from error
+
+
+def member_files(folder: Path) -> tuple[Path, Path, Path]:
+    """Of the authority, of members' certificate, of its key."""
+    return folder / f"{AUTHORITY}.pem", folder / f"{MEMBER}.pem", folder / f"{MEMBER}.key"
 
 
 def read_pem(path: Path) -> bytes:

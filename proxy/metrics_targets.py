@@ -12,18 +12,19 @@ from ..protocol.exporter import Identity
 from .members.member import Member
 
 
-def targets(proxy: Identity, proxy_address: str, members: Iterable[Member]) -> list[dict[str, Any]]:
+def targets(proxy: Identity, proxy_address: str, members: Iterable[Member], *, has_tls: bool = False) -> list[dict[str, Any]]:
     """The labels are those of the targets' own series, so that `up` has them too; scrape with honor_labels.
 
-    proxy_address: as who asks reaches it.
+    proxy_address: as who asks reaches it. has_tls: the pages have it, and Prometheus is told so.
     """
-    found = [_target(proxy_address, proxy)]
+    scheme = {"__scheme__": "https"} if has_tls else {}
+    found = [_target(proxy_address, proxy, scheme)]
     for member in sorted(members, key=lambda member: member.id):
         if member.info.metrics_address:
             identity = Identity(member.id, member.role, proxy.model_name)
-            found.append(_target(member.info.metrics_address, identity, {"__meta_halfmoon_node": member.info.node_id}))
+            found.append(_target(member.info.metrics_address, identity, {"__meta_halfmoon_node": member.info.node_id} | scheme))
     return found
 
 
-def _target(address: str, identity: Identity, meta: dict[str, str] | None = None) -> dict[str, Any]:
-    return {"targets": [address], "labels": identity._asdict() | (meta or {})}
+def _target(address: str, identity: Identity, meta: dict[str, str]) -> dict[str, Any]:
+    return {"targets": [address], "labels": identity._asdict() | meta}

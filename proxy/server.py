@@ -30,10 +30,12 @@ from ..protocol.config import ModelOptions, ProxyConfig
 from ..protocol.credentials import Credentials
 from ..protocol.errors import ConfigError
 from ..protocol.exporter import Identity, ProcessMetrics, serve_metrics
+from ..protocol.front_tls import FrontCertificate
 from ..protocol.schema import KVSchema
 from ..protocol.tasks import Tasks, beside
-from ..protocol.tls import read_pem
+from ..protocol.tls_handshake import load_chain
 from ..protocol.v1 import control_pb2_grpc, inference_pb2
+from ..protocol.watched_files import WatchedFiles
 from .control_service import ControlService
 from .inference_service import InferenceService
 from .members.cluster import Cluster
@@ -109,7 +111,7 @@ class ProxyServer:
         self._tracer = otlp_tracer(self.card.name) if config.tracing == "otlp" else None
         self.router = Router(config, self.cluster, metrics, eos_token_ids=self.card.eos_token_ids, tracer=self._tracer)
         self._request_process = RequestProcess()
-        self._front = (read_pem(Path(config.tls_key)), read_pem(Path(config.tls_certificate))) if config.tls_key else None
+        self._front = FrontCertificate(Path(config.tls_certificate), Path(config.tls_key)) if config.tls_key else None
         self._gate = Gate(Path(config.keys_file)) if config.keys_file else None
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] - made by its __init__
         self._grpc: grpc.aio.Server | None = None
@@ -117,6 +119,7 @@ class ProxyServer:
         self._stop_metrics: Callable[[], None] | None = None
         self._http: _HttpServer | None = None
         self._tasks = Tasks("the proxy")
+        self._front_looks: asyncio.Task[None] | None = None
         self._http_task: asyncio.Task[None] | None = None
 
     async def start(self) -> Endpoints:
@@ -140,6 +143,9 @@ class ProxyServer:
         control_pb2_grpc.add_ControlServicer_to_server(ControlService(self.router, self.card.name), self._control)
         await self._control.start()
         await self._start_http(http_socket, generator)
+        if self._front is not None:
+            files = WatchedFiles("the clients' ports' certificate and key", self._front.paths, self.renew_front)
+            self._front_looks = self._tasks.spawn(files.run(), "looking for a new certificate of the clients' ports")
         endpoints = Endpoints(
             http=join_address(config.host, http_socket.getsockname()[1]),
             grpc=join_address(config.host, grpc_port),
@@ -174,11 +180,11 @@ class ProxyServer:
         identity = Identity("proxy", "proxy", self.card.name)
 
         def found(address: str) -> Any:
-            return targets(identity, address, list(self.cluster.members.values()))
+            return targets(identity, address, list(self.cluster.members.values()), has_tls=self.credentials.tls is not None)
 
         metrics = ProcessMetrics(self.registry, lambda: identity)
         try:
-            address, self._stop_metrics = serve_metrics(metrics, host, self._config.metrics_port, found)
+            address, self._stop_metrics = serve_metrics(metrics, host, self._config.metrics_port, found, credentials=self.credentials)
         except OSError as error:
             raise _port_taken(host, self._config.metrics_port, "metrics_port") from error
         return address
@@ -202,6 +208,8 @@ class ProxyServer:
         if num_left:
             logger.warning("%d requests were still under way after %.1f s; cancelled", num_left, grace_s)
         await self.router.close()
+        if self._front_looks is not None:
+            self._front_looks.cancel()
         if self._http is not None and self._http_task is not None:
             self._http.should_exit = True
             await self._http_task
@@ -244,6 +252,16 @@ class ProxyServer:
             await asyncio.wait((self._http_task, accepting), return_when=asyncio.FIRST_COMPLETED)
         if self._http_task.done():
             self._http_task.result()  # raises the error that kept it from starting
+
+    async def renew_front(self) -> None:
+        """Reads the clients' ports' certificate anew, for new connections. Raises ConfigError, and all stays as it was."""
+        assert self._front is not None and self._http is not None and self._http.config.ssl is not None
+        found = await asyncio.to_thread(self._front.read)
+        if found == self._front.now:
+            return
+        load_chain(self._http.config.ssl, found.certificate, found.key)  # on the loop, which makes its connections
+        self._front.now = found
+        logger.info("the clients' ports show a new certificate from now on")
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -28,7 +28,7 @@ def init(folder: Folder, name: Names = None, days: Days = 365) -> None:
 
 @certs.command()
 def rotate(folder: Folder, name: Names = None, days: Days = 365) -> None:
-    """Make new certificates under the same authority. Processes take them at their cluster's next start."""
+    """Make new certificates under the same authority. A running cluster takes them within seconds, for new connections."""
     renew(folder, name or [], days)
     _say(folder)
 

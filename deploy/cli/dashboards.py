@@ -5,8 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
-import urllib.error
-import urllib.request
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +13,8 @@ import typer
 import yaml
 
 from ...protocol.errors import ConfigError, Unavailable
+from ...protocol.tls import MEMBER_NAME, read_pem
+from ..page_opener import page_opener
 
 DEPLOY = Path(__file__).parents[1]
 
@@ -27,6 +27,7 @@ class Action(StrEnum):
 def dashboards(
     action: Annotated[Action, typer.Argument(help="up: run Prometheus until interrupted; draw: write pictures of the dashboards.")],
     proxy: Annotated[str, typer.Option(help="host:port of the proxy's metrics.")] = "127.0.0.1:8001",
+    ca: Annotated[Path | None, typer.Option(help="authority.pem of a cluster whose members have TLS.")] = None,
     port: Annotated[int, typer.Option(help="Port of Prometheus, on loopback.")] = 9090,
     data: Annotated[Path | None, typer.Option(help="Folder of Prometheus' data; none: a temporary one, gone at the end.")] = None,
     out: Annotated[Path, typer.Option(help="draw: folder of the pictures.")] = Path("dashboards"),
@@ -34,17 +35,25 @@ def dashboards(
 ) -> None:
     """Prometheus with Halfmoon's rules, and its dashboards for Grafana or as pictures."""
     if action is Action.UP:
-        _up(proxy, port, data)
+        _up(proxy, ca, port, data)
     else:
         _draw(f"http://127.0.0.1:{port}", out, minutes * 60)
 
 
-def configure(folder: Path, proxy: str, interval: str = "") -> Path:
-    """Writes Prometheus' configuration and rules for the cluster of this proxy into folder. interval: of scrapes; empty: the file's."""
+def configure(folder: Path, proxy: str, interval: str = "", ca: Path | None = None) -> Path:
+    """Writes Prometheus' configuration and rules for the cluster of this proxy into folder. interval: of scrapes; empty: the file's.
+
+    ca: who signed the certificate of its pages. None: they have no TLS.
+    """
     shutil.copytree(DEPLOY / "prometheus", folder, dirs_exist_ok=True)
     path = folder / "prometheus.yml"
     config = yaml.safe_load(path.read_text())
-    config["scrape_configs"][0]["http_sd_configs"][0]["url"] = f"http://{proxy}/metrics/targets"
+    scraped = config["scrape_configs"][0]
+    found = scraped["http_sd_configs"][0]
+    found["url"] = f"{'http' if ca is None else 'https'}://{proxy}/metrics/targets"
+    if ca is not None:
+        for asked in (scraped, found):
+            asked["tls_config"] = {"ca_file": str(ca.expanduser().resolve()), "server_name": MEMBER_NAME}
     if interval:
         config["global"] = {"scrape_interval": interval, "evaluation_interval": interval}
     path.write_text(yaml.safe_dump(config, sort_keys=False))
@@ -62,14 +71,14 @@ def arguments(config: Path, data: Path, port: int) -> list[str]:
     ]
 
 
-def _up(proxy: str, port: int, data: Path | None) -> None:
+def _up(proxy: str, ca: Path | None, port: int, data: Path | None) -> None:
     command = shutil.which("prometheus")
     if command is None:
         raise ConfigError("there is no prometheus command here; install it (Debian's package is called prometheus) and call this again")
-    _require_proxy(proxy)
+    _require_proxy(proxy, ca)
     with tempfile.TemporaryDirectory() as folder:
-        config = configure(Path(folder, "config"), proxy)
-        typer.echo(f"Prometheus at http://127.0.0.1:{port} scrapes what http://{proxy}/metrics/targets lists")
+        config = configure(Path(folder, "config"), proxy, ca=ca)
+        typer.echo(f"Prometheus at http://127.0.0.1:{port} scrapes what {proxy}/metrics/targets lists")
         typer.echo(f"Grafana: add it as a Prometheus data source and import the dashboards in {DEPLOY / 'grafana'}")
         running = subprocess.Popen([command, *arguments(config, data or Path(folder, "data"), port)])
         try:
@@ -80,14 +89,16 @@ def _up(proxy: str, port: int, data: Path | None) -> None:
         raise ConfigError(f"prometheus ended with {code}; what it wrote above says why. Is port {port} taken? --port names another")
 
 
-def _require_proxy(proxy: str) -> None:
-    """Raises Unavailable."""
+def _require_proxy(proxy: str, ca: Path | None) -> None:
+    """Raises Unavailable, ConfigError."""
+    opener = page_opener(None if ca is None else read_pem(ca.expanduser()))
     try:
-        with urllib.request.urlopen(f"http://{proxy}/metrics/targets", timeout=5.0):  # nosec B310
+        with opener(f"{proxy}/metrics/targets", 5.0):
             pass
-    except (urllib.error.URLError, OSError) as error:
+    except OSError as error:
         raise Unavailable(
-            f"no proxy answers at http://{proxy}/metrics/targets ({error}); --proxy names the address of its metrics"
+            f"no proxy answers at {proxy}/metrics/targets ({error}); --proxy names the address of its metrics, "
+            "and --ca the authority.pem of a cluster whose members have TLS"
         ) from error
 
 

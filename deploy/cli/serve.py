@@ -174,7 +174,7 @@ def _print_endpoints(supervisor: Supervisor, config: ClusterConfig, device: str)
         f"  OpenAI HTTP  {'https' if config.proxy.tls_certificate else 'http'}://{supervisor.http_address}/v1\n"
         f"  gRPC         {supervisor.grpc_address}\n"
         f"  control      {supervisor.control_address}, for members and operators\n"
-        f"  metrics      http://{supervisor.metrics_address}/metrics\n"
+        f"  metrics      {'https' if config.security.certs else 'http'}://{supervisor.metrics_address}/metrics\n"
         f"  try          halfmoon chat --address {supervisor.grpc_address}",
         highlight=False,
     )

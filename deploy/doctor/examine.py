@@ -61,7 +61,7 @@ async def examine_cluster(address: str, control: Control, api_key: str = "", aut
         return Report(worst_first([gone, *look_at_environment()]), [], None, None)
     found = [ok("proxy", f"{status.model} at {address}, {len(status.members)} members, policy {status.policy}"), *look_at_members(status)]
     links, of_links = await measure_links(status.members, control.credentials)
-    pages = await read_pages(status.members)
+    pages = await read_pages(status.members, control.credentials)
     found += [*of_links, *describe_capacity(status.members, 0), check_prefill_traffic(status, pages)]
     found += [*await check_member_ports(status.members), *check_clocks(pages)]
     probe = await send_probe(address, served_len(status.members), api_key, authority)

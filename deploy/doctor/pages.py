@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-import urllib.request
 from collections.abc import Sequence
 from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from ...protocol.credentials import Credentials
 from ...protocol.v1 import control_pb2
 from ..checks.finding import Finding, ok
+from ..page_opener import PageOpener, page_opener
 
 TIMEOUT_S = 3.0
 MAX_SKEW_S = 2.0  # a page's date has whole seconds
@@ -24,16 +25,17 @@ class Page(NamedTuple):
     skew_s: float | None  # of the member's clock, ahead of ours
 
 
-async def read_pages(members: Sequence[control_pb2.StatusReply.Member]) -> list[Page]:
-    """Of all members that can be reached."""
+async def read_pages(members: Sequence[control_pb2.StatusReply.Member], credentials: Credentials) -> list[Page]:
+    """Of all members that can be reached. credentials: of the cluster, whose pages have TLS where members have."""
+    opener = page_opener(None if credentials.tls is None else credentials.tls.authority)
     infos = [member.info for member in members if member.info.metrics_address]
-    read = await asyncio.gather(*(asyncio.to_thread(_read, info.id, info.metrics_address) for info in infos))
+    read = await asyncio.gather(*(asyncio.to_thread(_read, opener, info.id, info.metrics_address) for info in infos))
     return [page for page in read if page is not None]
 
 
-def _read(member_id: str, address: str) -> Page | None:
+def _read(opener: PageOpener, member_id: str, address: str) -> Page | None:
     try:
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=TIMEOUT_S) as reply:  # nosec B310
+        with opener(f"{address}/metrics", TIMEOUT_S) as reply:
             date, text = reply.headers.get("Date"), reply.read().decode()
     except OSError:
         return None  # check_member_ports names it

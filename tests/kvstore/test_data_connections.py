@@ -7,17 +7,18 @@ import dataclasses
 import socket
 import ssl
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from halfmoon.deploy.certificates import init
+from halfmoon.deploy.certificates import init, rotate
 from halfmoon.kvstore import data_server
 from halfmoon.kvstore.data_lanes import DataLanes, read_reply
 from halfmoon.kvstore.data_wire import PIECE_BYTES, Op, Request, receive_into, send_views
 from halfmoon.kvstore.receive_buffers import ReceiveBuffers
 from halfmoon.kvstore.server import StoreServer
-from halfmoon.protocol.credentials import Credentials
+from halfmoon.protocol.credentials import Credentials, SocketTls
 from halfmoon.protocol.errors import HandoffAborted, InvalidRequest, LeaseExpired, StoreUnavailable, WorkerLost
 from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.tls import MEMBER_NAME, Tls
@@ -27,9 +28,14 @@ WIDE = KVSchema(model_fingerprint="w" * 16, dtype="float32", num_layers=2, num_k
 
 
 @pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Tls:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("certs")
     init(folder, [], 1)
+    return folder
+
+
+@pytest.fixture
+def certificates(folder: Path) -> Tls:
     return Tls.of_members(folder)
 
 
@@ -43,8 +49,8 @@ def lanes_of(client) -> DataLanes:
 
 
 def knock(store: StoreServer, tls: Tls | None, token: bytes = b"x" * 32) -> None:
-    context = None if tls is None else tls.context(server_side=False)
-    with DataLanes("store", "127.0.0.1", store._running().data.port, token, context).take():
+    of_client = None if tls is None else SocketTls.of_client(Credentials("x" * 32, tls))
+    with DataLanes("store", "127.0.0.1", store._running().data.port, token, of_client).take():
         raise AssertionError("it was let in")
 
 
@@ -66,6 +72,37 @@ async def test_with_tls_nobody_talks_in_the_clear_or_under_another_authority(kv,
             await asyncio.to_thread(knock, store, tls, token)
     sent = await kv.hand_off(client, "r1", 3)
     assert np.array_equal(await kv.read(await client.fetch("r1", 1, 5)), sent)
+
+
+@pytest.mark.parametrize("credentials", ["TLS"], indirect=True)
+async def test_after_a_change_lanes_stay_and_new_ones_have_the_new_certificates(kv, store, attach_to, credentials, folder) -> None:
+    client = await attach_to(store.address, "prefill-0", transport="tcp")
+    before, lane = credentials.tls, next(iter(lanes_of(client)._open))
+    rotate(folder, [], 1)
+    credentials.renew(Tls.of_members(folder))
+    sent = await kv.hand_off(client, "r1", 3)
+    assert lane in lanes_of(client)._open and shown(lane) == before.certificate
+    for connection in list(store._running().data._connections):
+        connection.shut_down()
+    await until(lambda: not store._running().data._connections)
+    assert np.array_equal(await kv.read(await client.fetch("r1", 1, 5)), sent)
+    assert {shown(lane) for lane in lanes_of(client)._open} == {credentials.tls.certificate} != {before.certificate}
+    expired = expired_certificates(folder)
+    with pytest.raises(OSError):
+        await asyncio.to_thread(knock, store, expired, client._connection.welcome.data.token)
+
+
+def shown(lane: ssl.SSLSocket) -> bytes:
+    """By the store."""
+    return ssl.DER_cert_to_PEM_cert(lane.getpeercert(binary_form=True) or b"").encode()
+
+
+def expired_certificates(folder: Path) -> Tls:
+    """Of the same authority; the folder has good ones again afterwards."""
+    rotate(folder, [], 0)
+    expired = Tls.of_members(folder)
+    rotate(folder, [], 1)
+    return expired
 
 
 async def test_a_session_s_end_closes_its_connections_and_its_token(kv, store, attach_to) -> None:

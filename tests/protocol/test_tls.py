@@ -15,6 +15,7 @@ from halfmoon.deploy.certificates import init, rotate
 from halfmoon.protocol.channel import create_server, open_channel
 from halfmoon.protocol.credentials import Credentials
 from halfmoon.protocol.errors import ConfigError
+from halfmoon.protocol.front_tls import FrontCertificate
 from halfmoon.protocol.tls import FRONT, MEMBER, Tls, read_pem
 
 TOKEN = "0123456789abcdef0123456789abcdef"
@@ -79,7 +80,7 @@ async def test_new_certificates_of_one_authority_get_on_with_old_ones(folders: t
 
 async def test_the_clients_port_shows_the_front_s_certificate_and_asks_for_none(folders: tuple[Path, Path]) -> None:
     ours = folders[0]
-    certificate = read_pem(ours / f"{FRONT}.key"), read_pem(ours / f"{FRONT}.pem")
+    certificate = FrontCertificate(ours / f"{FRONT}.pem", ours / f"{FRONT}.key")
     server, port = create_server("127.0.0.1", 0, certificate=certificate)
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler("test.Echo", {"Say": grpc.unary_unary_rpc_method_handler(echo)}),)

@@ -6,14 +6,17 @@ text is put in: head + "…" + tail.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from json.encoder import encode_basestring
 from typing import Any
 
+from ...protocol.errors import HalfmoonError
 from ..requests.generation import ChoiceEnd, Generation, GenerationEvent, TextDelta
 from ..text.answer_parts import Content, Part
 from .encoded import to_json
-from .errors import error_body, typed
-from .replies import Shape
+from .errors import error_body
+from .event_writer import EventWriter
+from .replies import Shape, WholeChoice
 
 DONE = b"data: [DONE]\n\n"
 _HOLE = "\0"  # stands in a frame where the text goes
@@ -23,43 +26,43 @@ def to_event(value: Any) -> bytes:
     return f"data: {to_json(value)}\n\n".encode()
 
 
-class ChunkWriter:
-    """path: the route's, which the wording of errors depends on.
-
-    usage: a chunk of it at the end. running_usage: every chunk says the tokens of its choice so far.
-    """
+class ChunkWriter(EventWriter):
+    """usage: a chunk of it at the end. running_usage: every chunk says the tokens of its choice so far."""
 
     def __init__(self, generation: Generation, shape: Shape, path: str, *, usage: bool = False, running_usage: bool = False) -> None:
-        self._generation = generation
+        super().__init__(generation, path)
         self._shape = shape
         self._wants_usage = usage
         self._running_usage = running_usage
         self._num_tokens: dict[int, int] = {}  # of the choices, so far
-        self._path = path
-        self._begun = False
-        self._over = False
         self._frames: dict[int, tuple[bytes, bytes]] = {}  # of the choices that have begun
         self._ends: list[ChoiceEnd] = []
 
-    async def next(self) -> bytes:
-        """The next events; b"" at the end. An error before the first event is raised; a later one is sent as an event."""
-        while not self._over:
-            try:
-                events = await self._generation.next_events()
-            except Exception as error:  # the process boundary: a client must learn of every end, even if a bug caused it
-                if not self._begun:
-                    raise
-                self._over = True
-                return to_event(error_body(typed(error, self._path), self._path))
-            found = b"" if events else self._last()
+    async def whole(self) -> list[bytes]:
+        choices = [WholeChoice(index) for index in range(self._generation.num_choices)]
+        while events := await self._generation.next_events():
             for event in events:
-                if event.index not in self._frames:
-                    found += await self._opening(event.index)
-                found += self._of(event)
-            if found:
-                self._begun = True
-                return found
-        return b""
+                choice = choices[event.index]
+                if isinstance(event, ChoiceEnd):
+                    choice.end = event
+                    choice.parts.extend(self._shape.parts(event.index, None))
+                else:
+                    choice.texts.append(event.text)
+                    choice.parts.extend(self._shape.parts(event.index, event.text))
+                    choice.token_texts.extend(event.token_texts)
+                    choice.token_ids.extend(event.token_ids)
+        return await self._shape.whole_json(choices)
+
+    async def _written(self, events: Sequence[GenerationEvent]) -> bytes:
+        found = b"" if events else self._last()
+        for event in events:
+            if event.index not in self._frames:
+                found += await self._opening(event.index)
+            found += self._of(event)
+        return found
+
+    def _failed(self, error: HalfmoonError) -> bytes:
+        return to_event(error_body(error, self._path))
 
     def _of(self, event: GenerationEvent) -> bytes:
         if isinstance(event, ChoiceEnd):
@@ -99,7 +102,6 @@ class ChunkWriter:
         return b"".join((head, encode_basestring(text).encode(), tail))
 
     def _last(self) -> bytes:
-        self._over = True
         return (to_event(self._shape.usage_chunk(self._ends)) if self._wants_usage else b"") + DONE
 
     def _event(self, chunk: dict[str, Any], index: int) -> bytes:

@@ -50,12 +50,7 @@ _BODIES: dict[str, type[BaseModel]] = {
 
 
 def error_body(error: HalfmoonError, path: str) -> dict[str, Any]:
-    names = {
-        "timeout_s": "timeout",
-        "num_prompt_logprobs": "prompt_logprobs",
-        "ttft_slo_s": "slo.ttft",
-        "tpot_slo_s": "slo.tpot",
-    } | _NAMES.get(path, {})
+    names = _COMMON_NAMES | _NAMES.get(path, {})
     message, param = error.message, error.fields.get("param")
     if param in names:
         message, param = message.replace(param, names[param]), names[param]

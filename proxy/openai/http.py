@@ -9,7 +9,6 @@ GET  /v1/models · /v1/models/{id}       /health, /ping: the process lives    /r
 
 from __future__ import annotations
 
-import contextlib
 import time
 from typing import Any
 
@@ -22,7 +21,7 @@ from ...protocol.version import package_version
 from ..page.routes import add_page
 from ..request_process import RequestProcess
 from ..requests.generate_request import no_such_model
-from ..requests.generation import ChoiceEnd, Generation, Generator
+from ..requests.generation import Generation, Generator
 from ..requests.readiness import missing_parts
 from ..tenants.gate import Gate
 from .asked import asked
@@ -46,11 +45,11 @@ from .described import (
 )
 from .encoded import PartsResponse, to_json
 from .errors import install_error_handlers
-from .event_stream import EventStream, until_disconnect
+from .event_writer import reply
 from .head import head_as_get
 from .keyed import keyed
 from .messages.routes import add_messages
-from .replies import ChatShape, CompletionShape, Shape, WholeChoice
+from .replies import ChatShape, CompletionShape, Shape
 from .responses_body import ResponsesBody, told_by_own_names
 from .responses_described import responses_streamed
 from .responses_reply import ResponseWriter, echo_of
@@ -69,7 +68,6 @@ def _routes(generator: Generator, process: RequestProcess, *, shows_requests: bo
     app = DescribedApp(title="Halfmoon", docs_url=None, redoc_url=None)
     install_error_handlers(app, generator.router.metrics.faces)
     app.router.route_class = body_route(process, generator.router.config)
-    started = int(time.time())
 
     if generator.router.config.page:
         add_page(app, generator, shows_requests=shows_requests)
@@ -96,12 +94,20 @@ def _routes(generator: Generator, process: RequestProcess, *, shows_requests: bo
     @app.post("/v1/responses", responses=responses_streamed())
     async def responses(body: ResponsesBody, request: Request) -> Response:
         """Answers a conversation, in the form of OpenAI's Responses. Nothing is stored."""
+        echo = await echo_of(body)
         with told_by_own_names():
             generation = await generator.open(asked(body, request))
-        return await _response(request, generation, body)
+        writer = ResponseWriter(generation, echo, request.url.path)
+        return await reply(request, generation, writer, stream=bool(body.stream), headers=_headers(request))
 
     add_messages(app, generator)
+    _add_tokens(app, generator)
+    _add_models(app, generator)
+    _add_states(app, generator)
+    return app
 
+
+def _add_tokens(app: FastAPI, generator: Generator) -> None:
     @app.post("/tokenize", responses=replies(TokenizeReply, 404, 413, 415))
     async def tokenize(body: TokenizeBody) -> Response:
         """The tokens of a text, or of a chat by the model's template."""
@@ -113,6 +119,10 @@ def _routes(generator: Generator, process: RequestProcess, *, shows_requests: bo
     async def detokenize(body: DetokenizeBody) -> Response:
         """The text of tokens, special ones included."""
         return _json({"prompt": await generator.detokenize(body.model or "", body.tokens)})
+
+
+def _add_models(app: FastAPI, generator: Generator) -> None:
+    started = int(time.time())
 
     @app.get("/v1/models", responses=replies(ModelsReply))
     async def models() -> Response:
@@ -126,6 +136,8 @@ def _routes(generator: Generator, process: RequestProcess, *, shows_requests: bo
             raise UnknownModel(no_such_model(name, generator.card.name), param="model")
         return _json(_model(generator, started))
 
+
+def _add_states(app: FastAPI, generator: Generator) -> None:
     @app.get("/health", responses=replies(HealthReply))
     async def health() -> Response:
         """200: the process lives."""
@@ -148,49 +160,14 @@ def _routes(generator: Generator, process: RequestProcess, *, shows_requests: bo
         missing = missing_parts(generator.router)
         return _json({"ready": not missing, "missing": missing}, status=503 if missing else 200)
 
-    return app
-
 
 async def _reply(request: Request, generation: Generation, shape: Shape, body: GenerateBody) -> Response:
-    headers = {"x-request-id": request.state.request_id}
-    async with contextlib.AsyncExitStack() as stack:
-        await stack.enter_async_context(generation)
-        if not body.stream:
-            choices = await until_disconnect(request.receive, _collect(generation, shape))
-            return PartsResponse(await shape.whole_json(choices), headers)
-        writer = ChunkWriter(generation, shape, request.url.path, usage=body.wants_usage, running_usage=body.wants_running_usage)
-        # the status line waits for the first event, so an error before it still gets its own status
-        first = await until_disconnect(request.receive, writer.next())
-        stack.pop_all()  # from here on the stream closes the generation
-        return EventStream(generation, first, writer, headers)
+    writer = ChunkWriter(generation, shape, request.url.path, usage=body.wants_usage, running_usage=body.wants_running_usage)
+    return await reply(request, generation, writer, stream=bool(body.stream), headers=_headers(request))
 
 
-async def _response(request: Request, generation: Generation, body: ResponsesBody) -> Response:
-    headers = {"x-request-id": request.state.request_id}
-    async with contextlib.AsyncExitStack() as stack:
-        await stack.enter_async_context(generation)
-        writer = ResponseWriter(generation, await echo_of(body), request.url.path)
-        if not body.stream:
-            return PartsResponse([await until_disconnect(request.receive, writer.whole())], headers)
-        first = await until_disconnect(request.receive, writer.next())  # as in _reply
-        stack.pop_all()
-        return EventStream(generation, first, writer, headers)
-
-
-async def _collect(generation: Generation, shape: Shape) -> list[WholeChoice]:
-    choices = [WholeChoice(index) for index in range(generation.num_choices)]
-    while events := await generation.next_events():
-        for event in events:
-            choice = choices[event.index]
-            if isinstance(event, ChoiceEnd):
-                choice.end = event
-                choice.parts.extend(shape.parts(event.index, None))
-            else:
-                choice.texts.append(event.text)
-                choice.parts.extend(shape.parts(event.index, event.text))
-                choice.token_texts.extend(event.token_texts)
-                choice.token_ids.extend(event.token_ids)
-    return choices
+def _headers(request: Request) -> dict[str, str]:
+    return {"x-request-id": request.state.request_id}
 
 
 def _model(generator: Generator, created: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ..requests.generate_request import GenerateRequest
 from ..text.chat_template import ChatMessage
 from .responses_items import Input, to_messages
 from .tool_bodies import MAX_TOOLS, FunctionBody, NamedFunction, NamedToolChoice, ToolBody
-from .types import MAX_FIELDS, ChatBody, Checked, SloBody
+from .types import ChatBody, Checked, SloBody, require_bounded, served
 
 IGNORED = frozenset("user service_tier safety_identifier max_tool_calls stream_options".split()) | {
     *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention")
@@ -158,17 +158,8 @@ class ResponsesBody(BaseModel):
         if not isinstance(body, dict):
             return body
         body = cast(dict[str, Any], body)
-        if len(body) > MAX_FIELDS:
-            raise InvalidRequest(f"the body has {len(body)} fields; it may have {MAX_FIELDS}")
-        for name, limit in MAX_LENGTHS.items():
-            value = body.get(name)
-            if isinstance(value, list) and len(cast(list[Any], value)) > limit:
-                raise InvalidRequest(f"{name} has {len(cast(list[Any], value))} items; it may have {limit}", param=name)
-        for name, harmless in REFUSED.items():
-            value = body.get(name)
-            if value is not None and value != [] and value not in harmless:
-                raise InvalidRequest(f"{name} is not supported; leave it out", param=name)
-        return {name: value for name, value in body.items() if name not in IGNORED and name not in REFUSED}
+        require_bounded(body, MAX_LENGTHS)
+        return served(body, IGNORED, REFUSED)
 
     @property
     def chat(self) -> list[ChatMessage]:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from ...client.completion import PhaseRecord
+from ...protocol.errors import HalfmoonError
 from ...protocol.v1 import common_pb2
-from ..requests.generation import ChoiceEnd, Generation
+from ..requests.generation import ChoiceEnd, Generation, GenerationEvent
 from .encoded import items, listed, to_json
-from .errors import error_body, typed
+from .errors import error_body
+from .event_writer import EventWriter
 from .responses_body import ResponsesBody
 from .responses_output import Event, OutputItems
 
@@ -105,36 +108,14 @@ class ResponseObject:
         }
 
 
-class ResponseWriter:
-    """The stream of a response. path: the route's, which the wording of errors depends on."""
-
+class ResponseWriter(EventWriter):
     def __init__(self, generation: Generation, echo: bytes, path: str) -> None:
-        self._generation = generation
+        super().__init__(generation, path)
         self._object = ResponseObject(generation, echo)
         self._output = OutputItems(generation.request_id, generation.form)
-        self._path = path
         self._num_events = 0
-        self._over = False
 
-    async def next(self) -> bytes:
-        """The next events; b"" at the end. An error before the first event is raised; a later one is a failed response."""
-        while not self._over:
-            try:
-                events = await self._generation.next_events()
-            except Exception as error:  # the process boundary: a client must learn of every end, even if a bug caused it
-                if not self._num_events:
-                    raise
-                self._over = True
-                told = error_body(typed(error, self._path), self._path)["error"]
-                return self._about("response.failed", self._object.failed(self._output, told))
-            self._over = not events
-            begun = b"" if self._num_events else self._opening()
-            if found := begun + b"".join(self._of(event) for event in events):
-                return found
-        return b""
-
-    async def whole(self) -> bytes:
-        """The object at the end. Raises what ended the generation."""
+    async def whole(self) -> list[bytes]:
         found = b""
         while events := await self._generation.next_events():
             for event in events:
@@ -143,13 +124,20 @@ class ResponseWriter:
                     _, found = self._object.ended(self._output, event)
                 else:
                     self._output.take(event)
-        return found
+        return [found]
+
+    async def _written(self, events: Sequence[GenerationEvent]) -> bytes:
+        return (b"" if self._begun else self._opening()) + b"".join(map(self._of, events))
+
+    def _failed(self, error: HalfmoonError) -> bytes:
+        """The last event: the response with the error."""
+        return self._about("response.failed", self._object.failed(self._output, error_body(error, self._path)["error"]))
 
     def _opening(self) -> bytes:
         begun = self._object.begun()
         return self._about("response.created", begun) + self._about("response.in_progress", begun)
 
-    def _of(self, event: Any) -> bytes:
+    def _of(self, event: GenerationEvent) -> bytes:
         if not isinstance(event, ChoiceEnd):
             return b"".join(map(self._event, self._output.take(event)))
         told = b"".join(map(self._event, self._output.end(complete=is_complete(event))))

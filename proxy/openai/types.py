@@ -6,7 +6,7 @@ known, not served    refused, unless empty (REFUSED)     unknown                
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, PrivateAttr, model_validator
@@ -102,14 +102,27 @@ def _with_dropped_fields(schema: dict[str, Any]) -> None:
         schema["properties"][name] = {"description": "changes nothing" if name in IGNORED else "not served; a value may ask for nothing"}
 
 
-def require_bounded(body: Mapping[str, Any]) -> None:
+def require_bounded(body: Mapping[str, Any], max_lengths: Mapping[str, int] = MAX_LENGTHS) -> None:
     """Raises InvalidRequest for more fields or items than any honest body has."""
     if len(body) > MAX_FIELDS:
         raise InvalidRequest(f"the body has {len(body)} fields; it may have {MAX_FIELDS}")
-    for name, limit in MAX_LENGTHS.items():
+    for name, limit in max_lengths.items():
         value = body.get(name)
         if isinstance(value, (list, dict)) and len(value) > limit:
             raise InvalidRequest(f"{name} has {len(value)} items; it may have {limit}", param=name)
+
+
+def served(body: Mapping[str, Any], ignored: Container[str], refused: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """The fields that are neither. Raises InvalidRequest for a refused one, unless its value asks for nothing.
+
+    Args:
+        refused: name -> values that ask for nothing; null and an empty list never ask for anything.
+    """
+    for name, harmless in refused.items():
+        value = body.get(name)
+        if value is not None and value != [] and value not in harmless:
+            raise InvalidRequest(f"{name} is not supported; leave it out", param=name)
+    return {name: value for name, value in body.items() if name not in ignored and name not in refused}
 
 
 class GenerateBody(BaseModel):
@@ -163,12 +176,9 @@ class GenerateBody(BaseModel):
         prompts = body.get("prompt")
         if isinstance(prompts, list) and len(prompts) > MAX_CHOICES and isinstance(prompts[0], (str, list)):
             raise InvalidRequest(f"there are {len(prompts)} prompts; a request may have {MAX_CHOICES} choices", param="prompt")
-        dropped = (IGNORED | REFUSED.keys()) - cls.model_fields.keys()
-        for name, harmless in REFUSED.items():
-            value = body.get(name)
-            if name in dropped and value is not None and value != [] and value not in harmless:
-                raise InvalidRequest(f"{name} is not supported; leave it out", param=name)
-        return {name: value for name, value in body.items() if name not in dropped}
+        fields = cls.model_fields
+        refused = {name: harmless for name, harmless in REFUSED.items() if name not in fields}
+        return served(body, IGNORED - fields.keys(), refused)
 
     @property
     def wants_usage(self) -> bool:

@@ -11,7 +11,7 @@ from ....protocol.grammar import Grammar
 from ...requests.generate_request import GenerateRequest
 from ...text.chat_template import ChatMessage, ChatOptions
 from ...text.tools import ToolUse
-from ..types import Checked, ContentPart, require_bounded
+from ..types import Checked, ContentPart, require_bounded, served
 from .blocks import MessageBody, chat_of
 from .tools import Tool, ToolChoice, message_tool_use
 
@@ -19,6 +19,7 @@ IGNORED = frozenset(
     "cache_control context_management diagnostics inference_geo metadata service_tier speed user_profile_id workspace_id".split()
 )
 REFUSED = frozenset(("container", "mcp_servers"))
+_REFUSED: dict[str, tuple[Any, ...]] = {name: (False, "", {}) for name in sorted(REFUSED)}  # with what asks for nothing
 _HIGHEST = {"max": "xhigh"}  # Anthropic's name for more than xhigh, and the highest effort that templates know
 _SAMPLING = ("temperature", "top_k", "top_p")
 
@@ -86,10 +87,7 @@ class CountTokensBody(BaseModel):
             return body
         body = cast(dict[str, Any], body)
         require_bounded(body)
-        for name in sorted(REFUSED):
-            if body.get(name):
-                raise InvalidRequest(f"{name} is not supported; leave it out", param=name)
-        return {name: value for name, value in body.items() if name not in IGNORED | REFUSED}
+        return served(body, IGNORED, _REFUSED)
 
     @property
     def chat(self) -> list[ChatMessage]:

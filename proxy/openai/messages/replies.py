@@ -12,12 +12,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from ....protocol.errors import HalfmoonError
 from ....protocol.v1 import common_pb2
 from ...requests.generation import ChoiceEnd, Generation, GenerationEvent
 from ...text.answer_form import AnswerForm
 from ...text.answer_parts import CallArguments, CallBegin, Content, Part, Reasoning
 from ..encoded import to_json
-from ..errors import typed
+from ..event_writer import EventWriter
 from .errors import messages_error
 
 NO_SIGNATURE = ""  # of thinking, which nobody here checks
@@ -42,17 +43,6 @@ class AnswerReader:
         return self._parser.push(event.text)
 
 
-async def whole_message(generation: Generation) -> dict[str, Any]:
-    """Raises the error that ended the generation."""
-    reader, parts, end = AnswerReader(generation.form), list[Part](), None
-    while events := await generation.next_events():
-        for event in events:
-            parts += reader.parts(event)
-            end = event if isinstance(event, ChoiceEnd) else end
-    assert end is not None, "a generation ends with its choice"
-    return _message(generation, content_blocks(parts)) | _ended(end, reader) | {"usage": _usage(end)}
-
-
 def content_blocks(parts: Sequence[Part]) -> list[dict[str, Any]]:
     arguments: dict[int, list[str]] = {}
     for part in parts:
@@ -69,36 +59,29 @@ def content_blocks(parts: Sequence[Part]) -> list[dict[str, Any]]:
     return blocks
 
 
-class EventWriter:
-    """path: the route's, for the log."""
-
+class MessageWriter(EventWriter):
     def __init__(self, generation: Generation, path: str) -> None:
-        self._generation = generation
+        super().__init__(generation, path)
         self._reader = AnswerReader(generation.form)
-        self._path = path
-        self._begun = False
-        self._over = False
         self._open: type[Part] | None = None  # what the open block is made of
         self._num_blocks = 0
 
-    async def next(self) -> bytes:
-        """The next events; b"" at the end. An error before the first event is raised; a later one is sent as an event."""
-        while not self._over:
-            try:
-                events = await self._generation.next_events()
-            except Exception as error:  # the process boundary: a client must learn of every end, even if a bug caused it
-                if not self._begun:
-                    raise
-                self._over = True
-                return _event(messages_error(typed(error, self._path)))
-            self._over = not events
-            found = b"".join([self._of(event) for event in events])
-            if found and not self._begun:
-                self._begun = True
-                return self._start() + found
-            if found:
-                return found
-        return b""
+    async def whole(self) -> list[bytes]:
+        parts, end = list[Part](), None
+        while events := await self._generation.next_events():
+            for event in events:
+                parts += self._reader.parts(event)
+                end = event if isinstance(event, ChoiceEnd) else end
+        assert end is not None, "a generation ends with its choice"
+        message = _message(self._generation, content_blocks(parts)) | _ended(end, self._reader) | {"usage": _usage(end)}
+        return [to_json(message).encode()]
+
+    async def _written(self, events: Sequence[GenerationEvent]) -> bytes:
+        found = b"".join([self._of(event) for event in events])
+        return self._start() + found if found and not self._begun else found
+
+    def _failed(self, error: HalfmoonError) -> bytes:
+        return _event(messages_error(error))
 
     def _start(self) -> bytes:
         # how many tokens are cached is known at the end

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from ...requests.generation import Generator
 from ..asked import asked
 from ..encoded import PartsResponse, to_json
-from ..event_stream import EventStream, until_disconnect
+from ..event_writer import reply
 from .bodies import CountTokensBody, MessagesBody
 from .described import CountTokensReply, MessagesReply, messages_replies, streamed_messages
 from .errors import ROUTE
-from .replies import EventWriter, whole_message
+from .replies import MessageWriter
 
 
 def add_messages(app: FastAPI, generator: Generator) -> None:
@@ -24,16 +22,7 @@ def add_messages(app: FastAPI, generator: Generator) -> None:
         generation = await generator.open(asked(body, request))
         request_id: str = request.state.request_id
         headers = {"x-request-id": request_id, "request-id": request_id}
-        async with contextlib.AsyncExitStack() as stack:
-            await stack.enter_async_context(generation)
-            if not body.stream:
-                found = await until_disconnect(request.receive, whole_message(generation))
-                return PartsResponse([to_json(found).encode()], headers)
-            writer = EventWriter(generation, ROUTE)
-            # the status line waits for the first event, so an error before it still gets its own status
-            first = await until_disconnect(request.receive, writer.next())
-            stack.pop_all()  # from here on the stream closes the generation
-            return EventStream(generation, first, writer, headers)
+        return await reply(request, generation, MessageWriter(generation, ROUTE), stream=bool(body.stream), headers=headers)
 
     @app.post(f"{ROUTE}/count_tokens", responses=messages_replies(CountTokensReply, 404, 413, 415))
     async def count_tokens(body: CountTokensBody) -> Response:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..engine.page_allocator import PageAllocator
-from ..engine.prompt_turns import LeftS, PromptTurns, turn_of
+from ..engine.prompt_turns import LATE_SPARE, LeftS, PromptTurns, turn_of
 from ..engine.sequence import Sequence, StepChunk
 from ..engine.step_budget import DecodeLoad
 from ..protocol.blocks import div_ceil
@@ -31,8 +31,6 @@ from ..protocol.errors import ConfigError, PromptTooLong
 from ..protocol.timing.chunk_sizer import token_target_s
 from ..protocol.timing.step_cost import ChunkWork, StepWork
 from ..protocol.v1 import common_pb2
-
-LATE_SPARE = 4  # one part of so many of all pages, that prompts which are late leave free
 
 
 class Step(NamedTuple):
@@ -145,14 +143,9 @@ class DecodeScheduler:
         insort(self._waiting, entry, key=_turn)
 
     def arrange(self, now_s: float, left_s: LeftS) -> None:
-        """Prompts that are due get turns by that: those that have pages, and those that wait for some.
-
-        Args:
-            now_s: of the clock of Sequence.due.
-            left_s: of a prompt, or the part of one that is left.
-        """
+        """Prompts that are due get turns by that: those that have pages, and those that wait for some. See PromptTurns."""
         entries = itertools.chain(self._running, self._loading, self._waiting)
-        prompts = [(entry, _work(entry)) for entry in entries if _num_missing(entry) > 1]
+        prompts = ((entry, _work(entry)) for entry in entries if _num_missing(entry) > 1)
         if self._turns.arrange(prompts, now_s, left_s):
             self._waiting.sort(key=_turn)
 

@@ -6,14 +6,14 @@ entries whose first token is due at some moment ─arrange─► entry.turn, ent
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from ..protocol.timing.step_cost import ChunkWork
 from ..protocol.timing.turns import LONG_STEPS, Turn, arrange, long_overdue
 from .sequence import Sequence
 
+LATE_SPARE = 4  # one part of so many of all pages, that prompts which are late leave free
 AGAIN_S = 0.05  # after which prompts that neither came nor went are arranged anew: they are partly computed, and nearer to be due
 
 LeftS = Callable[[ChunkWork], float]  # seconds of the worker that a prompt still takes
@@ -34,8 +34,13 @@ class PromptTurns:
         self._arranged_s = -math.inf
         self._num_arrangements = 0
 
-    def arrange(self, prompts: Items[tuple[WaitingPrompt, ChunkWork]], now_s: float, left_s: LeftS) -> bool:
-        """Gives them their turns. False where all keep those that they have."""
+    def arrange(self, prompts: Iterable[tuple[WaitingPrompt, ChunkWork]], now_s: float, left_s: LeftS) -> bool:
+        """Gives them their turns. False where all keep those that they have; prompts may not have been looked at then.
+
+        Args:
+            now_s: of the clock of Sequence.due.
+            left_s: of a prompt, or the part of one that is left.
+        """
         if not self.changed and now_s < self._arranged_s + AGAIN_S:
             return False
         self.changed, self._arranged_s = False, now_s

@@ -6,6 +6,7 @@ who decodes next, what waits ──────────────┴─►
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
@@ -56,8 +57,8 @@ class StepBudget:
 
     def left_s(self, load: DecodeLoad) -> LeftS:
         """Seconds that a prompt takes beside what is decoded now."""
-        pace = self._sizer.pace(self._fit, load.decodes, load.target_s)
-        return lambda work: pace * self._sizer.alone_s(self._fit, work)
+        pace = functools.cache(lambda: self._sizer.pace(self._fit, load.decodes, load.target_s))  # most steps keep their turns
+        return lambda work: pace() * self._sizer.alone_s(self._fit, work)
 
     def seconds(self, chunks: Seq[StepChunk]) -> float:
         """Predicted, of a step."""

@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..engine.page_allocator import PageAllocator
-from ..engine.prompt_turns import LeftS, PromptTurns, turn_of
+from ..engine.prompt_turns import LATE_SPARE, LeftS, PromptTurns, turn_of
 from ..engine.sequence import Sequence, StepChunk
 from ..protocol.blocks import div_ceil
 from ..protocol.errors import ConfigError, PromptTooLong
 from ..protocol.timing.step_cost import ChunkWork
-
-LATE_SPARE = 4  # one part of so many of all pages, that prompts which are late leave free
 
 
 class Step(NamedTuple):
@@ -132,13 +130,8 @@ class PrefillScheduler:
         insort(self._waiting, entry, key=_turn)
 
     def arrange(self, now_s: float, left_s: LeftS) -> None:
-        """Prompts that are due get turns by that: those started, and those that wait for pages.
-
-        Args:
-            now_s: of the clock of Sequence.due.
-            left_s: of a prompt, or the part of one that is left.
-        """
-        prompts = [(entry, _work(entry)) for entry in itertools.chain(self._started, self._waiting)]
+        """Prompts that are due get turns by that: those started, and those that wait for pages. See PromptTurns."""
+        prompts = ((entry, _work(entry)) for entry in itertools.chain(self._started, self._waiting))
         if self._turns.arrange(prompts, now_s, left_s):
             self._started.sort(key=_turn)
             self._waiting.sort(key=_turn)

@@ -27,6 +27,7 @@ from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import common_pb2, control_pb2, kvstore_pb2, kvstore_pb2_grpc, worker_pb2, worker_pb2_grpc
 from halfmoon.proxy.server import ProxyServer
 from halfmoon.proxy.text.tokenizer import Tokenizer
+from halfmoon.tests.feeds import Feeds
 
 VOCAB_SIZE = 400
 FACE_TOKEN = "the-token-of-a-cluster-of-scripted-workers"
@@ -115,29 +116,6 @@ def prompt_scores(sequence: common_pb2.SequenceSpec, size: int = 3) -> list[comm
                 part.top_logprobs.append(-rank / 4)
         parts.append(part)
     return parts
-
-
-class Feeds:
-    """The token feeds of scripted workers: each token is a message of its own."""
-
-    def __init__(self) -> None:
-        self._steps: dict[str, asyncio.Queue[worker_pb2.StepTokens]] = {}
-
-    async def serve(self, request: worker_pb2.TokensRequest, context: Any) -> None:
-        steps = self._steps[request.feed_id] = asyncio.Queue()
-        await context.write(worker_pb2.StepTokens())
-        while True:
-            await context.write(await steps.get())
-
-    def give(self, request: worker_pb2.DecodeRequest, token: common_pb2.TokenOutput) -> None:
-        assert request.feed_id and request.call
-        step = worker_pb2.StepTokens()
-        if token.HasField("logprob"):
-            step.outputs.add(call=request.call, token=token)
-        else:
-            step.calls.append(request.call)
-            step.token_ids.append(token.token_id)
-        self._steps[request.feed_id].put_nowait(step)
 
 
 class ScriptedWorkers(worker_pb2_grpc.PrefillWorkerServicer, worker_pb2_grpc.DecodeWorkerServicer, kvstore_pb2_grpc.KVStoreServicer):
@@ -295,6 +273,16 @@ class Face:
     def reset(self) -> None:
         """The workers as they were: ANSWER for everyone, and an end-of-sequence token."""
         self.call(self._reset())
+
+    def says(self, *answers: str) -> None:
+        """One after the other, then the last one for ever; each character is a token where the tokenizer has no longer one."""
+        left = list(answers)
+
+        def script(sequence: Any) -> list[int]:
+            text = left.pop(0) if len(left) > 1 else left[0]
+            return [*self.tokenizer.encode(text, add_special_tokens=False), 1]
+
+        self.workers.script = script
 
     def open_gate(self) -> None:
         self._loop.call_soon_threadsafe(self.workers.gate.set)

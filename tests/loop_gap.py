@@ -1,4 +1,4 @@
-"""How long an event loop stands still while something else happens."""
+"""How long an event loop stands still while something else happens, and how often it turns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import concurrent.futures
 import contextlib
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 BEAT_S = 0.001
@@ -55,3 +55,24 @@ def loop_gap(loop: asyncio.AbstractEventLoop) -> Iterator[LoopGap]:
     else:
         loop.call_soon_threadsafe(end, done)
     done.result(30)
+
+
+class LoopTurns:
+    num = 0
+
+
+@contextlib.asynccontextmanager
+async def counted_turns() -> AsyncIterator[LoopTurns]:
+    """How often the event loop serves others meanwhile."""
+    turns = LoopTurns()
+
+    async def others() -> None:
+        while True:
+            turns.num += 1
+            await asyncio.sleep(0)
+
+    beside = asyncio.create_task(others())
+    try:
+        yield turns
+    finally:
+        beside.cancel()

@@ -33,6 +33,8 @@ from halfmoon.proxy.metrics import ProxyMetrics
 from halfmoon.proxy.request import Finished, ProxyRequest, Tokens
 from halfmoon.proxy.requests.router import Router
 from halfmoon.proxy.requests.token_stream import TokenStream
+from halfmoon.tests.feeds import Feeds
+from halfmoon.tests.loop_gap import LoopTurns, counted_turns
 
 EOS = 2
 SCHEMA = KVSchema(model_fingerprint="test", dtype="float32", num_layers=2, num_kv_heads=2, head_dim=8, block_size=4)
@@ -174,42 +176,6 @@ class PrefillPeer(Peer, worker_pb2_grpc.PrefillWorkerServicer):
             handoff.set_result(state)
         await self.before_reply()
         return worker_pb2.PrefillReply(state=state)
-
-
-class Feeds:
-    """The token feeds of scripted workers: each token is a message of its own."""
-
-    def __init__(self) -> None:
-        self._steps: dict[str, asyncio.Queue[worker_pb2.StepTokens | None]] = {}
-        self._flowing = asyncio.Event()
-        self._flowing.set()
-
-    async def serve(self, request: worker_pb2.TokensRequest, context: Any) -> None:
-        steps = self._steps[request.feed_id] = asyncio.Queue()
-        await context.write(worker_pb2.StepTokens())
-        while (step := await steps.get()) is not None:
-            await self._flowing.wait()
-            await context.write(step)
-
-    def give(self, request: worker_pb2.DecodeRequest, token: common_pb2.TokenOutput) -> None:
-        assert request.feed_id and request.call
-        step = worker_pb2.StepTokens()
-        if token.HasField("logprob"):
-            step.outputs.add(call=request.call, token=token)
-        else:
-            step.calls.append(request.call)
-            step.token_ids.append(token.token_id)
-        self._steps[request.feed_id].put_nowait(step)
-
-    def end(self) -> None:
-        for steps in self._steps.values():
-            steps.put_nowait(None)
-
-    def hold(self) -> None:
-        self._flowing.clear()
-
-    def release(self) -> None:
-        self._flowing.set()
 
 
 class DecodePeer(Peer, worker_pb2_grpc.DecodeWorkerServicer):
@@ -506,30 +472,9 @@ async def bench(make_bench: MakeBench) -> Bench:
     return await make_bench()
 
 
-class LoopTurns:
-    num = 0
-
-
 @pytest.fixture
 def loop_turns() -> Callable[[], contextlib.AbstractAsyncContextManager[LoopTurns]]:
-    """`async with loop_turns() as turns`: how often the event loop served others meanwhile."""
-
-    @contextlib.asynccontextmanager
-    async def counted() -> AsyncIterator[LoopTurns]:
-        turns = LoopTurns()
-
-        async def others() -> None:
-            while True:
-                turns.num += 1
-                await asyncio.sleep(0)
-
-        beside = asyncio.create_task(others())
-        try:
-            yield turns
-        finally:
-            beside.cancel()
-
-    return counted
+    return counted_turns
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -16,7 +15,6 @@ from openai.types.responses import Response, ResponseStreamEvent
 
 from halfmoon.protocol.errors import StoreFull
 from halfmoon.proxy.openai.responses_described import ResponseReply
-from halfmoon.proxy.text.tokenizer import Tokenizer
 
 PATH = "/v1/responses"
 ADD_SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["a", "b"]}
@@ -25,49 +23,31 @@ TOOLS: list[Any] = [ADD, {"type": "function", "name": "now"}]
 SUM = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
 THOUGHT = "<think>\nHm.\n</think>\n\n"
 ALL = f"{THOUGHT}I add.\n{SUM}"
-EOS = 1
 DELTAS = {"response.output_text.delta": "message", "response.reasoning_text.delta": "reasoning"} | {
     "response.function_call_arguments.delta": "function_call"
 }
 
 
-@pytest.fixture(scope="module")
-def server(faces: Any, make_face: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder: Path = faces.write_model_folder(tmp_path_factory.mktemp("models") / "caller", faces.TOOLS_CHATML, max_model_len=4096)
-    return make_face(folder, Tokenizer.from_folder(folder))
-
-
 @pytest.fixture
-def face(server: Any) -> Any:
-    server.reset()
-    return server
+def face(caller: Any) -> Any:
+    caller.reset()
+    return caller
 
 
 @pytest.fixture(scope="module")
-def client(server: Any) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0) as found:
+def client(caller: Any) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{caller.http}/v1", api_key="none", max_retries=0) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def http(server: Any) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.http, timeout=60) as found:
+def http(caller: Any) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=caller.http, timeout=60) as found:
         yield found
 
 
 def num_tokens(face: Any, text: str) -> int:
     return len(face.tokenizer.encode(text, add_special_tokens=False))
-
-
-def says(face: Any, *answers: str) -> None:
-    """One after the other, then the last one for ever."""
-    left = list(answers)
-
-    def script(sequence: Any) -> list[int]:
-        text = left.pop(0) if len(left) > 1 else left[0]
-        return [*face.tokenizer.encode(text, add_special_tokens=False), EOS]
-
-    face.workers.script = script
 
 
 def prompt_of(face: Any) -> str:
@@ -96,7 +76,7 @@ def without_ids(output: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_a_string_is_answered(face: Any, client: openai.OpenAI) -> None:
-    says(face, "Hello there")
+    face.says("Hello there")
     reply = client.responses.create(model="caller", input="Hello", instructions="Be kind.", metadata={"a": "b"}, temperature=0.5)
     assert (reply.output_text, reply.status, reply.error, reply.incomplete_details) == ("Hello there", "completed", None, None)
     assert (reply.instructions, reply.metadata, reply.temperature, reply.model) == ("Be kind.", {"a": "b"}, 0.5, "caller")
@@ -111,7 +91,7 @@ def test_a_string_is_answered(face: Any, client: openai.OpenAI) -> None:
 
 
 def test_reasoning_text_and_calls_are_items_of_their_own(face: Any, http: httpx.Client) -> None:
-    says(face, ALL)
+    face.says(ALL)
     reply = http.post(PATH, json={"input": "Hello", "tools": TOOLS})
     found = Response.model_validate(reply.json())  # the openai package's own types, strictly
     ResponseReply.model_validate(reply.json())  # and what openapi.json says
@@ -126,7 +106,7 @@ def test_reasoning_text_and_calls_are_items_of_their_own(face: Any, http: httpx.
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_that_is_cut_off_is_incomplete(stream: bool, face: Any, http: httpx.Client) -> None:
-    says(face, SUM)
+    face.says(SUM)
     fields = {"tools": TOOLS, "max_output_tokens": num_tokens(face, SUM[: SUM.index("2}")])}
     if stream:
         *_, last = events_of(http, **fields)
@@ -143,7 +123,7 @@ def test_an_answer_that_is_cut_off_is_incomplete(stream: bool, face: Any, http: 
 
 
 def test_a_stream_s_events_tell_what_the_whole_reply_has(face: Any, http: httpx.Client) -> None:
-    says(face, ALL)
+    face.says(ALL)
     whole = http.post(PATH, json={"input": "Hello", "tools": TOOLS}).json()
     events = events_of(http, tools=TOOLS)
     for event in events:
@@ -176,7 +156,7 @@ def test_a_stream_s_events_tell_what_the_whole_reply_has(face: Any, http: httpx.
 
 
 def test_the_client_s_stream_helper_puts_a_response_together(face: Any, client: openai.OpenAI) -> None:
-    says(face, ALL)
+    face.says(ALL)
     with client.responses.stream(model="caller", input="Hello", tools=TOOLS) as stream:
         kinds = {event.type for event in stream}
         found = stream.get_final_response()
@@ -185,7 +165,7 @@ def test_the_client_s_stream_helper_puts_a_response_together(face: Any, client: 
 
 
 def test_text_comes_while_the_answer_goes_on(face: Any, client: openai.OpenAI) -> None:
-    says(face, "Hello there")
+    face.says("Hello there")
     face.workers.gate_at = num_tokens(face, "Hello")
     text = ""
     for event in client.responses.create(model="caller", input="Hello", stream=True):
@@ -196,7 +176,7 @@ def test_text_comes_while_the_answer_goes_on(face: Any, client: openai.OpenAI) -
 
 
 def test_an_error_behind_the_first_event_is_a_failed_response(face: Any, http: httpx.Client) -> None:
-    says(face, "Hello there")
+    face.says("Hello there")
     face.workers.fail_at = {3: StoreFull("no page is free")}
     *before, last = events_of(http)
     assert before[0]["type"] == "response.created" and last["type"] == "response.failed"
@@ -206,7 +186,7 @@ def test_an_error_behind_the_first_event_is_a_failed_response(face: Any, http: h
 
 
 async def test_leaving_a_stream_ends_the_request(face: Any) -> None:
-    says(face, "Hello there")
+    face.says("Hello there")
     face.workers.gate_at = num_tokens(face, "Hello")
     async with openai.AsyncOpenAI(base_url=f"{face.http}/v1", api_key="none", max_retries=0) as client:
         stream = await client.responses.create(model="caller", input="Hello", stream=True)
@@ -226,7 +206,7 @@ class Sum(pydantic.BaseModel):
 
 
 def test_parse_holds_the_answer_to_a_model(face: Any, client: openai.OpenAI) -> None:
-    says(face, '{"a": 1, "b": 2}')
+    face.says('{"a": 1, "b": 2}')
     reply = client.responses.parse(model="caller", input="Hello", text_format=Sum)
     assert reply.output_parsed == Sum(a=1, b=2)
     assert '"additionalProperties": false' in json.dumps(json.loads(face.workers.requests[-1].sampling.grammar.text))
@@ -235,14 +215,14 @@ def test_parse_holds_the_answer_to_a_model(face: Any, client: openai.OpenAI) -> 
 
 
 def test_a_named_tool_is_the_one_that_is_called(face: Any, client: openai.OpenAI) -> None:
-    says(face, SUM)
+    face.says(SUM)
     client.responses.create(model="caller", input="Hello", tools=TOOLS, tool_choice={"type": "function", "name": "add"})
     text = face.workers.requests[-1].sampling.grammar.text
     assert '\\"add\\"' in text and "now" not in text
 
 
 def test_effort_none_switches_thinking_off(face: Any, client: openai.OpenAI) -> None:
-    says(face, "Hello")
+    face.says("Hello")
     client.responses.create(model="caller", input="Hello", reasoning={"effort": "none"})
     off = prompt_of(face)
     client.responses.create(model="caller", input="Hello")
@@ -253,7 +233,7 @@ def test_effort_none_switches_thinking_off(face: Any, client: openai.OpenAI) -> 
 
 
 def test_the_items_of_an_answer_are_one_message_of_the_next_prompt(face: Any, client: openai.OpenAI) -> None:
-    says(face, ALL, "3")
+    face.says(ALL, "3")
     found = client.responses.create(model="caller", input="Hello", tools=TOOLS)
     result = {"type": "function_call_output", "call_id": found.output[-1].call_id, "output": [{"type": "input_text", "text": "3"}]}  # pyright: ignore
     items: Any = [{"role": "user", "content": "Hello"}, *[item.model_dump() for item in found.output], result]
@@ -265,7 +245,7 @@ def test_the_items_of_an_answer_are_one_message_of_the_next_prompt(face: Any, cl
 
 
 def test_messages_of_every_role_and_of_parts_are_read(face: Any, http: httpx.Client) -> None:
-    says(face, "x")
+    face.says("x")
     parts = [{"type": "input_text", "text": "Hel"}, {"type": "input_text", "text": "lo"}]
     said = {"type": "message", "role": "assistant", "id": "msg_1", "status": "completed"}
     items = [
@@ -282,7 +262,7 @@ def test_messages_of_every_role_and_of_parts_are_read(face: Any, http: httpx.Cli
 
 
 def test_a_large_request_is_read_as_a_small_one(face: Any, http: httpx.Client) -> None:
-    says(face, SUM)
+    face.says(SUM)
     body = {"input": [{"role": "user", "content": "Hello"}], "instructions": "Add.", "tools": TOOLS, "metadata": {"x": "y" * 2**19}}
     reply = http.post(PATH, json=body).json()
     large = prompt_of(face)
@@ -293,7 +273,7 @@ def test_a_large_request_is_read_as_a_small_one(face: Any, http: httpx.Client) -
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_agent_with_tools_comes_to_its_answer(stream: bool, face: Any, client: openai.OpenAI) -> None:
-    says(face, ALL, '<tool_call>\n{"name": "add", "arguments": {"a": 3, "b": 12}}\n</tool_call>', "It is 15.")
+    face.says(ALL, '<tool_call>\n{"name": "add", "arguments": {"a": 3, "b": 12}}\n</tool_call>', "It is 15.")
     items: list[Any] = [{"role": "user", "content": "1 + 2 + 12?"}]
     called: list[int] = []
     text = ""

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pydantic
 import pytest
-
-from halfmoon.proxy.text.tokenizer import Tokenizer
 
 CHAT = "/v1/chat/completions"
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
@@ -23,12 +20,6 @@ TOOLS: list[Any] = [ADD, NOW]
 SUM = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
 BOTH = f'{SUM}\n<tool_call>\n{{"name": "now", "arguments": {{}}}}\n</tool_call>'
 EOS = 1
-
-
-@pytest.fixture(scope="module")
-def caller(faces: Any, make_face: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder: Path = faces.write_model_folder(tmp_path_factory.mktemp("models") / "caller", faces.TOOLS_CHATML, max_model_len=4096)
-    return make_face(folder, Tokenizer.from_folder(folder))
 
 
 @pytest.fixture
@@ -47,17 +38,6 @@ def client(caller: Any) -> Iterator[openai.OpenAI]:
 def http(caller: Any) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=caller.http, timeout=60) as found:
         yield found
-
-
-def says(face: Any, *answers: str) -> None:
-    """One after the other, then the last one for ever; each character is a token where the tokenizer has no longer one."""
-    left = list(answers)
-
-    def script(sequence: Any) -> list[int]:
-        text = left.pop(0) if len(left) > 1 else left[0]
-        return [*face.tokenizer.encode(text, add_special_tokens=False), EOS]
-
-    face.workers.script = script
 
 
 def prompt_of(face: Any, position: int = -1) -> str:
@@ -101,7 +81,7 @@ def streamed(stream: Any) -> dict[int, dict[str, Any]]:
 
 
 def test_calls_are_told_from_content(face: Any, client: Any) -> None:
-    says(face, f"I add.\n{BOTH}")
+    face.says(f"I add.\n{BOTH}")
     (choice,) = client.chat.completions.create(model="caller", messages=HELLO, tools=TOOLS).choices
     assert choice.finish_reason == "tool_calls" and choice.message.content == "I add.\n"
     first, second = choice.message.tool_calls or []
@@ -111,13 +91,13 @@ def test_calls_are_told_from_content(face: Any, client: Any) -> None:
 
 
 def test_content_is_null_where_there_are_calls_alone(face: Any, http: httpx.Client) -> None:
-    says(face, SUM)
+    face.says(SUM)
     (choice,) = http.post(CHAT, json={"messages": HELLO, "tools": TOOLS}).json()["choices"]
     assert choice["message"].keys() == {"role", "content", "refusal", "tool_calls"} and choice["message"]["content"] is None
 
 
 def test_an_answer_without_calls_is_as_ever(face: Any, http: httpx.Client) -> None:
-    says(face, "Hello <tool")
+    face.says("Hello <tool")
     for body in ({"tools": TOOLS}, {}):
         (choice,) = http.post(CHAT, json={"messages": HELLO, **body}).json()["choices"]
         assert choice["message"] == {"role": "assistant", "content": "Hello <tool", "refusal": None}
@@ -125,7 +105,7 @@ def test_an_answer_without_calls_is_as_ever(face: Any, http: httpx.Client) -> No
 
 
 def test_streamed_calls_have_their_name_first_and_then_pieces_of_arguments(face: Any, client: Any) -> None:
-    says(face, f"I add.\n{BOTH}")
+    face.says(f"I add.\n{BOTH}")
     encode = face.tokenizer.encode
     # the rest of the answer waits until the client has seen a piece of the first arguments
     face.workers.gate_at = len(encode(f"I add.\n{SUM[: SUM.index('2}')]}", add_special_tokens=False))
@@ -161,7 +141,7 @@ def test_each_choice_is_read_by_itself(face: Any, client: Any) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_logprobs_are_of_all_tokens_those_of_markers_too(stream: bool, face: Any, client: Any) -> None:
-    says(face, SUM)
+    face.says(SUM)
     reply: Any = client.chat.completions.create(model="caller", messages=HELLO, tools=TOOLS, logprobs=True, stream=stream)
     found = [choice.logprobs for chunk in (reply if stream else [reply]) for choice in chunk.choices]
     tokens = [token for logprobs in found if logprobs is not None for token in logprobs.content]
@@ -170,7 +150,7 @@ def test_logprobs_are_of_all_tokens_those_of_markers_too(stream: bool, face: Any
 
 
 def test_token_ids_and_running_usage_come_where_text_is_held_back(face: Any, http: httpx.Client) -> None:
-    says(face, SUM)
+    face.says(SUM)
     body = {"messages": HELLO, "tools": TOOLS, "stream": True, "return_token_ids": True}
     with http.stream("POST", CHAT, json=body | {"stream_options": {"continuous_usage_stats": True}}) as reply:
         chunks = [json.loads(line.removeprefix("data: ")) for line in reply.iter_lines() if line and "[DONE]" not in line]
@@ -180,7 +160,7 @@ def test_token_ids_and_running_usage_come_where_text_is_held_back(face: Any, htt
 
 
 def test_an_answer_that_is_cut_off_in_a_call_has_the_reason_length(face: Any, client: Any) -> None:
-    says(face, SUM)
+    face.says(SUM)
     num_tokens = len(face.tokenizer.encode(SUM[: SUM.index("2}")], add_special_tokens=False))
     (choice,) = client.chat.completions.create(model="caller", messages=HELLO, tools=TOOLS, max_tokens=num_tokens).choices
     assert choice.finish_reason == "length" and (choice.message.tool_calls or [])[0].function.arguments.startswith('{"a": 1')
@@ -188,14 +168,14 @@ def test_an_answer_that_is_cut_off_in_a_call_has_the_reason_length(face: Any, cl
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_without_parallel_calls_the_first_one_is_given_on(stream: bool, face: Any, client: Any) -> None:
-    says(face, f"{BOTH}\nDone.")
+    face.says(f"{BOTH}\nDone.")
     reply: Any = client.chat.completions.create(model="caller", messages=HELLO, tools=TOOLS, parallel_tool_calls=False, stream=stream)
     calls = streamed(reply)[0]["calls"] if stream else reply.choices[0].message.tool_calls
     assert len(calls) == 1
 
 
 def test_a_malformed_call_is_content(face: Any, client: Any) -> None:
-    says(face, "<tool_call>add(1, 2)</tool_call>")
+    face.says("<tool_call>add(1, 2)</tool_call>")
     (choice,) = client.chat.completions.create(model="caller", messages=HELLO, tools=TOOLS).choices
     assert (choice.message.content, choice.message.tool_calls) == ("<tool_call>add(1, 2)</tool_call>", None)
     said = streamed(client.chat.completions.create(model="caller", messages=HELLO, tools=TOOLS, stream=True))[0]
@@ -206,7 +186,7 @@ def test_a_malformed_call_is_content(face: Any, client: Any) -> None:
 
 
 def test_the_model_is_told_of_the_tools_unless_it_may_not_call(face: Any, client: Any) -> None:
-    says(face, SUM)
+    face.says(SUM)
     client.chat.completions.create(model="caller", messages=HELLO, tools=TOOLS)
     assert '"name": "add"' in prompt_of(face) and grammar_of(face) is None
     (choice,) = client.chat.completions.create(model="caller", messages=HELLO, tools=TOOLS, tool_choice="none").choices
@@ -218,7 +198,7 @@ def test_the_model_is_told_of_the_tools_unless_it_may_not_call(face: Any, client
 def test_required_calls_are_held_to_the_functions_in_the_model_s_own_form(
     parallel: bool | None, repeats: bool, face: Any, http: httpx.Client
 ) -> None:
-    says(face, SUM)
+    face.says(SUM)
     body = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": parallel, "chat_template_kwargs": {"enable_thinking": False}}
     assert http.post(CHAT, json={"messages": HELLO, **body}).json()["choices"][0]["finish_reason"] == "tool_calls"
     text = json.dumps(grammar_of(face))
@@ -228,7 +208,7 @@ def test_required_calls_are_held_to_the_functions_in_the_model_s_own_form(
 
 
 def test_a_named_call_is_one_of_that_function(face: Any, client: Any) -> None:
-    says(face, SUM)
+    face.says(SUM)
     choice: Any = {"type": "function", "function": {"name": "add"}}
     reply = client.chat.completions.create(model="caller", messages=HELLO, tools=TOOLS, tool_choice=choice)
     text = json.dumps(grammar_of(face))
@@ -237,7 +217,7 @@ def test_a_named_call_is_one_of_that_function(face: Any, client: Any) -> None:
 
 
 def test_calls_of_strict_functions_are_held_to_their_schema_where_the_model_is_free_to_call(face: Any, client: Any) -> None:
-    says(face, SUM)
+    face.says(SUM)
 
     class Add(pydantic.BaseModel):
         a: int
@@ -251,14 +231,14 @@ def test_calls_of_strict_functions_are_held_to_their_schema_where_the_model_is_f
 
 
 def test_an_answer_may_be_a_call_or_what_response_format_says(face: Any, client: Any) -> None:
-    says(face, SUM)
+    face.says(SUM)
     client.chat.completions.create(model="caller", messages=HELLO, tools=TOOLS, response_format={"type": "json_object"})
     calls, answer = grammar_of(face)["elements"][1]["elements"]
     assert "<tool_call>" in json.dumps(calls) and answer["json_schema"] == {"type": "object"}
 
 
 def test_a_grammar_lets_a_model_reason_first(face: Any, http: httpx.Client) -> None:
-    says(face, '<think>\nHm.\n</think>\n\n{"a": 1}')
+    face.says('<think>\nHm.\n</think>\n\n{"a": 1}')
     body = {"messages": HELLO, "response_format": {"type": "json_object"}}
     message = http.post(CHAT, json=body).json()["choices"][0]["message"]
     assert (message["content"], message["reasoning_content"]) == ('{"a": 1}', "Hm.")
@@ -272,7 +252,7 @@ def test_a_grammar_lets_a_model_reason_first(face: Any, http: httpx.Client) -> N
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_reasoning_is_told_from_the_answer_and_from_calls(stream: bool, face: Any, client: Any) -> None:
-    says(face, f"<think>\nA <tool_call>?\n</think>\n\nI add.\n{SUM}")
+    face.says(f"<think>\nA <tool_call>?\n</think>\n\nI add.\n{SUM}")
     reply: Any = client.chat.completions.create(model="caller", messages=HELLO, tools=TOOLS, stream=stream)
     if stream:
         said = streamed(reply)[0]
@@ -284,7 +264,7 @@ def test_reasoning_is_told_from_the_answer_and_from_calls(stream: bool, face: An
 
 
 def test_an_answer_that_the_prompt_keeps_from_reasoning_is_content(face: Any, http: httpx.Client) -> None:
-    says(face, "<think> is a tag")
+    face.says("<think> is a tag")
     body = {"messages": HELLO, "chat_template_kwargs": {"enable_thinking": False}}
     message = http.post(CHAT, json=body).json()["choices"][0]["message"]
     assert message == {"role": "assistant", "content": "<think> is a tag", "refusal": None}
@@ -294,7 +274,7 @@ def test_an_answer_that_the_prompt_keeps_from_reasoning_is_content(face: Any, ht
 
 
 def test_calls_results_and_reasoning_of_before_are_in_the_prompt(face: Any, client: Any) -> None:
-    says(face, f"<think>\nHm.\n</think>\n\n{SUM}", "3")
+    face.says(f"<think>\nHm.\n</think>\n\n{SUM}", "3")
     reply = client.chat.completions.create(model="caller", messages=HELLO, tools=TOOLS)
     message = reply.choices[0].message
     result = {"role": "tool", "tool_call_id": (message.tool_calls or [])[0].id, "content": [{"type": "text", "text": "3"}]}
@@ -309,14 +289,14 @@ def test_calls_results_and_reasoning_of_before_are_in_the_prompt(face: Any, clie
     ("arguments", "shown"), [('{"a": 1}', '{"a": 1}'), ({"a": 1}, '{"a": 1}'), ("", "{}"), (None, "{}"), ('{"a": ', "{}"), ("[1]", "{}")]
 )
 def test_arguments_of_before_are_an_object_for_the_template(arguments: Any, shown: str, face: Any, http: httpx.Client) -> None:
-    says(face, "x")
+    face.says("x")
     call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": arguments}}
     assert http.post(CHAT, json={"messages": [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}]}).status_code == 200
     assert f'{{"name": "add", "arguments": {shown}}}' in prompt_of(face)
 
 
 def test_a_large_request_has_its_tools_and_history_too(face: Any, http: httpx.Client) -> None:
-    says(face, SUM)
+    face.says(SUM)
     call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     messages = [*HELLO, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c", "content": "2"}]
     body = {"messages": messages, "tools": TOOLS, "metadata": {"x": "y" * 2**19}}
@@ -361,7 +341,7 @@ def test_a_strict_function_whose_schema_can_t_be_enforced_is_refused_and_another
     loose = {"type": "object", "properties": {"a": {"not": {"type": "null"}}}}
     error = refused(http, tools=schema_of(loose, strict=True))
     assert error["param"] == "tools[0].function.parameters" and "'not', which is not enforced" in error["message"]
-    says(face, SUM)
+    face.says(SUM)
     assert http.post(CHAT, json={"messages": HELLO, "tools": schema_of(loose)}).status_code == 200
     nested: Any = {"type": "object"}
     for _ in range(200):
@@ -387,8 +367,7 @@ def test_completions_have_no_tools(http: httpx.Client) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_agent_with_two_tools_comes_to_its_answer(stream: bool, face: Any, client: Any) -> None:
-    says(
-        face,
+    face.says(
         f"<think>\nBoth at once.\n</think>\n\n{BOTH}",
         '<tool_call>\n{"name": "add", "arguments": {"a": 3, "b": 12}}\n</tool_call>',
         "At noon it is 15.",
@@ -419,7 +398,7 @@ def test_an_agent_with_two_tools_comes_to_its_answer(stream: bool, face: Any, cl
 
 
 def test_a_chat_s_tokens_are_counted_with_the_tools_that_the_model_is_told_of(face: Any, http: httpx.Client) -> None:
-    says(face, "Hello")
+    face.says("Hello")
     with_tools = {"messages": HELLO, "tools": TOOLS}
     counted = http.post("/tokenize", json=with_tools).json()["count"]
     assert counted == http.post(CHAT, json=with_tools).json()["usage"]["prompt_tokens"]

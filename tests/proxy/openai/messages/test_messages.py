@@ -27,17 +27,6 @@ SUM = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>
 BOTH = f'{SUM}\n<tool_call>\n{{"name": "now", "arguments": {{}}}}\n</tool_call>'
 ASKED: dict[str, Any] = {"model": "caller", "max_tokens": 200, "messages": HELLO}
 NUM_CACHED = 4  # of every prompt, by the scripted workers
-EOS = 1
-
-
-@pytest.fixture(scope="module")
-def folder(faces: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return faces.write_model_folder(tmp_path_factory.mktemp("models") / "caller", faces.TOOLS_CHATML, max_model_len=4096)
-
-
-@pytest.fixture(scope="module")
-def caller(make_face: Callable[..., Any], folder: Path) -> Any:
-    return make_face(folder, Tokenizer.from_folder(folder))
 
 
 @pytest.fixture
@@ -56,16 +45,6 @@ def client(caller: Any) -> Iterator[anthropic.Anthropic]:
 def http(caller: Any) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=caller.http, timeout=60) as found:
         yield found
-
-
-def says(face: Any, *answers: str) -> None:
-    """One after the other, then the last one for ever."""
-    left = list(answers)
-
-    def script(sequence: Any) -> list[int]:
-        return [*tokens_of(face, left.pop(0) if len(left) > 1 else left[0]), EOS]
-
-    face.workers.script = script
 
 
 def tokens_of(face: Any, text: str) -> list[int]:
@@ -98,7 +77,7 @@ def events_of(http: httpx.Client, **fields: Any) -> list[dict[str, Any]]:
 
 
 def test_an_answer_is_a_message_of_a_text_block(face: Any, client: Any) -> None:
-    says(face, "Hello there.")
+    face.says("Hello there.")
     message = client.messages.create(**ASKED)
     assert [(block.type, block.text) for block in message.content] == [("text", "Hello there.")]
     assert (message.type, message.role, message.model, message.stop_reason) == ("message", "assistant", "caller", "end_turn")
@@ -109,7 +88,7 @@ def test_an_answer_is_a_message_of_a_text_block(face: Any, client: Any) -> None:
 
 
 def test_reasoning_and_calls_are_blocks_in_their_order(face: Any, client: Any) -> None:
-    says(face, f"<think>\nTwo calls.\n</think>\n\nI add.\n{BOTH}")
+    face.says(f"<think>\nTwo calls.\n</think>\n\nI add.\n{BOTH}")
     message = client.messages.create(**ASKED, tools=[ADD, NOW])
     thinking, text, add, now = message.content
     assert (thinking.type, thinking.thinking, text.text) == ("thinking", "Two calls.", "I add.\n")
@@ -118,7 +97,7 @@ def test_reasoning_and_calls_are_blocks_in_their_order(face: Any, client: Any) -
 
 
 def test_a_stream_put_together_by_the_client_is_the_whole_message(face: Any, client: Any) -> None:
-    says(face, f"<think>\nTwo calls.\n</think>\n\nI add.\n{BOTH}")
+    face.says(f"<think>\nTwo calls.\n</think>\n\nI add.\n{BOTH}")
     whole = client.messages.create(**ASKED, tools=[ADD, NOW])
     with client.messages.stream(**ASKED, tools=[ADD, NOW]) as stream:
         streamed = stream.get_final_message()
@@ -130,7 +109,7 @@ def test_a_stream_put_together_by_the_client_is_the_whole_message(face: Any, cli
 
 
 def test_events_come_in_anthropic_s_order_and_while_the_answer_goes_on(face: Any, client: Any) -> None:
-    says(face, f"I add.\n{SUM}")
+    face.says(f"I add.\n{SUM}")
     # the rest of the answer waits until the client has seen a piece of the arguments
     face.workers.gate_at = len(tokens_of(face, f"I add.\n{SUM[: SUM.index('2}')]}"))
     kinds: list[str] = []
@@ -146,7 +125,7 @@ def test_events_come_in_anthropic_s_order_and_while_the_answer_goes_on(face: Any
 
 
 def test_blocks_are_numbered_and_the_last_delta_has_reason_and_usage(face: Any, http: httpx.Client) -> None:
-    says(face, f"I add.\n{BOTH}")
+    face.says(f"I add.\n{BOTH}")
     start, *events, delta, stop = events_of(http, tools=[ADD, NOW])
     assert start["message"]["content"] == [] and start["message"]["stop_reason"] is None
     assert [event["index"] for event in events if event["type"] == "content_block_start"] == [0, 1, 2]
@@ -159,7 +138,7 @@ def test_blocks_are_numbered_and_the_last_delta_has_reason_and_usage(face: Any, 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_stop_sequence_and_max_tokens_are_told_apart(stream: bool, face: Any, client: Any, http: httpx.Client) -> None:
-    says(face, "Once upon a time")
+    face.says("Once upon a time")
     asked = {"stop_sequences": ["upon", "never"]}, {"max_tokens": 3}
     if stream:
         ends = [events_of(http, **fields)[-2]["delta"] for fields in asked]
@@ -169,13 +148,13 @@ def test_a_stop_sequence_and_max_tokens_are_told_apart(stream: bool, face: Any, 
 
 
 def test_a_call_that_a_stop_sequence_cut_off_is_not_to_be_run(face: Any, client: Any) -> None:
-    says(face, SUM)
+    face.says(SUM)
     message = client.messages.create(**ASKED, tools=[ADD], stop_sequences=["2}"])
     assert (message.stop_reason, message.stop_sequence, message.content[0].type) == ("stop_sequence", "2}", "tool_use")
 
 
 def test_a_call_that_is_cut_off_has_no_input(face: Any, client: Any) -> None:
-    says(face, SUM)
+    face.says(SUM)
     num_tokens = len(tokens_of(face, SUM[: SUM.index("2}")]))
     message = client.messages.create(**ASKED | {"max_tokens": num_tokens}, tools=[ADD])
     assert (message.stop_reason, message.content[0].name, message.content[0].input) == ("max_tokens", "add", {})
@@ -185,7 +164,7 @@ def test_a_call_that_is_cut_off_has_no_input(face: Any, client: Any) -> None:
 
 
 def test_a_loop_of_calls_and_results_goes_on(face: Any, client: Any) -> None:
-    says(face, f"<think>\nHm.\n</think>\n\nI add.\n{SUM}", "It is 3.")
+    face.says(f"<think>\nHm.\n</think>\n\nI add.\n{SUM}", "It is 3.")
     messages = [*HELLO]
     message = client.messages.create(**ASKED, tools=[ADD])
     call = message.content[-1]
@@ -243,7 +222,7 @@ def test_tool_choice_is_held_by_a_grammar(choice: Any, held: set[str] | None, fa
 def test_tool_choice_none_hides_the_tools_and_one_call_is_one(face: Any, client: Any) -> None:
     client.messages.create(**ASKED, tools=[ADD], tool_choice={"type": "none"})
     assert "Adds." not in prompt_of(face)
-    says(face, BOTH)
+    face.says(BOTH)
     message = client.messages.create(**ASKED, tools=[ADD, NOW], tool_choice={"type": "auto", "disable_parallel_tool_use": True})
     assert [block.name for block in message.content] == ["add"]
 
@@ -334,24 +313,24 @@ def test_a_cluster_without_room_is_overloaded_and_a_tenant_over_its_limit_is_lim
 
 
 def test_an_error_in_a_stream_is_an_event(face: Any, http: httpx.Client) -> None:
-    says(face, "Once upon a time")
+    face.says("Once upon a time")
     face.workers.fail_at = {2: InternalError("broken")}
     *_, last = events_of(http)
     assert (last["type"], last["error"]["type"]) == ("error", "api_error")
 
 
 def test_who_leaves_a_stream_cancels_the_answer(face: Any, client: Any) -> None:
-    says(face, "Once upon a time")
+    face.says("Once upon a time")
     face.workers.gate_at = 2
     with client.messages.create(**ASKED, stream=True) as stream:
         assert next(iter(stream)).type == "message_start"
     assert face.workers.cancelled.wait(60)
 
 
-def test_a_key_may_come_as_x_api_key_or_as_bearer(make_face: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
+def test_a_key_may_come_as_x_api_key_or_as_bearer(make_face: Callable[..., Any], caller_folder: Path, tmp_path: Path) -> None:
     file, key = KeysFile({}, {}).with_key("first", {})
     file.save(tmp_path / "keys.json")
-    guarded = make_face(folder, Tokenizer.from_folder(folder), keys_file=str(tmp_path / "keys.json"))
+    guarded = make_face(caller_folder, Tokenizer.from_folder(caller_folder), keys_file=str(tmp_path / "keys.json"))
     options: Any = {"base_url": guarded.http, "max_retries": 0}
     credentials: list[Any] = [{"api_key": key}, {"auth_token": key}]
     for given in credentials:

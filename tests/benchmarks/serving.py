@@ -76,7 +76,10 @@ def parse() -> argparse.Namespace:
     options.add_argument("--max-output", type=int, default=400)
     options.add_argument("--warm-up", type=int, default=12)
     options.add_argument("--slo", action="append", help="TTFT:TPOT in seconds; the first is what adaptive is told; default: several")
-    options.add_argument("--tell", action="store_true", help="load each Halfmoon arm once for each --slo, which its requests are told")
+    options.add_argument(
+        "--tell", nargs="?", const="", metavar="SLO,SLO",
+        help="load each Halfmoon arm once for each of these, which its requests are told; alone: each --slo",
+    )  # fmt: skip
     options.add_argument("--goodput", action="store_true", help="search the highest rate or speed that holds the first SLO")
     options.add_argument("--timeout", type=float, default=120.0, help="of a request")
     options.add_argument("--seed", type=int, default=1)
@@ -146,12 +149,13 @@ class Run:
                 show(tables.to_markdown(grid))
 
     def _loads(self, spec: Spec) -> Iterator[tuple[str, ArmOptions]]:
-        """What a started arm is put under: its name there and the options. With --tell the same requests again for each SLO, in other
+        """What a started arm is put under: its name there and the options. With --tell the same requests again for each SLO told, in other
         tokens, so that none finds an earlier one's prefix."""
-        if not self._arguments.tell or not spec.takes_slo:
+        if self._arguments.tell is None or not spec.takes_slo:
             yield spec.name, self._options
             return
-        for index, slo in enumerate(self._options.slos):
+        told_slos = tuple(map(Slo.parse, filter(None, self._arguments.tell.split(",")))) or self._options.slos
+        for index, slo in enumerate(told_slos):
             told = {"slo": {"ttft": slo.ttft_s, "tpot": slo.tpot_s}}
             yield f"{spec.name}, told {slo}", dataclasses.replace(self._options, extra_body=told, seed=self._options.seed + index)
 

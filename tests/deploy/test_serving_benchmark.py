@@ -102,7 +102,7 @@ def test_arms_run_in_turn_and_what_no_longer_fits_is_left_out_and_told(load, arm
     serving = load("serving")
     values = {"device": "cpu", "out": tmp_path, "start_timeout_s": 60.0, "budget_s": 600.0}
     load_values = {"trace": None, "rates": "20,40", "requests": 6, "input_len": "20", "output_len": "3", "shared_share": 0.0}
-    caps = {"max_input": 100, "max_output": 100, "warm_up": 1, "seed": 1, "tell": True}
+    caps = {"max_input": 100, "max_output": 100, "warm_up": 1, "seed": 1, "tell": ""}
     arguments = argparse.Namespace(**values, **load_values, **caps)
     plan, factors = serving.make_plan(arguments)
     options = serving.ArmOptions(factors=factors, slos=(serving.Slo(5.0, 1.0),), seed=1)

@@ -31,7 +31,7 @@ def test_predictive_keeps_its_word(load: str, cost_model: str, coupled: bool, ra
         report_s=0.05,
     )
     per_s = rate * 2 / busy_s(shape.num_input_tokens, shape.num_output_tokens, cost)
-    result = Result(simulate(scenario, replay(shape.make(700, per_s), ReplayOptions())))
+    result = Result(simulate(scenario, replay(shape.make(700, per_s, seed=1), ReplayOptions())))
     served = [row for row in result.rows if row.outcome == "done"]
     predicted, promised = (
         np.array([row.ttft_s / getattr(row, name) for row in served]) for name in ("predicted_ttft_s", "promised_ttft_s")

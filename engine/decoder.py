@@ -21,17 +21,20 @@ from ..kernels.silu_mul import silu_mul
 from .batch import StepBatch
 from .kv_cache import PagedKVCache
 from .model_config import ModelConfig
+from .rank_group import RankGroup
 from .weights import DecoderWeights, LayerWeights
 
 LayerHook = Callable[[int], None]
 
 
 class Decoder:
-    def __init__(self, config: ModelConfig, weights: DecoderWeights, cos_sin: torch.Tensor) -> None:
+    def __init__(self, config: ModelConfig, weights: DecoderWeights, cos_sin: torch.Tensor, group: RankGroup | None = None) -> None:
+        """config, weights: of this rank's part. group: of the ranks that hold the others; None: there are none."""
         self.config = config
         self.weights = weights
         self.cos_sin = cos_sin  # fp32 [max_model_len, head_dim]
         self._scale = config.head_dim**-0.5
+        self._group = group
 
     def forward(
         self, batch: StepBatch, cache: PagedKVCache, before_layer: LayerHook | None = None, after_layer: LayerHook | None = None
@@ -47,27 +50,41 @@ class Decoder:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the last layer adds to the residual, and the residual before it, both [num_tokens, hidden_size]."""
         eps = self.config.rms_norm_eps
-        # a row that gave no token may be in a step that was launched before the host knew; to look up -1 would end the device's context
-        residual = F.embedding(batch.token_ids.clamp(0, len(self.weights.embed) - 1), self.weights.embed)
+        residual = self._embed(batch.token_ids)
         hidden = cast(torch.Tensor, rms_norm(residual, self.weights.layers[0].input_norm, eps))
         for index, layer in enumerate(self.weights.layers):
             attended = self._attention(index, layer, hidden, batch, cache.layer(index), before_layer)
             if after_layer is not None:
                 after_layer(index)
-            hidden, residual = rms_norm(linear(attended, layer.o, layer.o_bias), layer.post_norm, eps, residual)
-            hidden = linear(_gated(hidden, layer), layer.down, layer.down_bias)
+            hidden, residual = rms_norm(self._summed(linear(attended, layer.o, layer.o_bias)), layer.post_norm, eps, residual)
+            hidden = self._summed(linear(_gated(hidden, layer), layer.down, layer.down_bias))
             if index + 1 < len(self.weights.layers):
                 hidden, residual = rms_norm(hidden, self.weights.layers[index + 1].input_norm, eps, residual)
         return hidden, residual
 
     def head(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """fp32 logits [rows, vocab_size] of rows that layers() gave."""
+        """fp32 logits [rows, vocab_size] of rows that layers() gave; the same ones on every rank."""
         last, _ = rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps, residual)
         lm_head = self.weights.lm_head
         if last.is_cuda and last.dtype != torch.float32:
             # the product's own fp32 sums: neither rounded to the weights' dtype nor written twice
-            return torch.mm(last, lm_head.t(), out_dtype=torch.float32)
-        return F.linear(last, lm_head).float()
+            logits = torch.mm(last, lm_head.t(), out_dtype=torch.float32)
+        else:
+            logits = F.linear(last, lm_head).float()
+        return logits if self._group is None else self._group.gather_columns(logits)
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, hidden_size]. Each rank has some rows of the table, and adds nothing for other tokens."""
+        table = self.weights.embed
+        if self._group is None:
+            # a row that gave no token may be in a step that was launched before the host knew; to look up -1 would end the device's context
+            return F.embedding(token_ids.clamp(0, len(table) - 1), table)
+        own = token_ids - self._group.shard.rank * len(table)
+        found = F.embedding(own.clamp(0, len(table) - 1), table)
+        return self._group.all_reduce(found.masked_fill_(((own < 0) | (own >= len(table))).unsqueeze(1), 0.0))
+
+    def _summed(self, term: torch.Tensor) -> torch.Tensor:
+        return term if self._group is None else self._group.all_reduce(term)
 
     def _attention(
         self,

@@ -25,10 +25,12 @@ from .kv_cache import PagedKVCache
 from .kv_schema import kv_schema
 from .model_config import ModelConfig
 from .prompt_logprobs import prompt_logprobs
+from .rank_group import Meeting, RankGroup
 from .resolve import resolve_device, resolve_dtype, resolve_folder, resolve_max_model_len
 from .rope import rope_table
 from .sampler import TokenSample, sample
 from .sequence import Sequence, StepChunk
+from .shard import WHOLE, Shard
 from .staging import Staging
 from .step_graphs import InFlight, StepGraphs
 from .token_masks import TokenMasks
@@ -66,6 +68,7 @@ class Engine:
         max_decode_batch: int = 0,
         cpu_prompts: int = 2,
         progress: Progress | None = None,
+        meeting: Meeting | None = None,
     ) -> Engine:
         """A ready engine.
 
@@ -76,23 +79,30 @@ class Engine:
             num_threads: of torch on CPU, for the whole process.
             max_decode_batch: sequences in a step that decode; 0: none do. No use on CPU.
             progress: called with (what is being done, how much of it is done, how much there is): bytes, kernels, graphs.
+            meeting: with the other ranks of a tensor-parallel group, whose parts of the model they hold. Every rank makes the same
+                calls of forward and launch.
 
         Raises CheckpointError, UnsupportedArchitecture, or ConfigError where the options don't fit model or machine.
         """
         folder = resolve_folder(options)
         config = ModelConfig.from_folder(folder)
+        shard = WHOLE if meeting is None else meeting.shard
+        shard.require_fits(config)
         max_model_len = resolve_max_model_len(config, options)
         device = _device(resolve_device(options), num_threads)
         schema = kv_schema(config, options)
         dtype = getattr(torch, resolve_dtype(config, options))
+        group = None if meeting is None else RankGroup(meeting, device)
         if options.load_format == "dummy":
-            weights = dummy_weights(config, dtype, device, progress)
+            weights = dummy_weights(config, dtype, device, progress, shard)
         else:
-            weights = load_weights(folder, config, dtype, device, progress)
-        num_tokens = kv_capacity_tokens or _default_capacity(schema, cpu_prompts * max_model_len, device)
-        decoder = Decoder(config, weights, rope_table(config, max_model_len, device))
+            weights = load_weights(folder, config, dtype, device, progress, shard)
+        num_tokens = kv_capacity_tokens or _default_capacity(schema, shard, cpu_prompts * max_model_len, device)
+        decoder = Decoder(shard.part_of(config), weights, rope_table(config, max_model_len, device), group)
         num_pages = -(-num_tokens // schema.block_size)
-        cache = PagedKVCache(schema, num_pages, device, num_scratch_pages=1 if device.type == "cuda" else 0)
+        if group is not None:
+            num_pages = group.least(num_pages, device)  # pages have the same numbers on every rank
+        cache = PagedKVCache(shard.pages_of(schema), num_pages, device, num_scratch_pages=1 if device.type == "cuda" else 0)
         engine = cls(config, schema, decoder, cache, max_model_len)
         if can_capture(device):
             engine._get_ready(max_decode_batch, progress)
@@ -189,9 +199,9 @@ def _device(kind: str, num_threads: int) -> torch.device:
     return torch.device("cpu")
 
 
-def _default_capacity(schema: KVSchema, cpu_tokens: int, device: torch.device) -> int:
-    """Tokens. cpu_tokens: on CPU, where memory is there."""
+def _default_capacity(schema: KVSchema, shard: Shard, cpu_tokens: int, device: torch.device) -> int:
+    """Tokens. cpu_tokens: on CPU, where memory is there; its ranks share it."""
     if device.type == "cpu":
         return min(cpu_tokens, max(1, int(available_bytes() * CPU_MEMORY_SHARE) // schema.block_bytes) * schema.block_size)
     num_free_bytes, _ = torch.cuda.mem_get_info(device)
-    return int(num_free_bytes * CUDA_MEMORY_SHARE) // schema.block_bytes * schema.block_size
+    return int(num_free_bytes * CUDA_MEMORY_SHARE) // shard.pages_of(schema).block_bytes * schema.block_size

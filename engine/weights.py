@@ -19,6 +19,7 @@ from ..protocol.errors import CheckpointError
 from .checkpoint import TensorInfo, list_tensors
 from .executor import Progress
 from .model_config import ModelConfig
+from .shard import WHOLE, Shard
 
 DUMMY_SEED = 20_000
 DUMMY_STD = 0.02
@@ -58,14 +59,17 @@ class DecoderWeights:
 
 
 def load_weights(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
+    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, progress: Progress | None = None, shard: Shard = WHOLE
 ) -> DecoderWeights:
-    """Reads every tensor once, converting to dtype. Raises CheckpointError that names a missing or misshapen tensor."""
+    """Reads every tensor once, converting to dtype; of the divided ones the shard's part alone.
+
+    Raises CheckpointError that names a missing or misshapen tensor.
+    """
     tensors = list_tensors(folder)
-    weights = _empty_weights(config, dtype, device)
-    targets = dict(_targets(weights, config))
+    weights = _empty_weights(config, dtype, device, shard)
+    targets = dict(_targets(weights, shard.part_of(config)))
     for name, target in targets.items():
-        _require(folder, name, tensors.get(name), target)
+        _require(folder, name, tensors.get(name), shard.whole_shape(name, tuple(target.shape)))
     num_bytes = sum(tensors[name].num_bytes for name in targets)
     num_bytes_done = 0
     for file in sorted({tensors[name].file for name in targets}):
@@ -73,32 +77,42 @@ def load_weights(
             for name, target in targets.items():
                 if tensors[name].file != file:
                     continue
-                target.copy_(opened.get_tensor(name))
+                whole = shard.axis(name) is None
+                target.copy_(opened.get_tensor(name) if whole else opened.get_slice(name)[shard.part(name, tuple(target.shape))])
                 num_bytes_done += tensors[name].num_bytes
                 if progress is not None:
                     progress("loading weights", num_bytes_done, num_bytes)
     return weights
 
 
-def dummy_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device, progress: Progress | None = None) -> DecoderWeights:
-    """Random weights of the config's shape, the same ones every time on one kind of device."""
-    weights = _empty_weights(config, dtype, device)
-    targets = [target for _, target in _targets(weights, config)]
+def dummy_weights(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, progress: Progress | None = None, shard: Shard = WHOLE
+) -> DecoderWeights:
+    """Random weights of the config's shape, the same ones every time on one kind of device, however they are divided."""
+    weights = _empty_weights(config, dtype, device, shard)
+    targets = dict(_targets(weights, shard.part_of(config)))
     generator = torch.Generator(device).manual_seed(DUMMY_SEED)
-    num_bytes = sum(target.nbytes for target in targets)
+    num_bytes = sum(target.nbytes for target in targets.values())
     num_bytes_done = 0
-    for target in targets:
+    for name, target in targets.items():
+        shape = tuple(target.shape)
         if target.dim() == 1:
             target.fill_(1.0)
-        else:
+        elif shard.axis(name) is None:
             target.normal_(0.0, DUMMY_STD, generator=generator)
+        else:
+            whole = target.new_empty(shard.whole_shape(name, shape)).normal_(0.0, DUMMY_STD, generator=generator)
+            target.copy_(whole[shard.part(name, shape)])
         num_bytes_done += target.nbytes
         if progress is not None:
             progress("making random weights", num_bytes_done, num_bytes)
     return weights
 
 
-def _empty_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
+def _empty_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device, shard: Shard) -> DecoderWeights:
+    """config: of the whole model."""
+    vocab_size, config = config.vocab_size // shard.size, shard.part_of(config)
+
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
@@ -112,17 +126,17 @@ def _empty_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device
             q_norm=empty(config.head_dim) if config.qk_norm else None,
             k_norm=empty(config.head_dim) if config.qk_norm else None,
             o=empty(hidden, num_q),
-            o_bias=empty(hidden) if config.o_bias else None,
+            o_bias=empty(hidden) if config.o_bias and shard.adds_bias else None,
             post_norm=empty(hidden),
             gate_up=empty(2 * intermediate, hidden),
             gate_up_bias=empty(2 * intermediate) if config.mlp_bias else None,
             down=empty(hidden, intermediate),
-            down_bias=empty(hidden) if config.mlp_bias else None,
+            down_bias=empty(hidden) if config.mlp_bias and shard.adds_bias else None,
         )
         for _ in range(config.num_layers)
     ]
-    embed = empty(config.vocab_size, hidden)
-    lm_head = embed if config.tie_word_embeddings else empty(config.vocab_size, hidden)
+    embed = empty(vocab_size, hidden)
+    lm_head = embed if config.tie_word_embeddings else empty(vocab_size, hidden)
     return DecoderWeights(embed, layers, empty(hidden), lm_head)
 
 
@@ -156,10 +170,10 @@ def _targets(weights: DecoderWeights, config: ModelConfig) -> Iterator[tuple[str
                 yield name, target
 
 
-def _require(folder: Path, name: str, info: TensorInfo | None, target: torch.Tensor) -> None:
+def _require(folder: Path, name: str, info: TensorInfo | None, shape: tuple[int, ...]) -> None:
     if info is None:
         raise CheckpointError(f"{folder} has no tensor {name}; its config.json asks for it", tensor=name)
-    if info.shape != tuple(target.shape):
-        raise CheckpointError(f"{info.file}: {name} has shape {list(info.shape)}; config.json asks for {list(target.shape)}", tensor=name)
+    if info.shape != shape:
+        raise CheckpointError(f"{info.file}: {name} has shape {list(info.shape)}; config.json asks for {list(shape)}", tensor=name)
     if info.dtype not in FLOAT_DTYPES:
         raise CheckpointError(f"{info.file}: {name} is of dtype {info.dtype}; supported are {', '.join(FLOAT_DTYPES)}", tensor=name)

@@ -70,9 +70,8 @@ def batch_of(tensors: Mapping[str, torch.Tensor], max_seqlen_q: int, max_kv_len:
 
 def step_arrays(chunks: Sequence[StepChunk], page_size: int, table_alignment: int = 1) -> dict[str, np.ndarray]:
     """StepBatch's tensors by name. The block table's width is a multiple of table_alignment."""
+    check_chunks(chunks, page_size)
     ends = [chunk.start + chunk.num_tokens for chunk in chunks]
-    for chunk, end in zip(chunks, ends, strict=True):
-        _check(chunk, end, page_size)
     lens = [chunk.num_tokens for chunk in chunks]
     cu_seqlens = np.zeros(len(chunks) + 1, dtype=np.int32)
     np.cumsum(lens, out=cu_seqlens[1:])
@@ -100,9 +99,11 @@ def step_arrays(chunks: Sequence[StepChunk], page_size: int, table_alignment: in
     }
 
 
-def _check(chunk: StepChunk, end: int, page_size: int) -> None:
-    sequence = chunk.sequence
-    if chunk.num_tokens < 1 or chunk.start < 0 or end > sequence.num_tokens:
-        raise ValueError(f"{sequence.request_id}: chunk {chunk.start} to {end} is not within its {sequence.num_tokens} tokens")
-    if end > len(sequence.pages) * page_size:
-        raise ValueError(f"{sequence.request_id}: {end} tokens need more than its {len(sequence.pages)} pages of {page_size}")
+def check_chunks(chunks: Sequence[StepChunk], page_size: int) -> None:
+    """Raises ValueError for a chunk that is empty, beyond its sequence's tokens, or without a page."""
+    for chunk in chunks:
+        sequence, end = chunk.sequence, chunk.start + chunk.num_tokens
+        if chunk.num_tokens < 1 or chunk.start < 0 or end > sequence.num_tokens:
+            raise ValueError(f"{sequence.request_id}: chunk {chunk.start} to {end} is not within its {sequence.num_tokens} tokens")
+        if end > len(sequence.pages) * page_size:
+            raise ValueError(f"{sequence.request_id}: {end} tokens need more than its {len(sequence.pages)} pages of {page_size}")

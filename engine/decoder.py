@@ -34,7 +34,7 @@ class Decoder:
         self.weights = weights
         self.cos_sin = cos_sin  # fp32 [max_model_len, head_dim]
         self._scale = config.head_dim**-0.5
-        self._group = group
+        self.group = group
 
     def forward(
         self, batch: StepBatch, cache: PagedKVCache, before_layer: LayerHook | None = None, after_layer: LayerHook | None = None
@@ -71,20 +71,20 @@ class Decoder:
             logits = torch.mm(last, lm_head.t(), out_dtype=torch.float32)
         else:
             logits = F.linear(last, lm_head).float()
-        return logits if self._group is None else self._group.gather_columns(logits)
+        return logits if self.group is None else self.group.gather_columns(logits)
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden_size]. Each rank has some rows of the table, and adds nothing for other tokens."""
         table = self.weights.embed
-        if self._group is None:
+        if self.group is None:
             # a row that gave no token may be in a step that was launched before the host knew; to look up -1 would end the device's context
             return F.embedding(token_ids.clamp(0, len(table) - 1), table)
-        own = token_ids - self._group.shard.rank * len(table)
+        own = token_ids - self.group.shard.rank * len(table)
         found = F.embedding(own.clamp(0, len(table) - 1), table)
-        return self._group.all_reduce(found.masked_fill_(((own < 0) | (own >= len(table))).unsqueeze(1), 0.0))
+        return self.group.all_reduce(found.masked_fill_(((own < 0) | (own >= len(table))).unsqueeze(1), 0.0))
 
     def _summed(self, term: torch.Tensor) -> torch.Tensor:
-        return term if self._group is None else self._group.all_reduce(term)
+        return term if self.group is None else self.group.all_reduce(term)
 
     def _attention(
         self,

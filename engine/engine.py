@@ -108,6 +108,14 @@ class Engine:
             engine._get_ready(max_decode_batch, progress)
         return engine
 
+    def described(self) -> str:
+        """What of this rank's memory is taken, for the log."""
+        group = self._decoder.group
+        rank = "" if group is None else f"rank {group.shard.rank} of {group.shard.size}: "
+        num_tokens = self.cache.num_pages * self.page_size
+        weights, pages = (num_bytes / 2**30 for num_bytes in (self.weight_bytes, self.cache.data.nbytes))
+        return f"{rank}weights {weights:.2f} GiB, pages for {num_tokens} tokens {pages:.2f} GiB, on {self.device}"
+
     @property
     def row_counts(self) -> tuple[int, ...]:
         """Rows of the graphs that steps with chunks run in, ascending; empty without graphs."""
@@ -157,6 +165,14 @@ class Engine:
         hidden, residual = decoder.layers(batch, self.cache, after_layer=after_layer)
         scored = prompt_logprobs(decoder.head, hidden, residual, chunks, self.config.vocab_size)
         return decoder.head(hidden[batch.last_rows], residual[batch.last_rows]), scored
+
+    def compute(
+        self, chunks: Seq[StepChunk], *, after_layer: Callable[[int], None] | None = None
+    ) -> tuple[torch.Tensor, dict[Sequence, PromptLogprobs]]:
+        """forward, or forward_scored where a chunk scores its prompt."""
+        if any(chunk.scored for chunk in chunks):
+            return self.forward_scored(chunks, after_layer=after_layer)
+        return self.forward(chunks, after_layer=after_layer), {}
 
     @torch.inference_mode()
     def launch(self, chunks: Seq[StepChunk], *, after_layer: Callable[[int], None] | None = None) -> InFlight | None:

@@ -3,8 +3,8 @@
 step loop     chunks ─► run | launch ─► tokens           a step is plain data: token ids, pages, sampling parameters of each chunk
 transfers     pages ◄─► blocks of a store                beside the steps, in the order in which they were asked for
 
-One process and one device today (LocalExecutor). What crosses can be sent to the ranks of a tensor-parallel group: an executor of
-ranks encodes chunks and pushes, and keeps writers, listeners and futures on this side, for when every rank has done its part.
+LocalExecutor: one process and one device. TensorParallelExecutor (ranks/): what crosses goes on to the ranks of a group; writers,
+listeners and futures stay on this side, for when every rank has done its part.
 """
 
 from __future__ import annotations
@@ -145,6 +145,19 @@ class Writer(Protocol):
     async def abort(self, reason: HalfmoonError) -> None: ...
 
 
+class NodeMemory(Protocol):
+    """A store's memory that processes of its node map: a file, and this process's own mapping of a part of it."""
+
+    @property
+    def memory(self) -> np.ndarray: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def offset(self) -> int:
+        """Of memory in the file, in bytes."""
+        ...
+
+
 class PushListener(Protocol):
     """Whose blocks are pushed. Any thread asks and tells."""
 
@@ -242,8 +255,8 @@ class PageTransfer(Protocol):
         """Until everything asked for so far is over."""
         ...
 
-    def pin(self, memory: np.ndarray) -> None:
-        """Lets the device copy to and from a store's memory by itself. Takes a while: call it in a thread."""
+    def pin(self, arena: NodeMemory) -> None:
+        """Lets the devices copy to and from a store's memory by themselves. Takes a while: call it in a thread."""
         ...
 
     def unpin(self, memory: np.ndarray) -> None:

@@ -63,11 +63,15 @@ class PagedKVCache:
             if block.nbytes != self.schema.layer_bytes:
                 raise ValueError(f"a block slice has {block.nbytes} bytes; this cache takes {self.schema.layer_bytes}")
         if self.on_cpu:
-            into = self._bytes[layer].numpy()
+            into = self.host_bytes(layer)
             for page, block in zip(pages, blocks, strict=True):
                 into[:, page] = block.reshape(2, -1)
         else:
             self.write_blocks(layer, pages, blocks_from_bytes(np.stack(list(blocks)), self.schema))
+
+    def host_bytes(self, layer: int) -> np.ndarray:
+        """On CPU: uint8 [2, num_pages, bytes of K or V of a page], a view of one layer."""
+        return self._bytes[layer].numpy()
 
     # on CUDA, and asynchronous: on the current stream
 
@@ -79,25 +83,29 @@ class PagedKVCache:
         targets = [self.pinned.tensor(run) for run in runs]
         if any(target is None for target in targets):
             raise ValueError("these rows are not in pinned memory; copy to a buffer instead")
-        to_host(self._packed(layers, pages), [target for target in targets if target is not None])
+        to_host(self.packed(layers, pages), [target for target in targets if target is not None])
 
     def copy_to_buffer(self, layer: int, pages: Sequence[int]) -> torch.Tensor:
         """One layer of pages as pinned uint8 [n, layer_bytes] of the host's."""
-        return to_buffer(self._packed(range(layer, layer + 1), pages))
+        return to_buffer(self.packed(range(layer, layer + 1), pages))
 
     def copy_in(self, layers: range, pages: Sequence[int], runs: Sequence[np.ndarray]) -> None:
         """Rows, uint8 [rows of a run, len(layers) * layer_bytes] each, into layers of pages. Pinned ones have to stay until the stream
         gets there. Raises ValueError for rows of another size."""
-        schema, width = self.schema, len(layers) * self.schema.layer_bytes
+        width = len(layers) * self.schema.layer_bytes
         if any(run.shape[1] != width for run in runs):
             raise ValueError(f"a slice of {len(layers)} layers of a block has {runs[0].shape[1]} bytes; this cache takes {width}")
-        staged = to_device(runs, self.pinned, self.data.device)
+        self.unpack(layers, pages, to_device(runs, self.pinned, self.data.device))
+
+    def unpack(self, layers: range, pages: Sequence[int], staged: torch.Tensor) -> None:
+        """staged: uint8 [n, len(layers) * layer_bytes] on the device, into layers of pages."""
+        schema = self.schema
         shape = (len(staged), len(layers), *schema.layer_shape)
         blocks, index = staged.view(self.data.dtype).view(shape), self._index(pages)
         for place, layer in enumerate(layers):
             kv_unpack(blocks[:, place], self._layers[layer], index)
 
-    def _packed(self, layers: range, pages: Sequence[int]) -> torch.Tensor:
+    def packed(self, layers: range, pages: Sequence[int]) -> torch.Tensor:
         """uint8 [n, len(layers) * layer_bytes] on the device."""
         schema, index = self.schema, self._index(pages)
         shape = (len(pages), len(layers), *schema.layer_shape)

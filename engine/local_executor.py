@@ -15,16 +15,33 @@ import torch
 
 from ..protocol.config import ModelOptions
 from .engine import Engine
-from .executor import BlockPush, DeviceLost, ExecutorFacts, InFlightStep, PageTransfer, Progress, StepFailed, StepOutcome
+from .executor import (
+    BlockPush,
+    DeviceLost,
+    ExecutorFacts,
+    InFlightStep,
+    PageTransfer,
+    Progress,
+    PromptLogprobs,
+    StepFailed,
+    StepOutcome,
+)
+from .kv_cache import PagedKVCache
 from .model_flops import ModelFlops, peak_flops
 from .page_transfer import LocalPageTransfer, StepPush
-from .sequence import StepChunk
+from .sequence import Sequence, StepChunk
 from .token_masks import MaskMaker
 from .transfer import TransferThread
 
 
 class LocalExecutor:
-    def __init__(self, engine: Engine, name: str, on_crash: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        name: str,
+        on_crash: Callable[[BaseException], None],
+        make_pages: Callable[[PagedKVCache, TransferThread], LocalPageTransfer] = LocalPageTransfer,
+    ) -> None:
         """name: of the threads. on_crash: told, on one of them, what broke a transfer."""
         self.engine = engine
         config = engine.config
@@ -40,7 +57,7 @@ class LocalExecutor:
             peak_flops=_peak_flops(engine),
             row_counts=engine.row_counts,
         )
-        self._pages = LocalPageTransfer(engine.cache, TransferThread(f"{name}-transfer", engine.device, on_crash))
+        self._pages = make_pages(engine.cache, TransferThread(f"{name}-transfer", engine.device, on_crash))
         self.pages: PageTransfer = self._pages
         self._masks = MaskMaker(config.vocab_size, f"{name}-masks")
 
@@ -73,10 +90,7 @@ class LocalExecutor:
         push = self._pages.after_layer(pushes) if pushes else None
         with self._typed(push):
             masks = self._masks.begin(sampled)
-            if any(chunk.scored for chunk in chunks):
-                logits, scored = engine.forward_scored(chunks, after_layer=push)
-            else:
-                logits, scored = engine.forward(chunks, after_layer=push), {}
+            logits, scored = self._compute(chunks, push)
             samples = engine.sample(logits, sampled, None if masks is None else masks.result()) if sampled else []
             if engine.device.type == "cuda":
                 # a page that is freed after the step may be another's at once
@@ -86,7 +100,7 @@ class LocalExecutor:
     def launch(self, chunks: Seq[StepChunk], pushes: Seq[BlockPush] = ()) -> InFlightStep | None:
         push = self._pages.after_layer(pushes) if pushes else None
         with self._typed(push):
-            return self.engine.launch(chunks, after_layer=push)
+            return self._launch(chunks, push)
 
     def find_not_finite(self, pages: Seq[int]) -> list[int]:
         with self._typed(None):
@@ -100,11 +114,19 @@ class LocalExecutor:
         self.pages.close()
         self._masks.close()
 
+    def _compute(self, chunks: Seq[StepChunk], push: StepPush | None) -> tuple[torch.Tensor, dict[Sequence, PromptLogprobs]]:
+        return self.engine.compute(chunks, after_layer=push)
+
+    def _launch(self, chunks: Seq[StepChunk], push: StepPush | None) -> InFlightStep | None:
+        return self.engine.launch(chunks, after_layer=push)
+
     @contextlib.contextmanager
     def _typed(self, push: StepPush | None) -> Iterator[None]:
         """Whatever computing raises, as StepFailed or DeviceLost."""
         try:
             yield
+        except DeviceLost:
+            raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             if self.engine.device.type == "cuda":

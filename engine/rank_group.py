@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, Store
 
 from .shard import Shard
 
@@ -33,7 +33,7 @@ class RankGroup:
     def __init__(self, meeting: Meeting, device: torch.device) -> None:
         """Waits for all ranks."""
         self.shard = shard = meeting.shard
-        store = dist.FileStore(str(meeting.file), shard.size)
+        store = FileStore(str(meeting.file), shard.size)
         self._group: Any = (_gloo if device.type == "cpu" else _nccl)(store, shard, device)
         self.barrier()
 
@@ -44,9 +44,9 @@ class RankGroup:
 
     def gather_columns(self, part: torch.Tensor) -> torch.Tensor:
         """part: [rows, columns / ranks] of each rank; [rows, columns] on every rank."""
-        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.shard.size)]
-        self._group.allgather([parts], [part.contiguous()]).wait()
-        return torch.cat(parts, dim=1)
+        parts = part.new_empty((self.shard.size, *part.shape))
+        self._group._allgather_base(parts.view(-1), part.reshape(-1)).wait()
+        return parts.transpose(0, 1).reshape(len(part), self.shard.size * part.shape[1])
 
     def least(self, number: int, device: torch.device) -> int:
         """Of the ranks' numbers."""
@@ -62,15 +62,15 @@ class RankGroup:
         return self.gather_columns(torch.tensor([[number]], dtype=torch.int64, device=device))[0].tolist()
 
 
-def _gloo(store: dist.Store, shard: Shard, device: torch.device) -> Any:
+def _gloo(store: Store, shard: Shard, device: torch.device) -> Any:
     from torch.distributed import ProcessGroupGloo
 
-    options = ProcessGroupGloo._Options()  # pyright: ignore[reportPrivateUsage]
-    options._devices = [ProcessGroupGloo.create_device(hostname=LOOPBACK)]  # pyright: ignore[reportPrivateUsage]
+    options = getattr(ProcessGroupGloo, "_Options")()  # noqa: B009  # not in torch's stubs
+    options._devices = [ProcessGroupGloo.create_device(hostname=LOOPBACK)]
     return ProcessGroupGloo(store, shard.rank, shard.size, options)
 
 
-def _nccl(store: dist.Store, shard: Shard, device: torch.device) -> Any:
+def _nccl(store: Store, shard: Shard, device: torch.device) -> Any:
     from torch.distributed import ProcessGroupNCCL
 
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # NCCL reads it, and by itself would listen on the outward interface

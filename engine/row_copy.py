@@ -23,7 +23,7 @@ def to_host(staged: torch.Tensor, runs: Sequence[torch.Tensor]) -> None:
     """staged: uint8 [n, row_bytes] on the device. runs: pinned, n rows in all. They are written when the stream gets there."""
     start = 0
     for run in runs:
-        _copy(run, staged[start : start + len(run)])
+        copy_rows(run, staged[start : start + len(run)])
         start += len(run)
 
 
@@ -40,7 +40,7 @@ def to_device(runs: Sequence[np.ndarray], pinned: PinnedMemory, device: torch.de
             buffer.numpy()[:] = run
             into.copy_(buffer, non_blocking=True)  # torch's allocator does not reuse the buffer before this is over
         else:
-            _copy(into, source)
+            copy_rows(into, source)
         start += len(run)
     return staged
 
@@ -50,8 +50,8 @@ def to_buffer(staged: torch.Tensor) -> torch.Tensor:
     return torch.empty(staged.shape, dtype=staged.dtype, pin_memory=True).copy_(staged, non_blocking=True)
 
 
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Both are uint8 [n, row_bytes] with contiguous rows, one pinned and the other on the device."""
+def copy_rows(target: torch.Tensor, source: torch.Tensor) -> None:
+    """On the current stream. Both are uint8 [n, row_bytes] with contiguous rows, one pinned and the other on the device."""
     runtime = _runtime()
     if runtime is None:
         for into, row in zip(target, source, strict=True):

@@ -55,7 +55,7 @@ def push_pages(
     for layer in layers:
         for start, end in runs:
             read = cache.read_bytes(layer, pages[start:end])
-            _require_held(are_held)
+            require_held(are_held)
             writer.push(layer, start, read)
     return None
 
@@ -73,7 +73,7 @@ def _push_rows(
 
     def land() -> None:
         try:
-            _require_held(are_held)
+            require_held(are_held)
             while open_runs:
                 writer.pushed(layers.start, *open_runs.popleft(), len(layers))
         finally:
@@ -106,14 +106,14 @@ def _push_buffers(
     buffers = [(layer, start, cache.copy_to_buffer(layer, pages[start:end])) for layer in layers for start, end in runs]
 
     def land() -> None:
-        _require_held(are_held)
+        require_held(are_held)
         for layer, start, buffer in buffers:
             writer.push(layer, start, buffer.numpy())
 
     return land
 
 
-def _require_held(are_held: Callable[[], bool] | None) -> None:
+def require_held(are_held: Callable[[], bool] | None) -> None:
     if are_held is not None and not are_held():
         raise RequestCancelled("the sequence lost its pages while they were read")
 

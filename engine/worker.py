@@ -269,7 +269,7 @@ class Worker:
 
     async def _store_attached(self, client: StoreClient) -> None:
         if client.arena is not None:
-            await asyncio.to_thread(self.executor.pages.pin, client.arena.memory)
+            await asyncio.to_thread(self.executor.pages.pin, client.arena)
 
     def _store_lost(self, client: StoreClient) -> None:
         """Before the session is closed: hand-offs that came before may still be copied out of its memory."""

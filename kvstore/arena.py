@@ -40,12 +40,15 @@ class ArenaMap:
     """The slots of a mapped arena as arrays.
 
     memory: uint8 [num_slots * num_layers, layer_bytes]; row slot * num_layers + layer is one layer of one block.
+    path, offset: of the file, and of memory in it.
     """
 
-    def __init__(self, mapped: mmap.mmap, data_offset: int, num_slots: int, num_layers: int, layer_bytes: int) -> None:
+    def __init__(self, path: str, mapped: mmap.mmap, data_offset: int, num_slots: int, num_layers: int, layer_bytes: int) -> None:
         num_bytes = num_slots * num_layers * layer_bytes
         flat = np.frombuffer(mapped, dtype=np.uint8, count=num_bytes, offset=data_offset)
         self.memory = flat.reshape(num_slots * num_layers, layer_bytes)
+        self.path = path
+        self.offset = data_offset
         self.num_slots = num_slots
         self.num_layers = num_layers
         self._mapped = mapped
@@ -109,7 +112,7 @@ class Arena:
         if num_slots == 0:
             raise ConfigError(f"store.arena_bytes is {self.num_bytes}; one KV block takes {slot_bytes} bytes: raise it")
         _HEADER.pack_into(self._mapped, 0, self.token, MAGIC, DATA_OFFSET, slot_bytes, num_slots)
-        return ArenaMap(self._mapped, DATA_OFFSET, num_slots, num_layers, layer_bytes)
+        return ArenaMap(str(self.path), self._mapped, DATA_OFFSET, num_slots, num_layers, layer_bytes)
 
     def close(self) -> None:
         """Removes the file; mappings of clients live on until they drop them."""
@@ -137,7 +140,7 @@ def open_arena(path: str, token: bytes, num_slots: int, num_layers: int, layer_b
         raise ValueError(f"{path} is another store's arena")
     if (slot_bytes, found_slots) != (num_layers * layer_bytes, num_slots) or data_offset + slot_bytes * found_slots > len(mapped):
         raise ValueError(f"{path} is formatted as {found_slots} slots of {slot_bytes} bytes; its store said otherwise")
-    return ArenaMap(mapped, data_offset, num_slots, num_layers, layer_bytes)
+    return ArenaMap(path, mapped, data_offset, num_slots, num_layers, layer_bytes)
 
 
 def _populate(mapped: mmap.mmap) -> None:

@@ -68,7 +68,7 @@ class Side:
     async def attach(self, address: str) -> None:
         self.client = await StoreClient.attach(address, client_id=self._name, node_id=NODE, schema=self.cache.schema)
         if self.client.arena is not None:
-            await asyncio.to_thread(self.pages.pin, self.client.arena.memory)
+            await asyncio.to_thread(self.pages.pin, self.client.arena)
 
     async def load(self, name: str, pages: list[int]) -> None:
         """As a decode worker takes a hand-off in: returns when the pages hold it and every checksum matched."""

@@ -48,7 +48,7 @@ class Site:
 
     def pin(self) -> None:
         if self.client.arena is not None:
-            self.pages.pin(self.client.arena.memory)
+            self.pages.pin(self.client.arena)
 
     async def stop(self) -> None:
         await self.client.close()

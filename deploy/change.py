@@ -29,6 +29,9 @@ class Change:
             if changed := _changed(getattr(old, section), getattr(new, section)):
                 keys = ", ".join(f"{section}.{key}" for key in changed)
                 raise ConfigError(f"{keys} cannot change while the cluster runs; stop it and start it again")
+        for section in ("prefill", "decode"):
+            if getattr(old, section).tensor_parallel != getattr(new, section).tensor_parallel:
+                raise ConfigError(f"{section}.tensor_parallel cannot change while the cluster runs; stop it and start it again")
         if new.decode.num_workers + new.both.num_workers < 1:
             raise ConfigError("no worker would decode; decode.num_workers or both.num_workers has to be 1 or more")
         surplus: list[str] = []

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..engine.kv_schema import kv_schema
 from ..engine.model_config import ModelConfig
 from ..engine.resolve import resolve_folder, resolve_max_model_len, resolve_name
+from ..engine.shard import Shard
 from ..protocol.config import ClusterConfig
 from ..protocol.credentials import Credentials
 from ..protocol.errors import CheckpointError
@@ -31,6 +32,13 @@ def find_model(config: ClusterConfig) -> tuple[Path, ModelConfig]:
     return folder, ModelConfig.from_folder(folder)
 
 
+def require_divisible(config: ClusterConfig, model: ModelConfig) -> None:
+    """Raises ConfigError where workers are to divide the model over more processes than it can be divided into."""
+    for section, num_workers in (("prefill", config.prefill.num_workers), ("decode", config.decode.num_workers + config.both.num_workers)):
+        if num_workers:
+            Shard(0, config.ranks_of(section)).require_fits(model, f"{section}.tensor_parallel")
+
+
 def make_spec(config: ClusterConfig, nodes: Sequence[RayNode]) -> ClusterSpec:
     """Finds everything that can be wrong before a process is started.
 
@@ -43,6 +51,7 @@ def make_spec(config: ClusterConfig, nodes: Sequence[RayNode]) -> ClusterSpec:
     options = dataclasses.replace(config.model, path=path, device=plan.device, name=resolve_name(config.model))
     resolved = dataclasses.replace(config, model=options)
     max_model_len = resolve_max_model_len(model, options)
+    require_divisible(config, model)
     return ClusterSpec(config, resolved, plan, folder, kv_schema(model, options), max_model_len)
 
 

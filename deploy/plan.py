@@ -62,10 +62,7 @@ def make_plan(config: ClusterConfig, nodes: Sequence[RayNode]) -> ClusterPlan:
     if device == "cuda":
         require_gpus(config, num_gpus, "Ray")
 
-    hosts = _spread(nodes, device)
-    prefill = tuple(Placed(f"prefill-{i}", hosts[i % len(hosts)]) for i in range(num_prefill))
-    decode = tuple(Placed(f"decode-{i}", hosts[-1 - i % len(hosts)]) for i in range(num_decode))
-    both = tuple(Placed(f"both-{i}", hosts[(num_prefill + i) % len(hosts)]) for i in range(num_both))
+    prefill, decode, both = _on_gpus(config, nodes) if device == "cuda" else _on_cpus(config, nodes)
     used = [node for node in nodes if any(worker.node == node for worker in (*prefill, *decode, *both))]
     proxy_host = reachable_host(config.proxy.host, nodes[0].host)
     control_host = reachable_host(config.proxy.control_host, LOOPBACK if is_loopback(nodes[0].host) else nodes[0].host)
@@ -80,8 +77,14 @@ def count_gpus(nodes: Sequence[RayNode]) -> int:
 
 def require_gpus(config: ClusterConfig, num_gpus: int, owner: str) -> None:
     """Raises MachineError that says what to ask for. owner: who has the GPUs."""
-    if num_gpus >= config.num_workers:
+    if num_gpus >= config.num_ranks:
         return
+    if config.num_ranks > config.num_workers:
+        raise MachineError(
+            f"{config.num_workers} workers need {config.num_ranks} GPUs with prefill.tensor_parallel {config.prefill.tensor_parallel} and "
+            f"decode.tensor_parallel {config.decode.tensor_parallel}, and {owner} has {num_gpus}; ask for fewer workers",
+            num_gpus=num_gpus,
+        )
     advice = {0: "ask for --device cpu", 1: "ask for --prefill 0 --decode 1, which computes prompts and answers on one GPU"}
     fewer = advice.get(num_gpus, f"ask for {num_gpus} in all, as with --prefill {num_gpus // 2} --decode {num_gpus - num_gpus // 2}")
     or_cpu = ", or for --device cpu" if num_gpus else ""
@@ -100,11 +103,39 @@ def couple_on_one_gpu(config: ClusterConfig, num_gpus: int) -> ClusterConfig:
     )
 
 
-def _spread(nodes: Sequence[RayNode], device: str) -> list[RayNode]:
-    """Nodes in the order in which workers take them. On CUDA a node appears once for each of its GPUs."""
-    if device == "cpu":
-        return list(nodes)
-    return [node for node in nodes for _ in range(int(node.num_gpus))]
+def _on_cpus(config: ClusterConfig, nodes: Sequence[RayNode]) -> tuple[tuple[Placed, ...], ...]:
+    """Prefill, decode and both."""
+    num_prefill, num_nodes = config.prefill.num_workers, len(nodes)
+    prefill = tuple(Placed(f"prefill-{i}", nodes[i % num_nodes]) for i in range(num_prefill))
+    decode = tuple(Placed(f"decode-{i}", nodes[-1 - i % num_nodes]) for i in range(config.decode.num_workers))
+    both = tuple(Placed(f"both-{i}", nodes[(num_prefill + i) % num_nodes]) for i in range(config.both.num_workers))
+    return prefill, decode, both
+
+
+def _on_gpus(config: ClusterConfig, nodes: Sequence[RayNode]) -> tuple[tuple[Placed, ...], ...]:
+    """Prefill, decode and both. The GPUs of a worker are one host's. Raises MachineError where no host has enough of them left."""
+    free = {node.node_id: int(node.num_gpus) for node in nodes}
+
+    def place(role: WorkerRole, order: Sequence[RayNode]) -> tuple[Placed, ...]:
+        placed: list[Placed] = []
+        for number in range(getattr(config, role).num_workers):
+            needed = config.ranks_of(role)
+            node = next((node for node in order if free[node.node_id] >= needed), None)
+            if node is None:
+                left = max(free.values(), default=0)
+                raise MachineError(
+                    f"{role}-{number} needs {needed} GPUs of one host, and none has more than {left} left; ask for fewer workers or less "
+                    "tensor_parallel",
+                    num_gpus=left,
+                )
+            free[node.node_id] -= needed
+            placed.append(Placed(f"{role}-{number}", node))
+        return tuple(placed)
+
+    # the largest first, so that small ones do not take from each host what they need; roles of one size in their order
+    roles = sorted(("prefill", "decode", "both"), key=lambda role: -config.ranks_of(role))
+    found = {role: place(role, list(reversed(nodes)) if role == "decode" else nodes) for role in roles}
+    return found["prefill"], found["decode"], found["both"]
 
 
 def _require_reachable(control_host: str, nodes: Sequence[RayNode]) -> None:
@@ -117,11 +148,11 @@ def _require_reachable(control_host: str, nodes: Sequence[RayNode]) -> None:
         )
 
 
-def find_room(nodes: Sequence[RayNode], workers_on: Sequence[RayNode], device: str) -> RayNode | None:
-    """The node for one more worker: the one with the fewest, on CUDA among those with a GPU free.
+def find_room(nodes: Sequence[RayNode], ranks_on: Sequence[RayNode], device: str, needed: int) -> RayNode | None:
+    """The node for one more worker of so many ranks: the one with the fewest, on CUDA among those with as many GPUs free.
 
-    workers_on: the node of each worker there is. None: no node has room.
+    ranks_on: the node of each rank there is. None: no node has room.
     """
-    counts = Counter(node.node_id for node in workers_on)
-    with_room = [node for node in nodes if device == "cpu" or node.num_gpus - counts[node.node_id] >= 1]
+    counts = Counter(node.node_id for node in ranks_on)
+    with_room = [node for node in nodes if device == "cpu" or node.num_gpus - counts[node.node_id] >= needed]
     return min(reversed(with_room), key=lambda node: counts[node.node_id], default=None)  # the first node has the proxy already

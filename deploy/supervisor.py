@@ -16,7 +16,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ class Member:
     arguments: Callable[[], dict[str, Any]]
     num_gpus: float = 0.0
     role: WorkerRole | None = None  # of a worker
+    num_ranks: int = 0  # of a worker
     pause: Pause | None = None
     started: asyncio.Future[None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
@@ -160,9 +161,11 @@ class Supervisor:
         added: list[Member] = []
         nodes = await asyncio.to_thread(self._find_nodes)
         for worker_id, role in change.missing:
-            found = find_room(nodes, [*self._worker_nodes(change.surplus), *(member.node for member in added)], self._spec.plan.device)
+            taken, needed = [*self._rank_nodes(change.surplus), *_rank_nodes(added)], config.ranks_of(role)
+            found = find_room(nodes, taken, self._spec.plan.device, needed)
             if found is None:
-                raise ConfigError(f"{worker_id} needs a GPU and no host has one free; add a host first, or ask for fewer workers")
+                gpus = "a GPU and no host has one" if needed == 1 else f"{needed} GPUs and no host has as many"
+                raise ConfigError(f"{worker_id} needs {gpus} free; add a host first, or ask for fewer workers")
             added.append(self._worker(Placed(worker_id, found), role))
         resolved = dataclasses.replace(config, model=self._spec.config.model)
         self._spec = dataclasses.replace(self._spec, asked=config, config=resolved)
@@ -216,9 +219,8 @@ class Supervisor:
     def _of(self, role: WorkerRole) -> list[str]:
         return [member.id for member in self._members.values() if member.role == role]
 
-    def _worker_nodes(self, without: Sequence[str] = ()) -> list[RayNode]:
-        """Of every worker, so that a node is there as often as it has workers."""
-        return [member.node for member in self._members.values() if member.role is not None and member.id not in without]
+    def _rank_nodes(self, without: Sequence[str] = ()) -> list[RayNode]:
+        return _rank_nodes([member for member in self._members.values() if member.id not in without])
 
     def _store_on(self, node: RayNode) -> Member | None:
         stores = (member for member in self._members.values() if member.actor_class is StoreActor)
@@ -365,7 +367,7 @@ class Supervisor:
                     member.started.set_exception(StoreUnavailable(f"{member.id} lost its host before it served"))
                 return False
             if all(node.node_id != member.node.node_id for node in nodes):
-                found = find_room(nodes, self._worker_nodes([member.id]), self._spec.plan.device)
+                found = find_room(nodes, self._rank_nodes([member.id]), self._spec.plan.device, member.num_ranks)
             else:
                 found = member.node
             if found is not None:
@@ -467,9 +469,14 @@ class Supervisor:
                 "decode": spec.config.decode,
             }
 
-        num_gpus = 1.0 if self._spec.plan.device == "cuda" else 0.0
-        member = Member(placed.member_id, WorkerActor, placed.node, arguments, num_gpus, role)
+        num_gpus, num_ranks = 1.0 if self._spec.plan.device == "cuda" else 0.0, self._spec.config.ranks_of(role)
+        member = Member(placed.member_id, WorkerActor, placed.node, arguments, num_ranks * num_gpus, role, num_ranks)
         return member
+
+
+def _rank_nodes(members: Iterable[Member]) -> list[RayNode]:
+    """The nodes of workers, each as often as it has ranks."""
+    return [member.node for member in members for _ in range(member.num_ranks)]
 
 
 async def _member_ids(control: Any) -> set[str] | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from ..decode_worker.worker import DecodeHalf
 from ..engine.executor import Progress
 from ..engine.local_executor import LocalExecutor
+from ..engine.ranks.executor import TensorParallelExecutor
 from ..engine.resolve import resolve_folder, resolve_name
 from ..engine.step_budget import StepLimits
 from ..engine.worker import Worker
@@ -21,11 +23,13 @@ CPU_PROMPTS = {"prefill": 2, "decode": 8, "both": 8}  # of max_model_len: what a
 def make_worker(
     worker_address: WorkerAddress, *, role: WorkerRole, options: ModelOptions, prefill: PrefillConfig, decode: DecodeConfig
 ) -> Worker:
-    """Pages, threads and transport are those of the role that it starts with; `both` has decode's."""
+    """Pages, ranks, threads and transport are those of the role that it starts with; `both` has decode's."""
     config = prefill if role == "prefill" else decode
 
     def load(*, name: str, progress: Progress, on_crash: Callable[[BaseException], None]) -> LocalExecutor:
-        return LocalExecutor.load(
+        size = config.tensor_parallel
+        make = LocalExecutor.load if size == 1 else partial(TensorParallelExecutor.load_group, size=size)
+        return make(
             options,
             kv_capacity_tokens=config.kv_capacity_tokens,
             num_threads=config.num_threads,

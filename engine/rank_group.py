@@ -35,7 +35,7 @@ class RankGroup:
         self.shard = shard = meeting.shard
         store = FileStore(str(meeting.file), shard.size)
         self._group: Any = (_gloo if device.type == "cpu" else _nccl)(store, shard, device)
-        self.barrier()
+        self.total(0, device)  # every rank is there
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks, in place."""
@@ -54,9 +54,6 @@ class RankGroup:
 
     def total(self, number: int, device: torch.device) -> int:
         return sum(self._numbers(number, device))
-
-    def barrier(self) -> None:
-        self._group.barrier().wait()
 
     def _numbers(self, number: int, device: torch.device) -> list[int]:
         return self.gather_columns(torch.tensor([[number]], dtype=torch.int64, device=device))[0].tolist()

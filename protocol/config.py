@@ -95,11 +95,17 @@ class PrefillConfig:
     kv_capacity_tokens: int = 0
     """Tokens that a prefill worker's pages hold; 0: twice max_model_len on CPU and at most a quarter of the free
     memory, 90 % of the free memory on CUDA."""
+    tensor_parallel: int = 1
+    """GPUs of one host that a prefill worker divides the model over, each with a process of its own; on CPU, processes. It has to divide
+    the model's key-value heads. decode's may be another."""
     num_threads: int = 1
-    """Torch threads of a prefill worker on CPU."""
+    """Torch threads of a prefill worker on CPU; of each of its processes."""
     transport: Literal["auto", "tcp", "grpc"] = "auto"
     """How a prefill worker exchanges KV with stores; auto: shared memory on its own node, data connections (TCP beside
     gRPC) to others; tcp: data connections everywhere; grpc: gRPC everywhere."""
+
+    def __post_init__(self) -> None:
+        _require_ranks("prefill", self.tensor_parallel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,11 +122,16 @@ class DecodeConfig:
     kv_capacity_tokens: int = 0
     """Tokens that a decode worker's pages hold; 0: eight times max_model_len on CPU and at most a quarter of the
     free memory, 90 % of the free memory on CUDA."""
+    tensor_parallel: int = 1
+    """GPUs of one host that a decode worker divides the model over, as prefill's; workers of both roles take this one."""
     num_threads: int = 1
-    """Torch threads of a decode worker on CPU."""
+    """Torch threads of a decode worker on CPU; of each of its processes."""
     transport: Literal["auto", "tcp", "grpc"] = "auto"
     """How a decode worker exchanges KV with stores; auto: shared memory on its own node, data connections (TCP beside
     gRPC) to others; tcp: data connections everywhere; grpc: gRPC everywhere."""
+
+    def __post_init__(self) -> None:
+        _require_ranks("decode", self.tensor_parallel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,6 +294,15 @@ class ClusterConfig:
     def num_workers(self) -> int:
         return self.prefill.num_workers + self.decode.num_workers + self.both.num_workers
 
+    @property
+    def num_ranks(self) -> int:
+        """Of all workers: on CUDA each takes a GPU."""
+        return sum(getattr(self, role).num_workers * self.ranks_of(role) for role in ("prefill", "decode", "both"))
+
+    def ranks_of(self, role: str) -> int:
+        """GPUs, or on CPU processes, of a worker that starts with the role."""
+        return self.prefill.tensor_parallel if role == "prefill" else self.decode.tensor_parallel
+
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> ClusterConfig:
         """The file's values under the overrides' ("proxy.policy" -> "random").
@@ -291,6 +311,12 @@ class ClusterConfig:
         value of the wrong type.
         """
         return from_mapping(cls, given_values(path, overrides), "")
+
+
+def _require_ranks(section: str, count: int) -> None:
+    if count < 1:
+        key = f"{section}.tensor_parallel"
+        raise ConfigError(f"{key} is {count}; it must be at least 1, which divides nothing", key=key)
 
 
 def given_values(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ...engine.resolve import resolve_device, resolve_max_model_len
 from ...protocol.config import ClusterConfig
 from ...protocol.memory import available_bytes
 from ...protocol.schema import KVSchema
-from ..cluster import find_model
+from ..cluster import find_model, require_divisible
 from ..plan import require_gpus
 from .finding import Check, Finding, ok
 from .machine import check_gpu_memory, check_memory, check_ports, check_shm
@@ -53,6 +53,7 @@ class StartChecks:
 
     def _check_model(self) -> Finding:
         _, model = self._model
+        require_divisible(self._config, model)
         length = resolve_max_model_len(model, self._config.model)
         return ok("model", f"{model.architecture} of {model.num_layers} layers, prompt and answer up to {length} tokens")
 
@@ -72,7 +73,8 @@ class StartChecks:
     def _check_memory(self) -> Finding:
         num_bytes, gpus = weight_bytes(self._model[1], self._config.model), visible_gpus()
         if resolve_device(self._config.model) == "cuda" and gpus:
-            return check_gpu_memory(num_bytes, gpus)
+            roles = [role for role in ("prefill", "decode", "both") if getattr(self._config, role).num_workers]
+            return check_gpu_memory(num_bytes // min(map(self._config.ranks_of, roles), default=1), gpus)
         return check_memory(num_bytes, self._config.num_workers, available_bytes())
 
     def _check_shm(self) -> Finding:

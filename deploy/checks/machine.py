@@ -111,7 +111,7 @@ def check_gpu_memory(weight_bytes: int, gpus: Sequence[Gpu]) -> Finding:
     if weight_bytes >= smallest.total_bytes:
         raise MachineError(
             f"the model is larger than memory: its weights take {human_bytes(weight_bytes)} and {smallest.name} has "
-            f"{human_bytes(smallest.total_bytes)}; take a smaller model or dtype, or a larger GPU"
+            f"{human_bytes(smallest.total_bytes)}; take a smaller model or dtype, a larger GPU, or more tensor_parallel"
         )
     listed = ", ".join(f"{gpu.name} with {human_bytes(gpu.free_bytes)} free" for gpu in gpus)
     if weight_bytes >= min(gpu.free_bytes for gpu in gpus):

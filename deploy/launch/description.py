@@ -52,9 +52,10 @@ class Description:
         if self.target is Target.LOCAL and len({self.head, *self.workers}) != 1 + len(self.workers):
             raise ConfigError("a host is named twice among --head and --workers; each is one host of Ray")
         have = self.num_gpus * (len(self.workers) + 1 if self.target is Target.LOCAL else self.num_worker_hosts)
-        if self.num_gpus and have < self.config.num_workers:
+        if self.num_gpus and have < self.config.num_ranks:
+            each = "a GPU each" if self.config.num_ranks == self.config.num_workers else f"{self.config.num_ranks} GPUs"
             raise ConfigError(
-                f"{self.config.num_workers} workers need a GPU each and the hosts have {have}; add hosts or ask for fewer workers"
+                f"{self.config.num_workers} workers need {each} and the hosts have {have}; add hosts or ask for fewer workers"
             )
 
     @property
@@ -62,4 +63,4 @@ class Description:
         """Hosts beside the head. On CPU one for each worker, if not said."""
         if self.target is Target.LOCAL:
             return len(self.workers)
-        return self.num_hosts or math.ceil(self.config.num_workers / max(self.num_gpus, 1))
+        return self.num_hosts or math.ceil((self.config.num_ranks if self.num_gpus else self.config.num_workers) / max(self.num_gpus, 1))

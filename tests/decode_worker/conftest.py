@@ -177,12 +177,18 @@ class Cluster:
 
     async def add_decode(self) -> None:
         """Answers come from another decode worker from now on, decode-1."""
-        worker = make_worker(self.worker_address("decode-1"), role="decode", **self._configs)
+        worker = await self.add("decode-1", "decode")
+        self.decode = self.views.WorkerView(worker, worker.decode)
+        self.prefill_stub, self.decode_stub = self.stub_pair(self.workers[0], worker)
+
+    async def add(self, worker_id: str, role: Any, **decode: Any) -> Any:
+        """One more worker. decode: of its configuration, where it is another than the others'."""
+        configs = {**self._configs, "decode": dataclasses.replace(self._configs["decode"], **decode)}
+        worker = make_worker(self.worker_address(worker_id), role=role, **configs)
         await worker.start()
         self.workers.append(worker)
         self._channels[worker] = await self._channel(worker.address)
-        self.decode = self.views.WorkerView(worker, worker.decode)
-        self.prefill_stub, self.decode_stub = self.stub_pair(self.workers[0], worker)
+        return worker
 
     def stub_pair(self, prefill: Any, decode: Any) -> tuple[Any, Any]:
         """Which worker computes prompts, and which one answers."""

@@ -31,7 +31,7 @@ class Played:
         self.alive: dict[str, PlayedActor] = {}
 
     def remote(self, actor_class: type, *, node_id: str, num_gpus: float) -> Any:
-        return SimpleNamespace(remote=lambda **arguments: PlayedActor(self, actor_class, node_id, arguments))
+        return SimpleNamespace(remote=lambda **arguments: PlayedActor(self, actor_class, node_id, arguments, num_gpus))
 
     def kill(self, actor: PlayedActor, no_restart: bool) -> None:
         actor.die()
@@ -47,8 +47,9 @@ class Played:
 
 
 class PlayedActor:
-    def __init__(self, ray: Played, actor_class: type, node_id: str, arguments: dict[str, Any]) -> None:
+    def __init__(self, ray: Played, actor_class: type, node_id: str, arguments: dict[str, Any], num_gpus: float) -> None:
         self.ray, self.node_id, self.arguments, self.actor_class = ray, node_id, arguments, actor_class
+        self.num_gpus = num_gpus
         worker = arguments.get("worker_address")
         self.id = "proxy" if actor_class is ProxyActor else worker.worker_id if worker is not None else arguments["store_id"]
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -149,6 +150,19 @@ async def test_a_worker_that_needs_a_gpu_waits_for_a_host_that_has_one_free(monk
         assert ray.on()["decode-0"] == "n9"
 
 
+async def test_a_worker_of_several_gpus_waits_for_a_host_that_has_as_many_free(monkeypatch, model_folder: Path) -> None:
+    asked = config(model_folder, tensor_parallel=2)
+    asked = dataclasses.replace(asked, model=dataclasses.replace(asked.model, device="cuda"))
+    async with running(monkeypatch, asked, hosts(3, num_gpus=2.0)) as (supervisor, ray):
+        assert (ray.alive["prefill-0"].num_gpus, ray.alive["decode-0"].num_gpus) == (1.0, 2.0)
+        ray.lose("10.0.0.2")
+        await until(lambda: "store-2" not in {member.id for member in supervisor.members})
+        ray.nodes.append(RayNode("n8", "10.0.0.8", 1.0))
+        ray.nodes.append(RayNode("n9", "10.0.0.9", 2.0))
+        await until(lambda: "decode-0" in ray.alive)
+        assert ray.on()["decode-0"] == "n9"
+
+
 async def test_a_changed_configuration_starts_what_is_missing_and_stops_what_is_too_much(monkeypatch, model_folder: Path) -> None:
     async with running(monkeypatch, config(model_folder), hosts(3)) as (supervisor, ray):
         ray.nodes.append(RayNode("n9", "10.0.0.9", 0.0))
@@ -165,6 +179,8 @@ async def test_what_cannot_change_is_refused_and_nothing_is_touched(monkeypatch,
         asked = config(model_folder)
         with pytest.raises(ConfigError, match=r"proxy\.policy cannot change"):
             await supervisor.apply(dataclasses.replace(asked, proxy=dataclasses.replace(asked.proxy, policy="random")))
+        with pytest.raises(ConfigError, match=r"decode\.tensor_parallel cannot change"):
+            await supervisor.apply(dataclasses.replace(asked, decode=dataclasses.replace(asked.decode, tensor_parallel=2)))
         with pytest.raises(ConfigError, match="no worker would decode"):
             await supervisor.apply(config(model_folder, 0))
         assert ray.events == before

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfmoon.deploy.plan import couple_on_one_gpu, make_plan
+from halfmoon.deploy.plan import couple_on_one_gpu, find_room, make_plan
 from halfmoon.deploy.ray_session import RayNode
 from halfmoon.protocol.config import BothConfig, ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig
 from halfmoon.protocol.errors import ConfigError, MachineError
@@ -70,6 +70,38 @@ def test_no_gpu_gets_two_workers(num_prefill: int, num_decode: int) -> None:
     assert plan.device == "cuda"
     on = [worker.node.node_id for worker in (*plan.prefill, *plan.decode)]
     assert all(on.count(node_id) <= 2 for node_id in on)
+
+
+def divided(num_prefill: int, num_decode: int, prefill_ranks: int, decode_ranks: int) -> ClusterConfig:
+    made = config(num_prefill, num_decode, device="cuda")
+    return dataclasses.replace(
+        made,
+        prefill=dataclasses.replace(made.prefill, tensor_parallel=prefill_ranks),
+        decode=dataclasses.replace(made.decode, tensor_parallel=decode_ranks),
+    )
+
+
+@given(st.integers(0, 3), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]))
+def test_every_workers_ranks_are_on_one_host_and_no_gpu_has_two(num_prefill: int, num_decode: int, mine: int, yours: int) -> None:
+    hosts = nodes(num_prefill + num_decode, num_gpus=4)
+    plan = make_plan(divided(num_prefill, num_decode, mine, yours), hosts)
+    assert (len(plan.prefill), len(plan.decode)) == (num_prefill, num_decode)
+    for host in hosts:
+        taken = mine * sum(worker.node == host for worker in plan.prefill) + yours * sum(worker.node == host for worker in plan.decode)
+        assert taken <= host.num_gpus
+    assert find_room(hosts, [worker.node for worker in plan.decode for _ in range(yours)], "cuda", 4) not in [
+        one.node for one in plan.decode
+    ]
+
+
+def test_workers_that_no_host_holds_are_refused_with_what_is_left() -> None:
+    with pytest.raises(
+        MachineError, match=r"2 workers need 6 GPUs with prefill\.tensor_parallel 2 and decode\.tensor_parallel 4, and Ray has 4"
+    ):
+        make_plan(divided(1, 1, 2, 4), nodes(1, num_gpus=4))
+    with pytest.raises(MachineError, match="decode-0 needs 4 GPUs of one host, and none has more than 3 left"):
+        make_plan(divided(1, 1, 2, 4), nodes(2, num_gpus=3))
+    assert [one.node.node_id for one in make_plan(divided(2, 1, 1, 2), nodes(2, num_gpus=2)).prefill] == ["node-0", "node-0"]
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])

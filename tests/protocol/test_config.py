@@ -36,6 +36,8 @@ def test_without_a_file_the_defaults_hold() -> None:
         ("proxy:\n  http_port: many\n", "proxy.http_port is 'many'; it must be of type int"),
         ("prefill:\n  num_workers: true\n", "prefill.num_workers is True; it must be of type int"),
         ("prefill:\n  num_workers: -1\n", "prefill.num_workers is -1; it must be a finite number and not negative"),
+        ("prefill:\n  tensor_parallel: 0\n", "prefill.tensor_parallel is 0; it must be at least 1"),
+        ("decode:\n  tensor_parallel: 0\n", "decode.tensor_parallel is 0; it must be at least 1"),
         ("proxy:\n  drain_timeout_s: .nan\n", "proxy.drain_timeout_s is nan; it must be a finite number"),
         ("proxy:\n  http_port: 70000\n", "proxy.http_port is 70000; a port is at most 65535"),
         ("proxy:\n  http_port: 50051\n", "proxy.http_port and proxy.grpc_port are both 50051"),
@@ -53,6 +55,13 @@ def test_a_wrong_file_is_refused_with_the_key_the_value_and_what_to_write(tmp_pa
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         ClusterConfig.load(tmp_path / "nowhere.yaml")
+
+
+def test_a_workers_ranks_are_those_of_its_role_and_both_has_decodes(tmp_path: Path) -> None:
+    text = "prefill: {num_workers: 2, tensor_parallel: 4}\ndecode: {num_workers: 1, tensor_parallel: 2}\nboth: {num_workers: 3}\n"
+    config = ClusterConfig.load(written(tmp_path, text))
+    assert [config.ranks_of(role) for role in ("prefill", "decode", "both")] == [4, 2, 2]
+    assert (config.num_workers, config.num_ranks) == (6, 2 * 4 + 1 * 2 + 3 * 2)
 
 
 def test_an_integer_is_taken_for_seconds(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from halfmoon.deploy.checks.before_start import StartChecks, require_startable
 from halfmoon.deploy.checks.finding import Finding, run_check, worst_first
 from halfmoon.engine.resolve import DEMO_FOLDER
 from halfmoon.protocol.config import ClusterConfig, ModelOptions, ProxyConfig
-from halfmoon.protocol.errors import CheckpointError
+from halfmoon.protocol.errors import CheckpointError, ConfigError
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 16060522904\n"
 
@@ -72,6 +73,13 @@ def test_what_is_wrong_in_a_folder_is_named_with_what_to_do(folder: Path, fault:
     assert all(word in raised.value.message for word in words), raised.value.message
     worst = worst_first([run_check(check) for check in StartChecks(config_of(folder)).all()])[0]
     assert worst.severity == "fault" and words[0] in worst.what
+
+
+def test_ranks_that_the_model_can_not_be_divided_into_are_named_with_what_it_takes(folder: Path) -> None:
+    asked = config_of(folder)
+    asked = dataclasses.replace(asked, decode=dataclasses.replace(asked.decode, tensor_parallel=64))
+    with pytest.raises(ConfigError, match=r"decode\.tensor_parallel is 64, and num_kv_heads of the model is \d+.*this model takes 1"):
+        require_startable(asked, own_ray=True)
 
 
 def test_a_folder_without_a_chat_template_serves_and_says_so(folder: Path) -> None:

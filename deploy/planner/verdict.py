@@ -96,7 +96,7 @@ def lines(asked: Question, window: Window, plan: Plan) -> Iterator[str]:
 def cautions(asked: Question) -> Iterator[str]:
     yield f"cost model {asked.cost.name or 'of your own'}: {asked.cost.source or 'of unknown source'}"
     if asked.tp > 1:
-        yield "Halfmoon's workers run on one GPU each today: tensor parallel ones are planned with, and not served yet"
+        yield "tensor parallel workers are served, and have not been run on GPUs yet: what they take is derived"
 
 
 def table(asked: Question, window: Window, plan: Plan) -> Table:

@@ -48,7 +48,7 @@ def test_a_plan_tells_what_to_start_what_it_left_out_and_writes_json_and_a_pictu
 
 def test_tensor_parallel_is_planned_and_said_not_to_be_served(trace: str) -> None:
     code, said = run("--trace", trace, *COMMON, "--tp", "2")
-    assert code == 0 and "tensor parallel ones are planned with, and not served yet" in said
+    assert code == 0 and "tensor parallel workers are served, and have not been run on GPUs yet" in said
     assert "h100-8b-tp2: derived from peaks" in said and "halfmoon serve" not in said
 
 

@@ -50,7 +50,7 @@ def _serve(told: dict[str, Any], steps: Link, pages: Link) -> None:
     engine = Engine.load(options, meeting=Meeting(shard, Path(told["meeting"])), **told["load"])
     logger.info("%s", engine.described())
     rank_pages = RankPages(engine, shard, pages, SharedMemory(told["memory"]), lambda error: _fail(pages, error))
-    threading.Thread(target=rank_pages.serve, name="rank-pages", daemon=True).start()
+    threading.Thread(target=_serve_pages, args=(rank_pages, pages), name="rank-pages", daemon=True).start()
     reader = StepReader()
     while (message := steps.receive()) is not None:
         kind, *rest = message
@@ -65,6 +65,13 @@ def _serve(told: dict[str, Any], steps: Link, pages: Link) -> None:
                 engine.launch(step.chunks, after_layer=after_layer)
             else:
                 engine.compute(step.chunks, after_layer=after_layer)
+
+
+def _serve_pages(rank_pages: RankPages, pages: Link) -> None:
+    try:
+        rank_pages.serve()
+    except Exception as error:  # the thread's boundary, as main's
+        _fail(pages, error)
 
 
 def _end_with_rank_0() -> NoReturn:

@@ -169,7 +169,7 @@ def _spawn(number: int, start: dict[str, Any], environment: dict[str, str], hand
     (steps, its_steps), (pages, its_pages) = socket.socketpair(), socket.socketpair()
     told = {**start, "steps": its_steps.fileno(), "pages": its_pages.fileno(), "memory": handle}
     process = subprocess.Popen(
-        [sys.executable, "-m", MODULE, json.dumps(told)],
+        [sys.executable, "-P", "-m", MODULE, json.dumps(told)],
         stdin=subprocess.PIPE,
         pass_fds=(its_steps.fileno(), its_pages.fileno(), handle),
         env={**os.environ, **environment},

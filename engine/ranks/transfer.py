@@ -187,7 +187,6 @@ class RankPageTransfer(LocalPageTransfer):
                 try:
                     call = self._copy(PageCall.OUT, layers, pages[start:end], rows.runs, behind)
                 except BaseException:
-                    self._synchronize()
                     writer.dropped()
                     raise
                 under_way.append((start, end, call))
@@ -224,7 +223,11 @@ class RankPageTransfer(LocalPageTransfer):
         numbers = [number for place in places for number in place]
         call = self._ranks.call(kind, [*behind, layers.start, len(layers), len(pages), *pages, *numbers])
         copy = head_rows.copy_out if kind is PageCall.OUT else head_rows.copy_in
-        copy(self._cache, self._shard, layers, pages, runs)
+        try:
+            copy(self._cache, self._shard, layers, pages, runs)
+        except BaseException:
+            self._finish(call)  # nobody copies any more when this is told
+            raise
         return call
 
     def _finish(self, call: int) -> None:

@@ -108,6 +108,8 @@ class TensorParallelExecutor(LocalExecutor):
             try:
                 ranks.wait_started()
                 engine = Engine.load(options, meeting=Meeting(Shard(0, size), meeting), progress=progress, **load)
+                logger.info("%s", engine.described())
+                return cls(engine, name, on_crash, shard=Shard(0, size), ranks=ranks, memory=memory)
             except HalfmoonError:
                 ranks.close()
                 raise
@@ -116,8 +118,6 @@ class TensorParallelExecutor(LocalExecutor):
         finally:
             os.close(buffer)
             shutil.rmtree(folder)
-        logger.info("%s", engine.described())
-        return cls(engine, name, on_crash, shard=Shard(0, size), ranks=ranks, memory=memory)
 
     def find_not_finite(self, pages: Seq[int]) -> list[int]:
         """A rank's heads of a page may be sound where another's are not."""

@@ -15,7 +15,9 @@ from typing import NamedTuple
 
 import torch
 
+from ...protocol.errors import MachineError
 from ..engine import Engine
+from ..kv_cache import PagedKVCache
 from ..shard import Shard
 from ..transfer import Landing, TransferThread
 from . import head_rows
@@ -25,7 +27,7 @@ from .processes import DONE
 
 logger = logging.getLogger(__name__)
 
-KEPT_STEPS = 8  # whose events are kept: a push comes at most a few launches after its step
+KEPT_STEPS = 8  # whose events are kept; a push that comes later waits for all that the device was given
 
 
 class PageCall(enum.IntEnum):
@@ -48,6 +50,15 @@ class Behind(NamedTuple):
 NO_STEP = Behind(0, 0)  # pages that no step writes to
 
 
+def pin_buffer(cache: PagedKVCache, memory: SharedMemory) -> None:
+    """Raises MachineError where a GPU can't copy to and from the ranks' buffer by itself."""
+    if not cache.pinned.pin(memory.buffer) and not cache.on_cpu:
+        size = memory.buffer.nbytes // 2**20
+        raise MachineError(
+            f"{size} MiB that the ranks share can't be pinned; raise the limit of locked memory (ulimit -l, --ulimit memlock=-1)"
+        )
+
+
 class StepProgress:
     """How far the steps are whose blocks are pushed. The step's thread reports, the reading thread waits."""
 
@@ -55,13 +66,16 @@ class StepProgress:
         """event: after what the calling thread has given the device."""
         self._event = event
         self._changed = threading.Condition()
+        self._newest = 0
         self._layers: dict[int, list[torch.cuda.Event | None]] = {}  # by step, an event for each layer so far
 
     def hook(self, step: int) -> Callable[[int], None]:
         """To be called with each layer of the step."""
         with self._changed:
+            self._newest = step
             self._layers = {number: events for number, events in self._layers.items() if number > step - KEPT_STEPS}
             self._layers[step] = []
+            self._changed.notify_all()
         return partial(self._reached, step)
 
     def wait(self, behind: Behind) -> torch.cuda.Event | None:
@@ -69,8 +83,11 @@ class StepProgress:
         if behind == NO_STEP:
             return None
         with self._changed:
-            self._changed.wait_for(lambda: len(self._layers.get(behind.step, ())) > behind.layer)
-            return self._layers[behind.step][behind.layer]
+            self._changed.wait_for(lambda: self._is_old(behind.step) or len(self._layers.get(behind.step, ())) > behind.layer)
+            return self._event() if self._is_old(behind.step) else self._layers[behind.step][behind.layer]
+
+    def _is_old(self, step: int) -> bool:
+        return step <= self._newest - KEPT_STEPS
 
     def _reached(self, step: int, layer: int) -> None:
         event = self._event()
@@ -89,7 +106,7 @@ class RankPages:
         self._layer_bytes = engine.schema.layer_bytes  # of whole blocks
         self._transfer = TransferThread("rank-transfer", engine.device, on_crash)
         self.progress = StepProgress(self._transfer.event)
-        self._cache.pinned.pin(memory.buffer)
+        pin_buffer(self._cache, memory)
 
     def serve(self) -> None:
         """Until rank 0 is gone; on a thread of its own."""

@@ -28,7 +28,7 @@ from ..transfer import Landing, TransferThread
 from . import head_rows
 from .link import of_text
 from .memory import SharedMemory
-from .pages import NO_STEP, Behind, PageCall
+from .pages import NO_STEP, Behind, PageCall, pin_buffer
 from .processes import RankProcesses
 from .step_wire import StepWriter
 
@@ -62,7 +62,7 @@ class RankPageTransfer(LocalPageTransfer):
         self._steps = steps
         self._memory = memory
         self._num_memories = 0
-        cache.pinned.pin(memory.buffer)
+        pin_buffer(cache, memory)
 
     def copy(self, source: int, target: int) -> Future[None]:
         return self._transfer.start(

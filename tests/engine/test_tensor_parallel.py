@@ -1,4 +1,4 @@
-"""Two ranks on two threads, each with its half of the model: the tokens of one that holds all of it."""
+"""Ranks on threads, each with its part of the model: the tokens of one that holds all of it."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from halfmoon.protocol.sampling import SamplingParams
 SIZE = 2
 
 
-class Pair:
-    """Two engines that are the ranks of one group; both run what is asked of the pair."""
+class Group:
+    """Engines that are the ranks of one group; all run what is asked of it."""
 
-    def __init__(self, folder: Path, meeting: Path, **options: Any) -> None:
-        self._threads = [ThreadPoolExecutor(1, f"rank-{rank}") for rank in range(SIZE)]
+    def __init__(self, folder: Path, meeting: Path, size: int, **options: Any) -> None:
+        self._threads = [ThreadPoolExecutor(1, f"rank-{rank}") for rank in range(size)]
         made = ModelOptions(path=str(folder), device="cpu", block_size=8, **options)
 
         def load(rank: int) -> Engine:
-            return Engine.load(made, kv_capacity_tokens=2048, num_threads=1, meeting=Meeting(Shard(rank, SIZE), meeting))
+            return Engine.load(made, kv_capacity_tokens=2048, num_threads=1, meeting=Meeting(Shard(rank, size), meeting))
 
         self.engines: list[Engine] = [future.result() for future in [t.submit(load, r) for r, t in enumerate(self._threads)]]
 
-    def both(self, call: Callable[[Engine], Any]) -> list[Any]:
+    def all(self, call: Callable[[Engine], Any]) -> list[Any]:
         futures = [thread.submit(call, engine) for thread, engine in zip(self._threads, self.engines, strict=True)]
         return [future.result() for future in futures]
 
@@ -45,11 +45,11 @@ class Pair:
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Iterator[Callable[..., Pair]]:
-    made: list[Pair] = []
+def group(tmp_path: Path) -> Iterator[Callable[..., Group]]:
+    made: list[Group] = []
 
-    def make(folder: Path, **options: Any) -> Pair:
-        made.append(Pair(folder, tmp_path / f"meeting-{len(made)}", **options))
+    def make(folder: Path, size: int = SIZE, **options: Any) -> Group:
+        made.append(Group(folder, tmp_path / f"meeting-{len(made)}", size, **options))
         return made[-1]
 
     yield make
@@ -77,7 +77,7 @@ def generate(engine: Engine, sequences: list[Sequence], chunk_len: int, num_toke
 
 @pytest.mark.parametrize("name", ["llama2_mha", "llama_biased", "llama_linear_tied", "qwen3_window", "qwen2"])
 def test_two_ranks_give_the_tokens_of_one_in_chunks_and_in_mixed_steps(
-    name: str, pair: Any, lab: Any, checkpoint: Any, prompts: Any
+    name: str, group: Any, lab: Any, checkpoint: Any, prompts: Any
 ) -> None:
     folder = checkpoint(name).folder
     asked = [(prompts(31), {}), (prompts(9, 1), {"temperature": 0.9, "top_p": 0.9, "seed": 5}), (prompts(20, 2), {"presence_penalty": 1.5})]
@@ -86,23 +86,31 @@ def test_two_ranks_give_the_tokens_of_one_in_chunks_and_in_mixed_steps(
         return generate(engine, [sequence(tokens, 3 + 16 * at, **sampling) for at, (tokens, sampling) in enumerate(asked)], 8, 12)
 
     alone = run(lab(folder).engine)
-    assert pair(folder).both(run) == [alone, alone]
+    assert group(folder).all(run) == [alone, alone]
     assert len({tuple(answer) for answer in alone}) == len(asked)
 
 
-def test_the_logits_of_two_ranks_are_those_of_one_but_for_the_order_of_sums(pair: Any, lab: Any, checkpoint: Any, prompts: Any) -> None:
+def test_the_logits_of_two_ranks_are_those_of_one_but_for_the_order_of_sums(group: Any, lab: Any, checkpoint: Any, prompts: Any) -> None:
     folder = checkpoint("llama_biased").folder
     one = [StepChunk(sequence(prompts(40)), 0, 40)]
     expected = lab(folder).engine.forward(one)
-    for logits in pair(folder).both(lambda engine: engine.forward(one)):
+    for logits in group(folder).all(lambda engine: engine.forward(one)):
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_each_rank_has_its_own_heads_of_the_same_pages(pair: Any, lab: Any, checkpoint: Any, prompts: Any) -> None:
+def test_four_ranks_give_the_logits_of_one(group: Any, lab: Any, checkpoint: Any, prompts: Any) -> None:
+    folder = checkpoint("llama2_mha").folder
+    one = [StepChunk(sequence(prompts(20)), 0, 20)]
+    expected = lab(folder).engine.forward(one)
+    for logits in group(folder, size=4).all(lambda engine: engine.forward(one)):
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_each_rank_has_its_own_heads_of_the_same_pages(group: Any, lab: Any, checkpoint: Any, prompts: Any) -> None:
     folder = checkpoint("llama3_gqa").folder
-    whole, ranks, chunks = lab(folder).engine, pair(folder), [StepChunk(sequence(prompts(24)), 0, 24)]
+    whole, ranks, chunks = lab(folder).engine, group(folder), [StepChunk(sequence(prompts(24)), 0, 24)]
     whole.forward(chunks)
-    ranks.both(lambda engine: engine.forward(chunks))
+    ranks.all(lambda engine: engine.forward(chunks))
     for rank, engine in enumerate(ranks.engines):
         num_heads = whole.schema.num_kv_heads // SIZE
         own = whole.cache.data[:, :, 3:6, rank * num_heads : (rank + 1) * num_heads]
@@ -111,7 +119,7 @@ def test_each_rank_has_its_own_heads_of_the_same_pages(pair: Any, lab: Any, chec
         assert engine.weight_bytes < whole.weight_bytes * 0.6
 
 
-def test_a_prompts_log_probabilities_are_those_of_one_rank(pair: Any, lab: Any, checkpoint: Any, prompts: Any) -> None:
+def test_a_prompts_log_probabilities_are_those_of_one_rank(group: Any, lab: Any, checkpoint: Any, prompts: Any) -> None:
     folder = checkpoint("qwen2").folder
 
     def score(engine: Engine) -> Any:
@@ -120,16 +128,16 @@ def test_a_prompts_log_probabilities_are_those_of_one_rank(pair: Any, lab: Any, 
         return engine.forward_scored([StepChunk(scored, 0, 20)])[1][scored]
 
     expected = score(lab(folder).engine)
-    for found in pair(folder).both(score):
+    for found in group(folder).all(score):
         torch.testing.assert_close(torch.from_numpy(found.logprobs), torch.from_numpy(expected.logprobs), rtol=1e-4, atol=1e-4)
         assert (found.ranks == expected.ranks).all() and (found.top_token_ids == expected.top_token_ids).all()
 
 
-def test_random_weights_are_the_same_ones_however_they_are_divided(pair: Any, lab: Any, checkpoint: Any, prompts: Any) -> None:
+def test_random_weights_are_the_same_ones_however_they_are_divided(group: Any, lab: Any, checkpoint: Any, prompts: Any) -> None:
     folder = checkpoint("llama3_gqa").folder
     one = [StepChunk(sequence(prompts(16)), 0, 16)]
     expected = lab(folder, load_format="dummy").engine.forward(one)
-    for logits in pair(folder, load_format="dummy").both(lambda engine: engine.forward(one)):
+    for logits in group(folder, load_format="dummy").all(lambda engine: engine.forward(one)):
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 

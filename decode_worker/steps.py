@@ -67,6 +67,9 @@ class DecodeSteps:
         self._local.stepping(part, now)
         return []  # its blocks are cached at the end, from the pages
 
+    def pushes_given(self, part: Step) -> None:
+        """It has none."""
+
     def end(self, part: Step, samples: list[TokenSample], run: StepRun, failed: Mapping[Sequence, HalfmoonError]) -> None:
         work = StepWork.of(part.chunks, len(samples))
         self._local.stepped(part, run.seconds_per_token)

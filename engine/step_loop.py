@@ -54,6 +54,10 @@ class StepHalf(Protocol):
         """Before it runs, or as soon as it is launched. What of it is to be pushed."""
         ...
 
+    def pushes_given(self, part: Any) -> None:
+        """Every push of it is on its way, and none of a later step yet."""
+        ...
+
     def end(self, part: Any, samples: list[TokenSample], run: StepRun, failed: Mapping[Sequence, HalfmoonError]) -> None:
         """Records it, with the lock, and tells the event loop.
 
@@ -168,6 +172,7 @@ class StepLoop:
         if in_flight is None:
             return None
         self._in_flight.append(step)
+        self._pushes_given(step)
         return _Launched(step, in_flight)
 
     def _launch_behind(self) -> _Launched | None:
@@ -200,7 +205,17 @@ class StepLoop:
         return self._end(launched.step, Computed(samples, {}, {}), began)
 
     def _compute(self, step: CombinedStep, began: float) -> Computed:
-        return self._runner.run(step.chunks, self._begin(step, began)) if step.chunks else Computed([], {}, {})
+        if not step.chunks:
+            return Computed([], {}, {})
+        computed = self._runner.run(step.chunks, self._begin(step, began))
+        self._pushes_given(step)
+        return computed
+
+    def _pushes_given(self, step: CombinedStep) -> None:
+        if step.decode.chunks:
+            self._decode.pushes_given(step.decode)
+        if step.prefill is not None:
+            self._prefill.pushes_given(step.prefill)
 
     def _end(self, step: CombinedStep, computed: Computed, began: float) -> float:
         """Returns when it was over."""

@@ -24,6 +24,7 @@ class PrefillJob:
     block_keys: list[bytes]  # of the prompt's full blocks
     task: asyncio.Task[None]  # the call's own
     started: asyncio.Future[None]  # the scheduler gave it pages
+    computed: asyncio.Future[None]  # its first token is there
     pushed: asyncio.Future[None]  # the last slice was handed to the writer
     error: HalfmoonError | None = None  # why it failed, if the call itself did not raise it
     closed: bool = False  # nobody reads its pages or writes to its hand-off any more
@@ -46,6 +47,11 @@ class PrefillJob:
     def push_failed(self, error: HalfmoonError) -> None:
         """Any thread."""
         self.task.get_loop().call_soon_threadsafe(self.fail, error)
+
+    def set_computed(self) -> None:
+        """On the event loop."""
+        if not self.computed.done():
+            self.computed.set_result(None)
 
     def tell_pushed(self) -> None:
         """Any thread."""

@@ -1,6 +1,6 @@
 """What the prefill half does about its part of a step, on the step loop's thread.
 
-begin: whose first chunk this is, which blocks it finishes ─► executor ─► end: sampled, recorded, told
+begin: whose first chunk this is, which blocks it finishes ─► executor ─► pushes_given: who has no more ─► end: sampled, recorded, told
 """
 
 from __future__ import annotations
@@ -52,6 +52,12 @@ class PrefillSteps:
                 pushes.append(finished_blocks(job, chunk, self._scheduler.block_size))
         return pushes
 
+    def pushes_given(self, part: Step) -> None:
+        # not with the end: the next step is launched by then, and its pushes would have to be computed first
+        for sequence in part.sampled:
+            if (job := self._jobs.get(sequence)) is not None:
+                self._pages.when_landed(job.tell_pushed)
+
     def end(self, part: Step, samples: list[TokenSample], run: StepRun, failed: Mapping[Sequence, HalfmoonError]) -> None:
         for chunk in part.chunks:
             job = self._jobs.get(chunk.sequence)
@@ -59,12 +65,11 @@ class PrefillSteps:
                 job.compute_s += run.seconds_per_token * chunk.num_tokens
                 if (scored := run.prompt_logprobs.get(chunk.sequence)) is not None:
                     job.prompt_logprobs.append(scored)
-        done: list[PrefillJob] = []
         for sequence, sample in zip(part.sampled, samples, strict=True):
             job = self._jobs.get(sequence)
             if job is not None and sequence not in failed:
                 job.sample, job.sampled = sample, run.ended
-                done.append(job)
+                self._tell(job.set_computed)
         work = StepWork.of(part.chunks, len(samples))
         with self._changed:
             for sequence in failed:
@@ -73,6 +78,4 @@ class PrefillSteps:
         for sequence, error in failed.items():
             if (job := self._jobs.get(sequence)) is not None:
                 self._tell(partial(self._on_failed, job, error))
-        for job in done:
-            self._pages.when_landed(job.tell_pushed)  # there is no more to push for it
         self._tell(partial(self._on_stepped, run.seconds, work))

@@ -108,7 +108,7 @@ class PrefillHalf:
         sequence.block_keys = list(keys)
         loop = asyncio.get_running_loop()
         self.scheduler.check(sequence)
-        job = PrefillJob(request, sequence, keys, task, loop.create_future(), loop.create_future())
+        job = PrefillJob(request, sequence, keys, task, *(loop.create_future() for _ in range(3)))
         self._jobs[sequence] = job
         return job
 
@@ -127,6 +127,7 @@ class PrefillHalf:
         with self._changed:
             self.scheduler.ready(job.sequence, job.prefix.num_tokens)
             self._changed.notify()
+        await job.computed
         await job.pushed
         await job.writer.seal(job.state())
         state = job.state()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
+import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -12,6 +15,7 @@ import grpc.aio
 import numpy as np
 import pytest
 
+from halfmoon.engine.sequence import StepChunk
 from halfmoon.protocol.errors import (
     DeadlineExceeded,
     HalfmoonError,
@@ -34,6 +38,10 @@ async def error_of(call: Any) -> HalfmoonError:
     with pytest.raises(grpc.aio.AioRpcError) as failure:
         await call
     return from_rpc_error(failure.value, "prefill worker")
+
+
+async def reply(call: Any) -> Any:
+    return await call
 
 
 def at_rest(*sites: Any) -> bool:
@@ -66,6 +74,40 @@ async def test_prompts_that_share_steps_share_their_seconds(make_site: Any) -> N
     shares = [reply.state.phases.compute_s for reply in replies]
     assert 6 * 0.02 <= sum(shares) <= elapsed_s, "three times 32 tokens are six steps of 16, whoever they were for"
     assert max(shares) < max(reply.state.phases.prefill_s for reply in replies)
+
+
+async def test_a_hand_off_is_sealed_while_the_step_after_its_last_one_is_still_computed(
+    make_site: Any, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device the pushes of a step that was launched ahead wait for its layers, and what is asked for after them waits, too."""
+    site = await make_site(max_tokens_per_step=16)
+    engine, pages, scheduler = site.worker.engine, site.worker.worker.executor.pages, site.worker.scheduler
+    forward, ready, num_ready = engine.forward, scheduler.ready, itertools.count(1)
+    both_are_ready, computed = threading.Event(), threading.Event()
+    launched: list[list[StepChunk]] = []
+
+    def note_ready(*arguments: Any) -> None:
+        ready(*arguments)
+        if next(num_ready) == 2:
+            both_are_ready.set()
+
+    def launch(chunks: list[StepChunk], *, after_layer: Any = None) -> Any:
+        launched.append(chunks)
+        assert both_are_ready.wait(60)
+        if len(launched) == 2:
+            pages.when_landed(lambda: computed.wait(60))
+        logits, sampled = forward(chunks, after_layer=after_layer), [chunk.sequence for chunk in chunks]
+        token_ids = [sample.token_id for sample in engine.sample(logits, sampled)]
+        return SimpleNamespace(tokens=lambda: token_ids)
+
+    monkeypatch.setattr(scheduler, "ready", note_ready)
+    monkeypatch.setattr(engine, "launch", launch)
+    calls = [asyncio.ensure_future(reply(site.start(prompt(16, seed), f"h{seed}", queue_order=seed))) for seed in range(2)]
+    sealed, _ = await asyncio.wait(calls, timeout=60, return_when=asyncio.FIRST_COMPLETED)
+    assert len(launched) == 2 and len(sealed) == 1 and not computed.is_set()
+    computed.set()
+    tokens = [found.state.first_token.token_id for found in await asyncio.gather(*calls)]
+    assert tokens == [reference(prompt(16, seed)).token_id for seed in range(2)]
 
 
 async def test_an_earlier_owners_kv_does_not_travel_in_a_partial_page(make_site: Any, reference: Any) -> None:

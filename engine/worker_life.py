@@ -19,7 +19,7 @@ import grpc.aio
 from prometheus_client.registry import Collector
 
 from ..protocol.credentials import Credentials
-from ..protocol.errors import WorkerLost
+from ..protocol.errors import MachineError, WorkerLost
 from ..protocol.exporter import serve_metrics
 from ..protocol.load_progress import ProgressFeed
 from ..protocol.membership import PrefixFeed, stay_joined
@@ -68,11 +68,19 @@ class WorkerLife:
         self._suspects: frozenset[str] = frozenset()  # ids of the requests that were computed when it broke
 
     async def load(self, load: Callable[[], Loaded]) -> Loaded:
-        """Runs load in a thread; what it reports to progress.report is there to be watched meanwhile."""
+        """Runs load in a thread; what it reports to progress.report is there to be watched meanwhile.
+
+        Raises MachineError where the worker breaks before that has ended. The thread may hang for ever then: in a call that waits for
+        a rank which is gone. It is for the process to end.
+        """
         self._loop = asyncio.get_running_loop()
         self.progress.start()
         try:
-            return await asyncio.to_thread(load)
+            async with beside(asyncio.to_thread(load)) as loading, beside(self._ended.wait()) as ended:
+                await asyncio.wait((loading, ended), return_when=asyncio.FIRST_COMPLETED)
+                if not loading.done():
+                    raise MachineError(f"{self.worker_address.worker_id} did not start: {self._broken}")
+                return loading.result()
         finally:
             self.progress.finish()
 

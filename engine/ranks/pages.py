@@ -120,6 +120,10 @@ class RankPages:
             done = self._transfer.start(partial(self._carry_out, PageCall(kind), rest), after)
             done.add_done_callback(partial(self._over, number))
 
+    def close(self) -> None:
+        """Waits for what was asked for."""
+        self._transfer.close()
+
     def _over(self, number: int, done: Future[None]) -> None:
         error = done.exception()
         if error is not None:

@@ -77,6 +77,14 @@ class Writer:
         raise AssertionError("nothing goes wrong here")
 
 
+class EvenTokens:
+    """A grammar whose every token is of even id."""
+
+    def fill(self, output_token_ids: Any, words: np.ndarray) -> None:
+        assert all(token % 2 == 0 for token in output_token_ids)
+        words[:] = 0x55555555
+
+
 class Listener:
     closed = False
 
@@ -105,7 +113,11 @@ def rig(lab: Any, checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> 
     alone = LocalExecutor(lab(folder).engine, "alone", crashes.append)
     arena = Arena(tmp_path_factory.mktemp("arena") / "arena", alone.facts.schema, 16)
     ranks.pages.pin(arena)
-    alone.pages.copy(0, 1).result(HANG_S)  # its thread begins here, and not in a test
+    alone.pages.copy(0, 1).result(HANG_S)  # its threads begin here, and not in a test
+    for executor in (ranks, alone):
+        one = sequence([5], max_tokens=1)
+        one.grammar = EvenTokens()
+        executor.run([StepChunk(one, 0, 1)])
     yield Rig(ranks, alone, arena, crashes)
     ranks.close()
     alone.close()
@@ -147,6 +159,16 @@ def test_greedy_and_seeded_tokens_are_those_of_one_process_in_chunked_and_mixed_
     for one, other in zip(ours[2], expected[2], strict=True):
         assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
         assert [token for token, _ in one.top] == [token for token, _ in other.top]
+
+
+def test_a_grammar_holds_over_the_logits_of_both_ranks(rig: Rig, prompts: Any) -> None:
+    def answer(executor: Any) -> list[int]:
+        one = sequence(prompts(12), temperature=1.0, seed=4)
+        one.grammar = EvenTokens()
+        return [sample.token_id for sample in generate(executor, [one], 16, 12)[0]]
+
+    ours = answer(rig.ranks)
+    assert ours == answer(rig.alone) and max(ours) >= 128 > min(ours), "of both ranks' parts of the vocabulary"
 
 
 def test_a_prompts_log_probabilities_come_from_both_ranks(rig: Rig, prompts: Any) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import grpc.aio
 
-from ..protocol.channel import create_server
+from ..protocol.channel import close_server, create_server
 from ..protocol.config import StoreConfig
 from ..protocol.credentials import Credentials, SocketTls
 from ..protocol.exporter import Identity, ProcessMetrics, serve_metrics
@@ -79,7 +79,7 @@ class StoreServer:
             await store.tiers.opened()
             await server.start()
         except BaseException:
-            await server.stop(0)
+            await close_server(server)
             if store is not None:
                 await asyncio.to_thread(store.data.stop)
                 await store.tiers.close()

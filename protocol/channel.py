@@ -83,7 +83,7 @@ def create_server(
     certificate: there, of the port; None: without TLS. Each connection gets the certificates that count when it begins.
     max_request_bytes: of one message, where strangers may send them; a larger one is refused unread. -1: any size.
     handshake_timeout_s: for a new connection to speak HTTP/2; it is closed then.
-    Raises OSError where the port is taken.
+    Raises OSError where the port is taken. A server that is not started after all has to be closed with close_server.
     """
     options = dict(OPTIONS) | {"grpc.max_receive_message_length": max_request_bytes, "grpc.so_reuseport": 0}
     options["grpc.server_handshake_timeout_ms"] = max(1, round(handshake_timeout_s * 1e3))
@@ -95,6 +95,15 @@ def create_server(
     if bound == 0:
         raise OSError(f"cannot listen on {address}: the port is taken; choose another")
     return server, bound
+
+
+async def close_server(server: grpc.aio.Server, grace_s: float | None = None) -> None:
+    """Stops it, and frees its port, whether or not it was ever started. gRPC keeps the port of one that never ran. Idempotent."""
+    try:
+        await server.start()
+    except grpc.aio.UsageError:  # it runs, or has stopped
+        pass
+    await server.stop(grace_s)
 
 
 def _server_credentials(credentials: Credentials | None, certificate: FrontCertificate | None) -> grpc.ServerCredentials | None:

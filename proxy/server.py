@@ -25,7 +25,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
 from ..protocol.address import LOOPBACK, join_address
-from ..protocol.channel import create_server
+from ..protocol.channel import close_server, create_server
 from ..protocol.config import ModelOptions, ProxyConfig
 from ..protocol.credentials import Credentials
 from ..protocol.errors import ConfigError
@@ -117,26 +117,30 @@ class ProxyServer:
         self._grpc: grpc.aio.Server | None = None
         self._control: grpc.aio.Server | None = None
         self._stop_metrics: Callable[[], None] | None = None
+        self._listener: socket.socket | None = None
         self._http: _HttpServer | None = None
         self._tasks = Tasks("the proxy")
         self._front_looks: asyncio.Task[None] | None = None
         self._http_task: asyncio.Task[None] | None = None
 
     async def start(self) -> Endpoints:
-        """All listen when it returns. Raises CheckpointError, or ConfigError if a port is taken."""
+        """All listen when it returns. Raises CheckpointError, or ConfigError if a port is taken, and nothing listens any more then."""
+        try:
+            return await self._start()
+        except BaseException:
+            await self.stop(0.0)
+            raise
+
+    async def _start(self) -> Endpoints:
         tokenizer = await asyncio.to_thread(Tokenizer.from_folder, self._model_folder, self._options.special_tokens_in_text)
         config = self._config
         forms = AnswerForms.chosen(tokenizer, self._options)
         generator = Generator(self.router, tokenizer, self.card, config.default_timeout_s, forms)
-        http_socket = _listen(config.host, config.http_port)
-        try:
-            self._grpc, grpc_port = self._bind(config.host, "grpc_port", None)
-            control_host = config.control_host or LOOPBACK
-            self._control, control_port = self._bind(control_host, "control_port", self.credentials)
-            metrics_address = self._serve_metrics(control_host)
-        except ConfigError:
-            http_socket.close()
-            raise
+        self._listener = http_socket = _listen(config.host, config.http_port)
+        self._grpc, grpc_port = self._bind(config.host, "grpc_port", None)
+        control_host = config.control_host or LOOPBACK
+        self._control, control_port = self._bind(control_host, "control_port", self.credentials)
+        metrics_address = self._serve_metrics(control_host)
         if self.router.kv_events is not None:
             self.router.kv_events.start()
         await self._start_grpc(self._grpc, generator)
@@ -216,7 +220,9 @@ class ProxyServer:
         await self.cluster.close()
         for server in (self._grpc, self._control):
             if server is not None:
-                await server.stop(CLOSE_GRACE_S)
+                await close_server(server, CLOSE_GRACE_S)
+        if self._listener is not None:
+            self._listener.close()
         if self._stop_metrics is not None:
             await asyncio.to_thread(self._stop_metrics)
         await self._request_process.close()
@@ -251,7 +257,8 @@ class ProxyServer:
         async with beside(self._http.accepting.wait()) as accepting:
             await asyncio.wait((self._http_task, accepting), return_when=asyncio.FIRST_COMPLETED)
         if self._http_task.done():
-            self._http_task.result()  # raises the error that kept it from starting
+            ended, self._http_task = self._http_task, None
+            ended.result()  # raises the error that kept it from starting
 
     async def renew_front(self) -> None:
         """Reads the clients' ports' certificate anew, for new connections. Raises ConfigError, and all stays as it was."""

@@ -14,6 +14,8 @@ from halfmoon.protocol.config import StoreConfig
 from halfmoon.protocol.errors import ConfigError, InvalidRequest, SchemaMismatch, WorkerLost
 from halfmoon.protocol.metrics import IDENTITY_LABELS
 from halfmoon.protocol.v1 import common_pb2, kvstore_pb2
+from halfmoon.tests.listening import listening_sockets
+from halfmoon.tests.waiting import until
 
 
 async def scrape(address: str) -> dict[str, float]:
@@ -74,10 +76,12 @@ async def test_an_arena_that_holds_no_block_is_told_to_the_first_client(kv, star
     await attach_to(store.address, "c")
 
 
-async def test_an_arena_that_does_not_fit_the_machine_is_refused_at_start() -> None:
+async def test_an_arena_that_does_not_fit_the_machine_is_refused_at_start_and_the_port_is_free_again() -> None:
+    before = listening_sockets()
     server = StoreServer(StoreConfig(arena_bytes=2**50), node_id="n")
     with pytest.raises(ConfigError, match="no room for an arena"):
         await server.start("127.0.0.1")
+    await until(lambda: listening_sockets() == before)
 
 
 async def test_a_taken_port_is_an_error_that_names_it(store) -> None:

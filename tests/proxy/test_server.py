@@ -20,6 +20,8 @@ from halfmoon.protocol.config import PORTS, ModelOptions, ProxyConfig
 from halfmoon.protocol.errors import CheckpointError, ConfigError, Draining, NoWorker
 from halfmoon.protocol.schema import KVSchema
 from halfmoon.proxy.server import ProxyServer
+from halfmoon.tests.listening import listening_sockets
+from halfmoon.tests.waiting import until
 
 SCHEMA = KVSchema(model_fingerprint="faces", dtype="float32", num_layers=2, num_kv_heads=2, head_dim=8, block_size=16)
 
@@ -48,12 +50,24 @@ async def test_free_ports_are_told_and_signal_handlers_left_alone(chat_model_fol
 
 
 @pytest.mark.parametrize("key", PORTS)
-async def test_a_taken_port_is_refused_in_one_line(key: str, chat_model_folder: Path) -> None:
+async def test_a_taken_port_is_refused_in_one_line_and_nothing_listens_any_more(key: str, chat_model_folder: Path) -> None:
+    before = listening_sockets()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"cannot listen on 127\.0\.0\.1:{port}: the port is taken.*proxy\.{key}") as caught:
             await server(chat_model_folder, **{key: port}).start()
     assert "\n" not in caught.value.message and caught.value.fields == {"key": f"proxy.{key}"}
+    await until(lambda: listening_sockets() == before)
+
+
+async def test_a_start_that_fails_behind_its_ports_leaves_none_of_them(chat_model_folder: Path) -> None:
+    before = listening_sockets()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        proxy = server(chat_model_folder, kv_events_endpoint=f"tcp://127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(ConfigError, match="kv_events_endpoint"):
+            await proxy.start()
+    await until(lambda: listening_sockets() == before)
+    await proxy.stop(0.0)  # again is nothing
 
 
 async def test_a_fixed_port_is_taken_again_after_a_restart(chat_model_folder: Path) -> None:

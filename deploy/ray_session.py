@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..protocol.errors import ConfigError, MachineError
+from .ray_leftovers import ended_if_it_fails
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,8 @@ def _start_local(options: dict[str, Any]) -> None:
 
     for is_last in (False, True):
         try:
-            ray.init(address="local", **options)
+            with ended_if_it_fails():
+                ray.init(address="local", **options)
             return
         except Exception as error:  # Ray raises plain Exception for a process that did not come up
             ray.shutdown()

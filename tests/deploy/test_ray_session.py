@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -86,6 +87,38 @@ def test_a_ray_that_does_not_start_twice_is_one_typed_line(slow_ray: list[str]) 
         with ray_session():
             pass
     assert len(slow_ray) == 1
+
+
+FAIL_LATE = """
+from halfmoon.deploy.ray_leftovers import _of_ray
+from halfmoon.deploy.ray_session import ray_environment, ray_session
+from halfmoon.protocol.errors import MachineError
+
+seen = []
+
+def get_node(*_):
+    seen.append(len(_of_ray()))
+    raise Exception("it was too slow")
+
+with ray_environment():
+    import ray._private.services
+
+    ray._private.services.get_node = get_node
+    try:
+        with ray_session():
+            pass
+    except MachineError:
+        print(seen, len(_of_ray()))
+"""
+
+
+def test_a_ray_that_did_not_start_leaves_no_process_behind() -> None:
+    """Two tries, each of which fails when Ray's processes run: none of the first is there in the second, and none afterwards."""
+    done = subprocess.run([sys.executable, "-c", FAIL_LATE], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (seen, left) = done.stdout.strip().split("] ")
+    first, second = json.loads(f"{seen}]")
+    assert first == second >= 2 and left == "0", "gcs_server and raylet at least"
 
 
 async def test_a_host_that_ray_still_takes_for_alive_does_not_stand_in_for_one_that_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -38,6 +39,31 @@ async def _refuse(requests: Any, context: grpc.aio.ServicerContext) -> None:
 _REFUSED: Any = grpc.stream_stream_rpc_method_handler(_refuse)  # for calls of every kind: it reads nothing and sends nothing
 
 
+class _Method:
+    """A method of a channel, to be called: in the channel of now, with the token.
+
+    Args:
+        now: opens the channel anew where that is due, and has forget() called.
+    """
+
+    def __init__(
+        self, now: Callable[[], grpc.aio.Channel], make: Callable[[grpc.aio.Channel], Any], token: tuple[tuple[str, str], ...]
+    ) -> None:
+        self._now = now
+        self._make = make
+        self._token = token
+        self._made: Any = None  # it holds its channel open
+
+    def __call__(self, *args: Any, metadata: Any = (), **options: Any) -> Any:
+        channel = self._now()
+        if self._made is None:
+            self._made = self._make(channel)
+        return self._made(*args, metadata=(*metadata, *self._token) if metadata else self._token, **options)
+
+    def forget(self) -> None:
+        self._made = None
+
+
 class MemberChannel(grpc.aio.Channel):
     """A channel whose calls carry the token. It is no client interceptor: those wrap each call in a task and queues of their own.
 
@@ -55,6 +81,7 @@ class MemberChannel(grpc.aio.Channel):
         self._tls = credentials.tls
         self._channel = open_anew()
         self._before: grpc.aio.Channel | None = None
+        self._methods: weakref.WeakSet[_Method] = weakref.WeakSet()
 
     def unary_unary(self, *args: Any, **options: Any) -> Any:
         return self._with_token(lambda channel: channel.unary_unary(*args, **options))
@@ -69,23 +96,17 @@ class MemberChannel(grpc.aio.Channel):
         return self._with_token(lambda channel: channel.stream_stream(*args, **options))
 
     def _with_token(self, make: Callable[[grpc.aio.Channel], Any]) -> Any:
-        ours = self._metadata
-        method, made_with = make(self._now()), self._tls
-
-        def call(*args: Any, metadata: Any = (), **options: Any) -> Any:
-            nonlocal method, made_with
-            channel = self._now()
-            if made_with is not self._tls:
-                method, made_with = make(channel), self._tls
-            return method(*args, metadata=(*metadata, *ours) if metadata else ours, **options)
-
-        return call
+        method = _Method(self._now, make, self._metadata)
+        self._methods.add(method)
+        return method
 
     def _now(self) -> grpc.aio.Channel:
         if self._tls is not self._credentials.tls:
             self._tls = self._credentials.tls
-            # the one before that is let go: gRPC closes it behind the last of its calls
+            # the one before that is let go: gRPC closes it behind the last of its calls, if no method holds it
             self._before, self._channel = self._channel, self._open_anew()
+            for method in self._methods:
+                method.forget()
         return self._channel
 
     async def __aenter__(self) -> MemberChannel:

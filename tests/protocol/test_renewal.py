@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from halfmoon.protocol.channel import create_server, open_channel
 from halfmoon.protocol.credentials import Credentials
 from halfmoon.protocol.errors import ConfigError
 from halfmoon.protocol.tls import AUTHORITY, MEMBER, Tls
+from halfmoon.tests.waiting import until
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 
@@ -127,6 +129,20 @@ async def test_a_close_ends_calls_from_before_a_change_too(folder: Path, peer: P
     assert await channel.unary_unary("/test.Peer/Say")(b"x") == b"x"
     await channel.close()
     assert await counting.code() is grpc.StatusCode.CANCELLED
+
+
+async def test_a_channel_from_before_is_let_go_though_there_are_methods_that_nobody_calls(folder: Path, peer: Peer) -> None:
+    client = Credentials(TOKEN, Tls.of_members(folder))
+    async with open_channel(peer.address, client) as channel:
+        say, never_called = channel.unary_unary("/test.Peer/Say"), channel.unary_stream("/test.Peer/Count")
+        assert await say(b"x") == b"x"
+        first = weakref.ref(channel._channel)  # type: ignore[attr-defined]
+        for _ in range(2):  # the channel before is kept for the calls that are under way in it
+            client.renew(rotated(folder))
+            assert await say(b"x") == b"x"
+        await until(lambda: first() is None)
+        peer.go_on.set()
+        assert await never_called(b"").read() == b"1"
 
 
 async def test_an_expired_certificate_is_neither_admitted_nor_taken(folder: Path, peer: Peer) -> None:

@@ -15,16 +15,19 @@ PageOpener = Callable[[str, float], Any]
 """(host:port/path, seconds to wait) -> the reply, a context. Raises OSError."""
 
 
-def page_opener(authority: bytes | None) -> PageOpener:
-    """authority: PEM of the cluster's; None: its pages have no TLS. Raises ConfigError."""
+def page_opener(authority: bytes | None, token: str = "") -> PageOpener:
+    """authority: PEM of the cluster's; None: its pages have no TLS. token: for pages that ask for one. Raises ConfigError."""
+    headers = {"authorization": f"Bearer {token}"} if token else {}
     if authority is None:
-        return lambda page, timeout_s: urllib.request.urlopen(f"http://{page}", timeout=timeout_s)  # nosec B310
+        return lambda page, timeout_s: urllib.request.urlopen(  # nosec B310
+            urllib.request.Request(f"http://{page}", headers=headers), timeout=timeout_s
+        )
     try:
         context = ssl.create_default_context(cadata=authority.decode("ascii"))
     except (ssl.SSLError, ValueError) as error:
         raise ConfigError(f"the authority's certificate can't be used: {error}; name the cluster's authority.pem") from error
     opener = urllib.request.build_opener(_MembersHandler(context=context))
-    return lambda page, timeout_s: opener.open(f"https://{page}", timeout=timeout_s)
+    return lambda page, timeout_s: opener.open(urllib.request.Request(f"https://{page}", headers=headers), timeout=timeout_s)
 
 
 class _MembersConnection(http.client.HTTPSConnection):

@@ -276,6 +276,9 @@ class ProxyConfig:
 class SecurityConfig:
     certs: str = ""
     """Folder of `halfmoon certs init` on the host of `halfmoon serve`: members talk to each other by mutual TLS. Empty: in the clear."""
+    metrics_token_file: str = ""
+    """File on the host of `halfmoon serve` with the token that whoever reads a metrics page has to bring; empty: everybody may read them.
+    Read at the start."""
     insecure: bool = False
     """Whether a cluster may start that can be used or read from other machines without TLS."""
 

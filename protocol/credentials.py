@@ -12,6 +12,7 @@ import secrets
 import ssl
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
@@ -20,6 +21,8 @@ from .tls import Tls
 VARIABLE = "HALFMOON_CLUSTER_TOKEN"
 KEY = "halfmoon-token"  # of the metadata
 MIN_TOKEN_LEN = 32
+FORM = f"{MIN_TOKEN_LEN} characters or more, printable ASCII without blanks"
+BEARER = "bearer "
 
 
 @dataclass(slots=True)
@@ -28,17 +31,18 @@ class Credentials:
 
     A process has one, and what opens or takes connections looks at it for each: the token stays, certificates may be renewed.
     tls: of both sides of each connection; None: they talk in the clear.
+    metrics_token: opens the metrics pages and nothing else; "": they are open to all.
     """
 
     token: str = field(repr=False)
     tls: Tls | None = None
+    metrics_token: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
-        if len(self.token) < MIN_TOKEN_LEN or not self.token.isascii() or not self.token.isprintable() or " " in self.token:
-            raise ConfigError(
-                f"a cluster's token must have {MIN_TOKEN_LEN} characters or more, printable ASCII without blanks; "
-                f"unset {VARIABLE} to have one made"
-            )
+        if not _can_be_token(self.token):
+            raise ConfigError(f"a cluster's token must have {FORM}; unset {VARIABLE} to have one made")
+        if self.metrics_token and not _can_be_token(self.metrics_token):
+            raise ConfigError(f"the metrics pages' token must have {FORM}; `openssl rand -hex 32` makes one")
 
     @classmethod
     def make(cls) -> Credentials:
@@ -75,6 +79,26 @@ class Credentials:
         found = next((value for key, value in metadata if key == KEY), "")
         given = found if isinstance(found, bytes) else str(found).encode()
         return hmac.compare_digest(given, self.token.encode())
+
+    def may_read_metrics(self, authorization: str) -> bool:
+        """authorization: the header's value of who asks for a metrics page. Processes of the cluster bring the cluster's token."""
+        if not self.metrics_token:
+            return True
+        given = authorization[len(BEARER) :].strip().encode() if authorization[: len(BEARER)].lower() == BEARER else b""
+        return any(hmac.compare_digest(given, known.encode()) for known in (self.metrics_token, self.token))
+
+
+def read_token(path: Path) -> str:
+    """Without the blanks around it. Raises ConfigError, which tells nothing of what is in the file."""
+    try:
+        return path.expanduser().read_text().strip()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ConfigError(f"cannot read the token in {path}: {why}; `openssl rand -hex 32 > {path}` makes one") from error
+
+
+def _can_be_token(text: str) -> bool:
+    return len(text) >= MIN_TOKEN_LEN and text.isascii() and text.isprintable() and " " not in text
 
 
 class SocketTls:

@@ -137,11 +137,15 @@ def serve_metrics(
     """Serves /metrics on host:port (0: a free one), in a thread. Returns "host:port" and what stops it, at once. Raises OSError.
 
     targets: what /metrics/targets answers as JSON, from the address that was asked at; called on a thread of its own. None: no such page.
-    credentials: of the cluster. With certificates the page shows the members' and asks for none.
+    credentials: of the cluster. With certificates the page shows the members' and asks for none; with a token for metrics it asks for that.
     """
     kind = _Server6 if ":" in host else _Server
     page: Any = make_wsgi_app(metrics)
-    server = make_server(host, port, page if targets is None else _with_targets(page, targets), kind, _QuietHandler)
+    if targets is not None:
+        page = _with_targets(page, targets)
+    if credentials is not None and credentials.metrics_token:
+        page = _with_token(page, credentials)
+    server = make_server(host, port, page, kind, _QuietHandler)
     server.tls = SocketTls.of_page(credentials)
     stopping, stopped = socket.socketpair()
     thread = threading.Thread(target=_serve, args=(server, stopped), name="metrics", daemon=True)
@@ -162,6 +166,18 @@ def _with_targets(page: Any, targets: Callable[[str], Any]) -> Any:
             return page(environ, start_response)
         start_response("200 OK", [("content-type", "application/json")])
         return [json.dumps(targets(environ.get("HTTP_HOST", ""))).encode()]
+
+    return serve
+
+
+def _with_token(page: Any, credentials: Credentials) -> Any:
+    """The WSGI application for those who may read metrics."""
+
+    def serve(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        if credentials.may_read_metrics(environ.get("HTTP_AUTHORIZATION", "")):
+            return page(environ, start_response)
+        start_response("401 Unauthorized", [("content-type", "text/plain"), ("www-authenticate", "Bearer")])
+        return [b"this page asks for the token in security.metrics_token_file: Authorization: Bearer TOKEN\n"]
 
     return serve
 

@@ -20,7 +20,7 @@ from ...client import Control
 from ...engine.gpus import visible_gpus
 from ...engine.resolve import torch_has_cuda
 from ...protocol.config import ClusterConfig
-from ...protocol.credentials import Credentials
+from ...protocol.credentials import Credentials, read_token
 from ...protocol.errors import ConfigError, HalfmoonError
 from ...protocol.tasks import beside
 from ...protocol.tls import Tls
@@ -86,6 +86,8 @@ async def _serve(serving: Serving) -> None:
     credentials = Credentials.from_environment() or Credentials.make()
     if certs:
         credentials = dataclasses.replace(credentials, tls=Tls.of_members(Path(certs)))
+    if config.security.metrics_token_file:
+        credentials = dataclasses.replace(credentials, metrics_token=read_token(Path(config.security.metrics_token_file)))
     with StartupProgress(console) as progress:
         cluster = running_cluster(config, nodes, progress.notify, credentials)
         async with beside(cluster.__aenter__()) as starting, beside(interrupted.wait()) as waiting:

@@ -27,7 +27,7 @@ class Page(NamedTuple):
 
 async def read_pages(members: Sequence[control_pb2.StatusReply.Member], credentials: Credentials) -> list[Page]:
     """Of all members that can be reached. credentials: of the cluster, whose pages have TLS where members have."""
-    opener = page_opener(None if credentials.tls is None else credentials.tls.authority)
+    opener = page_opener(None if credentials.tls is None else credentials.tls.authority, credentials.token)
     infos = [member.info for member in members if member.info.metrics_address]
     read = await asyncio.gather(*(asyncio.to_thread(_read, opener, info.id, info.metrics_address) for info in infos))
     return [page for page in read if page is not None]

@@ -93,3 +93,7 @@ def test_prometheus_is_told_the_scheme_and_whom_to_trust(tmp_path: Path) -> None
         assert found["url"] == url
         expected = None if ca is None else {"ca_file": str(ca), "server_name": "halfmoon-member"}
         assert scraped.get("tls_config") == found.get("tls_config") == expected
+        assert "authorization" not in scraped and "authorization" not in found
+    scraped = yaml.safe_load(configure(tmp_path / "written", "x:1", token_file=tmp_path / "token").read_text())["scrape_configs"][0]
+    wanted = {"type": "Bearer", "credentials_file": str(tmp_path / "token")}
+    assert scraped["authorization"] == scraped["http_sd_configs"][0]["authorization"] == wanted

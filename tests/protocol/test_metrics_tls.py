@@ -1,4 +1,4 @@
-"""Metrics pages of a cluster with certificates."""
+"""Metrics pages of a cluster with certificates, and with a token."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import http.client
 import logging
 import socket
 import ssl
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from halfmoon.deploy.certificates import init, rotate
 from halfmoon.deploy.page_opener import page_opener
 from halfmoon.protocol import exporter, metrics
 from halfmoon.protocol.credentials import Credentials
+from halfmoon.protocol.errors import ConfigError
 from halfmoon.protocol.tls import Tls
 
 TOKEN = "0123456789abcdef0123456789abcdef"
@@ -61,3 +63,29 @@ def test_without_certificates_the_page_is_as_ever(caplog: pytest.LogCaptureFixtu
         with page_opener(None)(f"{address}/metrics", 60.0) as reply:
             assert reply.status == 200
         stop()
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/metrics/targets"])
+def test_a_page_with_a_token_opens_to_it_and_to_the_clusters_and_to_nobody_else(path: str) -> None:
+    credentials = Credentials(TOKEN, metrics_token="m" * 32)
+    address, stop = exporter.serve_metrics(CollectorRegistry(), "127.0.0.1", targets=lambda asked: [asked], credentials=credentials)
+    try:
+        for token in ("m" * 32, TOKEN):
+            with page_opener(None, token)(f"{address}{path}", 60.0) as reply:
+                assert reply.status == 200
+        for token in ("", "m" * 31, "m" * 33, "M" * 32, "x"):
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                page_opener(None, token)(f"{address}{path}", 60.0)
+            assert (caught.value.code, caught.value.headers["www-authenticate"]) == (401, "Bearer")
+            assert "halfmoon_" not in caught.value.read().decode()
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(urllib.request.Request(f"http://{address}{path}", headers={"authorization": f"Basic {'m' * 32}"}))
+    finally:
+        stop()
+
+
+def test_a_metrics_token_is_refused_if_it_is_short_and_is_shown_nowhere() -> None:
+    assert "m" * 32 not in repr(Credentials(TOKEN, metrics_token="m" * 32))
+    with pytest.raises(ConfigError, match="32 characters or more") as caught:
+        Credentials(TOKEN, metrics_token="short")
+    assert "short" not in caught.value.message

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +121,44 @@ def test_the_chart_has_the_packages_rules_and_dashboards_and_a_value_for_each_on
     known = yaml.safe_load((tmp_path / "chart" / "values.yaml").read_text())
     for name, value in yaml.safe_load((tmp_path / "values.yaml").read_text()).items():
         assert name in known and (not isinstance(value, dict) or name == "config" or value.keys() <= known[name].keys())
+
+
+@pytest.mark.skipif(shutil.which("helm") is None, reason="helm is not installed")
+def test_prometheus_is_told_of_tls_and_token_where_the_chart_has_them_and_of_neither_elsewhere(tmp_path: Path) -> None:
+    write_chart(described(Target.KUBERAY, image="i"), tmp_path)
+    ca = {"ca": {"secret": {"name": "certs", "key": "authority.pem"}}, "serverName": "halfmoon-member"}
+    secure = {"tlsConfig": ca, "authorization": {"type": "Bearer", "credentials": {"name": "opens", "key": "token"}}}
+    for given, scheme, asked in (([], "http", {}), (["certsSecret=certs", "monitoring.tokenSecret=opens"], "https", secure)):
+        scraped = rendered(tmp_path, "ScrapeConfig", "monitoring.scrapeConfig=true", *given)["spec"]
+        (found,) = scraped["httpSDConfigs"]
+        assert found == {"url": f"{scheme}://pd-proxy.default.svc:8001/metrics/targets", "refreshInterval": "5s"} | asked
+        assert {key: scraped[key] for key in ("tlsConfig", "authorization") if key in scraped} == asked
+        assert scraped.get("scheme", "HTTP") == scheme.upper()
+        (endpoint,) = rendered(tmp_path, "ServiceMonitor", "monitoring.serviceMonitor=true", *given)["spec"]["endpoints"]
+        assert endpoint == {"port": "metrics", "path": "/metrics", "interval": "5s", "honorLabels": True} | asked | (
+            {"scheme": "https"} if asked else {}
+        )
+        config = yaml.safe_load(rendered(tmp_path, "ConfigMap", *given)["data"]["halfmoon.yaml"])
+        ClusterConfig.load(None, {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()})
+        assert ("certs" in config["security"]) == ("metrics_token_file" in config["security"]) == bool(asked)
+    assert "config.security.certs" in refused(tmp_path, "config.security.certs=x")
+
+
+def helm(folder: Path, *values: str) -> subprocess.CompletedProcess[str]:
+    settings = [argument for value in values for argument in ("--set", value)]
+    command = ["helm", "template", "pd", str(folder / "chart"), "-f", str(folder / "values.yaml"), *settings]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def rendered(folder: Path, kind: str, *values: str) -> dict[str, Any]:
+    """The only object of its kind."""
+    done = helm(folder, *values)
+    assert done.returncode == 0, done.stderr
+    (found,) = [one for one in yaml.safe_load_all(done.stdout) if one and one["kind"] == kind]
+    return found
+
+
+def refused(folder: Path, *values: str) -> str:
+    done = helm(folder, *values)
+    assert done.returncode != 0
+    return done.stderr

@@ -167,14 +167,15 @@ class Cluster:
     client: AsyncClient
 
     certs: str  # folder of its certificates; "": it has no TLS
+    api_key: str  # of the client; "": the cluster has no keys
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, supervisor: Supervisor, certs: str = "") -> AsyncIterator[Cluster]:
+    async def open(cls, supervisor: Supervisor, certs: str = "", api_key: str = "") -> AsyncIterator[Cluster]:
         control = Control(supervisor.control_address, supervisor.credentials.token, certs)
         authority = read_pem(Path(certs, "authority.pem")) if certs else None
-        async with AsyncClient(supervisor.grpc_address, authority=authority, control=control) as client:
-            yield cls(supervisor, client, certs)
+        async with AsyncClient(supervisor.grpc_address, api_key=api_key, authority=authority, control=control) as client:
+            yield cls(supervisor, client, certs, api_key)
 
     @property
     def control(self) -> Control:

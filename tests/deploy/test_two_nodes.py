@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,15 +14,22 @@ import grpc.aio
 import httpx
 import pytest
 import pytest_asyncio
+from typer.testing import CliRunner
 
 from halfmoon.client import Client
 from halfmoon.deploy.certificates import init
+from halfmoon.deploy.cli import app
 from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.ray_session import RayNode
 from halfmoon.protocol.channel import open_channel
-from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig, StoreConfig
+from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig, SecurityConfig, StoreConfig
 from halfmoon.protocol.credentials import Credentials
 from halfmoon.protocol.tls import Tls
+from halfmoon.protocol.v1 import control_pb2
+from halfmoon.proxy.tenants.keys_file import KeysFile
+from halfmoon.tests.deploy.steady_load import steady_load
+from halfmoon.tests.deploy.tls_listeners import listeners_of
+from halfmoon.tests.waiting import until
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
@@ -43,24 +51,28 @@ async def cluster(
     cluster_type: type,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[object]:
-    """2P2D: pairs are taken in turn, prefill-0 with decode-0, prefill-1 with decode-1, each on two nodes. With TLS: 1P1D."""
+    """2P2D: pairs are taken in turn, prefill-0 with decode-0, prefill-1 with decode-1, each on two nodes. With TLS: 1P1D and API keys."""
     has_tls = request.param == WITH_TLS
     num_each = 1 if has_tls else 2
     certs = tmp_path_factory.mktemp("tls") / "certs"
-    credentials, front = Credentials.make(), {}
+    credentials, front, security, key = Credentials.make(), {}, SecurityConfig(), ""
     if has_tls:
         init(certs, [], 1)
         credentials = Credentials(credentials.token, Tls.of_members(certs))
-        front = {"tls_certificate": str(certs / "front.pem"), "tls_key": str(certs / "front.key")}
+        keys, key = KeysFile({}, {}).with_key("acme", {})
+        keys.save(certs / "keys.json")
+        front = {"tls_certificate": str(certs / "front.pem"), "tls_key": str(certs / "front.key"), "keys_file": str(certs / "keys.json")}
+        security = SecurityConfig(certs=str(certs))
     config = ClusterConfig(
         model=ModelOptions(path=str(model_folder), name="demo"),
         store=StoreConfig(arena_bytes=256 * 2**20),
         proxy=ProxyConfig(http_port=0, grpc_port=0, control_port=0, metrics_port=0, policy="round_robin", **front),
         prefill=PrefillConfig(num_workers=num_each, max_tokens_per_step=512),
         decode=DecodeConfig(num_workers=num_each),
+        security=security,
     )
     async with running_cluster(config, two_nodes, credentials=credentials) as supervisor:
-        async with cluster_type.open(supervisor, str(certs) if has_tls else "") as opened:
+        async with cluster_type.open(supervisor, security.certs, key) as opened:
             yield opened
 
 
@@ -107,7 +119,7 @@ async def test_a_cluster_with_tls_speaks_to_nobody_in_the_clear(cluster) -> None
         assert (await http.get(f"https://{supervisor.http_address}/ready")).json()["ready"]
         with pytest.raises(httpx.HTTPError):
             await http.get(f"http://{supervisor.http_address}/ready")
-    client = Client(supervisor.grpc_address, authority=Path(authority).read_bytes(), control=cluster.control)
+    client = Client(supervisor.grpc_address, api_key=cluster.api_key, authority=Path(authority).read_bytes(), control=cluster.control)
     assert (await asyncio.to_thread(client.status)).model == (await asyncio.to_thread(client.models))[0].id == "demo"
     client.close()
     clear = dataclasses.replace(supervisor.credentials, tls=None)
@@ -118,3 +130,75 @@ async def test_a_cluster_with_tls_speaks_to_nobody_in_the_clear(cluster) -> None
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await channel.unary_unary("/halfmoon.v1.Control/Status")(b"", timeout=60)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE, address
+
+
+@with_tls
+async def test_certificates_and_their_authority_change_under_load(
+    cluster, reference, prompt_of, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`halfmoon certs rotate`, then another authority: trust both, show the new one's, trust it alone. Then processes start anew.
+
+    Each step is taken as documented: the next one when the log says that all members have it.
+    """
+    certs, other = Path(cluster.certs), tmp_path / "other"
+    init(other, [], 1)
+    ours, theirs = (folder / "authority.pem" for folder in (certs, other))
+    both, old = ours.read_bytes() + theirs.read_bytes(), Tls.of_members(certs)
+    prompts = [prompt_of(length, seed=8) for length in (70, 200)]
+    answers = {
+        prompt: await cluster.client.generate(token_ids=list(prompt), max_tokens=32, temperature=0.0, ignore_eos=True) for prompt in prompts
+    }
+    assert [list(answers[prompt].token_ids) for prompt in prompts] == [
+        reference.generate(prompt, 32, answers[prompt].token_ids) for prompt in prompts
+    ]
+    listeners, before = await listeners_of(cluster), await cluster.status()
+    caplog.set_level(logging.INFO, "halfmoon.deploy.renewal")
+
+    async def taken(number: int) -> None:
+        await until(lambda: caplog.text.count("5 members show new certificates") == number)
+        for listener in listeners:
+            wanted = (certs / ("front.pem" if listener.is_front else "member.pem")).read_text()
+            async with asyncio.timeout(60):  # a front looks at its files for itself
+                while await asyncio.to_thread(listener.shown, both) != wanted:
+                    assert listener.is_front, f"{listener.what} shows its old certificate"
+                    await asyncio.sleep(0.1)
+
+    async with steady_load(cluster, both, answers) as load:
+        await load.more(4)
+        assert CliRunner().invoke(app, ["certs", "rotate", str(certs)]).exit_code == 0
+        await taken(1)
+        await load.more(8)
+        put(certs / "authority.pem", both)
+        await taken(2)
+        await load.more(8)
+        for file in ("front.key", "front.pem", "member.key", "member.pem"):
+            put(certs / file, (other / file).read_bytes())
+        await taken(3)
+        assert all([await asyncio.to_thread(listener.takes, old) for listener in listeners if listener.is_mutual]), "both are trusted"
+        await load.more(8)
+        put(certs / "authority.pem", theirs.read_bytes())
+        await taken(4)
+        for listener in listeners:
+            with pytest.raises(ssl.SSLCertVerificationError):
+                await asyncio.to_thread(listener.shown, old.authority)
+            if listener.is_mutual:
+                assert not await asyncio.to_thread(listener.takes, old), f"{listener.what} takes a certificate of the old authority"
+                assert await asyncio.to_thread(listener.takes, Tls.of_members(certs)), listener.what
+        await load.more(8)
+    after = await cluster.status()
+    assert [member.info for member in after.members] == [member.info for member in before.members], "nobody left and came back"
+    for killed in ("decode-0", *(member.info.id for member in after.members if member.info.role == control_pb2.ROLE_STORE)):
+        await cluster.kill(killed)
+    await cluster.restart_proxy(4)
+    async with steady_load(cluster, theirs.read_bytes(), answers) as load:
+        await load.more(4)
+        anew = await load.client.generate(token_ids=list(prompt_of(300, seed=8)), max_tokens=4)
+        assert anew.phases.transport == "tcp", "by data connections that were opened under the new authority alone"
+    await cluster.at_rest()
+
+
+def put(path: Path, content: bytes) -> None:
+    """Whoever reads it meanwhile gets the old or the new one."""
+    new = path.with_suffix(".new")
+    new.write_bytes(content)
+    new.replace(path)

@@ -220,6 +220,9 @@ class ProxyConfig:
     waits between two tokens, so a stream may last as long as it likes."""
     keys_file: str = ""
     """File of API keys and tenants, which `halfmoon keys` writes; a change counts from the next request on. Empty: no key is asked for."""
+    usage_file: str = ""
+    """File that the proxy writes, of the tokens that tenants have used of their quotas; empty: beside keys_file, with .usage behind its
+    name."""
     tls_certificate: str = ""
     """PEM file of the clients' ports' certificate, on the proxy's host; `halfmoon certs init` makes front.pem. Empty: no TLS there."""
     tls_key: str = ""

@@ -13,6 +13,7 @@ HalfmoonError
 │   └── HeadTooLarge            431  more bytes than a head may have
 ├── Overloaded                  429  come back after retry_after_s
 │   └── RateLimited             429  the tenant has used up its minute; likewise
+│       └── QuotaExceeded       429  its day or its month; likewise
 ├── RequestCancelled            499  the client went away or asked for it
 ├── DeadlineExceeded            504  the request's own time ran out
 ├── Unavailable                 503  nothing wrong with the request; part of the cluster is gone
@@ -140,6 +141,10 @@ class Overloaded(HalfmoonError):
 
 
 class RateLimited(Overloaded):
+    pass
+
+
+class QuotaExceeded(RateLimited):
     pass
 
 

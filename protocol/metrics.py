@@ -126,6 +126,13 @@ REFUSALS = MetricSpec(
     "Requests answered with an error status, by face (http, grpc) and error code: those too that never came to the queue.",
     ("face", "code"),
 )
+QUOTA_USED = MetricSpec(
+    "halfmoon_quota_used_ratio",
+    "gauge",
+    "proxy",
+    "Tokens that a tenant has used of its quota of this day or month (period: day, month).",
+    ("tenant", "period"),
+)
 FALLBACKS = MetricSpec(
     "halfmoon_fallbacks",
     "counter",

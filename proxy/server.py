@@ -112,7 +112,8 @@ class ProxyServer:
         self.router = Router(config, self.cluster, metrics, eos_token_ids=self.card.eos_token_ids, tracer=self._tracer)
         self._request_process = RequestProcess()
         self._front = FrontCertificate(Path(config.tls_certificate), Path(config.tls_key)) if config.tls_key else None
-        self._gate = Gate(Path(config.keys_file)) if config.keys_file else None
+        usage_file = Path(config.usage_file) if config.usage_file else None
+        self._gate = Gate(Path(config.keys_file), usage_file) if config.keys_file else None
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] - made by its __init__
         self._grpc: grpc.aio.Server | None = None
         self._control: grpc.aio.Server | None = None
@@ -121,6 +122,7 @@ class ProxyServer:
         self._http: _HttpServer | None = None
         self._tasks = Tasks("the proxy")
         self._front_looks: asyncio.Task[None] | None = None
+        self._keeping: asyncio.Task[None] | None = None
         self._http_task: asyncio.Task[None] | None = None
 
     async def start(self) -> Endpoints:
@@ -150,6 +152,8 @@ class ProxyServer:
         if self._front is not None:
             files = WatchedFiles("the clients' ports' certificate and key", self._front.paths, self.renew_front)
             self._front_looks = self._tasks.spawn(files.run(), "looking for a new certificate of the clients' ports")
+        if self._gate is not None:
+            self._keeping = self._tasks.spawn(self._gate.keep(self.router.metrics.faces.quotas), "saving what tenants have used")
         endpoints = Endpoints(
             http=join_address(config.host, http_socket.getsockname()[1]),
             grpc=join_address(config.host, grpc_port),
@@ -214,6 +218,9 @@ class ProxyServer:
         await self.router.close()
         if self._front_looks is not None:
             self._front_looks.cancel()
+        if self._keeping is not None and self._gate is not None:
+            self._gate.close()
+            await asyncio.wait({self._keeping})
         if self._http is not None and self._http_task is not None:
             self._http.should_exit = True
             await self._http_task

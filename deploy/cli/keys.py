@@ -27,6 +27,8 @@ def add(
     file: File = DEFAULT_FILE,
     requests_per_minute: Annotated[int | None, Flag(help="Of the tenant; 0: no limit.", min=0)] = None,
     tokens_per_minute: Annotated[int | None, Flag(help="Of the tenant, prompts and answers; 0: no limit.", min=0)] = None,
+    tokens_per_day: Annotated[int | None, Flag(help="Likewise; a day begins at midnight UTC.", min=0)] = None,
+    tokens_per_month: Annotated[int | None, Flag(help="Likewise; a month begins on its first day, at midnight UTC.", min=0)] = None,
     first_priority: Annotated[int | None, Flag(help="Lowest priority number of its requests: the soonest served.")] = None,
 ) -> None:
     """Make a key and print it, this once. Limits that are given hold for the tenant from now on."""
@@ -34,6 +36,8 @@ def add(
     given = {
         "requests_per_minute": requests_per_minute,
         "tokens_per_minute": tokens_per_minute,
+        "tokens_per_day": tokens_per_day,
+        "tokens_per_month": tokens_per_month,
         "first_priority": first_priority,
     }
     changed, key = known.with_key(tenant, {name: value for name, value in given.items() if value is not None})
@@ -53,12 +57,12 @@ def list_keys(file: File = DEFAULT_FILE) -> None:
     """Show the keys by their ids, their tenants and limits."""
     known = KeysFile.load(file)
     table = Table("key", "tenant", "made", box=None, header_style="dim", pad_edge=False)
-    for name in ("requests a minute", "tokens a minute", "first priority"):
+    for name in ("requests a minute", "tokens a minute", "a day", "a month", "first priority"):
         table.add_column(name, justify="right")
     for key_id, record in known.keys.items():
         limits = known.tenants[record.tenant]
-        counts = (str(limits.requests_per_minute or "-"), str(limits.tokens_per_minute or "-"), str(limits.first_priority))
-        table.add_row(key_id, record.tenant, record.created, *counts)
+        counts = (limits.requests_per_minute, limits.tokens_per_minute, limits.tokens_per_day, limits.tokens_per_month)
+        table.add_row(key_id, record.tenant, record.created, *(str(count or "-") for count in counts), str(limits.first_priority))
     console = Console()
     (console if console.is_terminal else Console(width=PLAIN_WIDTH)).print(table)
 

@@ -36,6 +36,9 @@ class TenantSettings:
     """0: no limit."""
     tokens_per_minute: int = 0
     """Of prompts and answers; 0: no limit."""
+    tokens_per_day: int = 0
+    """Likewise, in a day of UTC's calendar."""
+    tokens_per_month: int = 0
     first_priority: int = 0
     """Lowest priority number that a request may have, which is the soonest served. May be negative."""
 

@@ -39,7 +39,7 @@ def test_codes_are_unique_and_every_error_has_a_grpc_status_that_is_not_ok() -> 
 
 
 def test_a_code_of_a_newer_version_keeps_its_message() -> None:
-    error = build_error("quota_exceeded", "too much", json.dumps({"limit": 1}))
+    error = build_error("moon_not_up", "too much", json.dumps({"limit": 1}))
     assert type(error) is InternalError
     assert (error.message, error.fields) == ("too much", {"limit": 1})
 

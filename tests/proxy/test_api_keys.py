@@ -157,6 +157,24 @@ def test_limits_are_429_with_the_time_to_come_back_for_their_tenant_alone(face: 
     assert post(face, tokens).json()["error"]["message"].startswith("the limit of 20 tokens a minute")
 
 
+def test_a_quota_that_is_used_up_is_429_until_its_period_ends_and_is_told_in_metrics(face: Any, keys: Keys) -> None:
+    key = keys.add("thrifty", tokens_per_day=20)
+    assert post(face, key, prompt=[7] * 10, max_tokens=16, ignore_eos=True).status_code == 200
+    reply = post(face, key)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (429, "quota_exceeded")
+    assert reply.json()["error"]["message"].startswith("the quota of 20 tokens a day is used up")
+    assert 1 <= int(reply.headers["retry-after"]) <= 86400
+    with Client(face.grpc, api_key=key) as client, pytest.raises(Overloaded, match="20 tokens a day"):
+        client.generate(prompt="x")
+    keys.add("thrifty", tokens_per_day=1000)
+    assert post(face, key).status_code == 200, "a quota that is raised holds from the next request on"
+    assert 'halfmoon_refusals_total{code="quota_exceeded",face="http"' in metrics_of(face)
+
+
+def metrics_of(face: Any) -> str:
+    return httpx.get(f"{face.metrics}/metrics").text
+
+
 def test_a_priority_beyond_the_key_s_is_403(face: Any, keys: Keys) -> None:
     plain, urgent = keys.add("plain"), keys.add("urgent", first_priority=-2)
     reply = post(face, plain, priority=-1)

@@ -6,28 +6,15 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from halfmoon.decode_worker.metrics import DecodeMetrics
-from halfmoon.engine.model_flops import ModelFlops
-from halfmoon.engine.worker_metrics import WorkerMetrics
-from halfmoon.kvstore.metrics import StoreMetrics
 from halfmoon.protocol import metrics
 from halfmoon.protocol.exporter import Identity, ProcessMetrics
-from halfmoon.protocol.schema import KVSchema
-from halfmoon.protocol.v1 import kvstore_pb2
-from halfmoon.proxy.conductor.predictors import Predictors
-from halfmoon.proxy.members.cluster import Cluster
-from halfmoon.proxy.metrics import ProxyMetrics
-from halfmoon.proxy.prefixes.index import PrefixIndex
-from halfmoon.proxy.prefixes.promoter import Promoter
-from halfmoon.proxy.prefixes.replicator import Replicator
-from halfmoon.proxy.requests.learner import Learner
+from halfmoon.tests.deploy.registries import proxy_registry, store_registry, worker_registry
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 SUFFIXES = ("_total", "_bucket", "_sum", "_count")
@@ -38,24 +25,6 @@ PROCESS_FAMILIES = {
 }
 
 
-def proxy_registry() -> CollectorRegistry:
-    registry = CollectorRegistry()
-    cluster = Cluster(ProxyMetrics(registry))
-    Replicator(cluster, PrefixIndex(), registry, replicate="never")
-    Promoter(cluster, Learner(Predictors.guess(), ProxyMetrics(CollectorRegistry())), registry)
-    return registry
-
-
-def worker_registry() -> CollectorRegistry:
-    worker = WorkerMetrics(ModelFlops(1.0, 1.0, 1.0))
-    schema = KVSchema(model_fingerprint="test", dtype="float16", num_layers=2, num_kv_heads=2, head_dim=8, block_size=4)
-    facts: Any = SimpleNamespace(num_pages=2, page_size=4, weight_bytes=1, schema=schema, peak_flops=1e12)
-    pages: Any = SimpleNamespace(usage_ratio=0.0)
-    worker.watch_engine(facts, pages, lambda: 0.0)
-    DecodeMetrics(worker.registry)
-    return worker.registry
-
-
 def families(registry: CollectorRegistry) -> set[str]:
     served = ProcessMetrics(registry, lambda: Identity("x", "y", "z"))
     return {family.name for family in served.collect()}
@@ -63,7 +32,7 @@ def families(registry: CollectorRegistry) -> set[str]:
 
 @pytest.mark.parametrize(
     ("process", "registry"),
-    [("proxy", proxy_registry), ("worker", worker_registry), ("store", lambda: StoreMetrics(kvstore_pb2.StatsReply).registry)],
+    [("proxy", proxy_registry), ("worker", worker_registry), ("store", store_registry)],
 )
 async def test_a_process_exports_what_is_said_of_it_and_nothing_else(process: str, registry: Any) -> None:
     said = {spec.name for spec in metrics.ALL if spec.process in (process, "every")}

@@ -26,6 +26,7 @@ from halfmoon.kvstore.replication import Reply, _runs
 from halfmoon.kvstore.server import StoreServer
 from halfmoon.protocol.channel import open_channel
 from halfmoon.protocol.config import StoreConfig
+from halfmoon.protocol.credentials import Credentials
 from halfmoon.protocol.errors import DeadlineExceeded, HandoffCorrupt, InternalError, InvalidRequest, SchemaMismatch, StoreUnavailable
 from halfmoon.protocol.v1 import kvstore_pb2, kvstore_pb2_grpc
 from halfmoon.tests.waiting import until
@@ -206,6 +207,35 @@ async def test_a_source_that_is_not_there_is_named(kv, pair) -> None:
     with pytest.raises(InvalidRequest, match="source_address"):
         await here.replicate(kv.keys("p", 2), "", 10)
     assert at_rest(target, 0)
+
+
+async def test_a_member_cannot_have_a_store_connect_outside_the_cluster(kv) -> None:
+    """It copies from stores that the proxy has named, and connects nowhere else."""
+    credentials, connected = Credentials.make(), list[str]()
+
+    def listens(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connected.append(str(writer.get_extra_info("peername")))
+        writer.close()
+
+    outside = await asyncio.start_server(listens, "127.0.0.1", 0)
+    host, port = outside.sockets[0].getsockname()
+    server = StoreServer(StoreConfig(arena_bytes=8 * kv.schema.block_bytes), node_id="n", schema=kv.schema, credentials=credentials)
+    request = kvstore_pb2.ReplicateRequest(block_keys=kv.keys("p", 1), source_address=f"{host}:{port}", deadline_s=60)
+    try:
+        async with open_channel(await server.start("127.0.0.1"), credentials) as channel:
+            for named in ([], ["127.0.0.1:1"]):
+                server.know_stores(named)
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await kvstore_pb2_grpc.KVStoreStub(channel).Replicate(request).read()
+                assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED and not connected
+            server.know_stores([f"{host}:{port}"])
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await kvstore_pb2_grpc.KVStoreStub(channel).Replicate(request).read()
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE and connected, "one that is named is asked"
+    finally:
+        await server.stop(0)
+        outside.close()
+        await outside.wait_closed()
 
 
 async def test_a_store_without_a_schema_yet_has_nothing_to_copy_into(kv, start_store) -> None:

@@ -64,15 +64,16 @@ class Gate:
         while not self._closing.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), SAVE_EVERY_S)
-            tell([use for tenant in self._tenants.values() for use in tenant.quota_uses()])
-            await self._save()
+            await self._save(tell)
+        await self._save(tell)  # what was used while the last one was written
 
     def close(self) -> None:
         """Ends keep()."""
         self._closing.set()
 
-    async def _save(self) -> None:
+    async def _save(self, tell: Callable[[list[QuotaUse]], None]) -> None:
         """If anybody has a quota. A disk that is full loses nothing: it is tried again."""
+        tell([use for tenant in self._tenants.values() for use in tenant.quota_uses()])
         now = frozen(self._used)
         if now == self._saved or not self._keeps_usage:
             return

@@ -19,7 +19,7 @@ from rich.console import Console
 from ...client import Control
 from ...engine.gpus import visible_gpus
 from ...engine.resolve import torch_has_cuda
-from ...protocol.config import ClusterConfig
+from ...protocol.config import ClusterConfig, SecurityConfig
 from ...protocol.credentials import Credentials, read_token
 from ...protocol.errors import ConfigError, HalfmoonError
 from ...protocol.tasks import beside
@@ -60,12 +60,21 @@ def serve(serving: Serving, address: str | None, log_level: str) -> None:
     if address is None and torch_has_cuda():
         config = serving.fitted(config, len(visible_gpus()))
     _print_findings(require_startable(config, own_ray=address is None))
+    credentials = _credentials(config.security)
     console.print("starting Ray" if address is None else f"joining Ray at {address}", style="dim")
     with ray_session(address):
-        asyncio.run(_serve(serving))
+        asyncio.run(_serve(serving, credentials))
 
 
-async def _serve(serving: Serving) -> None:
+def _credentials(security: SecurityConfig) -> Credentials:
+    """Raises ConfigError for files that cannot be used."""
+    credentials = Credentials.from_environment() or Credentials.make()
+    tls = Tls.of_members(Path(security.certs).expanduser()) if security.certs else None
+    token = read_token(Path(security.metrics_token_file)) if security.metrics_token_file else ""
+    return dataclasses.replace(credentials, tls=tls, metrics_token=token)
+
+
+async def _serve(serving: Serving, credentials: Credentials) -> None:
     interrupted = asyncio.Event()
     orders: asyncio.Queue[signal.Signals] = asyncio.Queue()
     loop = asyncio.get_running_loop()
@@ -83,11 +92,6 @@ async def _serve(serving: Serving) -> None:
     config = serving.fitted(serving.config, num_gpus)
     _require_secure(config, make_plan(config, nodes))
     certs = str(Path(config.security.certs).expanduser()) if config.security.certs else ""
-    credentials = Credentials.from_environment() or Credentials.make()
-    if certs:
-        credentials = dataclasses.replace(credentials, tls=Tls.of_members(Path(certs)))
-    if config.security.metrics_token_file:
-        credentials = dataclasses.replace(credentials, metrics_token=read_token(Path(config.security.metrics_token_file)))
     with StartupProgress(console) as progress:
         cluster = running_cluster(config, nodes, progress.notify, credentials)
         async with beside(cluster.__aenter__()) as starting, beside(interrupted.wait()) as waiting:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from typer.testing import CliRunner
 
 from halfmoon.client import Client
 from halfmoon.deploy.cli import app
+from halfmoon.deploy.page_opener import page_opener
 from halfmoon.deploy.ray_session import LOOPBACK
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
+METRICS_TOKEN = "0123456789abcdef0123456789abcdef"
 HALFMOON = Path(sys.executable).parent / "halfmoon"
 
 
@@ -57,6 +60,8 @@ class Served:
 def served(model_folder: Path, tmp_path: Path) -> Iterator[Served]:
     flags = ["--model", str(model_folder), "--http-port", "0", "--grpc-port", "0", "--set", "proxy.drain_timeout_s=20"]
     flags += ["--set", "proxy.control_port=0", "--set", "proxy.metrics_port=0"]
+    (tmp_path / "metrics").write_text(METRICS_TOKEN)
+    flags += ["--set", f"security.metrics_token_file={tmp_path / 'metrics'}"]
     process = subprocess.Popen([HALFMOON, "serve", *flags], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     try:
         yield Served(process)
@@ -90,6 +95,13 @@ def test_a_served_cluster_answers_is_looked_at_and_drains_on_sigterm(served: Ser
     assert {(one["store_id"], one["transport"]) for one in report["links"]} == {("store-0", name) for name in ("shm", "tcp", "grpc")}
     assert report["phases"]["prefill_worker"] == "prefill-0" and report["phases"]["predicted_ttft_s"] > 0
 
+    for member in json.loads(looked.stdout)["members"]:
+        page = f"{member['metrics_address']}/metrics"
+        with page_opener(None, METRICS_TOKEN)(page, 60.0) as reply:
+            assert reply.status == 200
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            page_opener(None)(page, 60.0)
+
     pids = [member["pid"] for member in json.loads(looked.stdout)["members"]]
     with Client(served.grpc) as client, client.stream(prompt="Once", max_tokens=400, ignore_eos=True) as stream:
         next(stream)
@@ -113,6 +125,13 @@ def test_a_wrong_setting_is_one_line_and_no_process() -> None:
 
 def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:
     assert str(tmp_path / "nothing") in told("serve", "--model", str(tmp_path / "nothing"))
+
+
+def test_a_token_or_certificates_that_are_not_there_are_told_before_ray_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halfmoon.deploy.cli.serve.ray_session", None)
+    flags = [flag for key in ("http", "grpc", "control", "metrics") for flag in ("--set", f"proxy.{key}_port=0")]
+    for key in ("metrics_token_file", "certs"):
+        assert str(tmp_path / "none") in told("serve", *flags, "--set", f"security.{key}={tmp_path / 'none'}")
 
 
 def test_a_port_that_is_taken_is_told_before_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,17 +1,25 @@
 """A process on the machine of a cluster, with its addresses and none of its credentials. Prints what each attempt got, as JSON.
 
-python attacker.py '{"grpc": …, "control": …, "workers": […], "stores": […], "schema": HEX of a KVSchema}'
+python attacker.py '{"grpc": …, "http": …, "control": …, "workers": […], "stores": […], "data": […], "schema": HEX of a KVSchema}'
+
+authority: PEM, where the cluster has TLS; it is no secret. asks_for_keys: clients need one, so that nobody without one times a prefix.
 """
 
 from __future__ import annotations
 
 import json
+import socket
+import ssl
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
 
+from halfmoon.kvstore.data_wire import HELLO, MAGIC, REPLY, TOKEN_BYTES, Status
+from halfmoon.protocol.tls import MEMBER_NAME
 from halfmoon.protocol.v1 import (
     common_pb2,
     control_pb2,
@@ -91,6 +99,46 @@ def at_clients_port(channel: grpc.Channel) -> Attempts:
     yield "cancel another's request", cancel
 
 
+def time_a_prefix(channel: grpc.Channel) -> Attempts:
+    """Whoever may ask, may time: the same prompt twice, and what it costs the second time."""
+    stub: Any = inference_pb2_grpc.InferenceStub(channel)
+    request = inference_pb2.GenerateRequest(prompt="a prompt of somebody else", max_tokens=1)
+    yield "time a prefix", lambda **how: next(stub.Generate(request, **how))
+
+
+def time_a_prefix_by_http(address: str, authority: str) -> str:
+    scheme, context = ("https", ssl.create_default_context(cadata=authority)) if authority else ("http", None)
+    body = json.dumps({"prompt": "a prompt of somebody else", "max_tokens": 1}).encode()
+    request = urllib.request.Request(f"{scheme}://{address}/v1/completions", body, {"content-type": "application/json"})
+    try:
+        return str(urllib.request.urlopen(request, timeout=TIMEOUT_S, context=context).status)
+    except urllib.error.HTTPError as error:
+        return str(error.code)
+
+
+def data_connection(address: str, authority: str) -> str:
+    """To read and write a store's slots: begins with the token of a session."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), TIMEOUT_S) as plain:
+            connection = plain
+            if authority:
+                connection = ssl.create_default_context(cadata=authority).wrap_socket(plain, server_hostname=MEMBER_NAME)
+            connection.sendall(HELLO.pack(MAGIC, bytes(TOKEN_BYTES)))
+            reply = connection.recv(REPLY.size)
+    except (ssl.SSLError, ConnectionError):
+        return "CLOSED"
+    return Status(reply[0]).name if reply else "CLOSED"
+
+
+def opened(address: str, authority: str, name: str) -> grpc.Channel:
+    """name: in the server's certificate; "": the address's."""
+    if not authority:
+        return grpc.insecure_channel(address)
+    options = [("grpc.ssl_target_name_override", name)] if name else []
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(authority.encode()), options)
+
+
 def outcome(attempt: Callable[..., Any], metadata: Any) -> str:
     try:
         reply = attempt(timeout=TIMEOUT_S, metadata=metadata)
@@ -102,17 +150,22 @@ def outcome(attempt: Callable[..., Any], metadata: Any) -> str:
 def main() -> None:
     target = json.loads(sys.argv[1])
     schema = common_pb2.KVSchema.FromString(bytes.fromhex(target["schema"]))
-    ports: list[tuple[str, Callable[[grpc.Channel], Attempts]]] = [
-        (target["control"], lambda channel: at_control(channel, schema)),
-        *((address, lambda channel: at_store(channel, schema)) for address in target["stores"]),
-        *((address, at_worker) for address in target["workers"]),
-        (target["grpc"], at_clients_port),
+    authority, asks_for_keys = target.get("authority", ""), target.get("asks_for_keys", False)
+    ports: list[tuple[str, str, Callable[[grpc.Channel], Attempts]]] = [
+        (target["control"], MEMBER_NAME, lambda channel: at_control(channel, schema)),
+        *((address, MEMBER_NAME, lambda channel: at_store(channel, schema)) for address in target["stores"]),
+        *((address, MEMBER_NAME, at_worker) for address in target["workers"]),
+        (target["grpc"], "", at_clients_port),
+        *([(target["grpc"], "", time_a_prefix)] if asks_for_keys else []),
     ]
     found: dict[str, list[str]] = {}
-    for address, attempts in ports:
-        with grpc.insecure_channel(address) as channel:
-            for name, attempt in attempts(channel):
-                found.setdefault(name, []).extend({outcome(attempt, metadata) for metadata in GUESSES})
+    for address, name, attempts in ports:
+        with opened(address, authority, name) as channel:
+            for what, attempt in attempts(channel):
+                found.setdefault(what, []).extend({outcome(attempt, metadata) for metadata in GUESSES})
+    found["move KV by a data connection"] = [data_connection(address, authority) for address in target["data"]]
+    if asks_for_keys:
+        found["time a prefix by HTTP"] = [time_a_prefix_by_http(target["http"], authority)]
     print(json.dumps({name: sorted(set(outcomes)) for name, outcomes in found.items()}))
 
 

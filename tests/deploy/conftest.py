@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
+import sys
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -30,6 +32,7 @@ from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, 
 from halfmoon.protocol.metrics import STEP_TOKENS
 from halfmoon.protocol.tls import read_pem
 from halfmoon.protocol.v1 import control_pb2, control_pb2_grpc, kvstore_pb2, kvstore_pb2_grpc
+from halfmoon.tests.deploy.tls_listeners import data_port
 
 
 @pytest.fixture(scope="session")
@@ -199,6 +202,26 @@ class Cluster:
 
     async def members(self, role: int) -> list[control_pb2.MemberInfo]:
         return [member.info for member in (await self.status()).members if member.info.role == role]
+
+    async def attacked(self, **more: object) -> dict[str, list[str]]:
+        """What tests/deploy/attacker.py gets from this cluster, by attempt. more: of what it is told."""
+        members = [member.info for member in (await self.status()).members]
+        workers = [info for info in members if info.role != control_pb2.ROLE_STORE]
+        stores = [info.address for info in members if info.role == control_pb2.ROLE_STORE]
+        ports = [await data_port(address, self.supervisor.credentials, workers[0].schema) for address in stores]
+        target = {
+            "grpc": self.supervisor.grpc_address,
+            "http": self.supervisor.http_address,
+            "control": self.supervisor.control_address,
+            "workers": [info.address for info in workers],
+            "stores": stores,
+            "data": [f"{address.rpartition(':')[0]}:{port}" for address, port in zip(stores, ports, strict=True)],
+            "schema": workers[0].schema.SerializeToString().hex(),
+        }
+        command = [sys.executable, str(Path(__file__).with_name("attacker.py")), json.dumps(target | more)]
+        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        output, _ = await process.communicate()
+        return json.loads(output)
 
     async def num_decoded(self) -> float:
         """Tokens that the decode workers' steps have computed since they started."""

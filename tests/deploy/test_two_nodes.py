@@ -133,6 +133,17 @@ async def test_a_cluster_with_tls_speaks_to_nobody_in_the_clear(cluster) -> None
 
 
 @with_tls
+async def test_a_local_process_without_credentials_is_no_member_and_no_client_of_a_cluster_with_tls_and_keys(cluster) -> None:
+    """The authority's certificate is no secret: it knows it, and has none of its own."""
+    found = await cluster.attacked(authority=Path(cluster.certs, "authority.pem").read_text(), asks_for_keys=True)
+    assert found.pop("move KV by a data connection") == ["CLOSED"]
+    assert (found.pop("time a prefix"), found.pop("time a prefix by HTTP")) == (["UNAUTHENTICATED"], ["401"])
+    assert found.pop("cancel another's request") == ["UNAUTHENTICATED"]
+    assert {found.pop(name)[0] for name in ("drain at the clients' port", "join at the clients' port")} == {"UNIMPLEMENTED"}
+    assert len(found) == 20 and set(map(tuple, found.values())) == {("UNAVAILABLE",)}, found
+
+
+@with_tls
 async def test_certificates_and_their_authority_change_under_load(
     cluster, reference, prompt_of, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

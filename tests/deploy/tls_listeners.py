@@ -71,13 +71,13 @@ async def listeners_of(cluster: Any) -> list[Listener]:
     schema = next(info.schema for info in members if info.role != control_pb2.ROLE_STORE)
     stranger = HELLO.pack(MAGIC, bytes(TOKEN_BYTES))
     for store in [info for info in members if info.role == control_pb2.ROLE_STORE]:
-        port = await _data_port(store.address, supervisor.credentials, schema)
+        port = await data_port(store.address, supervisor.credentials, schema)
         host, _ = split_address(store.address)
         found.append(Listener(f"data of {store.id}", join_address(host, port), is_mutual=True, greeting=stranger))
     return found
 
 
-async def _data_port(address: str, credentials: Credentials, schema: Any) -> int:
+async def data_port(address: str, credentials: Credentials, schema: Any) -> int:
     """As a client on another node is told it."""
     hello = kvstore_pb2.AttachRequest.Hello(client_id="test", node_id="elsewhere", schema=schema)
     async with open_channel(address, credentials) as channel:

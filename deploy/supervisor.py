@@ -223,7 +223,7 @@ class Supervisor:
         return _rank_nodes([member for member in self._members.values() if member.id not in without])
 
     def _store_on(self, node: RayNode) -> Member | None:
-        stores = (member for member in self._members.values() if member.actor_class is StoreActor)
+        stores = (member for member in self._members.values() if issubclass(member.actor_class, StoreActor))
         return next((store for store in stores if store.node.node_id == node.node_id), None)
 
     async def _have_store(self, node: RayNode) -> None:

@@ -1,6 +1,7 @@
 """A live cluster on this machine whose processes can be hurt, and looked at from outside.
 
-FaultyWorker.wedge   a step that does not end      FaultyProxy.set_role   a worker's role
+FaultyWorker.wedge   a step that does not end      FaultyStore.wedge, FaultyProxy.wedge   an event loop that stands still
+FaultyProxy.set_role   a worker's role
 LiveCluster          kill, stop, wedge by member id · who has joined · what is held at rest · descriptors, memory, tracebacks
 """
 
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import grpc.aio
 
 from halfmoon.client import AsyncClient
-from halfmoon.deploy.actors import ProxyActor, WorkerActor
+from halfmoon.deploy.actors import ProxyActor, StoreActor, WorkerActor
 from halfmoon.deploy.cluster import make_spec
 from halfmoon.deploy.plan import Placed
 from halfmoon.deploy.ray_session import ray_session
@@ -36,8 +37,14 @@ from halfmoon.protocol.v1 import control_pb2, control_pb2_grpc, kvstore_pb2, kvs
 STATUS_TIMEOUT_S = 1.0
 ORDER_TIMEOUT_S = 10.0
 STEP_WITHIN_S = 10.0  # while there is load
+ANSWER_S = 0.05
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 NUM_MEMBERS = 5
+
+
+def wedge_loop(seconds: float) -> None:
+    """Has the running loop stand still for so long, once the caller's answer is sent."""
+    asyncio.get_running_loop().call_later(ANSWER_S, time.sleep, seconds)
 
 
 class FaultyWorker(WorkerActor):
@@ -56,7 +63,15 @@ class FaultyWorker(WorkerActor):
         await asyncio.to_thread(begun.wait)
 
 
+class FaultyStore(StoreActor):
+    async def wedge(self, seconds: float) -> None:
+        wedge_loop(seconds)
+
+
 class FaultyProxy(ProxyActor):
+    async def wedge(self, seconds: float) -> None:
+        wedge_loop(seconds)
+
     async def pid(self) -> int:
         return os.getpid()
 
@@ -69,6 +84,11 @@ class FaultySupervisor(Supervisor):
     def _proxy(self) -> Member:
         member = super()._proxy()
         member.actor_class = FaultyProxy
+        return member
+
+    def _store(self, placed: Placed) -> Member:
+        member = super()._store(placed)
+        member.actor_class = FaultyStore
         return member
 
     def _worker(self, placed: Placed, role: WorkerRole) -> Member:
@@ -177,14 +197,14 @@ class LiveCluster:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
 
-    async def wedge(self, worker_id: str, seconds: float) -> None:
-        """Raises LookupError where the worker ends, or has no step to do."""
+    async def wedge(self, member_id: str, seconds: float) -> None:
+        """Raises LookupError where the process ends, or the worker has no step to do."""
         from ray.exceptions import RayError
 
         try:
-            await asyncio.wait_for(asyncio.wrap_future(self._actor(worker_id).wedge.remote(seconds).future()), STEP_WITHIN_S)
+            await asyncio.wait_for(asyncio.wrap_future(self._actor(member_id).wedge.remote(seconds).future()), STEP_WITHIN_S)
         except (RayError, TimeoutError) as error:
-            raise LookupError(f"{worker_id} had no step to wedge: {error}") from error
+            raise LookupError(f"{member_id} had no step to wedge: {error}") from error
 
     async def set_role(self, worker_id: str, role: WorkerRole) -> None:
         """Raises LookupError where it is not there, or does not confirm it."""

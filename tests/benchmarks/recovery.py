@@ -32,7 +32,7 @@ from halfmoon.protocol.errors import HalfmoonError
 FAULTS = (
     *(("kill", member_id) for member_id in ("prefill-0", "decode-0", "store-0", "proxy")),
     *(("stop", member_id) for member_id in ("prefill-0", "decode-0", "store-0", "proxy")),
-    *(("wedge", member_id) for member_id in ("prefill-0", "decode-0")),
+    *(("wedge", member_id) for member_id in ("prefill-0", "decode-0", "store-0", "proxy")),
 )
 HOLD_S = 6.0  # of a stop and of a wedge
 PROBE_S, PROBE_LEN, PROBE_TOKENS = 0.25, 100, 4

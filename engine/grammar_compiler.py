@@ -5,6 +5,7 @@ tokens so far ─► accepted one by one ─► words of bits: 1 where a token k
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Sequence as Seq
@@ -19,6 +20,9 @@ from ..protocol.sampling import SamplingParams
 from .vocabulary import read_vocabulary
 
 MAX_BLANKS = 32  # in a row, between the parts of a JSON text: without a limit a model may go on with them until its length is used up
+
+_CONTROLS = frozenset(range(32)) - frozenset(b"\r\n")
+"""Bytes that a JSON text has nowhere, or (the tab) between its parts alone. The compiler lets them into strings of a limited length."""
 
 NO_TEXT = b"\xff"  # no UTF-8, so that no text of a grammar has it
 
@@ -67,17 +71,31 @@ class GrammarCompiler:
 
     def state(self, compiled: xgrammar.CompiledGrammar, params: SamplingParams) -> MatcherState:
         textless = (token_id for token_id in params.stop_token_ids if token_id < len(self._texts) and not self._texts[token_id])
-        return MatcherState(compiled, sorted({*self._eos_token_ids, *textless}), params.min_tokens)
+        bounds_strings = params.grammar is not None and _bounds_strings(params.grammar)
+        return MatcherState(
+            compiled, sorted({*self._eos_token_ids, *textless}), params.min_tokens, self._without_controls if bounds_strings else None
+        )
+
+    @functools.cached_property
+    def _without_controls(self) -> np.ndarray:
+        """As MatcherState.fill's words: 1 for each token whose text has none of them."""
+        plain = np.array([_CONTROLS.isdisjoint(text) for text in self._texts] + [False] * (-len(self._texts) % 32))
+        return np.packbits(plain, bitorder="little").view(np.int32)
 
 
 class MatcherState:
     """Where one sequence stands in its grammar. One thread at a time."""
 
-    def __init__(self, compiled: xgrammar.CompiledGrammar, ending: list[int], min_tokens: int) -> None:
-        """ending: tokens that end the answer, where the grammar lets it end."""
+    def __init__(self, compiled: xgrammar.CompiledGrammar, ending: list[int], min_tokens: int, within: np.ndarray | None = None) -> None:
+        """
+        Args:
+            ending: tokens that end the answer, where the grammar lets it end.
+            within: as fill's words: the tokens that may be in the answer at all. None: any.
+        """
         self._compiled = compiled
         self._ending = ending
         self._min_tokens = min_tokens
+        self._within = within
         self._begin()
 
     def fill(self, output_token_ids: Seq[int], words: np.ndarray) -> None:
@@ -96,6 +114,8 @@ class MatcherState:
                 raise ValueError(f"token {token_id}, number {self._num_accepted + 1} of the answer, is not within its grammar")
             self._num_accepted += 1
         self._matcher.fill_next_token_bitmask(words.reshape(1, -1))
+        if self._within is not None:
+            words &= self._within
         if len(output_token_ids) < self._min_tokens:
             self._ban_ends(words)
 
@@ -109,6 +129,11 @@ class MatcherState:
             kept[token_id // 32] &= ~np.int32(np.uint32(1 << token_id % 32).view(np.int32))
         if kept.any():
             words[...] = kept
+
+
+def _bounds_strings(grammar: Grammar) -> bool:
+    """Calls of tools aside: their parser escapes what JSON has not, and their text may have tabs."""
+    return grammar.kind in ("json_schema", "structural_tag") and ('"minLength"' in grammar.text or '"maxLength"' in grammar.text)
 
 
 def _alternatives(choices: list[str]) -> str:

@@ -5,35 +5,26 @@ The grammar's compiler passes over what it does not know. So each keyword that n
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple, NoReturn, cast
 
 from .errors import InvalidRequest, shown
+from .schema_references import disjoint, refers_to_itself
+from .schema_rules import ANNOTATIONS, DESCRIPTIONS, faults
 
 MAX_DEPTH = 64
+MAX_PAIRS = 2000
+"""Of the schemas of all oneOf together."""
 NOT_ENFORCED = (
-    *("not", "if", "then", "else", "contains", "minContains", "maxContains", "dependentRequired", "dependentSchemas"),
+    *("not", "if", "then", "else", "contains", "minContains", "maxContains", "dependentRequired", "dependentSchemas", "dependencies"),
     *("$dynamicRef", "$recursiveRef", "$anchor", "contentMediaType", "contentEncoding", "contentSchema"),
 )
-DESCRIPTIONS = frozenset("title description default examples example deprecated readOnly writeOnly $schema $comment".split())
-ANNOTATIONS = DESCRIPTIONS | {"$id", "$defs", "definitions", "discriminator"}
-"""They narrow nothing, and may stand beside anything."""
 COMBINING = ("$ref", "anyOf", "oneOf", "allOf")
 """What stands beside one of them has no effect."""
-OF_A_TYPE = "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf minLength maxLength pattern format".split()
-"""They have an effect where the type is given alone."""
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties", "propertyNames", "unevaluatedProperties", "unevaluatedItems")
-_PYTHON_TYPES: dict[str, tuple[type, ...]] = {
-    "string": (str,),
-    "integer": (int,),
-    "number": (int, float),
-    "boolean": (bool,),
-    "null": (type(None),),
-    "array": (list,),
-    "object": (dict,),
-}
 
 
 class _Place(NamedTuple):
@@ -44,7 +35,7 @@ class _Place(NamedTuple):
 
 def require_enforced(schema: Any) -> None:
     """Raises InvalidRequest, naming the keyword and where it stands, for a schema that the answer would not be held to."""
-    places = [_Place(schema, "schema", 0)]
+    places, num_pairs = [_Place(schema, "schema", 0)], 0
     while places:
         place = places.pop()
         if isinstance(place.schema, bool):
@@ -55,6 +46,13 @@ def require_enforced(schema: Any) -> None:
             raise InvalidRequest(f"the schema is nested more than {MAX_DEPTH} deep", param="response_format")
         _require_known(place, cast(dict[str, Any], place.schema))
         places += _inside(place, cast(dict[str, Any], place.schema))
+        branches = cast(dict[str, Any], place.schema).get("oneOf")
+        if isinstance(branches, list):
+            num_pairs += _require_disjoint(place, schema, cast(list[Any], branches))
+        if num_pairs > MAX_PAIRS:
+            _refuse(place, f"has a oneOf, with more than {MAX_PAIRS} pairs of schemas to be told apart; use anyOf")
+    if refers_to_itself(schema):
+        raise InvalidRequest("the schema refers to itself with no object or array between, so no answer is of it", param="response_format")
 
 
 def without_descriptions(schema: Any) -> Any:
@@ -84,50 +82,27 @@ def _require_known(place: _Place, schema: dict[str, Any]) -> None:
         _refuse(place, f"has {beside[0]!r} beside {combining[0]!r}, where it is not enforced; move it into the schemas there")
     if len(schema.get("allOf") or [0]) > 1:
         _refuse(place, "has an allOf of several schemas, which is not enforced; write them as one")
+    for name in combining:
+        if schema[name] == []:
+            _refuse(place, f"has an empty {name}; name a schema")
     reference = schema.get("$ref", "#")
     if not (isinstance(reference, str) and (reference == "#" or reference.startswith("#/"))):
         _refuse(place, f"refers to {shown(reference)}; a reference must be '#' or begin with '#/'")
-    _require_typed(place, schema)
-    _require_declared(place, schema)
+    for fault in faults(schema):
+        _refuse(place, fault)
 
 
-def _require_typed(place: _Place, schema: dict[str, Any]) -> None:
-    kind = schema.get("type")
-    bounds = [name for name in OF_A_TYPE if name in schema]
-    if bounds and kind is None and "enum" not in schema and "const" not in schema:
-        _refuse(place, f"has {bounds[0]!r} and no type, where it is not enforced; add the type")
-    if "multipleOf" in schema and kind != "integer":
-        _refuse(place, "has 'multipleOf' for a type other than integer, which is not enforced; leave it out")
-    length = next((name for name in ("minLength", "maxLength") if name in schema), None)
-    if length is not None and ("pattern" in schema or "format" in schema):
-        _refuse(place, f"has {length!r} beside 'pattern' or 'format', where it is not enforced; put it into the pattern")
-    if "pattern" in schema and "format" in schema:
-        _refuse(place, "has 'pattern' beside 'format', where one is not enforced; leave one out")
-    fixed = list(schema["enum"]) if isinstance(schema.get("enum"), list) else [schema["const"]] if "const" in schema else []
-    kinds: list[Any] = cast(list[Any], kind) if isinstance(kind, list) else [kind]
-    for value in fixed if kind is not None else ():
-        if not any(_is_of(value, one) for one in kinds):
-            _refuse(place, f"allows {shown(value)}, which is not of its type {shown(kind)}")
-    if fixed and bounds:
-        _refuse(place, f"has {bounds[0]!r} beside 'enum' or 'const', where it is not enforced; leave it out")
-
-
-def _require_declared(place: _Place, schema: dict[str, Any]) -> None:
-    required, properties = schema.get("required"), schema.get("properties")
-    if not isinstance(required, list):
-        return
-    declared: dict[str, Any] = cast(dict[str, Any], properties) if isinstance(properties, dict) else {}
-    for name in cast(list[Any], required):
-        if name not in declared:
-            _refuse(place, f"requires {shown(name)}, which its properties lack; add it there")
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    if isinstance(value, bool):
-        return kind == "boolean"
-    if kind == "integer" and isinstance(value, float):
-        return value.is_integer()
-    return isinstance(value, _PYTHON_TYPES.get(str(kind), (object,)))
+def _require_disjoint(place: _Place, root: Any, branches: list[Any]) -> int:
+    """How many pairs were compared. oneOf is enforced as anyOf, which is the same where no value is of two of them."""
+    pairs = list(itertools.islice(itertools.combinations(range(len(branches)), 2), MAX_PAIRS + 1))
+    for one, other in pairs:
+        if not disjoint(root, branches[one], branches[other]):
+            _refuse(
+                place,
+                f"has a oneOf whose schemas {one} and {other} a value may both be of, which is not enforced; use anyOf, or a property "
+                "with a const of its own that each requires",
+            )
+    return len(pairs)
 
 
 def _inside(place: _Place, schema: dict[str, Any]) -> Iterator[_Place]:

@@ -204,6 +204,12 @@ def schemas() -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
+def drawn_schemas() -> dict[str, dict[str, Any]]:
+    """140 of a seed, by name; tests/schemas.py."""
+    return _load("schemas").drawn(140)
+
+
+@pytest.fixture(scope="session")
 def chat_model_folder(faces: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Config, tokenizer and chat template of a small model, "chatty"; no weights."""
     return faces.write_model_folder(tmp_path_factory.mktemp("models") / "chatty")

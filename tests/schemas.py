@@ -1,7 +1,8 @@
-"""JSON schemas in the kinds of public suites: types, bounds, fixed values, patterns, objects, arrays, unions, references."""
+"""JSON schemas in the kinds of public suites, by hand and drawn from a seed."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 Schema = dict[str, Any]
@@ -119,3 +120,133 @@ SCHEMAS: dict[str, Schema] = {
         total=INT,
     ),
 }
+
+
+# Drawn from a seed, in the kinds of JSON-Schema-Test-Suite, as far as they are enforced
+
+
+class _Drawing:
+    """Small schemas, whose answers are short. Every keyword that is enforced is drawn."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._refers = False
+
+    def whole(self) -> Schema:
+        schema = self._schema(0)
+        return schema | {"$defs": {"p": self._leaf()}} if self._refers else schema
+
+    def _schema(self, depth: int) -> Schema:
+        if depth > 1:
+            return self._leaf()
+        kinds = (self._leaf, self._object, self._array, self._any_of, self._one_of, self._of_names, self._reference)
+        kind = self._random.choices(kinds, (2, 6, 3, 2, 2, 1, 1))[0]
+        return kind() if kind in (self._leaf, self._reference) else kind(depth)  # pyright: ignore[reportCallIssue]
+
+    def _leaf(self) -> Schema:
+        kind = self._random.choice(("string", "pattern", "format", "integer", "number", "multiple", "plain", "types", "enum", "const"))
+        return getattr(self, f"_{kind}")()
+
+    def _string(self) -> Schema:
+        least = self._random.randint(0, 3)
+        return {"type": "string"} | self._some(minLength=least, maxLength=least + self._random.randint(0, 3)) | {"maxLength": least + 3}
+
+    def _pattern(self) -> Schema:
+        patterns = (
+            "^a+$",
+            "a",
+            "^[^a]{1,3}$",
+            r"^\d{2}-\d$",
+            "^é{1,2}$",
+            r"^\S{2}$",
+            "^(?:ab){1,2}$",
+            "^a{0,2}b?$",
+            r"^[\w.-]{1,3}@x$",
+            "^a$|^b$",
+        )
+        return {"type": "string", "pattern": self._random.choice(patterns)}
+
+    def _format(self) -> Schema:
+        return {"type": "string", "format": self._random.choice(("time", "ipv4", "uuid", "duration"))}
+
+    def _integer(self) -> Schema:
+        low = self._random.randint(-120, 100)
+        lower, upper = self._random.choice(("minimum", "exclusiveMinimum")), self._random.choice(("maximum", "exclusiveMaximum"))
+        return {"type": "integer"} | self._some(**{lower: low, upper: low + self._random.randint(2, 40)})
+
+    def _number(self) -> Schema:
+        low = self._random.choice((-7.75, -0.25, 0.0, 0.5, 1.25, 3))
+        return {"type": "number"} | self._some(minimum=low, maximum=low + self._random.choice((0.25, 1.5, 20)))
+
+    def _multiple(self) -> Schema:
+        low = self._random.randint(-50, 50)
+        bounds = {"minimum": low, "maximum": low + 30} if self._random.random() < 0.5 else {}
+        return {"type": "integer", "multipleOf": self._random.choice((2, 3, 7, 25)), **bounds}
+
+    def _plain(self) -> Schema:
+        return {"type": self._random.choice(("boolean", "null"))} | self._some(title="t", description="d", default=None)
+
+    def _types(self) -> Schema:
+        bounds = self._some(minimum=3, maximum=40) | {"maxLength": 3}
+        return {"type": self._random.sample(("string", "integer", "boolean", "null"), 2), **bounds}
+
+    def _enum(self) -> Schema:
+        values = (1, -1.5, "a", "é\n", None, True, [1, "x"], {"k": [None]}, {}, '"', "\\", "x/y", 2**60)
+        return {"enum": self._random.sample(values, self._random.randint(1, 4))}
+
+    def _const(self) -> Schema:
+        return {"const": self._random.choice((1, "a", None, {"a": 1, "b": [{}]}, [], "é\t", False, -3.5, 0.1))}
+
+    def _object(self, depth: int) -> Schema:
+        names = self._random.sample(("a", "b", "é", "a b", 'q"', "", "$x", "type", "items"), self._random.randint(0, 3))
+        required = self._random.sample(names, self._random.randint(0, len(names)))
+        open_to = self._random.choice((False, False, self._leaf()))
+        counts: Schema = self._some(minProperties=len(required)) if names else {}
+        return {
+            "type": "object",
+            "properties": {name: self._schema(depth + 1) for name in names},
+            "required": required,
+            "additionalProperties": open_to,
+            "maxProperties": len(names) + 1,
+            **counts,
+        }
+
+    def _of_names(self, depth: int) -> Schema:
+        value = self._schema(depth + 1)
+        if self._random.random() < 0.5:
+            return {"type": "object", "patternProperties": {"^x_[a-c]$": value}, "additionalProperties": False, "maxProperties": 2}
+        names = self._random.choice(({"pattern": "^[a-c]{1,2}$"}, {"enum": ["a", "b"]}, {"maxLength": 2}))
+        return {"type": "object", "propertyNames": names, "additionalProperties": value, "minProperties": 1, "maxProperties": 2}
+
+    def _array(self, depth: int) -> Schema:
+        least = self._random.randint(0, 2)
+        if self._random.random() < 0.3:
+            first = [self._schema(depth + 1) for _ in range(2)]
+            return {
+                "type": "array",
+                "prefixItems": first,
+                "items": self._random.choice((False, self._leaf())),
+                "minItems": 2,
+                "maxItems": 2,
+            }
+        return {"type": "array", "items": self._schema(depth + 1), "minItems": least, "maxItems": least + self._random.randint(0, 2)}
+
+    def _any_of(self, depth: int) -> Schema:
+        return {"anyOf": [self._schema(depth + 1) for _ in range(self._random.randint(1, 3))]}
+
+    def _one_of(self, depth: int) -> Schema:
+        """Told apart by a property."""
+        branches = [thing("k", k={"const": name}, **{name: self._schema(depth + 1)}) for name in ("a", "b")]
+        return self._random.choice(({"oneOf": branches}, {"oneOf": [{"type": "null"}, self._integer()]}, {"allOf": branches[:1]}))
+
+    def _reference(self) -> Schema:
+        self._refers = True
+        return {"$ref": "#/$defs/p"}
+
+    def _some(self, **keywords: Any) -> Schema:
+        return {name: value for name, value in keywords.items() if self._random.random() < 0.5}
+
+
+def drawn(num_schemas: int) -> dict[str, Schema]:
+    """By name, the same ones each time."""
+    return {f"drawn {seed}": _Drawing(seed).whole() for seed in range(num_schemas)}

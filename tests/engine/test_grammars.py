@@ -130,6 +130,19 @@ def test_a_stop_token_without_text_ends_an_answer_where_it_may_end_and_one_with_
     assert found == [EOS, TEXTS.index(b"b"), other]
 
 
+def test_a_string_of_limited_length_has_no_raw_tab_and_no_token_that_holds_one() -> None:
+    texts = [*TEXTS, b"\t", b'a\t"', b"\n"]
+    compiler = GrammarCompiler(texts, frozenset({EOS}))
+    words = np.zeros(-(-len(texts) // 32), dtype=np.int32)
+    for schema, begins in (
+        ({"type": "string", "maxLength": 3}, b'"'),
+        ({"type": "array", "items": {"type": "string", "maxLength": 3}}, b"["),
+    ):
+        state_of(compiler, Grammar.of_schema(schema)).fill([texts.index(begins)], words)
+        found = {texts[index] for index in np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")[: len(texts)])}
+        assert not any(b"\t" in text for text in found) and (b"a" in found or b"\n" in found)
+
+
 @pytest.mark.parametrize(
     ("grammar", "says"),
     [

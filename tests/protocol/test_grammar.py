@@ -46,6 +46,33 @@ def test_a_response_format_becomes_a_grammar_that_travels_whole(response_format:
         ({"type": "string", "enum": ["a", 1]}, "allows 1, which is not of its type"),
         ({"type": "integer", "enum": [1, 9], "minimum": 5}, "'minimum' beside 'enum'"),
         ({"type": "object", "required": ["a"]}, "requires 'a', which its properties lack"),
+        ({"type": "object", "dependencies": {"a": ["b"]}}, "'dependencies'"),
+        ({"minItems": 2}, "'minItems' and no type"),
+        ({"patternProperties": {"^a": {}}}, "'patternProperties' and no type"),
+        ({"type": []}, "an empty list"),
+        ({"anyOf": []}, "an empty anyOf"),
+        ({"enum": [[1]], "items": {"type": "integer"}}, "'items' beside 'enum' or 'const'"),
+        ({"const": 1, "enum": [1, 2]}, "'enum' beside 'const'"),
+        ({"const": {"a": [2**63]}}, "beyond 64 bits"),
+        ({"type": "integer", "multipleOf": 2.5}, "'multipleOf' 2.5"),
+        ({"type": "integer", "multipleOf": 1001}, "'multipleOf' 1001"),
+        ({"type": "integer", "multipleOf": 2, "minimum": 3}, "'multipleOf' beside a range that is open"),
+        ({"type": "integer", "multipleOf": 2, "minimum": 3, "maximum": 2004}, "wider than 2000"),
+        ({"type": "string", "format": "iri"}, "the format 'iri'"),
+        ({"type": "string", "pattern": "a^b"}, r"with '\^' inside"),
+        ({"type": "string", "pattern": "(a$)b"}, r"with '\$' inside"),
+        ({"type": "object", "patternProperties": {"a$b": {}}}, r"with '\$' inside"),
+        ({"type": "object", "properties": {"a": {}}, "propertyNames": {"maxLength": 1}}, "'propertyNames' beside 'properties'"),
+        ({"type": "object", "additionalProperties": False, "propertyNames": {}}, "'propertyNames' beside 'additionalProperties'"),
+        ({"type": "object", "properties": {"a": {}}, "patternProperties": {"b": {}}}, "'patternProperties' beside 'properties'"),
+        ({"type": "object", "patternProperties": {"a": {}, "b": {"type": "null"}}}, "several 'patternProperties'"),
+        ({"type": "object", "additionalProperties": {}, "minProperties": 2}, "'minProperties' 2, which names that come twice"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "a oneOf whose schemas 0 and 1"),
+        ({"oneOf": [{"type": "null"}, {"enum": ["a"]}, {"enum": ["b", "a"]}]}, "schemas 1 and 2"),
+        ({"oneOf": [{"$ref": "#/$defs/a"}, {"type": "object"}], "$defs": {"a": {"type": "object"}}}, "schemas 0 and 1"),
+        ({"oneOf": [{"const": number} for number in range(65)]}, "more than 2000 pairs"),
+        ({"$ref": "#"}, "refers to itself"),
+        ({"items": {"$ref": "#/$defs/a"}, "$defs": {"a": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/a"}]}}}, "refers to itself"),
         ({"items": [{}]}, "a schema is an object or a boolean"),
         ([1], "a schema is an object or a boolean"),
     ],
@@ -53,6 +80,29 @@ def test_a_response_format_becomes_a_grammar_that_travels_whole(response_format:
 def test_a_schema_that_would_not_be_enforced_is_refused_by_the_keyword(schema: Any, says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
         Grammar.of_schema(schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"oneOf": [{"type": "integer"}, {"type": ["string", "null"]}, {"const": True}]},
+        {"oneOf": [{"const": 1}, {"const": True}, {"enum": ["1"]}]},
+        {
+            "oneOf": [{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/dog"}],
+            "discriminator": {"propertyName": "kind"},
+            "$defs": {
+                name: {"type": "object", "properties": {"kind": {"const": name}, "x": {}}, "required": ["kind"]} for name in ("cat", "dog")
+            },
+        },
+        {"oneOf": [{"type": "object", "properties": {name: {}}, "required": [name], "additionalProperties": False} for name in ("a", "b")]},
+        {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}},
+        {"type": "string", "pattern": r"^[\^$]\$|^b$"},
+        {"type": "string", "const": "a", "enum": ["a"]},
+        {"type": "object", "properties": {"a": {}, "b": {}}, "minProperties": 2},
+    ],
+)
+def test_what_comes_near_to_a_refused_schema_is_taken(schema: Any) -> None:
+    Grammar.of_schema(schema)
 
 
 def test_properties_may_have_the_names_of_keywords() -> None:

@@ -23,12 +23,12 @@ from ..protocol.errors import (
 )
 from .access import Control
 from .async_client import AsyncClient, AsyncStream
+from .chat import Message, ToolCall, ToolCallDelta
 from .client import Client, Stream
 from .cluster_status import ClusterStatus, Member, Model, Percentiles, RoleChange
 from .completion import Admitted, Choice, Completion, Delta, Event, Finished, PhaseRecord, Prompt, TokenLogprob, TopLogprob, Usage
 from .conversation import Conversation
 from .explanation import Candidate, DecisionAttempt, Explanation, Prediction
-from .options import Message
 
 __all__ = [
     "Admitted",
@@ -63,6 +63,8 @@ __all__ = [
     "RoleChange",
     "Stream",
     "TokenLogprob",
+    "ToolCall",
+    "ToolCallDelta",
     "TopLogprob",
     "Unauthenticated",
     "Unavailable",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..protocol.v1 import common_pb2, inference_pb2
+from .chat import ToolCall, ToolCallDelta, tool_calls_of
 
 FinishReason = Literal["stop", "length"]
 _REASONS: dict[int, FinishReason] = {common_pb2.FINISH_REASON_STOP: "stop", common_pb2.FINISH_REASON_LENGTH: "length"}
@@ -106,6 +107,9 @@ class Delta:
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
+    reasoning: str = ""
+    """With tools or parse_reasoning: new text of the reasoning."""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +138,14 @@ class Choice:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """With num_prompt_logprobs: of all tokens of the prompt but the first."""
+    reasoning: str = ""
+    """With tools or parse_reasoning."""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The assistant's turn, to be sent again."""
+        return {"role": "assistant", "content": self.text, "reasoning": self.reasoning, "tool_calls": self.tool_calls}
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +179,18 @@ class Completion:
     @property
     def prompt_logprobs(self) -> tuple[TokenLogprob, ...]:
         return self.choices[0].prompt_logprobs
+
+    @property
+    def reasoning(self) -> str:
+        return self.choices[0].reasoning
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        return self.choices[0].tool_calls
+
+    @property
+    def message(self) -> dict[str, Any]:
+        return self.choices[0].message
 
     @property
     def usage(self) -> Usage:
@@ -211,7 +235,9 @@ def _logprobs(message: inference_pb2.GenerateReply.Delta) -> tuple[TokenLogprob,
 
 
 def _delta(message: inference_pb2.GenerateReply.Delta) -> Delta:
-    return Delta(message.index, message.text, tuple(token.token_id for token in message.tokens), _logprobs(message))
+    token_ids = tuple(token.token_id for token in message.tokens)
+    calls = tuple(ToolCallDelta(call.number, call.id, call.name, call.arguments) for call in message.tool_calls)
+    return Delta(message.index, message.text, token_ids, _logprobs(message), message.reasoning, calls)
 
 
 class Collector:
@@ -252,4 +278,6 @@ class Collector:
             phases=end.phases,
             logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
             prompt_logprobs=tuple(logprob for part in self._prompts.get(end.index, []) for logprob in part.logprobs),
+            reasoning="".join(delta.reasoning for delta in deltas),
+            tool_calls=tool_calls_of(call for delta in deltas for call in delta.tool_calls),
         )

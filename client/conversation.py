@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from .chat import Message
 from .completion import Completion
-from .options import Message
 
 
 class Conversation:

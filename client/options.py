@@ -6,21 +6,15 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from ..protocol.errors import InvalidRequest
 from ..protocol.grammar import grammar_of
 from ..protocol.v1 import inference_pb2
+from .chat import Message, choice_to_proto, message_to_proto, tool_to_proto
 
 MAX_TIMEOUT_S = 7 * 24 * 3600.0
 """The longest that the proxy takes."""
-
-
-class Message(NamedTuple):
-    """One turn of a chat. A mapping with the same two keys does as well."""
-
-    role: str
-    content: str
 
 
 class Options(TypedDict, total=False):
@@ -36,6 +30,10 @@ class Options(TypedDict, total=False):
     cache_salt: prefixes are shared with requests of the same salt alone.
     chat_template_kwargs: variables of the model's chat template, such as enable_thinking; reasoning_effort is one, too.
     continue_final_message: the answer continues the last message.
+    tools: functions that a chat's answer may call, each {"type": "function", "function": {"name": …, "description": …, "parameters": …}}
+        with a JSON schema of its parameters. Choice.tool_calls has the calls; a message of role "tool" with `tool_call_id` brings a result.
+    tool_choice: "auto", "none", "required", or {"type": "function", "function": {"name": …}}. parallel_tool_calls: false: at most one call.
+    parse_reasoning: a chat's reasoning is told from its text, as it is with tools; Choice.reasoning has it.
     timeout_s: above 0 and at most MAX_TIMEOUT_S; math.inf: no deadline but the proxy's longest, which is the same 7 days.
     """
 
@@ -73,6 +71,10 @@ class Options(TypedDict, total=False):
     reasoning_effort: str
     add_generation_prompt: bool
     continue_final_message: bool
+    tools: Sequence[Mapping[str, Any]]
+    tool_choice: str | Mapping[str, Any]
+    parallel_tool_calls: bool
+    parse_reasoning: bool
 
 
 class Input(TypedDict, total=False):
@@ -80,7 +82,7 @@ class Input(TypedDict, total=False):
 
     prompt: str
     token_ids: Sequence[int]
-    messages: Iterable[Message | Mapping[str, str]]
+    messages: Iterable[Message | Mapping[str, Any]]
 
 
 class GenerateOptions(Options, Input, total=False):
@@ -130,7 +132,11 @@ def _set(request: inference_pb2.GenerateRequest, name: str, value: Any) -> None:
         request.tokens.token_ids.extend(value)
     elif name == "messages":
         request.chat.SetInParent()
-        request.chat.messages.extend(_message(turn) for turn in value)
+        request.chat.messages.extend(message_to_proto(turn) for turn in value)
+    elif name == "tools":
+        request.tools.extend(tool_to_proto(tool) for tool in value)
+    elif name == "tool_choice":
+        request.tool_choice.CopyFrom(choice_to_proto(value))
     elif name == "stop":
         request.stop.extend([value] if isinstance(value, str) else value)
     elif name in ("stop_token_ids", "bad_words"):
@@ -164,11 +170,6 @@ def checked_timeout_s(timeout_s: float) -> float | None:
             param="timeout_s",
         )
     return timeout_s
-
-
-def _message(turn: Message | Mapping[str, str]) -> inference_pb2.ChatMessage:
-    role, content = (turn["role"], turn["content"]) if isinstance(turn, Mapping) else turn
-    return inference_pb2.ChatMessage(role=role, content=content)
 
 
 def _written(annotation: Any) -> Any:

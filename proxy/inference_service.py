@@ -17,7 +17,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from ..protocol.errors import HalfmoonError, InvalidRequest
+from ..protocol.errors import HalfmoonError, InvalidRequest, shown
 from ..protocol.grammar import Grammar
 from ..protocol.grpc_errors import client_left, unary_boundary
 from ..protocol.trace_context import TraceContext
@@ -30,7 +30,10 @@ from .requests.prompt_text import PromptToken
 from .slow_reader import Write, watched
 from .tenants.gate import Gate
 from .tenants.tenant import Tenant
+from .text.answer_form import AnswerParser
+from .text.answer_parts import CallArguments, CallBegin, Content, Part, Reasoning
 from .text.chat_template import ChatMessage, ChatOptions
+from .text.tools import MAX_TOOLS, NO_TOOLS, Function, ToolUse, call_of
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 MAX_MESSAGES = 2**16
@@ -106,14 +109,16 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             request_id=generation.request_id, model=generation.model, num_prompt_tokens=generation.num_prompt_tokens
         )
         await write(inference_pb2.GenerateReply(admitted=admitted))
-        begun: set[int] = set()
+        form, begun = generation.form, set[int]()
+        parsers = [] if form is None else [form.parser() for _ in range(generation.num_choices)]
         while events := await generation.next_events():
             for event in events:
                 if generation.is_scored and event.index not in begun:
                     begun.add(event.index)
                     async for part in generation.prompt_text(event.index).parts():
                         await write(_prompt(event.index, part))
-                await write(_reply(event))
+                for reply in [_reply(event)] if not parsers else _read(parsers[event.index], event):
+                    await write(reply)
 
     def _tenant(self, context: grpc.aio.ServicerContext) -> Tenant | None:
         """Whose call it is. Raises Unauthenticated."""
@@ -182,9 +187,13 @@ def request_from_proto(request: inference_pb2.GenerateRequest) -> GenerateReques
         sampling["grammar"] = Grammar(request.response_format.kind, request.response_format.text)
     prompt_only = request.HasField("num_prompt_logprobs") and request.HasField("max_tokens") and request.max_tokens == 0
     max_tokens = request.max_tokens if request.HasField("max_tokens") else None
+    if kind != "chat" and (request.tools or request.parse_reasoning):
+        param = "tools" if request.tools else "parse_reasoning"
+        raise InvalidRequest(f"{param} belongs to a chat; send messages", param=param)
+    tools = _tool_use(request)
     return GenerateRequest(
         prompts={"prompt": [request.prompt], "tokens": [list(request.tokens.token_ids)]}.get(kind, ()),
-        messages=[ChatMessage(turn.role, turn.content) for turn in request.chat.messages] if kind == "chat" else None,
+        messages=[_message(turn) for turn in request.chat.messages] if kind == "chat" else None,
         model=request.model,
         label=request.request_id,
         n=request.n if request.HasField("n") else 1,
@@ -201,27 +210,92 @@ def request_from_proto(request: inference_pb2.GenerateRequest) -> GenerateReques
         cache_salt=request.cache_salt,
         text=TextOptions(not request.HasField("skip_special_tokens") or request.skip_special_tokens, request.include_stop_str_in_output),
         add_special_tokens=not request.HasField("add_special_tokens") or request.add_special_tokens,
-        chat=_chat_options(request),
+        chat=_chat_options(request, tools),
+        tools=tools if request.tools or request.parse_reasoning else None,
         sampling=sampling,
     )
 
 
-def _chat_options(request: inference_pb2.GenerateRequest) -> ChatOptions:
+def _message(turn: inference_pb2.ChatMessage) -> ChatMessage:
+    found = {
+        "name": turn.name,
+        "tool_call_id": turn.tool_call_id,
+        "tool_calls": [call_of(call.id or None, call.name, call.arguments) for call in turn.tool_calls],
+        "reasoning": turn.reasoning,
+        "reasoning_content": turn.reasoning,
+    }
+    return ChatMessage(turn.role, turn.content, {name: value for name, value in found.items() if value})
+
+
+def _tool_use(request: inference_pb2.GenerateRequest) -> ToolUse:
     """Raises InvalidRequest."""
-    variables: Any = {}
-    if request.chat_template_kwargs:
-        try:
-            variables = json.loads(request.chat_template_kwargs)
-        except (ValueError, RecursionError) as error:
-            raise InvalidRequest(f"chat_template_kwargs is not JSON: {error}", param="chat_template_kwargs") from error
-        if not isinstance(variables, dict):
-            raise InvalidRequest("chat_template_kwargs must be a JSON object", param="chat_template_kwargs")
+    choice = request.tool_choice
+    if choice.mode not in ("", "none", "auto", "required"):
+        raise InvalidRequest(
+            f"tool_choice is {shown(choice.mode)}; it must be none, auto or required, or name a function", param="tool_choice"
+        )
+    if len(request.tools) > MAX_TOOLS:
+        raise InvalidRequest(f"tools has {len(request.tools)} items; it may have {MAX_TOOLS}", param="tools")
+    if not request.tools and not choice.function and choice.mode != "required":
+        return NO_TOOLS
+    functions: list[Function] = []
+    definitions: list[dict[str, Any]] = []
+    for position, tool in enumerate(request.tools):
+        path = f"tools[{position}]"
+        parameters = _object(tool.parameters, f"{path}.parameters")
+        functions.append(Function.checked(tool.name, parameters, tool.strict, path))
+        given = {"description": tool.description, "parameters": parameters, "strict": tool.strict}
+        set_ones = {name: value for name, value in given.items() if value}
+        definitions.append({"type": "function", "function": {"name": tool.name, **set_ones}})
+    parallel = not request.HasField("parallel_tool_calls") or request.parallel_tool_calls
+    mode: Any = choice.mode or None
+    return ToolUse.of(functions, definitions, mode, choice.function or None, parallel)
+
+
+def _object(text: str, param: str) -> dict[str, Any]:
+    """Of JSON; "": an empty one. Raises InvalidRequest."""
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{param} is not JSON: {error}", param=param) from error
+    if not isinstance(found, dict):
+        raise InvalidRequest(f"{param} must be a JSON object", param=param)
+    return found
+
+
+def _chat_options(request: inference_pb2.GenerateRequest, tools: ToolUse) -> ChatOptions:
+    """Raises InvalidRequest."""
     return ChatOptions.asked(
-        variables,
+        _object(request.chat_template_kwargs, "chat_template_kwargs"),
         reasoning_effort=request.reasoning_effort or None,
         add_generation_prompt=request.add_generation_prompt if request.HasField("add_generation_prompt") else None,
         continue_final_message=request.continue_final_message,
+        tools=tools.definitions if tools.asks else (),
     )
+
+
+def _read(parser: AnswerParser, event: GenerationEvent) -> list[inference_pb2.GenerateReply]:
+    """The event with its text as what it means, and before a choice's end what was held back."""
+    if isinstance(event, TextDelta):
+        reply = _delta(dataclasses.replace(event, text=""))
+        _add_parts(reply.delta, parser.push(event.text))
+        return [reply]
+    held = inference_pb2.GenerateReply(delta=inference_pb2.GenerateReply.Delta(index=event.index))
+    _add_parts(held.delta, parts := parser.finish())
+    return [held, _reply(event)] if parts else [_reply(event)]
+
+
+def _add_parts(delta: inference_pb2.GenerateReply.Delta, parts: Sequence[Part]) -> None:
+    for part in parts:
+        if isinstance(part, Content):
+            delta.text += part.text
+        elif isinstance(part, Reasoning):
+            delta.reasoning += part.text
+        elif isinstance(part, CallBegin):
+            delta.tool_calls.add(number=part.number, id=part.id, name=part.name)
+        else:
+            assert isinstance(part, CallArguments)
+            delta.tool_calls.add(number=part.number, arguments=part.text)
 
 
 def _reply(event: GenerationEvent) -> inference_pb2.GenerateReply:

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from ...protocol.errors import InvalidRequest, shown
 from ..requests.generate_request import GenerateRequest
 from ..text.chat_template import ChatMessage
+from ..text.tools import MAX_TOOLS
 from .responses_items import Input, to_messages
-from .tool_bodies import MAX_TOOLS, FunctionBody, NamedFunction, NamedToolChoice, ToolBody
+from .tool_bodies import FunctionBody, NamedFunction, NamedToolChoice, ToolBody
 from .types import ChatBody, Checked, SloBody, require_bounded, served
 
 IGNORED = frozenset("user service_tier safety_identifier max_tool_calls stream_options".split()) | {

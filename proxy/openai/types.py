@@ -16,10 +16,10 @@ from ...protocol.sampling import MAX_SEED
 from ..requests.choice_text import TextOptions
 from ..requests.generate_request import MAX_CHOICES, GenerateRequest
 from ..text.chat_template import ChatMessage, ChatOptions
-from ..text.tools import NO_TOOLS, ToolUse
+from ..text.tools import MAX_TOOLS, NO_TOOLS, ToolUse
 from .prompt_scores import PromptForms
 from .structured import GUIDED, answer_grammar
-from .tool_bodies import MAX_TOOLS, ToolBody, ToolCallBody, ToolChoice, tool_use
+from .tool_bodies import ToolBody, ToolCallBody, ToolChoice, tool_use
 
 IGNORED = frozenset("user store metadata service_tier safety_identifier prediction verbosity".split()) | {
     *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "spaces_between_special_tokens")

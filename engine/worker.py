@@ -191,7 +191,7 @@ class Worker:
         await self.life.settle(grace_s)
         await self.stores.close()
         await asyncio.to_thread(self.executor.close)
-        await asyncio.to_thread(self.grammars.close)
+        await self.grammars.close()
         await self.life.end()
 
     def load(self) -> control_pb2.MemberLoad:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from halfmoon.engine.compile_lanes import MAX_LATE
 from halfmoon.engine.grammar_compiler import GrammarCompiler
 from halfmoon.engine.grammars import Grammars
 from halfmoon.engine.vocabulary import read_vocabulary
-from halfmoon.protocol.errors import InvalidRequest
+from halfmoon.protocol.errors import InvalidRequest, Overloaded
 from halfmoon.protocol.grammar import Grammar
 from halfmoon.protocol.sampling import SamplingParams
+from halfmoon.tests.waiting import until
 
 EOS = 0
 TEXTS = [
@@ -193,7 +196,7 @@ def test_a_folder_without_a_tokenizer_of_bytes_refuses_grammars(tmp_path: Path) 
 async def grammars(tmp_path: Path) -> AsyncIterator[Grammars]:
     found = Grammars(write_tokenizer(tmp_path), 6, frozenset({3}), "test-grammars")
     yield found
-    found.close()
+    await found.close()
 
 
 async def test_a_grammar_is_compiled_once_for_all_who_ask_and_each_has_its_own_state(
@@ -224,3 +227,39 @@ async def test_who_leaves_while_a_grammar_is_compiled_leaves_it_to_the_others(gr
     await asyncio.sleep(0)
     first.cancel()
     assert await second is not None
+
+
+async def test_a_grammar_that_takes_too_long_is_refused_and_holds_nobody_up(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars.warm_up()
+    compiled: list[Grammar] = []
+    may_end, compile_one = threading.Event(), GrammarCompiler.compile
+
+    def slow(self: GrammarCompiler, grammar: Grammar) -> Any:
+        compiled.append(grammar)
+        assert not grammar.text.startswith("b") or may_end.wait(600)
+        return compile_one(self, grammar)
+
+    async def asked(pattern: str, limit_s: float) -> Any:
+        grammars._lanes._limit_s = limit_s
+        return await grammars.state_of(SamplingParams(grammar=Grammar("regex", pattern)))
+
+    monkeypatch.setattr(GrammarCompiler, "compile", slow)
+    endless = [f"b{{{number}}}" for number in range(1, MAX_LATE + 1)]
+    try:
+        for pattern in endless[:2]:
+            with pytest.raises(InvalidRequest, match=r"the regex takes longer than .* s to compile"):
+                await asked(pattern, 0.01)
+        assert await asked("a+", 600.0) is not None
+        with pytest.raises(InvalidRequest, match="takes longer"):  # it is known, and not tried again
+            await asked(endless[0], 600.0)
+        assert compiled.count(Grammar("regex", endless[0])) == 1
+        for pattern in endless[2:]:
+            with pytest.raises(InvalidRequest, match="takes longer"):
+                await asked(pattern, 0.01)
+        with pytest.raises(Overloaded, match="hold all threads"):
+            await asked("aa", 600.0)
+        assert await asked("a+", 600.0) is not None  # it is kept
+    finally:
+        may_end.set()
+        await until(lambda: grammars._lanes._num_late == 0)
+    assert await asked("aa", 600.0) is not None

@@ -254,12 +254,13 @@ class ChatShape(Shape):
     def _logprobs(self, token_texts: Sequence[TokenText]) -> dict[str, Any] | None:
         if not self.wants_logprobs:
             return None
-        content = [
-            _spelled(token.text, token.raw, token.logprob)
-            | {"top_logprobs": [_spelled(top.text, top.raw, top.logprob) for top in token.top]}
-            for token in token_texts
-        ]
-        return {"content": content, "refusal": None}
+        return {"content": [spelled(token) for token in token_texts], "refusal": None}
+
+
+def spelled(token: TokenText) -> dict[str, Any]:
+    """A token with its log probability, and the likeliest ones."""
+    tops = [_spelled(top.text, top.raw, top.logprob) for top in token.top]
+    return _spelled(token.text, token.raw, token.logprob) | {"top_logprobs": tops}
 
 
 def _spelled(text: str, raw: bytes, logprob: float) -> dict[str, Any]:

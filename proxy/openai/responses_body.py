@@ -16,7 +16,7 @@ from ..requests.generate_request import GenerateRequest
 from ..text.chat_template import ChatMessage
 from ..text.tools import MAX_TOOLS
 from .responses_items import Input, to_messages
-from .tool_bodies import FunctionBody, NamedFunction, NamedToolChoice, ToolBody
+from .tool_bodies import AllowedTool, AllowedToolChoice, AllowedTools, FunctionBody, NamedFunction, NamedToolChoice, ToolBody
 from .types import ChatBody, Checked, SloBody, require_bounded, served
 
 IGNORED = frozenset("user service_tier safety_identifier max_tool_calls stream_options".split()) | {
@@ -29,20 +29,25 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "context_management": (),
     "conversation": (),
     "image": (),
-    # reasoning comes and goes as text, so that its encrypted form is not needed
-    "include": (["reasoning.encrypted_content"],),
     "moderation": (),
     "previous_response_id": (),
     "prompt": (),
     "store": (False,),
-    "top_logprobs": (0,),
     "truncation": ("disabled",),
 }
-_PARAMS = {"max_tokens": "max_output_tokens", "messages": "input", "reasoning_effort": "reasoning.effort", "response_format": "text.format"}
+_PARAMS = {
+    "max_tokens": "max_output_tokens",
+    "num_logprobs": "top_logprobs",
+    "messages": "input",
+    "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format",
+}
 """A chat's field -> the one that it came from."""
-HINTS = {"tool_choice": 'none, auto, required or {"type": "function", "name": …}'}
+HINTS = {"tool_choice": 'none, auto, required, {"type": "function", "name": …} or {"type": "allowed_tools", "mode": …, "tools": …}'}
 """For a field of several types: what it takes, in words."""
-MAX_LENGTHS = {"input": 2**16, "tools": MAX_TOOLS}
+LOGPROBS = "message.output_text.logprobs"
+INCLUDED = (LOGPROBS, "reasoning.encrypted_content")
+MAX_LENGTHS = {"include": 100, "input": 2**16, "tools": MAX_TOOLS}
 _AS_IN_CHATS = (
     *("model", "temperature", "top_p", "presence_penalty", "frequency_penalty", "parallel_tool_calls", "stream"),
     *("seed", "stop", "top_k", "min_p", "repetition_penalty", "ignore_eos", "chat_template_kwargs"),
@@ -76,6 +81,18 @@ class FunctionChoice(BaseModel):
 
     type: Literal["function"]
     name: str
+
+
+class AllowedChoice(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[FunctionChoice]
+
+    def to_chat(self) -> AllowedToolChoice:
+        tools = [AllowedTool(type="function", function=NamedFunction(name=tool.name)) for tool in self.tools]
+        return AllowedToolChoice(type="allowed_tools", allowed_tools=AllowedTools(mode=self.mode, tools=tools))
 
 
 class TextFormat(BaseModel):
@@ -128,11 +145,15 @@ class ResponsesBody(BaseModel):
     input: Input
     instructions: str | None = None
     tools: Checked[FunctionTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | AllowedChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptionsBody | None = None
     reasoning: ReasoningOptions | None = None
     max_output_tokens: int | None = None
+    include: list[str] | None = None
+    """message.output_text.logprobs; reasoning.encrypted_content changes nothing, because reasoning comes and goes as text."""
+    top_logprobs: int | None = None
+    """Of each token of the text; asks for its log probabilities by itself."""
     temperature: float | None = None
     top_p: float | None = None
     metadata: dict[str, str] | None = None
@@ -174,8 +195,15 @@ class ResponsesBody(BaseModel):
         """Set instead of `input` if another process has parsed the body."""
         self._chat = messages
 
+    @property
+    def wants_logprobs(self) -> bool:
+        return bool(self.top_logprobs) or LOGPROBS in (self.include or ())
+
     def to_generate_request(self) -> GenerateRequest:
         """Raises InvalidRequest; told_by_own_names() gives a chat's fields in it their names here."""
+        for name in self.include or ():
+            if name not in INCLUDED:
+                raise InvalidRequest(f"include has {shown(name)}, which is not supported; leave it out", param="include")
         asked: dict[str, Any] = {name: getattr(self, name) for name in _AS_IN_CHATS}
         if self.text is not None and self.text.format is not None:
             asked["response_format"] = self.text.format.to_response_format()
@@ -184,6 +212,10 @@ class ResponsesBody(BaseModel):
         choice = self.tool_choice
         if isinstance(choice, FunctionChoice):
             choice = NamedToolChoice(type="function", function=NamedFunction(name=choice.name))
+        elif isinstance(choice, AllowedChoice):
+            choice = choice.to_chat()
+        if self.wants_logprobs:
+            asked |= {"logprobs": True, "top_logprobs": self.top_logprobs}
         effort = None if self.reasoning is None else self.reasoning.effort
         chat = ChatBody.model_construct(
             messages=[], max_tokens=self.max_output_tokens, tool_choice=choice, reasoning_effort=effort, **asked

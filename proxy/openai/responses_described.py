@@ -75,7 +75,7 @@ class ResponseReply(Described):
     previous_response_id: None
     service_tier: Literal["default"]
     store: Literal[False]
-    top_logprobs: Literal[0]
+    top_logprobs: int
     truncation: Literal["disabled"]
     usage: ResponseUsage | None
     halfmoon: Extension | None = None
@@ -83,7 +83,7 @@ class ResponseReply(Described):
     instructions: str | None
     metadata: dict[str, str]
     text: dict[str, Any]
-    tool_choice: str | dict[str, str]
+    tool_choice: str | dict[str, Any]
     parallel_tool_calls: bool
     reasoning: dict[str, str | None]
     max_output_tokens: int | None

@@ -5,11 +5,14 @@ Reasoning ─► reasoning item      Content ─► message item      CallBegin,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from ..requests.choice_text import TokenText
 from ..requests.generation import TextDelta
 from ..text.answer_form import AnswerForm
 from ..text.answer_parts import CallArguments, CallBegin, Content, Part, Reasoning
+from .replies import spelled
 
 Event = dict[str, Any]
 _PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
@@ -28,48 +31,60 @@ class OutputItems:
         self._texts: list[str] = []  # of the open item
         self._open: dict[str, Any] | None = None
         self._num_early = 0  # tokens before what is no reasoning
+        self._waiting: list[TokenText] = []  # tokens whose text was held back
+        self._logprobs: list[dict[str, Any]] = []  # of the open item's tokens, where they are asked for
 
     def take(self, delta: TextDelta) -> list[Event]:
         parts: list[Part] = [Content(delta.text)] if self._parser is None else self._parser.push(delta.text)
-        events = self._of(parts)
+        self._waiting += delta.token_texts
+        # behind another item, what waited was a marker
+        is_text = self._parser is None or not self.items or (self._open is not None and self._open["type"] == "message")
+        events = self._of(parts, self._waiting if is_text else delta.token_texts)
+        if parts and any(isinstance(part, CallBegin) or part.text for part in parts):
+            self._waiting = []
         if all(item["type"] == "reasoning" for item in self.items):
             self._num_early += len(delta.token_ids)
         return events
 
     def end(self, *, complete: bool) -> list[Event]:
         """complete: the answer was not cut off."""
-        events = self._of([] if self._parser is None else self._parser.finish()) + self._close("completed" if complete else "incomplete")
+        parts = [] if self._parser is None else self._parser.finish()
+        events = self._of(parts, _spelling(parts, self._waiting)) + self._close("completed" if complete else "incomplete")
         if any(item["type"] == "reasoning" for item in self.items):
             self.num_reasoning_tokens = self._num_early
         return events
 
-    def _of(self, parts: list[Part]) -> list[Event]:
+    def _of(self, parts: list[Part], tokens: Sequence[TokenText]) -> list[Event]:
+        """tokens: of the first text among them, with log probabilities."""
         events: list[Event] = []
         for part in parts:
             if isinstance(part, CallBegin):
                 fields = {"call_id": part.id, "name": part.name, "arguments": ""}
                 events += self._begin("function_call", fields)
             elif part.text:
-                events += self._text(part)
+                events += self._text(part, tokens if isinstance(part, Content) else ())
+                tokens = () if isinstance(part, Content) else tokens
         return events
 
-    def _text(self, part: Content | Reasoning | CallArguments) -> list[Event]:
+    def _text(self, part: Content | Reasoning | CallArguments, tokens: Sequence[TokenText]) -> list[Event]:
         kind = "message" if isinstance(part, Content) else "reasoning" if isinstance(part, Reasoning) else "function_call"
         events: list[Event] = []
         if self._open is None or self._open["type"] != kind:
             events += self._begin(kind, {"role": "assistant", "content": []} if kind == "message" else {"summary": [], "content": []})
             events.append({"type": "response.content_part.added", **self._place(kind), "part": _part(kind, "")})
         self._texts.append(part.text)
+        logprobs = [spelled(token) for token in tokens]
+        self._logprobs += logprobs
         delta = {**self._place(kind), "delta": part.text}
         if kind == "function_call":
             return [*events, {"type": "response.function_call_arguments.delta", **delta}]
-        return [*events, {"type": f"response.{_TEXTS[kind]}.delta", **delta, **({"logprobs": []} if kind == "message" else {})}]
+        return [*events, {"type": f"response.{_TEXTS[kind]}.delta", **delta, **({"logprobs": logprobs} if kind == "message" else {})}]
 
     def _begin(self, kind: str, fields: dict[str, Any]) -> list[Event]:
         events = self._close("completed")
         item_id = f"{_PREFIXES[kind]}_{self._request_id}_{len(self.items)}"
         self._open = {"type": kind, "id": item_id, "status": "in_progress", **fields}
-        self._texts = []
+        self._texts, self._logprobs = [], []
         self.items.append(self._open)
         return [*events, {"type": "response.output_item.added", "output_index": len(self.items) - 1, "item": self._open}]
 
@@ -83,9 +98,11 @@ class OutputItems:
             item = self._open | {"arguments": text, "status": status}
             events = [{"type": "response.function_call_arguments.done", **place, "name": item["name"], "arguments": text}]
         else:
-            part = _part(kind, text)
+            part = _part(kind, text, self._logprobs)
             item = self._open | {"content": [part], "status": status}
-            done = {"type": f"response.{_TEXTS[kind]}.done", **place, "text": text} | ({"logprobs": []} if kind == "message" else {})
+            done = {"type": f"response.{_TEXTS[kind]}.done", **place, "text": text} | (
+                {"logprobs": self._logprobs} if kind == "message" else {}
+            )
             events = [done, {"type": "response.content_part.done", **place, "part": part}]
         self._open, self.items[-1] = None, item
         return [*events, {"type": "response.output_item.done", "output_index": len(self.items) - 1, "item": item}]
@@ -95,6 +112,18 @@ class OutputItems:
         return place if kind == "function_call" else place | {"content_index": 0}
 
 
-def _part(kind: str, text: str) -> dict[str, Any]:
+def _spelling(parts: Sequence[Part], tokens: Sequence[TokenText]) -> list[TokenText]:
+    """Those of the tokens that spell the text among the parts; an end-of-sequence token comes after it."""
+    num_chars = sum(len(part.text) for part in parts if isinstance(part, Content))
+    found: list[TokenText] = []
+    for token in tokens:
+        if num_chars <= 0:
+            break
+        found.append(token)
+        num_chars -= len(token.text)
+    return found
+
+
+def _part(kind: str, text: str, logprobs: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     part = {"type": _TEXTS[kind], "text": text}
-    return part | {"annotations": [], "logprobs": []} if kind == "message" else part
+    return part | {"annotations": [], "logprobs": list(logprobs)} if kind == "message" else part

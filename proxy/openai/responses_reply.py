@@ -42,6 +42,7 @@ async def echo_of(body: ResponsesBody) -> bytes:
         "max_output_tokens": body.max_output_tokens,
         "temperature": body.temperature,
         "top_p": body.top_p,
+        "top_logprobs": body.top_logprobs or 0,
     }
     if choice is None:
         echoed["tool_choice"] = "auto"
@@ -89,7 +90,6 @@ class ResponseObject:
             "previous_response_id": None,
             "service_tier": "default",
             "store": False,
-            "top_logprobs": 0,
             "truncation": "disabled",
             "usage": None,
             **fields,

@@ -48,6 +48,29 @@ class NamedToolChoice(BaseModel):
     function: NamedFunction
 
 
+class AllowedTool(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class AllowedTools(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    mode: Literal["auto", "required"]
+    tools: list[AllowedTool]
+
+
+class AllowedToolChoice(BaseModel):
+    """Some of the tools: the model is told of all."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class CalledFunction(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -68,7 +91,7 @@ class ToolCallBody(BaseModel):
         return call_of(self.id, self.function.name, self.function.arguments)
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedToolChoice
+ToolChoice = Literal["none", "auto", "required"] | NamedToolChoice | AllowedToolChoice
 
 
 def tool_use(tools: Sequence[ToolBody] | None, choice: ToolChoice | None, parallel: bool | None) -> ToolUse:
@@ -77,4 +100,8 @@ def tool_use(tools: Sequence[ToolBody] | None, choice: ToolChoice | None, parall
     definitions = [tool.model_dump(exclude_unset=True) | {"type": "function"} for tool in tools or ()]
     if isinstance(choice, NamedToolChoice):
         return ToolUse.of(functions, definitions, None, choice.function.name, parallel is not False)
+    if isinstance(choice, AllowedToolChoice):
+        allowed = choice.allowed_tools
+        found = ToolUse.of(functions, definitions, allowed.mode, None, parallel is not False)
+        return found.limited_to({tool.function.name for tool in allowed.tools}, allowed.mode)
     return ToolUse.of(functions, definitions, choice, None, parallel is not False)

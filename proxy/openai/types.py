@@ -58,7 +58,7 @@ HINTS = {
     "prompt": "a string, a list of strings, a list of token ids or a list of lists of token ids",
     "stop": "a string or a list of strings",
     "logit_bias": "an object from token id to a number",
-    "tool_choice": 'none, auto, required or {"type": "function", "function": {"name": …}}',
+    "tool_choice": 'none, auto, required, {"type": "function", "function": {"name": …}} or {"type": "allowed_tools", "allowed_tools": …}',
 }
 """For a field of several types: what it takes, in words."""
 

@@ -97,7 +97,8 @@ class AnswerForm:
             return [choice]
         if choice == "required":
             return self.tools.functions
-        return self.tools.functions if any(function.strict for function in self.tools.functions) else None
+        held = self.tools.limited or any(function.strict for function in self.tools.functions)
+        return self.tools.functions if held else None
 
     def _answer_format(self, asked: Grammar | None) -> Format | None:
         """Without the reasoning. None: what was asked for is all there is, and no reasoning can come before it."""

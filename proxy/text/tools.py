@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -45,6 +46,8 @@ class ToolUse:
     """As the client sent them, for the chat template."""
     choice: Literal["none", "auto", "required"] | Function = "none"
     parallel: bool = True
+    limited: bool = False
+    """The functions are some of those that the model is told of, and calls are held to them where they can be."""
 
     @classmethod
     def of(
@@ -71,6 +74,16 @@ class ToolUse:
                 f"tool_choice names {shown(called)}, which tools has not; it has {shown(', '.join(by_name))}", param="tool_choice"
             )
         return cls(functions, definitions, choice or "auto" if called is None else by_name[called], parallel)
+
+    def limited_to(self, names: Collection[str], mode: Literal["auto", "required"]) -> ToolUse:
+        """Only these may be called; the model is told of all, so that its prompt stays the same. Raises InvalidRequest."""
+        unknown = [name for name in names if name not in self.names]
+        if unknown or not names:
+            told = f"names {shown(unknown[0])}, which tools has not" if unknown else "allows no tool"
+            raise InvalidRequest(f"tool_choice {told}; name some of {shown(', '.join(sorted(self.names)))}", param="tool_choice")
+        return dataclasses.replace(
+            self, functions=[function for function in self.functions if function.name in names], choice=mode, limited=True
+        )
 
     @property
     def asks(self) -> bool:

@@ -326,3 +326,70 @@ def test_what_is_wrong_is_told_by_its_name_here(fields: dict[str, Any], param: s
     reply = http.post(PATH, json={"input": "Hello", **fields})
     error = reply.json()["error"]
     assert reply.status_code == (404 if param == "model" else 400) and error["param"] == param and words in error["message"], error
+
+
+# Log probabilities
+
+
+def spelled(tokens: Any) -> str:
+    return b"".join(bytes(token.bytes) for token in tokens).decode()
+
+
+@pytest.mark.parametrize("answer", ["Hello 日本語 there", ALL, f"{THOUGHT}Yes.", SUM])
+def test_the_text_s_tokens_have_their_log_probabilities_and_no_others_do(answer: str, face: Any, client: openai.OpenAI) -> None:
+    face.says(answer)
+    asked: Any = {"model": "caller", "input": "Hello", "tools": TOOLS, "include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    reply = client.responses.create(**asked)
+    texts = [part for item in reply.output if item.type == "message" for part in item.content if part.type == "output_text"]
+    for part in texts:
+        assert part.logprobs and spelled(part.logprobs) == part.text
+        assert all(len(token.top_logprobs) == 2 for token in part.logprobs)
+    begin = num_tokens(face, answer[: answer.index(texts[0].text)]) if texts else 0
+    assert [token.logprob for part in texts for token in part.logprobs or ()] == [
+        -0.5 * (begin + index + 1) for index in range(sum(len(part.logprobs or ()) for part in texts))
+    ]
+    assert reply.top_logprobs == 2
+    with client.responses.stream(**asked) as stream:
+        events = list(stream)
+    deltas = [token for event in events if event.type == "response.output_text.delta" for token in event.logprobs]
+    assert [token.logprob for token in deltas] == [token.logprob for part in texts for token in part.logprobs or ()]
+    done = [event for event in events if event.type == "response.output_text.done"]
+    assert [len(event.logprobs) for event in done] == [len(part.logprobs or ()) for part in texts]
+
+
+def test_without_being_asked_for_there_are_none_and_top_logprobs_alone_asks(face: Any, client: openai.OpenAI) -> None:
+    face.says("Hello")
+    for options, num_tops in (({}, None), ({"include": ["message.output_text.logprobs"]}, 0), ({"top_logprobs": 3}, 3)):
+        (item,) = client.responses.create(model="caller", input="Hello", **options).output
+        assert item.type == "message" and item.content[0].type == "output_text"
+        logprobs = item.content[0].logprobs
+        assert bool(logprobs) is (num_tops is not None) and {len(token.top_logprobs) for token in logprobs or ()} <= {num_tops}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"include": ["file_search_call.results"]}, "include"), ({"top_logprobs": 21}, "top_logprobs"), ({"include": "x"}, "include")],
+)
+def test_other_parts_and_too_many_tops_are_refused_by_name(fields: dict[str, Any], param: str, http: httpx.Client) -> None:
+    assert refused(http, **fields)["param"] == param
+
+
+# Allowed tools
+
+
+def test_of_allowed_tools_alone_a_call_can_be_made_and_the_model_is_told_of_all(face: Any, client: openai.OpenAI) -> None:
+    face.says(SUM)
+    choice: Any = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "add"}]}
+    reply = client.responses.create(model="caller", input="Hello", tools=TOOLS, tool_choice=choice)
+    assert [item.name for item in reply.output if item.type == "function_call"] == ["add"]
+    assert reply.tool_choice.model_dump() == choice  # pyright: ignore[reportAttributeAccessIssue]
+    held = face.workers.requests[-1].sampling.grammar.text
+    assert "add" in held and '"now"' not in held and '"name": "now"' in prompt_of(face)
+    reply = client.responses.create(model="caller", input="Hello", tools=TOOLS, tool_choice={**choice, "mode": "auto"})
+    assert face.workers.requests[-1].sampling.HasField("grammar")
+
+
+@pytest.mark.parametrize("tools", [[], [{"type": "function", "name": "other"}], [{"type": "custom", "name": "add"}]])
+def test_allowed_tools_that_there_are_not_are_refused(tools: list[Any], http: httpx.Client) -> None:
+    choice = {"type": "allowed_tools", "mode": "auto", "tools": tools}
+    assert refused(http, tools=TOOLS, tool_choice=choice)["param"].startswith("tool_choice")

@@ -317,7 +317,7 @@ def test_a_large_request_has_its_tools_and_history_too(face: Any, http: httpx.Cl
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "letters, digits"),
         ({"tools": [ADD, NOW, ADD]}, "tools", "'add' more than once"),
         ({"tools": [ADD] * 1025}, "tools", "1025 items"),
-        ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice", "none, auto, required or"),
+        ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice", "none, auto, required, "),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "sub"}}}, "tool_choice", "'sub', which tools has not"),
         ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
         ({"functions": [{"name": "add"}]}, "functions", "not supported"),
@@ -403,3 +403,26 @@ def test_a_chat_s_tokens_are_counted_with_the_tools_that_the_model_is_told_of(fa
     counted = http.post("/tokenize", json=with_tools).json()["count"]
     assert counted == http.post(CHAT, json=with_tools).json()["usage"]["prompt_tokens"]
     assert counted > http.post("/tokenize", json={"messages": HELLO}).json()["count"]
+
+
+def test_of_allowed_tools_alone_a_call_can_be_made_and_the_model_is_told_of_all(face: Any, client: Any) -> None:
+    face.says(SUM)
+    allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": "add"}}]}
+    asked: Any = {"model": "caller", "messages": HELLO, "tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": allowed}}
+    (choice,) = client.chat.completions.create(**asked).choices
+    assert [call.function.name for call in choice.message.tool_calls] == ["add"]
+    held = json.dumps(grammar_of(face))
+    assert "add" in held and '"now"' not in held and '"name": "now"' in prompt_of(face)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"tools": [{"type": "custom", "custom": {"name": "sql", "format": {"type": "text"}}}]}, "of type 'custom'"),
+        ({"tools": TOOLS, "tool_choice": {"type": "custom", "custom": {"name": "sql"}}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}}, "allows no tool"),
+    ],
+)
+def test_custom_tools_and_empty_choices_are_refused_by_name(fields: dict[str, Any], says: str, http: httpx.Client) -> None:
+    error = refused(http, **fields)
+    assert says in error["message"] and error["param"].startswith(("tools", "tool_choice"))

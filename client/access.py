@@ -1,12 +1,13 @@
-"""What a client shows to be let in: an API key to the proxy's clients' port, the cluster's token to its control."""
+"""Where a client connects, and what it shows to be let in: an API key to the proxy's clients' port, the cluster's token to its control."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..protocol.credentials import Credentials
-from ..protocol.errors import ConfigError
+from ..protocol.errors import ConfigError, shown
 from ..protocol.tls import Tls
 
 Metadata = tuple[tuple[str, str], ...]
@@ -27,6 +28,18 @@ class Control:
     def credentials(self) -> Credentials:
         """Raises ConfigError for a folder without them."""
         return Credentials(self.token, Tls.of_members(Path(self.certs)) if self.certs else None)
+
+
+def checked_address(address: str) -> str:
+    """Raises ConfigError for what is no "host:port"."""
+    if re.match(r"(unix|dns|ipv4|ipv6):", address):  # gRPC's own names
+        return address
+    if "://" in address:
+        raise ConfigError(f"{shown(address)} is a URL; a client speaks gRPC, so give the address as host:port, such as 127.0.0.1:50051")
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ConfigError(f"the address is {shown(address)}; it must be host:port, such as 127.0.0.1:50051")
+    return address
 
 
 def key_metadata(api_key: str) -> Metadata:

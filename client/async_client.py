@@ -16,7 +16,7 @@ import grpc.aio
 
 from ..protocol.channel import open_channel
 from ..protocol.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
-from .access import Control, Metadata, key_metadata, require_control
+from .access import Control, Metadata, checked_address, key_metadata, require_control
 from .attempts import Attempts, ClosedFlag
 from .client import CALL_TIMEOUT_S
 from .cluster_status import ClusterStatus, Model
@@ -106,8 +106,29 @@ class AsyncStream(AsyncIterator[Event]):
         return self._stub.Generate(self._request, timeout=self._attempts.call_timeout_s, metadata=self._metadata)
 
 
+class OwnLoop:
+    """The event loop that an AsyncClient was made in."""
+
+    def __init__(self, address: str) -> None:
+        """Raises RuntimeError where none is running."""
+        self._address = address
+        try:
+            self._loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise RuntimeError("no event loop is running; make an AsyncClient in a coroutine, or use Client") from None
+
+    def require(self) -> None:
+        """Raises RuntimeError in another loop."""
+        if asyncio.get_running_loop() is not self._loop:
+            raise RuntimeError(
+                f"this AsyncClient of {self._address} belongs to another event loop; make one in each loop, and close it there"
+            )
+
+
 class AsyncClient:
-    """Belongs to the event loop that is running when it is made. Connects on first use. Once closed, every call raises RuntimeError.
+    """Belongs to the event loop that is running when it is made; in another one, and once closed, every call raises RuntimeError.
+
+    Connects on first use. Raises ConfigError for what is no address.
 
     Args:
         address: "host:port" of the proxy's gRPC face.
@@ -117,7 +138,8 @@ class AsyncClient:
     """
 
     def __init__(self, address: str, *, api_key: str = "", authority: bytes | None = None, control: Control | None = None) -> None:
-        self.address = address
+        self.address = checked_address(address)
+        self._loop = OwnLoop(address)
         self._metadata = key_metadata(api_key)
         self._control = control
         self._closed = ClosedFlag(address)
@@ -134,6 +156,7 @@ class AsyncClient:
     @with_options
     def stream(self, **options: Unpack[GenerateOptions]) -> AsyncStream:
         """Raises InvalidRequest at once for a wrong option; anything else comes while it is read."""
+        self._loop.require()
         return AsyncStream(self._inference, build_request(options), self.address, self._closed, self._metadata)
 
     async def models(self, *, timeout_s: float = CALL_TIMEOUT_S) -> list[Model]:
@@ -180,6 +203,7 @@ class AsyncClient:
         return await self._call(method, request, timeout_s, self.address, self._metadata)
 
     async def _call(self, method: Callable[..., Awaitable[Reply]], request: Any, timeout_s: float, peer: str, metadata: Metadata) -> Reply:
+        self._loop.require()
         attempts = Attempts(peer, checked_timeout_s(timeout_s))
         while True:
             self._closed.require_open()

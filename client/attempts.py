@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 
-from ..protocol.errors import HalfmoonError
+from ..protocol.errors import HalfmoonError, Unavailable
 from ..protocol.grpc_errors import TRAILER, from_rpc_error
 
 MAX_ATTEMPTS = 6
@@ -47,12 +47,18 @@ class Attempts:
         self._failures += 1
         delay_s = FIRST_DELAY_S * 2 ** (self._failures - 1) * random.uniform(0.8, 1.2)
         out_of_time = self.remaining_s is not None and self.remaining_s <= delay_s
-        if replied or self._failures >= MAX_ATTEMPTS or out_of_time or not _never_arrived(error):
+        if replied or _no_grpc(error) or self._failures >= MAX_ATTEMPTS or out_of_time or not _never_arrived(error):
             raise typed from error
         return delay_s
 
     def typed(self, error: grpc.RpcError) -> HalfmoonError:
-        return from_rpc_error(error, f"the proxy at {self._peer}")
+        found = from_rpc_error(error, f"the proxy at {self._peer}")
+        if not _no_grpc(error):
+            return found
+        return Unavailable(
+            f"what answers at {self._peer} speaks no gRPC, or only by TLS; give the cluster's gRPC address, not its HTTP one, and "
+            "authority= where it has TLS"
+        )
 
 
 class ClosedFlag:
@@ -69,6 +75,11 @@ class ClosedFlag:
         """Raises RuntimeError once the client was closed."""
         if self._closed:
             raise RuntimeError(f"this client of {self._address} was closed; make another one for more requests")
+
+
+def _no_grpc(error: Any) -> bool:
+    """Something else than gRPC in the clear answers there."""
+    return "Failed parsing HTTP/2" in (error.details() or "")
 
 
 def _never_arrived(error: Any) -> bool:

@@ -16,7 +16,7 @@ import grpc
 from ..protocol.channel import channel_credentials
 from ..protocol.credentials import Credentials
 from ..protocol.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
-from .access import Control, Metadata, key_metadata, require_control
+from .access import Control, Metadata, checked_address, key_metadata, require_control
 from .attempts import Attempts, ClosedFlag
 from .cluster_status import ClusterStatus, Model
 from .completion import Collector, Completion, Delta, Event, event_from_proto
@@ -117,7 +117,7 @@ class Stream(Iterator[Event]):
 
 
 class Client:
-    """Thread-safe. Connects on first use. Once closed, every call raises RuntimeError.
+    """Thread-safe. Connects on first use. Once closed, every call raises RuntimeError. Raises ConfigError for what is no address.
 
     Args:
         address: "host:port" of the proxy's gRPC face.
@@ -127,7 +127,7 @@ class Client:
     """
 
     def __init__(self, address: str, *, api_key: str = "", authority: bytes | None = None, control: Control | None = None) -> None:
-        self.address = address
+        self.address = checked_address(address)
         self._metadata = key_metadata(api_key)
         self._control = control
         self._closed = ClosedFlag(address)

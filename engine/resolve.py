@@ -6,21 +6,25 @@ Deploy resolves once and passes concrete values on, because a process without a 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 from pathlib import Path
 from typing import Literal
 
 from ..protocol.config import ModelOptions
 from ..protocol.errors import ConfigError
+from .checkpoint import SINGLE
 from .gpus import visible_gpus
 from .model_config import ModelConfig
 
 DEMO_FOLDER = Path(__file__).parent / "demo_model"
+DEMO_PACKAGE = "halfmoon_demo_model"
+"""Of the wheel that brings the same folder, because Halfmoon's own wheel has not the weights."""
 DEMO_NAME = "halfmoon-demo"
 
 
 def resolve_folder(options: ModelOptions) -> Path:
-    """The model folder. If the options name none: the model that comes with Halfmoon."""
-    return Path(options.path).expanduser() if options.path else DEMO_FOLDER
+    """The model folder. If the options name none: the demo model's. Raises ConfigError where its weights are not installed."""
+    return Path(options.path).expanduser() if options.path else _demo_folder()
 
 
 def resolve_name(options: ModelOptions) -> str:
@@ -50,6 +54,19 @@ def resolve_max_model_len(config: ModelConfig, options: ModelOptions) -> int:
             key="model.max_model_len",
         )
     return options.max_model_len or config.max_position_embeddings
+
+
+def _demo_folder() -> Path:
+    if (DEMO_FOLDER / SINGLE).exists():
+        return DEMO_FOLDER
+    package = importlib.util.find_spec(DEMO_PACKAGE)
+    if package is None or not package.submodule_search_locations:
+        raise ConfigError(
+            "no model is named, and the weights of the demo model are not installed; name a model's folder, or install the wheel of "
+            "engine/demo_model",
+            key="model.path",
+        )
+    return Path(package.submodule_search_locations[0])
 
 
 def torch_has_cuda() -> bool:

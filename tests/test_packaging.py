@@ -43,7 +43,10 @@ def test_the_sdk_installed_alone_imports_and_brings_neither_torch_nor_ray(tmp_pa
         ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "docs", "tests")
     )
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]  # ours, which need not be installed there first
-    subprocess.run([*pip, "install", "-q", "--no-compile", "-c", constraints, source], check=True, cwd=tmp_path)
+    subprocess.run([*pip, "wheel", "-q", "--no-deps", "-w", tmp_path, source], check=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("halfmoon-*.whl")
+    assert wheel.stat().st_size < 2**21  # the code alone, and no weights
+    subprocess.run([*pip, "install", "-q", "--no-compile", "-c", constraints, wheel], check=True, cwd=tmp_path)
     listed = subprocess.run([*pip, "list", "--format=freeze"], check=True, capture_output=True, text=True).stdout
     names = {line.split("==")[0].lower() for line in listed.splitlines()}
     assert {"halfmoon", "grpcio", "protobuf"} <= names

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import pytest
 
 from halfmoon.engine import resolve
 from halfmoon.protocol.config import ModelOptions
+from halfmoon.protocol.errors import ConfigError
 
 
 class Nvml:
@@ -91,3 +93,16 @@ def test_a_model_is_called_as_asked_else_as_its_folder():
     assert resolve.resolve_name(ModelOptions()) == "halfmoon-demo"
     assert resolve.resolve_name(ModelOptions(path="/models/x/")) == "x"
     assert resolve.resolve_name(ModelOptions(path="/models/x", name="y")) == "y"
+
+
+def test_the_demo_model_is_that_of_the_checkout_else_of_its_own_wheel_else_an_error_says_what_to_do(monkeypatch, tmp_path) -> None:
+    assert resolve.resolve_folder(ModelOptions()) == resolve.DEMO_FOLDER
+    monkeypatch.setattr(resolve, "DEMO_FOLDER", tmp_path / "without_weights")
+    with pytest.raises(ConfigError, match="the weights of the demo model are not installed"):
+        resolve.resolve_folder(ModelOptions())
+    installed = tmp_path / "installed" / resolve.DEMO_PACKAGE
+    installed.mkdir(parents=True)
+    (installed / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(installed.parent))
+    assert resolve.resolve_folder(ModelOptions()) == installed
+    assert resolve.resolve_folder(ModelOptions(path="somewhere")) == Path("somewhere")

@@ -359,7 +359,8 @@ def test_the_text_s_tokens_have_their_log_probabilities_and_no_others_do(answer:
 
 def test_without_being_asked_for_there_are_none_and_top_logprobs_alone_asks(face: Any, client: openai.OpenAI) -> None:
     face.says("Hello")
-    for options, num_tops in (({}, None), ({"include": ["message.output_text.logprobs"]}, 0), ({"top_logprobs": 3}, 3)):
+    cases: list[tuple[Any, int | None]] = [({}, None), ({"include": ["message.output_text.logprobs"]}, 0), ({"top_logprobs": 3}, 3)]
+    for options, num_tops in cases:
         (item,) = client.responses.create(model="caller", input="Hello", **options).output
         assert item.type == "message" and item.content[0].type == "output_text"
         logprobs = item.content[0].logprobs
@@ -385,7 +386,8 @@ def test_of_allowed_tools_alone_a_call_can_be_made_and_the_model_is_told_of_all(
     assert reply.tool_choice.model_dump() == choice  # pyright: ignore[reportAttributeAccessIssue]
     held = face.workers.requests[-1].sampling.grammar.text
     assert "add" in held and '"now"' not in held and '"name": "now"' in prompt_of(face)
-    reply = client.responses.create(model="caller", input="Hello", tools=TOOLS, tool_choice={**choice, "mode": "auto"})
+    free: Any = {**choice, "mode": "auto"}
+    client.responses.create(model="caller", input="Hello", tools=TOOLS, tool_choice=free)
     assert face.workers.requests[-1].sampling.HasField("grammar")
 
 

@@ -14,10 +14,8 @@ import torch.nn.functional as F
 
 from ..kernels.flash_prefill import flash_prefill
 from ..kernels.kv_write import kv_write
-from ..kernels.linear import gated_linear, linear
 from ..kernels.paged_decode import paged_decode
 from ..kernels.rms_norm import rms_norm
-from ..kernels.silu_mul import silu_mul
 from .batch import StepBatch
 from .kv_cache import PagedKVCache
 from .model_config import ModelConfig
@@ -56,8 +54,8 @@ class Decoder:
             attended = self._attention(index, layer, hidden, batch, cache.layer(index), before_layer)
             if after_layer is not None:
                 after_layer(index)
-            hidden, residual = rms_norm(self._summed(linear(attended, layer.o, layer.o_bias)), layer.post_norm, eps, residual)
-            hidden = self._summed(linear(_gated(hidden, layer), layer.down, layer.down_bias))
+            hidden, residual = rms_norm(self._summed(layer.o(attended)), layer.post_norm, eps, residual)
+            hidden = self._summed(layer.down(layer.gate_up.gated(hidden)))
             if index + 1 < len(self.weights.layers):
                 hidden, residual = rms_norm(hidden, self.weights.layers[index + 1].input_norm, eps, residual)
         return hidden, residual
@@ -97,7 +95,7 @@ class Decoder:
     ) -> torch.Tensor:
         """[num_tokens, num_heads * head_dim], before the output projection."""
         config = self.config
-        qkv = linear(hidden, layer.qkv, layer.qkv_bias).view(len(hidden), -1, config.head_dim)
+        qkv = layer.qkv(hidden).view(len(hidden), -1, config.head_dim)
         q, k, v = qkv.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
         q = kv_write(
             q,
@@ -155,9 +153,3 @@ class Decoder:
             sliding_window=self.config.layer_windows[index],
             out=out[:num_decodes],
         )
-
-
-def _gated(hidden: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
-    """silu(gate) · up, in one kernel where there is one."""
-    fused = gated_linear(hidden, layer.gate_up, layer.gate_up_bias)
-    return silu_mul(linear(hidden, layer.gate_up, layer.gate_up_bias)) if fused is None else fused

@@ -26,7 +26,7 @@ from .kv_schema import kv_schema
 from .model_config import ModelConfig
 from .prompt_logprobs import prompt_logprobs
 from .rank_group import Meeting, RankGroup
-from .resolve import resolve_device, resolve_dtype, resolve_folder, resolve_max_model_len
+from .resolve import resolve_device, resolve_dtype, resolve_folder, resolve_max_model_len, resolve_quantization
 from .rope import rope_table
 from .sampler import TokenSample, sample
 from .sequence import Sequence, StepChunk
@@ -91,12 +91,12 @@ class Engine:
         max_model_len = resolve_max_model_len(config, options)
         device = _device(resolve_device(options), num_threads)
         schema = kv_schema(config, options)
-        dtype = getattr(torch, resolve_dtype(config, options))
+        dtype, quantization = getattr(torch, resolve_dtype(config, options)), resolve_quantization(config, options)
         group = None if meeting is None else RankGroup(meeting, device)
         if options.load_format == "dummy":
-            weights = dummy_weights(config, dtype, device, progress, shard)
+            weights = dummy_weights(config, dtype, device, progress, quantization, shard)
         else:
-            weights = load_weights(folder, config, dtype, device, progress, shard)
+            weights = load_weights(folder, config, dtype, device, progress, quantization, shard)
         num_tokens = kv_capacity_tokens or _default_capacity(schema, shard, cpu_prompts * max_model_len, device)
         decoder = Decoder(shard.part_of(config), weights, rope_table(config, max_model_len, device), group)
         num_pages = -(-num_tokens // schema.block_size)

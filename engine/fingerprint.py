@@ -8,15 +8,18 @@ from pathlib import Path
 
 from .checkpoint import TensorInfo, list_tensors
 from .model_config import ModelConfig
+from .quantization import Quantization
 
 # keys that say when to stop or how the file is stored, and do not change a token's KV
-UNRELATED = ("eos_token_ids", "bos_token_id", "torch_dtype")
+UNRELATED = ("eos_token_ids", "bos_token_id", "torch_dtype", "quantization")
 NUM_SAMPLES = 8
 SAMPLE_BYTES = 64
 
 
-def model_fingerprint(folder: Path, load_format: str) -> str:
+def model_fingerprint(folder: Path, load_format: str, quantization: Quantization | None = None) -> str:
     """32 hexadecimal digits over the configuration, every tensor's name, dtype and shape, and sampled bytes of each.
+
+    quantization: how the matrices are read or made at load (resolve_quantization): the same files then give other keys and values.
 
     Sampling takes milliseconds, while hashing a large checkpoint takes minutes. It tells models and their finetunes
     apart, but does not protect against forging. load_format "dummy": only the configuration.
@@ -26,6 +29,8 @@ def model_fingerprint(folder: Path, load_format: str) -> str:
     config = dataclasses.asdict(ModelConfig.from_folder(folder))
     described = sorted((key, value) for key, value in config.items() if key not in UNRELATED)
     digest = hashlib.blake2b(repr((load_format, described)).encode(), digest_size=16)
+    if quantization is not None:
+        digest.update(repr(dataclasses.astuple(quantization)).encode())
     if load_format != "dummy":
         for name, info in sorted(list_tensors(folder).items()):
             digest.update(repr((name, info.dtype, info.shape)).encode())

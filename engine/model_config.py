@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from ..protocol.errors import CheckpointError, UnsupportedArchitecture
 from .checkpoint import read_json
+from .quantization import Quantization, read_quantization
 
 
 class Family(NamedTuple):
@@ -81,6 +82,8 @@ class ModelConfig:
     bos_token_id: int | None
     torch_dtype: str
     """Of the checkpoint: float32, float16 or bfloat16."""
+    quantization: Quantization | None
+    """Of the checkpoint's matrices; None: there is none."""
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
@@ -160,6 +163,7 @@ class _Reader:
             eos_token_ids=self._eos_token_ids(),
             bos_token_id=self.values.get("bos_token_id"),
             torch_dtype=self._dtype(),
+            quantization=self._quantization(),
         )
         if config.num_heads % config.num_kv_heads:
             self._fail(f"num_attention_heads {config.num_heads} is no multiple of num_key_value_heads {config.num_kv_heads}")
@@ -179,9 +183,6 @@ class _Reader:
         activation = self.values.get("hidden_act", "silu")
         if activation != "silu":
             raise UnsupportedArchitecture(f"{self.path}: hidden_act is {activation!r}; supported is 'silu'")
-        if self.values.get("quantization_config"):
-            method = self.values["quantization_config"].get("quant_method")
-            raise UnsupportedArchitecture(f"{self.path}: the checkpoint is quantized ({method}); supported are {', '.join(DTYPES)}")
 
     def _rope(self, max_position_embeddings: int) -> tuple[float, RopeScaling | None]:
         # transformers 5 writes one dictionary; earlier versions rope_theta beside rope_scaling (whose key was first "type")
@@ -233,6 +234,14 @@ class _Reader:
         if found is None:
             return frozenset()
         return frozenset(found if isinstance(found, list) else [found])
+
+    def _quantization(self) -> Quantization | None:
+        found = self.values.get("quantization_config")
+        if not found:
+            return None
+        if not isinstance(found, dict):
+            self._fail(f"quantization_config is a {type(found).__name__}; it must be an object")
+        return read_quantization(self.path, found)
 
     def _dtype(self) -> str:
         # "dtype" since transformers 5, "torch_dtype" before; without either float32, as in transformers

@@ -15,6 +15,7 @@ from ..protocol.errors import ConfigError
 from .checkpoint import SINGLE
 from .gpus import visible_gpus
 from .model_config import ModelConfig
+from .quantization import Quantization, made_at_load
 
 DEMO_FOLDER = Path(__file__).parent / "demo_model"
 DEMO_PACKAGE = "halfmoon_demo_model"
@@ -44,6 +45,24 @@ def resolve_dtype(config: ModelConfig, options: ModelOptions) -> str:
     if options.dtype != "auto":
         return options.dtype
     return config.torch_dtype if resolve_device(options) == "cuda" else "float32"
+
+
+def resolve_quantization(config: ModelConfig, options: ModelOptions) -> Quantization | None:
+    """How the layers' matrices are kept and multiplied; None: in resolve_dtype's numbers, whatever the checkpoint holds.
+
+    Raises ConfigError for another kind than the checkpoint's: to quantise anew what is rounded already would only lose more.
+    """
+    found, wanted = config.quantization, options.quantization
+    if wanted == "auto":
+        return found
+    if wanted == "none":
+        return None
+    if found is not None and found.kind != wanted:
+        raise ConfigError(
+            f"model.quantization is {wanted} and the checkpoint is {found.told()}; set it to auto, or to none to have 16-bit weights",
+            key="model.quantization",
+        )
+    return found or made_at_load(wanted)
 
 
 def resolve_max_model_len(config: ModelConfig, options: ModelOptions) -> int:

@@ -27,6 +27,7 @@ AdmissionName = Literal["none", "two_stage", "ttft_tbt", "early_rejection", "pre
 PORTS = ("http_port", "grpc_port", "control_port", "metrics_port")  # of the proxy
 QueueOrder = Literal["short", "fair", "fcfs", "edf", "late"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+QuantizationName = Literal["auto", "fp8", "int8", "int4", "none"]
 SpecialInText = Literal["parsed", "literal"]
 ToolParserName = Literal["auto", "none", "hermes", "llama3_json", "mistral", "pythonic"]
 ReasoningParserName = Literal["auto", "none", "qwen3", "deepseek_r1"]
@@ -40,6 +41,9 @@ class ModelOptions:
     """What clients call it; empty: the folder's name."""
     dtype: Dtype = "auto"
     """Data type of weights, activations and KV; auto: the checkpoint's own on CUDA, float32 on CPU."""
+    quantization: QuantizationName = "auto"
+    """The layers' matrices; auto: as the checkpoint has them; fp8, int8, int4: made at load from a checkpoint of 16 bits (fp8 and int8 by
+    channel, products in that type, too; int4 by groups of 128, products in model.dtype); none: in model.dtype, whatever the checkpoint."""
     kv_dtype: Literal["auto", "fp8"] = "auto"
     """Data type of KV in pages, stores and hand-offs; auto: model.dtype; fp8: e4m3, half the bytes, each value rounded to 4
     significant bits."""

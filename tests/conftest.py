@@ -153,6 +153,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="session")
+def quantized(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """quantized(form, variant="llama_biased") -> a folder: `quantized`, and `plain` as it means; tests/quantized_checkpoints.py."""
+    forms, made = _load("quantized_checkpoints"), {}
+
+    def make(form: str, variant: str = "llama_biased", plain_modules: tuple[str, ...] = ()) -> Path:
+        key = form, variant, plain_modules
+        if key not in made:
+            made[key] = forms.write(form, checkpoint(variant).folder, tmp_path_factory.mktemp(form), plain_modules)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def calibrated_once() -> Iterator[None]:
     """A worker like one that this process has had takes over what that one measured at its load, and does not run the same steps again."""
     from halfmoon.engine import worker

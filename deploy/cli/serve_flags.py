@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args
 import typer
 import yaml
 
-from ...protocol.config import AdmissionName, ClusterConfig, Policy, QueueOrder, from_mapping, given_values
+from ...protocol.config import AdmissionName, ClusterConfig, Policy, QuantizationName, QueueOrder, from_mapping, given_values
 from ...protocol.tls import read_pem
 from ...proxy.conductor.predictors.cost_model import CostModel
 from ...proxy.tenants.keys_file import KeysFile
@@ -66,6 +66,7 @@ def serve(
     ] = None,
     device: Annotated[str | None, setting("model.device", "auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, setting("model.dtype", "auto, float32, float16 or bfloat16.")] = None,
+    quantization: Annotated[str | None, setting("model.quantization", f"Of the weights: {', '.join(get_args(QuantizationName))}.")] = None,
     max_model_len: Annotated[
         int | None, setting("model.max_model_len", "Tokens of prompt and answer together, at most; 0: what the model was made for.", min=1)
     ] = None,
@@ -83,6 +84,7 @@ def serve(
         "model.path": model,
         "model.device": device,
         "model.dtype": dtype,
+        "model.quantization": quantization,
         "model.max_model_len": max_model_len,
         "prefill.num_workers": prefill,
         "decode.num_workers": decode,

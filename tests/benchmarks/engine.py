@@ -151,25 +151,21 @@ def check() -> list[dict[str, Any]]:
 
 
 def copy_weights(source: Engine, target: Engine) -> None:
-    ours, theirs = source._decoder.weights, target._decoder.weights
-    for name in ("embed", "norm", "lm_head"):
-        getattr(theirs, name).copy_(getattr(ours, name))
-    for layer, other in zip(ours.layers, theirs.layers, strict=True):
-        for name in ("input_norm", "qkv", "o", "post_norm", "gate_up", "down"):
-            getattr(other, name).copy_(getattr(layer, name))
+    for tensor, other in zip(source._decoder.weights.tensors(), target._decoder.weights.tensors(), strict=True):
+        other.copy_(tensor)
 
 
 def prefill_tflop(engine: Engine, num_seqs: int, num_tokens: int) -> float:
     """Matrix products of all layers, causal attention, and the head for one token a sequence."""
     config, weights = engine.config, engine._decoder.weights
-    in_layers = sum(x.numel() for layer in weights.layers for x in (layer.qkv, layer.o, layer.gate_up, layer.down))
+    in_layers = sum(x.weight.numel() for layer in weights.layers for x in (layer.qkv, layer.o, layer.gate_up, layer.down))
     attention = 2 * num_tokens * num_tokens * config.num_heads * config.head_dim * config.num_layers
     return num_seqs * (2 * in_layers * num_tokens + 2 * weights.lm_head.numel() + attention) / 1e12
 
 
 def decode_gb(engine: Engine, num_seqs: int, kv_len: float) -> float:
     weights = engine._decoder.weights
-    in_layers = sum(x.nbytes for layer in weights.layers for x in (layer.qkv, layer.o, layer.gate_up, layer.down))
+    in_layers = sum(x.weight.nbytes for layer in weights.layers for x in (layer.qkv, layer.o, layer.gate_up, layer.down))
     kv_bytes = engine.schema.block_bytes / engine.page_size
     return (in_layers + weights.lm_head.nbytes + num_seqs * kv_len * kv_bytes) / 1e9
 

@@ -135,12 +135,14 @@ def products_ms(engine: Engine, num_rows: int) -> float:
     weights = engine._decoder.weights
     inputs = {
         width: torch.randn(num_rows, width, device="cuda", dtype=torch.bfloat16)
-        for width in {tensor.shape[1] for tensor in (weights.layers[0].qkv, weights.layers[0].o, weights.layers[0].down)}
+        for width in {
+            tensor.shape[1] for tensor in (weights.layers[0].qkv.weight, weights.layers[0].o.weight, weights.layers[0].down.weight)
+        }
     }
 
     def run() -> None:
         for layer in weights.layers:
-            for weight in (layer.qkv, layer.o, layer.gate_up, layer.down):
+            for weight in (layer.qkv.weight, layer.o.weight, layer.gate_up.weight, layer.down.weight):
                 torch.nn.functional.linear(inputs[weight.shape[1]], weight)
 
     replay = measure.captured(run)

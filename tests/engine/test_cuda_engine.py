@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -54,15 +53,10 @@ def load(folder: Path, device: str, dtype: str, max_decode_batch: int = 0) -> En
 
 def copy_weights(source: Engine, target: Engine) -> None:
     """Rounded as source has them, and larger than a dummy's, so that the tokens' logits are far apart."""
-    ours, theirs = source._decoder.weights, target._decoder.weights
-    pairs = [(getattr(ours, name), getattr(theirs, name)) for name in ("embed", "norm", "lm_head")]
-    for layer, other in zip(ours.layers, theirs.layers, strict=True):
-        pairs += [(getattr(layer, field.name), getattr(other, field.name)) for field in dataclasses.fields(layer)]
-    for tensor, other in pairs:
-        if tensor is not None:
-            if tensor.dim() == 2:
-                tensor.mul_(3)
-            other.copy_(tensor)
+    for tensor, other in zip(source._decoder.weights.tensors(), target._decoder.weights.tensors(), strict=True):
+        if tensor.dim() == 2:
+            tensor.mul_(3)
+        other.copy_(tensor)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import safetensors.torch
@@ -11,7 +12,7 @@ import safetensors.torch
 from halfmoon.engine.fingerprint import model_fingerprint
 from halfmoon.engine.kv_schema import kv_schema
 from halfmoon.engine.model_config import ModelConfig
-from halfmoon.protocol.config import ModelOptions
+from halfmoon.protocol.config import ModelOptions, QuantizationName
 from halfmoon.protocol.schema import KVSchema
 
 
@@ -98,10 +99,34 @@ def test_dtype_auto_is_float32_on_cpu_and_the_checkpoints_on_cuda(checkpoint, fo
 def test_schema_and_configuration_are_read_without_torch_or_ray(checkpoint):
     code = (
         "import sys\nfrom pathlib import Path\nfrom halfmoon.engine.kv_schema import kv_schema\n"
-        "from halfmoon.engine.model_config import ModelConfig\nfrom halfmoon.protocol.config import ModelOptions\n"
+        "from halfmoon.engine.model_config import ModelConfig\nfrom halfmoon.protocol.config import ModelOptions, QuantizationName\n"
         f"folder = {str(checkpoint('qwen3').folder)!r}\n"
         "print(kv_schema(ModelConfig.from_folder(Path(folder)), ModelOptions(path=folder)).model_fingerprint)\n"
         "assert not {'torch', 'ray', 'triton', 'transformers'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == model_fingerprint(checkpoint("qwen3").folder, "auto")
+
+
+def test_workers_that_quantise_differently_share_no_blocks(folder):
+    config = ModelConfig.from_folder(folder)
+    schemas = {
+        kind: kv_schema(config, ModelOptions(path=str(folder), device="cpu", quantization=kind)) for kind in get_args(QuantizationName)
+    }
+    assert schemas.pop("auto") == schemas["none"], "the checkpoint is a plain one"
+    assert len({schema.model_fingerprint for schema in schemas.values()}) == 4
+
+
+def test_one_checkpoint_read_as_two_schemes_has_two_fingerprints(quantized, tmp_path):
+    """The same bytes: GPTQ's formats differ in what a zero point means, and none is the plain weights."""
+    folder = shutil.copytree(quantized("gptq") / "quantized", tmp_path / "gptq")
+
+    def found(quantization="auto"):
+        options = ModelOptions(path=str(folder), device="cpu", quantization=quantization)
+        return kv_schema(ModelConfig.from_folder(folder), options).model_fingerprint
+
+    first, plain = found(), found("none")
+    values = json.loads((folder / "config.json").read_text())
+    other = {**values, "quantization_config": {**values["quantization_config"], "checkpoint_format": "gptq_v2"}}
+    (folder / "config.json").write_text(json.dumps(other))
+    assert len({first, plain, found()}) == 3

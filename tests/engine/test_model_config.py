@@ -128,7 +128,10 @@ def test_dtype_is_read_under_its_new_and_its_old_name(read):
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type is 'longrope'; supported are"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "part of the head"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"quantized \(gptq\)"),
+        (
+            {"quantization_config": {"quant_method": "exl3"}},
+            "quantized by quant_method 'exl3'; supported are compressed-tensors, fp8, gptq, awq",
+        ),
         ({"torch_dtype": "float64"}, "dtype is 'float64'; supported are float32"),
     ],
 )

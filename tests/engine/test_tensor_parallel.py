@@ -15,7 +15,8 @@ from halfmoon.engine.engine import Engine
 from halfmoon.engine.model_config import ModelConfig
 from halfmoon.engine.rank_group import Meeting
 from halfmoon.engine.sequence import Sequence, StepChunk
-from halfmoon.engine.shard import Shard
+from halfmoon.engine.shard import WHOLE, Shard
+from halfmoon.engine.weights import load_weights
 from halfmoon.protocol.config import ModelOptions
 from halfmoon.protocol.errors import ConfigError
 from halfmoon.protocol.sampling import SamplingParams
@@ -162,3 +163,38 @@ def test_ranks_agree_on_the_pages_that_the_poorest_has(tmp_path: Path, checkpoin
     for thread in threads:
         thread.join()
     assert found == {0: 50, 1: 50}
+
+
+@pytest.mark.parametrize("form", ["w4a16_channel", "w8a8_fp8", "w8a8_fp8_block"])
+def test_the_ranks_parts_of_quantised_matrices_are_the_whole_ones(form: str, quantized: Any) -> None:
+    folder = quantized(form) / "quantized"
+    config = ModelConfig.from_folder(folder)
+
+    def load(shard: Shard) -> Any:
+        return load_weights(folder, config, torch.float32, torch.device("cpu"), None, config.quantization, shard)
+
+    whole, ranks = load(WHOLE), [load(Shard(rank, 2)) for rank in range(2)]
+    for index, layer in enumerate(whole.layers):
+        parts = [rank.layers[index] for rank in ranks]
+        for name in ("o", "down"):
+            found = torch.cat([getattr(part, name).dequantized() for part in parts], dim=1)
+            assert torch.equal(found, getattr(layer, name).dequantized())
+        gates, ups = zip(*(part.gate_up.dequantized().chunk(2) for part in parts), strict=True)
+        assert torch.equal(torch.cat([*gates, *ups]), layer.gate_up.dequantized())
+
+
+def test_two_ranks_of_an_int4_checkpoint_give_the_tokens_of_one(group: Any, lab: Any, quantized: Any, prompts: Any) -> None:
+    folder = quantized("w4a16_channel", "llama2_mha") / "quantized"
+
+    def run(engine: Engine) -> list[list[int]]:
+        return generate(engine, [sequence(prompts(31), 3)], 8, 12)
+
+    alone = run(lab(folder).engine)
+    assert group(folder).all(run) == [alone, alone]
+
+
+def test_ranks_that_would_cut_a_group_of_a_scale_are_refused(quantized: Any) -> None:
+    folder = quantized("awq", "llama2_mha") / "quantized"  # down: 96 columns in groups of 32
+    config = ModelConfig.from_folder(folder)
+    with pytest.raises(ConfigError, match=r"tensor_parallel is 2, which cuts model\.layers\.0\.mlp\.down_proj\.weight inside a group"):
+        load_weights(folder, config, torch.float32, torch.device("cpu"), None, config.quantization, Shard(0, 2))

@@ -38,9 +38,9 @@ def test_fused_matrices_are_the_rows_of_their_parts(checkpoint):
     theirs = made.model.model.layers[1]
     attention, mlp = theirs.self_attn, theirs.mlp
     parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-    assert torch.equal(weights.layers[1].qkv, torch.cat([part.weight for part in parts]))
-    assert torch.equal(weights.layers[1].qkv_bias, torch.cat([part.bias for part in parts]))
-    assert torch.equal(weights.layers[1].gate_up, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
+    assert torch.equal(weights.layers[1].qkv.weight, torch.cat([part.weight for part in parts]))
+    assert torch.equal(weights.layers[1].qkv.bias, torch.cat([part.bias for part in parts]))
+    assert torch.equal(weights.layers[1].gate_up.weight, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
 
 
 def test_tied_embeddings_are_one_tensor_and_untied_ones_two(checkpoint):
@@ -75,7 +75,7 @@ def test_half_precision_files_are_read_and_converted(dtype, folder):
     edit(folder, lambda tensors: tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()}))
     after = load(folder)
     assert after.norm.dtype == torch.float32
-    assert torch.equal(after.layers[2].qkv, before.layers[2].qkv.to(dtype).float())
+    assert torch.equal(after.layers[2].qkv.weight, before.layers[2].qkv.weight.to(dtype).float())
 
 
 def test_a_missing_tensor_is_named(folder):

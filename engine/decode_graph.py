@@ -29,7 +29,7 @@ from .staging import DTYPES
 from .weights import Progress
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-KERNELS = ("linear", "paged_decode", "flash_prefill", "kv_write", "rms_norm", "silu_mul", "sampling")
+KERNELS = ("linear", "narrow_linear", "int4_linear", "paged_decode", "flash_prefill", "kv_write", "rms_norm", "silu_mul", "sampling")
 """Some of their torch references read values back to the host, which a graph can't hold."""
 
 

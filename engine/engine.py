@@ -24,6 +24,7 @@ from .executor import PromptLogprobs
 from .kv_cache import PagedKVCache
 from .kv_schema import kv_schema
 from .model_config import ModelConfig
+from .product_ways import choose_ways
 from .prompt_logprobs import prompt_logprobs
 from .rank_group import Meeting, RankGroup
 from .resolve import resolve_device, resolve_dtype, resolve_folder, resolve_max_model_len, resolve_quantization
@@ -97,6 +98,9 @@ class Engine:
             weights = dummy_weights(config, dtype, device, progress, quantization, shard)
         else:
             weights = load_weights(folder, config, dtype, device, progress, quantization, shard)
+        if can_capture(device):
+            choose_ways((linear for layer in weights.layers for linear in layer.linears()), dtype, progress)
+            torch.cuda.empty_cache()  # of the largest inputs and outputs that were tried
         num_tokens = kv_capacity_tokens or _default_capacity(schema, shard, cpu_prompts * max_model_len, device)
         decoder = Decoder(shard.part_of(config), weights, rope_table(config, max_model_len, device), group)
         num_pages = -(-num_tokens // schema.block_size)

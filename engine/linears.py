@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Self
 
 import torch
 
+from ..kernels.dispatch import implementation
 from ..kernels.int4_linear import int4_linear
 from ..kernels.linear import gated_linear, linear
 from ..kernels.narrow_linear import narrow_linear
@@ -21,6 +22,12 @@ from ..kernels.reference.quantized import INT4_MIDDLE, dequantized
 from ..kernels.silu_mul import silu_mul
 
 IN_A_WORD = 8  # int4 numbers
+MAX_TOKENS = 8192  # products over more go the way of this many
+
+
+def size_class(num_tokens: int) -> int:
+    """0 for 1 token, 1 for 2, 2 for up to 4, 3 for up to 8, and so on."""
+    return (num_tokens - 1).bit_length()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +36,22 @@ class Linear:
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
+    ways: dict[int, str] = field(default_factory=dict, compare=False)
+    """By size_class of the tokens: how the product is had, of candidates(); product_ways.py fills it."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(x, self.ways.get(size_class(min(len(x), MAX_TOKENS)), ""))
+
+    def product(self, x: torch.Tensor, way: str) -> torch.Tensor:
+        """way: of candidates(x); empty: the likeliest."""
         raise NotImplementedError
+
+    def candidates(self, x: torch.Tensor) -> list[str]:
+        raise NotImplementedError
+
+    @property
+    def num_in(self) -> int:
+        return self.weight.shape[1]
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         """silu(gate) · up."""
@@ -50,13 +70,13 @@ class Linear:
         raise NotImplementedError
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for each in fields(self):
+            value = getattr(self, each.name)
             if isinstance(value, torch.Tensor):
                 yield value
 
     def to(self, device: torch.device) -> Self:
-        names = [field.name for field in fields(self) if isinstance(getattr(self, field.name), torch.Tensor)]
+        names = [each.name for each in fields(self) if isinstance(getattr(self, each.name), torch.Tensor)]
         return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def _cut(self, start: int, stop: int, **cut: torch.Tensor | None) -> Self:
@@ -69,8 +89,11 @@ class Linear:
 class DenseLinear(Linear):
     """weight [out, in], as torch.nn.functional.linear takes it."""
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def product(self, x: torch.Tensor, way: str) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
+
+    def candidates(self, x: torch.Tensor) -> list[str]:
+        return [""]
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         fused = gated_linear(x, self.weight, self.bias)
@@ -97,8 +120,11 @@ class NarrowLinear(Linear):
     group_len: int  # columns that share a scale
     row_block: int = 1  # rows that do
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return narrow_linear(x, self.weight, self.scales, self.bias, row_block=self.row_block, group_len=self.group_len)
+    def product(self, x: torch.Tensor, way: str) -> torch.Tensor:
+        return narrow_linear(x, self.weight, self.scales, self.bias, row_block=self.row_block, group_len=self.group_len, way=way)
+
+    def candidates(self, x: torch.Tensor) -> list[str]:
+        return implementation("narrow_linear", x.device, "ways")(x, self.weight, self.scales)
 
     def rows(self, start: int, stop: int) -> NarrowLinear:
         block = self.row_block
@@ -131,8 +157,15 @@ class Int4Linear(Linear):
     group_len: int
     zeros: torch.Tensor | None = None  # uint8, as scales; None: 8 everywhere
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return int4_linear(x, self.weight, self.scales, self.zeros, self.bias, group_len=self.group_len)
+    def product(self, x: torch.Tensor, way: str) -> torch.Tensor:
+        return int4_linear(x, self.weight, self.scales, self.zeros, self.bias, group_len=self.group_len, way=way)
+
+    def candidates(self, x: torch.Tensor) -> list[str]:
+        return implementation("int4_linear", x.device, "ways")(x, self.weight, self.group_len)
+
+    @property
+    def num_in(self) -> int:
+        return self.weight.shape[1] * IN_A_WORD
 
     def rows(self, start: int, stop: int) -> Int4Linear:
         return self._cut(start, stop, scales=self.scales[start:stop], zeros=None if self.zeros is None else self.zeros[start:stop])
@@ -162,7 +195,7 @@ def stacked(parts: Sequence[Linear]) -> Linear:
         parts = [part.by_rows() for part in parts if isinstance(part, NarrowLinear)]
     if any(isinstance(part, Int4Linear) and part.zeros is not None for part in parts):
         parts = [part.with_zeros() for part in parts if isinstance(part, Int4Linear)]
-    names = [field.name for field in fields(parts[0]) if isinstance(getattr(parts[0], field.name), torch.Tensor)]
+    names = [each.name for each in fields(parts[0]) if isinstance(getattr(parts[0], each.name), torch.Tensor)]
     return dataclasses.replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 

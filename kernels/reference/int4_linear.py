@@ -7,8 +7,19 @@ import torch
 from .quantized import dequantized
 
 
+def ways(x: torch.Tensor, weight: torch.Tensor, group_len: int) -> list[str]:
+    return [""]
+
+
 def int4_linear(
-    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bias: torch.Tensor | None, *, group_len: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    group_len: int,
+    way: str = "",
 ) -> torch.Tensor:
     """See kernels/int4_linear.py."""
     out = x.float() @ dequantized(weight, scales, zeros, 1, group_len).t()

@@ -7,8 +7,19 @@ import torch
 from .quantized import dequantized, expanded, quantized_tokens
 
 
+def ways(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> list[str]:
+    return [""]
+
+
 def narrow_linear(
-    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, *, row_block: int, group_len: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    row_block: int,
+    group_len: int,
+    way: str = "",
 ) -> torch.Tensor:
     """See kernels/narrow_linear.py."""
     blocked = scales.shape[1] > 1

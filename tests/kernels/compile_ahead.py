@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from halfmoon.kernels.portable import flash_prefill, fp8, paged_decode, wide_prefill
+from halfmoon.kernels.portable import flash_prefill, fp8, int4_linear, narrow_linear, paged_decode, wide_prefill
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED = {80: 166912, 86: 101376, 90: 232448, 100: 232448}  # bytes a program may take
@@ -71,7 +71,7 @@ def compiling(capability: int) -> Iterator[list]:
     answers = [
         *((module, "shared_bytes", lambda _: SHARED[capability]) for module in (flash_prefill, paged_decode, wide_prefill)),
         (flash_prefill, "num_sms", lambda _: 132),
-        (fp8, "_way", lambda _: fp8.BY_INSTRUCTION if capability >= 89 else fp8.BY_BITS),
+        *((module, "_way", lambda _: fp8.BY_INSTRUCTION if capability >= 89 else fp8.BY_BITS) for module in (fp8, narrow_linear)),
     ]
     kept = [(module, name, getattr(module, name)) for module, name, _ in answers]
     JITFunction.run = compile_only
@@ -190,6 +190,8 @@ def small_case(name: str) -> None:
 
         lens = torch.full((2,), 100, dtype=torch.int32)
         widened_pages(pages(128, 64, E4M3), torch.zeros(2, 4, dtype=torch.int32), lens, scales(E4M3), 100, bf16)
+    elif name.startswith(("fp8", "int8", "int4")):
+        quantized_case(name)
     else:
         from halfmoon.kernels.portable.kv_write import kv_write
 
@@ -200,6 +202,23 @@ def small_case(name: str) -> None:
         kv_write(q, k, k, positions, torch.zeros(64, 128), positions, cache, q_norm=norm, k_norm=norm, kv_scales=scales(stored))
 
 
+def quantized_case(name: str) -> None:
+    """name: kind, "blocks" or not, way, tokens."""
+    kind, *blocks, way, num_tokens = name.split()
+    x, bf16 = torch.zeros(int(num_tokens), 4096, dtype=torch.bfloat16), torch.bfloat16
+    if kind == "int4":
+        words, scales, zeros = torch.zeros(6144, 512, dtype=torch.int32), torch.zeros(6144, 32, dtype=bf16), torch.zeros(6144, 32).byte()
+        int4_linear.int4_linear(x, words, scales, zeros, group_len=128, way=way)
+        return
+    weight = torch.zeros(6144, 4096, dtype=E4M3 if kind == "fp8" else torch.int8)
+    scales, row_block = (torch.zeros(48, 32), 128) if blocks else (torch.zeros(6144, 1), 1)
+    narrow_linear.narrow_linear(x, weight, scales, row_block=row_block, group_len=128 if blocks else 4096, way=way)
+
+
+QUANTIZED = (
+    "fp8 token 1", "fp8 tiles 16", "fp8 tiles 512", "fp8 blocks token 1", "fp8 blocks tiles 512", "int8 token 1", "int8 tiles 512",
+    "int4 token 1", "int4 tiles 16", "int4 tiles 64", "int4 dequantized 16",
+)  # fmt: skip
 PORTABLE: dict[str, Callable[[], None]] = {
     **{f"flash_prefill hd{d}": lambda d=d: prefill_case("portable", d) for d in (64, 80, 96, 128, 256)},
     "flash_prefill hd128 fp16 page16": lambda: prefill_case("portable", 128, 16, torch.float16),
@@ -219,7 +238,7 @@ PORTABLE: dict[str, Callable[[], None]] = {
     "paged_decode fp8 hd128 8 queries, window": lambda: decode_case(128, num_q=8, stored=E4M3, sliding_window=256),
     **{
         name: lambda name=name: small_case(name)
-        for name in ("rms_norm", "silu_mul", "token_mask", "kv_write", "kv_write fp8", "kv_pack", "widen")
+        for name in ("rms_norm", "silu_mul", "token_mask", "kv_write", "kv_write fp8", "kv_pack", "widen", *QUANTIZED)
     },
 }
 HOPPER: dict[str, Callable[[], None]] = {
@@ -243,7 +262,10 @@ MORE: dict[str, Callable[[], None]] = {
 }
 
 
-FOR_ALL = ("flash_prefill hd128", "flash_prefill hd128 lse, keys split", "flash_prefill wide hd1024", "paged_decode hd128")
+FOR_ALL = (
+    "flash_prefill hd128", "flash_prefill hd128 lse, keys split", "flash_prefill wide hd1024", "paged_decode hd128",
+    "fp8 token 1", "fp8 tiles 16", "int4 token 1", "int4 tiles 16", "int4 dequantized 16",
+)  # fmt: skip
 """With the small kernels: each kernel for each GPU."""
 
 
@@ -251,7 +273,7 @@ def cases_of(capability: int, more: bool, pairs: bool) -> dict[str, Callable[[],
     cases = {**PORTABLE, **(HOPPER if capability == 90 else {}), **(MORE if more else {})}
     if not pairs or capability == 90:
         return cases
-    shared_out = [name for name in cases if "hd" in name and name not in FOR_ALL]
+    shared_out = [name for name in cases if ("hd" in name or name in QUANTIZED) and name not in FOR_ALL]
     others = set(shared_out[capability == 80 :: 2])
     return {name: launch for name, launch in cases.items() if name not in others}
 

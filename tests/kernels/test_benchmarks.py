@@ -101,13 +101,23 @@ def test_an_error_above_its_limit_or_no_number_is_wrong(load) -> None:
     assert measure.relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("name", ["flash_prefill", "paged_decode", "kv_write", "rms_norm", "silu_mul", "kv_pack"])
+@pytest.mark.parametrize("name", ["flash_prefill", "paged_decode", "kv_write", "rms_norm", "silu_mul", "kv_pack", "quantized"])
 def test_a_quick_run_has_fewer_cases_and_names_each_once(name: str, load) -> None:
     module = load(name)
     quick, all_of_them = module.cases(True), module.cases(False)
     assert 0 < len(quick) <= len(all_of_them)
     assert len({(case.kernel, case.name) for case in all_of_them}) == len(all_of_them)
     assert {case.kernel for case in all_of_them} == {name}
+
+
+@pytest.mark.parametrize("kind", ["fp8", "fp8 blocks", "int8", "int4"])
+def test_the_quantised_products_reference_is_right_about_the_engines_own(kind: str, load) -> None:
+    """It rounds in its own way, and is what all ways are checked against on a GPU."""
+    quantized, measure = load("quantized"), load("measure")
+    x, linear = torch.randn(5, 256), quantized.MADE[kind](torch.randn(128, 256))
+    wanted = quantized.exact(linear, x)
+    assert measure.relative_error(linear(x), wanted) < 1e-5
+    assert 1e-3 < measure.relative_error(wanted, x @ linear.dequantized().T) < 0.1 or kind == "int4"
 
 
 def test_without_a_gpu_one_line_says_so(load, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,25 +23,14 @@ from ..kernels.sampling import likeliest, sampling
 from .batch import StepBatch
 from .decode_inputs import COLUMNS, DecodeInputs, buffer_bytes, column_offsets, feed_start
 from .decoder import Decoder
+from .graph_sizes import batch_size_for
 from .kv_cache import PagedKVCache
 from .sequence import Sequence, StepChunk
 from .staging import DTYPES
 from .weights import Progress
 
-BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 KERNELS = ("linear", "narrow_linear", "int4_linear", "paged_decode", "flash_prefill", "kv_write", "rms_norm", "silu_mul", "sampling")
 """Some of their torch references read values back to the host, which a graph can't hold."""
-
-
-def batch_sizes(max_batch: int) -> tuple[int, ...]:
-    """Those that batches of up to max_batch sequences meet; larger ones than the largest run without a graph."""
-    needed = [size for size in BATCH_SIZES if size < max_batch]
-    return (*needed, *BATCH_SIZES[len(needed) : len(needed) + 1]) if max_batch > 0 else ()
-
-
-def batch_size_for(num_seqs: int, sizes: Seq[int]) -> int | None:
-    """The smallest of sizes, ascending, that holds num_seqs."""
-    return next((size for size in sizes if size >= num_seqs), None)
 
 
 def is_plain(chunk: StepChunk) -> bool:

@@ -19,9 +19,9 @@ import torch
 
 from ..kernels.sampling import likeliest, sampling
 from .batch import TABLE_ALIGNMENT
-from .decode_graph import batch_size_for, batch_sizes
 from .decoder import Decoder, LayerHook
 from .draw_columns import DRAW_COLUMNS
+from .graph_sizes import MAX_CAPTURED_ROWS, batch_size_for, batch_sizes
 from .kv_cache import PagedKVCache
 from .mixed_inputs import MixedInputs, MixedSize, MixedStep, copy_tables, mixed_batch, views
 from .sequence import Sequence
@@ -29,7 +29,6 @@ from .weights import Progress
 
 MAX_CHUNKS = 16  # of a step; each that a graph has room for costs it a few us, whether it is there or not
 MAX_CHUNK_TOKENS = 8192  # of a step; more run in another way
-MAX_CAPTURED_ROWS = 2560  # beyond, a step takes the device longer than the host, with or without a graph
 ROW_ALIGNMENT = 64  # of steps without a graph: kernels are compiled for how their numbers divide
 
 

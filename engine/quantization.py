@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from ..protocol.errors import UnsupportedArchitecture, shown
+from ..protocol.errors import ConfigError, UnsupportedArchitecture, shown
 
 Kind = Literal["fp8", "int8", "int4"]
 Method = Literal["load", "compressed-tensors", "fp8", "gptq", "awq"]
@@ -43,6 +43,14 @@ class Quantization:
 
 def made_at_load(kind: Kind) -> Quantization:
     return Quantization(kind, "load", INT4_GROUP if kind == "int4" else 0)
+
+
+def int4_group(num_in: int) -> int:
+    """Columns that share a scale: INT4_GROUP, or less where it does not divide a small model's rows. Raises ConfigError."""
+    found = next((size for size in (INT4_GROUP, 64, 32, 16, 8) if num_in % size == 0), None)
+    if found is None:
+        raise ConfigError(f"a matrix of {num_in} columns can't be int4: they are no multiple of 8", key="model.quantization")
+    return found
 
 
 def read_quantization(path: Path, values: Mapping[str, Any]) -> Quantization:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..kernels.reference.quantized import quantized_tokens
-from ..protocol.errors import ConfigError
 from .linears import IN_A_WORD, Int4Linear, Linear, NarrowLinear
-from .quantization import INT4_GROUP, Kind
+from .quantization import Kind, int4_group
 
 NARROW = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 INT4_MAX = 15
@@ -34,14 +33,6 @@ def _int4(weight: torch.Tensor) -> Int4Linear:
     return Int4Linear(
         weight=packed_int4(numbers.flatten(1).to(torch.int32)), scales=scales, zeros=zeros.to(torch.uint8), group_len=group_len
     )
-
-
-def int4_group(num_in: int) -> int:
-    """Columns that share a scale: INT4_GROUP, or less where it does not divide a small model's rows. Raises ConfigError."""
-    found = next((size for size in (INT4_GROUP, 64, 32, 16, 8) if num_in % size == 0), None)
-    if found is None:
-        raise ConfigError(f"a matrix of {num_in} columns can't be int4: they are no multiple of 8", key="model.quantization")
-    return found
 
 
 def packed_int4(numbers: torch.Tensor) -> torch.Tensor:

@@ -15,9 +15,10 @@ from collections.abc import Sequence as Seq
 
 import torch
 
-from .decode_graph import DecodeGraphs, batch_sizes, is_plain
+from .decode_graph import DecodeGraphs, is_plain
 from .decoder import Decoder, LayerHook
 from .executor import DeviceLost
+from .graph_sizes import batch_sizes
 from .kv_cache import PagedKVCache
 from .mixed_graph import MAX_CHUNKS, MixedGraphs
 from .mixed_inputs import split_step

@@ -19,8 +19,11 @@ from ...protocol.schema import KVSchema
 from ..cluster import find_model, require_divisible
 from ..plan import require_gpus
 from .finding import Check, Finding, ok
-from .machine import check_gpu_memory, check_memory, check_ports, check_shm
-from .model import check_parsers, check_sampling, check_tokenizer, check_weights, weight_bytes
+from .machine import check_ports, check_shm
+from .memory import check_gpu_memory, check_memory
+from .model import check_parsers, check_sampling, check_tokenizer, check_weights
+
+ALWAYS_TOLD = ("memory", "GPU memory", "/dev/shm")
 
 
 class StartChecks:
@@ -71,17 +74,16 @@ class StartChecks:
         return ok("devices", f"{listed}; workers compute on {'CPU' if device == 'cpu' else 'CUDA'}")
 
     def _check_memory(self) -> Finding:
-        num_bytes, gpus = weight_bytes(self._model[1], self._config.model), visible_gpus()
+        gpus = visible_gpus()
         if resolve_device(self._config.model) == "cuda" and gpus:
-            roles = [role for role in ("prefill", "decode", "both") if getattr(self._config, role).num_workers]
-            return check_gpu_memory(num_bytes // min(map(self._config.ranks_of, roles), default=1), gpus)
-        return check_memory(num_bytes, self._config.num_workers, available_bytes())
+            return check_gpu_memory(self._config, *self._model, gpus)
+        return check_memory(self._config, *self._model, available_bytes())
 
     def _check_shm(self) -> Finding:
         return check_shm(self._config, self._schema, resolve_max_model_len(self._model[1], self._config.model))
 
 
 def require_startable(config: ClusterConfig, *, own_ray: bool) -> list[Finding]:
-    """Warnings. Raises the first HalfmoonError of what keeps the cluster from serving."""
+    """Warnings, and what memory goes where. Raises the first HalfmoonError of what keeps the cluster from serving."""
     found = [check.run() for check in StartChecks(config, own_ray=own_ray).all()]
-    return [finding for finding in found if finding.severity != "ok"]
+    return [finding for finding in found if finding.severity != "ok" or finding.check in ALWAYS_TOLD]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Sequence
 from pathlib import Path
 
-from ...engine.gpus import Gpu
 from ...kvstore.arena_size import ArenaSize, arena_size, free_shm_bytes
 from ...protocol.address import LOOPBACK, join_address
 from ...protocol.config import PORTS, ClusterConfig, ProxyConfig
@@ -92,29 +90,3 @@ def arena_too_small(num_tokens: int, max_model_len: int) -> str:
 
 def _larger(size: ArenaSize, folder: Path) -> str:
     return "raise store.arena_bytes" if size.is_set else f"enlarge {folder} (a container's --shm-size), or lower model.max_model_len"
-
-
-def check_memory(weight_bytes: int, num_workers: int, available: int) -> Finding:
-    """Whether the weights of all workers fit into this machine's memory. Raises MachineError."""
-    needed = weight_bytes * num_workers
-    if needed > available:
-        raise MachineError(
-            f"the model is larger than memory: {num_workers} workers take {human_bytes(weight_bytes)} of weights each and "
-            f"{human_bytes(available)} are free; ask for fewer workers (--prefill 0 --decode 1 is the least), or a smaller model"
-        )
-    return ok("memory", f"{human_bytes(available)} free, {human_bytes(needed)} for the weights of {num_workers} workers")
-
-
-def check_gpu_memory(weight_bytes: int, gpus: Sequence[Gpu]) -> Finding:
-    """Whether the weights fit into the smallest GPU, with room for KV. Raises MachineError."""
-    smallest = min(gpus, key=lambda gpu: gpu.total_bytes)
-    if weight_bytes >= smallest.total_bytes:
-        raise MachineError(
-            f"the model is larger than memory: its weights take {human_bytes(weight_bytes)} and {smallest.name} has "
-            f"{human_bytes(smallest.total_bytes)}; take a smaller model or dtype, a larger GPU, or more tensor_parallel"
-        )
-    listed = ", ".join(f"{gpu.name} with {human_bytes(gpu.free_bytes)} free" for gpu in gpus)
-    if weight_bytes >= min(gpu.free_bytes for gpu in gpus):
-        what = f"the weights take {human_bytes(weight_bytes)} and not every GPU has as much free: {listed}"
-        return Finding("GPU memory", "warning", what, "end what else uses it (`nvidia-smi` names it)")
-    return ok("GPU memory", f"{human_bytes(weight_bytes)} of weights; {listed}")

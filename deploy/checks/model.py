@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...engine.checkpoint import list_tensors, refuse_pointer
+from ...engine.memory_need import weight_bytes
 from ...engine.model_config import ModelConfig
 from ...engine.model_flops import num_parameters
-from ...engine.resolve import resolve_device, resolve_dtype
+from ...engine.resolve import resolve_device, resolve_dtype, resolve_quantization
 from ...protocol.config import ModelOptions
 from ...protocol.memory import human_bytes
-from ...protocol.schema import DTYPE_BYTES
 from ...proxy.model_card import ModelCard
 from ...proxy.text.answer_form import AnswerForms
 from ...proxy.text.tokenizer import Tokenizer
@@ -19,7 +19,9 @@ from .finding import Finding, ok
 
 def check_weights(folder: Path, model: ModelConfig, options: ModelOptions) -> Finding:
     """Raises CheckpointError for a file that is missing, cut, or a git-LFS pointer."""
-    size = f"{num_parameters(model) / 1e9:.2f} B parameters, {human_bytes(weight_bytes(model, options))} in {resolve_dtype(model, options)}"
+    quantization = resolve_quantization(model, options)
+    numbers = resolve_dtype(model, options) if quantization is None else f"{quantization.told()} and {resolve_dtype(model, options)}"
+    size = f"{num_parameters(model) / 1e9:.2f} B parameters, {human_bytes(weight_bytes(folder, model, options))} in {numbers}"
     if options.load_format == "dummy":
         return ok("weights", f"random ones of {folder.name}'s shape: {size}")
     files = {info.file for info in list_tensors(folder).values()}
@@ -58,8 +60,3 @@ def check_parsers(folder: Path, options: ModelOptions) -> Finding:
     """How chats' answers are read. Raises CheckpointError as check_tokenizer."""
     told = AnswerForms.chosen(Tokenizer.from_folder(folder), options).told()
     return ok("parsers", told or "chats' answers are plain text, and tools are refused; see model.tool_parser, model.reasoning_parser")
-
-
-def weight_bytes(model: ModelConfig, options: ModelOptions) -> int:
-    """Of one worker's weights."""
-    return num_parameters(model) * DTYPE_BYTES[resolve_dtype(model, options)]

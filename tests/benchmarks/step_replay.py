@@ -23,7 +23,8 @@ from typing import Any
 
 from halfmoon.deploy.load.summary import Slo
 from halfmoon.deploy.load.trace_plan import TraceOptions, trace_plan
-from halfmoon.engine.mixed_graph import MAX_CAPTURED_ROWS, MAX_CHUNKS, row_counts
+from halfmoon.engine.graph_sizes import MAX_CAPTURED_ROWS
+from halfmoon.engine.mixed_graph import MAX_CHUNKS, row_counts
 from halfmoon.protocol.timing.chunk_sizer import LEAST_CHUNK_TOKENS, ChunkSizer, token_target_s
 from halfmoon.protocol.timing.step_cost import ChunkWork, StepCost, StepWork, attention_of, with_chunks
 from halfmoon.protocol.timing.step_fit import StepFit

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfmoon.engine.decode_graph import BATCH_SIZES, batch_size_for, batch_sizes, can_capture, is_plain
+from halfmoon.engine.decode_graph import can_capture, is_plain
+from halfmoon.engine.graph_sizes import BATCH_SIZES, batch_size_for, batch_sizes
 from halfmoon.engine.sequence import Sequence, StepChunk
 from halfmoon.protocol.sampling import SamplingParams
 

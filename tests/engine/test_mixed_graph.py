@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from halfmoon.engine.decode_graph import batch_size_for
-from halfmoon.engine.mixed_graph import MAX_CAPTURED_ROWS, row_counts
+from halfmoon.engine.graph_sizes import MAX_CAPTURED_ROWS, batch_size_for
+from halfmoon.engine.mixed_graph import row_counts
 from halfmoon.engine.sequence import Sequence, StepChunk
 from halfmoon.engine.step_graphs import sampled_chunks
 from halfmoon.protocol.sampling import SamplingParams

@@ -29,8 +29,10 @@ def config_of(folder: Path) -> ClusterConfig:
     )
 
 
-def test_a_whole_folder_has_nothing_to_tell(folder: Path) -> None:
-    assert require_startable(config_of(folder), own_ray=True) == []
+def test_of_a_whole_folder_its_memory_is_told_and_nothing_else(folder: Path) -> None:
+    told = require_startable(config_of(folder), own_ray=True)
+    assert [(found.check, found.severity) for found in told] == [("memory", "ok"), ("/dev/shm", "ok")]
+    assert "prefill: 21.5 MB of weights; decode: 21.5 MB of weights" in told[0].what
 
 
 def shard_missing(folder: Path) -> None:
@@ -85,7 +87,7 @@ def test_ranks_that_the_model_can_not_be_divided_into_are_named_with_what_it_tak
 def test_a_folder_without_a_chat_template_serves_and_says_so(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text("{}")
     (folder / "chat_template.jinja").unlink(missing_ok=True)
-    (warning,) = require_startable(config_of(folder), own_ray=True)
+    (warning,) = (found for found in require_startable(config_of(folder), own_ray=True) if found.severity != "ok")
     assert (warning.severity, warning.check) == ("warning", "tokenizer") and "has no chat template" in warning.what
 
 

@@ -108,7 +108,7 @@ class PrefillHalf:
         sequence.block_keys = list(keys)
         loop = asyncio.get_running_loop()
         self.scheduler.check(sequence)
-        job = PrefillJob(request, sequence, keys, task, *(loop.create_future() for _ in range(3)))
+        job = PrefillJob(request, sequence, keys, task, loop.create_future(), loop.create_future(), loop.create_future())
         self._jobs[sequence] = job
         return job
 

@@ -272,7 +272,8 @@ class Prefill:
         num_blocks = len(self._sequence.pages)
         keys = random_keys(num_blocks)
         request = worker_pb2.PrefillRequest()
-        job: Any = PrefillJob(request, self._sequence, keys, task, *(loop.create_future() for _ in range(3)))  # pyright: ignore[reportArgumentType]
+        started, computed, pushed = (loop.create_future() for _ in range(3))
+        job: Any = PrefillJob(request, self._sequence, keys, task, started, computed, pushed)  # pyright: ignore[reportArgumentType]
         job.client, job.writer = self._side.client, await self._side.client.reserve(name, 1, keys, num_blocks, DEADLINE_S)
         pushes = [finished_blocks(job, StepChunk(self._sequence, 0, self._sequence.num_tokens), self._engine.page_size)]
         token = await asyncio.to_thread(self.step, self._side.pages.after_layer(pushes))

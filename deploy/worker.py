@@ -10,12 +10,12 @@ from ..engine.executor import Progress
 from ..engine.local_executor import LocalExecutor
 from ..engine.ranks.executor import TensorParallelExecutor
 from ..engine.resolve import resolve_folder, resolve_name
-from ..engine.step_budget import StepLimits
 from ..engine.worker import Worker
 from ..engine.worker_life import WorkerAddress
 from ..prefill_worker.worker import PrefillHalf
 from ..protocol.config import DecodeConfig, ModelOptions, PrefillConfig
 from ..protocol.roles import WorkerRole
+from ..protocol.timing.step_limits import StepLimits
 
 CPU_PROMPTS = {"prefill": 2, "decode": 8, "both": 8}  # of max_model_len: what a worker's pages hold on CPU, if not configured
 

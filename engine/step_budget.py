@@ -11,19 +11,12 @@ import math
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
-from ..protocol.timing.chunk_sizer import LEAST_CHUNK_TOKENS, ChunkSizer
+from ..protocol.timing.chunk_sizer import LEAST_CHUNK_TOKENS
 from ..protocol.timing.step_cost import ChunkWork, StepCost, StepWork, attention_of
 from ..protocol.timing.step_fit import StepFit
+from ..protocol.timing.step_limits import StepLimits
 from .prompt_turns import LeftS
 from .sequence import StepChunk
-
-
-class StepLimits(NamedTuple):
-    """What is configured of steps with prompts in them."""
-
-    max_tokens: int  # where nobody decodes
-    max_tokens_beside: int  # where somebody does
-    tpot_target_s: float  # that steps are sized for, of sequences without a TPOT of their own; 0: they bound nothing
 
 
 class DecodeLoad(NamedTuple):
@@ -42,13 +35,7 @@ class StepBudget:
 
     def __init__(self, limits: StepLimits, prior: StepCost, block_size: int, row_counts: Seq[int] = ()) -> None:
         self.default_tpot_s = limits.tpot_target_s or math.inf
-        self._sizer = ChunkSizer(
-            most=limits.max_tokens,
-            # not more than where nobody decodes: who was counted among those who decode may yet lose its place
-            most_beside=min(limits.max_tokens_beside, limits.max_tokens),
-            least=max(LEAST_CHUNK_TOKENS, block_size),
-            row_counts=row_counts,
-        )
+        self._sizer = limits.sizer(max(LEAST_CHUNK_TOKENS, block_size), row_counts)
         self._fit = StepFit(prior)
 
     def num_tokens(self, load: DecodeLoad, waiting: Seq[ChunkWork]) -> int:

@@ -31,6 +31,7 @@ from ..protocol.exporter import Identity, ProcessMetrics
 from ..protocol.membership import REPORT_INTERVAL_S
 from ..protocol.roles import ROLE_NAMES, ROLE_NUMBERS, WORKER_ROLES, WorkerRole, decodes, prefills
 from ..protocol.timing.step_cost import StepCost
+from ..protocol.timing.step_limits import StepLimits
 from ..protocol.v1 import control_pb2
 from .block_cacher import BlockCacher
 from .calibration import calibrate
@@ -41,7 +42,7 @@ from .page_allocator import PageAllocator
 from .prefix_feed import PrefixFeed
 from .prefix_loader import PrefixLoader
 from .prefix_pages import PrefixPages
-from .step_budget import StepBudget, StepLimits
+from .step_budget import StepBudget
 from .step_loop import StepHalf, StepLoop
 from .stores import Stores
 from .work_front import WorkAge
@@ -265,6 +266,7 @@ class Worker:
             max_model_len=min(facts.max_model_len, facts.num_pages * facts.page_size),  # a sequence has to fit alone
             kv_capacity_tokens=facts.num_pages * facts.page_size,
             device=facts.device,
+            step_limits=control_pb2.StepLimits(**self._limits._asdict()),
         )
 
     async def _store_attached(self, client: StoreClient) -> None:

@@ -15,7 +15,7 @@ from functools import partial
 from ..protocol.errors import ConfigError
 from ..proxy.conductor.admission import create_admission
 from ..proxy.conductor.assigned_load import AssignedLoad
-from ..proxy.conductor.backlog import Backlog
+from ..proxy.conductor.backlog import Backlog, QueuePlace
 from ..proxy.conductor.conductor import Conductor
 from ..proxy.conductor.forecast import handoff_bytes, handoff_link
 from ..proxy.conductor.placement import Arriving, Placement, PlacementRequest, Rejection, Snapshot
@@ -47,7 +47,7 @@ class Cluster:
     def __init__(self, scenario: Scenario, progress: Progress | None = None) -> None:
         self.scenario = scenario
         self.loop = EventLoop()
-        self.predictors = Predictors(scenario.knows or scenario.cost, scenario.max_tokens_per_step)
+        self.predictors = Predictors(scenario.knows or scenario.cost)
         self.policy = create_policy(
             scenario.policy,
             random.Random(scenario.seed),
@@ -141,12 +141,12 @@ class Cluster:
         request = self.conductor.weigh(request, scenario.block_size)
         num_cached = known_blocks(request, scenario.block_size) * scenario.block_size
         work_s = self.predictors.prefill.predict(job.num_tokens - num_cached, num_cached)
-        order = self._order(job, work_s)
-        request, seen, answer = self._ask(request, order, work_s)
+        due_s = self._due_s(job, work_s)
+        request, seen, answer = self._ask(request, QueuePlace(self._order(job, work_s), due_s), work_s)
         late = isinstance(answer, Placement) and waited_s + (answer.ttft_s or 0.0) > scenario.slo.ttft_s
         if late and scenario.order == "late":
             order = self._order(job, work_s, waited_s + (answer.ttft_s or 0.0))
-            request, seen, answer = self._ask(request, order, work_s)
+            request, seen, answer = self._ask(request, QueuePlace(order, due_s), work_s)
         self.counters.num_placements += 1
         self.conductor.observe_arrival(request, seen, answer)
         if isinstance(answer, Rejection):
@@ -155,13 +155,13 @@ class Cluster:
                 return
             self._end(job, "rejected_at_arrival", answer.reason)
             return
-        self._dispatch(job, request, answer, order)
+        self._dispatch(job, request, answer)
 
-    def _ask(self, request: PlacementRequest, order: int, work_s: float) -> tuple[PlacementRequest, Snapshot, Placement | Rejection]:
+    def _ask(self, request: PlacementRequest, place: QueuePlace, work_s: float) -> tuple[PlacementRequest, Snapshot, Placement | Rejection]:
         """The request with its place in the queue."""
-        passed_until_s = -math.inf if self.scenario.order == "fair" else order / TICKS_PER_S
-        request = dataclasses.replace(request, passed_until_s=passed_until_s)
-        seen = self.view.snapshot(self.loop.now, order, work_s)
+        passed_until_s = -math.inf if self.scenario.order == "fair" else place.queue_order / TICKS_PER_S
+        request = dataclasses.replace(request, place=place, passed_until_s=passed_until_s)
+        seen = self.view.snapshot(self.loop.now, place, work_s)
         return request, seen, self.conductor.place(request, seen)
 
     def _order(self, job: Job, work_s: float, predicted_ttft_s: float | None = None) -> int:
@@ -172,7 +172,7 @@ class Cluster:
         arrival_s, slo_s = job.request.arrival_s, scenario.slo.ttft_s
         return queue_order(scenario.order, arrival_s=arrival_s, ttft_slo_s=slo_s, predicted_ttft_s=predicted_ttft_s, work_s=work_s)
 
-    def _dispatch(self, job: Job, request: PlacementRequest, placement: Placement, order: int) -> None:
+    def _dispatch(self, job: Job, request: PlacementRequest, placement: Placement) -> None:
         scenario, now = self.scenario, self.loop.now
         prefill = self.by_name[placement.prefill.id]
         job.prefill_on = prefill.name
@@ -201,18 +201,18 @@ class Cluster:
         self.prefixes.hope(prefill, job)
         if self.roles is None or prefill is decode:  # else decode is chosen when the prefill begins
             decode.promise(job, job.num_tokens)
-        prefill.add_prefill(job, order, cached, self._due_s(job))
+        prefill.add_prefill(job, request.place, cached)
         for instance in {prefill, decode}:
             self.view.placed_on(instance)
 
-    def _due_s(self, job: Job) -> float:
-        if self.scenario.order == "fair":
+    def _due_s(self, job: Job, work_s: float) -> float:
+        if self.scenario.order == "fair" or job.num_sent_tokens:
             return math.inf
         return first_token_due_s(
             self.scenario.order,
             arrival_s=job.request.arrival_s,
             ttft_slo_s=self.scenario.slo.ttft_s,
-            work_s=job.predicted_prefill_s,
+            work_s=work_s,
         )
 
     # what instances tell

@@ -5,9 +5,11 @@ With reports that take their time an instance is seen as it was; what was placed
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
-from ..proxy.conductor.backlog import LAST_ORDER, TaskTable
+from ..proxy.conductor.backlog import BEHIND_ALL, QueuePlace, TaskTable, Waiting
 from ..proxy.conductor.member_state import MemberState
 from ..proxy.conductor.placement import NEVER, NOBODY, Arrivals, Arriving, Snapshot
 from ..proxy.conductor.pool import Pool
@@ -57,19 +59,22 @@ class ClusterView:
         """An instance came or went."""
         self._pools = None
 
-    def snapshot(self, now_s: float, queue_order: int = LAST_ORDER, work_s: float = 0.0) -> Snapshot:
+    def snapshot(self, now_s: float, place: QueuePlace = BEHIND_ALL, work_s: float = 0.0) -> Snapshot:
         """As a request sees it that would have this place in the queues. work_s: predicted seconds of its prefill."""
         if self._changed:
             self._look(now_s)
         if self._pools is None:
             self._pools = self._make_pools()
-        queues = self.tasks.queues(queue_order, np.full(len(self._instances), work_s), now_s)
+        queues = self.tasks.queues(place, np.full(len(self._instances), work_s), now_s)
         for pool in set(self._pools):
             queues.show(pool, np.array([self._rows[name] for name in pool.roster.ids], np.int64), now_s)
         arriving, began_s = NOBODY, NEVER
         if self._with_arrivals:
             arriving, began_s = Arrivals.of(self.coming.values()), np.array(list(self.decoding.values()), np.float64)
-        return Snapshot(*self._pools, self._block_size, now_s, arriving, began_s)
+        return Snapshot(*self._pools, self._block_size, now_s, arriving, began_s, waiting=partial(self._waiting, now_s))
+
+    def _waiting(self, now_s: float, name: str) -> list[Waiting]:
+        return self.tasks.waiting(self._rows[name], now_s)
 
     def _look(self, now_s: float) -> None:
         due = self._changed

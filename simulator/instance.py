@@ -18,7 +18,7 @@ from ..engine.page_allocator import PageAllocator
 from ..prefill_worker.scheduler import Step as PrefillStep
 from ..protocol.timing.step_cost import StepWork, attention_of
 from ..protocol.timing.step_fit import StepFit
-from ..proxy.conductor.backlog import Backlog
+from ..proxy.conductor.backlog import Backlog, QueuePlace
 from ..proxy.conductor.placement import MemberState
 from ..proxy.conductor.predictors.cost_model import CostModel
 from ..proxy.conductor.predictors.timing import Predictors
@@ -58,6 +58,7 @@ class Instance:
         self.down = False
         self._loop = loop
         self._owner = owner
+        self._limits = options.limits
         self._predictors = predictors
         self._on_change = on_change
         self._jitter = Jitter(options.step_jitter, name)
@@ -67,10 +68,10 @@ class Instance:
     def _reset(self) -> None:
         options = self.options
         self.allocator = PageAllocator(self.cost.kv_capacity_tokens // options.page_size)
-        self.prefill = PrefillQueue(self.allocator, self.cost, options, self._predictors, self._owner, self._loop, self.poke)
+        self.fit = StepFit(options.knows)
+        self.prefill = PrefillQueue(self.allocator, self.cost, options, self.fit, self._owner, self._loop, self.poke)
         self.pages = PagePrefixes(self.allocator, options.page_size, options.block_size)
         self.decode.reset(self.allocator, options.page_size, options.max_running, options.step_tpot_s)
-        self.fit = StepFit(options.knows)
         self._num_seen = 0
         self._ending = False
         self._step: tuple[PrefillStep | None, DecodeStep | None] | None = None
@@ -80,11 +81,10 @@ class Instance:
 
     # what comes in
 
-    def add_prefill(self, job: Job, queue_order: int, num_cached: int, due_s: float = math.inf) -> None:
-        """queue_order: the queue's order, lower first. num_cached: tokens that the proxy thinks are cached. due_s: its first token; inf: by
-        the queue's order."""
-        job.task = self.books.place(job.num_tokens - num_cached, job.predicted_prefill_s, queue_order, self._loop.now)
-        self.prefill.add(job, queue_order, num_cached, due_s)
+    def add_prefill(self, job: Job, place: QueuePlace, num_cached: int) -> None:
+        """num_cached: tokens that the proxy thinks are cached."""
+        job.task = self.books.place(job.num_tokens - num_cached, job.predicted_prefill_s, place, self._loop.now)
+        self.prefill.add(job, place, num_cached)
         self._on_change(self)
         self.poke()
 
@@ -162,7 +162,7 @@ class Instance:
             self.decode.open_runs()
         prefill = None
         if self.prefill.num_ready:
-            prefill = self.prefill.schedule(self.fit, decodes, self.decode.target_s(now) if decodes.num_decodes else math.inf)
+            prefill = self.prefill.schedule(decodes, self.decode.target_s(now) if decodes.num_decodes else math.inf)
         if prefill is None and whole is None and not decodes.num_decodes:
             self.processor.leave(self)
             return
@@ -255,6 +255,7 @@ class Instance:
             num_running=num_running,
             num_running_tokens=num_kv_tokens,
             role=self.role,
+            limits=self._limits,
         )
 
     def report(self) -> None:

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ..protocol.timing.chunk_sizer import LEAST_CHUNK_TOKENS, ChunkSizer
+from ..protocol.timing.chunk_sizer import ChunkSizer
 from ..protocol.timing.step_cost import StepCost
+from ..protocol.timing.step_limits import StepLimits
 
 Role = Literal["prefill", "decode", "coupled"]
 
@@ -34,9 +35,13 @@ class InstanceOptions:
 
     @property
     def sizer(self) -> ChunkSizer:
-        return ChunkSizer(
-            most=self.max_tokens_per_step, most_beside=self.chunk_tokens or self.max_tokens_per_step, least=LEAST_CHUNK_TOKENS
-        )
+        return self.limits.sizer()
+
+    @property
+    def limits(self) -> StepLimits:
+        """As a worker announces them."""
+        target_s = self.tpot_s if math.isfinite(self.tpot_s) and not self.chunk_tokens else 0.0
+        return StepLimits(self.max_tokens_per_step, self.chunk_tokens or self.max_tokens_per_step, target_s)
 
     @property
     def step_tpot_s(self) -> float:

@@ -6,7 +6,6 @@ The scheduler is fed two steps ahead, and a prefix is looked up when its prefill
 
 from __future__ import annotations
 
-import math
 from bisect import insort
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -16,10 +15,10 @@ from ..engine.sequence import Sequence
 from ..prefill_worker.scheduler import PrefillScheduler, Step
 from ..protocol.sampling import SamplingParams
 from ..protocol.timing.chunk_sizer import Predicted
-from ..protocol.timing.step_cost import StepWork
+from ..protocol.timing.step_cost import ChunkWork, StepWork
 from ..protocol.timing.turns import Turn, arrange
+from ..proxy.conductor.backlog import QueuePlace
 from ..proxy.conductor.predictors.cost_model import CostModel
-from ..proxy.conductor.predictors.timing import Predictors
 from .clock import EventLoop
 from .instance_options import InstanceOptions
 from .job import Job
@@ -30,19 +29,19 @@ NO_SAMPLING = SamplingParams(max_tokens=1, ignore_eos=True)
 
 
 class _Held(NamedTuple):
-    place: tuple[int, int]  # queue_order, when it came
-    due_s: float
+    order: tuple[int, int]  # queue_order, when it came
+    place: QueuePlace
     job: Job
 
 
-def _place(held: _Held) -> tuple[int, int]:
-    return held.place
+def _order(held: _Held) -> tuple[int, int]:
+    return held.order
 
 
 class PrefillQueue:
     """The queue of one process; a restarted process has a new one. on_ready: called when something new can be computed."""
 
-    def __init__(self, allocator: PageAllocator, cost: CostModel, options: InstanceOptions, predictors: Predictors, owner: Owner,
+    def __init__(self, allocator: PageAllocator, cost: CostModel, options: InstanceOptions, fit: Predicted, owner: Owner,
                  loop: EventLoop, on_ready: Callable[[], None]) -> None:  # fmt: skip
         self.scheduler = PrefillScheduler(allocator, options.page_size, max(options.max_tokens_per_step, options.page_size))
         self.jobs: dict[Sequence, Job] = {}  # in the scheduler
@@ -52,7 +51,7 @@ class PrefillQueue:
         self._cost = cost
         self._options = options
         self._sizer = options.sizer
-        self._predictors = predictors
+        self._fit = fit  # what the instance knows of its steps
         self._owner = owner
         self._loop = loop
         self._on_ready = on_ready
@@ -61,11 +60,10 @@ class PrefillQueue:
         self._pace = 1.0  # times as long as alone, beside those who decode
         self._fresh: dict[Sequence, Job] = {}  # ready, and no chunk of them computed
 
-    def add(self, job: Job, queue_order: int, num_cached: int = 0, due_s: float = math.inf) -> None:
-        """queue_order: the queue's order, lower first. num_cached: tokens that are thought to be cached. due_s: its first token; inf: by
-        the queue's order."""
+    def add(self, job: Job, place: QueuePlace, num_cached: int = 0) -> None:
+        """num_cached: tokens that are thought to be cached."""
         self._num_added += 1
-        insort(self._held, _Held((queue_order, self._num_added), due_s, job), key=_place)
+        insort(self._held, _Held((place.queue_order, self._num_added), place, job), key=_order)
         job.num_expected_tokens = num_cached
         self.num_left_tokens += job.num_tokens - num_cached
         self.feed()
@@ -76,9 +74,9 @@ class PrefillQueue:
             if self.num_fed_tokens >= 2 * self._options.max_tokens_per_step and not leads:
                 break
             self._held.remove(held)
-            job, due_s = held.job, held.due_s
+            job, (queue_order, due_s, _) = held.job, held.place
             sequence = Sequence(
-                str(job.index), range(job.num_tokens), job.num_tokens, NO_SAMPLING, queue_order=held.place[0], due=due_s  # type: ignore[arg-type]
+                str(job.index), range(job.num_tokens), job.num_tokens, NO_SAMPLING, queue_order=queue_order, due=due_s  # type: ignore[arg-type]
             )  # fmt: skip
             job.prefill_sequence = sequence
             self.jobs[sequence] = job
@@ -93,17 +91,18 @@ class PrefillQueue:
         held, fed = self._held[:MOST_ARRANGED], list(self.jobs)
         if not held:
             return
-        turns = [Turn(one.place, one.due_s, one.job.predicted_prefill_s * self._pace) for one in held]
-        turns += [Turn((sequence.queue_order, 0), sequence.due, self._left_s(sequence)) for sequence in fed]
+        turns = [Turn(one.order, one.place.due_s, self._left_s(one.job.num_expected_tokens, one.job.num_tokens)) for one in held]
+        for one in fed:
+            turns.append(Turn((one.queue_order, 0), one.due, self._left_s(one.num_computed_tokens, one.num_tokens)))
         leads = True
         for index in arrange(turns, self._loop.now).order:
             leads = leads and index < len(held)
             if index < len(held):
                 yield held[index], leads
 
-    def _left_s(self, sequence: Sequence) -> float:
-        num_computed = sequence.num_computed_tokens
-        return self._pace * self._predictors.prefill.predict(sequence.num_tokens - num_computed, num_computed)
+    def _left_s(self, num_computed: int, num_tokens: int) -> float:
+        """As StepBudget.left_s."""
+        return self._pace * self._sizer.alone_s(self._fit, ChunkWork(num_computed, num_tokens - num_computed))
 
     def _begin_loads(self) -> None:
         for sequence in self.scheduler.start():
@@ -133,20 +132,19 @@ class PrefillQueue:
         job.num_cached_tokens = num_cached
         self.scheduler.ready(sequence, num_cached)
 
-    def schedule(self, cost: Predicted, decodes: StepWork, target_s: float) -> Step | None:
+    def schedule(self, decodes: StepWork, target_s: float) -> Step | None:
         """The chunks that go into a step beside a decode batch; None where none does.
 
         Args:
-            cost: as the instance knows it.
             target_s: what the step may take.
         """
         for sequence, job in self._fresh.items():
             num_cached = self._owner.look_again(job)
             if num_cached > job.num_cached_tokens:
                 self._recount(sequence, job, num_cached)
-        self._pace = pace = self._sizer.pace(cost, decodes, target_s)
-        self.scheduler.arrange(self._loop.now, lambda work: pace * self._sizer.alone_s(cost, work))
-        budget = self._sizer.num_tokens(cost, decodes, target_s, self.scheduler.waiting_chunks)
+        self._pace = pace = self._sizer.pace(self._fit, decodes, target_s)
+        self.scheduler.arrange(self._loop.now, lambda work: pace * self._sizer.alone_s(self._fit, work))
+        budget = self._sizer.num_tokens(self._fit, decodes, target_s, self.scheduler.waiting_chunks)
         # who decodes his own prompt has chunks of any size, as in DecodeScheduler; blocks for another are pushed whole
         self.scheduler.chunk_alignment = 1 if decodes.num_decodes else self._options.page_size
         step = self.scheduler.schedule(budget)

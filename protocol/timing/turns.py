@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 LONG_S = 30.0  # overdue for so long, a prompt has a part of the steps
 LONG_STEPS = 8  # of so many steps one
+MOST_FOLLOWED = 32  # turns, one after another; those behind them are taken by their places
 CAUTION = 1.3  # times what is predicted, that others must have to spare before one passes them
 
 
@@ -47,6 +48,32 @@ def arrange(turns: Sequence[Turn], now_s: float) -> Arrangement:
         in_time.insert(0, first)
     late.sort(key=lambda index: turns[index].place)
     return Arrangement(in_time + late, len(in_time))
+
+
+class Before(NamedTuple):
+    """What one of the turns waits for."""
+
+    indices: list[int]
+    in_time: bool
+    """It is one of the most that can be in time together."""
+
+
+def before(turns: Sequence[Turn], index: int, now_s: float) -> Before:
+    """Whose turns come before that of one, if nobody else comes: arranged anew whenever a prompt is computed."""
+    in_time, late = _most_in_time(turns, now_s)
+    if index not in in_time:
+        late.sort(key=lambda other: turns[other].place)
+        return Before(in_time + late[: late.index(index)], False)
+    found: list[int] = []
+    while len(found) < MOST_FOLLOWED:
+        first = _first_without_harm(turns, in_time, now_s)
+        first = in_time[0] if first is None else first
+        if first == index:
+            return Before(found, True)
+        in_time.remove(first)
+        found.append(first)
+        now_s += turns[first].left_s
+    return Before(found + [other for other in in_time if turns[other].place < turns[index].place], True)
 
 
 def long_overdue(turns: Sequence[Turn], arrangement: Arrangement, now_s: float) -> list[int]:

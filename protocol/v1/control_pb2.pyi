@@ -21,7 +21,7 @@ ROLE_STORE: Role
 ROLE_BOTH: Role
 
 class MemberInfo(_message.Message):
-    __slots__ = ("id", "incarnation", "role", "address", "metrics_address", "node_id", "store_id", "store_address", "schema", "max_model_len", "kv_capacity_tokens", "pid", "device", "roles")
+    __slots__ = ("id", "incarnation", "role", "address", "metrics_address", "node_id", "store_id", "store_address", "schema", "max_model_len", "kv_capacity_tokens", "pid", "device", "roles", "step_limits")
     ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,7 @@ class MemberInfo(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     ROLES_FIELD_NUMBER: _ClassVar[int]
+    STEP_LIMITS_FIELD_NUMBER: _ClassVar[int]
     id: str
     incarnation: str
     role: Role
@@ -50,7 +51,18 @@ class MemberInfo(_message.Message):
     pid: int
     device: str
     roles: _containers.RepeatedScalarFieldContainer[Role]
-    def __init__(self, id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., node_id: _Optional[str] = ..., store_id: _Optional[str] = ..., store_address: _Optional[str] = ..., schema: _Optional[_Union[_common_pb2.KVSchema, _Mapping]] = ..., max_model_len: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ...) -> None: ...
+    step_limits: StepLimits
+    def __init__(self, id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., node_id: _Optional[str] = ..., store_id: _Optional[str] = ..., store_address: _Optional[str] = ..., schema: _Optional[_Union[_common_pb2.KVSchema, _Mapping]] = ..., max_model_len: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ..., step_limits: _Optional[_Union[StepLimits, _Mapping]] = ...) -> None: ...
+
+class StepLimits(_message.Message):
+    __slots__ = ("max_tokens", "max_tokens_beside", "tpot_target_s")
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_BESIDE_FIELD_NUMBER: _ClassVar[int]
+    TPOT_TARGET_S_FIELD_NUMBER: _ClassVar[int]
+    max_tokens: int
+    max_tokens_beside: int
+    tpot_target_s: float
+    def __init__(self, max_tokens: _Optional[int] = ..., max_tokens_beside: _Optional[int] = ..., tpot_target_s: _Optional[float] = ...) -> None: ...
 
 class MemberLoad(_message.Message):
     __slots__ = ("num_running", "num_waiting", "num_outstanding_tokens", "kv_usage_ratio", "steps", "num_prefill_tokens", "num_cached_pages", "step_age_s", "step_expected_s", "transfer_age_s", "kv_leased_ratio", "ssd_bytes", "ssd_used_bytes")

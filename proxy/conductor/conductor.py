@@ -22,6 +22,7 @@ from .policies.base import cached_blocks
 from .policies.prefix_cost import fetch_pays, weigh
 from .pool import Pool
 from .predictors.timing import Predictors
+from .turn import with_turns
 
 
 class Conductor:
@@ -60,6 +61,8 @@ class Conductor:
         ttft_s = tpot_s = promised_s = None
         exposed_s = 0.0
         if self.predictors is not None:
+            num_cached = selected_blocks(request, selection, snapshot.block_size) * snapshot.block_size
+            selection = selection._replace(prefill=with_turns(self.predictors, request, selection.prefill, num_cached, snapshot))
             predicted = forecast(self.predictors, request, selection, snapshot)
             ttft_s, tpot_s, exposed_s, promised_s = predicted.ttft_s, predicted.tpot_s, predicted.exposed_s, predicted.promised_s
             predicted = predicted._replace(ttft_s=ttft_s + request.waited_s)

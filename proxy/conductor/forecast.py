@@ -13,8 +13,6 @@ from .predictors.first_token import Prompt, wait_for
 from .predictors.timing import Predictors
 from .predictors.waiting import step_with
 
-DEFAULT_TPOT_S = 0.05  # what workers size their steps for where nobody says
-
 
 class Forecast(NamedTuple):
     ttft_s: float  # from now
@@ -42,7 +40,8 @@ class PrefillForecast(NamedTuple):
 
 
 def forecast(predictors: Predictors, request: PlacementRequest, selection: Selection, snapshot: Snapshot) -> Forecast:
-    """A policy compares workers by what differs between them. Here the one that it selected is looked at closely."""
+    """A policy compares workers by what differs between them. Here the one that it selected is looked at closely, with its queue
+    as the worker will arrange it (turn.py)."""
     parts = prefill_forecast(predictors, request, selection.prefill, selection.prefix, snapshot)
     ttft_s = parts.ttft_s
     if selection.prefill.id == selection.decode.id:
@@ -70,8 +69,16 @@ def prefill_forecast(
         transfer_s += transfer.predict((num_blocks - own) * block_bytes)
         ssd_s += fetched_ssd_s(predictors, request, prefix.store_address, own, num_blocks, block_size)
     num_cached = num_blocks * block_size
-    tpot_s = request.slo.tpot_s if request.slo is not None and math.isfinite(request.slo.tpot_s) else DEFAULT_TPOT_S
-    prompt = Prompt(request.num_tokens - num_cached, num_cached, request.passed_until_s - snapshot.now_s, tpot_s)
+    due_s, passed_until_s = request.place.due_s, request.passed_until_s
+    if member.gives_way:
+        due_s = passed_until_s = math.inf
+    prompt = Prompt(
+        request.num_tokens - num_cached,
+        num_cached,
+        lets_pass_s=passed_until_s - snapshot.now_s,
+        tpot_s=request.tpot_s(member.limits),
+        due_in_s=due_s - snapshot.now_s,
+    )
     wait = wait_for(predictors, prompt, member, len(snapshot.prefill), snapshot.now_s)
     return PrefillForecast(wait.queue_s, transfer_s, wait.prefill_s, ssd_s, wait.exposed_s)
 

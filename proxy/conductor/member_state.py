@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...protocol.timing.step_limits import DEFAULT_LIMITS, StepLimits
+
 DECODES_ITS_OWN = frozenset({"coupled", "decode"})  # roles of workers that decode what they prefill
 
 
@@ -24,3 +26,5 @@ class MemberState:
     num_ahead_tokens: float = 0.0  # to prefill before the request, by its place in the queue
     num_behind_tokens: float = 0.0  # and after it
     behind_s: float = 0.0  # that those take, by prediction
+    limits: StepLimits = DEFAULT_LIMITS
+    gives_way: bool = False  # the request would be late there, and lets all pass that can be in time

@@ -6,13 +6,15 @@ PlacementRequest + Snapshot ──► Policy ──► Selection ──► Condu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from ...protocol.timing.step_limits import StepLimits
+from .backlog import ANYWHERE, QueuePlace, Waiting
 from .member_state import MemberState
 from .pool import Floats, Ints, Pool
 
@@ -64,6 +66,7 @@ class Snapshot:
         default_factory=lambda: NEVER
     )  # when each running decode began; like arriving, filled in where the admission wants it
     max_handoff_len: int = NO_BOUND  # tokens of the largest hand-off that a live store takes; 0: there is no live store
+    waiting: Callable[[str], list[Waiting]] | None = None  # a worker's id -> its prefills, where their order is to be looked at
 
     @classmethod
     def of(
@@ -111,7 +114,13 @@ class PlacementRequest:
     page_blocks: Mapping[str, int] = field(default_factory=dict[str, int])  # worker id -> leading blocks of it in its pages
     ssd_blocks: Mapping[str, int] = field(default_factory=lambda: NO_BLOCKS)  # store address -> of held_blocks, the last ones: on SSD alone
     ssd_verdicts: Mapping[str, SsdVerdict] = field(default_factory=lambda: NO_VERDICTS)  # by store address, once weighed
-    passed_until_s: float = -math.inf  # its place in the queue: later arrivals with an earlier moment go before it. The snapshot's clock
+    place: QueuePlace = ANYWHERE  # in workers' queues; due_s is of the snapshot's clock
+    passed_until_s: float = -math.inf  # what its place stands for, by the same clock: later arrivals with an earlier moment pass it
+
+    def tpot_s(self, limits: StepLimits) -> float:
+        """That a worker with these limits sizes its steps for; inf: none."""
+        own_s = self.slo.tpot_s if self.slo is not None else math.inf
+        return own_s if math.isfinite(own_s) else limits.tpot_target_s or math.inf
 
 
 class PrefixHint(NamedTuple):

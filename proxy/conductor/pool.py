@@ -18,6 +18,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
+from ...protocol.timing.step_limits import StepLimits
 from .member_state import DECODES_ITS_OWN, MemberState
 
 Ints = NDArray[np.int64]
@@ -29,11 +30,19 @@ NOTHING: Mapping[str, int] = MappingProxyType({})
 class Roster:
     """Who the rows are. Constant, so that what is derived from it is derived once."""
 
-    def __init__(self, ids: Iterable[str], incarnations: Iterable[str], store_addresses: Iterable[str], roles: Iterable[str]) -> None:
+    def __init__(
+        self,
+        ids: Iterable[str],
+        incarnations: Iterable[str],
+        store_addresses: Iterable[str],
+        roles: Iterable[str],
+        limits: Iterable[StepLimits],
+    ) -> None:
         self.ids = tuple(ids)
         self.incarnations = tuple(incarnations)
         self.store_addresses = tuple(store_addresses)
         self.roles = tuple(roles)
+        self.limits = tuple(limits)
         self._joined: tuple[Roster, Roster] | None = None  # the last other, and what came of it
 
     @cached_property
@@ -69,13 +78,24 @@ class Roster:
         """Who decodes what it prefills."""
         return np.array([one in DECODES_ITS_OWN for one in self.roles], np.bool_)
 
+    @cached_property
+    def max_step_tokens(self) -> Floats:
+        """Of chunks in a step, where nobody decodes."""
+        return np.array([one.max_tokens for one in self.limits], np.float64)
+
+    @cached_property
+    def max_tokens_beside(self) -> Floats:
+        """Where somebody does."""
+        return np.array([min(one.max_tokens_beside, one.max_tokens) for one in self.limits], np.float64)
+
     def take(self, rows: list[int]) -> Roster:
-        return Roster(*([column[row] for row in rows] for column in self._columns()))
+        columns = [[column[row] for row in rows] for column in self._columns()]
+        return Roster(*columns, limits=[self.limits[row] for row in rows])
 
     def join(self, other: Roster) -> Roster:
         if self._joined is None or self._joined[0] is not other:
             columns = zip(self._columns(), other._columns(), strict=True)
-            self._joined = other, Roster(*(mine + theirs for mine, theirs in columns))
+            self._joined = other, Roster(*(mine + theirs for mine, theirs in columns), limits=self.limits + other.limits)
         return self._joined[1]
 
     def _columns(self) -> tuple[tuple[str, ...], ...]:
@@ -109,6 +129,7 @@ class Pool:
                 [one.incarnation for one in members],
                 [one.store_address for one in members],
                 [one.role for one in members],
+                [one.limits for one in members],
             ),
             np.array([one.num_outstanding_tokens for one in members], np.int64),
             np.array([one.kv_capacity_tokens for one in members], np.int64),
@@ -140,6 +161,7 @@ class Pool:
             float(self.num_ahead_tokens[row]),
             float(self.num_behind_tokens[row]),
             float(self.behind_s[row]),
+            roster.limits[row],
         )
 
     def __iter__(self) -> Iterator[MemberState]:

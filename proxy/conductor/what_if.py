@@ -54,6 +54,7 @@ class WhatIf:
         capacity_len: tokens in a worker's pages; 0: enough.
         handoff_s: from the end of a prefill to the first token on another worker.
         least_slack: of a step, that has to be free on a worker that decodes for it to take prompts while others prefill.
+        most_beside: tokens of chunks beside decode tokens.
     """
 
     predictors: Predictors
@@ -62,6 +63,7 @@ class WhatIf:
     capacity_len: int
     handoff_s: float
     least_slack: float
+    most_beside: int
 
     def score(self, demand: Demand, num_prefill: int) -> float:
         """Mean share in time, over SCALES."""
@@ -87,7 +89,7 @@ class WhatIf:
         if num_prefill and slack_s < self.least_slack * target_s:
             return Batch(share, math.inf, 0.0)
         size = np.array([wanted])
-        slowdown = float(slowdowns_beside(step.cost, size, size * demand.context_len, target_s, 0)[0])
+        slowdown = float(slowdowns_beside(step.cost, size, size * demand.context_len, target_s, 0, self.most_beside)[0])
         return Batch(share, slowdown, min(wanted, 1.0) * target_s + self.predictors.model.request_s)
 
     def _in_time(self, prompts: Sequence[Arrival], num_prefill: int, scale: float, batch: Batch) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from ...protocol.roles import ROLE_NAMES, ROLE_NUMBERS, WORKER_ROLES, WorkerRole
 from ...protocol.schema import KVSchema
 from ...protocol.tasks import Tasks
 from ...protocol.v1 import control_pb2
-from ..conductor.backlog import LAST_ORDER
+from ..conductor.backlog import BEHIND_ALL, QueuePlace, Waiting
 from ..conductor.placement import Snapshot
 from ..conductor.policies.base import cost_by_blocks
 from ..conductor.pool import NOTHING, Ints, Pool, Roster
@@ -39,12 +40,12 @@ class Asking(NamedTuple):
     """What a snapshot needs to know of a request, to predict how long it would wait on each worker."""
 
     held_blocks: Mapping[str, int]  # store address -> leading blocks of it that are held there
-    queue_order: int  # in the workers' queues
+    place: QueuePlace  # in the workers' queues
     work_s: Callable[[int], float]  # held blocks -> seconds of its prefill after them
     page_blocks: Mapping[str, int] = NOTHING  # worker id -> leading blocks of it that stand in its pages
 
 
-BEHIND_ALL = Asking({}, LAST_ORDER, lambda num_held: 0.0)
+BEHIND_EVERYBODY = Asking({}, BEHIND_ALL, lambda num_held: 0.0)
 
 
 class Cluster:
@@ -270,11 +271,15 @@ class Cluster:
             prefill = decode = self._pools(candidates[:1], asking, now_s)[0]
         else:
             prefill, decode = self._pools(candidates, asking, now_s)
-        return Snapshot(prefill, decode, block_size, now_s, max_handoff_len=self.max_handoff_len)
+        waiting = partial(self._waiting, now_s)
+        return Snapshot(prefill, decode, block_size, now_s, max_handoff_len=self.max_handoff_len, waiting=waiting)
+
+    def _waiting(self, now_s: float, worker_id: str) -> list[Waiting]:
+        return self._table.tasks.waiting(self.members[worker_id].row, now_s)
 
     def workers(self, block_size: int, now_s: float) -> Snapshot:
         """All workers in either pool, behind everything that was placed on them: what a decision about roles is made on."""
-        everyone = self._pools([self._live(_works)], BEHIND_ALL, now_s)[0]
+        everyone = self._pools([self._live(_works)], BEHIND_EVERYBODY, now_s)[0]
         return Snapshot(everyone, everyone, block_size, now_s, max_handoff_len=self.max_handoff_len)
 
     def _pools(self, candidates: Sequence[_Candidates], asking: Asking | None, now_s: float) -> list[Pool]:
@@ -294,7 +299,7 @@ class Cluster:
                 pool.num_page_blocks = pool.in_pages(asking.page_blocks)
                 pool.num_held_blocks = pool.held(asking.held_blocks, asking.page_blocks)
                 work_s[rows] = cost_by_blocks(pool.num_held_blocks, asking.work_s)
-        queues = tasks.queues(asking.queue_order, work_s, now_s)
+        queues = tasks.queues(asking.place, work_s, now_s)
         for pool, (_, rows) in zip(pools, candidates, strict=True):
             queues.show(pool, rows, now_s)
 
@@ -315,6 +320,7 @@ class Cluster:
             [member.incarnation for member in members],
             [member.store_address if member.store_address in self._stores else "" for member in members],
             [STATE_ROLES.get(member.role, member.role) for member in members],
+            [member.limits for member in members],
         )
         return _Candidates(roster, np.array([member.row for member in members], np.int64))
 

@@ -16,6 +16,7 @@ from ...protocol.credentials import Credentials
 from ...protocol.errors import WorkerLost
 from ...protocol.roles import ROLE_NAMES
 from ...protocol.schema import KVSchema
+from ...protocol.timing.step_limits import DEFAULT_LIMITS, StepLimits
 from ...protocol.v1 import control_pb2, kvstore_pb2_grpc, worker_pb2, worker_pb2_grpc
 from ..conductor.assigned_load import AssignedLoad
 from ..conductor.backlog import Backlog
@@ -55,6 +56,7 @@ class Member:
         # prompts that it computes, for itself or to hand off
         self.backlog = Backlog(AssignedLoad(lambda: table.changed(row)), shares=False, table=table.tasks, row=row)
         self._set_role(ROLE_NAMES[role])
+        self.limits = _limits(info)
         self.num_loads = 0  # prefixes to load, of prefills that are not done
         self.schema = KVSchema.from_proto(info.schema) if info.HasField("schema") else None
         self.stream = 0  # number of its process's present Join stream
@@ -143,6 +145,7 @@ class Member:
             num_running=num_running,
             num_running_tokens=running_tokens,
             role=STATE_ROLES.get(self._role, self._role),
+            limits=self.limits,
         )
 
     def _load_row(self) -> LoadRow:
@@ -186,3 +189,11 @@ class Member:
     async def close(self) -> None:
         self.token_feed.close()
         await self._channel.close(CLOSE_GRACE_S)
+
+
+def _limits(info: control_pb2.MemberInfo) -> StepLimits:
+    """One that says nothing of them has the defaults."""
+    if not info.HasField("step_limits"):
+        return DEFAULT_LIMITS
+    told = info.step_limits
+    return StepLimits(told.max_tokens, told.max_tokens_beside, told.tpot_target_s)

@@ -72,7 +72,7 @@ class Assigner:
         block_size = decided.seen.block_size
         num_new = pair.num_tokens - num_cached
         seconds = decided.predictors.prefill.predict(num_new, num_cached)
-        task = pair.prefill.backlog.place(num_new, seconds, pair.queue_order, decided.seen.now_s)
+        task = pair.prefill.backlog.place(num_new, seconds, decided.asked.place, decided.seen.now_s)
         pair.until_prefilled.callback(lambda: task.end(time.monotonic()))
         if num_cached > page_blocks(decided.asked, pair.placement.prefill, block_size) * block_size:  # else nothing is to be loaded
             pair.prefill.num_loads += 1

@@ -34,7 +34,6 @@ class AttemptDecision:
     num_decode: int
     predictors: Predictors  # frozen
     answer: Placement | Rejection
-    queue_order: int
     error: str = ""  # what ended the attempt, if it failed
 
 
@@ -57,14 +56,12 @@ class RequestDecision:
     def slo(self) -> Slo:
         return self.terms.slo
 
-    def decided(
-        self, asked: PlacementRequest, seen: Snapshot, predictors: Predictors, answer: Placement | Rejection, queue_order: int
-    ) -> AttemptDecision:
+    def decided(self, asked: PlacementRequest, seen: Snapshot, predictors: Predictors, answer: Placement | Rejection) -> AttemptDecision:
         chosen = (answer.prefill.id, answer.decode.id) if isinstance(answer, Placement) else ("", "")
         pools = _kept(seen.prefill, chosen[0]), _kept(seen.decode, chosen[1])
         kept = Snapshot(*pools, seen.block_size, seen.now_s, max_handoff_len=seen.max_handoff_len)
         at_s = time.monotonic() - self.arrival
-        attempt = AttemptDecision(at_s, asked, kept, len(seen.prefill), len(seen.decode), predictors, answer, queue_order)
+        attempt = AttemptDecision(at_s, asked, kept, len(seen.prefill), len(seen.decode), predictors, answer)
         if isinstance(answer, Rejection) and self.attempts and isinstance(self.attempts[-1].answer, Rejection):
             self.attempts.pop()  # it waits, and is still refused
         self.attempts.append(attempt)

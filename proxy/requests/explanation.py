@@ -54,7 +54,7 @@ def _attempt(attempt: AttemptDecision, policy: str, record: common_pb2.PhaseReco
         num_decode=attempt.num_decode,
         reason=answer.reason,
         error=attempt.error,
-        queue_order=attempt.queue_order,
+        queue_order=attempt.asked.place.queue_order,
     )
     if isinstance(answer, Rejection):
         found.rejection_code, found.retry_after_s = answer.code, answer.retry_after_s
@@ -76,7 +76,7 @@ def _prefill_candidate(attempt: AttemptDecision, member: MemberState, policy: st
     asked, seen, answer = attempt.asked, attempt.seen, attempt.answer
     chosen, prefix = False, None
     if isinstance(answer, Placement) and answer.prefill.id == member.id:
-        chosen, prefix = True, answer.prefix
+        chosen, prefix, member = True, answer.prefix, answer.prefill
     elif policy_type(policy).fetches:  # otherwise only the candidate's own blocks count
         prefix = PrefixHint(*best_prefix(asked, seen.block_size))
     parts = prefill_forecast(attempt.predictors, asked, member, prefix, seen)

@@ -45,7 +45,7 @@ class Pair:
     @property
     def queue_order(self) -> int:
         """Lower is sooner in the workers' queues."""
-        return self.decided.queue_order
+        return self.decided.asked.place.queue_order
 
     @property
     def num_tokens(self) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 from ...protocol.blocks import BlockKey
 from ...protocol.config import QueueOrder
 from ..conductor.admission import Admission
+from ..conductor.backlog import QueuePlace
 from ..conductor.conductor import Conductor
 from ..conductor.load_tracker import LoadTracker
 from ..conductor.placement import NO_SLO, Placement, PlacementRequest, Rejection, Slo, Snapshot
@@ -105,19 +106,19 @@ class Placer:
         work_s = self._work_s(asked, max((*asked.held_blocks.values(), *asked.page_blocks.values()), default=0))
         order = self._ordering.order_of(request, slo, work_s)
         decision.first_token_due = self._ordering.due_of(request, slo, work_s)
-        asked = self._in_place(asked, order)
-        seen, answer = self._ask(asked, order, now_s)
+        asked = self._in_place(asked, order, decision.first_token_due)
+        seen, answer = self._ask(asked, now_s)
         if isinstance(answer, Rejection) and answer.code == "overloaded" and self._may_probe(now_s):
             asked = dataclasses.replace(asked, admitted=True)
-            seen, answer = self._ask(asked, order, now_s)
+            seen, answer = self._ask(asked, now_s)
         if self._ordering.asks_twice and isinstance(answer, Placement) and answer.ttft_s is not None:
             predicted_s = answer.ttft_s + asked.waited_s
             if predicted_s > slo.ttft_s:
                 # late even so: it gives way to others, and then waits longer, so it is predicted anew
                 order = self._ordering.order_of(request, slo, work_s, predicted_s)
-                asked = self._in_place(asked, order)
-                seen, answer = self._ask(asked, order, now_s)
-        return self._decided(decision, asked, seen, answer, order)
+                asked = self._in_place(asked, order, decision.first_token_due)
+                seen, answer = self._ask(asked, now_s)
+        return self._decided(decision, asked, seen, answer)
 
     def place_again(
         self,
@@ -134,9 +135,10 @@ class Placer:
         """
         now_s = time.monotonic()
         asked = self._described(request, prompt, now_s, exclude=exclude, avoid=avoid, slo=NO_SLO, admitted=True)
-        asked = self._in_place(asked, order)
-        seen, answer = self._ask(asked, order, now_s)
-        return self._decided(decision, asked, seen, answer, order)
+        has_tokens = prompt.num_tokens > decision.num_tokens  # and is then due at no moment
+        asked = self._in_place(asked, order, math.inf if has_tokens else decision.first_token_due)
+        seen, answer = self._ask(asked, now_s)
+        return self._decided(decision, asked, seen, answer)
 
     def _described(self, request: ProxyRequest, prompt: Prompt, now_s: float, **fields: Any) -> PlacementRequest:
         """fields: of the PlacementRequest."""
@@ -167,16 +169,17 @@ class Placer:
         return True
 
     def _decided(
-        self, decision: RequestDecision, asked: PlacementRequest, seen: Snapshot, answer: Placement | Rejection, order: int
+        self, decision: RequestDecision, asked: PlacementRequest, seen: Snapshot, answer: Placement | Rejection
     ) -> AttemptDecision:
         """The Conductor is told of an arrival once, however often it was asked."""
         predictors = self.learner.frozen()  # what the answer was predicted by
         self.conductor.observe_arrival(asked, seen, answer)
         self.learner.arrived()
-        return decision.decided(asked, seen, predictors, answer, order)
+        return decision.decided(asked, seen, predictors, answer)
 
-    def _in_place(self, asked: PlacementRequest, order: int) -> PlacementRequest:
-        return dataclasses.replace(asked, passed_until_s=self._ordering.passed_until_s(order))
+    def _in_place(self, asked: PlacementRequest, order: int, due_s: float) -> PlacementRequest:
+        place = QueuePlace(order, due_s, asked.priority)
+        return dataclasses.replace(asked, place=place, passed_until_s=self._ordering.passed_until_s(order))
 
     def _work_s(self, asked: PlacementRequest, num_held: int) -> float:
         """Predicted seconds of the prefill alone, behind so many held blocks."""
@@ -185,10 +188,10 @@ class Placer:
         cached = usable_blocks(asked, num_held, schema.block_size) * schema.block_size
         return self.learner.predictors.prefill.predict(asked.num_tokens - cached, cached)
 
-    def _ask(self, asked: PlacementRequest, order: int, now_s: float) -> tuple[Snapshot, Placement | Rejection]:
+    def _ask(self, asked: PlacementRequest, now_s: float) -> tuple[Snapshot, Placement | Rejection]:
         schema = self._cluster.schema
         assert schema is not None
-        asking = Asking(asked.held_blocks, order, partial(self._work_s, asked), asked.page_blocks)
+        asking = Asking(asked.held_blocks, asked.place, partial(self._work_s, asked), asked.page_blocks)
         seen = self._cluster.snapshot(schema.block_size, now_s, asking)
         if self.admission is not None and self.admission.wants_arrivals:
             seen = dataclasses.replace(seen, arriving=self.load_tracker.arriving, began_s=self.load_tracker.began_s)

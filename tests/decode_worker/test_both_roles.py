@@ -128,6 +128,7 @@ async def test_load_tells_of_prompts_and_of_context_apart(make_cluster: Any, mem
     cluster = await make_cluster(both=1, prefill={"max_tokens_per_step": 8})
     await cluster.decode.life.joined.wait()
     assert members.infos["both-0"].role == control_pb2.ROLE_BOTH
+    assert members.infos["both-0"].step_limits.max_tokens == 8, "as its steps are configured"
     assert set(members.infos["both-0"].roles) == {control_pb2.ROLE_PREFILL, control_pb2.ROLE_DECODE, control_pb2.ROLE_BOTH}
     stuck = threading.Event()
     cluster.decode.engine.forward = lambda *_, **__: stuck.wait(60)  # nothing is computed until the test has looked

@@ -13,10 +13,11 @@ from halfmoon.decode_worker.scheduler import DecodeScheduler
 from halfmoon.engine.combined_scheduler import CombinedScheduler, CombinedStep
 from halfmoon.engine.page_allocator import PageAllocator
 from halfmoon.engine.sequence import Sequence
-from halfmoon.engine.step_budget import StepBudget, StepLimits
+from halfmoon.engine.step_budget import StepBudget
 from halfmoon.prefill_worker.scheduler import PrefillScheduler
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.timing.step_cost import StepCost
+from halfmoon.protocol.timing.step_limits import StepLimits
 
 BLOCK_SIZE = 4
 COST = StepCost(read_s=0.01, chunk_s=0.0, per_token_s=0.001, per_attention_s=0.0, per_decode_s=0.0, per_context_s=0.0)

@@ -26,6 +26,7 @@ from halfmoon.protocol.membership import stay_joined
 from halfmoon.protocol.roles import ROLE_NAMES, ROLE_NUMBERS
 from halfmoon.protocol.sampling import SamplingParams
 from halfmoon.protocol.schema import KVSchema
+from halfmoon.protocol.timing.step_limits import StepLimits
 from halfmoon.protocol.v1 import common_pb2, control_pb2, control_pb2_grpc, kvstore_pb2, kvstore_pb2_grpc, worker_pb2, worker_pb2_grpc
 from halfmoon.proxy.control_service import ControlService
 from halfmoon.proxy.members.cluster import Cluster
@@ -78,6 +79,7 @@ class Peer:
         self.joined = asyncio.Event()
         self.max_model_len, self.kv_capacity_tokens, self.port = 512, 0, 0  # 0: not known
         self.roles: list[control_pb2.Role] = []  # that it can take on
+        self.step_limits: StepLimits | None = None  # None: it does not say
         self.taken: list[str] = []
         self.refusal: HalfmoonError | None = None  # of every order
         self.broken: asyncio.Future[control_pb2.Broken] = asyncio.get_running_loop().create_future()
@@ -101,6 +103,7 @@ class Peer:
             max_model_len=self.max_model_len,
             kv_capacity_tokens=self.kv_capacity_tokens,
             schema=self.schema.to_proto() if self.role != "store" else None,
+            step_limits=control_pb2.StepLimits(**self.step_limits._asdict()) if self.step_limits else None,
         )
         self.info = info
         joining = stay_joined(proxy_address, info, lambda: self.load, self.joined.set, self._take_role, self.broken)
@@ -358,7 +361,15 @@ class Bench:
         await self.server.start()
         self.address = f"127.0.0.1:{port}"
 
-    async def add(self, role: str, store: StorePeer | None = None, *, schema: KVSchema = SCHEMA, unread: bool = False) -> Any:
+    async def add(
+        self,
+        role: str,
+        store: StorePeer | None = None,
+        *,
+        schema: KVSchema = SCHEMA,
+        unread: bool = False,
+        step_limits: StepLimits | None = None,
+    ) -> Any:
         """unread: a worker that takes its requests as bytes."""
         kinds = {
             "prefill": (PrefillPeer, self.prefills),
@@ -369,7 +380,7 @@ class Bench:
         kind, known = (UnreadPeer, self.unread) if unread else kinds[role]
         peer = kind(role, len(known), self.board, store)
         known.append(peer)
-        peer.schema = schema
+        peer.schema, peer.step_limits = schema, step_limits
         await self.join(peer)
         return peer
 
@@ -450,7 +461,12 @@ async def make_bench() -> AsyncIterator[MakeBench]:
     benches: list[Bench] = []
 
     async def make(
-        num_prefill: int = 1, num_decode: int = 1, num_both: int = 0, eos_token_ids: frozenset[int] = frozenset({EOS}), **config: Any
+        num_prefill: int = 1,
+        num_decode: int = 1,
+        num_both: int = 0,
+        eos_token_ids: frozenset[int] = frozenset({EOS}),
+        step_limits: StepLimits | None = None,
+        **config: Any,
     ) -> Bench:
         bench = Bench(ProxyConfig(**{"policy": "least_loaded", **config}), eos_token_ids)
         benches.append(bench)
@@ -458,7 +474,7 @@ async def make_bench() -> AsyncIterator[MakeBench]:
         store = await bench.add("store")
         for role, num_workers in (("prefill", num_prefill), ("decode", num_decode), ("both", num_both)):
             for _ in range(num_workers):
-                await bench.add(role, store)
+                await bench.add(role, store, step_limits=step_limits)
         return bench
 
     yield make

@@ -209,7 +209,8 @@ class Adaptive(Policy):
         slo = Slo(self.slo.ttft_s if math.isfinite(self.slo.ttft_s) else DEFAULT_TTFT_S, self.tpot_s)
         capacity_len = sum(one.kv_capacity_tokens for one in members) // len(members)
         least_slack = self.slack_share if self.local_prefill else math.inf
-        return WhatIf(predictors, slo, len(members), capacity_len, predictors.handoff.predict(0.0, "net"), least_slack)
+        most_beside = min(min(one.limits.max_tokens_beside, one.limits.max_tokens) for one in members)
+        return WhatIf(predictors, slo, len(members), capacity_len, predictors.handoff.predict(0.0, "net"), least_slack, most_beside)
 
     def _load_s(self, request: PlacementRequest, own: int, in_pages: int, holder: str, used: int, block_size: int) -> float:
         """Seconds of transfer to a worker that holds own blocks, some in its pages; it fetches those up to used from the holder."""
@@ -225,7 +226,8 @@ class Adaptive(Policy):
         if not running.any():
             return np.ones(len(pool)), running
         target_s = token_target_s(self.tpot_s, 0, 0.0)
-        slowdowns = slowdowns_beside(self.predictors.step.cost, pool.num_running, pool.num_running_tokens, target_s, num_prefix_tokens)
+        cost, most = self.predictors.step.cost, pool.roster.max_tokens_beside
+        slowdowns = slowdowns_beside(cost, pool.num_running, pool.num_running_tokens, target_s, num_prefix_tokens, most)
         slowdowns = np.where(running, slowdowns, 1.0)
         decoding = pool.roster.decodes_its_own
         if decoding.all():

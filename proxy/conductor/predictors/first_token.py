@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from ....protocol.timing.chunk_sizer import LEAST_CHUNK_TOKENS, ChunkSizer, token_target_s
+from ....protocol.timing.chunk_sizer import token_target_s
 from ....protocol.timing.step_cost import ChunkWork, StepWork, attention_of
 from ..member_state import MemberState
 from .timing import Predictors
@@ -25,6 +25,7 @@ class Prompt(NamedTuple):
     num_cached_tokens: int
     lets_pass_s: float  # later arrivals, from now; -inf: nobody
     tpot_s: float  # that steps beside decodes are sized for
+    due_in_s: float = math.inf  # nobody passes it who would make it later than that
 
 
 class Wait(NamedTuple):
@@ -38,11 +39,16 @@ def wait_for(predictors: Predictors, prompt: Prompt, member: MemberState, num_wo
     ahead_s, own_s = queue_s(predictors, member, now_s), predictors.prefill.predict(prompt.num_new_tokens, prompt.num_cached_tokens)
     steps, num_own = _Steps.of(predictors, prompt, member), prompt.num_new_tokens
     found = steps.seconds(ahead_s, member.num_ahead_tokens, own_s, num_own, member.num_behind_tokens)
+    room_s = max(prompt.due_in_s - found.queue_s - found.prefill_s, 0.0)
     for _ in range(NUM_ROUNDS):
         exposed_s = found.exposed_s
         if exposed_s <= 0.0:
             break
         passing = predictors.passing.within(exposed_s, prompt.lets_pass_s, now_s, num_workers)
+        if passing.seconds > room_s and own_s > predictors.passing.mean_s:  # of too many the longest are left out, and let all others pass
+            late = prompt._replace(lets_pass_s=math.inf, due_in_s=math.inf)
+            return wait_for(predictors, late, member, num_workers, now_s)
+        passing = passing.at_most(room_s)
         num_ahead, num_behind = member.num_ahead_tokens + passing.num_tokens, member.num_behind_tokens + passing.num_behind_tokens
         found = steps.seconds(ahead_s + passing.seconds, num_ahead, own_s, num_own, num_behind)
         if abs(found.exposed_s - exposed_s) <= SAME * exposed_s:
@@ -63,16 +69,15 @@ class _Steps(NamedTuple):
 
     @classmethod
     def of(cls, predictors: Predictors, prompt: Prompt, member: MemberState) -> _Steps:
-        cost, most = predictors.step.cost, predictors.step_tokens
+        cost, most = predictors.step.cost, member.limits.max_tokens
         if not member.num_running:
             per_token_s = predictors.prefill.per_token_s
-            under_way_s = 0.0 if member.num_ahead_tokens else shared_s(predictors, member)
+            under_way_s = 0.0 if member.num_ahead_tokens else shared_s(member)
             return cls(most, per_token_s, 0.0, 0.0, 0.0, 0.0, under_way_s)
         decodes = StepWork(num_decodes=member.num_running, num_context_tokens=member.num_running_tokens)
         num_waiting = round(member.num_ahead_tokens) + prompt.num_new_tokens
         waiting = [ChunkWork(prompt.num_cached_tokens, max(num_waiting, most))]
-        sizer = ChunkSizer(most=most, most_beside=most, least=min(LEAST_CHUNK_TOKENS, most))
-        size = sizer.num_tokens(cost, decodes, token_target_s(prompt.tpot_s, 0, 0.0), waiting)
+        size = member.limits.sizer().num_tokens(cost, decodes, token_target_s(prompt.tpot_s, 0, 0.0), waiting)
         rest_s = cost.seconds(decodes) - cost.read_s
         products_s = cost.chunk_s + size * cost.per_token_s
         idle_s = max(cost.read_s, products_s) - size * cost.per_token_s + rest_s

@@ -22,6 +22,13 @@ class Coming(NamedTuple):
     num_tokens: float  # the same
     num_behind_tokens: float  # of what comes and does not
 
+    def at_most(self, seconds: float) -> Coming:
+        """The rest of what would pass the prompt does not."""
+        if self.seconds <= seconds:
+            return self
+        num_tokens = self.num_tokens * seconds / self.seconds
+        return Coming(seconds, num_tokens, self.num_behind_tokens + self.num_tokens - num_tokens)
+
 
 class Passing:
     """Moments are of one clock."""
@@ -49,6 +56,11 @@ class Passing:
         times = np.clip(lets_pass_s - seen[:, 3], 0.0, wait_s) * here if lets_pass_s > -np.inf else np.zeros(len(seen))
         num_tokens = float(times @ seen[:, 2])
         return Coming(float(times @ seen[:, 1]), num_tokens, wait_s * here * self._num_tokens - num_tokens)
+
+    @property
+    def mean_s(self) -> float:
+        """Of the work of one that came."""
+        return self._work_s / max(len(self._seen), 1)
 
     def frozen(self) -> Passing:
         """As it is now; what is observed later replaces the rows and does not change them."""

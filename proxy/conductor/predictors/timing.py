@@ -235,7 +235,6 @@ class Predictors:
     """What the Conductor knows of time. One object, shared by policy, admission and the order of queues."""
 
     model: CostModel
-    step_tokens: int = 2048  # of chunks in a step, at most: workers' own default
     prefill: PrefillTime = field(init=False)
     step: StepTime = field(init=False)
     transfer: TransferTime = field(init=False)

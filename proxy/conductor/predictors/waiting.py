@@ -10,8 +10,6 @@ from ..member_state import MemberState
 from ..pool import Floats, Ints, Pool
 from .timing import Predictors
 
-MOST_CHUNK_TOKENS = 2048  # beside decode tokens: workers' own default
-
 
 def queue_s(predictors: Predictors, member: MemberState, now_s: float) -> float:
     """Seconds until the member has computed what was placed on it. From its tokens where it tells no time."""
@@ -28,15 +26,15 @@ def queue_times(predictors: Predictors, pool: Pool, now_s: float) -> Floats:
     return found
 
 
-def shared_s(predictors: Predictors, member: MemberState) -> float:
+def shared_s(member: MemberState) -> float:
     """Seconds of a step's chunks of prompts behind the request."""
     num_behind = member.num_behind_tokens
-    return member.behind_s * min(predictors.step_tokens / num_behind, 1.0) if num_behind else 0.0
+    return member.behind_s * min(member.limits.max_tokens / num_behind, 1.0) if num_behind else 0.0
 
 
 def wait_times(predictors: Predictors, pool: Pool, now_s: float) -> Floats:
     """queue_times, and a step under way that has chunks of those behind the request. [workers]"""
-    shared = pool.behind_s * np.minimum(predictors.step_tokens / np.maximum(pool.num_behind_tokens, 1.0), 1.0)
+    shared = pool.behind_s * np.minimum(pool.roster.max_step_tokens / np.maximum(pool.num_behind_tokens, 1.0), 1.0)
     return queue_times(predictors, pool, now_s) + shared
 
 
@@ -51,18 +49,23 @@ def least_step(predictors: Predictors, pool: Pool) -> MemberState:
 
 
 def slowdowns_beside(
-    cost: StepCost, num_running: Ints | Floats, num_running_tokens: Ints | Floats, target_s: float, num_prefix_tokens: int
+    cost: StepCost,
+    num_running: Ints | Floats,
+    num_running_tokens: Ints | Floats,
+    target_s: float,
+    num_prefix_tokens: int,
+    most: Floats | float,
 ) -> Floats:
     """How many times longer than alone a prompt takes in each worker's steps, by the chunks that its batch leaves room for. [workers]
 
     The chunk is ChunkSizer's, but for its rounding: the largest n at which the read of the weights and the products both stay under
-    what the batch leaves of target_s.
+    what the batch leaves of target_s, and not more than most.
     """
     half, each = cost.per_attention_s / 2, num_prefix_tokens * cost.per_attention_s
     rest_s = num_running * cost.per_decode_s + num_running_tokens * cost.per_context_s
     left_s = target_s - rest_s
     sizes = np.minimum(_root(half, each + cost.per_token_s, left_s - cost.chunk_s), _root(half, each, left_s - cost.read_s))
-    sizes = np.clip(sizes, LEAST_CHUNK_TOKENS, MOST_CHUNK_TOKENS)
+    sizes = np.minimum(np.maximum(sizes, LEAST_CHUNK_TOKENS), most)
     attention_s = sizes * (each + sizes * half)
     products_s = cost.chunk_s + sizes * cost.per_token_s
     return (np.maximum(products_s, cost.read_s) + attention_s + rest_s) / (products_s + attention_s)

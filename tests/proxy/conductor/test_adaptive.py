@@ -171,7 +171,7 @@ def test_a_local_prefill_is_slowed_by_the_chunks_that_the_worker_will_run(runnin
     cost = StepCost(5e-3, 2e-3, 2e-5, 1e-9, 1e-5, 4e-8)
     state = MemberState("d", "d#1", "d", num_running=running, num_running_tokens=running * each, role="decode")
     pool = Pool.of([state])
-    found = float(slowdowns_beside(cost, pool.num_running, pool.num_running_tokens, target_s, prefix)[0])
+    found = float(slowdowns_beside(cost, pool.num_running, pool.num_running_tokens, target_s, prefix, 2048)[0])
     decodes = StepWork(num_decodes=running, num_context_tokens=running * each)
     sizer = ChunkSizer(most=2048, most_beside=2048, least=LEAST_CHUNK_TOKENS)
     size = sizer.num_tokens(cost, decodes, target_s, [ChunkWork(prefix, 100_000)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from halfmoon.protocol.timing.step_limits import StepLimits
 from halfmoon.proxy.conductor.placement import MemberState
 from halfmoon.proxy.conductor.predictors import CostModel, Predictors
 from halfmoon.proxy.conductor.predictors.first_token import Prompt, wait_for
@@ -20,13 +21,14 @@ NOBODY_PASSES = float("-inf")
 
 
 def seconds(member: MemberState, num_new: int, tpot_s: float = 0.1) -> float:
-    wait = wait_for(Predictors(MODEL, 1000), Prompt(num_new, 0, NOBODY_PASSES, tpot_s), member, 1, now_s=10.0)
+    wait = wait_for(Predictors(MODEL), Prompt(num_new, 0, NOBODY_PASSES, tpot_s), member, 1, now_s=10.0)
     return wait.queue_s + wait.prefill_s
 
 
 def member(*, ahead: int = 0, behind: int = 0, running: int = 0) -> MemberState:
     return MemberState("w", "w", "s", busy_until_s=10.0 + ahead / 1e3, num_running=running, num_ahead_tokens=ahead,
-                       num_behind_tokens=behind, behind_s=behind / 1e3)  # fmt: skip
+                       num_behind_tokens=behind, behind_s=behind / 1e3,
+                       limits=StepLimits(1000, 1000))  # fmt: skip
 
 
 def test_alone_a_prompt_takes_its_own_seconds() -> None:
@@ -57,6 +59,24 @@ def test_what_is_more_urgent_and_comes_later_counts_as_it_came_of_late() -> None
     assert found.num_tokens + found.num_behind_tokens == pytest.approx(10 * 60.0)
     assert passing.within(1.0, 0.8, now_s, 4).seconds < found.seconds / 4, "they go to others that have nothing to do"
     assert passing.within(1.0, NOBODY_PASSES, now_s, 1).seconds == 0.0
+
+
+def test_of_those_that_come_nobody_makes_a_short_prompt_late_and_all_pass_a_long_one_that_has_no_time_for_them() -> None:
+    predictors = Predictors(MODEL)
+    for number in range(2 * FEWEST):
+        predictors.passing.observe(number * 0.1, 0.15, 150.0, 0.0)  # 10 a second, 150 ms each: one worker is too few
+    now_s, limits = 2 * FEWEST * 0.1, StepLimits(100, 100)
+    queue = MemberState("w", "w", "s", busy_until_s=now_s + 1.0, num_ahead_tokens=1000, limits=limits)
+
+    def first_token_s(num_new: int, due_in_s: float) -> float:
+        wait = wait_for(predictors, Prompt(num_new, 0, 5.0, 0.1, due_in_s), queue, 1, now_s)
+        return wait.queue_s + wait.prefill_s
+
+    undue_s = first_token_s(100, 100.0)
+    assert undue_s > 2.0, "more comes than can be computed"
+    assert first_token_s(100, 1.7) == pytest.approx(1.7, abs=0.11), "as late as it may be"
+    assert first_token_s(100, 0.5) == pytest.approx(first_token_s(100, 1.1), abs=0.11), "or at once where it has no time"
+    assert first_token_s(300, 1.7) > undue_s, "of too many the longest are left out"
 
 
 def test_what_is_promised_is_what_nine_of_ten_came_within() -> None:

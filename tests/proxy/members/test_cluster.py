@@ -9,7 +9,9 @@ from prometheus_client import CollectorRegistry
 
 from halfmoon.protocol.errors import InvalidRequest, SchemaMismatch
 from halfmoon.protocol.schema import KVSchema
+from halfmoon.protocol.timing.step_limits import StepLimits
 from halfmoon.protocol.v1 import control_pb2
+from halfmoon.proxy.conductor.backlog import QueuePlace
 from halfmoon.proxy.conductor.placement import NO_BOUND
 from halfmoon.proxy.members.cluster import Asking, Cluster
 from halfmoon.proxy.members.member import Member
@@ -205,10 +207,10 @@ async def test_a_snapshot_shows_each_worker_s_load_and_how_long_the_request_woul
     for name in ("store-0", "store-1", "prefill-0", "prefill-1", "decode-0"):
         cluster.join(info(name), NO_LOAD)
     first, second, decode = (cluster.members[name] for name in ("prefill-0", "prefill-1", "decode-0"))
-    first.backlog.place(1000, 4.0, 0, 50.0)
-    second.backlog.place(200, 1.0, 0, 50.0)
+    first.backlog.place(1000, 4.0, QueuePlace(0), 50.0)
+    second.backlog.place(200, 1.0, QueuePlace(0), 50.0)
     decode.context.place(30).begin()
-    before = cluster.snapshot(4, 50.0, Asking({"127.0.0.1:11": 3}, 0, lambda num_held: 2.0 if num_held < 3 else 0.5))
+    before = cluster.snapshot(4, 50.0, Asking({"127.0.0.1:11": 3}, QueuePlace(0), lambda num_held: 2.0 if num_held < 3 else 0.5))
     assert [one.num_outstanding_tokens for one in before.prefill] == [1000, 200]
     # steps are shared: each equal comes before it for as long as it takes itself, which is less where its prefix lies
     assert before.prefill.busy_until_s.tolist() == pytest.approx([52.0, 50.5])
@@ -219,8 +221,19 @@ async def test_a_snapshot_shows_each_worker_s_load_and_how_long_the_request_woul
     assert before.decode[0].num_outstanding_tokens == 30, "a snapshot stays what it was"
     assert cluster.snapshot(4).decode[0].num_outstanding_tokens == 42 and decode.state.num_outstanding_tokens == 42
     cluster.leave(first, first.stream)
-    after = cluster.snapshot(4, 50.25, Asking({}, 1, lambda _: 9.0))
+    after = cluster.snapshot(4, 50.25, Asking({}, QueuePlace(1), lambda _: 9.0))
     assert [one.id for one in after.prefill] == ["prefill-1"] and after.prefill.busy_until_s.tolist() == pytest.approx([51.0])
+
+
+async def test_a_snapshot_shows_the_steps_that_a_worker_says_it_runs(cluster: Cluster) -> None:
+    told, silent = info("prefill-0"), info("prefill-1")
+    told.step_limits.CopyFrom(control_pb2.StepLimits(max_tokens=512, max_tokens_beside=256, tpot_target_s=0.0))
+    cluster.join(told, NO_LOAD)
+    cluster.join(silent, NO_LOAD)
+    cluster.join(info("decode-0"), NO_LOAD)
+    seen = cluster.snapshot(4).prefill
+    assert [one.limits for one in seen] == [StepLimits(512, 256, 0.0), StepLimits()]
+    assert seen.roster.max_step_tokens.tolist() == [512, 2048] and cluster.members["prefill-0"].state.limits.max_tokens_beside == 256
 
 
 async def test_two_hundred_members_come_and_go_and_each_has_a_row_of_its_own(cluster: Cluster) -> None:
@@ -241,10 +254,10 @@ async def test_rows_of_members_that_left_are_used_again_without_what_stood_there
     cluster.join(info("store-0"), NO_LOAD)
     for incarnation in range(1, 300):
         member = cluster.join(info("prefill-0", incarnation), NO_LOAD)
-        member.backlog.place(100, 4.0, 0, 50.0)
+        member.backlog.place(100, 4.0, QueuePlace(0), 50.0)
     assert cluster._table.size <= 64, "one worker and one store"
     assert len(cluster._table.tasks) == 1
-    snapshot = cluster.snapshot(4, 50.0, Asking({}, 0, lambda _: 9.0))
+    snapshot = cluster.snapshot(4, 50.0, Asking({}, QueuePlace(0), lambda _: 9.0))
     assert snapshot.prefill.busy_until_s.tolist() == pytest.approx([54.0]) and snapshot.prefill[0].num_outstanding_tokens == 100
 
 

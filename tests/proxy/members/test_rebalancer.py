@@ -12,6 +12,7 @@ import pytest
 from halfmoon.protocol.channel import open_channel
 from halfmoon.protocol.errors import InternalError, Overloaded
 from halfmoon.protocol.v1 import control_pb2, control_pb2_grpc
+from halfmoon.proxy.conductor.backlog import QueuePlace
 from halfmoon.proxy.conductor.placement import Snapshot
 from halfmoon.proxy.conductor.policies.base import RoleChange
 from halfmoon.proxy.members.rebalancer import FIXED_S, NUM_NOTED, Rebalancer
@@ -77,7 +78,7 @@ async def test_every_worker_is_shown_with_all_that_was_placed_on_it(make_bench: 
     prefill, decode = bench.cluster.members["prefill-0"], bench.cluster.members["decode-0"]
     bench.prefills[0].load = control_pb2.MemberLoad(num_outstanding_tokens=1000)
     clock.now = time.monotonic()
-    prefill.backlog.place(1000, 1e6, 2**40, clock.now)
+    prefill.backlog.place(1000, 1e6, QueuePlace(2**40), clock.now)
     decode.context.place(30).begin()
     await within(2, bench.cluster.set_role(bench.cluster.members["both-0"], "decode", 60.0))
     script = Script()

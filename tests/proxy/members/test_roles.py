@@ -9,6 +9,7 @@ import pytest
 
 from halfmoon.protocol.errors import DeadlineExceeded, InvalidRequest, Overloaded, WorkerLost
 from halfmoon.protocol.v1 import control_pb2
+from halfmoon.proxy.conductor.backlog import QueuePlace
 from halfmoon.proxy.members.orders import Orders
 from halfmoon.tests.waiting import within
 
@@ -51,7 +52,7 @@ async def test_backlog_and_context_of_both_roles_are_counted_apart(make_bench: A
     bench = await make_bench(0, 0, num_both=1)
     member = bench.cluster.members["both-0"]
     member.context.place(500)
-    member.backlog.place(1000, 3.0, 0, 0.0)
+    member.backlog.place(1000, 3.0, QueuePlace(0), 0.0)
     for _ in range(2):
         member.report(control_pb2.MemberLoad(num_outstanding_tokens=7, num_prefill_tokens=300))
     assert member.state.num_outstanding_tokens == 500 and member.backlog.assigned.num_left_tokens == 300

@@ -12,6 +12,7 @@ from halfmoon.client import AsyncClient, Control, Explanation, UnknownRequest
 from halfmoon.protocol.blocks import block_keys, root_key
 from halfmoon.protocol.errors import NoWorker, Overloaded
 from halfmoon.protocol.v1 import common_pb2
+from halfmoon.proxy.conductor.backlog import QueuePlace
 from halfmoon.proxy.conductor.placement import NO_SLO, MemberState, PlacementRequest, Rejection, Snapshot
 from halfmoon.proxy.conductor.predictors import Predictors
 from halfmoon.proxy.request import ProxyRequest, RequestState
@@ -42,7 +43,7 @@ async def test_every_candidate_is_shown_with_its_predictions_and_the_chosen_with
     keys = block_keys(root_key(peers.SCHEMA.fingerprint), request.token_ids, 4)
     index = bench.router._index
     index.change(bench.stores[0].address, keys[:3], ())
-    busy = bench.cluster.members["prefill-0"].backlog.place(4000, 7.0, 0, asyncio.get_running_loop().time())
+    busy = bench.cluster.members["prefill-0"].backlog.place(4000, 7.0, QueuePlace(0), asyncio.get_running_loop().time())
     running = bench.cluster.members["decode-0"].context.place(500)
     running.begin()
     for prefill in bench.prefills:
@@ -162,7 +163,7 @@ def test_of_many_candidates_the_chosen_and_the_least_loaded_are_kept() -> None:
     pool = tuple(MemberState(f"p{number:03}", f"p{number}.1", "s", busy_until_s=float(100 - number)) for number in range(100))
     decision = log.open(request("a"), NO_SLO)
     asked = PlacementRequest(2)
-    attempt = decision.decided(asked, Snapshot.of(pool, pool[:3], 4), Predictors.guess(), Rejection("overloaded", "no"), 0)
+    attempt = decision.decided(asked, Snapshot.of(pool, pool[:3], 4), Predictors.guess(), Rejection("overloaded", "no"))
     assert [member.id for member in attempt.seen.prefill] == [f"p{number:03}" for number in range(99, 99 - NUM_KEPT + 1, -1)]
     assert (attempt.num_prefill, attempt.num_decode, len(attempt.seen.decode)) == (100, 3, 3)
     decision.end(RequestState.REJECTED, "no")

@@ -10,6 +10,7 @@ import pytest
 from halfmoon.protocol.blocks import block_keys, root_key
 from halfmoon.protocol.errors import ConfigError, Overloaded
 from halfmoon.protocol.timing.step_cost import StepWork, attention_of
+from halfmoon.protocol.timing.step_limits import StepLimits
 from halfmoon.protocol.v1 import common_pb2, control_pb2
 from halfmoon.proxy.conductor.predictors import CostModel
 from halfmoon.proxy.request import RequestState
@@ -20,6 +21,7 @@ MODEL = CostModel(
     name="test", prefill_s=0.5, per_token_s=0.01, per_token_prefix_s=1e-4, per_token_squared_s=1e-4, step_s=0.04, per_sequence_s=0.002,
     per_kv_token_s=1e-5, kv_bytes_per_token=1, kv_capacity_tokens=10**6, cache_tokens=10**6, link_bytes_per_s=1e6, request_s=0.25,
 )  # fmt: skip
+ONE_PROMPT = StepLimits(10)  # of those below, in a step
 TOKEN_BYTES = 2 * 2 * 2 * 8 * 4  # of the peers' schema: layers, K and V, heads, head_dim, float32
 
 
@@ -239,8 +241,7 @@ async def test_queues_are_earliest_deadline_first_and_a_replay_keeps_its_place(m
 
 
 async def test_an_urgent_request_is_predicted_behind_the_step_under_way_alone(make_bench: Any, profile: str, peers: Any) -> None:
-    bench = await make_bench(order="edf", cost_model=profile)
-    bench.router.predictors.step_tokens = 10  # one prompt
+    bench = await make_bench(order="edf", cost_model=profile, step_limits=ONE_PROMPT)
     bench.prefills[0].before_seal = peers.forever
     alone_s = MODEL.prefill_time(10, 0)
     streams, predicted = [], []
@@ -255,15 +256,32 @@ async def test_an_urgent_request_is_predicted_behind_the_step_under_way_alone(ma
     bench.assert_at_rest()
 
 
+async def test_a_worker_s_own_order_by_what_is_due_is_what_a_first_token_is_predicted_by(make_bench: Any, profile: str, peers: Any) -> None:
+    bench = await make_bench(cost_model=profile, step_limits=ONE_PROMPT)
+    bench.prefills[0].before_seal = peers.forever
+    alone_s = MODEL.prefill_time(10, 0)
+    opened, answers = [], []
+    for number, slo_s in enumerate((0.3, 30.0, 2.0, 0.3)):  # a prompt takes 0.61 s: the first and the last are late in any case
+        request = bench.request([number + 7] * 10, slo=(slo_s, None))
+        opened.append(bench.router.open(request))
+        answers.append(explained(bench, request).attempts[0].answer)
+    assert [answer.prefill.gives_way for answer in answers] == [True, False, False, True]
+    ahead = [round((answer.ttft_s - alone_s - 0.25) / alone_s, 1) for answer in answers]
+    # before the second is the step under way, before the third the second, whose place is sooner, and before the last everybody
+    assert ahead == pytest.approx([0, 1, 1, 3], abs=0.2)
+    for stream in opened:
+        await stream.cancel("enough")
+    bench.assert_at_rest()
+
+
 async def test_who_will_be_late_in_any_case_gives_way_and_is_told_so(make_bench: Any, profile: str, peers: Any) -> None:
-    bench = await make_bench(order="late", cost_model=profile)
-    bench.router.predictors.step_tokens = 10  # one prompt
+    bench = await make_bench(order="late", cost_model=profile, step_limits=ONE_PROMPT)
     bench.prefills[0].before_seal = peers.forever
     opened = [bench.router.open(bench.request([5] * 10, slo=(0.7, None)))]  # late: it takes 0.86 s
     late = bench.request([6] * 10, slo=(3.0, None))
     opened.append(bench.router.open(late))  # in time, before the late one
     attempt, first = explained(bench, late).attempts[0], bench.router.decisions.find("request-1")[0].attempts[0]
-    assert attempt.queue_order < first.queue_order and attempt.answer.ttft_s == pytest.approx(0.86 + 0.61, abs=0.05)
+    assert attempt.asked.place.queue_order < first.asked.place.queue_order and attempt.answer.ttft_s == pytest.approx(0.86 + 0.61, abs=0.05)
     for stream in opened:
         await stream.cancel("enough")
 

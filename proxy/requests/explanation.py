@@ -120,6 +120,8 @@ def _predictions(
         predicted["handoff"] = predictors.handoff.predict(num_bytes, handoff_link(answer.prefill, answer.decode))
     if answer.ttft_s is not None:
         predicted["ttft"] = attempt.at_s + answer.ttft_s
+    if answer.promised_ttft_s is not None:
+        predicted["promised"] = attempt.at_s + answer.promised_ttft_s
     if answer.tpot_s is not None:
         predicted["tpot"] = answer.tpot_s
     measured = _measured(record) if record is not None else {}
@@ -135,7 +137,8 @@ def _measured(record: common_pb2.PhaseRecord) -> dict[str, float]:
     """The measured value of each predicted number, as far as there is one. Time that a step gives to others counts as queueing."""
     if record.ttft_s <= 0.0:
         return {}
-    found = {"ssd": record.ssd_wait_s, "transfer": record.prefix_load_s - record.ssd_wait_s, "ttft": record.ttft_s}
+    found = {"ssd": record.ssd_wait_s, "transfer": record.prefix_load_s - record.ssd_wait_s}
+    found["ttft"] = found["promised"] = record.ttft_s
     if record.prefill_compute_s > 0.0:
         found["queue"] = record.prefill_queue_s + max(record.prefill_s - record.prefill_compute_s, 0.0)
         found["prefill"] = record.prefill_compute_s

@@ -66,6 +66,10 @@ async def test_every_candidate_is_shown_with_its_predictions_and_the_chosen_with
     assert attempt.num_cached_tokens == 12 and attempt.reason == finished.phases.placement_reason and not attempt.rejection_code
     by_name = {one.name: one for one in attempt.predictions}
     assert by_name["ttft"].measured_s == finished.phases.ttft_s and by_name["tpot"].measured_s == finished.phases.tpot_s
+    promised = by_name["promised"]
+    assert promised.measured_s == finished.phases.ttft_s and promised.predicted_s == by_name["ttft"].predicted_s, (
+        "nothing is known to be late"
+    )
     assert by_name["prefill"].measured_s == 2e-6
     assert by_name["prefill"].relative_error == pytest.approx((alone_s - 2e-6) / 2e-6)
     assert found.phases == type(found.phases).from_proto(finished.phases)

@@ -268,7 +268,7 @@ async def test_a_worker_s_own_order_by_what_is_due_is_what_a_first_token_is_pred
     assert [answer.prefill.gives_way for answer in answers] == [True, False, False, True]
     ahead = [round((answer.ttft_s - alone_s - 0.25) / alone_s, 1) for answer in answers]
     # before the second is the step under way, before the third the second, whose place is sooner, and before the last everybody
-    assert ahead == pytest.approx([0, 1, 1, 3], abs=0.2)
+    assert ahead == pytest.approx([0, 1, 1, 3], abs=0.45), "prompts; a part of the first is computed meanwhile"
     for stream in opened:
         await stream.cancel("enough")
     bench.assert_at_rest()

@@ -61,18 +61,8 @@ def pytest_configure(config: pytest.Config) -> None:
     grpc.aio.init_grpc_aio()
 
 
-SHARES_RAY = {
-    name: group
-    for group, names in {
-        "a Ray": ("test_one_node", "test_two_nodes", "test_demo", "test_ray_session"),
-        "another Ray": ("test_failures", "test_both", "test_coupled"),
-    }.items()
-    for name in names
-}
-"""Files of tests/deploy whose clusters share one Ray: group by name."""
-
 LONGEST = (
-    "a Ray", "another Ray", "kernels/test_compile_ahead.py", "deploy/test_serve.py", "test_packaging.py",
+    "deploy/clusters", "kernels/test_compile_ahead.py", "deploy/test_serve.py", "test_packaging.py",
     "decode_worker/test_architectures.py",
     "decode_worker/test_worker.py", "decode_worker/test_prefix_cache.py", "decode_worker/test_local_prefill.py", "test_floors.py",
     "kernels/test_portable_paged_decode.py", "kernels/test_portable_flash_prefill.py", "decode_worker/test_grammar.py",
@@ -82,9 +72,9 @@ LONGEST = (
 
 
 def group_of(nodeid: str) -> str:
-    """Tests of a group run on one worker."""
+    """Tests of a group run on one worker: those of a file, and all whose clusters share one Ray."""
     path = nodeid.split("::")[0].removeprefix("tests/")
-    return SHARES_RAY.get(Path(path).stem, path) if path.startswith("deploy/") else path
+    return "deploy/clusters" if path.startswith("deploy/clusters/") else path
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
@@ -106,8 +96,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     it is collected breaks every Ray that this process starts."""
     if "ray" in sys.modules:
         raise pytest.UsageError("a test file imports ray where it is collected; import it in the test, behind ray_environment")
-    for item in items:
-        item.add_marker(pytest.mark.group(group_of(item.nodeid)))
     if config.getoption("numprocesses", None) or NUM_WORKERS > 1:
         rank = {group: index for index, group in enumerate(LONGEST)}
         items.sort(key=lambda item: rank.get(group_of(item.nodeid), len(rank)))

@@ -7,22 +7,19 @@ import contextlib
 import io
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
-import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from halfmoon.client import Delta
-from halfmoon.deploy.cluster import running_cluster
 from halfmoon.deploy.demo import TURNS, converse
 from halfmoon.deploy.profile import profile
 from halfmoon.deploy.ray_session import RayNode
-from halfmoon.protocol.config import ClusterConfig, DecodeConfig, ModelOptions, PrefillConfig, ProxyConfig, StoreConfig
 from halfmoon.protocol.errors import InvalidRequest, Overloaded, PromptTooLong
 from halfmoon.protocol.schema import KVSchema
 from halfmoon.protocol.v1 import control_pb2
@@ -34,19 +31,6 @@ NUM_TOKENS = 64
 NUM_TOKENS_EACH_OF_MANY = 24
 
 
-@pytest_asyncio.fixture(scope="module")
-async def cluster(ray_nodes: list[RayNode], model_folder: Path, cluster_type: type) -> AsyncIterator[object]:
-    config = ClusterConfig(
-        model=ModelOptions(path=str(model_folder), name="demo"),
-        store=StoreConfig(arena_bytes=256 * 2**20),
-        proxy=ProxyConfig(http_port=0, grpc_port=0, control_port=0, metrics_port=0),
-        prefill=PrefillConfig(num_workers=2, max_tokens_per_step=512),
-        decode=DecodeConfig(num_workers=2),
-    )
-    async with running_cluster(config, ray_nodes) as supervisor, cluster_type.open(supervisor) as opened:
-        yield opened
-
-
 @pytest.mark.parametrize("prompt_len", [1, 63, 64, 65, 300, 1500])
 async def test_tokens_equal_those_of_transformers(cluster, reference, prompt_of, prompt_len: int) -> None:
     prompt = prompt_of(prompt_len)
@@ -55,7 +39,7 @@ async def test_tokens_equal_those_of_transformers(cluster, reference, prompt_of,
 
 
 async def test_32_concurrent_streams_give_the_same_tokens(cluster, reference, prompt_of) -> None:
-    prompts = [prompt_of(20 + 17 * i, seed=1) for i in range(32)]
+    prompts = [prompt_of(20 + 7 * i, seed=1) for i in range(32)]
     answers = await asyncio.gather(*(cluster.greedy(prompt, NUM_TOKENS_EACH_OF_MANY) for prompt in prompts))
     assert answers == [reference.generate(prompt, NUM_TOKENS_EACH_OF_MANY, answer) for prompt, answer in zip(prompts, answers, strict=True)]
     await cluster.at_rest()

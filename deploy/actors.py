@@ -38,8 +38,10 @@ def configure_logging() -> None:
 
 @contextmanager
 def lasting_imports() -> Iterator[None]:
-    """What modules make stays as long as the process. The garbage collector would look through it again and again: a fifth of the time that the
-    imports of a worker take, and a pause of a tenth of a second now and then while it serves. It waits meanwhile, and leaves it alone later."""
+    """What modules make stays as long as the process. The garbage collector waits while they are imported and looks at none of it later.
+
+    Its rounds through all of that would take a fifth of the time of a worker's imports, and 0.1 s now and then while it serves.
+    """
     gc.disable()
     try:
         yield

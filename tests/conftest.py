@@ -94,8 +94,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
-    """What imports make stays. The garbage collector waits while they run and looks at none of it later: its rounds would take a third of the
-    time that this takes, and a second here and there in the tests."""
+    """What imports make stays. The garbage collector waits while they run and looks at none of it later: its rounds would take a third of
+    the time that this takes, and a second here and there in the tests."""
     gc.disable()
     try:
         return (yield)

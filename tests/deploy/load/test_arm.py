@@ -52,16 +52,16 @@ async def test_a_goodput_search_runs_a_window_a_probe_and_keeps_the_bracket(fake
 
     def answer(body: dict[str, Any]) -> Any:
         answered.append(len(answered) // 20)  # the window it belongs to
-        holds = answered[-1] in (0, 1, 4)  # 10, 20 and 24 a second; 40 and 28 do not
+        holds = answered[-1] in (0, 1, 4)  # 50, 100 and 119 a second; 200 and 141 do not
         return fake.Script([0.0, 0.0]) if holds else fake.Script(status=429, body={"error": {"message": "full"}})
 
     plan = synthetic_plan(SyntheticOptions(num_requests=20, input_len="20", output_len="2", process="constant"))
     async with fake.FakeServer(answer) as server:
-        arm = await run_arm(ArmTarget("a", (server.url,)), plan, options(factors=(10.0,), goodput=True, tolerance=0.2))
+        arm = await run_arm(ArmTarget("a", (server.url,)), plan, options(factors=(50.0,), goodput=True, tolerance=0.2))
     found = arm["goodput"]
-    assert [probe["factor"] for probe in found["probes"]] == pytest.approx([10, 20, 40, 20 * 2**0.5, 20 * 2**0.25])
-    assert found["holds"] == {"factor": pytest.approx(20 * 2**0.25), "attainment": 1.0}
-    assert found["fails"] == {"factor": pytest.approx(20 * 2**0.5), "attainment": 0.0}
+    assert [probe["factor"] for probe in found["probes"]] == pytest.approx([50, 100, 200, 100 * 2**0.5, 100 * 2**0.25])
+    assert found["holds"] == {"factor": pytest.approx(100 * 2**0.25), "attainment": 1.0}
+    assert found["fails"] == {"factor": pytest.approx(100 * 2**0.5), "attainment": 0.0}
     assert len(arm["windows"]) == 5 and "goodput at 5 s" in tables.goodput_lines([arm])[0]
 
 

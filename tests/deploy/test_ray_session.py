@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
+import sys
 
 import pytest
 
 from halfmoon.deploy.launch.head import addresses_of
 from halfmoon.deploy.ray_session import RayNode, hosts_joined, ray_environment, ray_session
 from halfmoon.protocol.errors import MachineError
+
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 TIMED_OUT = "The current node timed out during startup. This\ncould happen because some of the raylet failed to startup."
 

@@ -33,7 +33,22 @@ FAMILIES: dict[str, Family] = {
     "Qwen3ForCausalLM": Family(
         {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128}, qk_norm=True
     ),
-}
+    "MixtralForCausalLM": Family(
+        {
+            "max_position_embeddings": 131072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
+            "use_sliding_window": True, "num_experts": 8, "num_experts_per_tok": 2,
+        },
+        qkv_bias=False,
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        {
+            "max_position_embeddings": 32768, "num_key_value_heads": 4, "sliding_window": 4096,
+            "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": False, "moe_intermediate_size": 768,
+        },
+        qk_norm=True,
+    ),
+}  # fmt: skip
+MIXTURES = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -53,6 +68,20 @@ class RopeScaling:
     """yarn: the blend begins and ends at whole indices of frequencies."""
     attention_factor: float = 1.0
     """Cosines and sines are multiplied by it."""
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureConfig:
+    """Layers whose MLP is a mixture of experts: a router gives each token a few of them, each with a weight."""
+
+    num_experts: int
+    num_experts_per_token: int
+    intermediate_size: int
+    """Of each expert."""
+    is_normalized: bool
+    """A token's weights add up to 1; else they are the softmax over all experts as it is."""
+    layers: tuple[int, ...]
+    """Indices of these layers; the others have a dense MLP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +113,11 @@ class ModelConfig:
     """Of the checkpoint: float32, float16 or bfloat16."""
     quantization: Quantization | None
     """Of the checkpoint's matrices; None: there is none."""
+    mixture: MixtureConfig | None = None
+    """None: every layer's MLP is dense."""
+
+    def has_experts(self, layer: int) -> bool:
+        return self.mixture is not None and layer in self.mixture.layers
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
@@ -126,6 +160,8 @@ class _Reader:
         self.folder = folder
         self.architecture = self._architecture(values)
         self.family = FAMILIES[self.architecture]
+        if values.get("num_local_experts") is not None:  # one value by two names, as transformers has it
+            values = {"num_experts": values["num_local_experts"], **values}
         self.values = {**self.family.defaults, **values}
 
     def read(self) -> ModelConfig:
@@ -164,6 +200,7 @@ class _Reader:
             bos_token_id=self.values.get("bos_token_id"),
             torch_dtype=self._dtype(),
             quantization=self._quantization(),
+            mixture=self._mixture(num_layers),
         )
         if config.num_heads % config.num_kv_heads:
             self._fail(f"num_attention_heads {config.num_heads} is no multiple of num_key_value_heads {config.num_kv_heads}")
@@ -213,7 +250,7 @@ class _Reader:
         window = int(self.values.get("sliding_window") or 0) if self.values.get("use_sliding_window", False) else 0
         if not window or self.architecture == "LlamaForCausalLM":
             return (0,) * num_layers
-        if self.architecture == "MistralForCausalLM":
+        if self.architecture in ("MistralForCausalLM", *MIXTURES):
             return (window,) * num_layers
         layer_types = self.values.get("layer_types")
         if layer_types is None:
@@ -225,6 +262,27 @@ class _Reader:
                 f"layer_types has {len(layer_types)} entries {sorted(unknown)}; needed are {num_layers} of full_ or sliding_attention"
             )
         return tuple(window if kind == "sliding_attention" else 0 for kind in layer_types)
+
+    def _mixture(self, num_layers: int) -> MixtureConfig | None:
+        if self.architecture not in MIXTURES:
+            return None
+        if self.values.get("shared_expert_intermediate_size") or self.values.get("n_shared_experts"):
+            raise UnsupportedArchitecture(f"{self.path}: the model has shared experts; supported are mixtures of routed experts alone")
+        dense = self.values.get("mlp_only_layers") or []
+        layers = range(num_layers)
+        if self.architecture == "Qwen3MoeForCausalLM":
+            every = self._count("decoder_sparse_step", 1)
+            layers = [layer for layer in layers if layer not in dense and (layer + 1) % every == 0]
+        if not layers or self.values["num_experts"] == 0:
+            return None
+        width = "intermediate_size" if self.architecture == "MixtralForCausalLM" else "moe_intermediate_size"
+        num_experts, num_chosen = self._count("num_experts"), self._count("num_experts_per_tok")
+        if num_chosen > num_experts:
+            self._fail(f"num_experts_per_tok is {num_chosen}; the layers have {num_experts} experts")
+        if self.values.get("quantization_config"):
+            raise UnsupportedArchitecture(f"{self.path}: experts are quantised; supported are {', '.join(DTYPES)} for a mixture of experts")
+        normalized = self.architecture == "MixtralForCausalLM" or bool(self.values["norm_topk_prob"])
+        return MixtureConfig(num_experts, num_chosen, self._count(width), normalized, tuple(layers))
 
     def _eos_token_ids(self) -> frozenset[int]:
         generation = self.folder / "generation_config.json"

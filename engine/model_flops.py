@@ -48,13 +48,11 @@ class ModelFlops:
 
     @classmethod
     def of_model(cls, config: ModelConfig) -> ModelFlops:
-        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        attention = config.hidden_size * (q_size + 2 * kv_size) + q_size * config.hidden_size
-        mlp = 3 * config.hidden_size * config.intermediate_size
+        """Of experts, those that a token is given."""
         return cls(
-            per_token=2.0 * config.num_layers * (attention + mlp),
+            per_token=2.0 * _num_in_layers(config, config.mixture.num_experts_per_token if config.mixture else 0),
             per_logits=2.0 * config.hidden_size * config.vocab_size,
-            per_pair=4.0 * config.num_layers * q_size,
+            per_pair=4.0 * config.num_layers * config.num_heads * config.head_dim,
         )
 
     def of_step(self, work: StepWork) -> float:
@@ -70,7 +68,18 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Of the matrices; norms and biases are left out."""
-    flops = ModelFlops.of_model(config)
+    """Of the matrices, every expert's included; norms and biases are left out."""
     embeddings = config.hidden_size * config.vocab_size * (1 if config.tie_word_embeddings else 2)
-    return int(flops.per_token) // 2 + embeddings
+    return _num_in_layers(config, config.mixture.num_experts if config.mixture else 0) + embeddings
+
+
+def _num_in_layers(config: ModelConfig, num_experts: int) -> int:
+    """Numbers in the layers' matrices, with so many experts in a mixture."""
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    attention = config.hidden_size * (q_size + 2 * kv_size) + q_size * config.hidden_size
+    dense, mixture = 3 * config.hidden_size * config.intermediate_size, config.mixture
+    if mixture is None:
+        return config.num_layers * (attention + dense)
+    experts = config.hidden_size * (mixture.num_experts + 3 * mixture.intermediate_size * num_experts)  # the router reads all of them
+    num_mixtures = len(mixture.layers)
+    return config.num_layers * attention + (config.num_layers - num_mixtures) * dense + num_mixtures * experts

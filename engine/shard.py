@@ -36,8 +36,7 @@ class Shard:
 
     def require_fits(self, config: ModelConfig, setting: str = "tensor_parallel") -> None:
         """Raises ConfigError where the model can't be divided. setting: the name of the option that asks for it."""
-        for name in DIVIDED:
-            count = getattr(config, name)
+        for name, count in _divided(config).items():
             if count % self.size:
                 sizes = [str(size) for size in range(1, config.num_kv_heads + 1) if fits(config, size)]
                 raise ConfigError(
@@ -48,11 +47,13 @@ class Shard:
 
     def part_of(self, config: ModelConfig) -> ModelConfig:
         """The model as this rank's layers see it. Vocabulary and hidden size stay whole."""
+        mixture = config.mixture
         return dataclasses.replace(
             config,
             num_heads=config.num_heads // self.size,
             num_kv_heads=config.num_kv_heads // self.size,
             intermediate_size=config.intermediate_size // self.size,
+            mixture=mixture and dataclasses.replace(mixture, intermediate_size=mixture.intermediate_size // self.size),
         )
 
     def pages_of(self, schema: KVSchema) -> KVSchema:
@@ -83,7 +84,13 @@ class Shard:
 
 
 def fits(config: ModelConfig, size: int) -> bool:
-    return not any(getattr(config, name) % size for name in DIVIDED)
+    return not any(count % size for count in _divided(config).values())
+
+
+def _divided(config: ModelConfig) -> dict[str, int]:
+    """What the ranks share, by the name that an error tells. Every rank has a part of each expert: none waits for another's experts."""
+    counts = {name: getattr(config, name) for name in DIVIDED}
+    return counts | ({"moe_intermediate_size": config.mixture.intermediate_size} if config.mixture else {})
 
 
 WHOLE = Shard()

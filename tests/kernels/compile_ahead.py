@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from halfmoon.kernels.portable import flash_prefill, fp8, int4_linear, narrow_linear, paged_decode, wide_prefill
+from halfmoon.kernels.portable import experts, flash_prefill, fp8, int4_linear, narrow_linear, paged_decode, wide_prefill
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED = {80: 166912, 86: 101376, 90: 232448, 100: 232448}  # bytes a program may take
@@ -69,7 +69,7 @@ def compiling(capability: int) -> Iterator[list]:
 
     # what the kernels' functions ask of the device that the tensors are on
     answers = [
-        *((module, "shared_bytes", lambda _: SHARED[capability]) for module in (flash_prefill, paged_decode, wide_prefill)),
+        *((module, "shared_bytes", lambda _: SHARED[capability]) for module in (experts, flash_prefill, paged_decode, wide_prefill)),
         (flash_prefill, "num_sms", lambda _: 132),
         *((module, "_way", lambda _: fp8.BY_INSTRUCTION if capability >= 89 else fp8.BY_BITS) for module in (fp8, narrow_linear)),
     ]
@@ -165,6 +165,13 @@ def decode_case(
     paged_decode.paged_decode(q, cache, table, lens, max_kv_len=4096, scale=head_dim**-0.5, kv_scales=scales(stored), **options)
 
 
+def experts_case(num_tokens: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Qwen3-30B-A3B's layer."""
+    x, weights = torch.zeros(num_tokens, 2048, dtype=dtype), torch.zeros(num_tokens, 8)
+    gate_up, down = torch.empty(128, 1536, 2048, dtype=dtype, device="meta"), torch.empty(128, 2048, 768, dtype=dtype, device="meta")
+    experts.experts(x, gate_up, down, weights, torch.zeros(num_tokens, 8, dtype=torch.int64))
+
+
 def small_case(name: str) -> None:
     bf16 = torch.bfloat16
     if name == "rms_norm":
@@ -236,6 +243,7 @@ PORTABLE: dict[str, Callable[[], None]] = {
     "paged_decode fp8 hd128 1 sequence": lambda: decode_case(128, num_seqs=1, stored=E4M3),
     "paged_decode fp8 hd256 8 queries": lambda: decode_case(256, num_q=8, stored=E4M3),
     "paged_decode fp8 hd128 8 queries, window": lambda: decode_case(128, num_q=8, stored=E4M3, sliding_window=256),
+    **{f"experts {n} tokens": lambda n=n: experts_case(n) for n in (8, 512, 8192)},
     **{
         name: lambda name=name: small_case(name)
         for name in ("rms_norm", "silu_mul", "token_mask", "kv_write", "kv_write fp8", "kv_pack", "widen", *QUANTIZED)
@@ -259,6 +267,8 @@ MORE: dict[str, Callable[[], None]] = {
     "paged_decode fp8 hd128 page16": lambda: decode_case(128, 16, stored=E4M3),
     "paged_decode fp8 hd128 soft cap": lambda: decode_case(128, stored=E4M3, logit_soft_cap=30.0),
     **{f"paged_decode hd128 {n} queries": lambda n=n: decode_case(128, num_q=n) for n in (4, 8)},
+    "experts 1024 tokens": lambda: experts_case(1024),
+    "experts 512 tokens fp32": lambda: experts_case(512, torch.float32),
 }
 
 

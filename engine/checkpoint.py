@@ -11,24 +11,16 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..protocol.errors import CheckpointError
+from .expert_tensors import by_expert
+from .tensor_info import TensorInfo
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 LFS_POINTER = b"version https://git-lfs"  # the first bytes of a file that git-lfs has not fetched
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-
-
-class TensorInfo(NamedTuple):
-    """One tensor: its bytes are file[offset : offset + num_bytes]. dtype as safetensors writes it ("BF16")."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    num_bytes: int
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -59,7 +51,7 @@ def refuse_pointer(path: Path) -> None:
 
 
 def list_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of the checkpoint by name. Raises CheckpointError for a missing or cut file."""
+    """Every tensor of the checkpoint by name, experts by one set of names (by_expert). Raises CheckpointError for a missing or cut file."""
     if (folder / INDEX).exists():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
@@ -75,7 +67,7 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for name in files:
         tensors |= _read_header(folder / name)
-    return tensors
+    return by_expert(tensors)
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:

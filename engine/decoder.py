@@ -1,7 +1,7 @@
 """The decoder: every supported architecture is this one, with what differs read from ModelConfig.
 
 token_ids ─► embed ─► layers ─► norm ─► lm_head (rows asked for) ─► fp32 logits
-layer:  x ─► norm ─► qkv ─► [qk-norm] RoPE, K and V into pages ─► attention over pages ─► o ─► + ─► norm ─► gated MLP ─► +
+layer:  x ─► norm ─► qkv ─► [qk-norm] RoPE, K and V into pages ─► attention over pages ─► o ─► + ─► norm ─► MLP ─► +
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Decoder:
             if after_layer is not None:
                 after_layer(index)
             hidden, residual = rms_norm(self._summed(layer.o(attended)), layer.post_norm, eps, residual)
-            hidden = self._summed(layer.down(layer.gate_up.gated(hidden)))
+            hidden = self._summed(layer.mlp(hidden))
             if index + 1 < len(self.weights.layers):
                 hidden, residual = rms_norm(hidden, self.weights.layers[index + 1].input_norm, eps, residual)
         return hidden, residual

@@ -99,7 +99,7 @@ class Engine:
         else:
             weights = load_weights(folder, config, dtype, device, progress, quantization, shard)
         if can_capture(device):
-            choose_ways((linear for layer in weights.layers for linear in layer.linears()), dtype, progress)
+            choose_ways((linear for layer in weights.layers for linear in layer.linears().values()), dtype, progress)
             torch.cuda.empty_cache()  # of the largest inputs and outputs that were tried
         num_tokens = kv_capacity_tokens or _default_capacity(schema, shard, cpu_prompts * max_model_len, device)
         decoder = Decoder(shard.part_of(config), weights, rope_table(config, max_model_len, device), group)

@@ -6,9 +6,10 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
-from .checkpoint import TensorInfo, list_tensors
+from .checkpoint import list_tensors
 from .model_config import ModelConfig
 from .quantization import Quantization
+from .tensor_info import TensorInfo
 
 # keys that say when to stop or how the file is stored, and do not change a token's KV
 UNRELATED = ("eos_token_ids", "bos_token_id", "torch_dtype", "quantization")

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from ..protocol.config import ModelOptions
 from ..protocol.schema import DTYPE_BYTES
-from .checkpoint import TensorInfo, list_tensors
+from .checkpoint import list_tensors
 from .graph_sizes import MAX_CAPTURED_ROWS, batch_sizes
 from .model_config import ModelConfig
 from .model_flops import num_parameters
 from .quantization import Quantization, int4_group
 from .resolve import resolve_dtype, resolve_quantization
+from .tensor_info import TensorInfo
 
 FLOATS = ("F32", "F16", "BF16")
 
@@ -52,7 +53,10 @@ class MemoryNeed:
 def activation_bytes(config: ModelConfig, number: int) -> int:
     """Of one token in a layer: residual and hidden state twice, and the larger of attention's part and the MLP's. number: bytes of one."""
     attention = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    return number * (4 * config.hidden_size + max(attention, 3 * config.intermediate_size))
+    mlp, mixture = 3 * config.intermediate_size, config.mixture
+    if mixture is not None:  # of each of the token's experts: its middle and its term
+        mlp = max(mlp, mixture.num_experts_per_token * (mixture.intermediate_size + config.hidden_size))
+    return number * (4 * config.hidden_size + max(attention, mlp))
 
 
 def weight_bytes(folder: Path, config: ModelConfig, options: ModelOptions) -> int:

@@ -53,6 +53,11 @@ def resolve_quantization(config: ModelConfig, options: ModelOptions) -> Quantiza
     Raises ConfigError for another kind than the checkpoint's: to quantise anew what is rounded already would only lose more.
     """
     found, wanted = config.quantization, options.quantization
+    if config.mixture is not None and wanted not in ("auto", "none"):
+        raise ConfigError(
+            f"model.quantization is {wanted} and the model is a mixture of experts, which are not quantised; set it to auto",
+            key="model.quantization",
+        )
     if wanted == "auto":
         return found
     if wanted == "none":

@@ -12,8 +12,9 @@ import torch
 from safetensors import safe_open
 
 from ..protocol.errors import CheckpointError
-from .checkpoint import TensorInfo, list_tensors
+from .checkpoint import list_tensors
 from .executor import Progress
+from .tensor_info import TensorInfo
 
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 
@@ -75,10 +76,19 @@ class TensorReader:
         if info.file not in self._opened:
             self._opened[info.file] = self._files.enter_context(safe_open(info.file, framework="pt", device="cpu"))
         self._num_bytes_done += info.num_bytes
-        opened = self._opened[info.file]
-        return opened.get_tensor(name) if part is None else opened.get_slice(name)[part]
+        opened, stored = self._opened[info.file], info.stored or name
+        if info.place is not None:
+            expert, first = info.place
+            rows, columns = part or (slice(None), slice(None))
+            return opened.get_slice(stored)[expert, _shifted(rows, first, info.shape[0]), columns]
+        return opened.get_tensor(stored) if part is None else opened.get_slice(stored)[part]
 
     def tell(self, num_bytes: int) -> None:
         """num_bytes: of all that will be read."""
         if self._progress is not None:
             self._progress("loading weights", min(self._num_bytes_done, num_bytes), num_bytes)
+
+
+def _shifted(rows: slice, first: int, num_rows: int) -> slice:
+    start, stop, _ = rows.indices(num_rows)
+    return slice(first + start, first + stop)

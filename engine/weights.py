@@ -2,7 +2,7 @@
 
 checkpoint                                    DecoderWeights
 q_proj, k_proj, v_proj  ──── rows of ────►    layers[l].qkv
-gate_proj, up_proj      ──── rows of ────►    layers[l].gate_up
+gate_proj, up_proj      ──── rows of ────►    layers[l].mlp.gate_up, of each expert in a mixture
 lm_head (or embed_tokens where tied)  ───►    lm_head
 
 Matrices of layers may be quantised, in the checkpoint or at load: those are made one by one and not filled in place.
@@ -20,7 +20,8 @@ import torch
 from ..protocol.errors import CheckpointError, ConfigError
 from .executor import Progress
 from .linears import DenseLinear, Linear, NarrowLinear, stacked
-from .model_config import ModelConfig
+from .mlp import DenseMLP, MixtureMLP
+from .model_config import MixtureConfig, ModelConfig
 from .quantization import Quantization
 from .quantize import quantize
 from .quantized_checkpoint import read_matrix
@@ -40,16 +41,19 @@ class LayerWeights:
     k_norm: torch.Tensor | None
     o: Linear
     post_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    mlp: DenseMLP | MixtureMLP
 
-    def linears(self) -> Iterator[Linear]:
-        yield from (self.qkv, self.o, self.gate_up, self.down)
+    def linears(self) -> dict[str, Linear]:
+        """Those that may be quantised."""
+        return {"qkv": self.qkv, "o": self.o, **self.mlp.linears()}
+
+    def with_linears(self, qkv: Linear, o: Linear, gate_up: Linear, down: Linear) -> LayerWeights:
+        return dataclasses.replace(self, qkv=qkv, o=o, mlp=DenseMLP(gate_up, down))
 
     def tensors(self) -> Iterator[torch.Tensor]:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Linear):
+            if isinstance(value, (Linear, DenseMLP, MixtureMLP)):
                 yield from value.tensors()
             elif value is not None:
                 yield value
@@ -122,9 +126,9 @@ def _quantized_layer(
     shard: Shard,
 ) -> LayerWeights:
     """layer with matrices in the place of those on META. config: of the whole model."""
-    device, made = layer.input_norm.device, {}
+    device, made = layer.input_norm.device, dict[str, Linear]()
     for field, modules in _modules(shard.part_of(config), index).items():
-        whole = getattr(layer, field)
+        whole = layer.linears()[field]
         parts = []
         for name, num_rows in modules:
             shape = (num_rows, whole.weight.shape[1])
@@ -140,7 +144,7 @@ def _quantized_layer(
                 f"{reader.folder}: {', '.join(name for name, _ in modules)} are computed as one and only some of them are quantised"
             )
         made[field] = dataclasses.replace(stacked(parts), bias=whole.bias)
-    return dataclasses.replace(layer, **made)
+    return layer.with_linears(**made)
 
 
 def _cut(linear: Linear, name: str, shape: tuple[int, int], shard: Shard) -> Linear:
@@ -195,9 +199,9 @@ def dummy_weights(
         return weights
     layers = []
     for index, layer in enumerate(weights.layers):
-        made = {}
+        made = dict[str, Linear]()
         for field, modules in _modules(shard.part_of(config), index).items():
-            whole, parts = getattr(layer, field), []
+            whole, parts = layer.linears()[field], []
             for name, num_rows in modules:
                 shape = (num_rows, whole.weight.shape[1])
                 parts.append(_cut(quantize(normal(f"{name}.weight", shape), quantization.kind), f"{name}.weight", shape, shard))
@@ -205,7 +209,7 @@ def dummy_weights(
             num_bytes_done += whole.weight.nbytes
             if progress is not None:
                 progress("making random weights", num_bytes_done, num_bytes)
-        layers.append(dataclasses.replace(layer, **made))
+        layers.append(layer.with_linears(**made))
     return dataclasses.replace(weights, layers=layers)
 
 
@@ -219,7 +223,18 @@ def _empty_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device
     def matrix(num_out: int, num_in: int, biased: bool) -> DenseLinear:
         return DenseLinear(weight=torch.empty(num_out, num_in, dtype=dtype, device=matrices), bias=empty(num_out) if biased else None)
 
-    hidden, intermediate = config.hidden_size, config.intermediate_size
+    def mlp(layer: int) -> DenseMLP | MixtureMLP:
+        if config.mixture is not None and config.has_experts(layer):
+            return mixture(config.mixture)
+        gate_up = matrix(2 * config.intermediate_size, hidden, config.mlp_bias)
+        return DenseMLP(gate_up, matrix(hidden, config.intermediate_size, config.mlp_bias and shard.adds_bias))
+
+    def mixture(of: MixtureConfig) -> MixtureMLP:
+        count, width = of.num_experts, of.intermediate_size
+        gate_up, down = empty(count, 2 * width, hidden), empty(count, hidden, width)
+        return MixtureMLP(empty(count, hidden), gate_up, down, of.num_experts_per_token, of.is_normalized)
+
+    hidden = config.hidden_size
     num_q, num_qkv = config.num_heads * config.head_dim, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     layers = [
         LayerWeights(
@@ -229,10 +244,9 @@ def _empty_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device
             k_norm=empty(config.head_dim) if config.qk_norm else None,
             o=matrix(hidden, num_q, config.o_bias and shard.adds_bias),
             post_norm=empty(hidden),
-            gate_up=matrix(2 * intermediate, hidden, config.mlp_bias),
-            down=matrix(hidden, intermediate, config.mlp_bias and shard.adds_bias),
+            mlp=mlp(index),
         )
-        for _ in range(config.num_layers)
+        for index in range(config.num_layers)
     ]
     embed = empty(vocab_size, hidden)
     lm_head = embed if config.tie_word_embeddings else empty(vocab_size, hidden)
@@ -243,9 +257,13 @@ def _modules(config: ModelConfig, index: int) -> dict[str, list[tuple[str, int]]
     """Of each matrix of a layer: the checkpoint's modules that are its rows, and how many each has."""
     prefix = f"model.layers.{index}"
     rows = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.num_kv_heads * config.head_dim)
-    return {
+    attention = {
         "qkv": [(f"{prefix}.self_attn.{part}_proj", count) for part, count in zip("qkv", rows, strict=True)],
         "o": [(f"{prefix}.self_attn.o_proj", config.hidden_size)],
+    }
+    if config.has_experts(index):
+        return attention
+    return attention | {
         "gate_up": [(f"{prefix}.mlp.{part}_proj", config.intermediate_size) for part in ("gate", "up")],
         "down": [(f"{prefix}.mlp.down_proj", config.hidden_size)],
     }
@@ -269,8 +287,14 @@ def _targets(weights: DecoderWeights, config: ModelConfig) -> Iterator[tuple[str
             if norm is not None:
                 yield f"{prefix}.{name}.weight", norm
         for field, modules in _modules(config, index).items():
-            linear: Linear = getattr(layer, field)
+            linear = layer.linears()[field]
             sizes = [count for _, count in modules]
             for kind, tensor in (("weight", linear.weight), ("bias", linear.bias)):
                 if tensor is not None:
                     yield from zip((f"{name}.{kind}" for name, _ in modules), tensor.split(sizes), strict=True)
+        if isinstance(layer.mlp, MixtureMLP):
+            yield f"{prefix}.mlp.gate.weight", layer.mlp.router
+            for expert, (gate_up, down) in enumerate(zip(layer.mlp.gate_up, layer.mlp.down, strict=True)):
+                gate, up = gate_up.chunk(2)
+                for part, tensor in (("gate", gate), ("up", up), ("down", down)):
+                    yield f"{prefix}.mlp.experts.{expert}.{part}_proj.weight", tensor

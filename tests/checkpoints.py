@@ -38,6 +38,7 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "head_dim": 16}
 # name -> (transformers' configuration class, what differs from COMMON)
 VARIANTS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "llama2_mha": (transformers.LlamaConfig, {"num_key_value_heads": 4}),
@@ -64,6 +65,9 @@ VARIANTS: dict[str, tuple[type[Any], dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "sparse_mixtral": (transformers.MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 29}),
+    "sparse_qwen3_moe": (transformers.Qwen3MoeConfig, {**EXPERTS, "norm_topk_prob": True}),
+    "sparse_qwen3_some_dense": (transformers.Qwen3MoeConfig, {**EXPERTS, "mlp_only_layers": [2], "tie_word_embeddings": True}),
 }
 
 

@@ -28,6 +28,7 @@ import torch
 from shapes import write_shape
 
 from halfmoon.engine.engine import Engine
+from halfmoon.engine.model_flops import ModelFlops
 from halfmoon.engine.sequence import Sequence, StepChunk
 from halfmoon.engine.step_graphs import InFlight
 from halfmoon.protocol.config import ModelOptions
@@ -158,14 +159,14 @@ def copy_weights(source: Engine, target: Engine) -> None:
 def prefill_tflop(engine: Engine, num_seqs: int, num_tokens: int) -> float:
     """Matrix products of all layers, causal attention, and the head for one token a sequence."""
     config, weights = engine.config, engine._decoder.weights
-    in_layers = sum(x.weight.numel() for layer in weights.layers for x in (layer.qkv, layer.o, layer.gate_up, layer.down))
+    per_token = ModelFlops.of_model(config).per_token
     attention = 2 * num_tokens * num_tokens * config.num_heads * config.head_dim * config.num_layers
-    return num_seqs * (2 * in_layers * num_tokens + 2 * weights.lm_head.numel() + attention) / 1e12
+    return num_seqs * (per_token * num_tokens + 2 * weights.lm_head.numel() + attention) / 1e12
 
 
 def decode_gb(engine: Engine, num_seqs: int, kv_len: float) -> float:
     weights = engine._decoder.weights
-    in_layers = sum(x.weight.nbytes for layer in weights.layers for x in (layer.qkv, layer.o, layer.gate_up, layer.down))
+    in_layers = sum(tensor.nbytes for layer in weights.layers for tensor in layer.tensors())
     kv_bytes = engine.schema.block_bytes / engine.page_size
     return (in_layers + weights.lm_head.nbytes + num_seqs * kv_len * kv_bytes) / 1e9
 

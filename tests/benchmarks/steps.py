@@ -133,17 +133,14 @@ def ahead_ms(engine: Engine, chunks: list[StepChunk]) -> float:
 def products_ms(engine: Engine, num_rows: int) -> float:
     """The layers' matrix products over so many rows, as a graph."""
     weights = engine._decoder.weights
+    linears = [linear.weight for layer in weights.layers for linear in layer.linears().values()]
     inputs = {
-        width: torch.randn(num_rows, width, device="cuda", dtype=torch.bfloat16)
-        for width in {
-            tensor.shape[1] for tensor in (weights.layers[0].qkv.weight, weights.layers[0].o.weight, weights.layers[0].down.weight)
-        }
+        width: torch.randn(num_rows, width, device="cuda", dtype=torch.bfloat16) for width in {weight.shape[1] for weight in linears}
     }
 
     def run() -> None:
-        for layer in weights.layers:
-            for weight in (layer.qkv.weight, layer.o.weight, layer.gate_up.weight, layer.down.weight):
-                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+        for weight in linears:
+            torch.nn.functional.linear(inputs[weight.shape[1]], weight)
 
     replay = measure.captured(run)
     replay()

@@ -11,7 +11,7 @@ import torch
 NUM_TOKENS = 64
 VARIANTS = (
     "llama2_mha", "llama3_gqa", "llama_linear_tied", "llama_biased", "mistral_window", "mistral_full", "qwen2", "qwen2_window",
-    "qwen25_tied", "qwen3", "qwen3_window",
+    "qwen25_tied", "qwen3", "qwen3_window", "sparse_mixtral", "sparse_qwen3_moe",
 )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def engine(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
     options = ModelOptions(path=str(folder), device="cuda", dtype="bfloat16", load_format="dummy", block_size=PAGE_SIZE)
     made = Engine.load(options, kv_capacity_tokens=80_000, num_threads=4, max_decode_batch=24)
     for layer in made._decoder.weights.layers:
-        for weight in (layer.qkv.weight, layer.o.weight, layer.gate_up.weight, layer.down.weight):
+        for weight in (linear.weight for linear in layer.linears().values()):
             weight.mul_(3)  # so that the tokens' logits are far apart
     made._decoder.weights.lm_head.mul_(3)
     yield made

@@ -26,6 +26,9 @@ VARIANT_NAMES = [
     "qwen3_window",
     "rope_dynamic",
     "rope_yarn",
+    "sparse_mixtral",
+    "sparse_qwen3_moe",
+    "sparse_qwen3_some_dense",
 ]
 
 

@@ -119,8 +119,10 @@ def test_an_8_bit_checkpoint_gives_them_but_for_the_rounding_of_inputs(form, qua
 def test_modules_that_a_checkpoint_leaves_plain_are_plain(quantized, lab, prompts):
     folder = quantized("awq", plain_modules=("down_proj", "gate_proj", "up_proj"))
     config = ModelConfig.from_folder(folder / "quantized")
-    layer = load_weights(folder / "quantized", config, torch.float32, CPU, quantization=config.quantization).layers[0]
-    assert isinstance(layer.down, DenseLinear) and isinstance(layer.gate_up, DenseLinear) and isinstance(layer.qkv, Int4Linear)
+    linears = load_weights(folder / "quantized", config, torch.float32, CPU, quantization=config.quantization).layers[0].linears()
+    assert (
+        isinstance(linears["down"], DenseLinear) and isinstance(linears["gate_up"], DenseLinear) and isinstance(linears["qkv"], Int4Linear)
+    )
     found, wanted = (logits(lab, folder / kind, prompts(40)) for kind in ("quantized", "plain"))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 

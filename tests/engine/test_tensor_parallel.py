@@ -76,7 +76,7 @@ def generate(engine: Engine, sequences: list[Sequence], chunk_len: int, num_toke
     return [one.token_ids[one.num_prompt_tokens :] for one in sequences]
 
 
-@pytest.mark.parametrize("name", ["llama2_mha", "llama_biased", "llama_linear_tied", "qwen3_window", "qwen2"])
+@pytest.mark.parametrize("name", ["llama2_mha", "llama_biased", "llama_linear_tied", "qwen3_window", "qwen2", "sparse_qwen3_moe"])
 def test_two_ranks_give_the_tokens_of_one_in_chunks_and_in_mixed_steps(
     name: str, group: Any, lab: Any, checkpoint: Any, prompts: Any
 ) -> None:
@@ -177,10 +177,10 @@ def test_the_ranks_parts_of_quantised_matrices_are_the_whole_ones(form: str, qua
     for index, layer in enumerate(whole.layers):
         parts = [rank.layers[index] for rank in ranks]
         for name in ("o", "down"):
-            found = torch.cat([getattr(part, name).dequantized() for part in parts], dim=1)
-            assert torch.equal(found, getattr(layer, name).dequantized())
-        gates, ups = zip(*(part.gate_up.dequantized().chunk(2) for part in parts), strict=True)
-        assert torch.equal(torch.cat([*gates, *ups]), layer.gate_up.dequantized())
+            found = torch.cat([part.linears()[name].dequantized() for part in parts], dim=1)
+            assert torch.equal(found, layer.linears()[name].dequantized())
+        gates, ups = zip(*(part.mlp.gate_up.dequantized().chunk(2) for part in parts), strict=True)
+        assert torch.equal(torch.cat([*gates, *ups]), layer.mlp.gate_up.dequantized())
 
 
 def test_two_ranks_of_an_int4_checkpoint_give_the_tokens_of_one(group: Any, lab: Any, quantized: Any, prompts: Any) -> None:

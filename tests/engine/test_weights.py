@@ -40,7 +40,7 @@ def test_fused_matrices_are_the_rows_of_their_parts(checkpoint):
     parts = (attention.q_proj, attention.k_proj, attention.v_proj)
     assert torch.equal(weights.layers[1].qkv.weight, torch.cat([part.weight for part in parts]))
     assert torch.equal(weights.layers[1].qkv.bias, torch.cat([part.bias for part in parts]))
-    assert torch.equal(weights.layers[1].gate_up.weight, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
+    assert torch.equal(weights.layers[1].mlp.gate_up.weight, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
 
 
 def test_tied_embeddings_are_one_tensor_and_untied_ones_two(checkpoint):

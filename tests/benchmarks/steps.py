@@ -134,9 +134,7 @@ def products_ms(engine: Engine, num_rows: int) -> float:
     """The layers' matrix products over so many rows, as a graph."""
     weights = engine._decoder.weights
     linears = [linear.weight for layer in weights.layers for linear in layer.linears().values()]
-    inputs = {
-        width: torch.randn(num_rows, width, device="cuda", dtype=torch.bfloat16) for width in {weight.shape[1] for weight in linears}
-    }
+    inputs = {width: torch.randn(num_rows, width, device="cuda", dtype=torch.bfloat16) for width in {weight.shape[1] for weight in linears}}
 
     def run() -> None:
         for weight in linears:

@@ -1,11 +1,11 @@
-"""A mixture of experts at Qwen3-30B-A3B's shape, from one token to a long prefill: the grouped products with all that sorts tokens for them.
+"""A mixture of experts at Qwen3-30B-A3B's shape, from one token to a long prefill: grouped products with all that sorts tokens for them.
 
     halfmoon bench experts [--check] [--quick] [--out FILE]
 
 --check: against fp32 in torch first, spread evenly, by chance and to a few experts, eager and as a graph that is replayed for another
-routing; nothing is timed where one is wrong. TFLOP/s count the chosen experts' products, GB/s the experts that are hit and the tokens, once.
-Each time is of a graph of layers that have weights of their own, 1.2 GB each: none is found in the L2 cache. vLLM's fused_experts stands
-beside it where it can be imported, on the same inputs.
+routing; nothing is timed where one is wrong. TFLOP/s count the chosen experts' products, GB/s the experts that are hit and the tokens,
+once. Each time is of a graph of layers that have weights of their own, 1.2 GB each. vLLM's fused_experts stands beside it where it can be
+imported, on the same inputs.
 """
 
 from __future__ import annotations

@@ -182,7 +182,12 @@ def test_a_batch_whose_tokens_all_go_to_the_same_experts_is_as_in_transformers(n
     x[:, 0] = 1.0
     with torch.no_grad():
         block.gate.weight[:, 0] = torch.tensor([0.0, 20.0, 0.0, 40.0])  # the last and then the second, whatever the token
-        ours = MixtureMLP(block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj, num_chosen, True)
+        parameters = dict(block.named_parameters())
+        ours = MixtureMLP(
+            *(parameters[name] for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj")),
+            num_experts_per_token=num_chosen,
+            is_normalized=True,
+        )
         _, chosen = route(x @ ours.router.T, num_chosen, True)
         assert len(chosen.unique()) == num_hit
         torch.testing.assert_close(ours(x), block(x[None])[0], rtol=1e-5, atol=1e-5)

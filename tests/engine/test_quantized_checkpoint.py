@@ -88,7 +88,7 @@ def test_every_form_means_the_plain_weights(form, quantized):
     plain = load_weights(folder / "plain", ModelConfig.from_folder(folder / "plain"), torch.float32, CPU)
     for layer, wanted in zip(made.layers, plain.layers, strict=True):
         for name in MATRICES:
-            ours, theirs = getattr(layer, name), getattr(wanted, name)
+            ours, theirs = layer.linears()[name], wanted.linears()[name]
             assert isinstance(ours, Int4Linear if form in INT4_FORMS else NarrowLinear)
             torch.testing.assert_close(ours.dequantized(), theirs.weight, rtol=1e-6, atol=1e-7)
             torch.testing.assert_close(ours.bias, theirs.bias, rtol=0, atol=0)

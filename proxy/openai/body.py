@@ -184,7 +184,7 @@ def parse_packed(body_type: type[Body], content: bytes) -> Packed[dict[str, Any]
     assert isinstance(body, CHATS)
     for name in ("messages", "system", "input"):
         fields.pop(name, None)
-    return pack(fields, messages=body.chat or ())
+    return pack(fields, messages=body.chat)
 
 
 async def _unpack(body_type: type[Body], packed: Packed[dict[str, Any]] | list[Any]) -> Body:

@@ -9,12 +9,13 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ...protocol.errors import InvalidRequest, shown
 from ..requests.generate_request import GenerateRequest
 from ..text.chat_template import ChatMessage
 from ..text.tools import MAX_TOOLS
+from .chat_prompt import ChatPrompt
 from .responses_items import Input, to_messages
 from .tool_bodies import AllowedTool, AllowedToolChoice, AllowedTools, FunctionBody, NamedFunction, NamedToolChoice, ToolBody
 from .types import ChatBody, Checked, SloBody, require_bounded, served
@@ -136,7 +137,7 @@ def _with_dropped_fields(schema: dict[str, Any]) -> None:
         schema["properties"][name] = {"description": "changes nothing" if name in IGNORED else "not served; a value may ask for nothing"}
 
 
-class ResponsesBody(BaseModel):
+class ResponsesBody(ChatPrompt):
     """Those below `stream` are extensions, as in chats."""
 
     model_config = ConfigDict(strict=True, extra="forbid", json_schema_extra=_with_dropped_fields)
@@ -172,7 +173,6 @@ class ResponsesBody(BaseModel):
     priority: int | None = None
     timeout: float | None = None
     slo: SloBody | None = None
-    _chat: list[ChatMessage] | None = PrivateAttr(None)
 
     @model_validator(mode="before")
     @classmethod
@@ -183,17 +183,8 @@ class ResponsesBody(BaseModel):
         require_bounded(body, MAX_LENGTHS)
         return served(body, IGNORED, REFUSED)
 
-    @property
-    def chat(self) -> list[ChatMessage]:
-        """Instructions and input as a chat's messages. Raises InvalidRequest."""
-        if self._chat is None:
-            self._chat = to_messages(self.instructions, self.input)
-        return self._chat
-
-    @chat.setter
-    def chat(self, messages: list[ChatMessage]) -> None:
-        """Set instead of `input` if another process has parsed the body."""
-        self._chat = messages
+    def _read_chat(self) -> list[ChatMessage]:
+        return to_messages(self.instructions, self.input)
 
     @property
     def wants_logprobs(self) -> bool:

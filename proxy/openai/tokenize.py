@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr
+from pydantic import BaseModel, ConfigDict
 
 from ...protocol.errors import InvalidRequest
 from ..requests.generate_request import GenerateRequest
 from ..text.chat_template import ChatMessage, ChatOptions
 from ..text.tokenizer import Tokenizer
+from .chat_prompt import ChatPrompt
 from .encoded import items, listed, spliced
 from .tool_bodies import ToolBody, tool_use
 from .types import Checked, MessageBody
@@ -19,7 +20,7 @@ from .types import Checked, MessageBody
 PART_TOKENS = 2**10  # whose texts and JSON are made in one go, in a few milliseconds
 
 
-class TokenizeBody(BaseModel):
+class TokenizeBody(ChatPrompt):
     """Of a text or of a chat."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -35,27 +36,16 @@ class TokenizeBody(BaseModel):
     tools: Checked[ToolBody] | None = None
     """That the model is told of."""
     return_token_strs: bool | None = None
-    _chat: list[ChatMessage] | None = PrivateAttr(None)
 
-    @property
-    def chat(self) -> list[ChatMessage] | None:
-        """The messages in GenerateRequest's form. Raises InvalidRequest."""
-        if self._chat is None and self.messages is not None:
-            self._chat = [message.to_message(position) for position, message in enumerate(self.messages)]
-        return self._chat
-
-    @chat.setter
-    def chat(self, messages: list[ChatMessage]) -> None:
-        """Set instead of `messages` if another process has parsed the body."""
-        self._chat = messages
+    def _read_chat(self) -> list[ChatMessage]:
+        return [message.to_message(position) for position, message in enumerate(self.messages or ())]
 
     def to_generate_request(self) -> GenerateRequest:
         """What has the same tokens. Raises InvalidRequest."""
         chat, model = self.chat, self.model or ""
-        if (self.prompt is None) == (chat is None):
+        if (self.prompt is None) == (self.messages is None):
             raise InvalidRequest("send either a prompt or messages", param="prompt")
-        if chat is None:
-            assert self.prompt is not None
+        if self.prompt is not None:
             return GenerateRequest(model=model, prompts=[self.prompt], add_special_tokens=self.add_special_tokens is not False)
         options = ChatOptions.asked(
             self.chat_template_kwargs or {},

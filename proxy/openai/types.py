@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, model_validator
 
 from ...protocol.errors import InvalidRequest, shown
 from ...protocol.sampling import MAX_SEED
@@ -17,6 +17,7 @@ from ..requests.choice_text import TextOptions
 from ..requests.generate_request import MAX_CHOICES, GenerateRequest
 from ..text.chat_template import ChatMessage, ChatOptions
 from ..text.tools import MAX_TOOLS, NO_TOOLS, ToolUse
+from .chat_prompt import ChatPrompt
 from .prompt_scores import PromptForms
 from .structured import GUIDED, answer_grammar
 from .tool_bodies import ToolBody, ToolCallBody, ToolChoice, tool_use
@@ -330,7 +331,7 @@ class MessageBody(BaseModel):
         return {name: value for name, value in found.items() if value}
 
 
-class ChatBody(GenerateBody):
+class ChatBody(GenerateBody, ChatPrompt):
     messages: Checked[MessageBody]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -345,19 +346,9 @@ class ChatBody(GenerateBody):
     tools: Checked[ToolBody] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    _chat: list[ChatMessage] | None = PrivateAttr(None)
 
-    @property
-    def chat(self) -> list[ChatMessage]:
-        """The messages in GenerateRequest's form. Raises InvalidRequest."""
-        if self._chat is None:
-            self._chat = [message.to_message(position) for position, message in enumerate(self.messages)]
-        return self._chat
-
-    @chat.setter
-    def chat(self, messages: list[ChatMessage]) -> None:
-        """Set instead of `messages` if another process has parsed the body."""
-        self._chat = messages
+    def _read_chat(self) -> list[ChatMessage]:
+        return [message.to_message(position) for position, message in enumerate(self.messages)]
 
     def to_generate_request(self) -> GenerateRequest:
         self.require_consistent()

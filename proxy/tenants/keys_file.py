@@ -11,10 +11,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import secrets
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,6 +21,7 @@ from typing import Any
 
 from ...protocol.config import from_mapping
 from ...protocol.errors import ConfigError, InvalidRequest
+from .whole_file import write_whole
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 SALT_BYTES = 32
@@ -78,16 +77,7 @@ class KeysFile:
             "tenants": {name: dataclasses.asdict(settings) for name, settings in self.tenants.items()},
             "keys": {key_id: dataclasses.asdict(record) for key_id, record in self.keys.items()},
         }
-        number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
-        try:
-            with os.fdopen(number, "w") as file:
-                json.dump(tree, file, indent=2)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        write_whole(path, json.dumps(tree, indent=2))
 
     def with_key(self, tenant: str, limits: Mapping[str, int]) -> tuple[KeysFile, str]:
         """With one more key of the tenant, and the key. limits: of TenantSettings, changed from now on. Raises InvalidRequest."""

@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...protocol.errors import ConfigError
 from .usage import Usage
+from .whole_file import write_whole
 
 
 def load_usage(path: Path, clock: Callable[[], float]) -> dict[str, Usage]:
@@ -41,16 +40,7 @@ def frozen(used: Mapping[str, Usage]) -> dict[str, Any]:
 
 def save_usage(path: Path, tree: Mapping[str, Any]) -> None:
     """At once and whole. Blocks until it is on the disk. Raises OSError."""
-    number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
-    try:
-        with os.fdopen(number, "w") as file:
-            json.dump(tree, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    write_whole(path, json.dumps(tree))
 
 
 def _restored(values: Mapping[str, Any], clock: Callable[[], float]) -> Usage:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from ....protocol.errors import InvalidRequest, shown
 from ....protocol.grammar import Grammar
 from ...requests.generate_request import GenerateRequest
 from ...text.chat_template import ChatMessage, ChatOptions
 from ...text.tools import ToolUse
+from ..chat_prompt import ChatPrompt
 from ..types import Checked, ContentPart, require_bounded, served
 from .blocks import MessageBody, chat_of
 from .tools import Tool, ToolChoice, message_tool_use
@@ -66,7 +67,7 @@ def _with_dropped_fields(schema: dict[str, Any]) -> None:
         schema["properties"][name] = {"description": "changes nothing"}
 
 
-class CountTokensBody(BaseModel):
+class CountTokensBody(ChatPrompt):
     """What a prompt is made of."""
 
     model_config = ConfigDict(strict=True, extra="forbid", json_schema_extra=_with_dropped_fields)
@@ -78,7 +79,6 @@ class CountTokensBody(BaseModel):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    _chat: list[ChatMessage] | None = PrivateAttr(None)
 
     @model_validator(mode="before")
     @classmethod
@@ -89,17 +89,8 @@ class CountTokensBody(BaseModel):
         require_bounded(body)
         return served(body, IGNORED, _REFUSED)
 
-    @property
-    def chat(self) -> list[ChatMessage]:
-        """The messages, the system's first, in GenerateRequest's form. Raises InvalidRequest."""
-        if self._chat is None:
-            self._chat = chat_of(self.messages, self.system)
-        return self._chat
-
-    @chat.setter
-    def chat(self, messages: list[ChatMessage]) -> None:
-        """Set instead of `messages` and `system` if another process has parsed the body."""
-        self._chat = messages
+    def _read_chat(self) -> list[ChatMessage]:
+        return chat_of(self.messages, self.system)
 
     def to_generate_request(self) -> GenerateRequest:
         """What has the same prompt. Raises InvalidRequest."""
